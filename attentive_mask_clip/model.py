@@ -633,7 +633,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = checkpoints.one_line(error, 300)
         raise ValueError(
             f"the checkpoint does not hold the weights of this {type(model).__name__}: {reason}"
         ) from error

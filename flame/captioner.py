@@ -80,7 +80,7 @@ def load_captioner(cfg: Config, device: torch.device) -> Captioner:
         processor = transformers.AutoProcessor.from_pretrained(cfg.model)
         model = transformers.AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
     except (OSError, ValueError) as error:
-        what = " ".join(str(error).split())[:200]
+        what = checkpoints.one_line(error, 200)
         raise ValueError(f"--model {cfg.model} could not be loaded as an image-to-text model: {what}") from error
     return Captioner(model.to(device), processor, cfg.instruction, cfg.max_length)
 

@@ -462,5 +462,5 @@ def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        what = " ".join(str(error).split())[:300]
+        what = checkpoints.one_line(error, 300)
         raise ValueError(f"the file does not hold the weights of this {type(model).__name__}: {what}") from error

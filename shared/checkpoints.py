@@ -19,6 +19,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
+def one_line(error: Exception, length: int) -> str:
+    """The message of an exception on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` to `path` atomically.
 

@@ -76,12 +76,16 @@ def test_papers_run_without_their_studies(folder: Path):
     assert result.returncode == 2 and "protoclip/study.py, which could not be imported" in result.stderr, shown
 
 
+def texts() -> list[str]:
+    """The pages, with every command on one line."""
+    return [(ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES]
+
+
 @functools.cache
 def said() -> list[list[str]]:
     """`python -m` and `torchrun -m` commands of the READMEs, as words from the module name on."""
     found = []
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for text in texts():
         for line in re.findall(r"(?:^ {4}|`)(?:torchrun [^`\n]*?|python )-m ([^`\n]+)", text, re.MULTILINE):
             words = shlex.split(line, comments=True)
             if words[0].split(".")[0] in (*FOLDERS, "shared", "tests") and words not in found:
@@ -96,15 +100,21 @@ def test_readmes_give_commands():
 HELP: dict[tuple[str, ...], str] = {}  # what (module, preset) has shown
 
 
-@pytest.mark.parametrize("words", said(), ids=lambda words: " ".join(words)[:60])
-def test_commands_of_the_readmes_have_help(words: list[str], in_process):
-    """The help of each module, with the preset or subcommand of the command, has all of the command's options."""
+@pytest.fixture
+def help_of(in_process):
+    """help_of(module, *preset) -> its help, shown once."""
 
-    def help_of(*words: str) -> str:
+    def show(*words: str) -> str:
         if words not in HELP:
             HELP[words] = finished(in_process(*words[1:], "--help", module=words[0])).out
         return HELP[words]
 
+    return show
+
+
+@pytest.mark.parametrize("words", said(), ids=lambda words: " ".join(words)[:60])
+def test_commands_of_the_readmes_have_help(words: list[str], help_of):
+    """The help of each module, with the preset or subcommand of the command, has all of the command's options."""
     module, *rest = words
     first = [word for word in rest[:1] if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", word)]
     shown = help_of(module, *first)
@@ -117,8 +127,7 @@ def test_commands_of_the_readmes_have_help(words: list[str], in_process):
 def spread() -> list[tuple[int, list[str]]]:
     """(processes, words from the module name on) of the READMEs' torchrun commands."""
     found = []
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for text in texts():
         for nodes, each, words in re.findall(
             r"^ {4}torchrun (?:--nnodes (\d+) )?--nproc-per-node (\d+) -m (.+)", text, re.MULTILINE
         ):
@@ -127,9 +136,9 @@ def spread() -> list[tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize("processes, words", spread())
-def test_batches_of_the_readmes_can_be_divided_among_their_processes(processes: int, words: list[str], in_process):
+def test_batches_of_the_readmes_can_be_divided_among_their_processes(processes: int, words: list[str], help_of):
     module, first, *rest = words
-    shown = finished(in_process(first, "--help", module=module)).out
+    shown = help_of(module, first)
     named = rest[rest.index("--batch-size") + 1] if "--batch-size" in rest else None
     default = re.search(r"--batch-size INT.*?default:\W*(\d+)", shown, re.DOTALL)
     assert int(named or default[1]) % processes == 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -219,6 +220,20 @@ def test_ceilings_come_from_committed_results_unless_these_are_made(study: Study
     runner.run(study, runner.Options(seeds=(0, 1), jobs=1))
     assert measured == ["chance", "labels", "chance"]
     assert json.loads(Path("runs/paper/results.json").read_text())["floors"]["labels"] == {"top1": 62.0}
+
+
+def test_floors_are_measured_again_after_their_files_change(study: Study):
+    measured, file = [], Path("selected.csv")
+    file.write_text("")
+    floors = (Floor("chance", lambda: measured.append(1) or {"top1": 1.0}),)
+    study = dataclasses.replace(study, floors=floors, floor_files=lambda: [file], more_rows=lambda found: [])
+    for _ in range(2):
+        runner.run(study, runner.Options(seeds=(0, 1), jobs=1))
+    assert len(measured) == 1
+    later = Path("runs/paper/floors.json").stat().st_mtime + 10
+    os.utime(file, (later, later))
+    runner.run(study, runner.Options(seeds=(0, 1), jobs=1))
+    assert len(measured) == 2
 
 
 def test_metrics_of_several_runs_can_be_claimed(study: Study):

@@ -41,11 +41,11 @@ def test_features_of_captions_and_small_pictures():
 
 def test_of_large_data_whole_clusters_are_compared(monkeypatch: pytest.MonkeyPatch):
     rows, labels = np.arange(100) * 3, np.arange(100) % 20  # twenty clusters of five
-    assert (quality.drawn(rows, labels, 0) == rows).all() and (quality.drawn(rows, None, 0) == rows).all()
+    assert (quality.sampled(rows, labels, 0) == rows).all() and (quality.sampled(rows, None, 0) == rows).all()
     monkeypatch.setattr(quality, "CHECKED", 23)
-    some = quality.drawn(rows, labels, 0)
+    some = quality.sampled(rows, labels, 0)
     assert len(some) == 23 and (np.diff(some) > 0).all() and set(some) <= set(rows)
     assert sorted(np.unique(some // 3 % 20, return_counts=True)[1]) == [3, 5, 5, 5, 5]
-    assert (some != quality.drawn(rows, labels, 1)).any()
-    single = quality.drawn(rows, None, 0)
+    assert (some != quality.sampled(rows, labels, 1)).any()
+    single = quality.sampled(rows, None, 0)
     assert len(np.unique(single // 3 % 20)) > 5

@@ -120,6 +120,7 @@ def test_the_nearest_caption_is_of_the_samples_that_a_reduction_keeps(monkeypatc
         folder.mkdir(parents=True)
         (folder / "report.csv").write_text(f"key,kept\n{lines}")
     assert [rows.tolist() for rows in study.kept("codes")] == [[0], [1]]
+    assert [path.parent.name for path in STUDY.floor_files()] == ["codes-seed0", "codes-seed1"]
     pictures = torch.eye(2)
     monkeypatch.setattr(study, "pool_features", lambda pool: (pictures, ["a", "b"], ["a", "a"], ["a", "b"]))
     monkeypatch.setattr(study, "EvalSet", lambda path, transform: SimpleNamespace(classnames=["a", "b"]))

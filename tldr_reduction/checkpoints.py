@@ -24,7 +24,7 @@ from shared import checkpoints, cli
 from tldr_reduction import config
 from tldr_reduction.blip import VisionTransformer, resize_pos_embed
 from tldr_reduction.model import build, build_for
-from tldr_reduction.tokenizer import WordPiece, tokenizer_of
+from tldr_reduction.tokenizer import WordPiece, not_on_hub, tokenizer_of
 
 HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this order
     (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
@@ -108,11 +108,8 @@ def hub_folder(name: str) -> Path:
             if weights_of(str(folder)) is not None:
                 return folder
     except Exception as error:  # the hub and the network raise all kinds
-        why = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"{name} is no run folder, and the Hugging Face hub does not give it ({why}); "
-            "a folder with its config.json, tokenizer.json and model.safetensors will do, too"
-        ) from error
+        instead = "a folder with its config.json, tokenizer.json and model.safetensors"
+        raise not_on_hub(f"{name} is no run folder", error, instead) from error
     raise ValueError(f"{name} on the Hugging Face hub has no model.safetensors")
 
 
@@ -306,7 +303,7 @@ def largest_difference(model: nn.Module, theirs: nn.Module, cfg: config.Common, 
 
 def unavailable(flag: str, name: str, error: Exception) -> str:
     """Error message for initial weights that cannot be loaded."""
-    why = " ".join(str(error).split())[:120]
+    why = checkpoints.one_line(error, 120)
     return f"the weights of {flag} {name} cannot be loaded ({why}); {flag} None starts at random"
 
 

@@ -90,7 +90,7 @@ def load_timm(name: str, file: str = "") -> nn.Module:
     try:
         model = timm.create_model(name, pretrained=not file, num_classes=0)
     except Exception as error:  # timm, the hub and the network raise all kinds
-        why = " ".join(str(error).split())[:120]
+        why = checkpoints.one_line(error, 120)
         raise ValueError(
             f"timm:{name} is not on this machine and could not be fetched ({why}); timm:{name}:FILE takes weights from "
             f"a file, or name {LITE0}"

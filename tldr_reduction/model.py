@@ -329,9 +329,8 @@ class LockedTower(TimmModel):
 class BagOfWords(nn.Module):
     """A text tower without word order: token ids (B, T) of open_clip's tokenizer -> features (B, E).
 
-    The mean of the tokens' embeddings (without start, end and padding), through a linear layer and an MLP that are
-    added. In training, each token is left out with probability `drop`, so that no single one of a caption's words is
-    relied on.
+    Averages the tokens' embeddings, without start, end and padding, and adds the outputs of a linear layer and of an
+    MLP on this mean. In training, each token is left out with probability `drop`.
     """
 
     def __init__(self, vocab_size: int, context_length: int, width: int, embed_dim: int, drop: float = 0.3):

@@ -18,7 +18,7 @@ DRAWS = 3  # number of random selections that coverage is compared with
 WORDS = 2000  # size of the vocabulary to compare captions
 
 
-def drawn(rows: np.ndarray, labels: np.ndarray | None, seed: int) -> np.ndarray:
+def sampled(rows: np.ndarray, labels: np.ndarray | None, seed: int) -> np.ndarray:
     """Draw at most CHECKED of the rows (n,), ascending: whole clusters in random order, except the last, which is cut.
 
     So a sample is compared together with its copies, which draws of single samples from millions would miss. labels

@@ -54,7 +54,7 @@ from tldr_reduction.inference import (
     read_rows,
 )
 from tldr_reduction.page import write_page
-from tldr_reduction.quality import caption_features, drawn, measured
+from tldr_reduction.quality import caption_features, measured, sampled
 from tldr_reduction.report import (
     Outcome,
     distinct_images,
@@ -303,7 +303,7 @@ def check_selection(
     def labels_of(rows: np.ndarray) -> np.ndarray | None:
         return None if clusters is None else clusters.assignment[np.searchsorted(good, rows)].numpy()
 
-    rows = drawn(compared, labels_of(compared), cfg.seed) if inference.process.main else None
+    rows = sampled(compared, labels_of(compared), cfg.seed) if inference.process.main else None
     rows = run.broadcast(rows, inference.process)
     features, captions, missing = inference.checks(rows)
     chosen = torch.from_numpy(np.isin(rows, kept))

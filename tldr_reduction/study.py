@@ -288,10 +288,15 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     )
 
 
+def reduced(name: str = "*") -> list[Path]:
+    """Tables of the finished reductions of that name, one a seed."""
+    return sorted(Path("runs/tldr_reduction/reduced").glob(f"{name}-seed[0-9]*/report.csv"))
+
+
 def kept(reduction: str) -> list[Tensor]:
     """Indices of the samples that a reduction keeps, for each seed that has been reduced."""
     found = []
-    for path in sorted(Path("runs/tldr_reduction/reduced").glob(f"{reduction}-seed[0-9]*/report.csv")):
+    for path in reduced(reduction):
         with path.open(encoding="utf-8", newline="") as file:
             found.append(torch.tensor([line["kept"] == "1" for line in csv.DictReader(file)]).nonzero()[:, 0])
     if not found:
@@ -342,14 +347,14 @@ WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")  # w
 
 def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:
     """Floors of a pool, of what its arms are trained on: nearest original captions, and nearest refined captions."""
+    there = {arm.name for arm in ARMS}
     for refined, name in ((False, NEAREST), (True, REFINED)):
         for reduction, (which, trained) in TRAINED_ON.items():
-            arms = [arm for arm in trained if (arm in WITH_T_G if refined else arm != "generated")]
-            arms = tuple(f"{arm}{pool}" for arm in arms if f"{arm}{pool}" in {arm.name for arm in ARMS})
+            arms = [f"{arm}{pool}" for arm in trained if (arm in WITH_T_G if refined else arm != "generated")]
+            arms = tuple(arm for arm in arms if arm in there)
             if arms and (not pool or reduction in ("", "codes")):
-                measure = functools.partial(
-                    nearest_caption, f"{reduction}{pool}" if reduction else None, pool, refined=refined
-                )
+                kept_by = f"{reduction}{pool}" if reduction else None
+                measure = functools.partial(nearest_caption, kept_by, pool, refined=refined)
                 yield Floor(f"{name}, {which}{where}", measure, arms=arms)
 
 
@@ -478,6 +483,7 @@ STUDY = Study(
     alone=True,
     metrics=evaluation.METRICS,
     sets=SETS,
+    floor_files=reduced,
     floors=FLOORS,
     claims=CLAIMS,
     more_rows=more_rows,

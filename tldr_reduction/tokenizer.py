@@ -13,6 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from shared import checkpoints
 from tldr_reduction.config import Common
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -46,6 +47,12 @@ def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
     return list(dict.fromkeys([*pieces, *PROMPT.split(), *ranked]))[:size]
 
 
+def not_on_hub(what: str, error: Exception, instead: str) -> ValueError:
+    """The error if `what` cannot be had from the Hugging Face hub; `instead` will do, too."""
+    why = checkpoints.one_line(error, 120)
+    return ValueError(f"{what}, and the Hugging Face hub does not give it ({why}); {instead} will do, too")
+
+
 class WordPiece:
     """BERT's uncased tokenizer with BLIP's two extra tokens, whose ids follow the vocabulary: [DEC], which starts a
     caption, and [ENC], which starts a text to match with an image.
@@ -73,11 +80,8 @@ class WordPiece:
             try:
                 self.tokenizer = Tokenizer.from_pretrained(str(vocab))
             except Exception as error:  # the hub and the network raise all kinds
-                why = " ".join(str(error).split())[:120]
-                raise ValueError(
-                    f"vocabulary {vocab} is no file, and the Hugging Face hub does not give it ({why}); a vocab.txt or "
-                    "a folder with tokenizer.json will do, too"
-                ) from error
+                instead = "a vocab.txt or a folder with tokenizer.json"
+                raise not_on_hub(f"vocabulary {vocab} is no file", error, instead) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         size = self.tokenizer.get_vocab_size(with_added_tokens=False)

@@ -111,7 +111,9 @@ class Study:
     corpus: str = "Embedded emoji corpus"
     """The training data of the arms, and the pretraining data of their pretrained parts."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets of the floors. Floors are measured again if a set has changed."""
+    """Evaluation sets of the floors. Floors are measured again if a set or one of `floor_files` has changed."""
+    floor_files: Callable[[], Sequence[Path]] = tuple
+    """Further files that floors are computed from."""
     floors: tuple[Floor, ...] = ()
     """Floors and ceilings; with them, `verdicts.judged` gives the verdicts."""
     passes: str = "epoch"
@@ -213,7 +215,7 @@ class Study:
         floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
         measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
-        sources = [tar for folder in self.sets for tar in Path(folder).glob("*/*.tar")]
+        sources = [tar for folder in self.sets for tar in Path(folder).glob("*/*.tar")] + [*self.floor_files()]
         setting = {"floors": [floor.name for floor in floors], "known": known}
         return evaluation.measured(self.folder, kept, setting, sources, measure)
 
