@@ -576,9 +576,8 @@ def aclip_loss(
     """L = mean_v L_CLIP(view v) + SimCLR(view 1, view 2) + 2 BYOL(views, EMA view). U:losses.py:39.
 
     `simclr_pair="same"` gives SimCLR the first view twice, as the released code does (the term then only pushes samples
-    apart). SimCLR is 0
-    with one view, and SimCLR and BYOL are 0 without SSL heads. Returns loss, its unweighted terms and clip_acc, by
-    name.
+    apart). SimCLR is 0 with one view, and SimCLR and BYOL are 0 without SSL heads. Returns loss, its unweighted terms
+    and clip_acc, by name.
     """
     text, scale = outputs["text_embed"], outputs["logit_scale"].float()
     views = outputs["image_embed"].split(len(text))
