@@ -106,7 +106,8 @@ def test_nouns() -> Concepts:
 def frequencies(captions: Path, out: Path) -> np.ndarray:
     """Number of captions, one per line of the file, with each test noun, counted by our pipeline."""
     cfg = CountConfig(data=(str(captions),), out=str(out), spacy=SPACY, query_spacy=SPACY, phrases=False, workers=1)
-    return count_corpus(cfg, test_nouns().names).text
+    with run.lock(out):
+        return count_corpus(cfg, test_nouns().names).text
 
 
 def curve_of(images: Tensor, texts: Tensor, counts: np.ndarray) -> dict[str, Any]:
