@@ -582,9 +582,9 @@ def main(cfg: Config) -> Path | None:
     folder.restore(optimizers=optimizers, scaler=scaler)
     corpus = Corpus(cfg, process, student.clip, folder.state)
     cfg = corpus.cfg  # in steps
-    if cfg.keep_in_memory:
-        corpus.remember(teacher, precision)
     folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint)
+    if cfg.keep_in_memory:  # after the start of the clock: the seconds of a run contain its teacher's forward passes
+        corpus.remember(teacher, precision)
 
     network, skipped, steps = distributed(student, process), 0, range(first, cfg.steps)
     batches = zip(steps, corpus.batches(first, teacher, precision), strict=False)

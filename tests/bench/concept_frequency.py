@@ -177,7 +177,7 @@ def measure(options: argparse.Namespace) -> None:
     captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # no two are equal
     tagging(index_of, options.spacy, captions, options.repetitions)
     precision = run.resolve_precision("auto", torch.device("cpu"))
-    for name, size in (("ViT-emoji", 128), ("ViT-B-32", 16)):
+    for name, size in (("ResNet-emoji", 256), ("ViT-emoji", 128), ("ViT-B-32", 16)):
         clip_step(name, [shards.caption(i) for i in range(size)], precision, options.repetitions)
 
 
