@@ -270,6 +270,9 @@ SLIP_README = "SLIP's README, additional data sets, "
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "main table, MaskCLIP": "neither code nor setting is released",
     "the mixed rule of selection": "nothing of it could be read",
+    "26 zero-shot sets": "an evaluation of the same runs: `attentive_mask_clip.eval --prompts slip`",
+    "main table, training time": "not a run of its own: `attentive_mask_clip.timing` times the steps of all arms",
+    "main table, GPU memory": "not a run of its own: `attentive_mask_clip.train PRESET --dry-run` estimates it",
 }
 PAPER_ROWS = {
     "train": {

@@ -333,7 +333,9 @@ CURVES = {
 }  # fmt: skip
 MISALIGNED = {"cc3m": 16.81, "cc12m": 17.25, "yfcc15m": 36.48, "laion400m": 5.31, "laion-aesthetics": 14.34}  # table 3
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
+    "tables 4, 6 and 9, figures 3, 5, 6, 8 to 15, 17 to 19, 24, 25, 27": "no runs: `replay` reads the authors' files",
     "tables 7, 8 and 10": "no data in the repository",
+    "fig. 20, SLIP and CyCLIP": "no data in the repository; `measure` takes checkpoints of both",
     "text-to-image models": "generation of images is not part of the project; `replay` reads the authors' scores",
     "RAM++ counts": "its weights are the user's to bring: `count --tagger`",
 }

@@ -251,6 +251,9 @@ COMMAND = "Training.md of the authors, with {}; no number was read"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablations, few-shot and linear probe tables": "the paper's body could not be read, and no setting is published",
     "multilingual ImageNet, Winoground, SugarCrepe": "evaluations: `flame.eval --multilingual`, `--compositional`",
+    "long-context figure, CLIP, YFCC15M": "no setting is published: `cc3m-vitb16-clip` with `--data`, `--dataset-size`",
+    "long-context figure, Long-CLIP": "another paper's method",
+    "long-context and multilingual figures, CLIP of WIT-400M and mSigLIP": "released models of others",
 }
 PAPER_ROWS = {
     "train": {

@@ -270,7 +270,7 @@ README = "authors' README, results: "
 CC3M, ONE, EIGHT = "CC3M, 2.5M pairs", "1", "8 x 2080 Ti"
 NUMBERS = "ImageNet zero-shot {}, linear probe {} %; COCO mean recall {} %"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "authors' README, YFCC-15M": "no command is published; `--data` and `--dataset-size` on a cc3m preset",
+    "abstract, YFCC-15M": "no command is published; `--data` and `--dataset-size` on a cc3m preset",
     "ablations of components, K, temperatures": "no settings are published; `--help` has a flag for each",
 }
 PAPER_ROWS = {

@@ -46,6 +46,17 @@ def test_what_has_no_preset_is_named_with_the_reason(folder: str, capsys: pytest
 
 
 @pytest.mark.parametrize("folder", presets.folders())
+def test_each_setting_of_a_papers_tables_has_a_preset_or_a_reason(folder: str):
+    """tests/presets/tables.json lists the settings of tables and figures, as far as they could be read."""
+    listed = json.loads((ROOT / "tests/presets/tables.json").read_text(encoding="utf-8"))[folder]
+    sources = {row["paper's table and row"] for row in presets.rows(folder)}
+    reasons = {row["paper's table and row"] for row in presets.left_out(folder)}
+    assert len(listed) == len(set(listed))
+    assert not set(listed) - sources - reasons, "neither a preset nor in LEFT_OUT"
+    assert not reasons - set(listed), "in LEFT_OUT, but not in tables.json"
+
+
+@pytest.mark.parametrize("folder", presets.folders())
 def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
     for row in presets.rows(folder):
         name = row["preset"].split()[-1]

@@ -667,7 +667,14 @@ TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # with the whole method under t
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "main table, ViLT": "no code is released",
     "fine-tuning on captioning, VQA, NLVR2, RefCOCO+ and video": "stock BLIP and ViLT do it",
+    "ablation of components": "flags of `reduce`: `--select random`, `--captions original`",
+    "ablation of the clustered feature": "flag of `reduce`: `--features image`, `blip` or `text`",
+    "selection by the largest distance": "flag of `reduce`: `--select farthest`",
     "selection by gradient and hard samples": "a few words in the paper, no code",
+    "other data sets, random": "flag of `reduce`: `--select random`",
+    "fig. 1, deletion at random or by ITM score": "flags of `reduce`: `--select random` or `itm`, with `--keep`",
+    "loss curves of T_o, T_g and both": "flag of `reduce`: `--captions original`, `generated` or `refined`",
+    "ImageNet zero-shot": "an evaluation of the same runs: `tldr_reduction.eval --sets`",
     "image generation in place of selection": "no code is released",
 }
 PAPER_ROWS = {
