@@ -29,7 +29,7 @@ help:
 	@echo 'make bench [CLONES=PATH]            speed ratios of all papers in one table; CLONES: folder with clones of the authors'"'"' repositories'
 	@echo 'make bench-data          data loading: start-up, memory, bytes read, samples/s beside webdataset and open_clip, on shards that it'
 	@echo '                         builds; each row with its aim (RESULTS=FILE also writes the table there)'
-	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: parts of the paper, our source, the authors'"'"' source, differences'
+	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: each equation, our source, the authors'"'"' source, measured differences'
 	@echo 'make companion [CLONES=PATH]        companion pages of all papers'
 	@echo 'make bench-gpu           a CLIP step on the GPU beside open_clip: images/s and memory, written to results/machines/CARD.md'
 	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
@@ -37,6 +37,8 @@ help:
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
 	@echo 'make photos-SET ROOT=PATH           convert a downloaded data set to data/SET: flickr8k, pacs, cifar10, coco'
+	@echo 'make captions            write captions of three lengths for the embedded corpus (flame)'
+	@echo 'make clean               delete runs/ and data/ with all that is in them, your own runs and packed pictures included'
 	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
 
 # ---- installation: base and one extra per folder

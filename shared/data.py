@@ -480,8 +480,7 @@ def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
 
 
 def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
-    """Print what cannot be read: a sentence for each damaged shard, and `broken_report` of broken samples, those of
-    `pairs` and `more`."""
+    """Print a sentence for each damaged shard, and `broken_report` of the broken samples of `pairs` and of `more`."""
     say_damaged(pairs.cut() if isinstance(pairs, Shards) else [])
     if line := broken_report([*pairs.broken, *more], "left out"):
         print(line)
@@ -571,7 +570,10 @@ def stable_hash(*parts: int | str) -> int:
 
 
 def seed_views(seed: int, item: int, n: int) -> None:
-    """Seed the CPU's generator for an item of a run over n rows. (`torch.manual_seed` seeds all devices, in 0.1 ms.)"""
+    """Seed the CPU's generator for item e n + r of a run: sample r of n in epoch e.
+
+    `torch.manual_seed` would seed all devices, which takes 0.1 ms.
+    """
     torch.default_generator.manual_seed(stable_hash(seed, *divmod(int(item), n)))
 
 

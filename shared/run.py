@@ -215,7 +215,7 @@ def say(text: str, process: Process | None = None) -> None:
 
 
 def silent(seconds: float = EVERY) -> bool:
-    """Whether to print a progress line: the last is `seconds` old, stderr is no terminal, and `quiet` is False."""
+    """Whether nothing was printed for `seconds`, stderr is no terminal and `quiet` is False: a progress line is due."""
     return time.monotonic() - _last >= seconds and not sys.stderr.isatty() and not quiet()
 
 

@@ -48,7 +48,7 @@ def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
 
 
 def not_on_hub(what: str, error: Exception, instead: str) -> ValueError:
-    """The error if `what` cannot be had from the Hugging Face hub; `instead` will do, too."""
+    """The error for a user if `what` is not local and not on the Hugging Face hub; `instead` names an alternative."""
     why = checkpoints.one_line(error, 120)
     return ValueError(f"{what}, and the Hugging Face hub does not give it ({why}); {instead} will do, too")
 

@@ -73,9 +73,11 @@ def settled(rows: list[dict[str, Any]]) -> str:
     """Sentence with the number of primary claims that have a resolved verdict."""
     n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
     return (
-        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). Floor: the best that "
+        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The number after ± is "
+        "half of the 95 % interval: the smallest difference that the seeds of a row can resolve. Floor: the best that "
         "chance, raw pixels or the pretrained tower itself reach in the metric that shows whether the claim's arms "
-        "have learned, usually the claim's own."
+        "have learned. This is usually the claim's own metric; if the claim is about a slope, a ratio, a spectrum or "
+        "word usage, it is another one, and the floor cannot be compared with the row's other numbers."
     )
 
 
