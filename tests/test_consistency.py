@@ -19,7 +19,7 @@ from graph import BUILDERS, EVIDENCE, GRAPH, PACKAGES, drawn, files, imports, na
 from shared.presets import folders
 
 ROOT = Path(__file__).parent.parent
-TOOLS = {  # of shared/: run by make or pytest, or part of one that is, or of what a paper and a study share
+TOOLS = {  # modules of shared/ that make or pytest runs, or of which a paper may use a function alone
     "index",
     "memory",
     "presets",
@@ -222,7 +222,7 @@ def test_shared_holds_what_three_papers_use():
         for name in set().union(*(imports(file) for file in (ROOT / folder).glob("*.py"))):
             if name.startswith("shared."):
                 users[name.split(".")[1]].add(folder)
-    for module in {file.stem for file in (ROOT / "shared").glob("*.py")} - TOOLS - {"__init__"}:
+    for module in {file.stem for file in (ROOT / "shared").glob("*.py")} - {"__init__", "pytest_options"}:
         assert len(users[module]) >= 3, f"shared/{module}.py is used by {sorted(users[module])} alone"
 
 

@@ -74,8 +74,3 @@ def judge_all(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> list[dict
         for claim in claims
         if measured(claim, arms)
     ]
-
-
-def untestable(claim: str, paper: str, why: str) -> dict[str, str]:
-    """A row for a claim that cannot be tested at this scale."""
-    return {"claim": claim, "paper": paper, "here": why, "verdict": "not testable at this scale"}
