@@ -70,7 +70,7 @@ def thumbnail(path: Path) -> Image.Image:
 
 
 def save(columns: Sequence[Column], path: Path, title: str, width: int = 4) -> None:
-    """Draw panels in rows of `width`, and the authors' images below each row for which there are any."""
+    """Draw `width` panels a row, and below each row the authors' images of its panels, if the clone has any."""
     rows = [columns[start : start + width] for start in range(0, len(columns), width)]
     heights = [height for row in rows for height in ([1.0] + [0.85] * any(each.theirs for each in row))]
     across = min(width, len(columns))

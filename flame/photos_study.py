@@ -101,7 +101,7 @@ def derive(found: Comparison) -> None:
 
 
 def more_rows(found: Comparison) -> list[dict[str, Any]]:
-    """Rows for what this scale cannot show; with an English language model, this includes languages."""
+    """Table rows of claims that cannot be tested here; with an English language model, those about languages, too."""
     numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
     rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
     if language_model() == SMOLLM2:

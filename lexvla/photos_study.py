@@ -51,7 +51,7 @@ CLAIMS = (  # worded as in study.py, which has the same claims
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What this scale cannot show."""
+    """Table rows of claims that cannot be tested at this scale."""
     needs = "needs CC12M, Llama 2"
     return [
         verdicts.not_testable(

@@ -187,7 +187,7 @@ class Unit(torch.nn.Module):
 def nearest_caption(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> dict[str, float]:
     """Recall when an image is replaced by the caption of the nearest training scene, scored by common words.
 
-    Nearest by cosine of what `tower` makes of transformed images.
+    The nearest scene is the one with the highest cosine of the features that `tower` computes of transformed images.
     """
     pairs = data.open_pairs(TRAIN)
     rows = torch.arange(len(pairs)).split(256)

@@ -61,7 +61,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class PairDataset(Dataset):
-    """Item i of a run: (image, caption, broken samples skipped); the crop depends on seed, epoch and row.
+    """Item i of a run: (image, caption, broken samples skipped); the crop depends on seed, epoch and sample.
 
     Images are uint8 if `transform` ends in normalising; `normalise` does that for a batch.
     """

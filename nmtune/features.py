@@ -64,8 +64,10 @@ def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
 
 
 class Views(Dataset):
-    """Item i of a run: (views of the image as one tensor (V, 3, S, S), label, broken samples skipped), a function of
-    seed, epoch and row. `transform` returns a tensor or a tuple of tensors."""
+    """Item i of a run: (views of the image as one tensor (V, 3, S, S), label, broken samples skipped).
+
+    The views depend on seed, epoch and sample only. `transform` returns a tensor or a tuple of tensors.
+    """
 
     def __init__(self, images: LabelledImages, transform: Callable, seed: int):
         self.images, self.transform, self.seed = images, transform, seed

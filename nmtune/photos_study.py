@@ -149,7 +149,7 @@ FLOORS = (
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """What photographs cannot show here either."""
+    """Table rows of claims that cannot be tested on photographs either."""
     return [verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")]
 
 

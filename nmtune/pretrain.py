@@ -39,7 +39,7 @@ IMAGENET_BYTES = 110_000  # mean file size of an image
 class NoisyLabels(Dataset):
     """Training views and noisy labels: item i of a run -> uint8 image (3, S, S), label, noisy?, broken samples.
 
-    `normalise` is for batches of images. A view is a function of seed, epoch and row.
+    `normalise` is for batches of images. A view depends on seed, epoch and sample only.
     """
 
     def __init__(self, cfg: PretrainConfig, transform: Callable, images: LabelledImages):
@@ -71,7 +71,7 @@ class NoisyLabels(Dataset):
 
 class SwappedCaptions(Dataset):
     """Training views and captions after swapping: item i of a run -> uint8 image (3, S, S), tokens (L,), swapped?, and
-    broken samples. `normalise` is for batches of images. A view is a function of seed, epoch and row.
+    broken samples. `normalise` is for batches of images. A view depends on seed, epoch and sample only.
     """
 
     def __init__(self, cfg: PretrainConfig, transform: Callable, tokenizer: Callable, pairs):

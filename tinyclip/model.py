@@ -197,7 +197,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP, either of which may have been pruned away. U:open_clip/model.py:208."""
+    """x + attention, then x + MLP; pruning can remove either of them. U:open_clip/model.py:208."""
 
     def __init__(self, width: int, heads: int, head_width: int, neurons: int | None, activation: nn.Module):
         super().__init__()
