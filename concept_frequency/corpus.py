@@ -1,8 +1,8 @@
 """A corpus on disk or behind URLs: its parts, their captions, and the caption row of each image.
 
-A part is a tar or a slice of a table; its rows are the documents. Rows are numbered in file order, including empty captions; with `also`, rows without a
-caption or a value in that column are dropped first, as for LAION upstream. Authors' code:
-bethgelab/frequency_determines_performance@11ef009, `U:`.
+A part is a tar or a slice of a table; its rows are the documents. Rows are numbered in file order, including empty
+captions; with `also`, rows without a caption or a value in that column are dropped first, as for LAION upstream.
+Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
 """
 
 import contextlib

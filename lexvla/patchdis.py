@@ -207,7 +207,7 @@ def class_maps(
 
 
 class DualEncoder(NamedTuple):
-    """The functions of a model that PatchDis calls: unit vectors of patches and of texts; dot products are similarities."""
+    """The functions of a model that PatchDis calls: unit vectors of patches and of texts; dot product = similarity."""
 
     patches: Callable[[Tensor], Tensor]
     """Pixels (B, 3, S, S) -> (B, P, E)."""
