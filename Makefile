@@ -114,8 +114,8 @@ test: $(VENV)/.installed-$(EXTRAS),test data browser
 
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
-	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py tests/test_preset_sources.py tests/test_study_companion.py \
-		-k $(subst -,_,$*) --upstream '$(UPSTREAM)'
+	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py $(wildcard tests/test_$(subst -,_,$*)_replay.py) tests/test_preset_sources.py \
+		tests/test_study_companion.py -k $(subst -,_,$*) --upstream '$(UPSTREAM)'
 
 companion-%: $(VENV)/.installed-%,companion
 	$(PY) -m shared.study.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(CLONES),--clones '$(CLONES)')
