@@ -4,11 +4,13 @@ Sections 5 and 6, appendix C: tables 3, 4 and 9, figures 3, 5, 6 and 11 to 17. E
 rows), both empty if the clone lacks the files. panels.py has the curves of classification and retrieval.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from concept_frequency import curves
 from concept_frequency.joining import fold
-from concept_frequency.panels import Rows, as_printed, counted, number
+from concept_frequency.panels import Rows, as_printed, counted, largest_gap, number
 from concept_frequency.printed import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
 from concept_frequency.published import BINS, CORPORA, FINE_GRAINED, GENERATION, METHODS, SIZES, Results, plotted_bins
 
@@ -88,29 +90,40 @@ def misalignments(results: Results) -> tuple[Rows, Rows]:
 # ----------------------------------------------------------------------------------------------------- generated images
 
 
-def generation_curve(results: Results, setting: str, model: str) -> tuple[curves.Curve, str] | None:
-    """(curve of a text-to-image model, "scores" or "saved curve"), from the scores if available; None without both."""
-    if (pairs := results.generation_pairs(setting, model)) is not None:
-        return curves.log_linear_curve(*pairs, BINS["generation"]), "scores"
+class Generation(NamedTuple):
+    """The curve of a text-to-image model."""
+
+    curve: curves.Curve
+    source: str  # "scores" or "saved curve"
+    gap: float | None = None  # largest difference between bin means of the two, if the clone has both
+
+
+def generation_curve(results: Results, setting: str, model: str) -> Generation | None:
+    """The curve of a text-to-image model, from the scores if available, else as saved; None without both."""
     saved = results.saved_curve("generation", "integrated", f"{model}|laion_aesthetics", setting)
-    return None if saved is None else (curves.from_saved(saved), "saved curve")
+    if (pairs := results.generation_pairs(setting, model)) is not None:
+        curve = curves.log_linear_curve(*pairs, BINS["generation"])
+        return Generation(curve, "scores", largest_gap(curve, saved))
+    return None if saved is None else Generation(curves.from_saved(saved), "saved curve")
 
 
 def generation(results: Results) -> tuple[Rows, Rows]:
     """Figures 3 and 11 to 15: rho of the last 4 of 7 bins by text-to-image model and score.
 
-    Numbers in brackets are from the saved curve, used if the clone lacks the scores.
+    Numbers in brackets are from the saved curve, used if the clone lacks the scores. "bins differ by" is the largest
+    difference between our curves and the saved ones, over the scores that the clone has.
     """
     rows, found = [], {setting: [] for setting in GENERATION}
     for model in results.generation_models():
-        row = {"model": model}
+        row, gaps = {"model": model}, []
         for setting, heading in GENERATION.items():
             row[heading] = "-"
             if (of := generation_curve(results, setting, model)) is not None:
-                rho, _ = curves.correlation(of[0], plotted_bins("generation", ""))
-                row[heading] = number(rho, 2) if of[1] == "scores" else f"({number(rho, 2)})"
+                rho, _ = curves.correlation(of.curve, plotted_bins("generation", ""))
+                row[heading] = number(rho, 2) if of.source == "scores" else f"({number(rho, 2)})"
                 found[setting] += [rho] if rho == rho else []
-        rows.append(row)
+                gaps += [] if of.gap is None else [of.gap]
+        rows.append(row | {"bins differ by": f"{max(gaps):.0e}" if gaps else "-"})
     claims = []
     for setting, heading in GENERATION.items():
         if rhos := found[setting]:
@@ -152,16 +165,10 @@ def let_it_wag(results: Results) -> tuple[Rows, Rows]:
     names = [model for model in TABLE9 if model in tail]
     if not names:
         return [], []
-    rows, same = [], []
-    fine = fine_grained(results)
+    rows, same, split = [], [], halves(results)
     for model in names:
         here = (number(imagenet[model], 2), number(tail[model]["full"], 2))
         printed = tuple(number(value, 2) for value in TABLE9[model])
-        classes = tail[model].get("classwise", {})
-        halves = {
-            "common": [value for name, value in classes.items() if name not in fine],
-            "fine-grained": [value for name, value in classes.items() if name in fine],
-        }
         rows.append(
             {
                 "corpus": model.partition("|")[2],
@@ -169,7 +176,7 @@ def let_it_wag(results: Results) -> tuple[Rows, Rows]:
                 "table 9": " ".join(printed),
                 "ImageNet": here[0],
                 "Let It Wag!": here[1],
-                **{f"{part} ({len(of)})": number(float(np.mean(of)), 2) for part, of in halves.items() if of},
+                **{half: number(accuracy[model], 2) for half, accuracy in split.items() if model in accuracy},
                 "points lost": number(imagenet[model] - tail[model]["full"], 1),
             }
         )
@@ -177,6 +184,17 @@ def let_it_wag(results: Results) -> tuple[Rows, Rows]:
         same += [as_printed(value, text) for value, text in of_both]
     x, y = (np.array(values) for values in zip(*((imagenet[n], tail[n]["full"]) for n in names), strict=True))
     return rows, [counted("Let It Wag! and ImageNet (tab. 9)", f"{2 * len(names)} numbers", same), *wag_claims(x, y)]
+
+
+def halves(results: Results) -> dict[str, dict[str, float]]:
+    """{"common (N)" or "fine-grained (N)", N classes of Let It Wag!: {model: mean accuracy in percent}}."""
+    fine, found = fine_grained(results), {}
+    for model, value in results.let_it_wag().items():
+        classes = value.get("classwise", {})
+        for half, inside in (("common", False), ("fine-grained", True)):
+            if percent := [value for name, value in classes.items() if (name in fine) is inside]:
+                found.setdefault(f"{half} ({len(percent)})", {})[model] = float(np.mean(percent))
+    return found
 
 
 def wag_claims(imagenet: curves.Array, tail: curves.Array) -> Rows:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from concept_frequency import curves
 from concept_frequency.curves import Curve, Diagnostics
@@ -52,11 +53,19 @@ def panel(results: Results, key: Key, model: str, printed: float | None = None) 
     bins = plotted_bins(task, model.partition("|")[2])
     curve, about = curves.diagnose(*results.pairs(task, search, model, setting), BINS[task], bins)
     theirs = results.saved_curve(task, search, model, setting)
-    saved = gap = None
-    if theirs is not None and len(theirs["cum_means"]) == len(curve.mean):
-        saved, _ = curves.correlation(curves.from_saved(theirs), bins)
-        gap = float(np.abs(np.nan_to_num(curve.mean) - theirs["cum_means"]).max())
+    gap = largest_gap(curve, theirs)
+    saved = None if gap is None else curves.correlation(curves.from_saved(theirs), bins)[0]
     return Panel(model, bins, curve, about, printed, saved, gap)
+
+
+def largest_gap(curve: Curve, saved: dict[str, NDArray] | None) -> float | None:
+    """Largest difference between bin means of our curve and the authors' saved one.
+
+    None if there is no saved curve, or it has another number of bins.
+    """
+    if saved is None or len(saved["cum_means"]) != len(curve.mean):
+        return None
+    return float(np.abs(np.nan_to_num(curve.mean) - saved["cum_means"]).max())
 
 
 def figure_panels(results: Results, key: Key) -> list[Panel]:

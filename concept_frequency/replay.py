@@ -91,14 +91,14 @@ def generation_columns(results: Results, setting: str) -> list[Column]:
         if not any(found.values()):
             continue
 
-        def draw(axis: Axes, found: dict[str, tuple[curves.Curve, str] | None] = found) -> None:
+        def draw(axis: Axes, found: dict[str, insights.Generation | None] = found) -> None:
             for i, (model, of) in enumerate(found.items()):
                 if of is not None:
-                    label = figures.legend(model.partition("_")[2], *curves.correlation(of[0], bins))
-                    figures.draw_curve(axis, of[0], bins, label, i, len(found))
+                    label = figures.legend(model.partition("_")[2], *curves.correlation(of.curve, bins))
+                    figures.draw_curve(axis, of.curve, bins, label, i, len(found))
             figures.frame(axis, GENERATION[setting])
 
-        sources = " and ".join(sorted({f"their {of[1]}" for of in found.values() if of}))
+        sources = " and ".join(sorted({f"their {of.source}" for of in found.values() if of}))
         theirs = results.figure(
             f"eccv-paper-laion400m-t2i-log-linear-plot-integrated-queried-search_{number}-{setting}"
         )
@@ -123,24 +123,27 @@ def people_columns(results: Results) -> list[Column]:
 
 
 def wag_columns(results: Results) -> list[Column]:
-    """The column of figure 6."""
-    imagenet, tail = results.imagenet(), {model: found["full"] for model, found in results.let_it_wag().items()}
-    names = sorted(imagenet.keys() & tail.keys())
+    """Columns of figure 6: all classes, with the authors' figure, and the common and fine-grained ones."""
+    imagenet, columns = results.imagenet(), []
+    every = {model: found["full"] for model, found in results.let_it_wag().items()}
+    for title, tail in ({"all classes": every} | insights.halves(results)).items():
+        names = sorted(imagenet.keys() & tail.keys())
 
-    def draw(axis: Axes) -> None:
-        x, y = (np.array([values[name] for name in names]) for values in (imagenet, tail))
-        axis.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
-        for color, rows in (("indianred", x < 50), ("royalblue", x > 50)):
-            axis.plot(x[rows], y[rows], "o", color=color, alpha=0.6)
-            if rows.sum() > 1:
-                slope, intercept = np.polyfit(x[rows], y[rows], 1)
-                ends = np.array([x[rows].min(), x[rows].max()])
-                axis.plot(ends, slope * ends + intercept, color=color, label=f"slope {slope:.2f}")
-        axis.set_xlabel("ImageNet (%)")
-        figures.frame(axis, "Let It Wag! (%)", logx=False)
-        axis.set_xlabel("ImageNet (%)")
+        def draw(axis: Axes, names: list[str] = names, tail: dict[str, float] = tail) -> None:
+            x, y = (np.array([values[name] for name in names]) for values in (imagenet, tail))
+            axis.plot([0, 100], [0, 100], "--", color="grey", linewidth=1)
+            for color, rows in (("indianred", x < 50), ("royalblue", x > 50)):
+                axis.plot(x[rows], y[rows], "o", color=color, alpha=0.6)
+                if rows.sum() > 1:
+                    slope, intercept = np.polyfit(x[rows], y[rows], 1)
+                    ends = np.array([x[rows].min(), x[rows].max()])
+                    axis.plot(ends, slope * ends + intercept, color=color, label=f"slope {slope:.2f}")
+            figures.frame(axis, "Let It Wag! (%)", logx=False)
+            axis.set_xlabel("ImageNet (%)")
 
-    return [Column("40 models", draw, results.figure("eccv-paper-let-it-wag-eval"))]
+        theirs = results.figure("eccv-paper-let-it-wag-eval") if tail is every else None
+        columns.append(Column(f"{title}, {len(names)} models", draw, theirs))
+    return columns
 
 
 def tail_columns(results: Results) -> list[Column]:

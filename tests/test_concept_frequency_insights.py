@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_concept_frequency_replay import write_published
 
-from concept_frequency import insights
+from concept_frequency import insights, replay
+from concept_frequency.printed import TABLE9
 from concept_frequency.published import Results
 
 
@@ -28,8 +29,14 @@ def test_tables(published):
     rows, claims = insights.generation(published)
     assert [row["model"] for row in rows] == ["a_one", "b_two"]
     assert rows[0]["max CLIP score"] == "(-1.00)" and rows[1]["max CLIP score"] == "-"
+    assert [row["bins differ by"] for row in rows] == ["-", "5e-01"]
     assert [claim["verdict"] for claim in claims] == ["reproduced", "not reproduced"]
     assert insights.fine_grained(published) == {"birdsnap_0", "birdsnap 1"}
+    common, fine = insights.halves(published).values()
+    assert set(common) == set(fine) == set(TABLE9) and set(common.values()) == {30.0} and set(fine.values()) == {6.0}
+    assert [column.title for column in replay.wag_columns(published)] == [
+        "all classes, 40 models", "common (1), 40 models", "fine-grained (2), 40 models",
+    ]  # fmt: skip
 
 
 def test_claims_of_let_it_wag():

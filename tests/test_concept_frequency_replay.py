@@ -19,7 +19,7 @@ from test_concept_frequency_curves import as_upstream
 from concept_frequency import curves, replay
 from concept_frequency.curves import correlation, frequency_agreement, log_linear_curve, long_tail
 from concept_frequency.printed import TABLE3, TABLE9
-from concept_frequency.published import CLASSIFICATION, METHODS, RETRIEVAL, Results
+from concept_frequency.published import BINS, CLASSIFICATION, METHODS, RETRIEVAL, Results
 
 
 def results(case: Case, request: pytest.FixtureRequest) -> Results:
@@ -86,12 +86,16 @@ def test_let_it_wag(case, request):
 
 @pytest.mark.golden("concept_frequency", "human_eval_curve")
 def test_people_study(case, request):
-    """Buckets, their middles and means, from the counts of all names and the participants' judgements."""
+    """From the counts of all names and the participants' judgements: number of buckets, their middles and means,
+    and the correlation of the curve."""
     if (found := results(case, request).people()) is None:
         pytest.skip("needs the judgements of the people study: --upstream CLONE")
+    assert len(curves.frequency_buckets(found[0])) == 45
     x, y = curves.people_points(*found)
     case.close("bucket_centers", x, rtol=1e-6)
     case.close("bucket_accuracy", y, rtol=1e-6, atol=1e-6)
+    rho, p = correlation(as_upstream(log_linear_curve(x, y, BINS["people"])))
+    assert (f"{rho:.4f}", f"{p:.4f}") == ("0.9254", "0.0242")
 
 
 def key_of(model: str) -> str:
@@ -142,7 +146,8 @@ def write_published(folder: Path) -> None:
 
 
 def write_generation(folder: Path) -> None:
-    """Write scores of two text-to-image models on one metric, and the curve of a third model without scores."""
+    """Write scores of two text-to-image models on one metric, a saved curve that differs from the second's in one
+    bin, and a curve of the first on a metric without scores."""
     rng = np.random.default_rng(1)
     count = {f"noun {i}": int(10 ** (5 * i / 79)) for i in range(80)}
     path = folder / f"search_counts/t2i_laion_aesthetics_{METHODS['integrated']}_search_counts.json"
@@ -150,9 +155,14 @@ def write_generation(folder: Path) -> None:
     scores = {name: (math.log10(n + 1) + rng.normal(0, 0.1, 6)).tolist() for name, n in count.items()}
     value = {model: {"full": 1.0, "classwise": scores} for model in ("a_one", "b_two")}
     (folder / "t2i_evaluations/t2i_exp_aesthetics.json").write_text(json.dumps(value))
-    saved = {"exp_bins": 10.0 ** np.arange(7), "cum_means": -np.arange(7.0), "cum_stds": np.ones(7)}
-    name = "counttype_integrated_rampp0.7_prompttype_max_clip_ptdataset_laion_aesthetics_model_a_one_t2i"
-    (folder / f"notebooks/plots/log-linear-all-datasets-plot-{name}.pkl").write_bytes(pickle.dumps(saved))
+    means = log_linear_curve(list(count.values()), [np.mean(values) for values in scores.values()], 7).mean
+    for model, setting, saved in (
+        ("a_one", "max_clip", -np.arange(7.0)),
+        ("b_two", "exp_aesthetics", means + 0.5 * (np.arange(7) == 3)),
+    ):
+        curve = {"exp_bins": 10.0 ** np.arange(7), "cum_means": saved, "cum_stds": np.ones(7)}
+        name = f"counttype_integrated_rampp0.7_prompttype_{setting}_ptdataset_laion_aesthetics_model_{model}_t2i"
+        (folder / f"notebooks/plots/log-linear-all-datasets-plot-{name}.pkl").write_bytes(pickle.dumps(curve))
 
 
 def write_people(folder: Path) -> None:
