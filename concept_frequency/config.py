@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from concept_frequency.printed import CURVE_MODELS, DERIVED, PRINTED, TABLE9
 from shared import cli
 from shared.presets import EMBEDDED, OWN, Row
 
@@ -325,20 +326,37 @@ MODELS = {
     "SO400M|siglip": ("ViT-SO400M-14-SigLIP", "webli"),
 }
 
-# Pearson's r of log frequency and accuracy; zero-shot classification with the bare class name, integrated counts
-CURVES = {
-    "RN50|cc3m": 0.966, "ViT-B-16|cc3m": 0.931, "RN50|cc12m": 0.928, "ViT-B-16|cc12m": 0.829, "RN50|yfcc15m": 0.958,
-    "RN101|yfcc15m": 0.951, "ViT-B-16|yfcc15m": 0.963, "ViT-B-32|laion400m": 0.957, "ViT-B-16|laion400m": 0.916,
-    "ViT-L-14|laion400m": 0.855, "ViT-B-16|synthci30m": 0.82,
-}  # fmt: skip
+# Legends of figures 2 and 4: Pearson's r of log frequency and zero-shot accuracy with the bare class name
+CURVES = dict(zip(CURVE_MODELS, PRINTED["classification", "integrated", "class"], strict=True)) | DERIVED
+CURVES["ViT-B-32|laion200m_train_test_sim_normalized"] = PRINTED["classification", "image", "class"][-1]
+CONTROLS = {  # corpora of figure 4: the control, and the data
+    "synthci30m": ("synthetic data", "synthci30m"),
+    "laion200m_train_test_sim_normalized": ("similarity control, image counts", "150M pairs of LAION"),
+}
 MISALIGNED = {"cc3m": 16.81, "cc12m": 17.25, "yfcc15m": 36.48, "laion400m": 5.31, "laion-aesthetics": 14.34}  # table 3
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "tables 4, 6 and 9, figures 3, 5, 6, 8 to 15, 17 to 19, 24, 25, 27": "no runs: `replay` reads the authors' files",
+    "tables 4 and 6, figures 3, 5, 6, 8 to 15, 17 to 19, 24, 25, 27": "no runs: `replay` reads the authors' files",
     "tables 7, 8 and 10": "no data in the repository",
     "fig. 20, SLIP and CyCLIP": "no data in the repository; `measure` takes checkpoints of both",
-    "text-to-image models": "generation of images is not part of the project; `replay` reads the authors' scores",
-    "RAM++ counts": "its weights are the user's to bring: `count --tagger`",
+    "table 2, text-to-image models": "no images are generated in this project; `replay` reads the authors' scores",
+    "table 5, RAM++ with GPT-4's descriptions": "both are the user's to bring: `count --tagger ram++ --descriptions`",
 }
+
+
+def of_model(model: str) -> Row:
+    """The figure with a model's curve, its row of table 9, and their numbers."""
+    backbone, _, corpus = model.partition("|")
+    control, data = CONTROLS.get(corpus, ("", corpus))
+    sources, numbers = [], []
+    if model in CURVES:
+        sources.append(f"fig. 4 ({control})" if control else "fig. 2")
+        numbers.append(f"r = {CURVES[model]}")
+    if model in TABLE9:
+        sources.append("table 9")
+        numbers.append("ImageNet {:.2f} %, Let It Wag! {:.2f} %".format(*TABLE9[model]))
+    return Row(f"{' and '.join(sources)}, {backbone}, {data}", data, number="; ".join(numbers))
+
+
 PAPER_ROWS = {
     "train": {"small": OWN}
     | dict.fromkeys(("emoji", "emoji-uniform", "emoji-reassigned"), EMBEDDED)
@@ -355,13 +373,5 @@ PAPER_ROWS = {
         "synthci30m": Row("synthetic pretraining data", "synthci30m"),
         "emoji": EMBEDDED,
     },
-    "measure": {
-        **{
-            f"'{model}'": Row("fig. 2, classification, " + model.split("|")[0], model.split("|")[1], number=f"r = {r}")
-            for model, r in CURVES.items()
-        },
-        "'ViT-B-32|laion200m_train_test_sim_normalized'": Row(
-            "fig. 4, similarity control, ViT-B-32", "150M pairs of LAION", number="r = 0.97 (images' counts)"
-        ),
-    },
+    "measure": {f"'{model}'": of_model(model) for model in MODELS},
 }

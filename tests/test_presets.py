@@ -32,7 +32,7 @@ def test_each_preset_has_a_row_and_each_row_a_preset(folder: str):
     models = [name for name in listed if name.startswith("measure ")]  # of a table of models, not of presets
     assert len(listed) == len(set(listed)) and set(listed) - set(models) == set(offered(folder))
     known = importlib.import_module(f"{folder}.config").MODELS if models else {}
-    assert {name.removeprefix("measure ").strip("'") for name in models} <= set(known)
+    assert {name.removeprefix("measure ").strip("'") for name in models} == set(known)
 
 
 @pytest.mark.parametrize("folder", presets.folders())
