@@ -24,6 +24,7 @@ from shared.study import runner
 from tests import bench
 from tests.bench import __main__ as every
 from tests.bench import baselines
+from tests.bench import concept_frequency as frequency
 from tests.bench import data as reading
 
 ROOT = Path(__file__).parents[1]
@@ -279,6 +280,18 @@ def test_the_bench_of_reading_measures_all_readers(tmp_path: Path, monkeypatch: 
         of_reader = {name.partition(",")[0]: (value, aim) for name, value, aim in rows if name.endswith(f", {reader}")}
         ratio, aim = of_reader["bytes read / bytes used"]
         assert len(of_reader) == 4 and 1 <= float(ratio) < 2 and (float(ratio) <= 1.1 or not aim)
+
+
+def test_hours_of_a_count(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    """The note's rate, hours and core-hours follow from the seconds of the row."""
+    monkeypatch.setattr(frequency.cli, "cores", lambda: 1)
+    frequency.counting([f"a red bus number {i}" for i in range(20)], "en_core_web_sm", parts=4)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ((seconds,), note) = row["ours"], row["note"]
+    hours = 414.08e6 / 1000 * seconds / 3600
+    assert 0 < seconds < 60 and not row["theirs"]
+    assert note.startswith(f"--workers 1: {1000 / seconds:,.0f} captions/s, 5.0 words each")
+    assert note.endswith(f"414M captions take {hours:,.1f} hours, {hours:,.0f} core-hours")
 
 
 def test_all_folders_have_a_bench():

@@ -10,6 +10,7 @@ import argparse
 import gc
 import os
 import pickle
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +22,16 @@ import open_clip
 import torch
 
 from concept_frequency import study, train
-from concept_frequency.config import PRESETS
+from concept_frequency.config import COUNT_PRESETS, PRESETS, CountConfig
+from concept_frequency.corpus import list_parts
+from concept_frequency.count import spread
 from concept_frequency.model import InvertedIndex, noun_set
+from concept_frequency.search import Job, index_part
 from concept_frequency.tagging import load_spacy, tag_captions
-from shared import data, run
+from shared import cli, data, run
 
 from ..parity import import_beside
-from . import arguments, bench, print_row, race, step_row
+from . import arguments, bench, one_thread, print_row, race, step_row
 from .baselines import baseline_rows
 
 
@@ -104,6 +108,29 @@ def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions:
         print_row(name, seconds, target, f"{len(set().union(*differ))} noun sets differ")
 
 
+def counting(captions: list[str], pipeline: str, parts: int = 6) -> None:
+    """Seconds for 1,000 captions with `--workers` equal to the number of cores; hours for LAION-400M as a note.
+
+    Each worker gets `parts` files with these captions. Only the second half of the files is timed: by then all workers
+    have loaded the pipeline.
+    """
+    cores, size = cli.cores(), COUNT_PRESETS["laion400m"][1].size
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(parts * cores):
+            Path(folder, f"{i:05}.txt").write_text("\n".join(captions), encoding="utf-8")
+        cfg = CountConfig((folder,), spacy=pipeline, workers=cores)
+        files = list_parts(cfg.data, cfg.part_captions, Path(folder))
+        jobs = [Job(part, cfg, f"{folder}/{part.name()}.npz") for part in files]
+        ended = [(time.perf_counter(), done.documents) for _, done in spread(index_part, jobs, cfg)]
+    (start, _), *timed = ended[len(ended) // 2 - 1 :]
+    rate = sum(documents for _, documents in timed) / (timed[-1][0] - start)
+    words = sum(len(caption.split()) for caption in captions) / len(captions)
+    hours = size / rate / 3600
+    note = f"--workers {cores}: {rate:,.0f} captions/s, {words:.1f} words each; at this rate LAION-400M's "
+    note += f"{size / 1e6:.0f}M captions take {hours:,.1f} hours, {hours * cores:,.0f} core-hours"
+    print_row(f"`count`, a worker per core: 1,000 captions, {pipeline}", [(1000 / rate, None)], note=note)
+
+
 def clip_step(name: str, captions: list[str], precision: str, repetitions: int) -> None:
     """The experiment's step on the corpus's captions, without computing padding, against open_clip's."""
     ours, theirs = train.create_model(name), open_clip.create_model(name)
@@ -176,6 +203,8 @@ def measure(options: argparse.Namespace) -> None:
     shards = data.Shards(data.expand_shards("data/emoji/train"), options.captions)
     captions = [f"{shards.caption(i)} number {i}" for i in range(len(shards))]  # no two are equal
     tagging(index_of, options.spacy, captions, options.repetitions)
+    if one_thread():  # processes have one thread each
+        counting(captions, options.spacy)
     precision = run.resolve_precision("auto", torch.device("cpu"))
     for name, size in (("ResNet-emoji", 256), ("ViT-emoji", 128), ("ViT-B-32", 16)):
         clip_step(name, [shards.caption(i) for i in range(size)], precision, options.repetitions)
