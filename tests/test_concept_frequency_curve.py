@@ -118,7 +118,7 @@ def test_slices(text):
 
 
 def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
-    """The output of `clip_benchmark eval` gives the same recall by class as measure.py."""
+    """The output of `clip_benchmark eval` gives recall by class, and with counts of these classes a curve."""
     sets = ROOT / "data/emoji/eval"
     if not (sets / "groups_id/classnames.txt").is_file():
         pytest.fail("data/emoji is missing: `make data` makes it", pytrace=False)
@@ -136,6 +136,14 @@ def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
     assert found.dataset == "wds/groups_id" and set(found.values) <= set(numbered(about["classnames"]))
     mean = np.mean(list(found.values.values()))
     assert mean == pytest.approx(100 * about["metrics"]["mean_per_class_recall"], abs=0.05)
+    counts = {name: 10**i for i, name in enumerate(about["classnames"])}
+    (tmp_path / "counts.json").write_text(json.dumps(counts))
+    (row,) = run(tmp_path, "counts.json", "log.txt", bins=":")
+    decades, recalls = zip(*((np.log10(counts[name]), recall) for name, recall in found.values.items()), strict=True)
+    assert row["model"].startswith("ViT-emoji") and row["concepts"] == str(len(recalls))
+    assert row["no bins"] == f"{np.corrcoef(decades, recalls)[0, 1]:.3f}"
+    assert json.loads((tmp_path / "out/unjoined.json").read_text())["wds/groups_id"]["scores without a count"] == []
+    assert (tmp_path / "out/curve.png").is_file()
     for about["classnames"], words in (([], "--dump_classnames"), (["one"], "more classes than")):
         (tmp_path / "groups.json").write_text(json.dumps(about))
         with pytest.raises(ValueError, match=words):

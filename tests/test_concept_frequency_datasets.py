@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +48,36 @@ def test_a_set_with_a_file_of_splits(tmp_path, capsys):
     (root / "split_Caltech256.json").write_text(json.dumps({"train": [], "val": [], "test": rows[3:]}))
     with pytest.raises(ValueError, match="labels other than 0 to 0"):
         datasets.read_split(root, "caltech256")
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "folder", "images", "classes", "theirs"),
+    [
+        ("birdsnap", "split_Birdsnap.json", "images", ("Wood_Duck/1.jpg", "Acorn_Woodpecker/2.jpg"),
+         ["Wood_Duck", "Acorn_Woodpecker"], "11,747 of 500"),
+        ("cub", "split_CUB.json", "images", ("002.Laysan_Albatross/1.jpg", "008.Crested_Auklet/2.jpg"),
+         ["Laysan_Albatross", "Crested_Auklet"], "5,794 of 200"),
+        ("ucf101", "split_zhou_UCF101.json", "UCF-101-midframes", ("Archery/1.jpg", "Apply_Lipstick/2.jpg"),
+         ["Archery", "Apply_Lipstick"], "3,783 of 101"),
+    ],
+)  # fmt: skip
+def test_sets_that_are_not_published_in_the_layout(tmp_path, capsys, name, split, folder, images, classes, theirs):
+    """Classes are named as in the file of splits, by label; test images are read from the set's folder of images."""
+    root = tmp_path / name
+    for i, path in enumerate(images):
+        (root / folder / path).parent.mkdir(parents=True)
+        (root / folder / path).write_bytes(picture(i))
+    first, second = ([path, i, title] for i, (path, title) in enumerate(zip(images, classes, strict=True)))
+    (root / split).write_text(json.dumps({"train": [first], "val": [], "test": [second]}))
+    found = datasets.read_split(root, name)
+    assert found.classnames == classes and list(found.images) == [(1, picture(1))]
+    datasets.main(datasets.Config(name, str(root), str(tmp_path / "wds")))
+    assert f"1 images of 2 classes; the authors have {theirs}" in capsys.readouterr().out
+    made = EvalSet(tmp_path / "wds", lambda image: image.size)
+    assert made.classnames == classes and [(image, label) for _, image, label in made] == [((12, 12), 1)]
+    (root / folder / images[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=Path(images[1]).name):
+        datasets.main(datasets.Config(name, str(root), str(tmp_path / "again")))
 
 
 def write_release(folder, described: bool) -> None:
