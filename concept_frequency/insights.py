@@ -160,12 +160,12 @@ def people(results: Results) -> tuple[Rows, Rows]:
 
 
 def let_it_wag(results: Results) -> tuple[Rows, Rows]:
-    """Table 9 and figure 6: accuracy of each model on Let It Wag!, on its two halves and on ImageNet."""
+    """Table 9 and figure 6: accuracy of each model on Let It Wag!, its common and fine-grained classes, and ImageNet."""
     imagenet, tail = results.imagenet(), results.let_it_wag()
     names = [model for model in TABLE9 if model in tail]
     if not names:
         return [], []
-    rows, same, split = [], [], halves(results)
+    rows, same, split = [], [], common_and_fine(results)
     for model in names:
         here = (number(imagenet[model], 2), number(tail[model]["full"], 2))
         printed = tuple(number(value, 2) for value in TABLE9[model])
@@ -176,7 +176,7 @@ def let_it_wag(results: Results) -> tuple[Rows, Rows]:
                 "table 9": " ".join(printed),
                 "ImageNet": here[0],
                 "Let It Wag!": here[1],
-                **{half: number(accuracy[model], 2) for half, accuracy in split.items() if model in accuracy},
+                **{classes: number(accuracy[model], 2) for classes, accuracy in split.items() if model in accuracy},
                 "points lost": number(imagenet[model] - tail[model]["full"], 1),
             }
         )
@@ -186,14 +186,14 @@ def let_it_wag(results: Results) -> tuple[Rows, Rows]:
     return rows, [counted("Let It Wag! and ImageNet (tab. 9)", f"{2 * len(names)} numbers", same), *wag_claims(x, y)]
 
 
-def halves(results: Results) -> dict[str, dict[str, float]]:
+def common_and_fine(results: Results) -> dict[str, dict[str, float]]:
     """{"common (N)" or "fine-grained (N)", N classes of Let It Wag!: {model: mean accuracy in percent}}."""
     fine, found = fine_grained(results), {}
     for model, value in results.let_it_wag().items():
         classes = value.get("classwise", {})
-        for half, inside in (("common", False), ("fine-grained", True)):
+        for kind, inside in (("common", False), ("fine-grained", True)):
             if percent := [value for name, value in classes.items() if (name in fine) is inside]:
-                found.setdefault(f"{half} ({len(percent)})", {})[model] = float(np.mean(percent))
+                found.setdefault(f"{kind} ({len(percent)})", {})[model] = float(np.mean(percent))
     return found
 
 
@@ -220,7 +220,7 @@ def wag_claims(imagenet: curves.Array, tail: curves.Array) -> Rows:
 def fine_grained(results: Results) -> set[str]:
     """The classes of Let It Wag! that also occur in a fine-grained data set of birds, aircraft, flowers or dishes.
 
-    The authors describe a common and a fine-grained half without listing them. Their loader recognises the second by
+    The authors describe common and fine-grained classes without listing them. Their loader recognises the latter by
     folder names that end in `_bird`, `_aircraft`, `_flowers` or `_food` (U:src/downstream_dataloader.py:268).
     """
     files = (results.scores_file("classification", dataset, "class") for dataset in FINE_GRAINED)

@@ -25,7 +25,7 @@ CLASSIFICATION = (  # 17 data sets; the 18th, ImageNet-Sketch, has no text count
     "imagenet cifar10 cifar100 caltech101 caltech256 sun397 birdsnap country211 cub dtd eurosat fgvcaircraft "
     "flowers102 food101 oxfordpets stanfordcars ucf101"
 ).split()
-FINE_GRAINED = ["birdsnap", "cub", "fgvcaircraft", "flowers102", "food101"]  # their classes are half of Let It Wag!
+FINE_GRAINED = ["birdsnap", "cub", "fgvcaircraft", "flowers102", "food101"]  # they share classes with Let It Wag!
 RETRIEVAL = ["coco", "flickr"]
 METHODS = {"integrated": "integrated_tlemmatized_i0.7", "image": "rampp0.7", "text": "lemmatized"}
 SETTINGS = {  # prompts of a class, or recall@k in one direction

@@ -126,7 +126,7 @@ def wag_columns(results: Results) -> list[Column]:
     """Columns of figure 6: all classes, with the authors' figure, and the common and fine-grained ones."""
     imagenet, columns = results.imagenet(), []
     every = {model: found["full"] for model, found in results.let_it_wag().items()}
-    for title, tail in ({"all classes": every} | insights.halves(results)).items():
+    for title, tail in ({"all classes": every} | insights.common_and_fine(results)).items():
         names = sorted(imagenet.keys() & tail.keys())
 
         def draw(axis: Axes, names: list[str] = names, tail: dict[str, float] = tail) -> None:

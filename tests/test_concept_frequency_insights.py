@@ -32,7 +32,7 @@ def test_tables(published):
     assert [row["bins differ by"] for row in rows] == ["-", "5e-01"]
     assert [claim["verdict"] for claim in claims] == ["reproduced", "not reproduced"]
     assert insights.fine_grained(published) == {"birdsnap_0", "birdsnap 1"}
-    common, fine = insights.halves(published).values()
+    common, fine = insights.common_and_fine(published).values()
     assert set(common) == set(fine) == set(TABLE9) and set(common.values()) == {30.0} and set(fine.values()) == {6.0}
     assert [column.title for column in replay.wag_columns(published)] == [
         "all classes, 40 models", "common (1), 40 models", "fine-grained (2), 40 models",
