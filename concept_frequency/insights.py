@@ -160,7 +160,7 @@ def people(results: Results) -> tuple[Rows, Rows]:
 
 
 def let_it_wag(results: Results) -> tuple[Rows, Rows]:
-    """Table 9 and figure 6: accuracy of each model on Let It Wag!, its common and fine-grained classes, and ImageNet."""
+    """Table 9 and figure 6: accuracy on ImageNet, Let It Wag!, and its common and fine-grained classes."""
     imagenet, tail = results.imagenet(), results.let_it_wag()
     names = [model for model in TABLE9 if model in tail]
     if not names:
