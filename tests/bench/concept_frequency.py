@@ -108,16 +108,17 @@ def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions:
         print_row(name, seconds, target, f"{len(set().union(*differ))} noun sets differ")
 
 
-def counting(captions: list[str], pipeline: str, parts: int = 6) -> None:
+def counting(captions: list[str], pipeline: str, parts: int = 16, size: int = 500) -> None:
     """Seconds for 1,000 captions with `--workers` equal to the number of cores; hours for LAION-400M as a note.
 
-    Each worker gets `parts` files with these captions. Only the second half of the files is timed: by then all workers
-    have loaded the pipeline.
+    There are `parts` files of `size` captions for each worker. Only the second half of the files is timed: by then all
+    workers have loaded the pipeline.
     """
-    cores, size = cli.cores(), COUNT_PRESETS["laion400m"][1].size
+    cores, total = cli.cores(), COUNT_PRESETS["laion400m"][1].size
     with tempfile.TemporaryDirectory() as folder:
         for i in range(parts * cores):
-            Path(folder, f"{i:05}.txt").write_text("\n".join(captions), encoding="utf-8")
+            start = i * size % len(captions)
+            Path(folder, f"{i:05}.txt").write_text("\n".join(captions[start : start + size]), encoding="utf-8")
         cfg = CountConfig((folder,), spacy=pipeline, workers=cores)
         files = list_parts(cfg.data, cfg.part_captions, Path(folder))
         jobs = [Job(part, cfg, f"{folder}/{part.name()}.npz") for part in files]
@@ -125,9 +126,9 @@ def counting(captions: list[str], pipeline: str, parts: int = 6) -> None:
     (start, _), *timed = ended[len(ended) // 2 - 1 :]
     rate = sum(documents for _, documents in timed) / (timed[-1][0] - start)
     words = sum(len(caption.split()) for caption in captions) / len(captions)
-    hours = size / rate / 3600
+    hours = total / rate / 3600
     note = f"--workers {cores}: {rate:,.0f} captions/s, {words:.1f} words each; at this rate LAION-400M's "
-    note += f"{size / 1e6:.0f}M captions take {hours:,.1f} hours, {hours * cores:,.0f} core-hours"
+    note += f"{total / 1e6:.0f}M captions take {hours:,.1f} hours, {hours * cores:,.0f} core-hours"
     print_row(f"`count`, a worker per core: 1,000 captions, {pipeline}", [(1000 / rate, None)], note=note)
 
 
