@@ -74,9 +74,9 @@ class OpenFiles:
     def __getstate__(self) -> dict:
         return {"paths": self.paths, "_descriptors": {}}
 
-    def __del__(self) -> None:
+    def __del__(self, close=os.close) -> None:  # a default, since `os` may be gone when the interpreter exits
         for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 def key_of(name: str) -> tuple[str, str]:
