@@ -39,6 +39,9 @@ class Stage:
     """Share of affinity mimicking in the loss; the rest is the contrastive loss. 0 needs no teacher."""
     weight: float = 1.0
     """Factor on both losses."""
+    ignore_equal_captions: bool = False
+    """Leave a batch's other samples with the same caption out of a sample's softmax, in both losses (a control). Off:
+    as upstream, they count as wrong in the contrastive loss."""
     logit_scale: float | None = 50.0
     """Fixed temperature multiplier of teacher and student. None: the student's is learned, the teacher keeps its
     own."""
