@@ -42,7 +42,7 @@ BENCH = """
 
     if __name__ == "__main__":
         options = arguments("A bench.", 2, ("authors/code", "abc", "src")).parse_args()
-        bench(measure, options, "theirs", lambda options: print("then", options.repetitions))
+        bench(measure, options, "theirs", lambda options: f"then {options.repetitions}")
 """
 
 
@@ -243,8 +243,8 @@ def test_a_bench_runs_under_each_setting(cli, tmp_path: Path, monkeypatch: pytes
     )
     assert 1 < float(pair[3]) and pair[5] == "1" and re.fullmatch("ours: .*; theirs: .*", pair[7])
     kept = (tmp_path / "kept/slow.md").read_text()  # what a README takes over
-    assert kept.startswith("Measured 20") and kept.rstrip("\n").split("\n")[-4:] == lines[2:6]
-    assert lines[-2:] == ["not run without --upstream PATH: theirs", "then 1"]
+    assert kept.startswith("Measured 20") and kept.split("\n")[-7:] == [*lines[2:6], "", "then 1", ""]
+    assert lines[-3:] == ["not run without --upstream PATH: theirs", "", "then 1"]
 
 
 @pytest.mark.parametrize(

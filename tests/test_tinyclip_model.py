@@ -29,6 +29,7 @@ from tinyclip.model import (
     clip_loss,
     create_model,
     distillation_loss,
+    equal_captions,
     load_clip,
     parameter_counts,
 )
@@ -204,6 +205,36 @@ def test_a_loss_of_weight_zero_needs_no_teacher():
     image, text = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
     loss = distillation_loss(image, text, 5.0, None, None, None, alpha=0.0, weight=2.0)
     torch.testing.assert_close(loss, 2 * clip_loss(image, text, 5.0))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_equal_captions_that_are_ignored(hard: bool):
+    """The loss is the mean over samples of the losses in which the row's other samples of its caption do not occur."""
+    tokens = torch.tensor([[1, 9, 0], [2, 9, 0], [1, 9, 0], [1, 2, 9], [1, 9, 0]])
+    left_out = equal_captions(tokens)
+    assert left_out.nonzero().tolist() == [[0, 2], [0, 4], [2, 0], [2, 4], [4, 0], [4, 2]]
+    image, text, *of_teacher = (F.normalize(torch.randn(5, 4), dim=1).requires_grad_() for _ in range(4))
+    teacher = *of_teacher, 3.0
+    loss = distillation_loss(image, text, 5.0, *teacher, alpha=1.0 - hard, left_out=left_out)
+    losses = []
+    for row, others in enumerate(~left_out):
+        for a, b, a_teacher, b_teacher in ((image, text, *of_teacher), (text, image, *reversed(of_teacher))):
+            logits, target = 5 * b[others] @ a[row], (3 * b_teacher[others] @ a_teacher[row]).softmax(0).detach()
+            losses.append(F.cross_entropy(logits, others[:row].sum() if hard else target))
+    torch.testing.assert_close(loss, sum(losses) / 10)
+    gradients = [torch.autograd.grad(x, (image, text)) for x in (loss, sum(losses) / 10)]
+    torch.testing.assert_close(*gradients)
+    assert not loss.isclose(distillation_loss(image, text, 5.0, *teacher, alpha=1.0 - hard))
+
+
+def equal_captions_of_rank(rank: int, world: int, tokens: torch.Tensor) -> torch.Tensor:
+    return equal_captions(tokens.chunk(world)[rank], gather)
+
+
+def test_equal_captions_of_two_processes(tmp_path):
+    tokens = torch.tensor([[1, 9], [2, 9], [1, 9], [3, 9], [2, 9], [1, 9]])
+    parts = in_ranks(equal_captions_of_rank, 2, tmp_path, 2, tokens)
+    assert torch.equal(torch.cat(parts), equal_captions(tokens)) and parts[1].sum() == 3
 
 
 # --------------------------------------------------------------------------------------------------------------- towers

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from scripts import ROOT
 from test_tinyclip_eval import sets, trained  # noqa: F401
 from test_tinyclip_train import arms, corpus, folder  # noqa: F401
 
 from shared import checkpoints
-from shared.study import statistics
+from shared.study import overview, statistics
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from tinyclip import config, study
@@ -60,6 +61,12 @@ def test_report(runs: dict[str, Path], sets, tmp_path: Path, capsys: pytest.Capt
     for name in ("tinyclip_curves.png", "tinyclip_masks.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert not (tmp_path / "tinyclip_teachers.png").exists()
+
+
+def test_the_readme_names_the_command_that_made_its_table():
+    made = checkpoints.read_json(ROOT / "results/tinyclip.json")
+    page = (ROOT / "tinyclip/README.md").read_text(encoding="utf-8")
+    assert f"`{overview.command(study.STUDY, made)} && make readme`" in page
 
 
 def test_report_refuses(tmp_path: Path):
@@ -146,6 +153,27 @@ def test_arms_are_commands_that_their_script_takes():
         teacher_or_first = {Path(path).name.removesuffix("-seed3") for path in (cfg.teacher, cfg.init) if path}
         assert arm.needs == teacher_or_first, arm.name
         assert cfg.data == f"{study.SCENES}/train" if arm in study.BY_MASKS else cfg.data == "data/emoji/train_names"
+
+
+def test_each_student_of_the_curve_has_the_teacher_it_is_drawn_against():
+    """Worse teachers differ from the best in their numbers of steps only, of which the same share is warm-up."""
+    arms = {arm.name: arm for arm in study.STUDY.arms}
+    made = {}
+    for teacher, student in study.CURVE.items():
+        assert arms[student].needs == {teacher}
+        ((_, *words),) = study.STUDY.words(arms[teacher], 0)
+        made[teacher] = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
+    best = made["vit-teacher"]
+    assert [cfg.steps for cfg in made.values()] == [40, 100, 200, 400]
+    for cfg in made.values():
+        assert abs(cfg.warmup - best.warmup * cfg.steps / best.steps) < 1
+        assert dataclasses.replace(cfg, steps=best.steps, warmup=best.warmup, out=best.out) == best
+
+
+def test_arms_that_ignore_equal_captions_have_a_twin():
+    arms = {arm.name: arm.command for arm in study.STUDY.arms}
+    for arm in study.APART:
+        assert arms[arm].removesuffix(" --ignore-equal-captions") == arms[arm.removesuffix("-apart")] != arms[arm]
 
 
 def test_core_arms_are_those_of_primary_claims():

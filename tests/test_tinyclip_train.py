@@ -410,7 +410,7 @@ def arms(folder: Path) -> dict[str, list]:
         "resnet-teacher": preset("emoji-resnet-teacher"),
         "resnet": [*preset("emoji-resnet"), *of_resnet],
         "resnet-image": [*preset("emoji-resnet"), *of_resnet, "--inherit-only", "image"],
-        "random-contrastive": [*preset("emoji-contrastive"), "--init", "None"],
+        "random-contrastive": [*preset("emoji-contrastive"), "--init", "None", "--ignore-equal-captions"],
         "inherited-affinity": [*preset("emoji"), *given],
         "random-channels": [*preset("emoji"), *given, "--inherit", "random"],
         "crops": [*preset("emoji"), *given, "--augmentation", "crop", "--no-keep-in-memory", "--depth-rule", "uniform"],

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import open_clip
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shared import checkpoints
+from shared import checkpoints, run
 from shared.resnet import resnet7_small
 from tinyclip.geometry import (
     CONFIGS,
@@ -49,18 +48,29 @@ GROUPS = 4  # of texts of similar length; used on a CPU, where time is proportio
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-def affinity_logits(image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None) -> tuple[Tensor, Tensor]:
-    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's samples (rows) against those of all processes."""
+def affinity_logits(
+    image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None, left_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's samples (rows) against those of all processes.
+
+    Entries where `left_out` (B, N) is True have the smallest number, so that a softmax over a row is 0 there.
+    """
     image, text = image.float(), text.float()
     if gather is None:
-        logits = scale * image @ text.T
-        return logits, logits.T
-    return scale * image @ gather(text).T, scale * text @ gather(image).T
+        to_text = scale * image @ text.T
+        to_image = to_text.T
+    else:
+        to_text, to_image = scale * image @ gather(text).T, scale * text @ gather(image).T
+    if left_out is not None:
+        least = torch.finfo(torch.float32).min
+        to_text, to_image = to_text.masked_fill(left_out, least), to_image.masked_fill(left_out, least)
+    return to_text, to_image
 
 
 def affinity_mimicking_loss(
     image: Tensor, text: Tensor, scale: Tensor | float,
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float, gather: Gather | None = None,
+    left_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(L_i2t, L_t2i): cross entropy of the student's affinities with the teacher's as soft targets.
     U:open_clip/clip_soft_loss.py:54.
@@ -70,33 +80,46 @@ def affinity_mimicking_loss(
     The mean over processes is the loss on all N pairs. For a student equal to the teacher the loss is the teacher's
     entropy, not 0.
     """
-    to_text, to_image = affinity_logits(image, text, scale, gather)
+    to_text, to_image = affinity_logits(image, text, scale, gather, left_out)
     with torch.no_grad():
-        targets = affinity_logits(teacher_image, teacher_text, teacher_scale, gather)
+        targets = affinity_logits(teacher_image, teacher_text, teacher_scale, gather, left_out)
         text_targets, image_targets = (x.softmax(dim=1) for x in targets)
     return F.cross_entropy(to_text, text_targets), F.cross_entropy(to_image, image_targets)
 
 
-def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None = None) -> Tensor:
+def clip_loss(
+    image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None = None, left_out: Tensor | None = None
+) -> Tensor:
     """L_CLIP, symmetric InfoNCE of unit features (B, D); row i has label rank * B + i. U:open_clip/loss.py:109."""
-    to_text, to_image = affinity_logits(image, text, scale, gather)
-    rank = dist.get_rank() if gather is not None and dist.is_initialized() else 0
-    labels = torch.arange(len(image), device=image.device) + rank * len(image)
+    to_text, to_image = affinity_logits(image, text, scale, gather, left_out)
+    labels = own_columns(image, gather)
     return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
+
+
+def own_columns(rows: Tensor, gather: Gather | None) -> Tensor:
+    """Positions of this process's B rows among the gathered ones, (B,)."""
+    return run.own_columns(rows) if gather is not None else torch.arange(len(rows), device=rows.device)
+
+
+def equal_captions(tokens: Tensor, gather: Gather | None = None) -> Tensor:
+    """(B, N) bool: whether a sample of the batch is another one with the row's caption. tokens: (B, S) of one S on all
+    processes."""
+    equal = (tokens[:, None] == (tokens if gather is None else gather(tokens))).all(dim=-1)
+    return equal.scatter(1, own_columns(tokens, gather)[:, None], False)
 
 
 def distillation_loss(
     image: Tensor, text: Tensor, scale: Tensor | float,
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float,
-    alpha: float = 1.0, weight: float = 1.0, gather: Gather | None = None,
+    alpha: float = 1.0, weight: float = 1.0, gather: Gather | None = None, left_out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP, without terms of weight 0. U:training/train.py:161."""
     loss = image.new_zeros((), dtype=torch.float32)
     if alpha > 0:
         teacher = teacher_image, teacher_text, teacher_scale
-        loss = loss + weight * alpha * sum(affinity_mimicking_loss(image, text, scale, *teacher, gather)) / 2
+        loss = loss + weight * alpha * sum(affinity_mimicking_loss(image, text, scale, *teacher, gather, left_out)) / 2
     if alpha < 1:
-        loss = loss + weight * (1 - alpha) * clip_loss(image, text, scale, gather)
+        loss = loss + weight * (1 - alpha) * clip_loss(image, text, scale, gather, left_out)
     return loss
 
 

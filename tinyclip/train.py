@@ -42,8 +42,8 @@ from tinyclip.masks import (
     target_sparsity,
     too_little,
 )
-from tinyclip.model import CLIP, Student, distillation_loss, parameter_counts
-from tinyclip.teacher import Teacher, first_source, load_teacher
+from tinyclip.model import CLIP, Student, distillation_loss, equal_captions, parameter_counts
+from tinyclip.teacher import Teacher, first_source, fitted, load_teacher
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -246,7 +246,12 @@ def train_step(
     image = teacher.image if stage.use_teacher_image else image
     text = teacher.text if stage.use_teacher_text else text
     spread = gather if isinstance(student, DistributedDataParallel) else None
-    loss = distillation_loss(image, text, scale, *(teacher or (None, None, None)), stage.alpha, stage.weight, spread)
+    left_out = None
+    if stage.ignore_equal_captions:
+        context = bare.clip.geometry["text"]["context_length"]
+        left_out = equal_captions(fitted(tokens, context, whole=True), spread)
+    answer = teacher or (None, None, None)
+    loss = distillation_loss(image, text, scale, *answer, stage.alpha, stage.weight, spread, left_out)
     logged = {"loss": loss.detach(), "distillation": loss.detach(), "lr": lr, "logit_scale": scale.detach()}
     constraint = None
     if masks:

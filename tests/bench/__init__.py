@@ -91,12 +91,12 @@ def bench(
     measure: Callable[[argparse.Namespace], None],
     options: argparse.Namespace,
     left_out: str = "",
-    after: Callable[[argparse.Namespace], None] | None = None,
+    after: Callable[[argparse.Namespace], str] | None = None,
     to_the_floor: Callable[[int], None] | None = None,
 ) -> None:
-    """Run `measure(options)` in one process per thread setting and print the table of its rows; then call
-    `after(options)` in this process. `left_out` names the measurements that need --upstream. `to_the_floor(seeds)`
-    runs with one thread only.
+    """Run `measure(options)` in one process per thread setting and print the table of its rows; then print what
+    `after(options)` measures in this process. --results gets both. `left_out` names the measurements that need
+    --upstream. `to_the_floor(seeds)` runs with one thread only.
     """
     if SETTING in os.environ:
         set_up()
@@ -113,7 +113,11 @@ def bench(
         print(f"\nnot run without --upstream PATH: {left_out}")
     if after is not None:
         set_up()
-        after(options)
+        more = after(options)
+        print(f"\n{more}", flush=True)
+        if options.results is not None:
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(f"\n{more}\n")
 
 
 def one_thread() -> bool:
