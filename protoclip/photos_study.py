@@ -24,7 +24,10 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.statistics import Claim
 
 DATA, TEACHER = "data/photos-captions/train", "data/protoclip/photos-teacher.npz"
-LOCKED = f"--data {DATA} --lock-image --model Lite0-emoji --lr 2e-3 --episodes 20 --episode-size 12000 --eval-every 0"
+LOCKED = (
+    f"--data {DATA} --lock-image --model Lite0-emoji --image-size {photos.SIDE} --lr 2e-3 --episodes 20 "
+    "--episode-size 12000 --eval-every 0"
+)
 METHOD = f"{LOCKED} --external-teacher {TEACHER}"
 ARMS = (
     Arm("clip", f"train emoji-clip {LOCKED} --external-teacher None", heading="CLIP"),
@@ -77,7 +80,7 @@ def more_rows(found: Comparison) -> list[dict]:
 
 def lite0_probe() -> dict[str, float]:
     """The floor of the probes: the same linear probe on the locked tower's own features."""
-    found = floors.probed(PROBES, pixel_probe, cached_lite0_features, lite0_view(), scale=1.0)
+    found = floors.probed(PROBES, pixel_probe, cached_lite0_features, lite0_view(photos.SIDE), scale=1.0)
     return found | {PROBE: mean_of_probes(found)}
 
 

@@ -133,8 +133,8 @@ def pixel_clusters() -> dict[str, float]:
 
 
 @functools.cache  # floors read images once for all calls with the same transform object
-def lite0_view() -> Callable:
-    return image_transform(128, train=False, statistics=(LITE0_MEAN, LITE0_STD))
+def lite0_view(side: int = 128) -> Callable:
+    return image_transform(side, train=False, statistics=(LITE0_MEAN, LITE0_STD))
 
 
 def lite0_neighbour(sets: Sequence[str], *metrics: str) -> dict[str, float]:

@@ -46,7 +46,7 @@ from protoclip.model import (
 from protoclip.teacher import Teacher
 from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import image_side, set_grad_checkpointing, trimmed
-from shared.pretrained import efficientnet_lite0, lite0_features
+from shared.pretrained import cached_lite0_features, efficientnet_lite0, lite0_features
 from shared.run import gather
 from shared.zeroshot import quick_top1
 
@@ -292,7 +292,10 @@ def locked_features(
     path = Path(cfg.cache) / f"lite0-{pairs.fingerprint}-{len(pairs)}-{size}-{precision}.npy"
     if not path.exists():
         found = memory.read(pairs, size, tokenize, process)
-        features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
+        if process.device.type == "cpu" and cfg.precision == "auto":  # equal images are computed once
+            features = cached_lite0_features(found.pixels.split(256), cfg.cache)
+        else:
+            features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
         if process.main and not found.broken:  # a file would not record that a neighbour replaced a broken image
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.save_array(path, features.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
