@@ -21,7 +21,7 @@ from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 DATA, TEACHER = "data/photos-captions/train", "data/protoclip/photos-teacher.npz"
 LOCKED = f"--data {DATA} --lock-image --model Lite0-emoji --lr 2e-3 --episodes 20 --episode-size 12000 --eval-every 0"

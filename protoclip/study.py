@@ -25,7 +25,7 @@ from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 LOCKED = "--lock-image --model Lite0-emoji --lr 2e-3 --episodes 20"
 ARMS = (

@@ -269,7 +269,7 @@ STUDIES = [(file.parent.name, file.stem) for name in EVIDENCE for file in sorted
 def test_studies_name_commands_that_are_there(folder: str, name: str):
     study = importlib.import_module(f"{folder}.{name}").STUDY
     assert study.on == ("photos" if name == "photos_study" else "emoji")
-    assert study.folder == folder and set(study.minutes) == {"core", "all"}
+    assert study.folder == folder and set(study.minutes) == {"core", "all"} and study.floors
     names = [job.name for job in (*study.stages, *study.arms)]
     assert len(names) == len(set(names)) and all(arm.heading for arm in study.arms)
     lines = [words for job in (*study.stages, *study.arms) for words in study.words(job, 7)]

@@ -10,16 +10,16 @@ from test_protoclip_eval import EMOJI, cfg, runs, trained  # noqa: F401
 from protoclip import eval as evaluation
 from protoclip import study
 from shared import checkpoints
-from shared.study import statistics
 from shared.study.floors import Floor
 from shared.study.report import Comparison
+from shared.study.verdicts import Claim
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch, tmp_path):
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
-    claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
+    claim = Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
     bars = (Floor("none", lambda: {"groups_id/top1": -1.0}),)
     claims = claim, study.CLAIMS[4]._replace(learned_by=None)
     changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=claims, floors=bars)
