@@ -75,7 +75,7 @@ STUDY = Study(
     before=(
         photos.FLICKR8K,
         photos.CAPTIONS,
-        photos.COCO,
+        Once("shared.corpora.photos coco --root {photos}/coco --train-masks --out data/photos-coco"),
         Once("shared.pretrained smollm2"),
         Once("shared.pretrained efficientnet_lite0"),
         Once(f"lexvla.text --data {DATA} --sets {photos.RETRIEVAL} {COCO} --out {STATES}"),

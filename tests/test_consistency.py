@@ -126,15 +126,15 @@ def dataclasses_of(folder: str) -> list[tuple[Path, str]]:
     return found
 
 
-def used(path: Path, own: str | None = None) -> set[tuple[str, str]]:
-    """(module, name) of everything that a file uses from shared/; with `own`, also the file's own names, of that
+def used(path: Path, own: str | None = None, package: str = "shared") -> set[tuple[str, str]]:
+    """(module, name) of everything that a file uses from a package; with `own`, also the file's own names, of that
     module."""
     alias, found = {}, set()
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom) and node.module == "shared":
+        if isinstance(node, ast.ImportFrom) and node.module == package:
             alias |= {name.asname or name.name: name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared."):
-            found |= {(node.module.removeprefix("shared."), name.name) for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            found |= {(node.module.removeprefix(f"{package}."), name.name) for name in node.names}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in alias:
             found.add((alias[node.value.id], node.attr))
@@ -226,16 +226,17 @@ def test_shared_holds_what_three_papers_use():
         assert len(users[module]) >= 3, f"shared/{module}.py is used by {sorted(users[module])} alone"
 
 
-def test_what_shared_offers_is_used_by_two_papers_or_within():
-    users: dict[tuple[str, str], set[str]] = defaultdict(set)
+@pytest.mark.parametrize("package", ["shared", "shared.study", "shared.corpora"])
+def test_what_shared_offers_is_used_by_two_papers_or_within(package: str):
+    home, users = ROOT / package.replace(".", "/"), defaultdict(set)
     for folder in folders():
-        for name in set().union(*(used(file) for file in (ROOT / folder).glob("*.py"))):
+        for name in set().union(*(used(file, package=package) for file in (ROOT / folder).glob("*.py"))):
             users[name].add(folder)
         for name in re.findall(r"^shared\.(\w+)\(", (ROOT / folder / "__init__.py").read_text(), re.MULTILINE):
             users["__init__", name].add(folder)
-    within = set().union(*(used(file, file.stem) for file in (ROOT / "shared").glob("*.py")))
-    within |= set().union(*(used(file) for file in (ROOT / "shared").glob("*/*.py")))
-    for file in (ROOT / "shared").glob("*.py"):
+    own = {file: file.stem if file.parent == home else None for file in (ROOT / "shared").rglob("*.py")}
+    within = set().union(*(used(file, name, package) for file, name in own.items()))
+    for file in home.glob("*.py"):
         for name in public(file) if file.stem not in TOOLS else ():
             offered = (file.stem, name)
             assert offered in within or len(users[offered]) >= 2, f"{offered}: used by {sorted(users[offered])} alone"
