@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from shared import checkpoints, presets, pytest_options, run
 
 pytest.register_assert_rewrite("scripts")
-from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
+from scripts import cli, embedded_corpus, in_process, start  # noqa: E402, F401  (fixtures)
 
 os.fsync = lambda descriptor: None  # the files that tests write need not survive a power cut
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,6 @@ from test_flame_train import (  # noqa: F401
     SHARDS,
     bank,
     captions,
-    corpus,
     embed_flags,
     folder,
     tiny,

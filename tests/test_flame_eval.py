@@ -20,7 +20,6 @@ from test_flame_train import (  # noqa: F401
     arms,
     bank,
     captions,
-    corpus,
     embed_flags,
     folder,
     tiny,

@@ -23,7 +23,6 @@ from test_flame_embed import (  # noqa: F401
     SHARDS,
     bank,
     captions,
-    corpus,
     embed_flags,
     folder,
     tiny_llm,

@@ -14,16 +14,14 @@ from pathlib import Path
 import pytest
 from graph import BUILDERS
 from scripts import ROOT, finished
-from tiny import FOLDERS, SHARDS, small_corpus, small_set  # noqa: F401
+from tiny import FOLDERS, small_corpus, small_set
 
 SCRIPT, SECONDS = "protoclip.train", 120
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make data` makes it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("house")
     yield path
     shutil.rmtree(path)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import ended, finished, kill_at, metrics, same
+from scripts import SHARDS, ended, finished, kill_at, metrics, same
 from test_nmtune_train import (  # noqa: F401
     SCRIPT,
     SECONDS,
-    SHARDS,
     assert_equal_runs,
     corpus,
     folder,

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from test_protoclip_model import linears, model_of, tiny_model  # noqa: F401
 from tiny import small_set
 
@@ -34,7 +34,6 @@ from protoclip.model import (
 from protoclip.train import extract_features, loss_weights, parameter_groups, schedule, train_episode
 from shared import checkpoints, run
 
-SHARDS = ROOT / "data/emoji/train"
 TEACHER = ROOT / "data/emoji/teacher.npz"
 SCRIPT, SECONDS = "protoclip.train", 60
 
@@ -47,10 +46,9 @@ IN_MEMORY = ["--keep-in-memory", "--distinct-captions", "--crop", "0.7", "1.4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def corpus():
-    for path, command in {SHARDS / "00000.tar": "shared.corpora.emoji", TEACHER: "protoclip.teacher minilm"}.items():
-        if not path.is_file():
-            pytest.fail(f"{path} is missing: `make test` makes it with 'python -m {command}'", pytrace=False)
+def corpus(embedded_corpus: None):
+    if not TEACHER.is_file():
+        pytest.fail(f"{TEACHER} is missing: `python -m protoclip.teacher minilm` makes it", pytrace=False)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import one_sentence
-from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY, corpus  # noqa: F401
+from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY  # noqa: F401
 
 from tinyclip import config, train
 from tinyclip.config import PRESETS, Config
@@ -58,7 +58,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.usefixtures("corpus")
+@pytest.mark.usefixtures("embedded_corpus")
 @pytest.mark.parametrize("case", ERRORS)
 def test_command_line_errors(in_process, tmp_path: Path, case: str):
     (preset, *options), message = ERRORS[case]

@@ -10,7 +10,7 @@ import torch
 import tyro
 from scripts import one_sentence, same
 from test_tinyclip_model import variants
-from test_tinyclip_train import SHARDS, TINY, corpus, folder  # noqa: F401
+from test_tinyclip_train import SHARDS, TINY, folder  # noqa: F401
 from tiny import small_set
 
 from tinyclip import config, train

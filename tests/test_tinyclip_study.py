@@ -9,7 +9,7 @@ import pytest
 import torch
 import tyro
 from test_tinyclip_eval import sets, trained  # noqa: F401
-from test_tinyclip_train import arms, corpus, folder  # noqa: F401
+from test_tinyclip_train import arms, folder  # noqa: F401
 
 from shared import checkpoints
 from shared.study.floors import Floor
