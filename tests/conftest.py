@@ -75,6 +75,11 @@ class Case(dict):
             self.close(prefix + name, actual[name], rtol, atol)
 
 
+def leaf(x: Any) -> torch.Tensor:
+    """A copy of an array of a case that gets a gradient."""
+    return torch.as_tensor(x).clone().requires_grad_()
+
+
 def convert(array: np.ndarray) -> Any:
     return array.item() if array.ndim == 0 else torch.from_numpy(array) if array.dtype.kind in "biuf" else array
 

@@ -47,13 +47,10 @@ def test_command_line_errors(embedded_corpus: None, in_process, tmp_path: Path, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--mask", "low"], ["emoji", "--views", "3"], ["yfcc"], []]
-)
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
+@pytest.mark.parametrize("choice", [["--mask", "low"], ["--views", "3"]])
+def test_choices_that_there_are_not(in_process, choice: list[str]):
+    result = in_process("emoji", *choice)
+    assert result.code == 2 and choice[0] in result.err and "Traceback" not in result.err
 
 
 def thin_towers(method: str, preset: str, **settings):

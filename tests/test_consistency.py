@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tyro
 from graph import BUILDERS, EVIDENCE, GRAPH, PACKAGES, drawn, files, imports, name_of, of_project, page, reached, tree
+from scripts import one_sentence
 
 from shared.presets import folders
 
@@ -333,6 +334,17 @@ def test_help_says_what_each_field_is(folder: str, script: str, capsys, monkeypa
     cls = config(folder, script)
     for name, text in documented(Path(inspect.getfile(cls)), cls.__name__).items():
         assert f"--{name.replace('_', '-')}" in shown and text in shown, name
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_wrong_flags(in_process, folder: str):
+    first = next(iter(presets(folder, "train")))
+    for flag in (["--lerning-rate", "1"], ["--lr", "fast"], ["--precision", "fp8"]):
+        result = in_process(first, *flag, module=f"{folder}.train")
+        assert result.code == 2 and flag[0] in result.err and "Traceback" not in result.err
+    for words in (["imagenet"], []):  # no preset
+        result = in_process(*words, module=f"{folder}.train")
+        assert result.code == 2 and one_sentence(result.err)
 
 
 def test_help_of_a_real_process():

@@ -74,13 +74,6 @@ def test_command_line_errors(in_process, tiny: list, tmp_path: Path, case: str):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
-
-
 def test_help_documents_every_field(in_process):
     for module in (config, embed):
         tree = ast.parse(Path(module.__file__).read_text())
