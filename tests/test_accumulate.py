@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scripts import ended, finished, in_ranks, metrics, start_two
-from tiny import SCRIPTS, commands, small_corpus
+from short_runs import SCRIPTS, commands, small_corpus
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel

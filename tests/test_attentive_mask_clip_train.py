@@ -28,8 +28,8 @@ from scripts import (
     same,
     start_two,
 )
+from short_runs import small_corpus, small_set
 from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, tiny  # noqa: F401
-from tiny import small_corpus, small_set
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 

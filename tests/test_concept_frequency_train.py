@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import small  # noqa: F401  (the models named test)
+import small_models  # noqa: F401  (the models named test)
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, kill_when, start_two
 

@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 from scripts import finished, forked_exports, one_sentence  # noqa: F401
-from tiny import EVAL, SCRIPTS, commands, small_corpus
+from short_runs import EVAL, SCRIPTS, commands, small_corpus
 
 from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, ended, finished, forked_exports, kill_at, metrics, one_sentence, same  # noqa: F401
-from tiny import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
+from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
 
 from shared import checkpoints, data
 from shared.run import read_metrics

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from graph import BUILDERS
 from scripts import ROOT, finished
-from tiny import FOLDERS, small_corpus, small_set
+from short_runs import FOLDERS, small_corpus, small_set
 
 SCRIPT, SECONDS = "protoclip.train", 120
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))

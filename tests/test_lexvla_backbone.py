@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import SHARDS, finished, held, kill_when, same
-from tiny import add_sample, small_corpus
+from short_runs import add_sample, small_corpus
 
 from lexvla import backbone, towers
 from shared import checkpoints, data

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from short_runs import small_set
 from test_protoclip_model import linears, model_of, tiny_model  # noqa: F401
-from tiny import small_set
 
 from protoclip import config, train
 from protoclip.config import PRESETS, Config
@@ -176,7 +176,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     one, two = folder / "protoclip-1", folder / "protoclip-2"
     finished(cli("emoji", *TINY, *LINEAR, "--out", one))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "small", SCRIPT, "emoji", *TINY, *LINEAR, "--out", two]
+    command = [*torchrun, "-m", "small_models", SCRIPT, "emoji", *TINY, *LINEAR, "--out", two]
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )

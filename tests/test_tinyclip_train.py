@@ -27,9 +27,9 @@ import tyro
 from conftest import Case, Watch
 from PIL import Image
 from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from short_runs import small_set
 from test_tinyclip_masks import masks_of
 from test_tinyclip_model import clip_of, example, pooling_widths, tiny
-from tiny import small_set
 
 from shared import checkpoints, run
 from tinyclip import config, train
@@ -588,7 +588,7 @@ def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm
 def test_torchrun(cli, folder: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [*TINY, "--steps", "2", "--model", "test-25"]
-    command = [*torchrun, "-m", "small", SCRIPT, "emoji-teacher", *options, "--out", folder / "torchrun"]
+    command = [*torchrun, "-m", "small_models", SCRIPT, "emoji-teacher", *options, "--out", folder / "torchrun"]
     environment = os.environ | ENVIRONMENT
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

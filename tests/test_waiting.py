@@ -9,7 +9,7 @@ import pytest
 import tyro
 from conftest import Watch
 from scripts import metrics
-from tiny import SCRIPTS, commands, small_corpus
+from short_runs import SCRIPTS, commands, small_corpus
 
 # What takes a step in each script; timm's AdamW, which keeps the number of steps on the CPU, is left out.
 STEP = {"protoclip": ["protoclip_loss", "batch_statistics", "ProtoCLIP.forward"], "nmtune": ["losses"]}

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import small  # noqa: F401  (the models named test)
+import small_models  # noqa: F401  (the models named test)
 import torch
 from scripts import ROOT, SHARDS
 
