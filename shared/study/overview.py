@@ -51,14 +51,28 @@ def counts(rows: Iterable[dict]) -> dict[str, int]:
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
+def pictures_of(summary: dict) -> str:
+    """The study's pictures, from its text about the corpus: emoji, scenes (made of emoji) or photographs."""
+    text = summary["corpus"].lower()
+    if text.startswith("scenes"):
+        return "scenes"
+    return ", ".join(kind for kind in ("emoji", "scenes", "photographs") if kind in text)
+
+
 def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
-    """One row per primary claim (of an abstract): floor, means of both arms, difference, seeds, verdict."""
+    """One row per primary claim (of an abstract): floor, means of both arms, difference, seeds, verdict.
+
+    The floor is shown if it is in the claim's metric, not if the arms are compared with it in another one.
+    """
     rows = []
     for folder, summary in summaries.items():
         primary = [row for row in summary["claims"] if row["primary"]]
         for row, line in zip(primary, shown(primary), strict=True):
             numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
-            about = {"paper": folder, "claim": row["claim"], "the paper's": row["paper"]}
+            if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
+                numbers["floor"] = None
+            about = {"paper": folder, "pictures": pictures_of(summary)}
+            about |= {"claim": row["claim"], "the paper's": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
             rows.append(about | {"difference": line["here"], "seeds": len(summary["seeds"]), "verdict": row["verdict"]})
     return rows
@@ -70,9 +84,9 @@ def settled(rows: list[dict[str, Any]]) -> str:
     return (
         f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The number after ± is "
         "half of the 95 % interval: the smallest difference that the seeds of a row can resolve. Floor: the best that "
-        "chance, raw pixels or the pretrained tower itself reach in the metric that shows whether the claim's arms "
-        "have learned. This is usually the claim's own metric; if the claim is about a slope, a ratio, a spectrum or "
-        "word usage, it is another one, and the floor cannot be compared with the row's other numbers."
+        "chance, raw pixels or the pretrained tower itself reach in the row's metric. Claims about a slope, a ratio, a "
+        "spectrum, word usage, rare concepts or fewer pairs have no floor here: another metric, in the tables below, "
+        "shows whether their arms have learned."
     )
 
 
