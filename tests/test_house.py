@@ -95,6 +95,19 @@ def test_readmes_give_commands():
     assert {words[0].split(".")[0] for words in said()} >= set(FOLDERS) and len(said()) > 30
 
 
+def test_make_help_names_what_there_is():
+    """Targets, and variables that the user may set; lines fit a terminal of 120 columns."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shown = subprocess.run(["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, shown.splitlines())) <= 120
+    targets = set(re.search(r"^\.PHONY: (.+)", makefile, re.MULTILINE)[1].split()) - {"help"}
+    variables = set(re.findall(r"\$\(([A-Z]+)\)", makefile))
+    variables -= {"PY", "CORES", "FOLDERS", "NAMES", "EXTRAS", "OPTIONS"}  # set by the Makefile itself
+    assert not [target for target in targets if f"make {target} " not in shown]
+    assert {"SEEDS", "JOBS", "FLAGS"} <= variables
+    assert not [name for name in variables if not re.search(rf"\b{name}\b", shown)]
+
+
 HELP: dict[tuple[str, ...], str] = {}  # what (module, preset) has shown
 
 
