@@ -12,34 +12,40 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes captions browser test bench bench-data bench-gpu readme clean reproduce-all
+.PHONY: help companion presets data scenes captions browser lowest test bench bench-data bench-gpu readme clean reproduce-all
 .SECONDARY:
 
 help:
-	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table (SEEDS="0 1 2", ARMS=all, RESULTS=file)'
-	@echo '                         CORPUS=photos PHOTOS=PATH: on your photographs, in PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
-	@echo '                         FOLDER: $(sort $(FOLDERS)); hyphens work, too'
-	@echo '                         flame: uses SmolLM2; LLM=gemma installs and uses the multilingual Gemma 3 270M, whose terms you then accept'
-	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS=core or all);'
+	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table, draw plots. FOLDER is'
+	@echo '                         $(sort $(FOLDERS)),'
+	@echo '                         or the same with hyphens'
+	@echo '                         SEEDS="0 1 2", ARMS=all, JOBS=PARALLEL, RESULTS=FILE.json; concept_frequency: UPSTREAM=CLONE'
+	@echo '                         CORPUS=photos PHOTOS=PATH: your photographs, PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
+	@echo '                         flame uses SmolLM2; LLM=gemma installs and uses Gemma 3 270M, whose terms you then accept'
+	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS);'
 	@echo '                         writes the results to runs/report.html'
 	@echo 'make test                install and run all tests, offline after installation'
-	@echo 'make parity-FOLDER UPSTREAM=PATH    compare our functions, presets and map with a clone of the authors'"'"' repository'
-	@echo 'make bench-FOLDER [UPSTREAM=PATH]   speed ratios on the same inputs, each side at its best thread setting; seconds of a core'
-	@echo '                                    until the study'"'"'s baseline is above a floor'
-	@echo 'make bench [CLONES=PATH]            speed ratios of all papers in one table; CLONES: folder with clones of the authors'"'"' repositories'
-	@echo 'make bench-data          data loading: start-up, memory, bytes read, samples/s beside webdataset and open_clip, on shards that it'
-	@echo '                         builds; each row with its aim (RESULTS=FILE also writes the table there)'
-	@echo 'make companion-FOLDER [UPSTREAM=PATH]   companion/FOLDER.html: each equation, our source, the authors'"'"' source, measured differences'
-	@echo 'make companion [CLONES=PATH]        companion pages of all papers'
-	@echo 'make bench-gpu           a CLIP step on the GPU beside open_clip: images/s and memory, written to results/machines/CARD.md'
-	@echo 'make presets             every preset of every paper: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
+	@echo 'make lowest              install the lowest versions that pyproject.toml allows; "make lowest test" tests them'
 	@echo 'make browser             install a browser for the tests of report.html'
+	@echo 'make parity-FOLDER UPSTREAM=CLONE   compare functions, presets and map with a clone of the authors'"'"' repository'
+	@echo 'make bench-FOLDER [UPSTREAM=CLONE]  speed ratios on the same inputs, each side at its best thread setting;'
+	@echo '                         seconds of a core until the study'"'"'s baseline is above a floor'
+	@echo 'make bench [CLONES=PATH] speed ratios of all papers in one table; PATH has clones of the authors'"'"' repositories'
+	@echo 'make bench-data          data loading beside webdataset and open_clip, on shards that it builds: start-up, memory,'
+	@echo '                         bytes read, samples/s, each with its aim (RESULTS=FILE also writes the table there)'
+	@echo 'make bench-gpu           a CLIP step on the GPU beside open_clip: images/s, memory (in results/machines/CARD.md)'
+	@echo 'make companion-FOLDER [UPSTREAM=CLONE]  companion/FOLDER.html: each equation, our source, the authors'"'"' source,'
+	@echo '                         measured differences'
+	@echo 'make companion [CLONES=PATH]  companion pages of all papers'
+	@echo 'make presets             every preset: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
+	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
-	@echo 'make photos-SET ROOT=PATH           convert a downloaded data set to data/SET: flickr8k, pacs, cifar10, coco'
 	@echo 'make captions            write captions of three lengths for the embedded corpus (flame)'
-	@echo 'make clean               delete runs/ and data/ with all that is in them, your own runs and packed pictures included'
-	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html (installs all papers)'
+	@echo 'make photos-SET ROOT=PATH  convert a downloaded data set to data/SET: flickr8k, pacs, cifar10, coco;'
+	@echo '                         FLAGS="...": options of python -m shared.corpora.photos SET'
+	@echo 'make clean               delete runs/ and data/ with all that is in them, your own runs and packed pictures, too'
+	@echo 'PYTHON=python3.12, VENV=.venv: the Python to install with, and the folder to install to'
 
 # ---- installation: base and one extra per folder
 $(PY):
@@ -107,6 +113,11 @@ reproduce-all: $(VENV)/.installed-$(EXTRAS) data
 	$(PY) -m shared.study --seeds $(SEEDS) --arms '$(ARMS)'
 
 # ---- checks
+# The lowest versions that pyproject.toml allows; pip keeps them when `make test` installs what is missing.
+lowest: | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
+	$(PY) -m uv pip install --quiet --python $(PY) --resolution lowest-direct -r pyproject.toml --all-extras
+
 test: $(VENV)/.installed-$(EXTRAS),test data browser
 	$(PY) -m protoclip.teacher minilm
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -27,7 +27,7 @@ from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 STEP_TIMES = "runs/attentive_mask_clip/step_times.json"
 

@@ -40,7 +40,7 @@ from shared.study import floors, locked, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 SPACY = "en_core_web_sm"
 MIN_IMAGES = 10  # test photographs that a noun is in, as in the paper

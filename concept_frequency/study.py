@@ -30,7 +30,7 @@ from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 ARMS = (
     Arm("zipf", "train emoji", heading="Zipf frequencies"),
@@ -165,8 +165,7 @@ def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> lis
 
 def as_row(claim: dict[str, str]) -> dict[str, Any]:
     """The row of the claims table for a claim of the replay, which does not compare arms."""
-    row = verdicts.not_testable(claim["claim"], claim["paper"], claim["here"])
-    return row | {"verdict": claim["verdict"].replace(" at this scale", "")}
+    return verdicts.not_testable(claim["claim"], claim["paper"], claim["here"]) | {"verdict": claim["verdict"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots

@@ -180,31 +180,32 @@ LITE0 = dataclasses.replace(
 )  # fmt: skip
 
 
-def _row(about: str, base: Config, **settings) -> tuple[str, Config]:
+def _preset(about: str, base: Config, **settings) -> tuple[str, Config]:
+    """A preset: what it is, and `base` with other `settings`."""
     return about, dataclasses.replace(base, **settings)
 
 
 PRESETS = {
     "small": ("FLAME on your own --data and their --bank, small", SMALL),
-    "small-clip": _row("a text encoder trained on the shards' captions", SMALL, method="clip", lr=1e-3),
+    "small-clip": _preset("a text encoder trained on the shards' captions", SMALL, method="clip", lr=1e-3),
     "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
-    "emoji-clip": _row(
+    "emoji-clip": _preset(
         "a text encoder trained on the same captions, same images and steps", EMOJI, method="clip", lr=1e-3
     ),
     "emoji-resnet": ("FLAME with a small ResNet from scratch", RESNET),
-    "emoji-resnet-clip": _row("its baseline: a trained text encoder", RESNET, method="clip"),
+    "emoji-resnet-clip": _preset("its baseline: a trained text encoder", RESNET, method="clip"),
     "emoji-lite0": ("FLAME on a locked EfficientNet-Lite0", LITE0),
-    "emoji-lite0-clip": _row("its baseline: a trained text encoder", LITE0, method="clip"),
+    "emoji-lite0-clip": _preset("its baseline: a trained text encoder", LITE0, method="clip"),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
-    "cc3m-vitb16-nce": _row("with the InfoNCE of several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
-    "cc3m-vitb16-raw": _row("raw captions, one facet", CC3M, rows=(0,), facets=1),
-    "cc3m-vitb16-summary": _row("three captions, one facet each", CC3M, rows=(0, 1, 4), facets=3),
-    "cc3m-vitb16-clip": _row("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),
-    "cc3m-vitl14": _row("FLAME, ViT-L/14 (a released config)", CC3M, model="ViT-L-14"),
-    "cc3m-vitl16": _row("FLAME, ViT-L/16", CC3M, model="ViT-L-16"),
+    "cc3m-vitb16-nce": _preset("with the InfoNCE of several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
+    "cc3m-vitb16-raw": _preset("raw captions, one facet", CC3M, rows=(0,), facets=1),
+    "cc3m-vitb16-summary": _preset("three captions, one facet each", CC3M, rows=(0, 1, 4), facets=3),
+    "cc3m-vitb16-clip": _preset("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),
+    "cc3m-vitl14": _preset("FLAME, ViT-L/14 (a released config)", CC3M, model="ViT-L-14"),
+    "cc3m-vitl16": _preset("FLAME, ViT-L/16", CC3M, model="ViT-L-16"),
     "yfcc15m-vitb16": ("FLAME, ViT-B/16, YFCC15M: 84.0 / 87.9 Urban-1k", YFCC15M),
-    "yfcc15m-vitl14": _row("FLAME, ViT-L/14, YFCC15M", YFCC15M, model="ViT-L-14"),
-    "yfcc15m-vitl16": _row("FLAME, ViT-L/16, YFCC15M", YFCC15M, model="ViT-L-16"),
+    "yfcc15m-vitl14": _preset("FLAME, ViT-L/14, YFCC15M", YFCC15M, model="ViT-L-14"),
+    "yfcc15m-vitl16": _preset("FLAME, ViT-L/16, YFCC15M", YFCC15M, model="ViT-L-16"),
 }
 
 

@@ -20,7 +20,7 @@ from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 DATA, HOME = "data/photos-flickr8k/train", "data/flame/photos"
 MULTI30K = ("en", "de", "fr", "cs")

@@ -186,18 +186,21 @@ EMOJI = dataclasses.replace(
 )
 
 
-def _row(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
+def _preset(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
+    """A preset: what it is, and `base` with other `settings`."""
     return about, dataclasses.replace(base, **settings)
 
 
 PRESETS = {
     "small": ("LexVLA with the overuse penalty on your own --data and the --states of their captions, small", SMALL),
     "emoji": ("LexVLA with the overuse penalty on scenes of emoji, minutes on two CPU cores", EMOJI),
-    "emoji-none": _row("... without a penalty", EMOJI, penalty="none"),
-    "emoji-flops": _row("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
+    "emoji-none": _preset("... without a penalty", EMOJI, penalty="none"),
+    "emoji-flops": _preset("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
     # the bias that the LM's first captions give
-    "emoji-bow": _row("... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-5.3),
-    "emoji-dense": _row(
+    "emoji-bow": _preset(
+        "... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-5.3
+    ),
+    "emoji-dense": _preset(
         "a latent baseline of 512 dimensions: same towers, samples and steps",
         EMOJI,
         head="dense",
@@ -205,11 +208,11 @@ PRESETS = {
         bias=0.0,
         pool_cls=False,
     ),
-    "cc12m": _row("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
-    "cc12m-flops": _row("its ablation: FLOPs loss", penalty="flops"),
-    "cc12m-bow": _row("its ablation: bag of words for text", text="bow", lora_rank=0, accumulate=1),
-    "cc12m-clip": _row("its ablation: CLIP's image backbone", backbone="vit_base_patch16_clip_quickgelu_224.openai"),
-    "cc12m-top512": _row("its ablation: 512 words kept in evaluation, trained as cc12m", topk=512),
+    "cc12m": _preset("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
+    "cc12m-flops": _preset("its ablation: FLOPs loss", penalty="flops"),
+    "cc12m-bow": _preset("its ablation: bag of words for text", text="bow", lora_rank=0, accumulate=1),
+    "cc12m-clip": _preset("its ablation: CLIP's image backbone", backbone="vit_base_patch16_clip_quickgelu_224.openai"),
+    "cc12m-top512": _preset("its ablation: 512 words kept in evaluation, trained as cc12m", topk=512),
 }
 
 

@@ -15,7 +15,7 @@ from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 DATA, STATES, COCO = "data/photos-captions/train", "data/lexvla/photos-states.pt", "data/photos-coco/eval/patchdis_val"
 LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # 30,000 captions twice; some hundred pieces occur this often
@@ -75,7 +75,7 @@ STUDY = Study(
     before=(
         photos.FLICKR8K,
         photos.CAPTIONS,
-        photos.COCO,
+        Once("shared.corpora.photos coco --root {photos}/coco --train-masks --out data/photos-coco"),
         Once("shared.pretrained smollm2"),
         Once("shared.pretrained efficientnet_lite0"),
         Once(f"lexvla.text --data {DATA} --sets {photos.RETRIEVAL} {COCO} --out {STATES}"),

@@ -37,7 +37,7 @@ from shared.study import floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 from shared.zeroshot import extract_image_features, owners
 
 BEFORE = (  # the frozen language model encodes all captions once

@@ -26,7 +26,7 @@ from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 PACS = "data/photos-pacs/eval"
 SHIFTED = ("art_painting", "cartoon", "sketch")

@@ -34,7 +34,7 @@ from shared.study import floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 KINDS = {"sup": "label", "clip": "caption"}
 ENCODER_HEADS = {"sup": "lp mlp nmtune", "clip": "lp"}  # heads of each kind of encoder

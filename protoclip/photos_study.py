@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from protoclip import eval as evaluation
-from protoclip.study import lite0_view, pixel_probe
+from protoclip.study import lite0_view, probed
 from shared.pretrained import cached_lite0_features
-from shared.study import floors, photos, verdicts
+from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 DATA, TEACHER = "data/photos-captions/train", "data/protoclip/photos-teacher.npz"
 LOCKED = (
@@ -80,7 +80,7 @@ def more_rows(found: Comparison) -> list[dict]:
 
 def lite0_probe() -> dict[str, float]:
     """The floor of the probes: the same linear probe on the locked tower's own features."""
-    found = floors.probed(PROBES, pixel_probe, cached_lite0_features, lite0_view(photos.SIDE), scale=1.0)
+    found = probed(PROBES, cached_lite0_features, lite0_view(photos.SIDE), scale=1.0)
     return found | {PROBE: mean_of_probes(found)}
 
 

@@ -9,12 +9,13 @@ with a teacher that does not place related names close together.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from protoclip import eval as evaluation
 from protoclip.config import PRESETS
@@ -25,7 +26,7 @@ from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 
 LOCKED = "--lock-image --model Lite0-emoji --lr 2e-3 --episodes 20"
 ARMS = (
@@ -111,9 +112,21 @@ def more_rows(found: Comparison) -> list[dict]:
     return [verdicts.not_testable("absolute ImageNet, COCO and 10-set numbers", numbers, "needs CC2.5M")]
 
 
-def pixel_probe(*data: torch.Tensor) -> dict[str, float]:
-    found = evaluation.linear_probe(*data)
-    return {f"probe_{key}": found[key] for key in ("best", "final")}
+def probed(
+    sets: Sequence[str],
+    features: Callable[[Iterable[torch.Tensor]], torch.Tensor] = floors.join,
+    transform: Callable[[Image.Image], torch.Tensor] = floors.raw_pixels,
+    scale: float = 1 / 255,
+) -> dict[str, float]:
+    """{"SET/METRIC": percent of the linear probe on features times `scale`}, by default on pixels in [-1, 1]."""
+    found = {}
+    for path in sets:
+        (train_x, train_y), (test_x, test_y) = (
+            floors.read(path, split, features, transform) for split in ("train", "test")
+        )
+        result = evaluation.linear_probe(train_x * scale, train_y, test_x * scale, test_y)
+        found |= {f"{Path(path).name}/probe_{key}": result[key] for key in ("best", "final")}
+    return found
 
 
 def on_labels() -> dict[str, float]:
@@ -148,7 +161,7 @@ FLOORS = (
         "nearest neighbour on raw pixels",
         lambda: floors.nearest_neighbour(NAMES) | floors.nearest_neighbour(SUBGROUPS, metrics=["nearest"]),
     ),
-    Floor("linear probe on raw pixels", lambda: floors.probed(SUBGROUPS, pixel_probe)),
+    Floor("linear probe on raw pixels", lambda: probed(SUBGROUPS)),
     Floor("K-means on raw pixels", pixel_clusters),
     Floor(
         "nearest neighbour on EfficientNet-Lite0",
@@ -157,7 +170,7 @@ FLOORS = (
     ),
     Floor(
         "linear probe on EfficientNet-Lite0",
-        lambda: floors.probed(SUBGROUPS, pixel_probe, cached_lite0_features, lite0_view(), scale=1.0),
+        lambda: probed(SUBGROUPS, cached_lite0_features, lite0_view(), scale=1.0),
         arms=LITE0,
     ),
     Floor("image tower trained on labels", on_labels, ceiling=True),

@@ -11,18 +11,19 @@ if sys.platform == "win32":  # no fcntl, which file locks need
     sys.exit(2)
 
 
-def tell_missing_packages(paper: str) -> None:
+def tell_missing_packages(extra: str) -> None:
     """Replace `sys.excepthook`: on a missing package, print the command that installs it and exit with code 2.
 
-    The __init__.py of a paper's folder calls this before any import that may fail.
+    extra: of pyproject.toml, for a paper the name of its folder, whose __init__.py calls this before any import that
+    may fail.
     """
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         package = (getattr(error, "name", None) or "").partition(".")[0]
-        if not isinstance(error, ModuleNotFoundError) or package in ("", paper, "shared"):
+        if not isinstance(error, ModuleNotFoundError) or package in ("", extra, "shared"):
             return shown(kind, error, trace)
-        install = f"pip install '.[{paper.replace('_', '-')}]'"
+        install = f"pip install '.[{extra.replace('_', '-')}]'"
         print(f"error: package {package} is missing; in the project's folder: {install}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

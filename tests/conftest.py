@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from shared import checkpoints, presets, pytest_options, run
 
 pytest.register_assert_rewrite("scripts")
-from scripts import cli, in_process, start  # noqa: E402, F401  (fixtures)
+from scripts import cli, embedded_corpus, in_process, start  # noqa: E402, F401  (fixtures)
 
 os.fsync = lambda descriptor: None  # the files that tests write need not survive a power cut
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +73,11 @@ class Case(dict):
         """`close` for every array under `prefix`. `actual` has names without the prefix, and may have more entries."""
         for name in self.group(prefix):
             self.close(prefix + name, actual[name], rtol, atol)
+
+
+def leaf(x: Any) -> torch.Tensor:
+    """A copy of an array of a case that gets a gradient."""
+    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def convert(array: np.ndarray) -> Any:

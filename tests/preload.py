@@ -19,7 +19,7 @@ OURS = [f"{path.parent.name}.{path.stem}" for path in sorted(PATHS) if "study" n
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 os.fsync = lambda descriptor: None  # what tests write need not survive a power cut
-for name in [*LATE, *OURS, "tests.small"]:
+for name in [*LATE, *OURS, "tests.small_models"]:
     with contextlib.suppress(Exception):  # the test that needs it says what is wrong
         importlib.import_module(name)
 with contextlib.suppress(Exception):

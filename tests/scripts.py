@@ -32,6 +32,7 @@ from shared import export, run
 from shared.study import scripts
 
 ROOT = Path(__file__).parent.parent
+SHARDS = ROOT / "data/emoji/train"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}  # of what is no fork of the server, too
 multiprocessing.set_forkserver_preload(["tests.preload"])
 os.environ["PYTHONPATH"] = ENVIRONMENT["PYTHONPATH"]  # so that a server started in another folder finds it, too
@@ -47,6 +48,13 @@ def script(module: str, arguments: list[str], log: str, environment: dict[str, s
     """Run `python -m module arguments` in this process, which prints to LOG.out and LOG.err."""
     with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
         scripts.script(module, arguments, environment, (out, err))
+
+
+@pytest.fixture(scope="session")
+def embedded_corpus() -> None:
+    """Fail if the embedded corpus is not built."""
+    if not (SHARDS / "00000.tar").is_file():
+        pytest.fail(f"{SHARDS} is missing: `make data` makes it", pytrace=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scripts import ended, finished, in_ranks, metrics, start_two
-from tiny import SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+from short_runs import SCRIPTS, commands, small_corpus
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -219,9 +219,7 @@ PLAIN = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: 'make data' builds it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("accumulate")
     yield path
     shutil.rmtree(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import ROOT, one_sentence
-from test_attentive_mask_clip_train import SCRIPT, TINY, corpus  # noqa: F401
+from test_attentive_mask_clip_train import SCRIPT, TINY  # noqa: F401
 
 from attentive_mask_clip import config
 from attentive_mask_clip.model import ACLIP, create_model
@@ -39,7 +39,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_command_line_errors(corpus: None, in_process, tmp_path: Path, case: str):
+def test_command_line_errors(embedded_corpus: None, in_process, tmp_path: Path, case: str):
     (preset, *options), message = ERRORS[case]
     defaults = TINY if preset == "emoji" else []
     result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
@@ -47,13 +47,10 @@ def test_command_line_errors(corpus: None, in_process, tmp_path: Path, case: str
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--mask", "low"], ["emoji", "--views", "3"], ["yfcc"], []]
-)
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
+@pytest.mark.parametrize("choice", [["--mask", "low"], ["--views", "3"]])
+def test_choices_that_there_are_not(in_process, choice: list[str]):
+    result = in_process("emoji", *choice)
+    assert result.code == 2 and choice[0] in result.err and "Traceback" not in result.err
 
 
 def thin_towers(method: str, preset: str, **settings):
@@ -63,7 +60,7 @@ def thin_towers(method: str, preset: str, **settings):
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)
-def test_dry_run(corpus: None, in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_dry_run(embedded_corpus: None, in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     cfg = config.PRESETS[preset][1]
     if preset not in ("emoji", "small", "small-slip", "small-clip", "yfcc15m-vits16"):

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
-from conftest import Case
+from conftest import Case, leaf
 from scripts import in_ranks
 from torch import nn
 
@@ -49,10 +49,6 @@ def attention_as_in_training():
 
 
 # ------------------------------------------------------------------------------------------------------- from a case
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def vit_sizes(state: dict[str, torch.Tensor], heads: int, images: torch.Tensor | None) -> dict:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from scripts import finished, one_sentence
-from test_attentive_mask_clip_train import SECONDS, corpus, folder  # noqa: F401
+from test_attentive_mask_clip_train import SECONDS, folder  # noqa: F401
 
 from attentive_mask_clip import timing
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import (
-    ROOT,
+    SHARDS,
     Lazily,
     ended,
     finished,
@@ -28,8 +28,8 @@ from scripts import (
     same,
     start_two,
 )
+from short_runs import small_corpus, small_set
 from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, tiny  # noqa: F401
-from tiny import small_corpus, small_set
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,7 +41,6 @@ from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, 
 from shared import checkpoints, data
 from shared.clip import set_grad_checkpointing
 
-SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
 
 STEPS, PER_EPOCH = 9, 3
@@ -50,13 +49,7 @@ TINY = f"""--model test --data {SHARDS}/00000.tar --dataset-size 96 --image-size
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
-
-
-@pytest.fixture(scope="module")
-def folder(corpus: None, tmp_path_factory: pytest.TempPathFactory):
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     """Folder of the runs, emptied at the end."""
     path = tmp_path_factory.mktemp("aclip")
     yield path
@@ -278,7 +271,7 @@ def test_frozen_patches_and_moving_ema(arms: dict[str, Path]):
     assert not torch.equal(clip["visual.patch_embed.proj.weight"], before["visual.patch_embed.proj.weight"])
 
 
-def test_methods_start_from_the_same_towers_and_first_crops(corpus: None):
+def test_methods_start_from_the_same_towers_and_first_crops(embedded_corpus: None):
     states, samples = [], []
     pairs = data.open_pairs(f"{SHARDS}/00000.tar", 8)
     for arm in ("emoji", "emoji-clip", "emoji-slip"):

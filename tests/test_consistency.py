@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tyro
 from graph import BUILDERS, EVIDENCE, GRAPH, PACKAGES, drawn, files, imports, name_of, of_project, page, reached, tree
+from scripts import one_sentence
 
 from shared.presets import folders
 
@@ -126,15 +127,15 @@ def dataclasses_of(folder: str) -> list[tuple[Path, str]]:
     return found
 
 
-def used(path: Path, own: str | None = None) -> set[tuple[str, str]]:
-    """(module, name) of everything that a file uses from shared/; with `own`, also the file's own names, of that
+def used(path: Path, own: str | None = None, package: str = "shared") -> set[tuple[str, str]]:
+    """(module, name) of everything that a file uses from a package; with `own`, also the file's own names, of that
     module."""
     alias, found = {}, set()
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom) and node.module == "shared":
+        if isinstance(node, ast.ImportFrom) and node.module == package:
             alias |= {name.asname or name.name: name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shared."):
-            found |= {(node.module.removeprefix("shared."), name.name) for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            found |= {(node.module.removeprefix(f"{package}."), name.name) for name in node.names}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in alias:
             found.add((alias[node.value.id], node.attr))
@@ -226,16 +227,17 @@ def test_shared_holds_what_three_papers_use():
         assert len(users[module]) >= 3, f"shared/{module}.py is used by {sorted(users[module])} alone"
 
 
-def test_what_shared_offers_is_used_by_two_papers_or_within():
-    users: dict[tuple[str, str], set[str]] = defaultdict(set)
+@pytest.mark.parametrize("package", ["shared", "shared.study", "shared.corpora"])
+def test_what_shared_offers_is_used_by_two_papers_or_within(package: str):
+    home, users = ROOT / package.replace(".", "/"), defaultdict(set)
     for folder in folders():
-        for name in set().union(*(used(file) for file in (ROOT / folder).glob("*.py"))):
+        for name in set().union(*(used(file, package=package) for file in (ROOT / folder).glob("*.py"))):
             users[name].add(folder)
         for name in re.findall(r"^shared\.(\w+)\(", (ROOT / folder / "__init__.py").read_text(), re.MULTILINE):
             users["__init__", name].add(folder)
-    within = set().union(*(used(file, file.stem) for file in (ROOT / "shared").glob("*.py")))
-    within |= set().union(*(used(file) for file in (ROOT / "shared").glob("*/*.py")))
-    for file in (ROOT / "shared").glob("*.py"):
+    own = {file: file.stem if file.parent == home else None for file in (ROOT / "shared").rglob("*.py")}
+    within = set().union(*(used(file, name, package) for file, name in own.items()))
+    for file in home.glob("*.py"):
         for name in public(file) if file.stem not in TOOLS else ():
             offered = (file.stem, name)
             assert offered in within or len(users[offered]) >= 2, f"{offered}: used by {sorted(users[offered])} alone"
@@ -269,7 +271,7 @@ STUDIES = [(file.parent.name, file.stem) for name in EVIDENCE for file in sorted
 def test_studies_name_commands_that_are_there(folder: str, name: str):
     study = importlib.import_module(f"{folder}.{name}").STUDY
     assert study.on == ("photos" if name == "photos_study" else "emoji")
-    assert study.folder == folder and set(study.minutes) == {"core", "all"}
+    assert study.folder == folder and set(study.minutes) == {"core", "all"} and study.floors
     names = [job.name for job in (*study.stages, *study.arms)]
     assert len(names) == len(set(names)) and all(arm.heading for arm in study.arms)
     lines = [words for job in (*study.stages, *study.arms) for words in study.words(job, 7)]
@@ -332,6 +334,17 @@ def test_help_says_what_each_field_is(folder: str, script: str, capsys, monkeypa
     cls = config(folder, script)
     for name, text in documented(Path(inspect.getfile(cls)), cls.__name__).items():
         assert f"--{name.replace('_', '-')}" in shown and text in shown, name
+
+
+@pytest.mark.parametrize("folder", folders())
+def test_wrong_flags(in_process, folder: str):
+    first = next(iter(presets(folder, "train")))
+    for flag in (["--lerning-rate", "1"], ["--lr", "fast"], ["--precision", "fp8"]):
+        result = in_process(first, *flag, module=f"{folder}.train")
+        assert result.code == 2 and flag[0] in result.err and "Traceback" not in result.err
+    for words in (["imagenet"], []):  # no preset
+        result = in_process(*words, module=f"{folder}.train")
+        assert result.code == 2 and one_sentence(result.err)
 
 
 def test_help_of_a_real_process():

@@ -3,7 +3,6 @@ read."""
 
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 
@@ -151,18 +150,13 @@ def test_noise_and_near_copies(bank: sprites.Sprites) -> None:
     assert (offset == offset[0]).all() and abs(offset).max() <= SETTING.image_size // 16
 
 
-def test_items_make_batches_and_patches_have_labels(bank: sprites.Sprites) -> None:
+def test_items_make_batches(bank: sprites.Sprites) -> None:
     shown = scenes.Scenes(SETTING, samples=6, sprites=bank)
     pixels, labels, texts = next(iter(DataLoader(shown, 4)))
     assert pixels.shape == (4, 3, 48, 48) and pixels.dtype == torch.uint8 and labels.shape == (4, 48, 48)
     assert len(texts) == 4 and len(shown) == 6
     with pytest.raises(IndexError):
         shown[6]
-    scene = shown.draw(2)
-    shares = scenes.patch_shares(np.stack([scene.labels] * 2), scene.concepts[0], 8)
-    assert shares.shape == (2, 6, 6)
-    assert math.isclose(shares[1].mean(), (scene.labels == scene.concepts[0]).mean(), rel_tol=1e-5)
-    assert shares[0, 2, 3] == (scene.labels[16:24, 24:32] == scene.concepts[0]).mean(dtype=np.float32)
 
 
 def test_milliseconds_a_scene(bank: sprites.Sprites) -> None:

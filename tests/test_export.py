@@ -15,7 +15,7 @@ import open_clip
 import pytest
 import torch
 from scripts import finished, forked_exports, one_sentence  # noqa: F401
-from tiny import EVAL, SCRIPTS, SHARDS, commands, small_corpus  # noqa: F401
+from short_runs import EVAL, SCRIPTS, commands, small_corpus
 
 from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run
@@ -40,9 +40,7 @@ WITHOUT = {  # measurements that clip-benchmark has not
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("export")
     yield path
     shutil.rmtree(path)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, ended, finished, forked_exports, kill_at, metrics, one_sentence, same  # noqa: F401
-from tiny import FOLDERS, SCRIPTS, SHARDS, add_sample, commands, small_corpus, stages  # noqa: F401
+from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
 
 from shared import checkpoints, data
 from shared.run import read_metrics
@@ -97,9 +97,7 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("faults")
     yield path
     shutil.rmtree(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from scripts import finished, one_sentence
-from test_flame_embed import SECONDS, SHARDS, corpus, folder  # noqa: F401
+from test_flame_embed import SECONDS, SHARDS, folder  # noqa: F401
 
 from flame import captioner
 from flame.recaption import read_captions

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import ROOT, ended, finished, held, one_sentence, start_two
+from scripts import ROOT, SHARDS, ended, finished, held, one_sentence, start_two
 from test_flame_model import left_padded, llm_of, numbered
 
 from flame import embed
@@ -27,20 +27,14 @@ from flame.model import Prompt
 from flame.recaption import read_captions
 from shared import data
 
-SHARDS = ROOT / "data/emoji/train"
 EVAL = ROOT / "data/emoji/eval"
 SCRIPT, SECONDS = "flame.embed", 120
 IMAGES = 160
-
-
-@pytest.fixture(scope="module", autouse=True)
-def corpus():
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
+pytestmark = pytest.mark.usefixtures("embedded_corpus")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("flame")
     yield path
     shutil.rmtree(path)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scripts import one_sentence
+from short_runs import small_set
 from test_flame_train import (  # noqa: F401
     ARMS,
     EVAL,
@@ -20,13 +21,11 @@ from test_flame_train import (  # noqa: F401
     arms,
     bank,
     captions,
-    corpus,
     embed_flags,
     folder,
     tiny,
     tiny_llm,
 )
-from tiny import small_set
 
 from flame import config, study
 from flame import eval as evaluation

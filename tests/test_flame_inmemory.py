@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scripts import finished, kill_at, metrics, same
+from short_runs import small_set
 from test_flame_embed import (  # noqa: F401
     EVAL,
     IMAGES,
@@ -16,13 +17,11 @@ from test_flame_embed import (  # noqa: F401
     SHARDS,
     bank,
     captions,
-    corpus,
     embed_flags,
     folder,
     tiny_llm,
 )
 from test_flame_train import tiny  # noqa: F401
-from tiny import small_set
 
 from flame import config, inmemory, train
 from flame import eval as evaluation

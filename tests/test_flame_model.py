@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from authors_files import beside_weights
-from conftest import Case
+from conftest import Case, leaf
 from open_clip.transformer import VisionTransformer
 from transformers import (
     AutoConfig,
@@ -45,10 +45,6 @@ from flame.model import (
 )
 
 # ------------------------------------------------------------------------------------------------------- from a case
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def llm_of(case: Case, attention: str = "sdpa", **options) -> FrozenLLM:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_flame_embed import SCRIPT, SECONDS, SHARDS, captions, corpus, folder  # noqa: F401
+from test_flame_embed import SCRIPT, SECONDS, SHARDS, captions, folder  # noqa: F401
 
 from flame import recaption
 from flame.recaption import read_captions

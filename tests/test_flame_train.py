@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scripts import Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from short_runs import small_set
 from test_flame_embed import (  # noqa: F401
     EVAL,
     IMAGES,
@@ -23,13 +24,11 @@ from test_flame_embed import (  # noqa: F401
     SHARDS,
     bank,
     captions,
-    corpus,
     embed_flags,
     folder,
     tiny_llm,
 )
 from test_flame_model import tower, tower_of
-from tiny import small_set
 
 from flame import config, embed, train
 from flame import eval as evaluation

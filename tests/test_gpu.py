@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, start_two
+from short_runs import SCRIPTS, commands, features, image_folder, language_model, small_corpus
 from test_accumulate import PLAIN
-from tiny import SCRIPTS, SHARDS, commands, features, image_folder, language_model, small_corpus
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 SCRIPT, SECONDS = "protoclip.train", 300
@@ -67,9 +67,7 @@ cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: 'make data' builds it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("gpu")
     yield path
     shutil.rmtree(path)

@@ -14,16 +14,14 @@ from pathlib import Path
 import pytest
 from graph import BUILDERS
 from scripts import ROOT, finished
-from tiny import FOLDERS, SHARDS, small_corpus, small_set  # noqa: F401
+from short_runs import FOLDERS, small_corpus, small_set
 
 SCRIPT, SECONDS = "protoclip.train", 120
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make data` makes it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("house")
     yield path
     shutil.rmtree(path)
@@ -95,6 +93,19 @@ def said() -> list[list[str]]:
 
 def test_readmes_give_commands():
     assert {words[0].split(".")[0] for words in said()} >= set(FOLDERS) and len(said()) > 30
+
+
+def test_make_help_names_what_there_is():
+    """Targets, and variables that the user may set; lines fit a terminal of 120 columns."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shown = subprocess.run(["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, shown.splitlines())) <= 120
+    targets = set(re.search(r"^\.PHONY: (.+)", makefile, re.MULTILINE)[1].split()) - {"help"}
+    variables = set(re.findall(r"\$\(([A-Z]+)\)", makefile))
+    variables -= {"PY", "CORES", "FOLDERS", "NAMES", "EXTRAS", "OPTIONS"}  # set by the Makefile itself
+    assert not [target for target in targets if f"make {target} " not in shown]
+    assert {"SEEDS", "JOBS", "FLAGS"} <= variables
+    assert not [name for name in variables if not re.search(rf"\b{name}\b", shown)]
 
 
 HELP: dict[tuple[str, ...], str] = {}  # what (module, preset) has shown

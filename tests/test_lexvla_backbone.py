@@ -8,21 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT, finished, held, kill_when, same
-from tiny import add_sample, small_corpus
+from scripts import SHARDS, finished, held, kill_when, same
+from short_runs import add_sample, small_corpus
 
 from lexvla import backbone, towers
 from shared import checkpoints, data
 
 SCRIPT, SECONDS = "lexvla.backbone", 120
-SHARDS = ROOT / "data/emoji/train"
 FLAGS = "--image-size 16 --epochs 3 --batch-size 32 --device cpu --precision fp32".split()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (ROOT / "data/emoji/train/00000.tar").is_file():
-        pytest.fail("data/emoji is missing: `make data` makes it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("stages")
     small_corpus(path / "corpus")
     yield path

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from scripts import same
-from test_lexvla_train import ARMS, SCRIPT, SECONDS, SHARDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
+from test_lexvla_train import ARMS, SCRIPT, SECONDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
 
 from lexvla import checkpoints as run_checkpoints
 from lexvla import text as texts

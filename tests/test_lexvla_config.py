@@ -55,13 +55,6 @@ def test_command_line_errors(in_process, tmp_path: Path, tiny: list[str], case: 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
-
-
 @pytest.mark.parametrize("preset", config.PRESETS)
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there are neither data nor weights

@@ -10,7 +10,7 @@ import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case
+from conftest import Case, leaf
 from scripts import in_ranks
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
@@ -42,10 +42,6 @@ from lexvla.towers import with_lora
 from lexvla.train import quadratic_warmup
 
 GRADIENT = dict(rtol=1e-4, atol=1e-6)
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def check(case: Case, rtol: float = 0.0, atol: float = 0.0, **computed) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_corpora_scenes import bank, corpus  # noqa: F401
-from test_lexvla_train import SCRIPT, SECONDS, SHARDS, folder  # noqa: F401
+from test_lexvla_train import SCRIPT, SECONDS, folder  # noqa: F401
 
 from lexvla import patchdis, scenes
 from lexvla.towers import normalize

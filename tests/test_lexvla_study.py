@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny as tiny_files
+import short_runs
 import torch
 from test_corpora_scenes import bank, corpus  # noqa: F401
 from test_lexvla_scenes import small_corpus, small_scenes  # noqa: F401
@@ -63,7 +63,7 @@ def measured(arms: dict[str, Path], folder: Path, small_set: Path, small_scenes:
         for seed in (0, 1):
             runs.append(str(folder / "eval" / f"{arm}-seed{seed}"))
             shutil.copytree(arms[arm], runs[-1])
-    sets = (str(small_set), tiny_files.small_set("groups_id", folder / "eval sets"))
+    sets = (str(small_set), short_runs.small_set("groups_id", folder / "eval sets"))
     floor = Floor("none", lambda: {study.RECALL: -1.0, study.ALL: 101.0})
     cfg = evaluation.Config(
         runs=tuple(runs), sets=sets, patchdis=str(small_scenes), report=str(folder / "eval/results.json"), device="cpu"

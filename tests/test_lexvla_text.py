@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import language_model, small_corpus
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, folder, lm, states  # noqa: F401
-from tiny import language_model, small_corpus
 from transformers import (
     AutoTokenizer,
     GPT2Config,

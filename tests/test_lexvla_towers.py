@@ -7,25 +7,16 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
+from test_lexvla_model import tiny_lm
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.utils.data import Subset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from lexvla import config, towers, train
 from lexvla.config import Config
 from lexvla.model import ImageEncoder, LoRALinear
 from lexvla.towers import with_lora
 from shared import data, pretrained, run
-
-
-def tiny_lm(**sizes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    defaults = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    return LlamaForCausalLM(LlamaConfig(**(defaults | sizes), num_key_value_heads=1)).eval()
 
 
 def test_lora_targets_of_a_run():

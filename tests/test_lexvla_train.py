@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from test_lexvla_model import check, something_was_compared  # noqa: F401
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -29,16 +29,13 @@ from lexvla import text as texts
 from lexvla.train import cosine_lr, quadratic_warmup
 from shared import checkpoints, data
 
-SHARDS = ROOT / "data/emoji/train"
 GROUPS = ROOT / "data/emoji/eval/groups_id"
 SCRIPT, SECONDS = "lexvla.train", 120
 STEPS, PER_EPOCH = 15, 5
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make data` makes it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("lexvla")
     yield path
     shutil.rmtree(path)

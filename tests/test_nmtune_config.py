@@ -56,12 +56,6 @@ def test_command_line_errors(in_process, tmp_path, case):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nmtune", "--lerning-rate", "1"], ["nmtune", "--lr", "fast"], ["imagenet"], []])
-def test_wrong_flags(in_process, arguments):
-    code, _, err = in_process("nmtune.train", *arguments)
-    assert code == 2 and "Traceback" not in err
-
-
 @pytest.mark.parametrize("script, presets", [("train", config.PRESETS), ("finetune", config.FINETUNE_PRESETS)])
 def test_dry_runs(in_process, script, presets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no data

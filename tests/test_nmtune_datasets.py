@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import SHARDS
 from test_nmtune_model import cases
-from test_nmtune_train import SHARDS, corpus, images, in_process, one_sentence  # noqa: F401
+from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: F401
 
 from nmtune import datasets
 from nmtune.datasets import flip_labels_per_sample

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from short_runs import language_model, small_corpus
 from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: F401
-from tiny import language_model, small_corpus
 
 from nmtune import extract, features
 from nmtune.model import load_encoder

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
-from conftest import Case
+from conftest import Case, leaf
 from PIL import Image
 
 from nmtune import model
@@ -27,10 +27,6 @@ from nmtune.model import (
     timm_transforms,
 )
 from shared.zeroshot import zeroshot_classifier
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def exact(number: float) -> float:

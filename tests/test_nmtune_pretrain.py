@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import ended, finished, kill_at, metrics, same
+from scripts import SHARDS, ended, finished, kill_at, metrics, same
+from short_runs import small_set
 from test_nmtune_train import (  # noqa: F401
     SCRIPT,
     SECONDS,
-    SHARDS,
     assert_equal_runs,
     corpus,
     folder,
@@ -21,7 +21,6 @@ from test_nmtune_train import (  # noqa: F401
     start,
     two,
 )
-from tiny import small_set
 from torch.utils.data import Dataset
 
 from nmtune import config, model, pretrain

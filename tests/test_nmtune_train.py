@@ -21,15 +21,12 @@ from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
 
-SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "nmtune.train", 120
 TUNE = "--encoder timm:resnet_emoji --epochs 2 --batch-size 20 --workers 0 --log-every 1 --precision fp32".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def corpus():
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make data` makes it", pytrace=False)
+def corpus(embedded_corpus: None):
     os.chdir(ROOT)
 
 

@@ -20,7 +20,7 @@ import open_clip
 import pytest
 from PIL import Image, ImageDraw
 from scripts import ROOT, finished
-from tiny import language_model  # noqa: F401
+from short_runs import language_model  # noqa: F401
 
 import shared.resnet  # noqa: F401  (exports of the small ResNet load after it)
 from shared import checkpoints, data

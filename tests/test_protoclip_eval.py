@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
-from tiny import small_set
+from short_runs import small_set
 
 from protoclip import config, train
 from protoclip import eval as evaluation

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case
+from conftest import Case, leaf
 from open_clip.transformer import QuickGELU
 from scripts import in_ranks
 
@@ -29,10 +29,6 @@ from protoclip.model import (
     prototypical_loss,
 )
 from protoclip.train import gather, loss_weights, parameter_groups, share_gradient
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def linears(state: dict[str, torch.Tensor], prefix: str = "") -> list[torch.Tensor]:

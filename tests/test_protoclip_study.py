@@ -5,21 +5,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_protoclip_eval import EMOJI, cfg, runs, trained  # noqa: F401
 
 from protoclip import eval as evaluation
 from protoclip import study
 from shared import checkpoints
-from shared.study import statistics
 from shared.study.floors import Floor
 from shared.study.report import Comparison
+from shared.study.verdicts import Claim
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch, tmp_path):
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
-    claim = statistics.Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
+    claim = Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
     bars = (Floor("none", lambda: {"groups_id/top1": -1.0}),)
     claims = claim, study.CLAIMS[4]._replace(learned_by=None)
     changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=claims, floors=bars)
@@ -57,6 +58,25 @@ def test_the_pretrained_tower_is_a_bar_for_its_own_arms_alone():
     assert not any(arms[name].core for name in study.LITE0)
     both = [claim for claim in study.CLAIMS if {claim.method, claim.baseline} & set(study.LITE0)]
     assert both and all((claim.method, claim.baseline) == study.LITE0 and not claim.primary for claim in both)
+
+
+def test_the_floor_of_the_probe_is_the_same_probe_on_pixels(monkeypatch: pytest.MonkeyPatch):
+    """The probe gets pixels in [-1, 1] and labels of both splits of a set; other features can have another scale."""
+    splits = {"train": (torch.tensor([[-255.0, 51.0]]), torch.tensor([1])), "test": (torch.ones(3, 2), torch.zeros(3))}
+
+    def read(path: str, split: str, features, transform) -> tuple[torch.Tensor, torch.Tensor]:
+        assert path == "sets/bars" and features is study.floors.join and transform is study.floors.raw_pixels
+        return splits[split]
+
+    def probe(train_x, train_y, test_x, test_y) -> dict[str, float]:
+        assert len(train_y) == 1 and test_x.shape == (3, 2) and len(test_y) == 3
+        return {"best": float(train_x[0, 0]), "final": float(train_x[0, 1]), "steps": 9.0}
+
+    monkeypatch.setattr(study.floors, "read", read)
+    monkeypatch.setattr(evaluation, "linear_probe", probe)
+    found = {"bars/probe_best": -1.0, "bars/probe_final": pytest.approx(0.2)}
+    assert study.probed(["sets/bars"]) == found
+    assert study.probed(["sets/bars"], scale=1.0) == {"bars/probe_best": -255.0, "bars/probe_final": 51.0}
 
 
 def test_report_refuses_uneven_seeds(cfg: evaluation.Config):

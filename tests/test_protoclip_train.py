@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from short_runs import small_set
 from test_protoclip_model import linears, model_of, tiny_model  # noqa: F401
-from tiny import small_set
 
 from protoclip import config, train
 from protoclip.config import PRESETS, Config
@@ -34,7 +34,6 @@ from protoclip.model import (
 from protoclip.train import extract_features, loss_weights, parameter_groups, schedule, train_episode
 from shared import checkpoints, run
 
-SHARDS = ROOT / "data/emoji/train"
 TEACHER = ROOT / "data/emoji/teacher.npz"
 SCRIPT, SECONDS = "protoclip.train", 60
 
@@ -47,10 +46,9 @@ IN_MEMORY = ["--keep-in-memory", "--distinct-captions", "--crop", "0.7", "1.4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def corpus():
-    for path, command in {SHARDS / "00000.tar": "shared.corpora.emoji", TEACHER: "protoclip.teacher minilm"}.items():
-        if not path.is_file():
-            pytest.fail(f"{path} is missing: `make test` makes it with 'python -m {command}'", pytrace=False)
+def corpus(embedded_corpus: None):
+    if not TEACHER.is_file():
+        pytest.fail(f"{TEACHER} is missing: `python -m protoclip.teacher minilm` makes it", pytrace=False)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +176,7 @@ def test_two_processes_of_torchrun_equal_one(cli, folder: Path):
     one, two = folder / "protoclip-1", folder / "protoclip-2"
     finished(cli("emoji", *TINY, *LINEAR, "--out", one))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "small", SCRIPT, "emoji", *TINY, *LINEAR, "--out", two]
+    command = [*torchrun, "-m", "small_models", SCRIPT, "emoji", *TINY, *LINEAR, "--out", two]
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from scripts import Lazily, ended, finished, kill_at, metrics, same, start_two
+from short_runs import SCRIPTS, commands, image_folder, small_corpus, small_set
 from test_consistency import config
 from test_faults import trained
 from test_windows import Flaky
-from tiny import SCRIPTS, SHARDS, commands, image_folder, small_corpus, small_set  # noqa: F401
 
 from shared import checkpoints
 
@@ -21,9 +21,7 @@ SCRIPT, SECONDS = "protoclip.train", 120
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: 'make data' builds it", pytrace=False)
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("scale")
     yield path
     shutil.rmtree(path)

@@ -220,3 +220,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     command = [sys.executable, "-m", "shared.study.companion", "lexvlo"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "lexvlo is not a paper's folder; those are" in result.stderr
+
+
+def test_the_command_without_its_extra():
+    run = "runpy.run_module('shared.study.companion', run_name='__main__')"
+    command = [sys.executable, "-c", f"import runpy, sys; sys.modules['markdown'] = None; {run}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    install = "pip install '.[companion]'"
+    assert result.returncode == 2
+    assert result.stderr == f"error: package markdown is missing; in the project's folder: {install}\n"

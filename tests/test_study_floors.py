@@ -97,15 +97,6 @@ def test_bags_of_words_of_what_neighbours_are_captioned_with():
     assert torch.allclose(said @ asked.T, torch.tensor([[0.5, 1.0], [0.0, 0.0]]))
 
 
-def test_a_probe_on_raw_pixels(classes: Path):
-    def probe(*data: torch.Tensor) -> dict[str, float]:
-        train_x, train_y, test_x, test_y = data
-        assert train_x.shape == (2, 3 * floors.SIDE**2) and train_x.abs().max() <= 1 and len(test_x) == 3
-        return {"probe": 100 * float((train_y[(test_x @ train_x.T).argmax(1)] == test_y).float().mean())}
-
-    assert floors.probed([classes], probe) == {"bars/probe": pytest.approx(200 / 3)}
-
-
 def test_cosine_of_centred_pixels_knows_no_brightness():
     picture = Image.fromarray(np.arange(40 * 40 * 3, dtype=np.uint32).reshape(40, 40, 3).astype(np.uint8) // 4)
     brighter = Image.fromarray(np.array(picture) + 60)

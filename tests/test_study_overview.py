@@ -24,7 +24,7 @@ def test_the_readme_counts_verdicts_on_abstracts():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == overview.with_verdicts(readme, overview.read(ROOT / "results")), "run `make readme`"
     rows = [{"primary": True, "verdict": verdict} for verdict in ("not resolved", "reproduced", "not resolved")]
-    summaries = {"paper": {"claims": [*rows, {"verdict": "not reproduced"}]}}
+    summaries = {"paper": {"claims": [*rows, {"primary": False, "verdict": "not reproduced"}]}}
     text = "| folder | verdicts |\n| [`paper/`](a.md) | old |\n| [`papers/`](b.md) | |\n"
     assert overview.with_verdicts(text, summaries) == text.replace(" old ", " 1 reproduced, 2 not resolved ")
 
@@ -45,17 +45,25 @@ def test_claims_of_abstracts_come_first_and_are_counted():
         {"claim": "up", "primary": True, "paper": "+2", "metric": "m", "floor": 30.0, "method": 42.0, "baseline": 40.5}
         | {"difference": 1.5, "interval": [1.0, 2.0], "resolves": 0.5, "verdict": "reproduced"},
         verdicts.not_testable("absolute", "70", "needs data", primary=True),
+        {"claim": "slope", "primary": True, "paper": "+2", "metric": "s", "floor": 30.0, "method": 0.2, "baseline": 0.0}
+        | {"difference": 0.2, "interval": [0.1, 0.3], "resolves": 0.1, "verdict": "reproduced"},
         verdicts.not_testable("other", "70", "needs data"),
     ]
-    found = overview.primary_rows({"protoclip": {"claims": rows, "seeds": [0, 1, 2]}})
-    assert [row["claim"] for row in found] == ["up", "absolute"]
+    floors = {"chance": {"m": 1.0, "s": 1.0}, "pixels": {"m": 30.0}}
+    summary = {"corpus": "Scenes of emoji", "floors": floors, "claims": rows, "seeds": [0, 1, 2]}
+    found = overview.primary_rows({"protoclip": summary})
+    assert [row["claim"] for row in found] == ["up", "absolute", "slope"]
     assert [found[0][key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
     assert found[0]["difference"] == "+1.50 ± 0.50" and found[0]["seeds"] == 3 and found[1]["floor"] == "-"
-    assert (
-        "2 claims" in overview.settled(found)
-        and "1 have" in overview.settled(found)
-        and "50%" in overview.settled(found)
-    )
+    assert found[2]["floor"] == "-" and found[2]["method"] == "0.20"  # its floor is in another metric
+    assert overview.settled(found).startswith("Of 3 claims of abstracts, 2 have a resolved verdict (67%).")
+
+
+def test_the_first_table_says_which_pictures_a_study_has():
+    found = {name: overview.pictures_of(summary) for name, summary in overview.read(ROOT / "results").items()}
+    assert set(found.values()) == {"emoji", "scenes", "emoji, scenes"} and found["tldr_reduction"] == "scenes"
+    photographs = overview.read(ROOT / "results/photos").values()
+    assert {overview.pictures_of(summary) for summary in photographs} == {"photographs"}
 
 
 def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
@@ -71,7 +79,7 @@ def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
     assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in page
     section = page[page.index('id="nmtune"') :].split(report.PHOTOGRAPHS)[1]
     rows = [line for line in section.splitlines() if claim in line or "asked here alone" in line]
-    verdict = overview.shown(emoji["claims"][:1])[0]["verdict"]
+    verdict = emoji["claims"][0]["verdict"]
     assert rows[0].count(verdict) == 2 and rows[1].rstrip(" |").endswith("| -")
     assert overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path).count("<h3>") == 1
 

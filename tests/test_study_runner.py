@@ -13,8 +13,7 @@ import torch
 from shared.study import runner
 from shared.study.floors import Floor
 from shared.study.runner import Arm, Once, Stage, Study
-from shared.study.statistics import Claim
-from shared.study.verdicts import not_testable
+from shared.study.verdicts import Claim, not_testable
 
 SCRIPT = """
     import sys, pathlib, shutil
@@ -163,7 +162,7 @@ def test_results_and_clones(study: Study):
     with pytest.raises(ValueError, match="does not use a clone"):
         runner.run(study, runner.Options(upstream="clone"))
     assert not Path("order.txt").exists()
-    rows = lambda found, said="": [{"claim": said, "paper": "-", "here": "-", "verdict": "no claim"}]  # noqa: E731
+    rows = lambda found, said="": [not_testable(said, "-", "-")]  # noqa: E731
     reading = dataclasses.replace(study, upstream=lambda clone: {"said": f"read {clone}"}, more_rows=rows)
     runner.run(reading, runner.Options(results="clone"))
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
@@ -179,7 +178,7 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
     assert "claims about top1 are left out: add their sets to --sets" in capfd.readouterr().out
 
 
-def test_studies_with_floors_write_schema_2(study: Study, capfd: pytest.CaptureFixture):
+def test_results_hold_floors_and_judged_claims(study: Study, capfd: pytest.CaptureFixture):
     floors = (Floor("chance", lambda: {"top1": 1.0}), Floor("labels", lambda: {"top1": 60.0}, ceiling=True))
     claims = (
         Claim("shown", None, "top1", "method", "base"),
@@ -244,7 +243,7 @@ def test_metrics_of_several_runs_can_be_claimed(study: Study):
 
     claims = (Claim("above", "+4", "above", "method", "base", 1, 4.0),)
     runner.run(dataclasses.replace(study, derive=derive, claims=claims), runner.Options(seeds=(0, 1), jobs=1))
-    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["here"].startswith("+5.00")
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["difference"] == pytest.approx(5.0)
 
 
 def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):

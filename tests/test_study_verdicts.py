@@ -7,8 +7,7 @@ import pytest
 from scipy import stats
 
 from shared.study import verdicts
-from shared.study.statistics import Claim
-from shared.study.verdicts import Scatter, holm, judged, own, pooled, shown, verdict
+from shared.study.verdicts import Claim, Scatter, holm, judged, own, pooled, shown, verdict
 
 CLAIM = Claim("higher", "+4", "m", "ours", "base", 1, 4.0, True, 1.0)
 FLOORS = [((), {"m": 1.0}), ((), {"m": 30.0}), (("ours", "other"), {"m": 46.0})]  # chance, pixels, a pretrained tower
@@ -171,10 +170,10 @@ def test_what_is_negligible_is_at_most_half_the_effect():
         judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), [], False)
 
 
-def test_tables_star_primary_claims_and_leave_old_rows_alone():
-    old = {"claim": "a", "paper": "-", "here": "+1.00 ± 0.50", "verdict": "not resolved at this scale"}
+def test_tables_star_primary_claims():
     rows = judged([CLAIM], arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6]), [], False)
-    lines = shown([*rows, verdicts.not_testable("ImageNet", "55.22", "needs CC3M", primary=True), old])
+    one_seed = judged([CLAIM._replace(primary=False)], arms([10.0], [50.0]), [], False)
+    lines = shown([*rows, verdicts.not_testable("ImageNet", "55.22", "needs CC3M", primary=True), *one_seed])
     assert lines[0]["claim"] == "★ higher" and lines[0]["here"].startswith("+5.03 ± ")
     assert lines[1] == {
         "claim": "★ ImageNet",
@@ -183,7 +182,18 @@ def test_tables_star_primary_claims_and_leave_old_rows_alone():
         "resolves": "-",
         "verdict": "not testable here",
     }
-    assert lines[2] == old | {"verdict": "not resolved"}
+    assert lines[2] == {
+        "claim": "higher",
+        "paper": "+4",
+        "here": "+40.00",
+        "resolves": "-",
+        "verdict": "not resolved",
+    }
+
+
+def test_pairing_by_seed_removes_what_seeds_share():
+    rows = judged([CLAIM], arms([10.0, 20.0, 30.0], [14.0, 24.0, 34.0]), [], False)
+    assert rows[0]["verdict"] == "reproduced" and shown(rows)[0]["here"] == "+4.00 ± 0.00"
 
 
 def test_scatter_is_pooled_over_arms_that_claims_connect():

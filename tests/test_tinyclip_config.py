@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import one_sentence
-from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY, corpus  # noqa: F401
+from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY  # noqa: F401
 
 from tinyclip import config, train
 from tinyclip.config import PRESETS, Config
@@ -58,7 +58,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.usefixtures("corpus")
+@pytest.mark.usefixtures("embedded_corpus")
 @pytest.mark.parametrize("case", ERRORS)
 def test_command_line_errors(in_process, tmp_path: Path, case: str):
     (preset, *options), message = ERRORS[case]
@@ -66,13 +66,6 @@ def test_command_line_errors(in_process, tmp_path: Path, case: str):
     result = in_process(preset, *defaults, "--out", tmp_path / "run", *options)
     assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("arguments", [["emoji", "--lerning-rate", "1"], ["emoji", "--lr", "fast"], ["imagenet"], []])
-def test_wrong_flags(in_process, arguments: list[str]):
-    result = in_process(*arguments)
-    assert result.code == 2 and "Traceback" not in result.err
-    assert all(word in result.err for word in arguments[1:2])
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)

@@ -9,9 +9,9 @@ import pytest
 import torch
 import tyro
 from scripts import one_sentence, same
+from short_runs import small_set
 from test_tinyclip_model import variants
-from test_tinyclip_train import SHARDS, TINY, corpus, folder  # noqa: F401
-from tiny import small_set
+from test_tinyclip_train import SHARDS, TINY, folder  # noqa: F401
 
 from tinyclip import config, train
 from tinyclip import eval as evaluation

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Case
-from test_tinyclip_model import TEXT, VISION, clip_of, example, head_widths, leaf, some_masks, tiny, towers, variants
+from conftest import Case, leaf
+from test_tinyclip_model import TEXT, VISION, clip_of, example, head_widths, some_masks, tiny, towers, variants
 
 from tinyclip.geometry import convert_state_dict, geometry
 from tinyclip.masks import (

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
-from conftest import Case
+from conftest import Case, leaf
 from PIL import Image
 from scripts import ROOT, in_ranks, same
 
@@ -70,10 +70,6 @@ def example(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(5)
     tokens = torch.randint(1, 29, (n, 8)).scatter(1, torch.randint(2, 8, (n, 1)), 29)
     return torch.randn(n, 3, 16, 16), tokens
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def variants(case: Case) -> list[str]:

@@ -10,12 +10,13 @@ import torch
 import tyro
 from scripts import ROOT
 from test_tinyclip_eval import sets, trained  # noqa: F401
-from test_tinyclip_train import arms, corpus, folder  # noqa: F401
+from test_tinyclip_train import arms, folder  # noqa: F401
 
 from shared import checkpoints
-from shared.study import overview, statistics
+from shared.study import overview
 from shared.study.floors import Floor
 from shared.study.report import Comparison
+from shared.study.verdicts import Claim
 from tinyclip import config, study
 from tinyclip import eval as evaluation
 
@@ -32,8 +33,8 @@ def test_report(runs: dict[str, Path], sets, tmp_path: Path, capsys: pytest.Capt
     given = dict(sets=sets, throughput=False, device="cpu")
     cfg = evaluation.Config(tuple(map(str, runs.values())), report=str(tmp_path / "results.json"), **given)
     arms = "inherited-affinity", "random-contrastive"
-    claim = statistics.Claim("higher", "+1", "groups_id/top1", *arms, primary=True)
-    faster = statistics.Claim("faster", "1.4x", study.TIME, *arms, -1, learned_by="groups_id/top1")
+    claim = Claim("higher", "+1", "groups_id/top1", *arms, primary=True)
+    faster = Claim("faster", "1.4x", study.TIME, *arms, -1, learned_by="groups_id/top1")
     metrics, bars = {"groups_id/top1": "groups", "macs_g": "G"}, (Floor("none", lambda: {"groups_id/top1": -1.0}),)
     changed = dict(claims=(faster, claim), metrics=metrics, floors=bars, sets=())
     monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, **changed))

@@ -26,10 +26,10 @@ import torch
 import tyro
 from conftest import Case, Watch
 from PIL import Image
-from scripts import ENVIRONMENT, ROOT, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from short_runs import small_set
 from test_tinyclip_masks import masks_of
 from test_tinyclip_model import clip_of, example, pooling_widths, tiny
-from tiny import small_set
 
 from shared import checkpoints, run
 from tinyclip import config, train
@@ -39,7 +39,6 @@ from tinyclip.masks import L0Mask
 from tinyclip.model import CLIP, Student, distillation_loss, load_clip
 from tinyclip.train import first_weights, image_transform, lr_at, mask_lr_at, mask_param_groups, param_groups
 
-SHARDS = ROOT / "data/emoji/train"
 SCRIPT, SECONDS = "tinyclip.train", 90
 STEPS = 8
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
@@ -48,13 +47,7 @@ MASKS = "--prune-step 4 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0".spli
 
 
 @pytest.fixture(scope="module")
-def corpus():
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, corpus):
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     """For run folders; emptied at the end."""
     path = tmp_path_factory.mktemp("tinyclip")
     yield path
@@ -327,7 +320,7 @@ def test_tokenizer(case):
     case.close("tokens", open_clip.SimpleTokenizer(context_length=case["context_length"])(texts))
 
 
-def test_batches_in_memory_are_those_that_are_read(corpus: None, tmp_path: Path):
+def test_batches_in_memory_are_those_that_are_read(embedded_corpus: None, tmp_path: Path):
     """Equal bit for bit: images, tokens up to the longest, the teacher's features; also from the middle on."""
     words = [*preset("emoji-contrastive"), *TINY, "--out", str(tmp_path), "--init", "None", "--alpha", "0.5"]
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
@@ -353,7 +346,7 @@ def in_memory(words: list[str]) -> train.Corpus:
     return corpus
 
 
-def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path: Path):
+def test_crops_in_memory_are_a_function_of_epoch_and_row(embedded_corpus: None, tmp_path: Path):
     """A resumed run has the crops of an uninterrupted one; they are crops of the images that `augmentation` none
     shows."""
     words = [*preset("emoji-resnet-contrastive"), *TINY, "--init", "None", "--out", str(tmp_path)]
@@ -370,7 +363,7 @@ def test_crops_in_memory_are_a_function_of_epoch_and_row(corpus: None, tmp_path:
     assert 4 * (shown - images[index]).abs().mean() < (whole[0][0] - images[index]).abs().mean()
 
 
-def test_distinct_captions_are_apart_on_every_process(corpus: None, tmp_path: Path):
+def test_distinct_captions_are_apart_on_every_process(embedded_corpus: None, tmp_path: Path):
     names = str(ROOT / "data/emoji/train_names")
     words = [*preset("emoji-resnet-contrastive"), *TINY, "--init", "None", "--data", names, "--out", str(tmp_path)]
     one = in_memory(words)
@@ -595,7 +588,7 @@ def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm
 def test_torchrun(cli, folder: Path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = [*TINY, "--steps", "2", "--model", "test-25"]
-    command = [*torchrun, "-m", "small", SCRIPT, "emoji-teacher", *options, "--out", folder / "torchrun"]
+    command = [*torchrun, "-m", "small_models", SCRIPT, "emoji-teacher", *options, "--out", folder / "torchrun"]
     environment = os.environ | ENVIRONMENT
     result = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
@@ -681,7 +674,7 @@ def test_a_teacher_of_another_image_size(in_process, runs: dict[str, Path], tmp_
     assert "the teacher sees 16 pixels and 24 tokens, the student 24 and 24: its images are resized" in result.out
 
 
-@pytest.mark.usefixtures("corpus")
+@pytest.mark.usefixtures("embedded_corpus")
 def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     shard, out = tmp_path / "shard.tar", tmp_path / "run"
     shutil.copy(SHARDS / "00000.tar", shard)

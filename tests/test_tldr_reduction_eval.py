@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from scripts import finished
+from short_runs import small_set
 from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
-from tiny import small_set
 
 from shared.study import report
 from tldr_reduction import eval as evaluation

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case
+from conftest import Case, leaf
 from test_tldr_reduction_blip import gradients, load, text_of, vision_of
 
 from tldr_reduction import blip, config, model
@@ -23,10 +23,6 @@ from tldr_reduction.model import (
     sampled_codebook,
 )
 from tldr_reduction.tokenizer import PROMPT, build_vocab, tokenizer_of
-
-
-def leaf(x) -> torch.Tensor:
-    return torch.as_tensor(x).clone().requires_grad_()
 
 
 def exact(number: float) -> float:

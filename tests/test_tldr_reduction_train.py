@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, Ended, Lazily, ended, finished, kill_at, metrics, same, start_two
+from scripts import SHARDS, Ended, Lazily, ended, finished, kill_at, metrics, same, start_two
 from test_tldr_reduction_model import exact
 
 from shared import checkpoints
@@ -24,7 +24,6 @@ from tldr_reduction.datasets import LockedPairs, open_pairs, view_of
 from tldr_reduction.tokenizer import build_vocab
 from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
 
-SHARDS = ROOT / "data/emoji/train"
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
 PROGRAMS = {  # a stage of the chain: module, preset
     "captioner": ("tldr_reduction.captioner", "emoji"),
@@ -53,10 +52,8 @@ OWN = {  # flags of a stage besides SIZES and COMMON
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     """Folder with shards and a vocabulary of 160 pairs in the layout of `corpus`, and for runs; deleted at the end."""
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: `make test` makes it with 'python -m shared.corpora.emoji'", pytrace=False)
     path = tmp_path_factory.mktemp("tldr")
     entries, captions = [], []
     for key, image, description in corpus.samples(SHARDS.parent):

@@ -9,7 +9,7 @@ import pytest
 import tyro
 from conftest import Watch
 from scripts import metrics
-from tiny import SCRIPTS, SHARDS, commands, small_corpus
+from short_runs import SCRIPTS, commands, small_corpus
 
 # What takes a step in each script; timm's AdamW, which keeps the number of steps on the CPU, is left out.
 STEP = {"protoclip": ["protoclip_loss", "batch_statistics", "ProtoCLIP.forward"], "nmtune": ["losses"]}
@@ -19,9 +19,7 @@ MAIN = {"concept_frequency": "train"}
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory):
-    if not (SHARDS / "00000.tar").is_file():
-        pytest.fail(f"{SHARDS} is missing: 'make data' builds it", pytrace=False)
+def given(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("waiting")
     (path / "parts").mkdir()
     yield commands(small_corpus(path / "corpus"), path / "parts")

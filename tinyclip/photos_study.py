@@ -13,7 +13,7 @@ from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 from tinyclip import eval as evaluation
 from tinyclip.study import IA, IC, RA, RC
 

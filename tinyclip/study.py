@@ -19,9 +19,9 @@ from shared.checkpoints import load_checkpoint, read_json
 from shared.run import read_metrics
 from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
-from shared.study.report import Comparison
+from shared.study.report import Comparison, spread
 from shared.study.runner import Arm, Once, Study
-from shared.study.statistics import Claim, spread
+from shared.study.verdicts import Claim
 from tinyclip import eval as evaluation
 from tinyclip.geometry import CONFIGS
 from tinyclip.model import create_model

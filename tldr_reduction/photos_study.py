@@ -21,7 +21,7 @@ from shared import checkpoints, cli, data, run, zeroshot
 from shared.study import locked, photos, verdicts
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Stage, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 from shared.tars import descriptions
 from tldr_reduction import study
 

@@ -31,7 +31,7 @@ from shared.study import floors, runner, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Stage, Study
-from shared.study.statistics import Claim
+from shared.study.verdicts import Claim
 from tldr_reduction import eval as evaluation
 from tldr_reduction.datasets import LockedPairs, eval_transform, of_lite0, open_pairs
 

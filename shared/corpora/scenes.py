@@ -334,13 +334,6 @@ def blend(picture: np.ndarray, colour: np.ndarray, clear: np.ndarray, top: int, 
     np.add(through, colour, out=region, casting="unsafe")
 
 
-def patch_shares(labels: np.ndarray, concept: int, patch: int) -> np.ndarray:
-    """(..., S / patch, S / patch) float32: share of each patch that a concept covers; labels (..., S, S)."""
-    *batch, height, width = labels.shape
-    mask = (labels == concept).reshape(*batch, height // patch, patch, width // patch, patch)
-    return mask.mean((-3, -1), dtype=np.float32)
-
-
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 

@@ -16,15 +16,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import latex2mathml.converter
-import markdown
 import tyro
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
 
+import shared
 from shared import cli, presets
 from shared.checkpoints import read_json
+
+try:
+    import latex2mathml.converter
+    import markdown
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+except ModuleNotFoundError:
+    shared.tell_missing_packages("companion")
+    raise
 
 COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
 REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")

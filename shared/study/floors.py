@@ -139,22 +139,3 @@ def captions_of_neighbours(
         for lines in ([captions[row] for row in nearest], texts)
     )
     return said, asked
-
-
-def probed(
-    sets: Iterable[str | Path],
-    probe: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, float]],
-    features: Callable[[Iterable[Tensor]], Tensor] = join,
-    transform: Callable[[Image.Image], Tensor] = raw_pixels,
-    scale: float = 1 / 255,
-) -> dict[str, float]:
-    """{"SET/METRIC": percent of a paper's linear probe on features times `scale`}, by default pixels in [-1, 1].
-
-    probe(train_x, train_y, test_x, test_y) -> {METRIC: percent}.
-    """
-    found = {}
-    for path in sets:
-        (train_x, train_y), (test_x, test_y) = (read(path, split, features, transform) for split in ("train", "test"))
-        result = probe(train_x * scale, train_y, test_x * scale, test_y)
-        found |= {f"{Path(path).name}/{metric}": value for metric, value in result.items()}
-    return found

@@ -51,19 +51,28 @@ def counts(rows: Iterable[dict]) -> dict[str, int]:
     return {verdict: found[verdict] for verdict in VERDICTS}
 
 
-def all_counts(summary: dict) -> dict[str, int]:
-    """`counts` of all claims of a results file."""
-    return counts(shown(summary["claims"]))
+def pictures_of(summary: dict) -> str:
+    """The study's pictures, from its text about the corpus: emoji, scenes (made of emoji) or photographs."""
+    text = summary["corpus"].lower()
+    if text.startswith("scenes"):
+        return "scenes"
+    return ", ".join(kind for kind in ("emoji", "scenes", "photographs") if kind in text)
 
 
 def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
-    """One row per primary claim (of an abstract): floor, means of both arms, difference, seeds, verdict."""
+    """One row per primary claim (of an abstract): floor, means of both arms, difference, seeds, verdict.
+
+    The floor is shown if it is in the claim's metric, not if the arms are compared with it in another one.
+    """
     rows = []
     for folder, summary in summaries.items():
-        primary = [row for row in summary["claims"] if row.get("primary")]
+        primary = [row for row in summary["claims"] if row["primary"]]
         for row, line in zip(primary, shown(primary), strict=True):
             numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
-            about = {"paper": folder, "claim": row["claim"], "the paper's": row["paper"]}
+            if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
+                numbers["floor"] = None
+            about = {"paper": folder, "pictures": pictures_of(summary)}
+            about |= {"claim": row["claim"], "the paper's": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
             rows.append(about | {"difference": line["here"], "seeds": len(summary["seeds"]), "verdict": row["verdict"]})
     return rows
@@ -75,9 +84,9 @@ def settled(rows: list[dict[str, Any]]) -> str:
     return (
         f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The number after ± is "
         "half of the 95 % interval: the smallest difference that the seeds of a row can resolve. Floor: the best that "
-        "chance, raw pixels or the pretrained tower itself reach in the metric that shows whether the claim's arms "
-        "have learned. This is usually the claim's own metric; if the claim is about a slope, a ratio, a spectrum or "
-        "word usage, it is another one, and the floor cannot be compared with the row's other numbers."
+        "chance, raw pixels or the pretrained tower itself reach in the row's metric. Claims about a slope, a ratio, a "
+        "spectrum, word usage, rare concepts or fewer pairs have no floor here: another metric, in the tables below, "
+        "shows whether their arms have learned."
     )
 
 
@@ -115,7 +124,7 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
 def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
     """The root README with the verdicts of each paper's primary claims, counted, in the last cell of its row."""
     for folder, summary in summaries.items():
-        found = counts(row for row in summary["claims"] if row.get("primary"))
+        found = counts(row for row in summary["claims"] if row["primary"])
         words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
         readme = re.sub(rf"^(\| \[`{folder}/`\].*\|)[^|\n]*\|$", rf"\g<1> {words} |", readme, flags=re.MULTILINE)
     return readme
@@ -126,7 +135,7 @@ def overview_table(summaries: dict[str, dict]) -> str:
     return table(
         [
             {"paper": f"[{summary['paper']}](#{folder})"}
-            | {verdict: n or "" for verdict, n in all_counts(summary).items()}
+            | {verdict: n or "" for verdict, n in counts(summary["claims"]).items()}
             for folder, summary in summaries.items()
         ]
     )
@@ -138,7 +147,8 @@ def section(study: Study, summary: dict, other: dict | None) -> list[str]:
     return [
         f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
         f"    {command(study, summary)}",
-        *([f"{summary['corpus']}.", arms_table(study, summary)] if "floors" in summary else []),
+        f"{summary['corpus']}.",
+        arms_table(study, summary),
         table(report.claim_rows(summary, other)),
     ]
 
@@ -175,8 +185,10 @@ def picture(path: Path) -> str:
 
 def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
     """Text of report.html: RESULTS.md with tables of arms and embedded plots."""
-    overview = [{"paper": each["paper"]} | all_counts(each) for each in summaries.values()]
-    overview += [{"paper": f"{each['paper']}, on photographs"} | all_counts(each) for each in photographs.values()]
+    overview = [{"paper": each["paper"]} | counts(each["claims"]) for each in summaries.values()]
+    overview += [
+        {"paper": f"{each['paper']}, on photographs"} | counts(each["claims"]) for each in photographs.values()
+    ]
     folders = sorted(summaries | photographs)
     links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in folders)
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
@@ -201,12 +213,11 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
 
 def html_section(study: Study, summary: dict, other: dict | None, pictures: Path) -> list[str]:
     """HTML of `section`, with the plots of the study."""
-    page, folder = [f"<p>{html.escape(provenance(summary))}</p>"], study.folder
-    if "corpus" in summary:
-        page.append(f"<p>{html.escape(summary['corpus'])}.</p>")
+    folder = study.folder
+    page = [f"<p>{html.escape(text)}</p>" for text in (provenance(summary), f"{summary['corpus']}.")]
     claims = html_table(report.claim_rows(summary, other))
     page.append(f"<p><code>{html.escape(command(study, summary))}</code></p>{claims}")
-    page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary.get("floors"))))
+    page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"])))
     found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
     return page + [picture(path) for path in sorted(found)]
 
@@ -220,7 +231,7 @@ def read(folder: Path) -> dict[str, dict]:
 def judge_again(folder: Path, on: str) -> None:
     """Judge the claims of results files again, by today's studies and the numbers in the files, and write the files."""
     for paper, summary in read(folder).items():
-        if "floors" in summary and summary != (again := study_of(paper, on).judged_again(summary)):
+        if summary != (again := study_of(paper, on).judged_again(summary)):
             write_json(folder / f"{paper}.json", again)
             print(f"{folder / f'{paper}.json'}: its claims were judged again, by today's {paper}/study.py")
 

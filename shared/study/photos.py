@@ -28,7 +28,6 @@ FLICKR8K = Once(f"{BUILD} flickr8k {BOTH} --out data/photos-flickr8k")  # one sa
 CAPTIONS = Once(f"{BUILD} flickr8k {BOTH} --every-caption --out data/photos-captions")  # one sample per caption
 PACS = Once(f"{BUILD} pacs --root {{photos}}/pacs --out data/photos-pacs")
 CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cifar10")
-COCO = Once(f"{BUILD} coco --root {{photos}}/coco --train-masks --out data/photos-coco")
 SETS = "data/photos-flickr8k/eval"
 RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0

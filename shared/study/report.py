@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 from shared.checkpoints import load_checkpoint, read_json
 from shared.evaluation import table
 from shared.run import machine
-from shared.study.statistics import spread
 from shared.study.verdicts import shown
 
 STARS = (
@@ -25,8 +25,15 @@ STARS = (
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
 
 
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "std", "values"} over seeds; std is the sample standard deviation (n-1), 0 for one seed."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}
+
+
 def arms_rows(
-    arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]] | None = None
+    arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]]
 ) -> list[dict[str, str]]:
     """Rows of floors, then of arms, with mean ± std over seeds in a column per metric (key -> heading).
 
@@ -40,7 +47,7 @@ def arms_rows(
 
     below = {
         name: {key: {"mean": value, "values": [value]} for key, value in values.items()}
-        for name, values in (floors or {}).items()
+        for name, values in floors.items()
     }
     rows = below | arms
     shown = {key: head for key, head in metrics.items() if any(key in values for values in rows.values())}
@@ -49,15 +56,15 @@ def arms_rows(
 
 def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:
     """Print the tables of arms, with `metrics` (key -> heading), and of claims of a `results` dict saved in `path`."""
-    seeds, corpus = ", ".join(map(str, summary["seeds"])), summary.get("corpus", "Embedded emoji corpus")
-    print(f"\n{corpus}, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
-    print(table(arms_rows(summary["arms"], metrics, summary.get("floors"))))
+    seeds = ", ".join(map(str, summary["seeds"]))
+    print(f"\n{summary['corpus']}, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
+    print(table(arms_rows(summary["arms"], metrics, summary["floors"])))
     claims = table(shown(summary["claims"])) if summary["claims"] else "No claim compares these arms."
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims}\n\nwritten to {path}")
-    if needed := [row for row in summary["claims"] if row.get("primary") and row.get("seeds_needed")]:
+    if needed := [row for row in summary["claims"] if row["primary"] and row.get("seeds_needed")]:
         seeds = "; ".join(f"{row['claim']}: {row['seeds_needed']}" for row in needed)
         print(f"Seeds needed to resolve half of the paper's effect, or the negligible difference of study.py: {seeds}")
-    if len(summary["seeds"]) == 1 and not any(row.get("interval") for row in summary["claims"]):
+    if len(summary["seeds"]) == 1 and not any(row["interval"] for row in summary["claims"]):
         print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
 
 
@@ -185,8 +192,7 @@ def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]
     rows = shown(summary["claims"])
     if other is None:
         return rows
-    there = zip(other["claims"], shown(other["claims"]), strict=True)  # a claim may be starred in one only
-    verdicts = {claim["claim"]: row["verdict"] for claim, row in there}
+    verdicts = {claim["claim"]: claim["verdict"] for claim in other["claims"]}
     both = zip(summary["claims"], rows, strict=True)
     return [row | {"on emoji": verdicts.get(claim["claim"], "-")} for claim, row in both]
 
@@ -195,15 +201,15 @@ def block(summary: dict, study: Any, other: dict | None = None) -> str:
     """The text for one results file in a README."""
     seeds = ", ".join(map(str, summary["seeds"]))
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
-    corpus = f"{summary['corpus']}. " if "corpus" in summary else ""
     measured = f"Measured {summary['date']} at commit `{summary['commit']}` on {summary['machine']}."
     if "core_minutes" in summary:
         measured += f" A seed took {summary['core_minutes']:.0f} minutes of one core."
     return (
-        f"{corpus}Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. {measured}\n\n"
-        f"{table(arms_rows(named, study.metrics, summary.get('floors')))}\n\n"
+        f"{summary['corpus']}. Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. "
+        f"{measured}\n\n"
+        f"{table(arms_rows(named, study.metrics, summary['floors']))}\n\n"
         "Differences are paired by seed, unless the row names another unit; ± is half the 95 % interval."
-        f"{STARS * ('floors' in summary)}\n\n{table(claim_rows(summary, other))}\n"
+        f"{STARS}\n\n{table(claim_rows(summary, other))}\n"
     )
 
 

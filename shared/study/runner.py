@@ -29,7 +29,7 @@ from shared.run import QUIET
 from shared.study import report, verdicts
 from shared.study.floors import Floor
 from shared.study.scripts import run_script
-from shared.study.statistics import Claim, judge_all, measured
+from shared.study.verdicts import Claim, measured
 
 COMMITTED = 5  # fewest seeds for which intervals of primary claims get Holm's correction
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
@@ -102,7 +102,7 @@ class Study:
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
     """Results file -> its claims, if they depend on how it was made; by default `claims`."""
-    more_rows: Callable[..., list[dict[str, str]]] = lambda found: []
+    more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
     """Draws plots of arms into a folder."""
@@ -115,7 +115,7 @@ class Study:
     floor_files: Callable[[], Sequence[Path]] = tuple
     """Further files that floors are computed from."""
     floors: tuple[Floor, ...] = ()
-    """Floors and ceilings; with them, `verdicts.judged` gives the verdicts."""
+    """Floors, which the stronger arm of a claim must exceed, and ceilings."""
     passes: str = "epoch"
     """Unit in which checkpoints count progress: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
@@ -193,12 +193,7 @@ class Study:
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
             print(f"claims about {', '.join(sorted(left_out))} are left out: add their sets to --sets")
-        if self.floors:
-            summary = self.judged(found, path, **more)
-        else:
-            summary = report.results(
-                self.paper, found, judge_all(self.claims, found.arms) + self.more_rows(found, **more)
-            )
+        summary = self.judged(found, path, **more)
         write_json(path, summary)
         report.write_packages(path.with_name(f"{path.stem}_packages.txt"))
         self.plot(found, path.parent)
@@ -228,7 +223,7 @@ class Study:
         return verdicts.judged(self.claims, arms, bars, together, earlier)
 
     def judged_again(self, summary: dict) -> dict:
-        """Results of schema 2, judged again from their numbers by today's claims and rules.
+        """Results, judged again from their numbers by today's claims and rules.
 
         Rows of other claims are kept, since judging them may need the runs.
         """
@@ -239,7 +234,7 @@ class Study:
         return summary | {"claims": sorted(rows, key=lambda row: not row["primary"])}
 
     def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
-        """Results of schema 2: with floors, intervals from pooled standard deviations, and primary claims first."""
+        """Results: floors, intervals from pooled standard deviations, and primary claims first."""
         floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.home}.json")
         earlier = report.earlier_arms(committed, found)
         if earlier:

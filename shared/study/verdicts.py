@@ -1,4 +1,4 @@
-"""Verdicts on a paper's claims, for studies with floors (results files of schema 2).
+"""Claims of a paper and their verdicts, computed from metrics by seed.
 
 A claim compares two arms in one metric, paired by seed. With n seeds and differences d_i, the interval is
 mean(d) ± t(0.975, df) s / sqrt(n). The standard deviation s of a difference is estimated from the pair (df = n - 1), or
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
-
-from shared.study.statistics import Claim, measured
 
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
@@ -27,6 +25,27 @@ VERDICTS = {  # in this precedence
 }
 LEVEL = 0.05
 Bars = Sequence[tuple[Sequence[str], dict[str, float]]]  # floors: (arms that the floor is for, () for all; by metric)
+
+
+class Claim(NamedTuple):
+    """A difference in `metric`, `method` minus `baseline`, paired by seed; `sign` is that of the paper's difference."""
+
+    claim: str
+    paper: str | None  # the paper's number or word; None: the paper makes no claim, the difference is only shown
+    metric: str
+    method: str
+    baseline: str  # an arm; or "arm:metric", another metric of an arm; or "0"
+    sign: int = 1  # +1: the paper says higher, -1: lower
+    effect: float | None = None  # the paper's difference, if it is in the same unit
+    primary: bool = False  # whether the paper's abstract states it
+    negligible: float | None = None  # d of "no difference above d": at most half the paper's effect
+    learned_by: str | None = None  # metric for comparing the arms with the floor; None: `metric`
+
+
+def measured(claim: Claim, arms: dict[str, list[dict]]) -> bool:
+    """Whether all runs of both arms of a claim have its metrics."""
+    both, metrics = [claim.method, claim.baseline], {claim.metric, claim.learned_by or claim.metric}
+    return all(arm in arms and all(metrics <= set(run) for run in arms[arm]) for arm in both)
 
 
 class Scatter(NamedTuple):
@@ -179,7 +198,7 @@ def judged(
     together: bool,
     earlier: dict[str, list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row of the table of claims for each claim that was `statistics.measured`, primary claims first.
+    """A row of the table of claims for each claim that was `measured`, primary claims first.
 
     together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
     with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a claim's
@@ -237,19 +256,12 @@ def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dic
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows formatted for tables: primary claims are starred, numbers rounded to the precision of the interval.
-
-    Rows of schema 1 (claim, paper, here, verdict) keep their numbers; only words of verdicts are changed.
-    """
+    """Rows formatted for tables: primary claims are starred, numbers rounded to the precision of the interval."""
     lines = []
     for row in rows:
-        if "here" in row:
-            word = row["verdict"].replace("not resolved at this scale", "not resolved")
-            lines.append(row | {"verdict": word.replace("not testable at this scale", "not testable here")})
-            continue
         here, resolves = row.get("why", ""), "-"
         if row["difference"] is not None:
-            half = row["resolves"]
+            half = row["resolves"]  # with two digits at least, since rounding could make it seem to contain 0
             digits = 3 if half is not None and 0.0005 < half < 0.0995 else 2
             here = f"{row['difference']:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
             resolves = "-" if half is None else f"{half:.{digits}f}"

@@ -13,13 +13,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import small  # noqa: F401  (the models named test)
+import small_models  # noqa: F401  (the models named test)
 import torch
-from scripts import ROOT
+from scripts import ROOT, SHARDS
 
 from shared.data import open_pairs
 
-SHARDS, EVAL = ROOT / "data/emoji/train", ROOT / "data/emoji/eval"
+EVAL = ROOT / "data/emoji/eval"
 FOLDERS = (
     "attentive_mask_clip", "concept_frequency", "flame", "lexvla", "nmtune", "protoclip", "tinyclip", "tldr_reduction",
 )  # fmt: skip
