@@ -334,7 +334,7 @@ def connect(address: str) -> None:
     try:
         import ray
     except ImportError:
-        raise ValueError("--address needs Ray: pip install 'ray[client]>=2.9'") from None
+        raise ValueError("--address needs Ray: pip install 'ray[client]>=2.40'") from None
     if address not in ("auto", "local"):
         check_head(address)
     folders = [str(Path(__file__).resolve().parents[1]), os.getcwd(), os.environ.get("PYTHONPATH", "")]

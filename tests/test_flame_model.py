@@ -6,16 +6,14 @@ everything about a case is read from its file, tolerances are those of the READM
 
 import math
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import Case, leaf
 from open_clip.transformer import VisionTransformer
+from scripts import in_ranks
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -439,20 +437,6 @@ def test_mp_nce_loss(case):
         case.close(name, value.grad, rtol=1e-4, atol=1e-5)
 
 
-def worker(rank: int, function: Callable, world_size: int, folder: str, args: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.save(function(rank, *args), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def processes(function: Callable, world_size: int, folder, *args) -> list:
-    """Results, by rank, of function(rank, *args) in `world_size` processes of a gloo group."""
-    folder.mkdir(exist_ok=True)
-    mp.start_processes(worker, (function, world_size, str(folder), args), nprocs=world_size, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
-
-
 def sigmoid_of_rank(rank: int, case: dict) -> dict[str, torch.Tensor]:
     return {n: v.detach() for n, v in sigmoid_gradients(
         {name: value[rank] if torch.is_tensor(value) and value.ndim == 3 else value for name, value in case.items()}
@@ -463,7 +447,7 @@ def sigmoid_of_rank(rank: int, case: dict) -> dict[str, torch.Tensor]:
 def test_mp_sigmoid_distributed(case, tmp_path):
     world_size = len(case["image_features"])
     inputs = {n: case[n] for n in ("image_features", "text_features", "logit_scale", "logit_bias")}
-    ranks = processes(sigmoid_of_rank, world_size, tmp_path, inputs)
+    ranks = in_ranks(sigmoid_of_rank, world_size, tmp_path, inputs)
     stacked = {name: torch.stack([rank[name] for rank in ranks]) for name in ranks[0]}
     case.close("loss_per_rank", stacked.pop("loss"), rtol=1e-5)
     for name, value in stacked.items():
@@ -482,7 +466,7 @@ def nce_of_rank(rank: int, image: torch.Tensor, text: torch.Tensor, world_size: 
 def test_mp_nce_of_two_processes_equals_one(tmp_path):
     torch.manual_seed(0)
     image, text = F.normalize(torch.randn(6, 5), dim=-1), F.normalize(torch.randn(18, 5), dim=-1)
-    one, two = nce_of_rank(0, image, text, 1), processes(nce_of_rank, 2, tmp_path, image, text, 2)
+    one, two = nce_of_rank(0, image, text, 1), in_ranks(nce_of_rank, 2, tmp_path, image, text, 2)
     torch.testing.assert_close(sum(rank["loss"] for rank in two) / 2, one["loss"])
     torch.testing.assert_close(torch.cat([rank["grad0"] for rank in two]), one["grad0"])
     torch.testing.assert_close(torch.cat([rank["grad1"] for rank in two]), one["grad1"])
