@@ -268,7 +268,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, 3, ("MIV-XJTU/FLAME", "4d2b9a9", "src/open_clip"))
-    parser.add_argument("--captions", type=at_least(1), default=64, help="captions embedded a repetition")
+    parser.add_argument("--captions", type=at_least(1), default=16, help="captions embedded a repetition")
     parser.add_argument("--steps", type=at_least(1), default=4, help="training steps a repetition")
     options = parser.parse_args()
     if not CAPTIONS.exists():
