@@ -169,7 +169,7 @@ LANGUAGE_CLAIMS = (
     Claim("35 other languages, text to image", "+44.5 XM3600", OTHER_TO_IMAGE, "flame", "clip", 1, 44.5, False, 1.0),
     Claim("22 languages in Latin script", None, BY_SCRIPT["Latin script"], "flame", "clip"),
     Claim("13 languages in other scripts", None, BY_SCRIPT["other scripts"], "flame", "clip"),
-    Claim("Gemma above SmolLM2, 35 other languages", "claimed", OTHER_TO_TEXT, "flame", "flame-english"),
+    Claim("Gemma above SmolLM2, 35 other languages", None, OTHER_TO_TEXT, "flame", "flame-english"),
 )
 CLAIMS = (
     Claim("new names, above a trained text tower", "+4.9 IN (CC3M)", NEW_ID, "flame", "clip", 1, 4.9, True, 2.4),
@@ -180,8 +180,8 @@ CLAIMS = (
         "long captions of scenes, text to image", URBAN[1], SCENES_TO_IMAGE, "flame-scenes", "clip-scenes",
         1, 57.0, True, 2.0,
     ),
-    Claim("several facets above one of each caption", "claimed", NEW_ID, "flame", "summary", 1, None, True, 1.0),
-    Claim("decoupled facets above a causal mask", "claimed", NEW_ID, "flame", "causal", 1, None, True, 1.0),
+    Claim("several facets above one of each caption", "its design", NEW_ID, "flame", "summary", 1, None, True, 1.0),
+    Claim("decoupled facets above a causal mask", "its design", NEW_ID, "flame", "causal", 1, None, True, 1.0),
     Claim(
         "long captions of scenes, image to text", URBAN[0], SCENES_TO_TEXT, "flame-scenes", "clip-scenes",
         1, 54.6, False, 2.0,
@@ -194,8 +194,8 @@ CLAIMS = (
     Claim(
         "new names, tower from scratch", "+4.9 IN (CC3M)", NEW_ID, "flame-scratch", "clip-scratch", 1, 4.9, False, 2.4
     ),
-    Claim("three captions above the raw one", "claimed", NEW_ID, "summary", "raw", negligible=1.0),
-    Claim("decoupled facets, long captions", "claimed", LONG_TO_IMAGE, "flame", "causal", negligible=1.0),
+    Claim("three captions above the raw one", None, NEW_ID, "summary", "raw"),
+    Claim("decoupled facets, long captions", None, LONG_TO_IMAGE, "flame", "causal"),
     Claim("the LLM above frozen MiniLM", None, NEW_ID, "flame", "minilm"),
     Claim("the LLM above frozen MiniLM, long captions", None, LONG_TO_IMAGE, "flame", "minilm"),
     Claim("frozen MiniLM above a trained text tower", None, NEW_ID, "minilm", "clip"),
