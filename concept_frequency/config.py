@@ -32,8 +32,10 @@ class Config:
     """Concepts K, drawn with a fixed seed from those with an evaluation image; None: all of these."""
     total: int = 8_000
     """Pairs N of the corpus."""
+    law: Literal["zipf", "log-uniform"] = "zipf"
+    """zipf: frequencies are proportional to 1 / rank**exponent. log-uniform: their logarithms are evenly spaced."""
     exponent: float = 1.0
-    """Frequencies are proportional to 1 / rank**exponent: 1 is Zipf's law, 0 makes all equal."""
+    """Of --law zipf: 1 is Zipf's law, 0 makes all equal."""
     assignment: int = 0
     """Index of the random assignment of ranks to concepts, which also depends on the seed."""
     misaligned: float = 0.0
@@ -96,6 +98,10 @@ PRESETS = {
         "the same concepts and number of pairs, all equally frequent",
         dataclasses.replace(EMOJI, exponent=0.0),
     ),
+    "emoji-log-uniform": (
+        "the same, frequencies evenly spread over their logarithm",
+        dataclasses.replace(EMOJI, law="log-uniform"),
+    ),
     "emoji-reassigned": ("Zipf again, ranks given to other concepts", dataclasses.replace(EMOJI, assignment=1)),
     "shards": (
         "the experiment on shards of your own, with concepts named in their .json",
@@ -137,6 +143,8 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
     if cfg.exponent < 0:
         raise ValueError(f"--exponent {cfg.exponent} is below 0")
+    if cfg.law != "zipf" and cfg.exponent != 1:
+        raise ValueError(f"--exponent belongs to --law zipf: leave it out with --law {cfg.law}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the count
@@ -359,7 +367,7 @@ def of_model(model: str) -> Row:
 
 PAPER_ROWS = {
     "train": {"small": OWN}
-    | dict.fromkeys(("emoji", "emoji-uniform", "emoji-reassigned"), EMBEDDED)
+    | dict.fromkeys(("emoji", "emoji-uniform", "emoji-log-uniform", "emoji-reassigned"), EMBEDDED)
     | {
         "shards": Row("ours: the experiment on other data", "any shards with concepts", number="none: not in the paper")
     },

@@ -62,7 +62,7 @@ METRICS = {  # metrics in the table of a run, with their headings
     "seconds": "seconds",
 }
 NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
-PLANTED = 20  # percent of captions exchanged, to test whether the misalignment degree detects it
+PLANTED = 5, 20, 40  # percent of captions exchanged, to test whether the misalignment degree detects it
 Table = dict[str, dict[str, float]]  # a run: concept -> assigned, text, image, integrated, accuracy
 
 # -------------------------------------------------------------------------------------------------- scores of a concept
@@ -147,12 +147,12 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     accuracy = scored(model, test, names, settings, cfg, process).double().numpy()
 
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
-    exchanged = count_exchanged(folder, settings, names, cfg.spacy)
+    planted = {share: count_exchanged(folder, settings, names, cfg.spacy, share) for share in PLANTED}
     frequency = np.array(list(assigned.values()))
     metrics = {
         "top1": float(accuracy.mean()),
-        "misaligned": 100 * counted.misaligned / counted.documents,
-        "misaligned_planted": 100 * exchanged.misaligned / exchanged.documents,
+        "misaligned": misaligned(counted),
+        **{f"misaligned_{share}": misaligned(exchanged) for share, exchanged in planted.items()},
         "seconds": run.read_metrics(folder)[-1]["seconds"],
     }
     if np.ptp(frequency) > 1:  # if all are equally frequent, there is no curve
@@ -202,12 +202,17 @@ def count_pairs(path: Path, names: list[str], pipeline: str) -> count.Counted:
         return count.count_corpus(cfg, names)
 
 
-def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipeline: str) -> count.Counted:
-    """Count the same corpus after PLANTED percent of its captions were exchanged."""
+def misaligned(counted: count.Counted) -> float:
+    """The misalignment degree of a counted corpus in percent."""
+    return 100 * counted.misaligned / counted.documents
+
+
+def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipeline: str, share: int) -> count.Counted:
+    """Count the same corpus after `share` percent of its captions were exchanged."""
     corpus = read_corpus(settings.data, names, (), len(names), False)
-    _, pairs = train.make_pairs(dataclasses.replace(settings, misaligned=PLANTED / 100), corpus)
-    train.write_pairs(folder / "exchanged.parquet", corpus, pairs)
-    return count_pairs(folder / "exchanged.parquet", names, pipeline)
+    _, pairs = train.make_pairs(dataclasses.replace(settings, misaligned=share / 100), corpus)
+    train.write_pairs(folder / f"exchanged-{share}.parquet", corpus, pairs)
+    return count_pairs(folder / f"exchanged-{share}.parquet", names, pipeline)
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:

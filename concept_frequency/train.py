@@ -4,11 +4,11 @@
 
 The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009) correlates accuracies of
 published models with counts in their corpora. Here frequency is the treatment:
-  1. assign random ranks to concepts                                     `zipf_counts`
+  1. assign frequencies to concepts at random                            `zipf_counts`, `log_uniform_counts`
   2. draw pairs with these frequencies                                   `sample_pairs`
   3. train a CLIP on them                                                `train_step`
   4. measure accuracy on a drawing style that no arm has seen            `zero_shot`
-The arms differ only in `exponent` and `assignment`. The experiment is ours; counts and curves are the paper's.
+The arms differ only in `law`, `exponent` and `assignment`. The experiment is ours; counts and curves are the paper's.
 """
 
 import logging
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,13 +49,32 @@ def zipf_counts(
 ) -> np.ndarray:
     """Frequencies f_c ~ rank_c^-exponent with random ranks: (K,) int64, sum = total, each at least 1.
 
-    Frequencies are rounded down, and the largest remainders are rounded up until the sum is right. If raising zeros to
-    1 makes the sum too large, the most frequent concepts are reduced. ValueError if total < K.
+    ValueError if total < K.
     """
-    if total < num_concepts:
-        raise ValueError(f"--total {total} pairs cannot hold each of {num_concepts} concepts")
     share = np.arange(1, num_concepts + 1, dtype=np.float64) ** -exponent
-    exact = share / share.sum() * total
+    return rounded(share / share.sum() * total, total)[permutation(num_concepts, generator)]
+
+
+def log_uniform_counts(
+    num_concepts: int, total: int, generator: torch.Generator | np.random.Generator | None
+) -> np.ndarray:
+    """Frequencies from 1 up with a constant ratio, in random order: (K,) int64, sum = total.
+
+    Their logarithms are evenly spaced, so that all bins of a curve hold as many concepts. ValueError if total < K.
+    """
+    places = np.linspace(1, 0, num_concepts)
+    span = 0.0 if total <= num_concepts else brentq(lambda x: np.exp(x * places).sum() - total, 0, math.log(total))
+    return rounded(np.exp(span * places), total)[permutation(num_concepts, generator)]
+
+
+def rounded(exact: np.ndarray, total: int) -> np.ndarray:
+    """Round decreasing frequencies (K,) to int64 with sum = total, each at least 1. ValueError if total < K.
+
+    Frequencies are rounded down, and the largest remainders are rounded up until the sum is right. If raising zeros to
+    1 makes the sum too large, the most frequent concepts are reduced.
+    """
+    if total < len(exact):
+        raise ValueError(f"--total {total} pairs cannot hold each of {len(exact)} concepts")
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     missing = total - counts.sum()
     counts[np.argsort(counts - exact, kind="stable")[: max(missing, 0)]] += 1
@@ -62,7 +82,14 @@ def zipf_counts(
         payers = np.flatnonzero(counts > 1)[:-missing]
         counts[payers] -= 1
         missing += len(payers)
-    return counts[permutation(num_concepts, generator)]
+    return counts
+
+
+def frequencies(cfg: Config, num_concepts: int, generator: torch.Generator | None) -> np.ndarray:
+    """The frequencies (K,) of an arm's concepts."""
+    if cfg.law == "log-uniform":
+        return log_uniform_counts(num_concepts, cfg.total, generator)
+    return zipf_counts(num_concepts, cfg.total, cfg.exponent, generator)
 
 
 class Pairs(NamedTuple):
@@ -114,7 +141,7 @@ def make_caption(concept: Concept, rng: np.random.Generator) -> str:
 def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
     """(frequencies, pairs) of an arm, determined by its settings."""
     generator = torch.Generator().manual_seed(data.stable_hash("assignment", cfg.seed, cfg.assignment))
-    counts = zipf_counts(len(corpus.concepts), cfg.total, cfg.exponent, generator)
+    counts = frequencies(cfg, len(corpus.concepts), generator)
     return counts, sample_pairs(
         counts, corpus.concepts, cfg.misaligned, data.stable_hash("pairs", cfg.seed, cfg.assignment)
     )
@@ -258,7 +285,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     total = per_epoch * cfg.epochs
     offered = len(EvalSet(cfg.eval_set, lambda image: image).classnames) if cfg.eval_set else 400
     concepts = cfg.num_concepts or offered
-    counts = np.sort(zipf_counts(concepts, cfg.total, cfg.exponent, None))[::-1]
+    counts = np.sort(frequencies(cfg, concepts, None))[::-1]
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
     activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 / 2**30
     activations *= cfg.batch_size / world_size / cfg.accumulate

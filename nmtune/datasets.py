@@ -4,8 +4,8 @@ A data set is given by a path:
     DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar); DIR:train+val
     DIR                         image folder, DIR/CLASS/*.jpg; classes in the order of their folders' names
     FILE.txt                    lines `path label`, paths relative to the file's folder (DomainNet)
-    data/emoji:TASK:PART        a split of the embedded corpus: TASK is group, subgroup or name, PART is pretrain, tune,
-                                id, ood or known (pretrain and tune)
+    data/emoji:TASK:SPLIT       the embedded corpus: TASK is group, subgroup or name; SPLIT is pretrain, tune, id, ood,
+                                or known (pretrain and tune)
 `benchmark` opens the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
 `flip_labels` and `swap_captions` make the paper's noise in supervision.
 
@@ -284,17 +284,17 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
     return about, spans
 
 
-def emoji(folder: Path, task: str, part: str) -> LabelledImages:
-    """A split (`part`) of the embedded corpus: `pretrain` (half of the emoji, seven styles), or of the other half
+def emoji(folder: Path, task: str, split: str) -> LabelledImages:
+    """A split of the embedded corpus: `pretrain` (half of the emoji, seven styles), or of the other half
     `tune` and `id` (60 and 40 % of the drawings in the seven styles) or `ood` (the eighth style). `known` is all
     training data, `pretrain` and `tune`.
 
     `task` is the kind of label: group (9), subgroup (98) or name. The classes of `name` are the emoji of tuning (or of
     pre-training); those of the other tasks are the same in all splits.
     """
-    if task not in ("group", "subgroup", "name") or part not in ("pretrain", "tune", "id", "ood", "known"):
+    if task not in ("group", "subgroup", "name") or split not in ("pretrain", "tune", "id", "ood", "known"):
         known = "(group|subgroup|name):(pretrain|tune|id|ood|known)"
-        raise ValueError(f"the emoji sets are {folder}:{known}, not :{task}:{part}")
+        raise ValueError(f"the emoji sets are {folder}:{known}, not :{task}:{split}")
     tars = sorted((folder / "train").glob("*.tar"))
     if not tars:
         raise FileNotFoundError(f"{folder} holds no corpus: 'make data' builds the embedded one")
@@ -302,18 +302,18 @@ def emoji(folder: Path, task: str, part: str) -> LabelledImages:
     held = np.array([is_held_out(one["hexcode"]) for one in about])
     test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
     by_name = {one["name"]: one for one in about}
-    parts = {"pretrain": ~held, "tune": held & ~test, "id": held & test, "known": ~held | ~test}
-    tuned = np.ones_like(held) if task != "name" else parts[part if part in ("pretrain", "known") else "tune"]
+    splits = {"pretrain": ~held, "tune": held & ~test, "id": held & test, "known": ~held | ~test}
+    tuned = np.ones_like(held) if task != "name" else splits[split if split in ("pretrain", "known") else "tune"]
     classes = list(dict.fromkeys(one[task] for one in sorted(np.array(about)[tuned], key=lambda one: one["hexcode"])))
     index = {name: label for label, name in enumerate(classes)}
-    if part == "ood":
+    if split == "ood":
         names = clip_benchmark(folder / "eval/names_ood", "test")
         drawn = [by_name[names.classnames[label]] for label in names.labels]
         rows = np.array([is_held_out(one["hexcode"]) and one[task] in index for one in drawn])
         labels = [index[one[task]] for one, row in zip(drawn, rows, strict=True) if row]
         return LabelledImages(names.files, names.spans[rows], labels, classes)
     known = np.array([one[task] in index for one in about])
-    rows = known & parts[part]
+    rows = known & splits[split]
     labels = [index[one[task]] for one, row in zip(about, rows, strict=True) if row]
     chosen = LabelledImages([str(tar) for tar in tars], np.array(spans)[rows], labels, classes)
     chosen.keys = np.array([one["key"] for one, row in zip(about, rows, strict=True) if row], dtype=np.str_)

@@ -35,9 +35,9 @@ class Encoded(NamedTuple):
     plain: dict[str, Tensor]  # by split, (N, D) of the evaluation view
     views: Tensor  # (V, N, D) of training views of split tune
 
-    def rows(self, part: str, images: LabelledImages) -> Tensor:
+    def rows(self, split: str, images: LabelledImages) -> Tensor:
         """Rows (M,) of a split's features that belong to `images`, a subset of its drawings."""
-        known = {key: row for row, key in enumerate(self.images[part].keys.tolist())}
+        known = {key: row for row, key in enumerate(self.images[split].keys.tolist())}
         return torch.tensor([known[key] for key in images.keys.tolist()])
 
 
@@ -45,10 +45,10 @@ def encode_parts(cfg: StudyConfig, process: run.Process) -> Encoded:
     """Encode once all drawings that the tasks use."""
     encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
     encoder.to(process.device, memory_format=torch.channels_last)
-    images = {part: open_labelled(f"data/emoji:group:{part}") for part in ("tune", "id", "ood")}
+    images = {split: open_labelled(f"data/emoji:group:{split}") for split in ("tune", "id", "ood")}
     precision = run.resolve_precision("auto", process.device)
     options = {"process": process, "precision": precision, "label": Path(cfg.encoder).name}
-    plain = {part: encode_set(encoder, each, eval_view, **options)[0][0] for part, each in images.items()}
+    plain = {split: encode_set(encoder, each, eval_view, **options)[0][0] for split, each in images.items()}
     if all(PRESETS[method][1].views == "eval" for method in cfg.methods):
         return Encoded(images, plain, plain["tune"][None])  # no head needs more views
     return Encoded(images, plain, encode_set(encoder, images["tune"], train_view, views=cfg.bank, **options)[0])
@@ -71,7 +71,7 @@ def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> di
         results[name] = 100 * accuracy(logits, labels)
         if z is not features:
             spectrum = spectrum_metrics(z)
-            results |= {f"{part}_{name}": value for part, value in spectrum.items()}
+            results |= {f"{split}_{name}": value for split, value in spectrum.items()}
             results[f"cov_{name}"] = covariance_loss(z).item()
             results[f"top5_{name}"] = -500 * dominant_singular_value_loss(z).item()
     return results
@@ -80,16 +80,16 @@ def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> di
 def study_task(
     cfg: StudyConfig, task: str, encoded: Encoded, process: run.Process
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Results of one task: {"METHOD/METRIC": one number per seed, "nearest/PART": [top-1 of the nearest neighbour]} and
-    {"METHOD/PART": singular values of z}."""
-    sets = {part: open_labelled(f"data/emoji:{task}:{part}") for part in encoded.images}
-    rows = {part: encoded.rows(part, images) for part, images in sets.items()}
-    labels = {part: torch.from_numpy(images.labels) for part, images in sets.items()}
-    tests = {part: (encoded.plain[part][rows[part]], labels[part]) for part in ("id", "ood")}
+    """Results of one task: {"METHOD/METRIC": one number per seed, "nearest/SPLIT": [top-1 of the nearest neighbour]},
+    and {"METHOD/SPLIT": singular values of z}."""
+    sets = {split: open_labelled(f"data/emoji:{task}:{split}") for split in encoded.images}
+    rows = {split: encoded.rows(split, images) for split, images in sets.items()}
+    labels = {split: torch.from_numpy(images.labels) for split, images in sets.items()}
+    tests = {split: (encoded.plain[split][rows[split]], labels[split]) for split in ("id", "ood")}
     views = Bank(encoded.views[:, rows["tune"]], labels["tune"])
     plain = Bank(encoded.plain["tune"][None, rows["tune"]], labels["tune"])
-    found = {part: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for part, test in tests.items()}
-    numbers: dict[str, list[float]] = {f"nearest/{part}": [top1] for part, top1 in found.items()}
+    found = {split: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for split, test in tests.items()}
+    numbers: dict[str, list[float]] = {f"nearest/{split}": [top1] for split, top1 in found.items()}
     spectra: dict[str, np.ndarray] = {}
     jobs = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
     for method, seed in run.progress(jobs, len(jobs), f"{Path(cfg.encoder).name} {task}", 1, process):
@@ -105,8 +105,8 @@ def study_task(
             numbers.setdefault(f"{method}/{metric}", []).append(value)
         if seed == 0 and preset.method != "lp":
             with torch.no_grad():
-                for part, (features, _) in tests.items():
-                    spectra[f"{method}/{part}"] = feature_spectrum(head.transform(features)).numpy()
+                for split, (features, _) in tests.items():
+                    spectra[f"{method}/{split}"] = feature_spectrum(head.transform(features)).numpy()
     return numbers, spectra
 
 
@@ -129,18 +129,18 @@ def main(cfg: StudyConfig) -> None:
             return
     start, tasks = time.perf_counter(), {}
     encoded = encode_parts(cfg, process)
-    tests = {part: encoded.plain[part] for part in ("id", "ood")}
-    spectra = {f"F/{part}": feature_spectrum(features).numpy() for part, features in tests.items()}
+    tests = {split: encoded.plain[split] for split in ("id", "ood")}
+    spectra = {f"F/{split}": feature_spectrum(features).numpy() for split, features in tests.items()}
     spectrum = {
-        f"{metric}_{part}@{center}": value
+        f"{metric}_{split}@{center}": value
         for center in CENTRES
-        for part, features in tests.items()
+        for split, features in tests.items()
         for metric, value in spectrum_metrics(features, center).items()
     }
     for task in cfg.tasks:
         tasks[task], found = study_task(cfg, task, encoded, process)
         spectra |= {f"{task}/{name}": values for name, values in found.items()}
-        shown = {m: [np.mean(tasks[task][f"{m}/{part}"]) for part in ("id", "ood")] for m in cfg.methods}
+        shown = {m: [np.mean(tasks[task][f"{m}/{split}"]) for split in ("id", "ood")] for m in cfg.methods}
         line = ", ".join(f"{method} {i:.2f} / {o:.2f}" for method, (i, o) in shown.items())
         print(f"{folder.name}, {task}, top-1 ID / OOD in %: {line}", flush=True)
     with checkpoints.replaced(folder / "spectra.npz") as kept:

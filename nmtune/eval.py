@@ -251,7 +251,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def encoder_metrics(path: str) -> dict[str, float]:
-    """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/PART" for each task; spectral metrics
+    """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
     of the default centring have plain names.
 
     FileNotFoundError if nmtune.encoder_study has not evaluated it.

@@ -63,14 +63,14 @@ ENCODE = Once(
 
 VARIANT_CLAIMS = tuple(  # which regulariser makes NMTune differ from the MLP
     Claim(
-        f"NMTune{but} against MLP, black box, {part.upper()}",
+        f"NMTune{but} against MLP, black box, {split.upper()}",
         None,
-        f"blackbox/{part}",
+        f"blackbox/{split}",
         f"lite0-nmtune-no-{term}",
         "lite0-mlp",
     )
     for term, but in WITHOUT.items()
-    for part in ("id", "ood")
+    for split in ("id", "ood")
 )
 
 

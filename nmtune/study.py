@@ -73,7 +73,7 @@ ARMS = (
         for arm, head in zip(FEW_SAMPLES, HEADS, strict=True)
     ),
 )
-SUBGROUPS = tuple(f"data/emoji/eval/subgroups_{part}" for part in ("id", "ood"))
+SUBGROUPS = tuple(f"data/emoji/eval/subgroups_{split}" for split in ("id", "ood"))
 ENCODE = Once(
     f"nmtune.extract images --encoder lite0:128 --data {SUBGROUPS[0]}:train --tests id={SUBGROUPS[0]}:test "
     f"ood={SUBGROUPS[1]}:test --batch-size 32 --out {LITE0['features']}",
@@ -92,10 +92,10 @@ def noise_claims(kind: str, level: int, primary: bool = False) -> tuple[Claim, .
     if level in (20, 30):
         found.append(Claim(f"C1 {of} lowers LP ID", "down", "lp/id", *pair, -1, None, False, 0.5))
     for name in ("SVE", "LSVR"):
-        for part in ("id", "ood"):
-            text, metric = f"C3 {of} raises {name}, {part.upper()} features", f"{name.lower()}_{part}"
+        for split in ("id", "ood"):
+            text, metric = f"C3 {of} raises {name}, {split.upper()} features", f"{name.lower()}_{split}"
             first = primary and level == 30 and metric in ("sve_id", "lsvr_ood")
-            found.append(Claim(text, "up", metric, *pair, 1, None, first, 0.01, f"lp/{part}"))
+            found.append(Claim(text, "up", metric, *pair, 1, None, first, 0.01, f"lp/{split}"))
     return tuple(found)
 
 
@@ -103,12 +103,12 @@ def head_claims(mlp: str, lp: str, nmtune: str, metric: str, on: str, primary: b
     """C4: NMTune above MLP (by about one point in the paper's tables) and above LP, in and out of domain."""
     return tuple(
         claim
-        for part in ("id", "ood")
+        for split in ("id", "ood")
         for claim in (
             Claim(
-                f"C4 NMTune above MLP, {on}{part.upper()}", "about +1", metric + part, nmtune, mlp, 1, 1, primary, 0.5
+                f"C4 NMTune above MLP, {on}{split.upper()}", "about +1", metric + split, nmtune, mlp, 1, 1, primary, 0.5
             ),
-            Claim(f"C4 NMTune above LP, {on}{part.upper()}", "up", metric + part, nmtune, lp, 1, None, primary, 0.5),
+            Claim(f"C4 NMTune above LP, {on}{split.upper()}", "up", metric + split, nmtune, lp, 1, None, primary, 0.5),
         )
     )
 
@@ -116,13 +116,13 @@ def head_claims(mlp: str, lp: str, nmtune: str, metric: str, on: str, primary: b
 def encoder_head_claims(on: str, arm: str, before: str = "") -> tuple[Claim, ...]:
     """C4 and the mechanism on encoders: NMTune's metrics against another head's, "{before}HEAD/METRIC", of one arm."""
 
-    def claim(text: str, paper: str | None, head: str, metric: str, part: str, sign: int = 1, effect=None, d=None):
+    def claim(text: str, paper: str | None, head: str, metric: str, split: str, sign: int = 1, effect=None, d=None):
         names = f"{before}nmtune/{metric}", arm, f"{arm}:{before}{head}/{metric}"
-        return Claim(f"{text}, {on}, {part.upper()}", paper, *names, sign, effect, False, d, f"lp/{part}")
+        return Claim(f"{text}, {on}, {split.upper()}", paper, *names, sign, effect, False, d, f"lp/{split}")
 
     return (
-        *(claim("C4 NMTune above MLP", "about +1", "mlp", part, part, 1, 1, 0.5) for part in ("id", "ood")),
-        *(claim("C4 NMTune above LP", "up", "lp", part, part, 1, None, 0.5) for part in ("id", "ood")),
+        *(claim("C4 NMTune above MLP", "about +1", "mlp", split, split, 1, 1, 0.5) for split in ("id", "ood")),
+        *(claim("C4 NMTune above LP", "up", "lp", split, split, 1, None, 0.5) for split in ("id", "ood")),
         claim("L_COV of NMTune's z against MLP's", None, "mlp", "cov_id", "id", -1),
         claim("top-5 share of NMTune's z against MLP's", None, "mlp", "top5_id", "id"),
     )
@@ -141,9 +141,9 @@ CLAIMS = (
     *noise_claims("sup", 30, primary=True),
     *head_claims("lite0-mlp", "lite0-lp", "lite0-nmtune", "blackbox/", "black box, ", primary=True),
     *(
-        Claim(f"NMTune above LP with a selected rate, black box, {part.upper()}", "up", f"blackbox/{part}",
+        Claim(f"NMTune above LP with a selected rate, black box, {split.upper()}", "up", f"blackbox/{split}",
               "lite0-nmtune", SELECTED, 1, None, False, 0.5)
-        for part in ("id", "ood")
+        for split in ("id", "ood")
     ),
     *encoder_head_claims("encoders, mean over levels of label noise", "sup-00", "levels/"),
     *encoder_head_claims("encoders with 30 % label noise", "sup-30"),
@@ -160,7 +160,7 @@ def derive(found: Comparison) -> None:
     over_levels(found.arms)
     for arm in set(FEW_SAMPLES) & set(found.arms):
         for values in found.arms[arm]:
-            values |= {f"few/{part}": values[f"blackbox/{part}"] for part in ("id", "ood")}
+            values |= {f"few/{split}": values[f"blackbox/{split}"] for split in ("id", "ood")}
 
 
 def over_levels(arms: dict[str, list[dict]]) -> None:
@@ -192,13 +192,13 @@ TASKS = StudyConfig().tasks
 def per_part(measure) -> dict[str, float]:
     """{"lp/id", "lp/ood"}: means over tasks of measure(task) -> {"id", "ood"}, as for the arms."""
     found = [measure(task) for task in TASKS]
-    return {f"lp/{part}": float(np.mean([each[part] for each in found])) for part in ("id", "ood")}
+    return {f"lp/{split}": float(np.mean([each[split] for each in found])) for split in ("id", "ood")}
 
 
 @functools.cache
-def pixels(task: str, part: str) -> tuple[Tensor, Tensor]:
+def pixels(task: str, split: str) -> tuple[Tensor, Tensor]:
     """Raw pixels (N, D), mean 0, and labels (N,) of a split of the corpus."""
-    images = open_labelled(f"data/emoji:{task}:{part}")
+    images = open_labelled(f"data/emoji:{task}:{split}")
     x = torch.stack([floors.raw_pixels(images.read(row)[0]) for row in range(len(images))])
     return x, torch.from_numpy(images.labels)
 
@@ -217,7 +217,7 @@ def black_box(top1: dict[str, float]) -> dict[str, float]:
 
 def pixel_neighbour() -> dict[str, float]:
     def measure(task: str) -> dict[str, float]:
-        return {part: probes.nearest_neighbour(*pixels(task, "tune"), *pixels(task, part)) for part in ("id", "ood")}
+        return {split: probes.nearest_neighbour(*pixels(task, "tune"), *pixels(task, split)) for split in ("id", "ood")}
 
     near = {key.replace("lp", "nearest"): value for key, value in per_part(measure).items()}
     return near | black_box(floors.nearest_neighbour(SUBGROUPS))
@@ -237,7 +237,7 @@ def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Te
 def pixel_probe() -> dict[str, float]:
     """The arms' linear probe on raw pixels."""
     return per_part(
-        lambda task: linear_probe(pixels(task, "tune"), {part: pixels(task, part) for part in ("id", "ood")})
+        lambda task: linear_probe(pixels(task, "tune"), {split: pixels(task, split) for split in ("id", "ood")})
     )
 
 
@@ -289,10 +289,10 @@ def on_labels() -> dict[str, float]:
         model.load_state_dict(state["state_dict"])
         model.to(process.device).eval()
         view, found = timm_transforms(model.pretrained_cfg)[1], {}
-        for part in ("id", "ood"):
-            images = open_labelled(f"data/emoji:{task}:{part}")
+        for split in ("id", "ood"):
+            images = open_labelled(f"data/emoji:{task}:{split}")
             logits, labels = encode_set(model, images, view, process)
-            found[part] = 100 * accuracy(project_logits(logits[0], [[classes[c]] for c in images.classnames]), labels)
+            found[split] = 100 * accuracy(project_logits(logits[0], [[classes[c]] for c in images.classnames]), labels)
         return found
 
     return per_part(measure)
@@ -336,15 +336,15 @@ def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
         return
     figure, axes = plt.subplots(len(kinds) + lite0, 4, figsize=(17, 3.8 * (len(kinds) + lite0)), squeeze=False)
     for row, kind in zip(axes, kinds, strict=False):
-        for axis, part, where in zip(row, ("id", "ood"), ("in domain", "out of domain"), strict=False):
+        for axis, split, where in zip(row, ("id", "ood"), ("in domain", "out of domain"), strict=False):
             for head, name in HEADS.items():
-                if f"{head}/{part}" not in arms[f"{kind}-00"][0]:
+                if f"{head}/{split}" not in arms[f"{kind}-00"][0]:
                     continue
-                line(axis, differences(arms, kind, f"{head}/{part}"), name)
+                line(axis, differences(arms, kind, f"{head}/{split}"), name)
             axis.set(title=f"accuracy {where}", ylabel="points above no noise")
         for axis, metric in zip(row[2:], ("sve", "lsvr"), strict=True):
-            for part, where in (("id", "in domain"), ("ood", "out of domain")):
-                line(axis, differences(arms, kind, f"{metric}_{part}"), where)
+            for split, where in (("id", "in domain"), ("ood", "out of domain")):
+                line(axis, differences(arms, kind, f"{metric}_{split}"), where)
             axis.set(title=f"{metric.upper()} of the features", ylabel="nats above no noise")
         for axis in row:
             axis.axhline(0, color="black", lw=0.8)
@@ -354,14 +354,14 @@ def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
     if lite0:
         for axis in axes[-1][2:]:
             axis.set_axis_off()
-        for axis, part in zip(axes[-1], ("id", "ood"), strict=False):
-            metric = f"blackbox/{part}"
+        for axis, split in zip(axes[-1], ("id", "ood"), strict=False):
+            metric = f"blackbox/{split}"
             scatter = verdicts.pooled({arm: arms[arm] for arm in BLACK_BOX}, metric)
             for i, arm in enumerate(BLACK_BOX[1:]):
                 each = [run[metric] - lp[metric] for run, lp in zip(arms[arm], arms[BLACK_BOX[0]], strict=True)]
                 half = verdicts.half_width(scatter, len(each)) or 0.0
                 axis.bar(i, np.mean(each), yerr=half, capsize=6, width=0.6, color=f"C{i + 1}")
-            axis.set(title=f"EfficientNet-Lite0, {part.upper()}", ylabel="points above LP", xlim=(-0.8, 1.8))
+            axis.set(title=f"EfficientNet-Lite0, {split.upper()}", ylabel="points above LP", xlim=(-0.8, 1.8))
             axis.set_xticks((0, 1), list(HEADS.values())[1:])
             axis.axhline(0, color="black", lw=0.8)
             axis.grid(alpha=0.3, axis="y")

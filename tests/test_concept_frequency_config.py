@@ -21,6 +21,7 @@ from concept_frequency.printed import CURVE_MODELS, TABLE9
     ({"misaligned": 2.0}, "share of 0 to 1"),
     ({"epochs": 0}, "--epochs must be at least 1"),
     ({"exponent": -1.0}, "below 0"),
+    ({"law": "log-uniform", "exponent": 0.5}, "--law zipf"),
 ])  # fmt: skip
 def test_training_refuses(change, message):
     with pytest.raises(ValueError, match=message):

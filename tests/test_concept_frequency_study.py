@@ -34,12 +34,12 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     summary = json.loads((folder / "results.json").read_text())
     assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
     values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
-    assert values["counted_both"] > 0.5 and values["misaligned_planted"] > values["misaligned"]
+    assert values["counted_both"] > 0.5 and values["misaligned_40"] > values["misaligned_20"] > values["misaligned"]
     rows = {row["claim"]: row for row in summary["claims"]}
     assert {claim.claim for claim in study.CLAIMS} < set(rows)
     assert {row["verdict"] for row in rows.values()} == {"not resolved", "not testable here", "no claim"}
-    planted = next(row for claim, row in rows.items() if claim.startswith("misalignment"))
-    assert planted["difference"] == pytest.approx(values["misaligned_planted"] - values["misaligned"])
+    planted = rows["misalignment degree with 20 % of captions exchanged"]
+    assert planted["difference"] == pytest.approx(values["misaligned_20"] - values["misaligned"])
     table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
     assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
     assert "tail benchmark" in capsys.readouterr().out
@@ -51,9 +51,9 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
 def test_study_measures_what_a_report_compares(runs):
     """`python -m concept_frequency.study` measures the same metrics of each arm as `eval --report`."""
     results = study.evaluate([str(path) for path in runs.values()])
-    of_all = {"top1", "misaligned_planted", "tail", "rest", "slope_on_zipf", "head", "concepts"}
+    of_all = {"top1", "misaligned_20", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
-    assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == ["uniform", "reassigned"]
+    assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == [*runs][1:]
 
 
 def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
@@ -67,7 +67,8 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
             frequency = 1000 // rank if arm != "uniform" else np.full(len(names), 50)
             accuracy = 40 + hard + effect * np.log10(frequency) + rng.normal(0, 3, len(names))
             found = eval.curve_metrics(frequency, accuracy, frequency) if arm != "uniform" else {}
-            found |= {"rest": 40.0 + seed, "tail": 30.0, "misaligned": 0.0, "misaligned_planted": 20.0 + seed}
+            found |= {"rest": 40.0 + seed, "tail": 30.0, "misaligned": 0.0}
+            found |= {f"misaligned_{share}": share + seed for share in eval.PLANTED}
             rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
             found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
             arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
@@ -83,8 +84,9 @@ def judged(effect: float, seeds: int, floor: float = 0.0) -> dict[str, str]:
 
 def test_claims_follow_the_effect():
     planted, none, one = judged(8.0, 6), judged(0.0, 6), judged(8.0, 1)
-    of_frequency = [name for name in planted if "decade" in name or "made equal" in name or "assignment" in name]
-    assert len(of_frequency) == 4 and len(planted) == len(study.CLAIMS)
+    marks = "decade", "made equal", "another assignment", "flatter"
+    of_frequency = [name for name in planted if any(mark in name for mark in marks)]
+    assert len(of_frequency) == 6 and len(planted) == len(study.CLAIMS)
     assert {planted[name] for name in of_frequency} == {"reproduced"}
     assert "reproduced" not in {none[name] for name in of_frequency}
     assert set(one.values()) == {"not resolved"}
@@ -112,9 +114,12 @@ def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
 
 def test_study_runs_the_presets_of_its_arms():
     commands = {arm.name: study.STUDY.words(arm, 3)[0] for arm in study.STUDY.jobs(study.STUDY.chosen("all"))}
-    presets = {"zipf": "emoji", "uniform": "emoji-uniform", "reassigned": "emoji-reassigned"}
-    assert study.STUDY.chosen("core") == study.STUDY.chosen("all")
+    presets = {
+        "zipf": ["emoji"], "uniform": ["emoji-uniform"], "even": ["emoji-log-uniform"],
+        "flatter": ["emoji", "--exponent", "0.5"], "reassigned": ["emoji-reassigned"],
+    }  # fmt: skip
+    assert [arm.name for arm in study.STUDY.chosen("core")] == ["zipf", "uniform", "even"]
     assert commands == {
-        arm: ["concept_frequency.train", preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
+        arm: ["concept_frequency.train", *preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
         for arm, preset in presets.items()
     }

@@ -14,7 +14,7 @@ from scripts import ROOT, SHARDS, Lazily, ended, kill_when, start_two
 from concept_frequency import train
 from concept_frequency.concepts import load_counts
 from concept_frequency.config import Config
-from concept_frequency.train import zipf_counts
+from concept_frequency.train import log_uniform_counts, zipf_counts
 from shared import checkpoints, run
 
 EVAL = ROOT / "data/emoji/eval/names_ood"
@@ -24,7 +24,10 @@ TINY = Config(
     model="ViT-test", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
 )  # fmt: skip
 STEPS = 30
-ARMS = {"zipf": {}, "uniform": {"exponent": 0.0}, "reassigned": {"assignment": 1}}  # settings of each
+ARMS = {  # settings of each
+    "zipf": {}, "uniform": {"exponent": 0.0}, "even": {"law": "log-uniform"}, "flatter": {"exponent": 0.5},
+    "reassigned": {"assignment": 1},
+}  # fmt: skip
 SCRIPT, SECONDS = "concept_frequency.train", 120
 
 
@@ -123,6 +126,19 @@ def test_zipf_counts(k, total, exponent):
         assert np.abs(np.sort(counts)[::-1] - total * share / share.sum()).max() <= 1
     with pytest.raises(ValueError, match="cannot hold"):
         zipf_counts(10, 9, exponent, None)
+
+
+@pytest.mark.parametrize(("k", "total"), [(400, 8000), (50, 1000), (300, 310), (10, 10)])
+def test_log_uniform_counts(k, total):
+    counts = log_uniform_counts(k, total, torch.Generator().manual_seed(3))
+    assert counts.dtype == np.int64 and counts.sum() == total and counts.min() == 1
+    assert not np.array_equal(counts, np.sort(counts)) or k == total
+    if total > 5 * k:  # the ratio of neighbours is constant, so that a decade has as many concepts as any other
+        logs = np.log10(np.sort(counts))
+        inner = [((low <= logs) & (logs < low + 0.5)).sum() for low in (0.75, 1.25)]
+        assert inner[0] == pytest.approx(inner[1], rel=0.15)
+    with pytest.raises(ValueError, match="cannot hold"):
+        log_uniform_counts(10, 9, None)
 
 
 def test_contract_is_importable():
