@@ -56,8 +56,8 @@ NEW_SETS = ("data/flame/known/eval/new_names_id", "data/flame/known/eval/new_nam
 GALLERY, LANGUAGE_GALLERY = 500, 125  # number of images that a caption is compared with
 FEWER = {"4": "--dataset-size 1786 --epochs 90", "16": "--dataset-size 446 --epochs 540"}  # the steps of all 7,146
 ON_LITE0 = (
-    "clip", "clip-4", "clip-16", "minilm", "raw", "summary", "causal", "flame", "flame-4", "flame-16",
-    "flame-english", "flame-raw-states",
+    "clip", "clip-equal-time", "clip-4", "clip-16", "minilm", "raw", "summary", "causal", "flame", "flame-4",
+    "flame-16", "flame-english", "flame-raw-states",
 )  # fmt: skip
 ON_SCENES = ("clip-scenes", "flame-scenes")
 SCRIPTS = {  # of the languages of Crossmodal-3600 other than English
@@ -91,6 +91,7 @@ def arms(llm: str) -> tuple[Arm, ...]:
     ]
     return (
         Arm("clip", clip, heading="CLIP: trained text tower"),
+        Arm("clip-equal-time", f"{clip} --epochs 8", heading="CLIP, as many seconds as FLAME", core=False),
         *few[:2],
         Arm(
             "minilm",
@@ -189,6 +190,8 @@ CLAIMS = (
     Claim("long captions of emoji, image to text", URBAN[0], LONG_TO_TEXT, "flame", "clip", 1, 54.6, False, 2.0),
     Claim("long captions of emoji, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, False, 2.0),
     Claim("new names, unseen style", "+4.9 IN (CC3M)", NEW_OOD, "flame", "clip", 1, 4.9, False, 2.4),
+    Claim("new names, equal time", None, NEW_ID, "flame", "clip-equal-time"),
+    Claim("35 other languages, equal time", None, OTHER_TO_TEXT, "flame", "clip-equal-time"),
     Claim("all names, unseen style", None, NAMES_OOD, "flame", "clip"),
     Claim("subgroups, unseen style", None, "subgroups_ood/top1", "flame", "clip"),
     Claim(
@@ -297,6 +300,35 @@ def neighbour_words(pixels: bool = False) -> dict[str, float]:
     return found
 
 
+def neighbour_letters(
+    shards: str = PRESETS["emoji-lite0"][1].data,
+    captions: str = "data/flame/captions/short.json",
+    sets: Sequence[str] = LANGUAGE_SETS,
+) -> dict[str, float]:
+    """The floor on languages: compares a text with the English caption of the image's nearest training drawing (by the
+    pretrained tower's features), by groups of one to three letters within words. It needs no knowledge of a language,
+    only that names are spelt alike."""
+    short, train = read_captions(captions), F.normalize(training_features(shards), dim=-1)
+    known, by_language = [short[str(key)] for key in data.open_pairs(shards).keys], {}
+    for folder in sets:
+        eval_set = open_set(folder, VIEW, "retrieval")
+        images = cached_lite0_features([torch.stack(read_images(eval_set, LANGUAGE_GALLERY))])
+        asked = read_captions_of(eval_set, LANGUAGE_GALLERY)
+        texts = [text for each in asked for text in each]
+        letters = CountVectorizer(binary=True, analyzer="char_wb", ngram_range=(1, 3)).fit(texts)
+        said, texts = floors.captions_of_neighbours(F.normalize(images, dim=-1), train, known, letters, texts)
+        by_language[folder.rpartition("_")[2]] = retrieval_metrics(said, texts, owners(asked))
+    groups = {"languages/": [*by_language], "languages/other_": [each for each in by_language if each != "en"]}
+    groups |= {f"languages {script}/": languages for script, languages in SCRIPTS.items()}
+    ways = ("image_to_text_R@1", "text_to_image_R@1")
+    return {
+        name + way: sum(by_language[each][way] for each in languages) / len(languages)
+        for name, languages in groups.items()
+        for way in ways
+        if by_language.keys() >= {*languages}
+    }
+
+
 def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, float]:
     """The floor for long captions: canonical correlation of the pretrained tower's features with the words of the
     training pictures' long captions, in closed form. `name`: the set's name in the metrics."""
@@ -346,6 +378,7 @@ FLOORS = (
     Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=ON_LITE0),
     Floor("words of the neighbour's caption", neighbour_words, arms=ON_LITE0),
     Floor("words of the neighbour's caption, raw pixels", lambda: neighbour_words(pixels=True)),
+    Floor("letters of the neighbour's caption", neighbour_letters, arms=ON_LITE0),
     Floor(
         "canonical correlation of EfficientNet-Lite0 with words",
         lambda: correlated(PRESETS["emoji-lite0"][1].data, "data/flame/captions/long.json", LONG_SETS[0], LONG),

@@ -146,25 +146,50 @@ def test_floors_name_the_metrics_that_claims_are_about():
     assert claimed <= set(chance) and chance[study.LONG_TO_TEXT] == 0.2 and chance[study.OTHER_TO_TEXT] == 0.8
 
 
-def test_words_correlated_with_pictures_find_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Pictures of one colour with its word as caption: the floor for long captions, which arms of a corpus share."""
-    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def pictures_of_one_colour(folder: Path) -> list[dict]:
+    """Write shards and captions.json of eight pictures of each colour -> the samples, whose captions name it."""
     samples, captions = [], []
-    for i, (name, colour) in enumerate(list(colours.items()) * 8):
+    for i, (name, colour) in enumerate(list(COLOURS.items()) * 8):
         png = io.BytesIO()
         Image.new("RGB", (128, 128), colour).save(png, "png")
         samples.append({"png": png.getvalue(), "txt": name})
         captions.append({"__key__": f"{i}", "caption": f"a picture of {name}"})
-    tars.write_tar(tmp_path / "train/0.tar", [{"__key__": f"{i}"} | sample for i, sample in enumerate(samples)])
-    layout.write_retrieval(tmp_path / "set", samples[:4])
-    (tmp_path / "long.json").write_text(json.dumps(captions))
-    means = lambda batches: torch.cat([batch.float().mean((2, 3)) for batch in batches])  # noqa: E731
-    monkeypatch.setattr(study, "cached_lite0_features", means)
-    found = study.correlated(str(tmp_path / "train"), str(tmp_path / "long.json"), str(tmp_path / "set"), "scenes")
+    tars.write_tar(folder / "train/0.tar", [{"__key__": f"{i}"} | sample for i, sample in enumerate(samples)])
+    (folder / "captions.json").write_text(json.dumps(captions))
+    return samples
+
+
+def mean_colours(batches):
+    return torch.cat([batch.float().mean((2, 3)) for batch in batches])
+
+
+def test_words_correlated_with_pictures_find_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The floor for long captions, which arms of a corpus share."""
+    layout.write_retrieval(tmp_path / "set", pictures_of_one_colour(tmp_path)[:4])
+    monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
+    found = study.correlated(str(tmp_path / "train"), str(tmp_path / "captions.json"), str(tmp_path / "set"), "scenes")
     assert found == {study.SCENES_TO_TEXT: 100.0, study.SCENES_TO_IMAGE: 100.0}
     arms = {floor.name: floor.arms for floor in study.FLOORS}
     assert arms["canonical correlation of EfficientNet-Lite0 with words"] == study.ON_LITE0
     assert arms["the same correlation on scenes"] == study.ON_SCENES
+
+
+def test_letters_find_words_that_are_spelt_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The floor for languages: names with common letters are found, names of another script are not."""
+    samples = pictures_of_one_colour(tmp_path)[:4]
+    names = {"en": [*COLOURS], "sv": ["rött", "greens", "blues", "whites"], "el": ["α", "β", "γ", "δ"]}
+    for language, words in names.items():
+        asked = [sample | {"txt": word} for sample, word in zip(samples, words, strict=True)]
+        layout.write_retrieval(tmp_path / f"set_{language}", asked)
+    monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
+    monkeypatch.setattr(study, "SCRIPTS", {"Latin script": ["sv"], "other scripts": ["el"]})
+    sets = [str(tmp_path / f"set_{language}") for language in names]
+    found = study.neighbour_letters(str(tmp_path / "train"), str(tmp_path / "captions.json"), sets)
+    assert found[study.BY_SCRIPT["Latin script"]] == 100.0 and found[study.BY_SCRIPT["other scripts"]] == 0.0
+    assert found[study.OTHER_TO_TEXT] == 50.0 and found["languages/image_to_text_R@1"] == pytest.approx(200 / 3)
 
 
 def test_facets_of_an_image_are_compared_with_each_other():
