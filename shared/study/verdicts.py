@@ -167,7 +167,7 @@ def stronger_arm(claim: Claim, arms: dict[str, list[dict]]) -> tuple[str, float]
     metric = claim.learned_by or claim.metric
     method, baseline = (float(np.mean([run[metric] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
     if claim.baseline == "0" or method >= baseline:
-        return claim.method, max(method, baseline)
+        return claim.method, method
     return claim.baseline.partition(":")[0], baseline
 
 
