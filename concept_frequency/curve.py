@@ -177,7 +177,7 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
 
 
 def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
-    """({model: its pairs}, {data set: names that did not match}). ValueError if no name of a file of scores has a
+    """({model: its pairs}, {data set: names that did not match}). ValueError if no name of any file of scores has a
     count."""
     if not cfg.counts or not cfg.scores:
         raise ValueError("--counts and --scores are both needed: files of counts, and of scores of the same concepts")
@@ -188,15 +188,16 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
     aliases = load_json(cfg.aliases) if cfg.aliases else {}
     rows: dict[str, list[tuple[str, int, float, str]]] = {}
     report: dict[str, dict] = {}
+    unmatched = None
     for counts_file, scores_file in zip(files, cfg.scores, strict=True):
         counts = read_counts(counts_file, cfg.count_column)
         for scores in read_scores(scores_file, cfg.score_column):
             if cfg.models and scores.model not in cfg.models:
                 continue
             joined = join(counts, scores.values, aliases)
-            if not joined.names:
+            if not joined.names and unmatched is None:
                 theirs, ours = (next(iter(each), "nothing") for each in (scores.values, counts))
-                raise ValueError(
+                unmatched = (
                     f"no name in {scores_file} has a count in {counts_file} (first names: {theirs!r} and {ours!r}): "
                     "match them with --aliases"
                 )
@@ -206,7 +207,9 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
             )
     if missing := [model for model in cfg.models if model not in rows]:
         raise ValueError(f"no file of scores has the model {missing[0]}")
-    return {model: pooled(of) for model, of in rows.items()}, report
+    if unmatched and not any(rows.values()):
+        raise ValueError(unmatched)
+    return {model: pooled(of) for model, of in rows.items() if of}, report
 
 
 def described(joined: Joined, one_for_all: bool) -> dict:

@@ -62,7 +62,6 @@ METRICS = {  # metrics in the table of a run, with their headings
     "seconds": "seconds",
 }
 NUM_BINS, INNER = 8, slice(1, -1)  # fewer than the paper's 12: 400 concepts, not 4,469
-PLANTED = 5, 20, 40  # percent of captions exchanged, to test whether the misalignment degree detects it
 Table = dict[str, dict[str, float]]  # a run: concept -> assigned, text, image, integrated, accuracy
 
 # -------------------------------------------------------------------------------------------------- scores of a concept
@@ -113,6 +112,8 @@ class Config:
     """Fixed views of each test image, the first without augmentation; more views make accuracy less noisy."""
     spacy: str = "en_core_web_sm"
     """spaCy pipeline that tags the captions."""
+    planted: tuple[int, ...] = ()
+    """Percentages of captions to exchange: after each, the misalignment degree is measured again."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     report: str | None = None
@@ -147,7 +148,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     accuracy = scored(model, test, names, settings, cfg, process).double().numpy()
 
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
-    planted = {share: count_exchanged(folder, settings, names, cfg.spacy, share) for share in PLANTED}
+    planted = {share: count_exchanged(folder, settings, names, cfg.spacy, share) for share in cfg.planted}
     frequency = np.array(list(assigned.values()))
     metrics = {
         "top1": float(accuracy.mean()),
@@ -221,7 +222,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
     Cached in results.json and results.md beside the checkpoint until checkpoint or settings change.
     """
     folder = Path(path)
-    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "batch_size", "precision")}
+    setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "planted", "batch_size", "precision")}
 
     def measure() -> dict:
         metrics, table = evaluate_run(folder, cfg, process)

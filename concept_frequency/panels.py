@@ -23,8 +23,10 @@ THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7)  # of RAM++
 TEN = CURVE_MODELS[:10]  # of figure 2
 CLAIMS: tuple[tuple[str, tuple[Key, ...]], ...] = (  # groups of legends, one claim each
     ("classification, matched counts (fig. 2)", (("classification", "integrated", "class"),)),
-    ("classification, image counts (fig. 18)", (("classification", "image", "class"),)),
-    ("classification, text counts (fig. 19)", (("classification", "text", "class"),)),
+    ("classification, image counts (fig. 18)",
+     tuple(("classification", "image", prompts) for prompts in SETTINGS["classification"])),
+    ("classification, text counts (fig. 19)",
+     tuple(("classification", "text", prompts) for prompts in SETTINGS["classification"])),
     ("classification, other prompts (fig. 8)",
      tuple(("classification", "integrated", prompts) for prompts in ("simple", "ensemble"))),
     ("retrieval, matched counts (fig. 2)", (("retrieval", "integrated", "t2i_k=10"),)),

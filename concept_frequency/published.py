@@ -255,11 +255,11 @@ class Results:
         path = next((path for path in places if path.is_file()), places[0])
         return {short(model): value for model, value in read(path).items()}
 
-    def imagenet(self) -> dict[str, float]:
-        """{model: percent on ImageNet with the ensemble of prompts}, from the files or else from table 9."""
-        printed = {model: imagenet for model, (imagenet, _) in TABLE9.items()}
+    def imagenet(self, printed: bool = True) -> dict[str, float]:
+        """{model: percent on ImageNet with the ensemble of prompts}, from the files; `printed`: else from table 9."""
+        others = {model: imagenet for model, (imagenet, _) in TABLE9.items()} if printed else {}
         files = read(self.scores_file("classification", "imagenet", "ensemble"))
-        return printed | {short(model): value["full"] for model, value in files.items()}
+        return others | {short(model): value["full"] for model, value in files.items()}
 
     def wag_classes(self) -> list[str]:
         """The classes of Let It Wag!."""

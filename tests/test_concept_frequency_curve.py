@@ -1,6 +1,7 @@
 """The curve of a user's own counts and scores: all kinds of files, unmatched names, and errors."""
 
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -87,6 +88,11 @@ def test_data_sets_are_pooled(files):
     (row,) = curve.main(cfg)
     assert row["concepts"] == "180"
     assert json.loads((files / "out/unjoined.json").read_text())["b"]["counts without a score"] == []
+    (files / "c.json").write_text(json.dumps({"x": 1.0, "y": 2.0}))  # of which no name has a count: reported only
+    cfg = dataclasses.replace(cfg, counts=cfg.counts[:1], scores=(str(files / "flat.json"), str(files / "c.json")))
+    (row,) = curve.main(cfg)
+    assert row["concepts"] == "120"
+    assert json.loads((files / "out/unjoined.json").read_text())["c"]["scores without a count"] == ["x", "y"]
 
 
 def test_what_cannot_be_drawn_ends_in_one_sentence(files, in_process):

@@ -24,7 +24,7 @@ def runs(arms) -> dict[str, Path]:
 def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     cfg = eval.Config(
         runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
-        report=str(folder / "results.json"),
+        planted=study.PLANTED, report=str(folder / "results.json"),
     )  # fmt: skip
     bars = (Floor("none", lambda: study.of_all(-1.0)),)
     monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
@@ -38,7 +38,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     rows = {row["claim"]: row for row in summary["claims"]}
     assert {claim.claim for claim in study.CLAIMS} < set(rows)
     assert {row["verdict"] for row in rows.values()} == {"not resolved", "not testable here", "no claim"}
-    planted = rows["misalignment degree with 20 % of captions exchanged"]
+    planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
     assert planted["difference"] == pytest.approx(values["misaligned_20"] - values["misaligned"])
     table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
     assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
@@ -51,7 +51,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
 def test_study_measures_what_a_report_compares(runs):
     """`python -m concept_frequency.study` measures the same metrics of each arm as `eval --report`."""
     results = study.evaluate([str(path) for path in runs.values()])
-    of_all = {"top1", "misaligned_20", "tail", "rest", "slope_on_zipf", "head", "concepts"}
+    of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
     assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == [*runs][1:]
 
@@ -68,7 +68,7 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
             accuracy = 40 + hard + effect * np.log10(frequency) + rng.normal(0, 3, len(names))
             found = eval.curve_metrics(frequency, accuracy, frequency) if arm != "uniform" else {}
             found |= {"rest": 40.0 + seed, "tail": 30.0, "misaligned": 0.0}
-            found |= {f"misaligned_{share}": share + seed for share in eval.PLANTED}
+            found |= {f"misaligned_{share}": share + seed for share in study.PLANTED}
             rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
             found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
             arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
@@ -84,13 +84,12 @@ def judged(effect: float, seeds: int, floor: float = 0.0) -> dict[str, str]:
 
 def test_claims_follow_the_effect():
     planted, none, one = judged(8.0, 6), judged(0.0, 6), judged(8.0, 1)
-    marks = "decade", "made equal", "another assignment", "flatter"
-    of_frequency = [name for name in planted if any(mark in name for mark in marks)]
-    assert len(of_frequency) == 6 and len(planted) == len(study.CLAIMS)
+    of_frequency = [name for name in planted if "decade" in name or "made equal" in name]
+    assert len(of_frequency) == 7 and len(planted) == len(study.CLAIMS)
     assert {planted[name] for name in of_frequency} == {"reproduced"}
     assert "reproduced" not in {none[name] for name in of_frequency}
-    assert set(one.values()) == {"not resolved"}
-    assert set(judged(8.0, 6, floor=99.0).values()) == {"has not learned"}
+    assert set(one.values()) == {"not resolved", "no claim"}
+    assert set(judged(8.0, 6, floor=99.0).values()) == {"has not learned", "no claim"}
 
 
 def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):

@@ -75,9 +75,7 @@ def test_a_baseline_that_is_no_arm_has_the_floors_of_its_arm():
 def test_a_claim_against_zero_is_about_its_own_arm_only():
     """Two arms against 0 in one study: the weak one has not learned, whichever claim comes last."""
     claims = [Claim(f"{arm} above zero", "+", "m", arm, "0", learned_by="top1") for arm in ("weak", "strong", "weak")]
-    found = {
-        arm: [{"m": 5.0 + i, "top1": top1} for i in range(4)] for arm, top1 in (("weak", 20.0), ("strong", 60.0))
-    }
+    found = {arm: [{"m": 5.0 + i, "top1": top1} for i in range(4)] for arm, top1 in (("weak", 20.0), ("strong", 60.0))}
     for order in (claims[:2], claims[1:]):
         words = {row["claim"]: row["verdict"] for row in judged(order, found, [((), {"top1": 40.0})], together=False)}
         assert words == {"weak above zero": "has not learned", "strong above zero": "reproduced"}
