@@ -21,9 +21,9 @@ from shared.study.runner import Study, study_of
 from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
-    "Everything here was measured on the embedded corpora, emoji and scenes made of them, which stand in for the "
-    "papers' data and fit on a laptop. They show whether an effect exists at this scale, never a paper's number. "
-    "Differences are paired by seed, unless a row names another unit (encoders, concepts)."
+    "Measured on corpora that fit on a laptop and stand in for the papers' data: emoji, scenes made of them, and small "
+    "public sets of photographs. They show whether an effect exists at this scale, never a paper's number. Differences "
+    "are paired by seed, unless a row names another unit (encoders, concepts)."
 )
 BESIDE = "Some claims were also tested on photographs: those tables repeat the verdict on emoji in their last column."
 
@@ -90,6 +90,24 @@ def settled(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def asked_twice(summaries: dict[str, dict], photographs: dict[str, dict]) -> list[dict[str, str]]:
+    """A row for each claim that was tested both on emoji or scenes and on photographs, with both verdicts."""
+    rows = []
+    for folder, summary in photographs.items():
+        first = {row["claim"]: row["verdict"] for row in summaries.get(folder, {"claims": ()})["claims"]}
+        for row in summary["claims"]:
+            if first.get(row["claim"], "no claim") not in ("no claim", "not testable here"):
+                verdicts = {"on emoji or scenes": first[row["claim"]], "on photographs": row["verdict"]}
+                rows.append({"paper": folder, "claim": row["claim"]} | verdicts)
+    return rows
+
+
+def agreement(rows: list[dict[str, str]]) -> str:
+    """Sentence with the number of claims whose two verdicts are equal."""
+    same = sum(row["on emoji or scenes"] == row["on photographs"] for row in rows)
+    return f"{len(rows)} claims were tested on both; {same} of them have the same verdict on both:"
+
+
 def named_arms(study: Study, summary: dict) -> dict[str, dict]:
     """{heading of an arm: its metrics}."""
     return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}
@@ -110,6 +128,8 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     page += [settled(primary), table(primary)] if primary else []
     page += ["## All claims", overview_table(summaries)]
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
+    both = asked_twice(summaries, photographs)
+    page += [agreement(both), table(both)] if both else []
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
     page.append(report.STARS.strip())
     for folder in sorted(summaries | photographs):
