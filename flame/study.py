@@ -300,32 +300,37 @@ def neighbour_words(pixels: bool = False) -> dict[str, float]:
     return found
 
 
-def neighbour_letters(
-    shards: str = PRESETS["emoji-lite0"][1].data,
-    captions: str = "data/flame/captions/short.json",
-    sets: Sequence[str] = LANGUAGE_SETS,
-) -> dict[str, float]:
-    """The floor on languages: compares a text with the English caption of the image's nearest training drawing (by the
-    pretrained tower's features), by groups of one to three letters within words. It needs no knowledge of a language,
-    only that names are spelt alike."""
-    short, train = read_captions(captions), F.normalize(training_features(shards), dim=-1)
-    known, by_language = [short[str(key)] for key in data.open_pairs(shards).keys], {}
+def letters_of_neighbours(
+    shards: str, captions: str, sets: Sequence[str], gallery: int | None = None
+) -> dict[str, dict[str, float]]:
+    """{language: recalls} of the floor on languages, which compares a text with the English caption of the image's
+    nearest training picture (by the pretrained tower's features), by groups of one to three letters within words.
+
+    It needs no knowledge of a language, only that words are spelt alike. A set's name ends in `_` and the language.
+    """
+    english, train = read_captions(captions), F.normalize(training_features(shards), dim=-1)
+    known, found = [english[str(key)] for key in data.open_pairs(shards).keys], {}
     for folder in sets:
         eval_set = open_set(folder, VIEW, "retrieval")
-        images = cached_lite0_features([torch.stack(read_images(eval_set, LANGUAGE_GALLERY))])
-        asked = read_captions_of(eval_set, LANGUAGE_GALLERY)
+        images = F.normalize(cached_lite0_features([torch.stack(read_images(eval_set, gallery))]), dim=-1)
+        asked = read_captions_of(eval_set, gallery)
         texts = [text for each in asked for text in each]
         letters = CountVectorizer(binary=True, analyzer="char_wb", ngram_range=(1, 3)).fit(texts)
-        said, texts = floors.captions_of_neighbours(F.normalize(images, dim=-1), train, known, letters, texts)
-        by_language[folder.rpartition("_")[2]] = retrieval_metrics(said, texts, owners(asked))
-    groups = {"languages/": [*by_language], "languages/other_": [each for each in by_language if each != "en"]}
+        said, spelt = floors.captions_of_neighbours(images, train, known, letters, texts)
+        found[folder.rpartition("_")[2]] = retrieval_metrics(said, spelt, owners(asked))
+    return found
+
+
+def neighbour_letters() -> dict[str, float]:
+    """Means of `letters_of_neighbours` over all languages, over all but English, and over those of a script."""
+    shards, captions = PRESETS["emoji-lite0"][1].data, "data/flame/captions/short.json"
+    found = letters_of_neighbours(shards, captions, LANGUAGE_SETS, LANGUAGE_GALLERY)
+    groups = {"languages/": [*found], "languages/other_": [language for language in found if language != "en"]}
     groups |= {f"languages {script}/": languages for script, languages in SCRIPTS.items()}
-    ways = ("image_to_text_R@1", "text_to_image_R@1")
     return {
-        name + way: sum(by_language[each][way] for each in languages) / len(languages)
+        name + way: sum(found[language][way] for language in languages) / len(languages)
         for name, languages in groups.items()
-        for way in ways
-        if by_language.keys() >= {*languages}
+        for way in ("image_to_text_R@1", "text_to_image_R@1")
     }
 
 

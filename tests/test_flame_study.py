@@ -185,11 +185,15 @@ def test_letters_find_words_that_are_spelt_alike(monkeypatch: pytest.MonkeyPatch
         asked = [sample | {"txt": word} for sample, word in zip(samples, words, strict=True)]
         layout.write_retrieval(tmp_path / f"set_{language}", asked)
     monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
-    monkeypatch.setattr(study, "SCRIPTS", {"Latin script": ["sv"], "other scripts": ["el"]})
     sets = [str(tmp_path / f"set_{language}") for language in names]
-    found = study.neighbour_letters(str(tmp_path / "train"), str(tmp_path / "captions.json"), sets)
-    assert found[study.BY_SCRIPT["Latin script"]] == 100.0 and found[study.BY_SCRIPT["other scripts"]] == 0.0
-    assert found[study.OTHER_TO_TEXT] == 50.0 and found["languages/image_to_text_R@1"] == pytest.approx(200 / 3)
+    found = study.letters_of_neighbours(str(tmp_path / "train"), str(tmp_path / "captions.json"), sets)
+    recalls = {language: (each["image_to_text_R@1"], each["text_to_image_R@1"]) for language, each in found.items()}
+    assert recalls == {"en": (100, 100), "sv": (100, 100), "el": (0, 0)}
+    monkeypatch.setattr(study, "SCRIPTS", {"Latin script": ["sv"], "other scripts": ["el"]})
+    monkeypatch.setattr(study, "letters_of_neighbours", lambda *_: found)
+    means = study.neighbour_letters()
+    assert means[study.BY_SCRIPT["Latin script"]] == 100 and means[study.BY_SCRIPT["other scripts"]] == 0
+    assert means[study.OTHER_TO_TEXT] == 50 and means["languages/image_to_text_R@1"] == pytest.approx(200 / 3)
 
 
 def test_facets_of_an_image_are_compared_with_each_other():
