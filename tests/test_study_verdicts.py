@@ -81,6 +81,16 @@ def test_a_claim_against_zero_is_about_its_own_arm_only():
         assert words == {"weak above zero": "has not learned", "strong above zero": "reproduced"}
 
 
+def test_only_arms_are_pooled():
+    """A claim against 0 with another metric for learning adds no arm to the scatter of that metric."""
+    rng = np.random.default_rng(0)
+    found = {arm: [{"m": rng.normal(), "top1": rng.normal()} for _ in range(4)] for arm in ("a", "b", "c")}
+    claims = [Claim(f"{arm} above a", "+", "top1", arm, "a") for arm in ("b", "c")]
+    zero = Claim("b above zero", "+", "m", "b", "0", learned_by="top1")
+    alone, beside = (judged(each, found, [], together=False) for each in (claims, [*claims, zero]))
+    assert [row["resolves"] for row in beside[:2]] == [row["resolves"] for row in alone]
+
+
 def test_own_scatter_is_that_of_differences():
     assert own([1.0, 2.0, 3.0]) == Scatter(1.0, 2) and own([1.0]) is None
 

@@ -43,9 +43,11 @@ class Claim(NamedTuple):
 
 
 def measured(claim: Claim, arms: dict[str, list[dict]]) -> bool:
-    """Whether all runs of both arms of a claim have its metrics."""
-    both, metrics = [claim.method, claim.baseline], {claim.metric, claim.learned_by or claim.metric}
-    return all(arm in arms and all(metrics <= set(run) for run in arms[arm]) for arm in both)
+    """Whether all runs of both arms of a claim have its metrics. The baseline "0" has no `learned_by`."""
+    of_both, learned_by = {claim.metric}, {claim.learned_by or claim.metric}
+    needed = {claim.method: of_both | learned_by}
+    needed[claim.baseline] = of_both if claim.baseline == "0" else of_both | learned_by
+    return all(arm in arms and all(metrics <= set(run) for run in arms[arm]) for arm, metrics in needed.items())
 
 
 class Scatter(NamedTuple):
@@ -165,16 +167,16 @@ def stronger_arm(claim: Claim, arms: dict[str, list[dict]]) -> tuple[str, float]
     For the baseline "0", the arm is the method; a baseline "arm:metric" counts as its arm.
     """
     metric = claim.learned_by or claim.metric
-    method, baseline = (float(np.mean([run[metric] for run in arms[arm]])) for arm in (claim.method, claim.baseline))
-    if claim.baseline == "0" or method >= baseline:
-        return claim.method, method
-    return claim.baseline.partition(":")[0], baseline
+    sides = (claim.method,) if claim.baseline == "0" else (claim.method, claim.baseline)
+    means = {arm: float(np.mean([run[metric] for run in arms[arm]])) for arm in sides}
+    stronger = max(means, key=means.__getitem__)
+    return stronger.partition(":")[0], means[stronger]
 
 
 def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """{baseline: metrics by seed} for claims' baselines "0" and "arm:metric", as if they were arms.
 
-    The metrics include the arm's `learned_by`.
+    For "arm:metric" they include the arm's `learned_by`. All claims share the baseline "0", which has zeros only.
     """
     found: dict[str, list[dict]] = {}
     for claim in claims:
@@ -186,7 +188,7 @@ def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dic
         stand_ins = found.setdefault(claim.baseline, [{} for _ in arms[arm]])
         for stand_in, run in zip(stand_ins, arms[arm], strict=True):
             stand_in[claim.metric] = run[metric] if metric else 0.0
-            if claim.learned_by in run:
+            if metric and claim.learned_by in run:
                 stand_in[claim.learned_by] = run[claim.learned_by]
     return found
 
@@ -216,7 +218,7 @@ def judged(
         scatters = [own(differences)]
         if claim.baseline in real and (len(set(sides[1])) > 1 or len(differences) == 1):
             # a constant baseline or another metric does not share the effect of a seed
-            comparable = related(claim, chosen)
+            comparable = related(claim, chosen) & real  # a stand-in repeats an arm, or is constant
             for source in (arms, earlier or {}):
                 few = {arm: runs for arm, runs in source.items() if arm in comparable}
                 scatters.append(pooled(few, claim.metric))
