@@ -148,7 +148,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     accuracy = scored(model, test, names, settings, cfg, process).double().numpy()
 
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
-    planted = {share: count_exchanged(folder, settings, names, cfg.spacy, share) for share in cfg.planted}
+    planted = count_exchanged(folder, settings, names, cfg.spacy, cfg.planted) if cfg.planted else {}
     frequency = np.array(list(assigned.values()))
     metrics = {
         "top1": float(accuracy.mean()),
@@ -208,12 +208,17 @@ def misaligned(counted: count.Counted) -> float:
     return 100 * counted.misaligned / counted.documents
 
 
-def count_exchanged(folder: Path, settings: train.Config, names: list[str], pipeline: str, share: int) -> count.Counted:
-    """Count the same corpus after `share` percent of its captions were exchanged."""
-    corpus = read_corpus(settings.data, names, (), len(names), False)
-    _, pairs = train.make_pairs(dataclasses.replace(settings, misaligned=share / 100), corpus)
-    train.write_pairs(folder / f"exchanged-{share}.parquet", corpus, pairs)
-    return count_pairs(folder / f"exchanged-{share}.parquet", names, pipeline)
+def count_exchanged(
+    folder: Path, settings: train.Config, names: list[str], pipeline: str, shares: Sequence[int]
+) -> dict[int, count.Counted]:
+    """Count a run's corpus again for each share in percent, after exchanging this share of its captions."""
+    corpus, counted = read_corpus(settings.data, names, (), len(names), False), {}
+    for share in shares:
+        _, pairs = train.make_pairs(dataclasses.replace(settings, misaligned=share / 100), corpus)
+        path = folder / f"exchanged-{share}.parquet"
+        train.write_pairs(path, corpus, pairs)
+        counted[share] = count_pairs(path, names, pipeline)
+    return counted
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:

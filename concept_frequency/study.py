@@ -4,7 +4,7 @@ Trains the arms of the controlled experiment on the embedded emoji corpus, a sta
 compares them by seed. With a clone of the authors' repository (--upstream), it also recomputes the paper's figures from
 their published files.
 
-Why the effect can appear: frequencies span two to three decades and are assigned to concepts at random, so they are
+Why the effect can appear: frequencies span one to three decades and are assigned to concepts at random, so they are
 independent of the concepts' difficulty. The effect would vanish if all concepts, or none, were frequent enough to be
 learned.
 

@@ -11,7 +11,6 @@ the captions. The effects would vanish with as many captions per language as the
 import contextlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from flame import eval as evaluation
@@ -154,14 +153,7 @@ def correlation() -> dict[str, float]:
 
 def letters() -> dict[str, float]:
     """Letters of the nearest training photograph's caption, in each language."""
-    found = letters_of_neighbours(DATA, f"{HOME}/captions/short.json", LANGUAGE_SETS)
-    return of_languages(
-        {
-            f"{Path(folder).name}/{way}": value
-            for folder in LANGUAGE_SETS
-            for way, value in found[folder.rpartition("_")[2]].items()
-        }
-    )
+    return of_languages(letters_of_neighbours(DATA, f"{HOME}/captions/short.json", LANGUAGE_SETS))
 
 
 FLOORS = (

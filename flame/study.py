@@ -302,22 +302,22 @@ def neighbour_words(pixels: bool = False) -> dict[str, float]:
 
 def letters_of_neighbours(
     shards: str, captions: str, sets: Sequence[str], gallery: int | None = None
-) -> dict[str, dict[str, float]]:
-    """{language: recalls} of the floor on languages, which compares a text with the English caption of the image's
-    nearest training picture (by the pretrained tower's features), by groups of one to three letters within words.
+) -> dict[str, float]:
+    """The floor on languages, {"SET/METRIC": percent}: takes the English caption of an image's nearest training picture
+    (by the pretrained tower's features), and finds the text that shares most groups of one to three letters with it.
 
-    It needs no knowledge of a language, only that words are spelt alike. A set's name ends in `_` and the language.
+    Knows no language, only that words are spelt alike. Reads an image's first caption, as eval.py does.
     """
     english, train = read_captions(captions), F.normalize(training_features(shards), dim=-1)
     known, found = [english[str(key)] for key in data.open_pairs(shards).keys], {}
     for folder in sets:
         eval_set = open_set(folder, VIEW, "retrieval")
         images = F.normalize(cached_lite0_features([torch.stack(read_images(eval_set, gallery))]), dim=-1)
-        asked = read_captions_of(eval_set, gallery)
-        texts = [text for each in asked for text in each]
+        texts = [of_image[0] for of_image in read_captions_of(eval_set, gallery)]
         letters = CountVectorizer(binary=True, analyzer="char_wb", ngram_range=(1, 3)).fit(texts)
         said, spelt = floors.captions_of_neighbours(images, train, known, letters, texts)
-        found[folder.rpartition("_")[2]] = retrieval_metrics(said, spelt, owners(asked))
+        recalls = retrieval_metrics(said, spelt, torch.arange(len(texts)), ks=(1,))
+        found |= {f"{eval_set.name}/{metric}": value for metric, value in recalls.items()}
     return found
 
 
@@ -325,10 +325,11 @@ def neighbour_letters() -> dict[str, float]:
     """Means of `letters_of_neighbours` over all languages, over all but English, and over those of a script."""
     shards, captions = PRESETS["emoji-lite0"][1].data, "data/flame/captions/short.json"
     found = letters_of_neighbours(shards, captions, LANGUAGE_SETS, LANGUAGE_GALLERY)
-    groups = {"languages/": [*found], "languages/other_": [language for language in found if language != "en"]}
+    sets = {folder.rpartition("_")[2]: Path(folder).name for folder in LANGUAGE_SETS}
+    groups = {"languages/": [*sets], "languages/other_": [language for language in sets if language != "en"]}
     groups |= {f"languages {script}/": languages for script, languages in SCRIPTS.items()}
     return {
-        name + way: sum(found[language][way] for language in languages) / len(languages)
+        name + way: sum(found[f"{sets[language]}/{way}"] for language in languages) / len(languages)
         for name, languages in groups.items()
         for way in ("image_to_text_R@1", "text_to_image_R@1")
     }

@@ -187,9 +187,11 @@ def test_letters_find_words_that_are_spelt_alike(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
     sets = [str(tmp_path / f"set_{language}") for language in names]
     found = study.letters_of_neighbours(str(tmp_path / "train"), str(tmp_path / "captions.json"), sets)
-    recalls = {language: (each["image_to_text_R@1"], each["text_to_image_R@1"]) for language, each in found.items()}
+    ways = "image_to_text_R@1", "text_to_image_R@1"
+    recalls = {language: tuple(found[f"set_{language}/{way}"] for way in ways) for language in names}
     assert recalls == {"en": (100, 100), "sv": (100, 100), "el": (0, 0)}
     monkeypatch.setattr(study, "SCRIPTS", {"Latin script": ["sv"], "other scripts": ["el"]})
+    monkeypatch.setattr(study, "LANGUAGE_SETS", sets)
     monkeypatch.setattr(study, "letters_of_neighbours", lambda *_: found)
     means = study.neighbour_letters()
     assert means[study.BY_SCRIPT["Latin script"]] == 100 and means[study.BY_SCRIPT["other scripts"]] == 0
