@@ -52,6 +52,7 @@ METRICS = {  # printed metrics and their headings
     "bare_names_id/top1": "names ID",
     "subgroups_ood/probe_best": "probe OOD",
     "subgroups_id/probe_best": "probe ID",
+    "bare_names_id/probe_best": "probe names ID",
     "subgroups_ood/nearest": "neighbour OOD",
     "subgroups_id/nearest": "neighbour ID",
     "subgroups_ood/ami": "AMI OOD (0-1)",
@@ -71,8 +72,11 @@ class Config:
     """open_clip config of checkpoint files that do not contain its name."""
     sets: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "bare_names_ood", PAIRS)
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
-    probe: tuple[str, ...] = (EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
-    """Sets with a train/ split for linear probes, and for cluster scores if images outnumber classes; may be empty."""
+    probe: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
+    """Sets with a train/ split for linear probes, and for cluster scores if images outnumber classes; may be empty. The
+    last one is plotted."""
+    shuffled: bool = False
+    """Also fit each probe on shuffled samples; upstream does not shuffle."""
     logistic: bool = False
     """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
     gap: str | None = PAIRS
@@ -270,7 +274,7 @@ def evaluate_run(
         if len(shards) != len(encoded) or not all(a.samefile(b) for a, b in zip(shards, encoded, strict=True)):
             (train_x, train_y), encoded = features(folder, "train"), shards  # sets may share shards by hard links
         test_x, test_y = features(folder, "test")
-        for suffix, shuffle in (("", False), ("_shuffled", True)):
+        for suffix, shuffle in (("", False), ("_shuffled", True))[: 1 + cfg.shuffled]:
             probe = linear_probe(train_x, train_y, test_x, test_y, shuffle)
             flat |= {f"{label}/probe{suffix}_{key}": probe[key] for key in ("best", "final")}
         if cfg.logistic:
