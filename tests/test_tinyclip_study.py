@@ -13,6 +13,7 @@ from test_tinyclip_eval import sets, trained  # noqa: F401
 from test_tinyclip_train import arms, folder  # noqa: F401
 
 from shared import checkpoints
+from shared.corpora import scenes
 from shared.study import overview
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -123,6 +124,12 @@ def test_students_are_compared_with_those_of_neither(monkeypatch):
     assert arms["auto"] == [{study.STEPS: 0.0, study.TIME: -0.5}]
 
 
+def test_macs_of_small_networks_are_in_millions():
+    arms = {"by-hand": [{"macs_g": 0.00999}], "auto": [{}]}
+    study.macs_in_millions(Comparison(arms, [0], {}, set()))
+    assert arms["by-hand"][0]["macs_m"] == pytest.approx(9.99) and arms["auto"] == [{}]
+
+
 def test_plots(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(study, "learning_curve", lambda folder: [(1, 1.0, 1.0), (2, 3.0, 2.0)])
     metrics = (study.TOP1, study.TOP1_SCENES, "parameters_m")
@@ -153,7 +160,8 @@ def test_arms_are_commands_that_their_script_takes():
         config.check_stage(cfg)
         teacher_or_first = {Path(path).name.removesuffix("-seed3") for path in (cfg.teacher, cfg.init) if path}
         assert arm.needs == teacher_or_first, arm.name
-        assert cfg.data == f"{study.SCENES}/train" if arm in study.BY_MASKS else cfg.data == "data/emoji/train_names"
+        pairs = f"{study.SCENES}/train" if arm in study.BY_MASKS else "data/emoji/train_names"
+        assert cfg.data == (study.NEW_PAIRS if arm.name.endswith("-new") else pairs)
 
 
 def test_each_student_of_the_curve_has_the_teacher_it_is_drawn_against():
@@ -169,6 +177,18 @@ def test_each_student_of_the_curve_has_the_teacher_it_is_drawn_against():
     for cfg in made.values():
         assert abs(cfg.warmup - best.warmup * cfg.steps / best.steps) < 1
         assert dataclasses.replace(cfg, steps=best.steps, warmup=best.warmup, out=best.out) == best
+
+
+def test_new_pairs_are_those_behind_the_ones_that_teachers_see():
+    """The larger folder begins with the scenes that all other arms train on; the new ones come after them."""
+    once = {before.command.split()[2]: before for before in study.STUDY.before}
+    folders = study.SCENES, f"{study.SCENES}-more"
+    first, more = (tyro.cli(scenes.Config, args=once[folder].command.split()[1:]) for folder in folders)
+    assert dataclasses.replace(more, out=first.out, samples=first.samples, eval_samples=first.eval_samples) == first
+    shards = [f"{more.out}/train/{shard:05}.tar" for shard in range(more.samples // 1000)]
+    assert study.NEW_PAIRS.split("::") == shards[first.samples // 1000 :] and len(shards) == 2 * first.samples // 1000
+    users = {arm.name for arm in study.STUDY.arms if f"{more.out}/" in arm.command}
+    assert users == set(once[str(more.out)].arms) == {"vit-random-affinity-new"}
 
 
 def test_arms_that_ignore_equal_captions_have_a_twin():
