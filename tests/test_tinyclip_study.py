@@ -131,6 +131,8 @@ def test_macs_of_small_networks_are_in_millions():
 
 
 def test_plots(tmp_path: Path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(study.plt, "close", figures.append)
     monkeypatch.setattr(study, "learning_curve", lambda folder: [(1, 1.0, 1.0), (2, 3.0, 2.0)])
     metrics = (study.TOP1, study.TOP1_SCENES, "parameters_m")
     runs = [dict.fromkeys(metrics, x) for x in (1.0, 2.0)]
@@ -140,6 +142,8 @@ def test_plots(tmp_path: Path, monkeypatch):
     for name in ("tinyclip_curves.png", "tinyclip_teachers.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert not (tmp_path / "tinyclip_masks.png").exists()
+    drawn = [line.get_label() for axis in figures[0].axes for line in axis.lines]
+    assert {arm.heading for arm in study.STUDY.arms} <= set(drawn)  # more arms than the map has colours
 
 
 def test_towers_of_the_ceiling():

@@ -9,6 +9,7 @@ vanish with a teacher no better than raw pixels, and with students trained until
 scenes holds each caption several times, which misleads the contrastive loss only; two arms ignore equal captions.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -352,20 +353,22 @@ def plot(found: Comparison, out: Path) -> None:
 
 
 def plot_curves(found: Comparison, path: Path) -> None:
-    """Accuracy over steps, over seconds and against parameters; means over seeds; a row for each corpus."""
+    """Accuracy over steps, over seconds and against parameters; means over seeds; a row for each corpus. Arms that the
+    default run leaves out are dashed."""
     figure, axes = plt.subplots(2, 3, figsize=(17, 9))
     for row, arms, metric in zip(axes, (BY_HAND, BY_MASKS), (TOP1, TOP1_SCENES), strict=True):
-        colors = plt.get_cmap("tab20").colors
-        for color, arm in zip(colors, (arm for arm in arms if arm.name in found.arms), strict=False):
+        trained = [arm for arm in arms if arm.name in found.arms]
+        for color, arm in zip(itertools.cycle(plt.get_cmap("tab20").colors), trained, strict=False):
+            style = dict(color=color, ls="-" if arm.core else "--", marker="o")
             curves = np.array([learning_curve(folder) for folder in found.folders[arm.name]])  # (seeds, points, 3)
             if curves.size:
                 steps, seconds, top1 = curves.mean(axis=0).T
-                row[0].plot(steps, top1, color=color, marker="o", ms=3, label=arm.heading)
-                row[1].plot(seconds, top1, color=color, marker="o", ms=3)
+                row[0].plot(steps, top1, ms=3, label=arm.heading, **style)
+                row[1].plot(seconds, top1, ms=3, **style)
             runs = found.arms[arm.name]
             if {"parameters_m", metric} <= runs[0].keys():
                 x, y = (spread([values[key] for values in runs]) for key in ("parameters_m", metric))
-                row[2].errorbar(x["mean"], y["mean"], y["std"], color=color, marker="o", capsize=3)
+                row[2].errorbar(x["mean"], y["mean"], y["std"], capsize=3, **style)
         for axis, x in zip(row, ("step", "training seconds", "parameters without token embedding (M)"), strict=True):
             axis.set(xlabel=x, ylabel=f"{METRICS[metric]}, top-1 (%)")
             axis.grid(alpha=0.3)
