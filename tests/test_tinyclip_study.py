@@ -5,19 +5,22 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
+from PIL import Image
 from scripts import ROOT
 from test_tinyclip_eval import sets, trained  # noqa: F401
 from test_tinyclip_train import arms, folder  # noqa: F401
 
 from shared import checkpoints
-from shared.corpora import scenes
+from shared.corpora import layout, scenes
 from shared.study import overview
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.verdicts import Claim
+from shared.tars import write_split
 from tinyclip import config, study
 from tinyclip import eval as evaluation
 
@@ -144,6 +147,28 @@ def test_plots(tmp_path: Path, monkeypatch):
     assert not (tmp_path / "tinyclip_masks.png").exists()
     drawn = [line.get_label() for axis in figures[0].axes for line in axis.lines]
     assert {arm.heading for arm in study.STUDY.arms} <= set(drawn)  # more arms than the map has colours
+
+
+def test_words_of_neighbours(tmp_path: Path, monkeypatch):
+    """Four training pictures of two names; each picture is found by the words of the name of the nearest one."""
+    colours = {"red heart": [(255, 0, 0), (200, 0, 0)], "green leaf": [(0, 255, 0), (0, 200, 0)]}
+
+    def picture(colour: tuple, side: int = 24) -> bytes:
+        image = Image.new("RGB", (side, side), (128, 128, 128))
+        image.paste(colour, (0, 0, side // 2, side))
+        return layout.png(np.asarray(image))
+
+    named = [(label, colour) for label, of in enumerate(colours.values()) for colour in of]
+    train = ({"png": picture(colour), "cls": str(label)} for label, colour in named)
+    write_split(tmp_path / "names/train", train)
+    layout.write_classes(tmp_path / "names", [*colours], ["{c}"])
+    asked = {"a green leaf": (0, 230, 0), "a red heart": (230, 0, 0), "unknown words": (240, 10, 0)}
+    pairs = ({"png": picture(colour), "txt": text} for text, colour in asked.items())
+    layout.write_retrieval(tmp_path / "pairs", pairs)
+    monkeypatch.setattr(study, "NAMES", [str(tmp_path / "names")])
+    monkeypatch.setattr(study, "PAIRS", str(tmp_path / "pairs"))
+    found = study.words_of_neighbours()
+    assert found["pairs/image_to_text_R@1"] == pytest.approx(200 / 3)  # "unknown words" has no known word
 
 
 def test_towers_of_the_ceiling():

@@ -15,8 +15,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.feature_extraction.text import CountVectorizer
 
+from shared import zeroshot
 from shared.checkpoints import load_checkpoint, read_json
+from shared.evalsets import EvalSet
 from shared.run import read_metrics
 from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
@@ -321,6 +326,21 @@ def evaluate(runs: Sequence[str]) -> list[dict]:
     return results
 
 
+def words_of_neighbours() -> dict[str, float]:
+    """The floor on retrieval, {"SET/METRIC": percent}: takes the name of a picture's nearest training picture on raw
+    pixels, and compares words. Names and training pictures are those of the classification sets."""
+    train, labels = floors.read(NAMES[0], "train")
+    names = EvalSet(NAMES[0], floors.raw_pixels, "train").classnames
+    eval_set = EvalSet(PAIRS, floors.raw_pixels)
+    _, pixels, captions = zip(*eval_set, strict=True)
+    texts = [text for of_image in captions for text in of_image]
+    unit = [F.normalize(x, dim=-1) for x in (torch.stack(pixels), train)]
+    bags = CountVectorizer(binary=True).fit(names)
+    said, asked = floors.captions_of_neighbours(*unit, [names[label] for label in labels], bags, texts)
+    recalls = zeroshot.retrieval_metrics(said, asked, zeroshot.owners(captions))
+    return {f"{eval_set.name}/{metric}": value for metric, value in recalls.items()}
+
+
 def tower(model: str) -> ceiling.Tower:
     """A teacher's image tower, with random weights."""
     shape = CONFIGS[model]
@@ -337,6 +357,7 @@ def on_labels() -> dict[str, float]:
 FLOORS = (
     Floor("chance", lambda: floors.chance([*NAMES, PAIRS, *SCENE_SETS])),
     Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour([*NAMES, *SCENE_SETS])),
+    Floor("words of nearest neighbours on raw pixels", words_of_neighbours),
     Floor("image tower trained on labels", on_labels, ceiling=True),
 )
 
