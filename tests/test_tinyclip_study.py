@@ -5,18 +5,22 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
+from PIL import Image
 from scripts import ROOT
 from test_tinyclip_eval import sets, trained  # noqa: F401
 from test_tinyclip_train import arms, folder  # noqa: F401
 
 from shared import checkpoints
+from shared.corpora import layout, scenes
 from shared.study import overview
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.verdicts import Claim
+from shared.tars import write_split
 from tinyclip import config, study
 from tinyclip import eval as evaluation
 
@@ -123,7 +127,15 @@ def test_students_are_compared_with_those_of_neither(monkeypatch):
     assert arms["auto"] == [{study.STEPS: 0.0, study.TIME: -0.5}]
 
 
+def test_macs_of_small_networks_are_in_millions():
+    arms = {"by-hand": [{"macs_g": 0.00999}], "auto": [{}]}
+    study.macs_in_millions(Comparison(arms, [0], {}, set()))
+    assert arms["by-hand"][0]["macs_m"] == pytest.approx(9.99) and arms["auto"] == [{}]
+
+
 def test_plots(tmp_path: Path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(study.plt, "close", figures.append)
     monkeypatch.setattr(study, "learning_curve", lambda folder: [(1, 1.0, 1.0), (2, 3.0, 2.0)])
     metrics = (study.TOP1, study.TOP1_SCENES, "parameters_m")
     runs = [dict.fromkeys(metrics, x) for x in (1.0, 2.0)]
@@ -133,6 +145,30 @@ def test_plots(tmp_path: Path, monkeypatch):
     for name in ("tinyclip_curves.png", "tinyclip_teachers.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert not (tmp_path / "tinyclip_masks.png").exists()
+    drawn = [line.get_label() for axis in figures[0].axes for line in axis.lines]
+    assert {arm.heading for arm in study.STUDY.arms} <= set(drawn)  # more arms than the map has colours
+
+
+def test_words_of_neighbours(tmp_path: Path, monkeypatch):
+    """Four training pictures of two names; each picture is found by the words of the name of the nearest one."""
+    colours = {"red heart": [(255, 0, 0), (200, 0, 0)], "green leaf": [(0, 255, 0), (0, 200, 0)]}
+
+    def picture(colour: tuple, side: int = 24) -> bytes:
+        image = Image.new("RGB", (side, side), (128, 128, 128))
+        image.paste(colour, (0, 0, side // 2, side))
+        return layout.png(np.asarray(image))
+
+    named = [(label, colour) for label, of in enumerate(colours.values()) for colour in of]
+    train = ({"png": picture(colour), "cls": str(label)} for label, colour in named)
+    write_split(tmp_path / "names/train", train)
+    layout.write_classes(tmp_path / "names", [*colours], ["{c}"])
+    asked = {"a green leaf": (0, 230, 0), "a red heart": (230, 0, 0), "unknown words": (240, 10, 0)}
+    pairs = ({"png": picture(colour), "txt": text} for text, colour in asked.items())
+    layout.write_retrieval(tmp_path / "pairs", pairs)
+    monkeypatch.setattr(study, "NAMES", [str(tmp_path / "names")])
+    monkeypatch.setattr(study, "PAIRS", str(tmp_path / "pairs"))
+    found = study.words_of_neighbours()
+    assert found["pairs/image_to_text_R@1"] == pytest.approx(200 / 3)  # "unknown words" has no known word
 
 
 def test_towers_of_the_ceiling():
@@ -153,7 +189,8 @@ def test_arms_are_commands_that_their_script_takes():
         config.check_stage(cfg)
         teacher_or_first = {Path(path).name.removesuffix("-seed3") for path in (cfg.teacher, cfg.init) if path}
         assert arm.needs == teacher_or_first, arm.name
-        assert cfg.data == f"{study.SCENES}/train" if arm in study.BY_MASKS else cfg.data == "data/emoji/train_names"
+        pairs = f"{study.SCENES}/train" if arm in study.BY_MASKS else "data/emoji/train_names"
+        assert cfg.data == (study.NEW_PAIRS if arm.name.endswith("-new") else pairs)
 
 
 def test_each_student_of_the_curve_has_the_teacher_it_is_drawn_against():
@@ -169,6 +206,18 @@ def test_each_student_of_the_curve_has_the_teacher_it_is_drawn_against():
     for cfg in made.values():
         assert abs(cfg.warmup - best.warmup * cfg.steps / best.steps) < 1
         assert dataclasses.replace(cfg, steps=best.steps, warmup=best.warmup, out=best.out) == best
+
+
+def test_new_pairs_are_those_behind_the_ones_that_teachers_see():
+    """The larger folder begins with the scenes that all other arms train on; the new ones come after them."""
+    once = {before.command.split()[2]: before for before in study.STUDY.before}
+    folders = study.SCENES, f"{study.SCENES}-more"
+    first, more = (tyro.cli(scenes.Config, args=once[folder].command.split()[1:]) for folder in folders)
+    assert dataclasses.replace(more, out=first.out, samples=first.samples, eval_samples=first.eval_samples) == first
+    shards = [f"{more.out}/train/{shard:05}.tar" for shard in range(more.samples // 1000)]
+    assert study.NEW_PAIRS.split("::") == shards[first.samples // 1000 :] and len(shards) == 2 * first.samples // 1000
+    users = {arm.name for arm in study.STUDY.arms if f"{more.out}/" in arm.command}
+    assert users == set(once[str(more.out)].arms) == {"vit-random-affinity-new"}
 
 
 def test_arms_that_ignore_equal_captions_have_a_twin():

@@ -15,7 +15,7 @@ from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
 from shared.study.verdicts import Claim
 from tinyclip import eval as evaluation
-from tinyclip.study import IA, IC, RA, RC
+from tinyclip.study import IA, IC, RA, RC, macs_in_millions
 
 # Unlike on emoji, crops do not extend beyond the image; equal captions are too rare to be kept apart.
 DATA = "--data data/photos-captions/train --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
@@ -73,12 +73,13 @@ STUDY = Study(
     passes="step",
     evaluate=evaluate,
     alone=True,
+    derive=macs_in_millions,
     metrics={
         RECALL: "mean recall",
         TEN: "T2I R@10",
         "retrieval_en/image_to_text_R@10": "I2T R@10",
         "parameters_m": "parameters (M)",
-        "macs_g": "MACs (G)",
+        "macs_m": "MACs (M)",
         "seconds": "seconds",
     },
     sets=(photos.RETRIEVAL,),
