@@ -374,7 +374,7 @@ def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") 
 BOTH = "LAION-400M + YFCC-15M"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablations of affinity, inheritance, stages": "no setting is published; flags, and arms of the study",
-    "transfer, robustness and linear probe": "no code is published; `tinyclip.eval --sets`, `--probe`",
+    "retrieval, transfer, robustness and linear probe": "no code is published; `tinyclip.eval --sets`, `--probe`",
 }
 PAPER_ROWS = {
     "train": {
