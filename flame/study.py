@@ -263,7 +263,7 @@ def by_language(found: dict[str, float], sets: Sequence[str]) -> dict[str, dict[
 
 
 def more_rows(found: Comparison, llm: str | None = None) -> list[dict[str, Any]]:
-    """Rows for what this scale cannot show; with an English language model, this includes languages."""
+    """Table rows of claims that cannot be tested here; with an English language model, those about languages, too."""
     numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
     rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
     if (llm or language_model()) == SMOLLM2:

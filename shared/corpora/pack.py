@@ -291,7 +291,7 @@ def check_set(folder: Path, split: str, count: int) -> None:
 
 @dataclasses.dataclass
 class Pictures:
-    """Options of all kinds."""
+    """Options that all kinds of output share."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Table (.csv, .tsv) or JSON lines (.jsonl) that name the pictures; for classes also a folder of class folders."""

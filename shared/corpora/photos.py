@@ -43,7 +43,7 @@ HELD_OUT = 5  # 1 / HELD_OUT of the photographs of each class and domain of PACS
 
 @dataclass
 class Photographs:
-    """Options of all builders."""
+    """Options that all data sets share."""
 
     root: Path
     """Folder of the data set."""
@@ -140,7 +140,7 @@ def one_line(text: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is neither."""
+    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is not such a file."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return content.decode("utf-8-sig").rstrip("\n").split("\n")

@@ -68,6 +68,7 @@ def raw_pixels(image: Image.Image) -> Tensor:
 
 
 def join(batches: Iterable[Tensor]) -> Tensor:
+    """Batches of features, unchanged, as one tensor."""
     return torch.cat(list(batches))
 
 
