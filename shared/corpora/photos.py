@@ -10,7 +10,6 @@
 The input layouts are in the docstrings of the classes. Unreadable photographs are left out, counted and reported.
 """
 
-import dataclasses
 import gzip
 import io
 import random
@@ -101,11 +100,7 @@ class Photographs:
         cli.check_counts(self, "image_size")
         listing = self.plan()
         sizes = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.used if file.is_file()]
-        setting = {"data": type(self).__name__.lower(), "recipe": self.recipe} | {
-            name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)
-        }
-        del setting["strict"]
-        setting["files"] = data.fingerprint("\n".join(sizes).encode())
+        setting = layout.setting_of(self, self.recipe) | {"files": data.fingerprint("\n".join(sizes).encode())}
 
         def write(folder: Path) -> dict:
             counts = self.write(folder, listing)
