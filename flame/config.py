@@ -223,12 +223,7 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
     if cfg.lock_image and cfg.model != "Lite0-emoji":
         raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
-    if cfg.distinct_captions and not cfg.keep_in_memory:
-        raise ValueError("--distinct-captions needs --keep-in-memory")
-    if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError(
-            "--keep-in-memory reads all data at the start, --window-shards a part at a time: pass only one"
-        )
+    cli.check_in_memory(cfg)
     if not 1 <= cfg.logit_scale <= 100:
         raise ValueError(f"--logit-scale must be in 1..100, its range during training, not {cfg.logit_scale}")
     if not 0 < cfg.crop_scale <= 1:

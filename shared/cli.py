@@ -60,6 +60,16 @@ def check_batch(config: Any, world_size: int) -> None:
         raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
 
 
+def check_in_memory(config: Any) -> None:
+    """ValueError if --keep-in-memory comes with --window-shards, or --distinct-captions without --keep-in-memory."""
+    if config.keep_in_memory and config.window_shards:
+        raise ValueError(
+            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
+        )
+    if getattr(config, "distinct_captions", False) and not config.keep_in_memory:
+        raise ValueError("--distinct-captions needs --keep-in-memory")
+
+
 # ---------------------------------------------------------------------------------------------------------- dry runs
 
 

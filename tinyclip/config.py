@@ -296,12 +296,7 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "batch_size", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", least=0)
     cli.check_batch(cfg, world_size)
-    if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError(
-            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
-        )
-    if cfg.distinct_captions and not cfg.keep_in_memory:
-        raise ValueError("--distinct-captions needs --keep-in-memory")
+    cli.check_in_memory(cfg)
     most = 4 if cfg.keep_in_memory else 1
     if not 0 < cfg.crop[0] <= cfg.crop[1] <= most:
         raise ValueError(f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares with 0 < least <= most <= {most}")
