@@ -12,7 +12,17 @@ from concept_frequency import curves
 from concept_frequency.joining import fold
 from concept_frequency.panels import Rows, as_printed, counted, largest_gap, number
 from concept_frequency.printed import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
-from concept_frequency.published import BINS, CORPORA, FINE_GRAINED, GENERATION, METHODS, SIZES, Results, plotted_bins
+from concept_frequency.published import (
+    BINS,
+    CORPORA,
+    FINE_GRAINED,
+    GENERATION,
+    METHODS,
+    SIZES,
+    Results,
+    plotted_bins,
+    with_table9,
+)
 
 # -------------------------------------------------------------------------------------------- properties of counts
 
@@ -161,7 +171,8 @@ def people(results: Results) -> tuple[Rows, Rows]:
 
 def let_it_wag(results: Results) -> tuple[Rows, Rows]:
     """Table 9 and figure 6: accuracy on ImageNet, Let It Wag!, and its common and fine-grained classes."""
-    imagenet, in_files, tail = results.imagenet(), results.imagenet(printed=False), results.let_it_wag()
+    in_files, tail = results.imagenet(), results.let_it_wag()
+    imagenet = with_table9(in_files)
     names = [model for model in TABLE9 if model in tail]
     if not names:
         return [], []

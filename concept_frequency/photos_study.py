@@ -36,7 +36,7 @@ from concept_frequency.eval import INNER, NUM_BINS, changes, column, concept_rec
 from concept_frequency.study import COLORS, plot_changes, pooled_within
 from concept_frequency.tagging import load_spacy
 from shared import cli, data, run, zeroshot
-from shared.study import floors, locked, photos, verdicts
+from shared.study import floors, locked_clip, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
@@ -51,7 +51,7 @@ RECALL = f"retrieval_en/text_to_image_R@{K}"
 
 
 @dataclasses.dataclass
-class Config(locked.Config):
+class Config(locked_clip.Config):
     """Settings of a CLIP that is trained on captions of photographs."""
 
     thin: float = 0.0
@@ -67,13 +67,13 @@ def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: i
 
 
 def train(cfg: Config) -> Path:
-    """Run `locked.train` on the captions that are kept, and write them to captions.txt in the run folder."""
+    """Run `locked_clip.train` on the captions that are kept, and write them to captions.txt in the run folder."""
     pairs = data.open_pairs(cfg.data)
     captions = [pairs.caption(row) for row in range(len(pairs))]
     rows = thinned(captions, test_nouns().names, cfg.thin, cfg.seed) if cfg.thin else list(range(len(captions)))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     (Path(cfg.out) / "captions.txt").write_text("".join(f"{captions[row]}\n" for row in rows))
-    return locked.train(cfg, rows)
+    return locked_clip.train(cfg, rows)
 
 
 # -------------------------------------------------------------------------------------------------- recall of each noun
@@ -136,13 +136,13 @@ def curve_of(images: Tensor, texts: Tensor, counts: np.ndarray) -> dict[str, Any
 
 def measure_run(folder: Path) -> dict[str, Any]:
     """`curve_of` a finished run, with counts in the captions that it was trained on."""
-    both = locked.encode(folder, test_set().features, test_set().captions)
+    both = locked_clip.encode(folder, test_set().features, test_set().captions)
     counts = frequencies(folder / "captions.txt", folder / "count")
     return curve_of(*both, counts) | {"seconds": run.read_metrics(folder)[-1]["seconds"]}
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
-    return locked.evaluated("concept_frequency", runs, measure_run)
+    return locked_clip.evaluated("concept_frequency", runs, measure_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

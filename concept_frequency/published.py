@@ -73,6 +73,11 @@ def plotted_bins(task: str, pretraining: str) -> slice:
     return {"laion400m": slice(2, -1), "synthci30m": slice(0, -4)}.get(pretraining, slice(1, -1))
 
 
+def with_table9(imagenet: dict[str, float]) -> dict[str, float]:
+    """Add to {model: percent on ImageNet} the models that only table 9 has."""
+    return {model: printed for model, (printed, _) in TABLE9.items()} | imagenet
+
+
 def short(model: str) -> str:
     """`backboneRN50_pretrainedcc3m` -> `RN50|cc3m`."""
     return model.removeprefix("backbone").replace("_pretrained", "|", 1)
@@ -255,11 +260,10 @@ class Results:
         path = next((path for path in places if path.is_file()), places[0])
         return {short(model): value for model, value in read(path).items()}
 
-    def imagenet(self, printed: bool = True) -> dict[str, float]:
-        """{model: percent on ImageNet with the ensemble of prompts}, from the files; `printed`: else from table 9."""
-        others = {model: imagenet for model, (imagenet, _) in TABLE9.items()} if printed else {}
+    def imagenet(self) -> dict[str, float]:
+        """{model: percent on ImageNet with the ensemble of prompts} of the models in the files."""
         files = read(self.scores_file("classification", "imagenet", "ensemble"))
-        return others | {short(model): value["full"] for model, value in files.items()}
+        return {short(model): value["full"] for model, value in files.items()}
 
     def wag_classes(self) -> list[str]:
         """The classes of Let It Wag!."""

@@ -32,6 +32,7 @@ from concept_frequency.published import (
     SIZES,
     Results,
     plotted_bins,
+    with_table9,
 )
 from shared import checkpoints, cli, evaluation
 
@@ -124,7 +125,7 @@ def people_columns(results: Results) -> list[Column]:
 
 def wag_columns(results: Results) -> list[Column]:
     """Columns of figure 6: all classes, with the authors' figure, and the common and fine-grained ones."""
-    imagenet, columns = results.imagenet(), []
+    imagenet, columns = with_table9(results.imagenet()), []
     every = {model: found["full"] for model, found in results.let_it_wag().items()}
     for title, tail in ({"all classes": every} | insights.common_and_fine(results)).items():
         names = sorted(imagenet.keys() & tail.keys())

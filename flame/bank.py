@@ -1,10 +1,10 @@
 """The bank: embeddings of every image's captions, computed once by embed.py, so that training does not need the LLM.
 
-FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. It has one .pth
-file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and `ends.npy`
-(the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the row of its embeddings; samples with
-the same captions share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D) float16. An image
-has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one.
+FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The authors write
+one .pth file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and
+`ends.npy` (the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the row of its embeddings;
+samples with the same captions share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D)
+float16. An image has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one.
 """
 
 import functools
@@ -45,7 +45,7 @@ class Bank:
 
     @functools.cached_property
     def lookup(self) -> Lookup:
-        """Index of each key."""
+        """Finds the position of a key in `keys`."""
         return Lookup(self.keys)
 
     def check(self, keys: Strings) -> None:
@@ -55,6 +55,7 @@ class Bank:
             self.lacks(keys[int(missing[0])])
 
     def lacks(self, key: str) -> NoReturn:
+        """ValueError about a sample that is not in the bank."""
         raise ValueError(f"{self.root} has no row for sample {key}: embed the captions of this --data")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
@@ -111,6 +112,7 @@ class AuthorsBank:
             self.existing(keys[row])
 
     def existing(self, key: str) -> Path:
+        """The file of a sample. ValueError if there is none."""
         if not self.path(key).is_file():
             raise ValueError(f"{self.path(key)} is missing: embed the captions of this --data")
         return self.path(key)

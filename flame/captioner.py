@@ -1,4 +1,4 @@
-"""Captions of one's own images by any image-to-text model: `python -m flame.captioner --data SHARDS --out short.json`.
+"""Caption your own images with any image-to-text model: `python -m flame.captioner --data SHARDS --out short.json`.
 
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; its instructions are published
 nowhere. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
@@ -34,7 +34,7 @@ class Config:
     """Instruction for a chat model, such as "Describe the image in a sentence."; a plain captioner continues this text.
     None: a plain captioner starts without text, and a chat model is asked for a description."""
     max_length: int = 64
-    """Tokens of a caption, at most; counts generated tokens."""
+    """Tokens of a caption that are generated at most."""
     batch_size: int = 16
     """Images per forward pass."""
     part_size: int = 1024

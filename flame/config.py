@@ -45,7 +45,8 @@ class Config:
     method: Literal["flame", "clip"] = "flame"
     """flame, or clip: the same image tower and captions, with a trained text transformer."""
     rows: tuple[int, ...] = ()
-    """Facets of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. 0 1 4 ask for the whole image."""
+    """Facets of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. Facets 0, 1 and 4 ask for a word
+    about the whole image, one for each caption."""
     facets: int = 6
     """Facets drawn each time an image is loaded, without replacement: K."""
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
@@ -91,7 +92,7 @@ class Config:
     batch_size: int = 3072
     """Images per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is made twice."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice."""
     lr: float = 5e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "const", "const-cooldown"] = "cosine"
@@ -222,12 +223,7 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
     if cfg.lock_image and cfg.model != "Lite0-emoji":
         raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
-    if cfg.distinct_captions and not cfg.keep_in_memory:
-        raise ValueError("--distinct-captions needs --keep-in-memory")
-    if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError(
-            "--keep-in-memory reads all data at the start, --window-shards a part at a time: pass only one"
-        )
+    cli.check_in_memory(cfg)
     if not 1 <= cfg.logit_scale <= 100:
         raise ValueError(f"--logit-scale must be in 1..100, its range during training, not {cfg.logit_scale}")
     if not 0 < cfg.crop_scale <= 1:
@@ -251,6 +247,7 @@ URBAN = "Urban-1k R@1 (I2T/T2I) "
 COMMAND = "Training.md of the authors, with {}; no number was read"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablations, few-shot and linear probe tables": "the paper's body could not be read, and no setting is published",
+    "COCO, Flickr30k": "evaluations of the same runs: `flame.eval --sets`",
     "multilingual ImageNet, Winoground, SugarCrepe": "evaluations: `flame.eval --multilingual`, `--compositional`",
     "long-context figure, CLIP, YFCC15M": "no setting is published: `cc3m-vitb16-clip` with `--data`, `--dataset-size`",
     "long-context figure, Long-CLIP": "another paper's method",

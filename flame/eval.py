@@ -109,6 +109,8 @@ class Config:
 
 # --------------------------------------------------------------------------------------------------------- retrieval
 
+BOTH_WAYS = ("image_to_text_R@1", "text_to_image_R@1")
+
 
 def retrieval_recall(
     image: Tensor, text: Tensor, text_image_index: Tensor | Sequence[int], ks: Sequence[int] = (1, 5, 10)
@@ -353,19 +355,31 @@ def language_sets(
 
 def languages(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:
     """R@1 both ways of each language and their means, by the first caption of an image."""
-    flat: dict[str, float] = {}
-    of_all: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for language, features, firsts in language_sets(model, cfg, device, dtype):
         metrics = retrieval(features, firsts, texts, False, cfg.centre)
-        of_all[language] = metrics
-        flat |= {f"language_{language}/{key}": metrics[key] for key in ("image_to_text_R@1", "text_to_image_R@1")}
-    if of_all:
-        for key in ("image_to_text_R@1", "text_to_image_R@1", "chance"):
-            flat[f"languages/{key}"] = sum(metrics[key] for metrics in of_all.values()) / len(of_all)
-            others = [metrics[key] for language, metrics in of_all.items() if language != "en"]
-            if others:
-                flat[f"languages/other_{key}"] = sum(others) / len(others)
-    return flat
+        found[language] = {key: metrics[key] for key in (*BOTH_WAYS, "chance")}
+    flat = {f"language_{language}/{way}": metrics[way] for language, metrics in found.items() for way in BOTH_WAYS}
+    return flat | language_means(found, all_and_other(found))
+
+
+def all_and_other(languages: Iterable[str]) -> dict[str, list[str]]:
+    """Two groups for `language_means`: all languages, and all but English."""
+    languages = list(languages)
+    return {"languages/": languages, "languages/other_": [language for language in languages if language != "en"]}
+
+
+def language_means(found: dict[str, dict[str, float]], groups: dict[str, Sequence[str]]) -> dict[str, float]:
+    """Means of {language: {metric: value}} over groups {prefix: languages} -> {PREFIX + METRIC: mean of the group}.
+
+    Groups without languages, or with a language that `found` lacks, are left out.
+    """
+    return {
+        prefix + metric: sum(found[language][metric] for language in languages) / len(languages)
+        for prefix, languages in groups.items()
+        if languages and found.keys() >= set(languages)
+        for metric in found[languages[0]]
+    }
 
 
 def probe_metrics(model: FLAME, cfg: Config, device, dtype: torch.dtype) -> dict[str, float]:

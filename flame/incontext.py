@@ -75,8 +75,8 @@ def few_shot(
 
 
 def episodes(labels: Tensor, ways: int, shots: int, count: int, seed: int = 0) -> Iterator[list[int]]:
-    """`count` lists of ways * shots + 1 indices into `labels`: shuffled examples, then a query of one of the
-    classes."""
+    """`count` lists of ways * shots + 1 indices into `labels`: shuffled examples of `ways` classes, then one more image
+    of one of these classes, the query."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(places: Tensor, number: int) -> list[int]:

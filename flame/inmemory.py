@@ -6,6 +6,7 @@ Letters: N images, T bank rows per image, C captions per image, M tokens per ima
 """
 
 import copy
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,7 +47,7 @@ def trunk_tokens(
 
 def whole_image(side: int) -> Callable[[Image.Image], Tensor]:
     """PIL image -> its centre square (3, side, side), uint8."""
-    return lambda image: torch.from_numpy(np.array(memory.square(image, side))).permute(2, 0, 1)
+    return functools.partial(memory.square_pixels, side=side)
 
 
 def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> Tensor:

@@ -15,7 +15,15 @@ from typing import Any
 
 from flame import eval as evaluation
 from flame.embed import GEMMA, SMOLLM2
-from flame.study import LANGUAGE_MODELS, language_model, language_model_of, letters_of_neighbours, plot_languages
+from flame.eval import language_means
+from flame.study import (
+    LANGUAGE_MODELS,
+    by_language,
+    language_model,
+    language_model_of,
+    letters_of_neighbours,
+    plot_languages,
+)
 from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -25,6 +33,7 @@ from shared.study.verdicts import Claim
 DATA, HOME = "data/photos-flickr8k/train", "data/flame/photos"
 MULTI30K = ("en", "de", "fr", "cs")
 LANGUAGE_SETS = (*(f"{photos.SETS}/retrieval_multi30k_{each}" for each in MULTI30K), f"{photos.SETS}/retrieval_ar")
+OTHER_LANGUAGES = {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"}
 LONG = f"{photos.SETS}/retrieval_long_en"
 NAMES = ("data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval/photo_all")
 FEWER = "--dataset-size 1500 --epochs 92"  # a quarter of the photographs, the 460 steps of all of them
@@ -72,7 +81,7 @@ LANGUAGE_CLAIMS = (
     Claim("4 other languages, text to image", "+44.5 XM3600", OTHER_TO_IMAGE, "flame", "clip", 1, 44.5, False, 1.0),
     *(
         Claim(f"{name}, image to text", None, f"language_{code}/image_to_text_R@1", "flame", "clip")
-        for code, name in {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"}.items()
+        for code, name in OTHER_LANGUAGES.items()
     ),
 )
 CLAIMS = (  # `negligible` as on emoji; claims of the same wording are the same there
@@ -125,24 +134,15 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 def of_languages(found: dict[str, float]) -> dict[str, float]:
     """Rename metrics {"SET/METRIC": percent} of language sets as eval.py does, and add the means without English."""
-    ways = ("image_to_text_R@1", "text_to_image_R@1")
-    names = {folder.rpartition("/")[2]: folder.rpartition("_")[2] for folder in LANGUAGE_SETS}
-    each = {
-        f"language_{code}/{way}": found[f"{name}/{way}"]
-        for name, code in names.items()
-        for way in ways
-        if f"{name}/{way}" in found
-    }
-    for way in ways:
-        others = [value for key, value in each.items() if key.endswith(way) and "_en/" not in key]
-        each |= {f"languages/other_{way}": sum(others) / len(others)} if others else {}
-    return each
+    of_each = by_language(found, LANGUAGE_SETS)
+    named = {f"language_{code}/{way}": value for code, each in of_each.items() for way, value in each.items()}
+    return named | language_means(of_each, {"languages/other_": [*OTHER_LANGUAGES]})
 
 
 def chance() -> dict[str, float]:
     found = floors.chance((*NAMES, LONG, *(folder for folder in LANGUAGE_SETS if "_ar" not in folder)))
-    first_of_each = dict.fromkeys(("image_to_text_R@1", "text_to_image_R@1"), 0.1)  # percent, 1 of 1,000 in Arabic
-    return found | of_languages(found | {f"retrieval_ar/{way}": value for way, value in first_of_each.items()})
+    arabic = {f"retrieval_ar/{way}": 0.1 for way in evaluation.BOTH_WAYS}  # percent: 1 of 1,000 images
+    return found | of_languages(found | arabic)
 
 
 def correlation() -> dict[str, float]:
@@ -186,7 +186,7 @@ def study(llm: str) -> Study:
             EN_TO_IMAGE: "English T2I",
             OTHER_TO_TEXT: "4 languages I2T",
             OTHER_TO_IMAGE: "4 languages T2I",
-            **{f"language_{code}/image_to_text_R@1": f"{code} I2T" for code in ("de", "fr", "cs", "ar")},
+            **{f"language_{code}/image_to_text_R@1": f"{code} I2T" for code in OTHER_LANGUAGES},
             "seconds": "seconds",
         },
         sets=(*NAMES, LONG, *LANGUAGE_SETS),

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from flame import eval as evaluation
 from flame.bank import Bank, centred, open_bank
-from flame.config import LANGUAGE_SETS, LONG_SETS, PRESETS, ZERO_SHOT_SETS
+from flame.config import LANGUAGE_SETS, LANGUAGES, LONG_SETS, PRESETS, ZERO_SHOT_SETS
 from flame.embed import GEMMA, SMOLLM2, open_set, read_captions_of, read_images
+from flame.eval import all_and_other, language_means
 from flame.inmemory import set_tokens, whole_image
 from flame.recaption import read_captions
 from flame.train import open_model
@@ -231,14 +232,11 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 
 def derive(found: Comparison) -> None:
-    """Add the mean over the languages of each script; to the arms with all pairs also the accuracy at each share of the
-    pairs, and its change from all pairs to 1/16."""
+    """Add the means over the languages of each script; to the arms with all pairs also the accuracy at each share of
+    the pairs, and its change from all pairs to 1/16."""
     for runs in found.arms.values():
         for values in runs:
-            for script, languages in SCRIPTS.items():
-                keys = [f"language_{language}/image_to_text_R@1" for language in languages]
-                if all(key in values for key in keys):
-                    values[BY_SCRIPT[script]] = sum(values[key] for key in keys) / len(keys)
+            values |= language_means(by_language(values, [f"language_{each}" for each in LANGUAGES]), by_script())
     for arm in {"clip", "flame"} & set(found.arms):
         for share, metric in AT.items():
             for values, fewer in zip(found.arms[arm], found.arms.get(f"{arm}-{share}", []), strict=False):
@@ -246,8 +244,26 @@ def derive(found: Comparison) -> None:
                 values |= {GROWTH: fewer[NEW_ID] - values[NEW_ID]} if share == "16" else {}
 
 
+def by_script() -> dict[str, Sequence[str]]:
+    """The groups of `language_means` by script."""
+    return {f"languages {script}/": languages for script, languages in SCRIPTS.items()}
+
+
+def by_language(found: dict[str, float], sets: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Recall {"SET/METRIC": percent} of sets whose names end in _LANGUAGE -> {language: {metric: percent}}.
+
+    Sets and metrics that `found` lacks are left out.
+    """
+    of_each: dict[str, dict[str, float]] = {}
+    for name in (Path(folder).name for folder in sets):
+        for way in evaluation.BOTH_WAYS:
+            if f"{name}/{way}" in found:
+                of_each.setdefault(name.rpartition("_")[2], {})[way] = found[f"{name}/{way}"]
+    return of_each
+
+
 def more_rows(found: Comparison, llm: str | None = None) -> list[dict[str, Any]]:
-    """Rows for what this scale cannot show; with an English language model, this includes languages."""
+    """Table rows of claims that cannot be tested here; with an English language model, those about languages, too."""
     numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
     rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
     if (llm or language_model()) == SMOLLM2:
@@ -263,11 +279,10 @@ VIEW = whole_image(128)  # one object, so that the floors can share cached image
 
 def chance() -> dict[str, float]:
     """Chance in the galleries used, not in whole retrieval sets."""
-    ways = ("image_to_text_R@1", "text_to_image_R@1")
     sizes = {"retrieval_long_ood/": GALLERY, "scenes/": GALLERY, "languages/": LANGUAGE_GALLERY}
-    sizes |= {"languages/other_": LANGUAGE_GALLERY} | {f"languages {script}/": LANGUAGE_GALLERY for script in SCRIPTS}
+    sizes |= dict.fromkeys(("languages/other_", *by_script()), LANGUAGE_GALLERY)
     return floors.chance((*NEW_SETS, *NAMES, *SUBGROUPS)) | {
-        name + way: 100 / n for name, n in sizes.items() for way in ways
+        name + way: 100 / n for name, n in sizes.items() for way in evaluation.BOTH_WAYS
     }
 
 
@@ -325,14 +340,8 @@ def neighbour_letters() -> dict[str, float]:
     """Means of `letters_of_neighbours` over all languages, over all but English, and over those of a script."""
     shards, captions = PRESETS["emoji-lite0"][1].data, "data/flame/captions/short.json"
     found = letters_of_neighbours(shards, captions, LANGUAGE_SETS, LANGUAGE_GALLERY)
-    sets = {folder.rpartition("_")[2]: Path(folder).name for folder in LANGUAGE_SETS}
-    groups = {"languages/": [*sets], "languages/other_": [language for language in sets if language != "en"]}
-    groups |= {f"languages {script}/": languages for script, languages in SCRIPTS.items()}
-    return {
-        name + way: sum(found[f"{sets[language]}/{way}"] for language in languages) / len(languages)
-        for name, languages in groups.items()
-        for way in ("image_to_text_R@1", "text_to_image_R@1")
-    }
+    of_each = by_language(found, LANGUAGE_SETS)
+    return language_means(of_each, all_and_other(of_each) | by_script())
 
 
 def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, float]:
@@ -344,7 +353,7 @@ def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, 
     images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
     texts = found.text([text for each in asked for text in each])
     recalls = retrieval_metrics(found.image(cached_lite0_features([images])), texts, owners(asked))
-    return {f"{name}/{way}": recalls[way] for way in ("image_to_text_R@1", "text_to_image_R@1")}
+    return {f"{name}/{way}": recalls[way] for way in evaluation.BOTH_WAYS}
 
 
 def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict[str, float]:

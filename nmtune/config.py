@@ -159,10 +159,7 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
         raise ValueError("--dataset-size and --window-shards are for --kind clip: labelled images are all read by row")
     if cfg.kind == "clip" and cfg.asymmetric:
         raise ValueError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
-    if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError(
-            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
-        )
+    cli.check_in_memory(cfg)
     if ":pretrain" in cfg.data and cfg.window_shards:
         raise ValueError(
             "--window-shards reads whole shards, but :pretrain selects a part of their samples: leave it out"

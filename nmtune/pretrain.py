@@ -170,7 +170,7 @@ def decoded(samples: "NoisyLabels | SwappedCaptions", side: int, process: run.Pr
     whether they are noise (N,). Broken samples are added to `samples.broken`."""
     memory.check_size(len(samples), side, process)
     whole = copy.copy(samples)
-    whole.transform = lambda image: torch.from_numpy(np.array(memory.square(image, side))).permute(2, 0, 1)
+    whole.transform = lambda image: memory.square_pixels(image, side)
     rows = run.progress(range(len(samples)), len(samples), "reading", 1, process)
     *batch, broken = collate([whole[row] for row in rows])
     samples.broken = [*samples.broken, *broken]

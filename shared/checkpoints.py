@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # folder of the project
 
 
 def one_line(error: Exception, length: int) -> str:
@@ -143,11 +143,17 @@ def changes(then: dict, now: dict) -> str:
     return what + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
+# Fields of a configuration that may change when a run resumes, since they do not change its weights
+FREE = {
+    "out", "device", "workers", "save_every", "keep_every", "keep_best", "log_every", "eval_every", "eval_set", "cache",
+    "strict", "dry_run",
+}  # fmt: skip
+
+
 def resume(folder: Path, config: Any) -> dict | None:
     """The state in `folder`/checkpoint.pt, or None if the run is new.
 
-    ValueError if the checkpoint was written with another configuration; fields that do not change the result may
-    differ.
+    ValueError if the checkpoint was written with another configuration; FREE fields may differ.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
@@ -155,21 +161,7 @@ def resume(folder: Path, config: Any) -> dict | None:
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise ValueError(f"{path} is not a checkpoint of this script: choose another --out, or remove the folder")
-    free = {
-        "out",
-        "device",
-        "workers",
-        "save_every",
-        "keep_every",
-        "keep_best",
-        "log_every",
-        "eval_every",
-        "eval_set",
-        "cache",
-        "strict",
-        "dry_run",
-    }
-    now = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    now = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     then = {field.name: field.default for field in dataclasses.fields(config)}  # for fields newer than the checkpoint
     if what := changes(then | state["config"], now):
         raise ValueError(

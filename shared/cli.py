@@ -50,13 +50,24 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
 
 def check_batch(config: Any, world_size: int) -> None:
     """ValueError if the batch cannot be divided evenly over processes and micro-batches."""
-    parts = getattr(config, "accumulate", 1)
-    if parts < 1:
-        raise ValueError(f"--accumulate must be at least 1, not {parts}")
-    if config.batch_size % (equal := world_size * parts):
+    micro_batches = getattr(config, "accumulate", 1)
+    if micro_batches < 1:
+        raise ValueError(f"--accumulate must be at least 1, not {micro_batches}")
+    if config.batch_size % (equal := world_size * micro_batches):
         next_size = (config.batch_size // equal + 1) * equal
-        shares = f"{world_size} processes" + (f" and {parts} micro-batches in each" if parts > 1 else "")
+        each = f" and {micro_batches} micro-batches in each" if micro_batches > 1 else ""
+        shares = f"{world_size} processes{each}"
         raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
+
+
+def check_in_memory(config: Any) -> None:
+    """ValueError if --keep-in-memory comes with --window-shards, or --distinct-captions without --keep-in-memory."""
+    if config.keep_in_memory and config.window_shards:
+        raise ValueError(
+            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
+        )
+    if getattr(config, "distinct_captions", False) and not config.keep_in_memory:
+        raise ValueError("--distinct-captions needs --keep-in-memory")
 
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
@@ -69,12 +80,14 @@ def show_plan(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def batch_row(config: Any, world_size: int) -> tuple[str, str]:
-    size, parts = config.batch_size, getattr(config, "accumulate", 1)
-    how = f", in {parts} micro-batches" if parts > 1 else ""
+    """Row with the global batch size, each process's share and its micro-batches."""
+    size, micro_batches = config.batch_size, getattr(config, "accumulate", 1)
+    how = f", in {micro_batches} micro-batches" if micro_batches > 1 else ""
     return "batch", f"{size} ({size // world_size} in each of {world_size} processes{how})"
 
 
 def step_row(total: int, each: int, passes: str = "epoch") -> tuple[str, str]:
+    """Row with the number of steps of a run, and of one epoch (or another unit, `passes`)."""
     return "steps", f"{total:,} ({each:,} an {passes})"
 
 
@@ -115,7 +128,7 @@ def disk_row(samples: int | None, trained: int, frozen: int = 0, each: int = PAI
     A checkpoint holds all weights, and AdamW's two moments of the `trained` ones.
     """
     data = f"{samples * each / 2**30:,.1f} GiB of data" if samples else "data"
-    size = f"{data}, of {each / 1000:.0f} kB a sample; {(12 * trained + 4 * frozen) / 2**30:.1f} GiB a checkpoint"
+    size = f"{data}, at {each / 1000:.0f} kB a sample; {(12 * trained + 4 * frozen) / 2**30:.1f} GiB a checkpoint"
     return "disk estimate", size
 
 

@@ -3,16 +3,13 @@
 import dataclasses
 import hashlib
 import importlib
-import inspect
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoints import read_json, trained_by, write_json
-from shared.run import read_metrics
-
-ROOT = Path(__file__).resolve().parent.parent
+from shared.checkpoints import ROOT, read_json, trained_by, write_json
+from shared.run import paper_of, read_metrics
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -53,11 +50,6 @@ def measured(paper: str, file: Path, setting: dict, sources: Sequence[Path], mea
 def named(path: str | Path) -> bool:
     """Whether `path` has the form MODEL@TAG of open_clip's models and is no file or folder."""
     return "@" in str(path) and not Path(path).exists()
-
-
-def paper_of(cfg: Any) -> str:
-    """Folder name of the paper whose eval.py defines the class of `cfg`."""
-    return Path(inspect.getfile(type(cfg))).parent.name
 
 
 def check_own(path: str | Path, cfg: Any) -> None:

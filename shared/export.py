@@ -140,6 +140,17 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Modu
 # ---------------------------------------------------------------------------------------------------------- exporting
 
 
+def new_folder(path: str | Path) -> Path:
+    """The folder for an export; makes it if it is missing. NotADirectoryError or ValueError for a file or a run."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--export {folder} is a file: name a folder")
+    if (folder / "checkpoint.pt").exists():
+        raise ValueError(f"--export {folder} is a run folder: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write(
     folder: str | Path,
     model: Any,
@@ -154,14 +165,9 @@ def write(
     text_cfg, quick_gelu. weights: by open_clip's names. transform: PIL RGB -> (3, S, S) of `model`. preprocess:
     open_clip's settings of this transform that differ from the default (shorter side to S, bicubic, centre crop,
     OpenAI's statistics). The differences are those of unit image and text features and of a preprocessed image.
-    RuntimeError if those of features exceed TOLERANCE; NotADirectoryError or ValueError if `folder` is a file or a run.
+    RuntimeError if those of features exceed TOLERANCE.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--export {folder} is a file: name a folder")
-    if (folder / "checkpoint.pt").exists():
-        raise ValueError(f"--export {folder} is a run folder: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(folder)
     statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     settings = statistics | {"interpolation": "bicubic", "resize_mode": "shortest"} | preprocess
     temporary = folder / "open_clip_model.safetensors.tmp"

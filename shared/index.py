@@ -186,7 +186,7 @@ def arrays_of(path: str) -> tuple[Strings, np.ndarray, list[Broken], str]:
 
 
 def index_shards(paths: Sequence[str]) -> Index:
-    """Reads the headers of all shards."""
+    """The index of shards, from the headers of their files."""
     if len(paths) < 64 or multiprocessing.current_process().daemon:  # loader workers cannot start processes
         shards = [arrays_of(path) for path in paths]
     else:
@@ -218,7 +218,7 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
     return Index(keys, arrays["spans"], arrays["starts"], broken, about["digests"])
 
 
-# -------------------------------------------------------------------------------------------------- once a machine
+# -------------------------------------------------------------------------------------- files written once a machine
 
 
 def fingerprint(*parts: bytes) -> str:
@@ -258,7 +258,7 @@ def kept(
     make: Callable[[], tuple[dict[str, np.ndarray], dict]],
     large: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """(arrays, a dict for JSON) from `make`, for the files `paths`.
+    """The result of `make`, (arrays, a dict for JSON), for the files `paths`.
 
     If these have `large` bytes or more (default LARGE) in total, the result is cached and memory-mapped, unless `cache`
     is None or cannot be written.
@@ -295,7 +295,7 @@ def name_of(paths: Sequence[str]) -> str:
 
 
 def forget(paths: Sequence[str], cache: Path) -> None:
-    """Removes the cached indices of these files."""
+    """Remove the cached indices of these files."""
     for old in (cache / "index").glob(f"{name_of(paths)}-*"):
         shutil.rmtree(old, ignore_errors=True)
     (cache / "index" / f"{name_of(paths)}.lock").unlink(missing_ok=True)

@@ -49,6 +49,11 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def square_pixels(image: Image.Image, side: int) -> Tensor:
+    """RGB image -> its centre square (3, side, side) uint8."""
+    return data.to_pixels(square(image, side))
+
+
 def check_size(count: int, side: int, process: run.Process | None = None) -> None:
     """ValueError if `count` images of `side` pixels in each of the machine's processes exceed half of its memory."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
@@ -74,7 +79,7 @@ def read(
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
     for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
         pair = data.read_or_next(pairs, row, broken)
-        pixels[row] = torch.from_numpy(np.array(square(pair.image, side))).permute(2, 0, 1)
+        pixels[row] = square_pixels(pair.image, side)
         captions.append(pair.caption)
     tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
     return InMemory(pixels, tokens, np.unique(captions, return_inverse=True)[1], broken)

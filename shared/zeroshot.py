@@ -1,9 +1,9 @@
 """Zero-shot classification and retrieval, common to all papers. All metrics are in percent.
 
 The functions take features and labels; `evaluate` at the end applies them to any model with open_clip's `encode_image`
-and `encode_text`. Letters: N images with a label, C classes, P prompts of T templates, I images and T captions in
-retrieval, D feature dimensions. Scores are computed in chunks of at most `CHUNK` numbers, so that no whole N x C or
-I x T matrix is in memory.
+and `encode_text`. Letters: N images with a label, C classes, P prompts, D feature dimensions; in classification T
+templates; in retrieval I images and T captions. Scores are computed in chunks of at most `CHUNK` numbers, so that no
+whole N x C or I x T matrix is in memory.
 """
 
 import math

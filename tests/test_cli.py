@@ -168,8 +168,8 @@ def test_a_plan_is_a_line_for_each_row(capsys):
         ]
     )
     assert capsys.readouterr().out.splitlines() == [
-        "disk estimate      58.2 GiB of data, of 25 kB a sample; 4.0 GiB a checkpoint",
-        "disk estimate      data, of 110 kB a sample; 12.0 GiB a checkpoint",
+        "disk estimate      58.2 GiB of data, at 25 kB a sample; 4.0 GiB a checkpoint",
+        "disk estimate      data, at 110 kB a sample; 12.0 GiB a checkpoint",
         "batch              64 (32 in each of 2 processes)",
         "batch              64 (32 in each of 2 processes, in 4 micro-batches)",
         "steps              1,200 (400 an epoch)",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_concept_frequency_replay import write_published
 
-from concept_frequency.published import PlainUnpickler, Results, plotted_bins, read_pickle, short
+from concept_frequency.published import PlainUnpickler, Results, plotted_bins, read_pickle, short, with_table9
 
 
 def test_pickles_of_plain_values_and_nothing_else(tmp_path):
@@ -46,7 +46,10 @@ def test_files_of_a_clone(tmp_path):
     assert results.generation_models() == ["a_one", "b_two"] and results.generation("max_clip") == {}
     counts, judged = results.people()
     assert len(counts) == 600 and sorted(judged) == [0, 1, 2, 3, 4]
-    assert results.imagenet()["RN50|cc3m"] == 40 and results.imagenet()["RN50|openai"] == 59.82
+    imagenet = results.imagenet()
+    assert imagenet["RN50|cc3m"] == 40 and "RN50|openai" not in imagenet
+    every = with_table9(imagenet)
+    assert every["RN50|openai"] == 59.82 and every["RN50|cc3m"] == 40
     with pytest.raises(FileNotFoundError, match="has no folder search_counts"):
         Results(tmp_path / "none")
 

@@ -105,6 +105,15 @@ def test_crossmodal_images_are_encoded_once_and_a_batch_at_a_time(tmp_path: Path
     assert seen["quz"] == ([f"quz {key}" for key in "abcde"], False) and flat["languages/other_chance"] == 20
 
 
+def test_means_over_languages_are_of_whole_groups():
+    found = {"en": {"R@1": 8.0}, "de": {"R@1": 4.0}, "el": {"R@1": 0.0}}
+    groups = evaluation.all_and_other(found) | {"Latin ": ["de"], "Nordic ": ["sv", "de"], "none ": []}
+    means = evaluation.language_means(found, groups)
+    assert means == {"languages/R@1": 4.0, "languages/other_R@1": 2.0, "Latin R@1": 4.0}
+    only_english = {"en": found["en"]}
+    assert evaluation.language_means(only_english, evaluation.all_and_other(only_english)) == {"languages/R@1": 8.0}
+
+
 def test_defaults_are_the_papers_and_the_study_names_its_own():
     cfg = evaluation.Config(runs=())
     assert cfg.sets == cfg.language_sets == () and cfg.probe is None and not cfg.centre

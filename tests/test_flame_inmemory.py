@@ -168,7 +168,7 @@ def test_refused_settings(settings: config.Config):
     for change, message in (
         ({"model": "ViT-B-16"}, "--lock-image has weights of EfficientNet-Lite0 only"),
         ({"keep_in_memory": False}, "--distinct-captions needs --keep-in-memory"),
-        ({"window_shards": 2, "dataset_size": 8}, "--keep-in-memory reads all data at the start"),
+        ({"window_shards": 2, "dataset_size": 8}, "--keep-in-memory needs a corpus that fits"),
     ):
         with pytest.raises(ValueError, match=message):
             config.check(dataclasses.replace(settings, **change), 1)

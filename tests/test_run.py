@@ -226,7 +226,7 @@ def test_signs_of_life_of_a_run(clock: list[float], tmp_path: Path, capsys, monk
         "RUN: step 3 of 9, loss 0.5; 3.2 images/s, 0:02:00 left",
         "RUN: step 5 of 9, loss 0.25, zero_shot_top1 12.35; 3.2 images/s, 0:01:20 left",
         "RUN: step 8 of 9, loss 0.125; 3.2 images/s, 0:00:20 left",
-        "RUN: finished, 9 steps in 0:03:00, loss 0.125; next: python -m test_run.eval RUN --sets FOLDER",
+        "RUN: finished, 9 steps in 0:03:00, loss 0.125; next: python -m tests.eval RUN --sets FOLDER",
     ]
     monkeypatch.setenv(run.QUIET, "1")
     assert life("b") == []

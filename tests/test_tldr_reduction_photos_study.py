@@ -46,7 +46,7 @@ def test_measurements_count_photographs(pool: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(study.photos, "test_set", lambda _: (torch.zeros(2, 4), [["a", "b"], ["c", "d"]], Found))
     encoded = torch.eye(2), torch.eye(2).repeat_interleave(2, 0)
-    monkeypatch.setattr(study.locked, "encode", lambda *_: encoded)
+    monkeypatch.setattr(study.locked_clip, "encode", lambda *_: encoded)
     numbers = study.measure_run(folder)
     assert numbers["data/pairs"] == 6 and numbers[study.KEPT] == 2 and numbers["seconds"] == 3
     assert numbers["retrieval_en/image_to_text_R@1"] == 100

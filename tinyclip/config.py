@@ -296,12 +296,7 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "batch_size", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", least=0)
     cli.check_batch(cfg, world_size)
-    if cfg.keep_in_memory and cfg.window_shards:
-        raise ValueError(
-            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
-        )
-    if cfg.distinct_captions and not cfg.keep_in_memory:
-        raise ValueError("--distinct-captions needs --keep-in-memory")
+    cli.check_in_memory(cfg)
     most = 4 if cfg.keep_in_memory else 1
     if not 0 < cfg.crop[0] <= cfg.crop[1] <= most:
         raise ValueError(f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares with 0 < least <= most <= {most}")
@@ -374,7 +369,7 @@ def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") 
 BOTH = "LAION-400M + YFCC-15M"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablations of affinity, inheritance, stages": "no setting is published; flags, and arms of the study",
-    "transfer, robustness and linear probe": "no code is published; `tinyclip.eval --sets`, `--probe`",
+    "retrieval, transfer, robustness and linear probe": "no code is published; `tinyclip.eval --sets`, `--probe`",
 }
 PAPER_ROWS = {
     "train": {

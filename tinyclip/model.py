@@ -102,8 +102,10 @@ def own_columns(rows: Tensor, gather: Gather | None) -> Tensor:
 
 
 def equal_captions(tokens: Tensor, gather: Gather | None = None) -> Tensor:
-    """(B, N) bool: whether a sample of the batch is another one with the row's caption. tokens: (B, S) of one S on all
-    processes."""
+    """(B, N) bool: True at (i, j) if sample j of the global batch is not sample i of this process but has its caption.
+
+    tokens: (B, S), with the same S on all processes.
+    """
     equal = (tokens[:, None] == (tokens if gather is None else gather(tokens))).all(dim=-1)
     return equal.scatter(1, own_columns(tokens, gather)[:, None], False)
 

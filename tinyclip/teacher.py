@@ -85,7 +85,7 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     path = as_clip(source)
     if path is not None:
         model = load_clip(path, head_width, quick_gelu)
-        model.cuts_padding = False  # `Corpus` cuts it
+        model.cuts_padding = False  # `train.Corpus` has cut it from the tokens
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
         statistics, whole = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), False
         if own == (side, context):

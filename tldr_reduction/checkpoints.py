@@ -20,7 +20,7 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shared import checkpoints, cli
+from shared import checkpoints, cli, export
 from tldr_reduction import config
 from tldr_reduction.blip import VisionTransformer, resize_pos_embed
 from tldr_reduction.model import build, build_for
@@ -246,12 +246,7 @@ def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, fold
     """
     import transformers
 
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--export {folder} is a file: name a folder")
-    if (folder / "checkpoint.pt").exists():
-        raise ValueError(f"--export {folder} is a run folder: name another")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = export.new_folder(folder)
     state, shown = model.state_dict(), []
     checkpoints.save_checkpoint(folder / "blip.pth", {"model": state, "epoch": cfg.epochs - 1})
     kinds = ["retrieval"] * hasattr(model, "itm_head")

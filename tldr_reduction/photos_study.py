@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from shared import checkpoints, cli, data, run, zeroshot
-from shared.study import locked, photos, verdicts
+from shared.study import locked_clip, photos, verdicts
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.verdicts import Claim
@@ -74,7 +74,7 @@ ARMS = (
 
 
 @dataclasses.dataclass
-class Config(locked.Config):
+class Config(locked_clip.Config):
     """A CLIP on a reduction of the pool, or on all of it."""
 
     data: str = POOL
@@ -101,7 +101,7 @@ def measure_run(folder: Path) -> dict[str, float]:
     """Recalls on Flickr8k's 1,000 test photographs, and the number of photographs the run was trained on."""
     features, captions, found = photos.test_set(photos.RETRIEVAL)
     texts = [text for of_image in captions for text in of_image]
-    recalls = zeroshot.retrieval_metrics(*locked.encode(folder, features, texts), zeroshot.owners(captions))
+    recalls = zeroshot.retrieval_metrics(*locked_clip.encode(folder, features, texts), zeroshot.owners(captions))
     source = json.loads((folder / "config.json").read_text())["data"]
     shown = [about["file"] for _, about in descriptions(data.expand_shards(source))]
     numbers = {f"{found.name}/{metric}": value for metric, value in recalls.items()}
@@ -110,7 +110,7 @@ def measure_run(folder: Path) -> dict[str, float]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    return locked.evaluated("tldr_reduction", runs, measure_run)
+    return locked_clip.evaluated("tldr_reduction", runs, measure_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study
@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
     if cfg.predictions:
         write_predictions(cfg.data, cfg.predictions)
     else:
-        locked.train(cfg)
+        locked_clip.train(cfg)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Writes corpora: training shards, evaluation sets and masks, in folders that appear only when complete."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -7,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,6 +87,13 @@ def mask_png(labels: np.ndarray, classes: int) -> bytes:
     """PNG of labels (H, W): uint8 if the number of classes fits, else uint16; -1 becomes the dtype's largest value."""
     kind = np.uint8 if classes <= 255 else np.uint16
     return png(np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind))
+
+
+def setting_of(options: Any, recipe: int) -> dict:
+    """The setting of a corpus for `build`: class and fields of a dataclass of options, without paths and `strict`."""
+    fields = {name: value for name, value in dataclasses.asdict(options).items() if not isinstance(value, Path)}
+    del fields["strict"]
+    return {"data": type(options).__name__.lower(), "recipe": recipe} | fields
 
 
 def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:

@@ -291,7 +291,7 @@ def check_set(folder: Path, split: str, count: int) -> None:
 
 @dataclasses.dataclass
 class Pictures:
-    """Options of all kinds."""
+    """Options that all kinds of output share."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Table (.csv, .tsv) or JSON lines (.jsonl) that name the pictures; for classes also a folder of class folders."""
@@ -414,19 +414,15 @@ class Pictures:
             raise ValueError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
         plan = self.plan()
         self.check_any(plan)
-        setting = {"data": type(self).__name__.lower(), "recipe": RECIPE} | {
-            name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)
-        }
-        del setting["strict"]
         listed = {name: [(p.name, size_of(p), what) for p, what in part.items()] for name, part in plan.items()}
-        setting["files"] = data.fingerprint(json.dumps([listed, self.classes, self.prompts]).encode())
+        files = data.fingerprint(json.dumps([listed, self.classes, self.prompts]).encode())
 
         def write(folder: Path) -> dict:
             counts = self.write(folder, plan)
             broken = dict(sorted(self.broken))
             return {"counts": counts | {"broken": len(broken)}, "broken": broken}
 
-        layout.build(self.out, setting, write)
+        layout.build(self.out, layout.setting_of(self, RECIPE) | {"files": files}, write)
         broken = checkpoints.read_json(self.out / "manifest.json")["broken"]
         if line := data.broken_report((Broken(*each) for each in broken.items()), "left out"):
             print(line)

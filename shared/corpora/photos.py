@@ -10,7 +10,6 @@
 The input layouts are in the docstrings of the classes. Unreadable photographs are left out, counted and reported.
 """
 
-import dataclasses
 import gzip
 import io
 import random
@@ -43,7 +42,7 @@ HELD_OUT = 5  # 1 / HELD_OUT of the photographs of each class and domain of PACS
 
 @dataclass
 class Photographs:
-    """Options of all builders."""
+    """Options that all data sets share."""
 
     root: Path
     """Folder of the data set."""
@@ -101,11 +100,7 @@ class Photographs:
         cli.check_counts(self, "image_size")
         listing = self.plan()
         sizes = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.used if file.is_file()]
-        setting = {"data": type(self).__name__.lower(), "recipe": self.recipe} | {
-            name: value for name, value in dataclasses.asdict(self).items() if not isinstance(value, Path)
-        }
-        del setting["strict"]
-        setting["files"] = data.fingerprint("\n".join(sizes).encode())
+        setting = layout.setting_of(self, self.recipe) | {"files": data.fingerprint("\n".join(sizes).encode())}
 
         def write(folder: Path) -> dict:
             counts = self.write(folder, listing)
@@ -140,7 +135,7 @@ def one_line(text: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is neither."""
+    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is not such a file."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return content.decode("utf-8-sig").rstrip("\n").split("\n")

@@ -1,16 +1,15 @@
 """A ceiling for a table of arms: an arm's image tower, trained on the labels of the evaluation set."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from shared import data, export, memory, run
@@ -21,11 +20,8 @@ from shared.zeroshot import percent
 
 def read(folder: str | Path, split: str, side: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, side, side) uint8 and labels (N,) of one split of a classification set."""
-
-    def pixels(image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(memory.square(image.convert("RGB"), side))).permute(2, 0, 1)
-
-    images, labels = zip(*EvalSet(folder, pixels, split).batches(256), strict=True)
+    view = functools.partial(memory.square_pixels, side=side)
+    images, labels = zip(*EvalSet(folder, view, split).batches(256), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 

@@ -1,8 +1,8 @@
-"""Floors and ceilings for a table of arms: metrics without training, and metrics after training on the labels.
+"""Floors for a table of arms: metrics that are reached without training. (ceiling.py trains on the labels.)
 
 Floors are chance, and the nearest neighbour among training images on raw pixels or on features of a pretrained tower.
-A study's arms are compared only if they are above the floors. Functions return {metric: percent}, with the metric names
-of eval.py.
+A claim counts only if the stronger of its arms is above the floors. Functions return {metric: percent}, with the metric
+names of eval.py.
 """
 
 import functools
@@ -68,6 +68,7 @@ def raw_pixels(image: Image.Image) -> Tensor:
 
 
 def join(batches: Iterable[Tensor]) -> Tensor:
+    """Batches of features, unchanged, as one tensor."""
     return torch.cat(list(batches))
 
 

@@ -83,10 +83,10 @@ def settled(rows: list[dict[str, Any]]) -> str:
     n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
     return (
         f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The number after ± is "
-        "half of the 95 % interval: the smallest difference that the seeds of a row can resolve. Floor: the best that "
-        "chance, raw pixels or the pretrained tower itself reach in the row's metric. Claims about a slope, a ratio, a "
-        "spectrum, word usage, rare concepts or fewer pairs have no floor here: another metric, in the tables below, "
-        "shows whether their arms have learned."
+        "half of the 95 % interval: the smallest difference that the seeds of a row can resolve. Floor: the best score "
+        "in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of the pretrained "
+        "tower's own features. Claims about a slope, a ratio, a spectrum, word usage, rare concepts or fewer pairs "
+        "have no floor here: another metric, in the tables below, shows whether their arms have learned."
     )
 
 
@@ -130,6 +130,7 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
     both = asked_twice(summaries, photographs)
     page += [agreement(both), table(both)] if both else []
+    page.append("The verdict on a claim of the paper is the first of these that applies; other differences have none:")
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
     page.append(report.STARS.strip())
     for folder in sorted(summaries | photographs):
@@ -165,7 +166,7 @@ def section(study: Study, summary: dict, other: dict | None) -> list[str]:
     """Paragraphs and tables of one results file; `other`: results of the same paper on emoji."""
     folder = study.folder
     return [
-        f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Again:",
+        f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Command:",
         f"    {command(study, summary)}",
         f"{summary['corpus']}.",
         arms_table(study, summary),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared import data, zeroshot
 from shared.evalsets import EvalSet
-from shared.memory import square
+from shared.memory import square_pixels
 from shared.pretrained import cached_lite0_features
 from shared.study import floors
 from shared.study.floors import Floor
@@ -38,7 +38,7 @@ RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # the c
 
 def view(image: Image.Image) -> Tensor:
     """PIL image -> its centre square (3, SIDE, SIDE) uint8."""
-    return data.to_pixels(square(image, SIDE))
+    return square_pixels(image, SIDE)
 
 
 def pictures(files: Iterable[Path]) -> list[bytes]:

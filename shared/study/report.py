@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.checkpoints import load_checkpoint, read_json
+from shared.checkpoints import FREE, load_checkpoint, read_json
 from shared.evaluation import table
 from shared.run import machine
 from shared.study.verdicts import shown
@@ -76,21 +76,6 @@ class Comparison(NamedTuple):
     settings: dict[str, str] = {}  # arm -> hash of its settings
 
 
-UNIMPORTANT = (
-    "out",
-    "seed",
-    "device",
-    "workers",
-    "strict",
-    "cache",
-    "save_every",
-    "keep_every",
-    "keep_best",
-    "log_every",
-    "dry_run",
-)
-
-
 def setting_of(config: dict) -> str:
     """A short hash of a run's settings, without the seed and fields that do not change results.
 
@@ -99,7 +84,8 @@ def setting_of(config: dict) -> str:
     """
     off = (None, False, "", (), [], {})
     on = {name: value for name, value in config.items() if value not in off and (name, value) != ("accumulate", 1)}
-    kept = {name: value for name, value in on.items() if name not in UNIMPORTANT}
+    unimportant = FREE - {"eval_every", "eval_set"} | {"seed"}  # evaluations during training are plotted and judged
+    kept = {name: value for name, value in on.items() if name not in unimportant}
     text = re.sub(r"-seed\d+", "", json.dumps(kept, sort_keys=True, default=str))
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

@@ -109,7 +109,7 @@ class Study:
     before: tuple[Once, ...] = ()
     stages: tuple[Stage, ...] = ()
     corpus: str = "Embedded emoji corpus"
-    """The training data of the arms, and the pretraining data of their pretrained parts."""
+    """The training data of the arms, and the data on which their pretrained models were trained."""
     sets: tuple[str, ...] = ()
     """Evaluation sets of the floors. Floors are measured again if a set or one of `floor_files` has changed."""
     floor_files: Callable[[], Sequence[Path]] = tuple
@@ -286,6 +286,7 @@ def in_order(jobs: Sequence[Stage]) -> list[Stage]:
 
 
 def waits_for(job: Stage, chosen: Container[str]) -> list[str]:
+    """Names of the `chosen` jobs that must finish before this one starts."""
     return [name for name in sorted(job.needs | set(job.after)) if name in chosen]
 
 

@@ -17,14 +17,15 @@ VERDICTS = {  # in this precedence
     "has not learned": "the stronger of the two arms is not above its floors, which need no training (chance, raw "
     "pixels, the nearest neighbour on its own pretrained tower)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
-    "reproduced": "the interval lies on the paper's side, and reaches its effect where both are in one unit",
-    "same direction": "on the paper's side, short of its effect",
-    "not reproduced": "the interval lies on the other side",
-    "not resolved": "the interval holds zero, or there is no interval",
-    "no claim": "the paper claims nothing here; the difference is only shown",
+    "reproduced": "the whole interval lies on the paper's side, and it reaches the paper's difference if that has the "
+    "same unit",
+    "same direction": "the whole interval lies on the paper's side, but it does not reach the paper's difference",
+    "not reproduced": "the whole interval lies on the other side",
+    "not resolved": "the interval contains zero, or there is no interval",
+    "no claim": "the paper makes no claim about this difference, which is only shown",
 }
 LEVEL = 0.05
-Bars = Sequence[tuple[Sequence[str], dict[str, float]]]  # floors: (arms that the floor is for, () for all; by metric)
+MeasuredFloors = Sequence[tuple[Sequence[str], dict[str, float]]]  # (arms that it is for, () for all; {metric: value})
 
 
 class Claim(NamedTuple):
@@ -151,7 +152,7 @@ def verdict(
     return "reproduced"
 
 
-def floor_of(claim: Claim, floors: Bars, stronger: str) -> float | None:
+def floor_of(claim: Claim, floors: MeasuredFloors, stronger: str) -> float | None:
     """The highest floor of the claim's stronger arm, in the metric `learned_by`; None if there is none.
 
     Floors that name no arm are for all arms.
@@ -196,7 +197,7 @@ def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dic
 def judged(
     claims: Iterable[Claim],
     arms: dict[str, list[dict]],
-    floors: Bars,
+    floors: MeasuredFloors,
     together: bool,
     earlier: dict[str, list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
