@@ -85,7 +85,7 @@ def arms(llm: str) -> tuple[Arm, ...]:
     """The arms, in the order of the paper's argument, with the embeddings of this language model."""
     clip, flame = "train emoji-lite0-clip", f"train emoji-lite0 --bank {BANKS[llm]}"
     captions = " ".join(f"{SCENES}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    scenes, bank = f"--data {SCENES}/train --epochs 90", f"{SCENES}/{Path(BANKS[llm]).name}"
+    scenes, bank = f"--data {SCENES}/train --epochs 30", f"{SCENES}/{Path(BANKS[llm]).name}"
     few = [
         Arm(f"{name}-{share}", f"{command} {FEWER[share]}", heading=f"{title}, 1/{share} of the pairs")
         for name, command, title in (("clip", clip, "CLIP"), ("flame", flame, "FLAME"))
@@ -135,7 +135,7 @@ def before(llm: str) -> tuple[Once, ...]:
     texts = f"--sets {' '.join(NEW_SETS + ZERO_SHOT_SETS + LONG_SETS)}"
     english = (Once(f"flame.embed emoji {texts} --out {BANKS[SMOLLM2]}", arms=("flame-english",)),)
     scenes = (
-        "--samples 2000 --eval-samples 500 --image-size 128 --captioned 2 3 --captioned-size 0.35 0.45 --clutter 0 0"
+        "--samples 6000 --eval-samples 500 --image-size 128 --captioned 2 3 --captioned-size 0.35 0.45 --clutter 0 0"
     )
     captions = " ".join(f"--{kind} {SCENES}/captions/{kind}.json" for kind in ("raw", "short", "long"))
     sets = f"--sets {SCENE_SET} --gallery None --language-sets --out {SCENES}/{Path(bank).name}"
