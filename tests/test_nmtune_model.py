@@ -1,4 +1,4 @@
-"""NMTune's functions compared with numbers from the authors' code (tests/golden/nmtune/README.md), and their properties.
+"""NMTune's functions compared with the authors' code (tests/golden/nmtune/README.md), and tests of their properties.
 
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
