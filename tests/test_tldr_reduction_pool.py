@@ -1,5 +1,5 @@
-"""The study's pools: shares of bad captions and of wrong captions by oracles, the json of each sample, refusals; and the
-validation set."""
+"""The study's pools: shares of bad captions and of the oracle's wrong captions, the json of each sample, refusals; and
+the validation set."""
 
 import dataclasses
 import json

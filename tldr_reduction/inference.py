@@ -327,9 +327,7 @@ class Inference:
 
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
-            pixels, reasons = (
-                [value for of_batch in each for value in of_batch] for each in zip(*batches, strict=True)
-            )
+            pixels, reasons = (list(itertools.chain.from_iterable(each)) for each in zip(*batches, strict=True))
             return {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
         return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)
