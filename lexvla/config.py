@@ -194,7 +194,7 @@ def _preset(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
 
 PRESETS = {
     "small": ("LexVLA with the overuse penalty on your own --data and the --states of their captions, small", SMALL),
-    "emoji": ("LexVLA with the overuse penalty on scenes of emoji, minutes on two CPU cores", EMOJI),
+    "emoji": ("LexVLA with the overuse penalty on scenes of emoji", EMOJI),
     "emoji-none": _preset("... without a penalty", EMOJI, penalty="none"),
     "emoji-flops": _preset("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
     # bags have no logits to take a bias from, so it is a number: the bias that the LM's arms take

@@ -36,7 +36,7 @@ def test_panels_have_legend_and_saved_curve(published):
     assert {row["verdict"] for row in off} == {"not reproduced"}
 
 
-def test_bins_that_the_paper_leaves_out(published):
+def test_tables_of_what_the_paper_leaves_out(published):
     assert len(panels.data_sets(published)) == 4 and len(panels.left_out(published)) == 2
     rows, (claim,) = panels.with_zeros(published)
     assert len(rows) == 4 and claim["verdict"] == "reproduced"
