@@ -108,6 +108,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
 
 
 def load_json(path: str | Path):
+    """The content of a JSON file; ValueError names the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -39,7 +39,7 @@ class Config:
     assignment: int = 0
     """Index of the random assignment of ranks to concepts, which also depends on the seed."""
     misaligned: float = 0.0
-    """Share of pairs with another pair's caption."""
+    """Share of pairs that get another pair's caption."""
 
     model: str = "ResNet-emoji"
     """Any open_clip config."""
@@ -50,8 +50,8 @@ class Config:
     batch_size: int = 128
     """Pairs per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is computed twice.
-    Batch norms (of a ResNet) normalise each micro-batch by itself."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice.
+    Batch norms (of a ResNet) normalise each micro-batch separately."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 64
@@ -93,7 +93,7 @@ EMOJI = dataclasses.replace(
 )
 PRESETS = {
     "small": ("Zipf frequencies over the classes of your own --data and --eval-set, small", SMALL),
-    "emoji": ("Zipf frequencies over 400 emoji, minutes on two CPU cores", EMOJI),
+    "emoji": ("Zipf frequencies over 400 emoji", EMOJI),
     "emoji-uniform": (
         "the same concepts and number of pairs, all equally frequent",
         dataclasses.replace(EMOJI, exponent=0.0),
@@ -169,26 +169,27 @@ class CountConfig:
     caption_column: str = "caption"
     """Column of the captions: a name in parquet, a number from 0 in tsv."""
     also: str = ""
-    """A column: rows without a caption or a value in it are dropped before numbering (upstream: LAION's url)."""
+    """A second column: rows without a caption or without a value in this column are dropped before rows are numbered
+    (upstream: LAION's url). Empty: no row is dropped."""
 
     spacy: str = "en_core_web_lg"
     """Pipeline that tags captions; `python -m spacy download NAME` installs one."""
     query_spacy: str = "en_core_web_sm"
     """Pipeline that lemmatises the words of concepts, one by one."""
     exact: bool = True
-    """Skip only named entities, which are not used here. --no-exact also skips the parser: faster, and it changes a
-    noun only if the parser calls it an auxiliary."""
+    """Skip only the recognition of named entities, which does not change noun sets. --no-exact also skips the parser:
+    faster, but nouns that the parser's rules would turn into auxiliaries stay nouns."""
     lemmatize: bool = True
-    """Lemmatise the words of concepts. Without: use them in lower case (upstream's method `lowercased`)."""
+    """Lemmatise the words of concepts. --no-lemmatize: use them in lower case (upstream's method `lowercased`)."""
     casefold: bool = False
-    """Index nouns in lower case. Without, as upstream, `Eagles` in a title is never found."""
+    """Index nouns in lower case. Otherwise, as upstream, `Eagles` in a title is never found."""
     last_token: bool = True
     """If a concept's word has several tokens, only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
     clean_terms: bool = False
     """Clean concepts' terms as nouns are cleaned, so that `crème` can match. Upstream does not."""
     phrases: bool = True
-    """Also count the captions that contain a concept's name as written, ignoring case. This comparison
-    is not in the paper. Concepts added later need another pass over the captions."""
+    """Also count the captions that contain a concept's name as written, ignoring case. This comparison is not in the
+    paper. Concepts added later need another pass over the captions."""
     unknown: Literal["drop", "zero"] = "drop"
     """Terms in no caption. drop: ignore them, as upstream (`unicorn dog` counts as `dog`). zero: the count is 0."""
 
@@ -198,15 +199,16 @@ class CountConfig:
     """Tagger of the images, for .tar shards: clip, ram++ or package.module:function. Empty: only captions are
     counted."""
     model: str = "ViT-B-16"
-    """open_clip model of the CLIP tagger, or of RAM++'s descriptions."""
+    """open_clip model: the CLIP tagger's, or the one that embeds RAM++'s descriptions."""
     pretrained: str = "openai"
-    """Its weights: open_clip's tag, or a file."""
+    """The open_clip model's weights: open_clip's tag, or a file."""
     checkpoint: str = ""
     """RAM++'s weights."""
     descriptions: str = ""
-    """JSON {concept: texts}, or the authors' list of such; empty: `a photo of a {c}.`"""
+    """Descriptions of the concepts: JSON {concept: texts}, or the authors' list of such dictionaries; empty: `a photo
+    of a {c}.`"""
     average: bool = True
-    """Average the descriptions of a concept, as the authors. Without: RAM++ weights them by the image."""
+    """Average the descriptions of a concept, as the authors do. --no-average: RAM++ weights them by the image."""
     threshold: float = 0.7
     """A concept is in an image if its probability exceeds this (compared in half precision, as upstream)."""
     images: tuple[str, ...] = ()
@@ -234,10 +236,12 @@ class CountConfig:
 
     @property
     def part_captions(self) -> int:
+        """Captions of a part, within `memory`."""
         return max(self.memory * 2**20 // CAPTION_BYTES, 1)
 
     @property
     def batch_captions(self) -> int:
+        """Captions that spaCy tags at a time, within `memory`."""
         return min(max(self.memory * 2**20 // 4 // DOC_BYTES, 1), 5000)
 
 

@@ -173,6 +173,7 @@ def read_captions(part: Part, column: str, also: str, broken: list[data.Broken])
 
 
 def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
+    """`read_captions` for a local tar."""
     shard = tars.index_shard(file)
     broken += shard.broken
     with open(file, "rb", buffering=0) as tar:  # one read per caption, of only its bytes

@@ -389,13 +389,13 @@ def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[
         methods |= {"image": f"{kind}{cfg.threshold}", "integrated": f"integrated_t{text_method}_i{cfg.threshold}"}
     if cfg.keep:
         columns["kept"], methods["kept"] = counted.kept, f"kept_{methods['image']}"
-    said = {"phrase": counted.phrase} if cfg.phrases else {}
-    said |= {
+    about = {"phrase": counted.phrase} if cfg.phrases else {}
+    about |= {
         "searched_as": list(map(" ".join, counted.searched)),
         missing_heading(cfg): list(map(" ".join, counted.missing)),
     }
     with checkpoints.replaced(out / "counts.parquet") as file:
-        pq.write_table(pa.table({"concept": list(names)} | columns | said), file)
+        pq.write_table(pa.table({"concept": list(names)} | columns | about), file)
     place = {name: i for i, name in enumerate(names)}
     for title, wanted in lists.items():
         for key, method in methods.items():
@@ -419,7 +419,7 @@ def missing_heading(cfg: CountConfig) -> str:
 
 
 def most_frequent(cfg: CountConfig, names: Sequence[str], counted: Counted, rows: int = 10) -> str:
-    """A table of the most frequent concepts, with the terms that were searched for each."""
+    """A table of the concepts in the most captions, with the terms that were searched for each."""
     columns = {"captions": counted.text}
     columns |= {"phrase": counted.phrase} if cfg.phrases else {}
     columns |= {"images": counted.image, "both": counted.both} if cfg.tagger or cfg.label_column else {}

@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 
 class Curve(NamedTuple):
+    """Scores of pairs, averaged in bins of log frequency."""
+
     position: Array  # (B,) exp of the bins' right edges: where upstream draws them
     mean: Array  # (B,) mean score; NaN in an empty bin
     std: Array  # (B,) population standard deviation
@@ -59,7 +61,8 @@ def points(curve: Curve, bins: slice) -> tuple[Array, Array]:
 
 
 def correlation(curve: Curve, bins: slice = slice(None)) -> tuple[float, float]:
-    """Pearson's rho of ln position and mean score over a slice of bins, and its two-sided p (t test, n-2).
+    """Pearson's rho of ln position and mean score over a slice of n bins, and its two-sided p (t test with n - 2
+    degrees of freedom).
 
     The paper's slices: 1:-1 for classification, 2:-1 for LAION-400M, 0:-4 for SynthCI, 3: for retrieval. Empty bins are
     left out; NaN for fewer than two bins or constant means.
@@ -150,7 +153,7 @@ def within_slope(changes: ArrayLike, gains: ArrayLike, repetitions: int = 1000, 
 
 
 def small_bins(sizes: ArrayLike) -> list[int]:
-    """Bins whose size lies 1.5 interquartile ranges below the first quartile of all: the usual rule for outliers.
+    """Bins whose size is more than 1.5 interquartile ranges below the first quartile, the usual rule for outliers.
 
     The paper (section 3.2) says that an IQR rule left out bins with few concepts; the slices of its figures do not
     follow from this one.

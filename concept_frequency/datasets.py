@@ -77,7 +77,7 @@ def read_split(root: Path, name: str) -> LabelledImages:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: --root is the folder with {layout.split} and the images")
     splits = load_json(file)
-    by_label = {label: title for part in ("train", "val", "test") for _, label, title in splits[part]}
+    by_label = {label: title for split in ("train", "val", "test") for _, label, title in splits[split]}
     if sorted(by_label) != list(range(len(by_label))):
         raise ValueError(f"{file} has labels other than 0 to {len(by_label) - 1}")
     titles = [by_label[label] for label in range(len(by_label))]
@@ -136,7 +136,7 @@ def parquet_images(files: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
 
 
 def encoded(image: bytes) -> dict[str, bytes]:
-    """{file ending: bytes} of an encoded image: unchanged if it is JPEG, PNG or WebP, else converted to PNG."""
+    """{file ending: bytes} of an encoded image; unchanged if it is JPEG, PNG or WebP, otherwise converted to PNG."""
     kinds = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
     for start, ending in kinds.items():
         if image.startswith(start):

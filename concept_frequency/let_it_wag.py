@@ -156,7 +156,7 @@ class Config:
     similarity: float = 0.9
     """Cosine similarity of features above which images are duplicates: 0.9, or 0.95 for fine-grained classes."""
     max_distance: int = 10
-    """Hashes of near-duplicates differ in at most this number of 64 bits."""
+    """Images are near-duplicates if their hashes differ in at most this number of the 64 bits."""
     seed: int = 0
     """Seed of the draw of each class's images."""
 
@@ -197,12 +197,12 @@ def clean(images: dict[str, list[Image.Image]], network: str, similarity: float)
     if not pool:
         return images
     features = embed(pool, network)
-    apart = set(outliers(features))
+    outlying = set(outliers(features))
     found: dict[str, list[Image.Image]] = {name: [] for name in images}
     for name in images:
-        rows = [i for i, of in enumerate(names) if of == name and i not in apart]
-        twice = set(feature_duplicates(features[rows], similarity)) if rows else set()
-        found[name] = [pool[i] for k, i in enumerate(rows) if k not in twice]
+        rows = [i for i, own in enumerate(names) if own == name and i not in outlying]
+        duplicates = set(feature_duplicates(features[rows], similarity)) if rows else set()
+        found[name] = [pool[i] for k, i in enumerate(rows) if k not in duplicates]
     return found
 
 
@@ -215,8 +215,8 @@ def build(cfg: Config) -> dict[str, int]:
     kept: dict[str, list[str]] = {}
     for name in tail:
         hashes = np.array([phash(image) for image in images[name]], dtype=np.int64).reshape(-1, 64)
-        twice = set(deduplicate(hamming_distances(hashes), range(len(hashes)), cfg.max_distance))
-        kept[name] = [f"{i}.jpg" for i in range(len(hashes)) if i not in twice]
+        duplicates = set(deduplicate(hamming_distances(hashes), range(len(hashes)), cfg.max_distance))
+        kept[name] = [f"{i}.jpg" for i in range(len(hashes)) if i not in duplicates]
     chosen = balance_classes(kept, cfg.per_class, torch.Generator().manual_seed(cfg.seed))
     if not chosen:
         most = max(map(len, kept.values()), default=0)
@@ -228,6 +228,7 @@ def build(cfg: Config) -> dict[str, int]:
 
 
 def main(cfg: Config) -> None:
+    """Build the benchmark and print its number of classes."""
     left = build(cfg)
     print(
         f"{cfg.out}: {sum(n > cfg.per_class for n in left.values())} of {len(left)} least frequent concepts, "

@@ -60,7 +60,7 @@ class Config:
     out: str = "runs/concept_frequency/scores"
     """Folder of the results; results of other models in its files are kept."""
     batch_size: int = 256
-    """Images or prompts a forward pass."""
+    """Images or prompts per forward pass."""
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
@@ -110,6 +110,7 @@ def write(folder: Path, title: str, key: str, result: dict) -> None:
 
 
 def main(cfg: Config) -> None:
+    """Evaluate the model on all sets; write the scores and print a line for each file."""
     process = run.setup(0, cfg.device)
     if not cfg.sets:
         raise ValueError("--sets is missing: it takes evaluation sets in the CLIP-benchmark layout")

@@ -99,6 +99,7 @@ def title(key: Key) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
+    """A number as text; "-" for None and NaN."""
     return "-" if value is None or value != value else f"{value:.{digits}f}"
 
 
@@ -173,10 +174,12 @@ def legend_claims(figures: dict[Key, list[Panel]]) -> Rows:
 
 
 def of_corpus(model: str) -> dict[str, str]:
+    """The first cells of a model's table row: corpus and backbone."""
     return {"corpus": CORPORA[model.partition("|")[2]], "model": model.partition("|")[0]}
 
 
 def models_with_counts(results: Results, models: Sequence[str] = TEN, search: str = "integrated") -> list[str]:
+    """The models with published counts of their corpus."""
     return [model for model in models if results.has(search, model.partition("|")[2])]
 
 

@@ -166,7 +166,7 @@ def tail_columns(results: Results) -> list[Column]:
 
 
 def drawn(results: Results, found: dict[Key, list[Panel]]) -> Iterator[tuple[str, str, list[Column]]]:
-    """(file name, title, columns) of all figures for which the clone has files."""
+    """Yield (file name, title, columns) of all figures for which the clone has files."""
     for key, of in found.items():
         yield "_".join(key).replace("=", ""), panels.title(key), panel_columns(results, key, of)
     main = ("classification", "integrated", "class")
@@ -195,6 +195,8 @@ def with_bins(p: Panel, bins: slice) -> curves.Diagnostics:
 
 @dataclasses.dataclass
 class Config:
+    """Recompute the paper's figures and tables from the authors' published files."""
+
     results: Annotated[str, tyro.conf.Positional]
     """Clone of the authors' repository."""
     out: str = "runs/concept_frequency/replay"

@@ -49,6 +49,7 @@ LEARNED = "frequent"  # accuracy on the tenth of concepts that is most frequent 
 
 
 def claim(text: str, paper: str | None, metric: str, method: str, baseline: str, sign: int = 1, **more) -> Claim:
+    """A claim about arms that have learned if their accuracy on frequent concepts is above the floor."""
     return Claim(text, paper, metric, method, baseline, sign, learned_by=LEARNED, **more)
 
 
@@ -115,6 +116,7 @@ def pixels() -> dict[str, float]:
 
 
 def on_labels() -> dict[str, float]:
+    """Accuracy of the image tower trained on labels of all drawings: the ceiling."""
     cfg = PRESETS["emoji"][1]
     tower = functools.partial(ceiling.open_clip_tower, cfg.model)
     return of_all(next(iter(ceiling.trained_on_labels(tower, [cfg.eval_set], classes=concepts(), epochs=100).values())))

@@ -86,6 +86,8 @@ def lemmas_of(model: str) -> Callable[[str], list[str]]:
 
 
 class Tagger(NamedTuple):
+    """The functions of an image tagger that a count calls."""
+
     transform: Callable[[Image.Image], Tensor]  # image -> (3, H, W)
     probabilities: Callable[[Tensor], Tensor]  # (B, 3, H, W) -> (B, K)
 
@@ -152,8 +154,8 @@ def clip_tagger(
 
     t_c is the `label_embedding` of the concept's descriptions. p equals CLIP's softmax over these two captions.
     """
-    rows = embed(model, tokenizer, describe(names, descriptions), device)
-    concepts = torch.cat([label_embedding(each[None]) for each in rows]).to(device)  # (K, D)
+    embedded = embed(model, tokenizer, describe(names, descriptions), device)
+    concepts = torch.cat([label_embedding(each[None]) for each in embedded]).to(device)  # (K, D)
     plain = F.normalize(embed(model, tokenizer, [PLAIN], device)[0], dim=-1).to(device)
     scale = model.logit_scale.detach().exp().float()
 
@@ -239,11 +241,11 @@ class RAMPlus(nn.Module):
         """Load `ram_plus_swin_large_14m.pth` (entry `model`) without its own tags. ValueError for any other file."""
         swin = {k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")}
         swin = {k: v for k, v in swin.items() if "attn_mask" not in k and "relative_position_index" not in k}
-        parts = ("image_proj", "wordvec_proj", "tagging_head", "fc.", "reweight_scale")
-        rest = {k: v for k, v in state.items() if k.startswith(parts)}
+        prefixes = ("image_proj", "wordvec_proj", "tagging_head", "fc.", "reweight_scale")
+        head = {k: v for k, v in state.items() if k.startswith(prefixes)}
         try:
             self.visual_encoder.load_state_dict(checkpoint_filter_fn(swin, self.visual_encoder))
-            self.head.load_state_dict(rest)
+            self.head.load_state_dict(head)
         except RuntimeError as error:
             raise ValueError(
                 f"this is not a checkpoint of RAM++: {str(error).splitlines()[-1].strip()[:200]}"
@@ -264,13 +266,13 @@ def load_ram_plus(
     model.load_checkpoint(state.get("model", state))
     model.to(place).eval()
     clip, _, tokenizer = load_model(*text_model, place)
-    rows = embed(clip, tokenizer, describe(names, descriptions), place)
+    embedded = embed(clip, tokenizer, describe(names, descriptions), place)
     if average:
-        vectors = torch.stack([label_embedding(each[None])[0] for each in rows])[:, None]
+        vectors = torch.stack([label_embedding(each[None])[0] for each in embedded])[:, None]
     else:
-        if len({len(each) for each in rows}) > 1:
+        if len({len(each) for each in embedded}) > 1:
             raise ValueError("reweighting needs the same number of descriptions for all concepts")
-        vectors = F.normalize(torch.stack(rows), dim=-1)
+        vectors = F.normalize(torch.stack(embedded), dim=-1)
     vectors = vectors.to(place)
     transform = transforms.Compose(
         [

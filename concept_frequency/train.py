@@ -47,7 +47,7 @@ def permutation(n: int, generator: torch.Generator | np.random.Generator | None)
 def zipf_counts(
     num_concepts: int, total: int, exponent: float, generator: torch.Generator | np.random.Generator | None
 ) -> np.ndarray:
-    """Frequencies f_c ~ rank_c^-exponent with random ranks: (K,) int64, sum = total, each at least 1.
+    """Frequencies proportional to rank^-exponent with random ranks: (K,) int64, sum = total, each at least 1.
 
     ValueError if total < K.
     """
@@ -60,7 +60,8 @@ def log_uniform_counts(
 ) -> np.ndarray:
     """Frequencies from 1 up with a constant ratio, in random order: (K,) int64, sum = total.
 
-    Their logarithms are evenly spaced, so that all bins of a curve hold as many concepts. ValueError if total < K.
+    Their logarithms are evenly spaced, so all bins of a curve hold about equally many concepts. ValueError if total <
+    K.
     """
     places = np.linspace(1, 0, num_concepts)
     span = 0.0 if total <= num_concepts else brentq(lambda x: np.exp(x * places).sum() - total, 0, math.log(total))

@@ -1,11 +1,10 @@
-"""A small ViT instead of DINOv2, for the embedded corpus: `python -m lexvla.backbone`. Ours; the paper takes DINOv2.
+"""Train a small ViT that replaces DINOv2: `python -m lexvla.backbone`. Ours; the study does not use it.
 
-Like DINOv2 it is trained on images only, and frozen afterwards. Two drawings of one emoji, in different styles if there
-are several, are positives; the other emoji of the batch are negatives (InfoNCE of [CLS], and of the mean patch). No
-text is used, and all arms and seeds of the experiment read the same weights.
+Like DINOv2 it is trained on images only, and frozen afterwards. Two images of the same object, such as two drawings of
+one emoji, are positives; images of the batch's other objects are negatives (InfoNCE of [CLS], and of the mean patch).
 
-A finished file is not changed; one with other settings or data is an error. During training, a folder beside it
-(backbone.work) holds a checkpoint of each epoch, from which an interrupted run resumes.
+A finished file is not changed; it is an error if its settings or data differ. During training, a folder beside it
+(backbone.work) holds the checkpoint of the last epoch, from which an interrupted run resumes.
 """
 
 import dataclasses
@@ -28,10 +27,10 @@ class Config:
     """Train a small ViT on images alone, and write its weights to a file."""
 
     data: str = "data/emoji/train"
-    """Shards; in the embedded corpus, the .json names the emoji that is drawn."""
+    """Shards of images; by default the emoji corpus, whose .json names the emoji that is drawn."""
     same: str = "hexcode"
-    """Field of .json that is equal for images of the same object. An image without it is its own positive, in two
-    crops."""
+    """Field of .json that is equal for images of the same object. Two crops of an image without this field are
+    positives of each other."""
     dataset_size: int | None = None
     """Number of rows to use, from the start of the data; None uses all."""
     out: str = "data/lexvla/backbone.pt"
@@ -42,19 +41,19 @@ class Config:
     crop_scale: float = 0.5
     """Smallest share of the image's area in a crop."""
     epochs: int = 24
-    """Passes over the emoji, two drawings of each at a time."""
+    """Passes over the objects; a pass takes two images of each."""
     batch_size: int = 64
-    """Emoji per step."""
+    """Objects per step."""
     temperature: float = 0.1
     """Temperature of the contrastive loss."""
     lr: float = 1e-3
-    """Peak learning rate; linear over 50 steps, then half a cosine."""
+    """Peak learning rate, after 50 steps of linear warm-up; then half a cosine to 0."""
     weight_decay: float = 0.05
     """AdamW's decay of matrices."""
     workers: int = 0
     """Loader processes."""
     seed: int = 0
-    """Seed of weights, pairs and crops. One backbone serves all seeds of the experiment."""
+    """Seed of weights, pairs and crops."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
@@ -62,33 +61,36 @@ class Config:
 
 
 def drawings(spec: str, keys: list[str], same: str = "hexcode") -> list[list[int]]:
-    """Rows grouped by object: `keys` with equal values of the field `same` in their .json; without it, one row per
-    group."""
-    thing_of = {key: about.get(same) for key, about in tars.descriptions(data.local_shards(spec))}
-    rows: dict[tuple, list[int]] = {}
+    """Positions in `keys`, grouped by object: samples with equal values of the field `same` in their .json.
+
+    A sample without this field is a group of its own.
+    """
+    object_of = {key: about.get(same) for key, about in tars.descriptions(data.local_shards(spec))}
+    groups: dict[tuple, list[int]] = {}
     for row, key in enumerate(keys):
-        thing = thing_of.get(key)
-        rows.setdefault(("one", key) if thing is None else ("same", str(thing)), []).append(row)
-    return list(rows.values())
+        name = object_of.get(key)
+        groups.setdefault(("one", key) if name is None else ("same", str(name)), []).append(row)
+    return list(groups.values())
 
 
 class Views(Dataset):
-    """Item i of a run: (crops (2, 3, S, S) of two drawings of emoji i, or of its only one; broken samples skipped).
+    """Item i of a run: (crops (2, 3, S, S) of two images of object i, or of its only one; broken samples skipped).
 
-    Depends only on seed, epoch and i. Images are uint8 if `transform` ends in normalising; `normalise` then does that.
+    groups: `drawings`. Item i depends only on seed, epoch and i. If `transform` ends in normalising, the crops are
+    uint8, and `normalise` normalises a batch of them.
     """
 
-    def __init__(self, pairs, rows: list[list[int]], transform, seed: int):
-        self.pairs, self.rows, self.seed = pairs, rows, seed
+    def __init__(self, pairs, groups: list[list[int]], transform, seed: int):
+        self.pairs, self.groups, self.seed = pairs, groups, seed
         self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.groups)
 
     def __getitem__(self, i: int) -> tuple[Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
         data.seed_views(self.seed, i, len(self))
-        rows = self.rows[i % len(self)]
+        rows = self.groups[i % len(self)]
         chosen = [rows[j] for j in torch.randperm(len(rows))[:2]]
         images = [data.read_or_next(self.pairs, row, broken).image for row in (chosen * 2)[:2]]
         return torch.stack([self.transform(image) for image in images]), broken
@@ -101,7 +103,7 @@ def collate(items: list) -> tuple[Tensor, list[data.Broken]]:
 
 
 def drawing_loss(tokens: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of [CLS], and of the mean patch, between two drawings of each emoji; tokens (2, B, n, D)."""
+    """InfoNCE of [CLS], and of the mean patch, between two images of each object; tokens (2, B, n, D)."""
     loss = tokens.new_zeros(())
     for features in (tokens[:, :, 0], tokens[:, :, 1:].mean(2)):
         a, b = F.normalize(features.float(), dim=-1)
@@ -115,11 +117,11 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
     """The trained ViT; `work` holds the checkpoint of the last epoch."""
     state = checkpoints.resume(work, cfg)
     data.check_pairs(pairs, cfg, state or {}, process)
-    rows = drawings(cfg.data, list(pairs.keys), cfg.same)
-    run.say(f"{cfg.data}: {len(pairs):,} pictures of {len(rows):,} things, by their {cfg.same}", process)
-    per_epoch = len(rows) // cfg.batch_size
+    groups = drawings(cfg.data, list(pairs.keys), cfg.same)
+    run.say(f"{cfg.data}: {len(pairs):,} images of {len(groups):,} objects, by their {cfg.same}", process)
+    per_epoch = len(groups) // cfg.batch_size
     if not per_epoch:
-        raise ValueError(f"{cfg.data} shows {len(rows)} things, less than one batch of {cfg.batch_size}")
+        raise ValueError(f"{cfg.data} shows {len(groups)} objects, less than one batch of {cfg.batch_size}")
     vit = small_vit(cfg.image_size).to(process.device).train()
     optimizer = torch.optim.AdamW(param_groups(vit, cfg.weight_decay), lr=cfg.lr, fused=True)
     first = 0
@@ -130,7 +132,7 @@ def train(cfg: Config, process: run.Process, pairs: data.Shards, work: Path) -> 
         run.say(f"going on after epoch {first} of {cfg.epochs}", process)
     transform = train_transform(cfg.out, cfg.image_size, cfg.crop_scale)
     precision = run.resolve_precision(cfg.precision, process.device)
-    dataset = Views(pairs, rows, transform, cfg.seed)
+    dataset = Views(pairs, groups, transform, cfg.seed)
     loader = data.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs))
     for epoch in range(first, cfg.epochs):
         losses, broken = [], list(pairs.broken)

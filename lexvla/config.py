@@ -84,13 +84,14 @@ class Config:
     max_vocabulary: int | None = 17_149
     """Number of the most frequent pieces to keep; None: no limit. The paper has 17,149."""
     pattern: str | None = None
-    """Regular expression for pieces to keep, a leading space for the start of a word. Not stated in the paper."""
+    """Regular expression that the whole of a kept piece matches; a leading space is the start of a word. Not stated in
+    the paper."""
     centre_codebook: bool = False
     """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
     bias: float | None = 0.0
-    """Added to all logits before elu1p; None: minus two standard deviations of the first captions' logits. Ours."""
+    """Added to all logits before elu1p; None: minus two standard deviations of the first 256 captions' logits. Ours."""
     tune_codebook: bool = True
-    """Train the image codebook. Off is our ablation."""
+    """Train the image codebook. Switching it off is an ablation of ours."""
 
     penalty: Literal["overuse", "flops", "none"] = "overuse"
     """Eq. 7, or eq. 6 (ablation), or neither. Computed on the global batch (not stated in the paper)."""
@@ -112,7 +113,7 @@ class Config:
     batch_size: int = 6144
     """Pairs per step, over all processes together."""
     accumulate: int = 1
-    """Micro-batches a step, for memory: gradients are those of one batch, the towers' forward pass is made twice."""
+    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice."""
     lr: float = 5e-4
     """Peak learning rate of all trained parameters."""
     warmup: int = 0
@@ -193,10 +194,10 @@ def _preset(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
 
 PRESETS = {
     "small": ("LexVLA with the overuse penalty on your own --data and the --states of their captions, small", SMALL),
-    "emoji": ("LexVLA with the overuse penalty on scenes of emoji, minutes on two CPU cores", EMOJI),
+    "emoji": ("LexVLA with the overuse penalty on scenes of emoji", EMOJI),
     "emoji-none": _preset("... without a penalty", EMOJI, penalty="none"),
     "emoji-flops": _preset("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
-    # the bias that the LM's first captions give
+    # bags have no logits to take a bias from, so it is a number: the bias that the LM's arms take
     "emoji-bow": _preset(
         "... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-5.3
     ),
@@ -228,7 +229,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config) -> None:
-    """The checks that a dry run needs: sizes and options, but no files."""
+    """The checks that need no files; a dry run makes only these."""
     cli.check_counts(
         cfg,
         *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),

@@ -7,8 +7,8 @@
 
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
 3.4), word clouds, and the patches of a word. Ours: the frequency of the most used words, which the overuse penalty
-should reduce; the words that make a pair similar; and search in an inverted index. PatchDis is in patchdis.py, search
-and the explanation of a pair are in search.py, plots of words in plots.py.
+should reduce; what each word adds to a pair's score; and search in an inverted index. PatchDis is in patchdis.py,
+search and the explanation of a pair are in search.py, plots of words in plots.py.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from lexvla.model import DenseImageEncoder, LexVLA, sparsify
 from lexvla.patchdis import DRAWN, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
 from lexvla.patchdis import Config as Dual
 from lexvla.patchdis import main as measure_encoders
-from lexvla.plots import Said, plot_class_maps, plot_patches, plot_words
+from lexvla.plots import PairWords, plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
 from lexvla.text import EMOJI_NAMES, SETS, encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, side_step
@@ -70,12 +70,12 @@ METRICS = {
 class Config:
     """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md.
 
-    In the place of runs: search, explain or patchdis (see `python -m lexvla.eval search --help` and so on).
+    Subcommands: search, explain and patchdis (see `python -m lexvla.eval search --help` and so on).
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders. For zero-shot and retrieval only, also another paper's, local-dir:DIR written by --export, or
-    MODEL@TAG of open_clip."""
+    """Run folders. Also, for zero-shot classification and retrieval only, another paper's run folder, local-dir:DIR
+    written by another paper's --export, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = SETS
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
     patchdis: str | None = SCENES + "patchdis"
@@ -88,8 +88,8 @@ class Config:
     renormalize: bool = False
     """Renormalise representations after sparsifying. Not stated in the paper; VDR and SPLADE do not."""
     class_text: str = "prompt"
-    """Classes of PatchDis: prompt (name in the LM's prompt), or word (its pieces' codebook rows, averaged). Not stated
-    in the paper."""
+    """What represents a class in PatchDis: prompt (its name in the LM's prompt), or word (the mean codebook row of its
+    name's pieces). Not stated in the paper."""
     patchdis_sparse: bool = False
     """PatchDis compares sparse patches and classes. Not stated in the paper."""
     background: bool = False
@@ -142,12 +142,12 @@ def sparsity_sweep(
 
     levels: numbers of words kept.
     """
-    few = ((sparsify(s_img, kept), sparsify(s_txt, kept)) for kept in levels)
-    return torch.stack([torch.cat(retrieval_recall(img @ txt.T, image_of_text, ks)) for img, txt in few])
+    sparse = ((sparsify(s_img, kept), sparsify(s_txt, kept)) for kept in levels)
+    return torch.stack([torch.cat(retrieval_recall(img @ txt.T, image_of_text, ks)) for img, txt in sparse])
 
 
-def grid(words: int) -> list[int]:
-    """Numbers of words kept: powers of two below all, and all."""
+def sweep_levels(words: int) -> list[int]:
+    """Numbers of words kept in a sweep: the powers of two below `words`, and `words`."""
     return [2**i for i in range((words - 1).bit_length())] + [words]
 
 
@@ -157,7 +157,7 @@ def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, 
 
 
 def named_recalls(recalls: Tensor) -> dict[str, float]:
-    """A row (2 len(KS),) of `sparsity_sweep` by names, and its mean, in percent."""
+    """Recalls (2 len(KS),) in the order of `sparsity_sweep`, by name and in percent, with their mean."""
     names = [f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in KS]
     values = dict(zip(names, (100 * recalls).tolist(), strict=True))
     return values | {"mean_recall": sum(values.values()) / len(values)}
@@ -193,11 +193,11 @@ def patchdis_of_run(
 
     s_class (C, V): representations of the classes `names`. Representations are sparse if `cfg.patchdis_sparse` is set.
     """
-    few = sparsify if cfg.patchdis_sparse and not isinstance(model.image, DenseImageEncoder) else lambda s: s
-    normalise, s_class = normalize(backbone), few(s_class)
+    sparse = sparsify if cfg.patchdis_sparse and not isinstance(model.image, DenseImageEncoder) else lambda s: s
+    normalise, s_class = normalize(backbone), sparse(s_class)
 
     def patches(pixels: Tensor) -> Tensor:
-        return few(model.image.patches(pixels))
+        return sparse(model.image.patches(pixels))
 
     images = labelled_images(cfg.patchdis, cfg.patchdis_side, normalise)
     found = measure(patches, s_class, images, cfg.background, device=device)
@@ -208,13 +208,14 @@ def patchdis_of_run(
 
 def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
     """Classes as words, (C, V): eq. 2 of the mean codebook row of a name's pieces; unknown pieces are ignored."""
-    row = torch.full((len(tokenizer),), -1)
-    row[model.text.vocab_ids.cpu()] = torch.arange(len(model.text.vocab_ids))
-    space, rows = leading_space(tokenizer), []
+    word_of = torch.full((len(tokenizer),), -1)  # token id -> word, -1 outside the vocabulary
+    word_of[model.text.vocab_ids.cpu()] = torch.arange(len(model.text.vocab_ids))
+    space, means = leading_space(tokenizer), []
     for ids in tokenizer([space + name for name in names], add_special_tokens=False)["input_ids"]:
-        known = row[torch.tensor(ids)]
-        rows.append(model.text.codebook[known[known >= 0]].sum(0) / max(int((known >= 0).sum()), 1))
-    return model.text.read(torch.stack(rows)).detach().cpu()
+        words = word_of[torch.tensor(ids)]
+        known = words[words >= 0]
+        means.append(model.text.codebook[known].sum(0) / max(len(known), 1))
+    return model.text.read(torch.stack(means)).detach().cpu()
 
 
 # ------------------------------------------------------------------------------------------------------ one checkpoint
@@ -245,9 +246,9 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
 
-    def few(s: Tensor) -> Tensor:
-        sparse = sparsify(s, topk)
-        return F.normalize(sparse, dim=-1) if cfg.renormalize else sparse
+    def sparse(s: Tensor) -> Tensor:
+        kept = sparsify(s, topk)
+        return F.normalize(kept, dim=-1) if cfg.renormalize else kept
 
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
     flat: dict[str, float] = {}
@@ -256,19 +257,19 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         name = eval_set.name
         if eval_set.kind == "retrieval":
             encoded = encode_pairs(model, read, eval_set, cfg.batch_size, cfg.workers, process.device, dtype)
-            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, few).items()}
+            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, sparse).items()}
             if lexical:
                 s_img, s_txt, image_of_text, texts = encoded
-                said = said_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
-                flat[f"{name}/top5_in_caption"] = said
+                share = top_words_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
+                flat[f"{name}/top5_in_caption"] = share
                 if folder == cfg.sets[0]:
-                    word_plots(Path(path), eval_set, s_img, s_txt, image_of_text, words)
+                    draw_words(Path(path), eval_set, s_img, s_txt, image_of_text, words)
         elif eval_set.kind == "classification":
             loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
             features, labels = extract_image_features(model.image, loader, process.device, dtype, name)
             classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
             if lexical:
-                features, classes = few(features), few(classes)
+                features, classes = sparse(features), sparse(classes)
             flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
         else:
             raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
@@ -286,21 +287,21 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def retrieval_of_run(
-    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, few: Callable
+    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, sparse: Callable
 ) -> dict[str, float]:
-    """Recall of sparse representations few(s), of dense ones, and of the sweep; number and usage of active words.
+    """Recall of sparse representations sparse(s), of dense ones, and of the sweep; number and usage of active words.
 
     Of the latent baseline (not `lexical`), only the recall of dense representations.
     """
     if not lexical:
         return retrieval(s_img, s_txt, image_of_text)
-    sparse = [few(s) for s in (s_img, s_txt)]
-    flat = retrieval(*sparse, image_of_text)
+    both_sparse = [sparse(s) for s in (s_img, s_txt)]
+    flat = retrieval(*both_sparse, image_of_text)
     flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
-    levels = grid(s_img.shape[1])
+    levels = sweep_levels(s_img.shape[1])
     for kept, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels, KS), strict=True):
         flat |= {f"top{kept}/{name}": value for name, value in named_recalls(recalls).items()}
-    for side, s, kept in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
+    for side, s, kept in zip(("image", "text"), (s_img, s_txt), both_sparse, strict=True):
         used = usage(s)
         flat[f"{side}/active"] = (kept > 0).sum(-1).float().mean().item()
         flat[f"{side}/sparsity"] = 100 * (1 - flat[f"{side}/active"] / s.shape[1])
@@ -310,28 +311,30 @@ def retrieval_of_run(
     return flat
 
 
-def said_in_captions(s_img: Tensor, image_of_text: Tensor, texts: list[str], tokenizer, vocab_ids: Tensor) -> float:
+def top_words_in_captions(
+    s_img: Tensor, image_of_text: Tensor, texts: list[str], tokenizer, vocab_ids: Tensor
+) -> float:
     """Percent of the images' five strongest words that are pieces of one of their captions."""
     space = leading_space(tokenizer)
-    rows = tokenizer([space + text.lower() for text in texts], add_special_tokens=False)["input_ids"]
-    said = torch.zeros(len(s_img), len(tokenizer), dtype=torch.bool)
-    for image, ids in zip(image_of_text.tolist(), rows, strict=True):
-        said[image, ids] = True
+    texts = [space + text.lower() for text in texts]
+    occurs = torch.zeros(len(s_img), len(tokenizer), dtype=torch.bool)  # (image, token id): in one of its captions
+    for image, ids in zip(image_of_text.tolist(), tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        occurs[image, ids] = True
     top = vocab_ids.cpu()[s_img.topk(5).indices]
-    return 100 * said.gather(1, top).float().mean().item()
+    return 100 * occurs.gather(1, top).float().mean().item()
 
 
-def word_plots(
+def draw_words(
     folder: Path, eval_set: EvalSet, s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, words: list[str]
 ) -> None:
-    """Draw the first images with word clouds of images and captions; write the most used words of both sides to
-    words_{name}.json."""
-    rows, name = [], eval_set.name
+    """Draw the first images with word clouds of images and captions in words_{name}.png; write the most used words of
+    both sides to words_{name}.json."""
+    pairs, name = [], eval_set.name
     for i, (_, pixels, captions) in enumerate(itertools.islice(eval_set, DRAWN)):
         first = int((image_of_text == i).nonzero()[0])
         clouds = (dict(top_words(s, words, 40)) for s in (s_img[i], s_txt[first]))
-        rows.append(Said(pixels, captions[0], *clouds))
-    plot_words(rows, folder / f"words_{name}.png")
+        pairs.append(PairWords(pixels, captions[0], *clouds))
+    plot_words(pairs, folder / f"words_{name}.png")
     most = {
         side: [(word, round(100 * share, 1)) for word, share in top_words(usage(s)["document_frequency"], words, 10)]
         for side, s in (("image", s_img), ("text", s_txt))
@@ -343,8 +346,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
-    scenes = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
-    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), scenes)
+    files = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
+    return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict[str, float]]:

@@ -57,17 +57,17 @@ class MaxLogits(torch.autograd.Function):
     """max_i z_i Z^T: (B, n, d), (V, d) -> (B, V), keeping only the arg-max for the backward pass.
 
     The (B, n, V) logits are computed in blocks of words with at most CHUNK numbers. In the backward pass, the gradient
-    of word v of image b goes only to its arg-max token: both gradients are weighted sums of rows with B * V * d
-    operations; those of the product take n times as many.
+    of word v of image b goes only to its arg-max token. So both gradients are weighted sums of vectors, which take
+    B * V * d operations; the gradients of the matrix product take n times as many.
     """
 
     @staticmethod
     def forward(ctx, z: Tensor, codebook: Tensor) -> Tensor:
         step = max(1, CHUNK // max(z.shape[0] * z.shape[1], 1))
-        parts = [(z @ rows.T).max(dim=1) for rows in codebook.split(step)]
-        winner = torch.cat([part.indices for part in parts], dim=1)  # (B, V) token of each word's maximum
+        blocks = [(z @ words.T).max(dim=1) for words in codebook.split(step)]
+        winner = torch.cat([block.indices for block in blocks], dim=1)  # (B, V) token of each word's maximum
         ctx.save_for_backward(z, codebook, winner)
-        return torch.cat([part.values for part in parts], dim=1)
+        return torch.cat([block.values for block in blocks], dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -123,9 +123,9 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
 
 
-# Losses are in float32 and over the batch of all processes: each rank computes the rows of its own pairs against the
-# columns of all ranks, which are gathered with their gradients. The mean of the ranks' losses is the loss of the global
-# batch, and the mean of their gradients, which DDP computes, is its gradient.
+# Losses are in float32 and over the batch of all processes: each rank scores its own pairs against the images and
+# captions of all ranks, which are gathered with their gradients. The mean of the ranks' losses is the loss of the
+# global batch, and the mean of their gradients, which DDP computes, is its gradient.
 
 
 def info_nce(logits: Tensor, own: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def info_nce(logits: Tensor, own: Tensor) -> Tensor:
 
 
 def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 5, InfoNCE image -> text and text -> image of this rank's rows (B, V); logit_scale is ln(1/tau).
+    """Eq. 5, InfoNCE image -> text and text -> image of this rank's pairs (B, V); logit_scale is ln(1/tau).
 
     LexVLA adds the two; CLIP takes their mean (V:src/ir/training/loss_utils.py:266).
     """
@@ -151,8 +151,8 @@ def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple
 
 
 def mean_activation(s: Tensor) -> Tensor:
-    """(V,) mean over the rows of the global batch, from this rank's rows (B, V); the gradient reaches all ranks'
-    rows."""
+    """(V,) mean over the samples of the global batch, from this rank's (B, V); the gradient reaches those of all
+    ranks."""
     m = s.float().mean(0)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return m
@@ -167,8 +167,8 @@ def flops_loss(s: Tensor) -> Tensor:
 def overuse_penalty(s: Tensor, detach_weight: bool = False) -> Tensor:
     """Eq. 7 of (B, V): V sum_j w_j m_j^2, w_j = m_j / sum_k m_k, so V sum m^3 / sum m.
 
-    1 if all words are used alike, V if all rows use a single word (FLOPs: 1 in both cases). The gradient flows through
-    w, which is part of the formula; `detach_weight`, not stated in the paper, stops it.
+    1 if all words are used alike, V if all samples use only one word (FLOPs: 1 in both cases). The gradient flows
+    through w, which is part of the formula; `detach_weight`, not stated in the paper, stops it.
     """
     m = mean_activation(s)
     w = m / m.sum().clamp_min(torch.finfo(m.dtype).tiny)
@@ -188,10 +188,10 @@ def total_loss(
     detach_weight: bool = False,
     sparse: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> dict[str, Tensor]:
-    """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of this rank's rows (B, V).
+    """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of this rank's pairs (B, V).
 
-    `penalty` is overuse, flops (the ablation) or none, on dense rows; `sparse` makes the rows of the contrastive loss
-    sparse, which is not stated in the paper. Returns `loss` and its unweighted terms.
+    `penalty` is overuse, flops (the ablation) or none, of dense representations; `sparse` is applied to those of the
+    contrastive loss, which is not stated in the paper. Returns `loss` and its unweighted terms.
     """
     i2t, t2i = contrastive_loss(sparse(s_img), sparse(s_txt), logit_scale)
     losses = {"loss": i2t + t2i, "i2t": i2t, "t2i": t2i}
@@ -232,8 +232,10 @@ def refine_vocabulary(
 
 
 def bag_of_words(token_ids: Tensor, vocab_ids: Tensor) -> Tensor:
-    """Unit multi-hot rows (N, V) of token ids (N, L), the ablation without an LLM. Ids outside the vocabulary are
-    ignored; negative ids are padding. V:src/ir/utils/sparsify_utils.py:21."""
+    """Unit multi-hot vectors (N, V) of token ids (N, L), for the ablation without an LLM.
+
+    Ids outside the vocabulary are ignored; negative ids are padding. V:src/ir/utils/sparsify_utils.py:21.
+    """
     size = 1 + max(int(vocab_ids.max()), int(token_ids.max()) if token_ids.numel() else 0)
     hot = torch.zeros(len(token_ids), size + 1, dtype=torch.float64, device=token_ids.device)
     hot.scatter_(1, torch.where(token_ids < 0, size, token_ids), 1.0)
@@ -359,19 +361,19 @@ class ImageEncoder(nn.Module):
 
     def patch_set(self, pixels: Tensor, chosen: Tensor) -> Tensor:
         """s (B, V) of a set of patches, chosen (B, P) bool, at least one of each image: eq. 4 restricted to the set."""
-        first = chosen.long().argmax(dim=1, keepdim=True)  # replaces the others; the maximum is the same
-        rows = torch.where(chosen, torch.arange(chosen.shape[1], device=chosen.device), first).to(pixels.device)
+        first = chosen.long().argmax(dim=1, keepdim=True)  # takes the other patches' places: the maximum is the same
+        index = torch.where(chosen, torch.arange(chosen.shape[1], device=chosen.device), first).to(pixels.device)
         z = self.tokens(pixels)[:, 1:]
-        z = z.gather(1, rows[..., None].expand_as(z))
+        z = z.gather(1, index[..., None].expand_as(z))
         return lexical_map(z, self.codebook, pool=True, bias=self.bias)
 
 
 class TextEncoder(nn.Module):
     """Prompt -> LLM -> last token -> eq. 2 over the LLM's own output embedding, frozen and reduced to `vocab_ids`.
 
-    `lm`: a causal LM of transformers, with or without `add_lora`. It reads the state after the final norm at the last
+    `lm`: a causal LM of transformers, with or without `add_lora`. z_txt is its state after the final norm at the last
     token, which predicts the next token; there is no pooling over text tokens. `center`, ours, subtracts the codebook's
-    mean row. This changes elu1p but no softmax, and helps with small LMs, whose logits are all far above 0.
+    mean row, for small LMs, whose logits are all far above 0. This changes elu1p's values, but no softmax.
     """
 
     def __init__(self, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, center: bool = False):
@@ -421,7 +423,7 @@ class TextEncoder(nn.Module):
 
 
 class BagOfWords(nn.Module):
-    """The text side of the ablation without an LLM: passes on (B, V) rows of `bag_of_words`."""
+    """The text side of the ablation without an LLM: returns its input, (B, V) of `bag_of_words`."""
 
     def __init__(self, vocab_ids: Tensor):
         super().__init__()

@@ -299,10 +299,15 @@ def vdr_vocabulary(pieces: Sequence[str]) -> Tensor:
     return torch.tensor([i for i, piece in enumerate(pieces) if piece.isascii() and not re.fullmatch(r"\[.+\]", piece)])
 
 
+# arguments of VDRImage: their names in VDR's config.json
+VDR_SIZES = {"side": "resolution", "patch": "patch_size", "width": "width", "layers": "layers", "heads": "heads"}
+CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
 def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
     """Load VDR's published towers from a folder or the hub, in the format of VDR's own `from_pretrained`.
 
-    config.json describes `encoder_q` (text) and `encoder_p` (image); names of weights start with these words.
+    config.json describes `encoder_q` (text) and `encoder_p` (image); the names of weights start with these names.
     ValueError if the folder cannot be read or its weights do not fit.
     """
     from transformers import AutoTokenizer, BertConfig
@@ -336,10 +341,6 @@ def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
     return DualEncoder(towers[1], classes, towers[1].side, data.ToNormalizedTensor(*CLIP_STATISTICS))
 
 
-VDR_SIZES = {"side": "resolution", "patch": "patch_size", "width": "width", "layers": "layers", "heads": "heads"}
-CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-
-
 def from_hub(name: str) -> str:
     """Download a repository of the Hugging Face hub if it is not in the cache, and return its folder."""
     from huggingface_hub import snapshot_download
@@ -348,6 +349,7 @@ def from_hub(name: str) -> str:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in a .safetensors or .bin file."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -370,21 +372,21 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     for name in cfg.models:
-        encoder = (vdr_encoder(name[4:], device)) if name.startswith("vdr:") else open_clip_encoder(name, device)
+        encoder = vdr_encoder(name[4:], device) if name.startswith("vdr:") else open_clip_encoder(name, device)
         s_class = encoder.classes([cfg.template.replace("{}", one) for one in names]).float()
         images = labelled_images(cfg.folder, encoder.side, encoder.normalise)
         found[name] = measure(encoder.patches, s_class, images, cfg.background, cfg.batch_size, device)
         few = itertools.islice(labelled_images(cfg.folder, encoder.side, encoder.normalise), DRAWN)
         picture = Path(cfg.out) / f"{re.sub(r'[^A-Za-z0-9@._-]+', '-', name)}.png"
         plot_class_maps(class_maps(encoder.patches, s_class, few, device), names, picture)
-    print(evaluation.table(rows_of(found)))
+    print(evaluation.table(table_rows(found)))
     checkpoints.write_json(Path(cfg.out) / "patchdis.json", {"setting": dataclasses.asdict(cfg), "models": found})
     print(f"written to {cfg.out}")
     return found
 
 
-def rows_of(found: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """One row per model, random patches first; columns: all classes compete, or only the image's own."""
+def table_rows(found: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    """Table rows, one per model, random patches first; columns: all classes compete, or only the image's own."""
     random = {key.removeprefix("random_"): v for key, v in next(iter(found.values())).items() if "random" in key}
     heads = {"miou": "mIoU, all classes", "miou_present": "mIoU, present classes"}
     return [

@@ -27,8 +27,8 @@ def word_cloud(weights: dict[str, float]) -> np.ndarray:
     return cloud.generate_from_frequencies(weights).to_array()
 
 
-class Said(NamedTuple):
-    """An image, its caption, and the words of both."""
+class PairWords(NamedTuple):
+    """An image, its caption, and the strongest words of both."""
 
     pixels: Tensor
     """(3, H, W), normalised."""
@@ -38,18 +38,18 @@ class Said(NamedTuple):
     of_caption: dict[str, float]
 
 
-def plot_words(rows: Sequence[Said], path: Path) -> None:
-    """Draw each image beside the word cloud of the image and the word cloud of its caption, two images a row."""
-    height = math.ceil(len(rows) / 2)
+def plot_words(pairs: Sequence[PairWords], path: Path) -> None:
+    """Draw each image beside the word clouds of the image and of its caption, two images a row."""
+    height = math.ceil(len(pairs) / 2)
     figure, axes = plt.subplots(
         height, 6, figsize=(14, 2.1 * height), squeeze=False, layout="constrained", width_ratios=(1, 2, 2) * 2
     )
     for axis in axes.flat:
         axis.axis("off")
-    for (picture, image, caption), said in zip(axes.reshape(-1, 3), rows, strict=False):
-        picture.imshow(picture_of(said.pixels))
-        picture.set_title(textwrap.fill(said.caption, 24), fontsize=7)
-        for axis, words, title in ((image, said.of_image, "image"), (caption, said.of_caption, "caption")):
+    for (picture, image, caption), pair in zip(axes.reshape(-1, 3), pairs, strict=False):
+        picture.imshow(picture_of(pair.pixels))
+        picture.set_title(textwrap.fill(pair.caption, 24), fontsize=7)
+        for axis, words, title in ((image, pair.of_image, "image"), (caption, pair.of_caption, "caption")):
             axis.imshow(word_cloud(words), interpolation="bilinear")
             axis.set_title(f"words of the {title}", fontsize=7)
     figure.savefig(path, dpi=110)
@@ -110,9 +110,9 @@ def plot_patches(
     three strongest words of the patches inside the class's mask.
     """
     device = next(model.parameters()).device
-    few = list(images)
-    figure, axes = plt.subplots(len(few), 5, figsize=(10, 2.1 * len(few)), squeeze=False)
-    for row, (pixels, mask, ignore) in zip(axes, few, strict=True):
+    images = list(images)
+    figure, axes = plt.subplots(len(images), 5, figsize=(10, 2.1 * len(images)), squeeze=False)
+    for row, (pixels, mask, ignore) in zip(axes, images, strict=True):
         s_patch = model.image.patches(pixels.to(device))[0].float().cpu()
         side = math.isqrt(len(s_patch))
         row[0].imshow(picture_of(pixels[0]))
@@ -121,9 +121,9 @@ def plot_patches(
             mask_of_word = word_mask(s_patch, word_rows(model, word), (side, side))
             axis.imshow(mask_of_word.numpy(), vmin=0, vmax=1, cmap="magma")
             inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
-            said = model.image.patch_set(pixels.to(device), inside[None])[0].cpu().topk(3).indices.tolist()
-            said = ", ".join(words[i].strip() for i in said)
-            axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{said}", fontsize=7)
+            top = model.image.patch_set(pixels.to(device), inside[None])[0].cpu().topk(3).indices.tolist()
+            strongest = ", ".join(words[i].strip() for i in top)
+            axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{strongest}", fontsize=7)
         for axis in row:
             axis.axis("off")
     figure.tight_layout(pad=0.4)

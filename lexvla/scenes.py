@@ -3,7 +3,7 @@
     train/                          shards in img2dataset layout
     eval/retrieval_{known,mixed,new}/   scenes of held-out drawings, with a sentence each
     eval/patchdis/                  the same scenes, with masks (see patchdis.py)
-    eval/patchdis_train/            scenes of training drawings, with masks, for the study's ceiling
+    eval/patchdis_train/            scenes of training drawings, with masks, for the study's reference with labels
     manifest.json                   setting, counts, sha256 of every shard
 
 An emoji has a name and keywords. Training sentences name it by its name or by one half of the keywords; so does
@@ -63,8 +63,8 @@ def words_of(emoji: Emoji) -> tuple[list[str], list[str]]:
 
 
 def word(emoji: Emoji, new: bool, rng: random.Random) -> str:
-    """The word for an emoji in a sentence: its name in half of the cases, else a keyword; `new`: one of the new
-    words."""
+    """The word for an emoji in a sentence: with `new` one of its new words; otherwise its name in half of the cases,
+    and any of its training words in the other half."""
     known, others = words_of(emoji)
     if new:
         return rng.choice(others)
@@ -99,9 +99,9 @@ def caption(scenes: Scenes, scene: Scene, index: int, way: str, seed: int) -> st
 
 
 def with_words(sprites: Sprites) -> Sprites:
-    """The drawings of emoji that have a word of each kind in addition to their name."""
+    """The drawings of emoji that have a training word beside their name, and so at least one new word."""
     kept = [i for i, emoji in enumerate(sprites.emoji) if len(words_of(emoji)[0]) > 1]
-    return Sprites(*([part[i] for i in kept] for part in sprites))
+    return Sprites(*([field[i] for i in kept] for field in sprites))
 
 
 def write(folder: Path, cfg: Config, sprites: Sprites) -> dict[str, int]:

@@ -43,8 +43,8 @@ class Search:
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")]
     """Words to search for."""
     images: str = ""
-    """Set whose images are searched, in the CLIP-benchmark webdataset layout; for a run on the study's corpus its
-    retrieval_known."""
+    """Set whose images are searched, in the CLIP-benchmark webdataset layout. Default: the study's retrieval_known, if
+    the run was trained on the study's corpus."""
     k: int = 10
     """Images to show."""
 
@@ -62,8 +62,8 @@ class Explain:
     k: int = 10
     """Words to list."""
     out: str = "explain.png"
-    """Picture to write: word clouds of the image, of the caption, and of the patches that match the word with the
-    largest share; below them, where in the image the words with the largest shares are."""
+    """Picture to write: word clouds of the image, of the caption, and of the patches most similar to the word with the
+    largest share; below them, each patch's similarity to the words with the largest shares."""
 
 
 # ------------------------------------------------------------------------------------------------------ words of a pair
@@ -82,12 +82,14 @@ def explain(s_img: Tensor, s_txt: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def reasons(s_img: Tensor, s_txt: Tensor, words: Sequence[str], k: int) -> list[tuple[str, float]]:
-    """`explain` as text: the k words that add most to the score of a pair (V,), and their terms."""
+    """`explain` with words in place of indices: the k words that add most to the score of a pair (V,), and what they
+    add; words that add nothing are left out."""
     values, ids = (x.tolist() for x in explain(s_img, s_txt, k))
     return [(words[i], value) for i, value in zip(ids, values, strict=True) if value > 0]
 
 
 def listed(weighted: Sequence[tuple[str, float]]) -> str:
+    """Words and their numbers as text, such as "dog 0.31, cat 0.08"."""
     return ", ".join(f"{word.strip()} {value:.2f}" for word, value in weighted)
 
 
@@ -200,18 +202,18 @@ def explain_pair(cfg: Explain) -> None:
         raise ValueError(f"{cfg.image} cannot be read: {error}") from error
     pixels = eval_transform(train_cfg.backbone, train_cfg.image_size)(picture)[None].to(device)
     s_img, s_txt = model.image(pixels)[0].cpu(), encode_texts(model, read, [cfg.caption], device=device)[0]
-    few_img, few_txt = (sparsify(s, train_cfg.topk) for s in (s_img, s_txt))
-    score, because = (few_img @ few_txt).item(), reasons(few_img, few_txt, words, cfg.k)
-    print(f"score {score:.3f}: image of {(few_img > 0).sum()} words, caption of {(few_txt > 0).sum()}")
-    for word, value in because:
+    sparse_img, sparse_txt = (sparsify(s, train_cfg.topk) for s in (s_img, s_txt))
+    score, terms = (sparse_img @ sparse_txt).item(), reasons(sparse_img, sparse_txt, words, cfg.k)
+    print(f"score {score:.3f}: image of {(sparse_img > 0).sum()} words, caption of {(sparse_txt > 0).sum()}")
+    for word, value in terms:
         print(f"{value:.3f}  {100 * value / score:3.0f} %  {word.strip()}")
     clouds = {"image": dict(top_words(s_img, words, 40)), "caption": dict(top_words(s_txt, words, 40))}
-    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(few_img, few_txt, min(4, len(because)))[1]
+    s_patch, chosen = model.image.patches(pixels)[0].cpu(), explain(sparse_img, sparse_txt, min(4, len(terms)))[1]
     side = math.isqrt(len(s_patch))
     masks = [word_mask(s_patch, s_word, (side, side)) for s_word in word_rows(model, chosen)]
     names = [words[i].strip() for i in chosen]
     for name, mask in zip(names[:1], masks, strict=False):
-        said = model.image.patch_set(pixels, mask.flatten()[None] > 0.5)[0].cpu()
-        clouds[f"patches of {name}"] = dict(top_words(said, words, 40))
+        s_set = model.image.patch_set(pixels, mask.flatten()[None] > 0.5)[0].cpu()
+        clouds[f"patches of {name}"] = dict(top_words(s_set, words, 40))
     plot_pair(pixels[0].cpu(), cfg.caption, clouds, dict(zip(names, masks, strict=True)), Path(cfg.out))
     print(f"drawn in {cfg.out}")

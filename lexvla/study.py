@@ -40,7 +40,7 @@ from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 from shared.zeroshot import extract_image_features, owners
 
-BEFORE = (  # the frozen language model encodes all captions once
+BEFORE = (  # lexvla.text: the frozen language model encodes all captions once
     Once("shared.pretrained smollm2"),
     Once("shared.pretrained efficientnet_lite0"),
     Once("lexvla.scenes"),
@@ -130,11 +130,13 @@ def derive(found: Comparison) -> None:
 
 
 def measured(arms: dict[str, list[dict]], metric: str) -> bool:
+    """Whether all runs of the arms that `derive` compares have the metric."""
     return all(metric in run for arm in ("none", "flops", "overuse") for run in arms[arm])
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Comparisons of an arm with random patches and with all of its words, and rows for what this scale cannot show."""
+    """Comparisons of an arm with random patches and with all of its words, and the claims that cannot be tested at this
+    scale."""
     arms = {arm: runs for arm, runs in found.arms.items() if arm in ("overuse", "dense")}
     pairs = {"random": (ALL, "patchdis/random_miou"), "all words": (RECALL, f"{SET}/dense/mean_recall")}
     for name, (metric, other) in pairs.items():
@@ -224,7 +226,10 @@ def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def patches_by_labels() -> dict[str, float]:
-    """The ceiling of PatchDis: least squares from the frozen patches of training drawings to their classes."""
+    """PatchDis by labels: least squares from the frozen patches of training drawings to their classes.
+
+    No upper bound, since it classifies each patch alone.
+    """
     x, y = (torch.cat(part) for part in zip(*labelled_patches(SCENES + "patchdis_train"), strict=True))
     x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(SCENES + "patchdis"))
     weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()

@@ -100,6 +100,7 @@ class Prompts:
         self.tokenizer, self.max_length, self.end = tokenizer, max_length, end
 
     def ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption's prompt, without padding."""
         found = self.tokenizer([lexical_prompt(caption) + self.end for caption in captions])["input_ids"]
         pairs = zip(captions, found, strict=True)
         return [ids if len(ids) <= self.max_length else self._cut(caption) for caption, ids in pairs]
@@ -109,7 +110,7 @@ class Prompts:
         pieces = self.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
         ends = [0, *(end for _, end in pieces["offset_mapping"])]
         frame = len(self.tokenizer(lexical_prompt("") + self.end)["input_ids"])
-        for room in range(self.max_length - frame, -1, -1):  # a caption's ends may merge with the prompt's pieces
+        for room in range(self.max_length - frame, -1, -1):  # pieces at a caption's ends may merge with the prompt's
             ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]) + self.end)["input_ids"]
             if len(ids) <= self.max_length:
                 return ids
@@ -119,19 +120,19 @@ class Prompts:
         return pad(self.ids(captions))
 
 
-def pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Ragged rows -> (B, T) padded on the right, and its mask."""
+def pad(texts: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids of B texts -> (ids (B, T) padded with `value` on the right, mask (B, T))."""
     ids = nn.utils.rnn.pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value
+        [torch.tensor(text, dtype=torch.long) for text in texts], batch_first=True, padding_value=value
     )
-    return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
+    return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in texts])).long()
 
 
 class Bags:
     """Captions -> (s (B, V),): bags of the pieces of their content words.
 
-    The paper keeps nouns, adjectives and non-auxiliary verbs, by a tagger that it does not name. Here, a list drops the
-    other words: scikit-learn's stop words without `CONTENT`.
+    The paper keeps nouns, adjectives and non-auxiliary verbs, by a tagger that it does not name. Here, all words are
+    kept except scikit-learn's stop words; stop words in `CONTENT` are kept, too.
     """
 
     def __init__(self, tokenizer, vocab_ids: Tensor):
@@ -139,14 +140,14 @@ class Bags:
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
         words = [re.findall(r"[^\W_]+", caption.lower()) for caption in captions]
-        kept = [" ".join(word for word in of if word not in STOP_WORDS) for of in words]
+        kept = [" ".join(word for word in of_caption if word not in STOP_WORDS) for of_caption in words]
         texts = [self.space + text if text else "" for text in kept]
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return (bag_of_words(pad(rows, value=-1)[0], self.vocab_ids),)
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return (bag_of_words(pad(ids, value=-1)[0], self.vocab_ids),)
 
 
 def made_with(lm_name: str, max_length: int, end: str) -> dict[str, str | int]:
-    """The settings that states depend on in addition to the captions; `States` compares them with those of its file."""
+    """The settings on which states depend, beside the captions; `States` compares them with those of its file."""
     prompt = data.stable_hash(EXAMPLE, FOCUS + end)
     return {"lm": lm_name, "prompt": f"{prompt:016x}", "max_length": max_length}
 
@@ -154,7 +155,7 @@ def made_with(lm_name: str, max_length: int, end: str) -> dict[str, str | int]:
 class States:
     """Captions -> (states (B, d),), looked up in a file of this script.
 
-    Captions missing in the file are encoded by `lm`; without it, ValueError.
+    Captions missing in the file are encoded by the attribute `lm`, if it is set; otherwise they are a ValueError.
     """
 
     def __init__(self, file: str, lm_name: str, max_length: int = 128, end: str = ""):
@@ -192,6 +193,13 @@ class States:
         return (self.states[[self.row[caption] for caption in captions]],)
 
 
+def common_prefix(texts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens with which all texts start; the last token of the shortest text is not counted."""
+    shortest = min(map(len, texts))
+    columns = zip(*(text[: shortest - 1] for text in texts), strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, columns))
+
+
 @torch.no_grad()
 def compute_states(
     lm: nn.Module,
@@ -208,24 +216,22 @@ def compute_states(
 
     renamed = "cache" in inspect.signature(lm.model.forward).parameters  # renamed during transformers 5
     keyword = "cache" if renamed else "past_key_values"
-    device, rows = torch.device(device), prompts.ids(captions)
-    shortest = min(map(len, rows))
-    common = [tokens for tokens in zip(*(row[: shortest - 1] for row in rows), strict=True)]
-    length = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, common))
+    device, texts = torch.device(device), prompts.ids(captions)
+    length = common_prefix(texts)
     caught: list[Tensor] = []
     hook = lm.model.layers[-1].post_attention_layernorm.register_forward_pre_hook(
         lambda module, inputs: caught.append(inputs[0])
     )
-    states = torch.empty(len(rows), lm.config.hidden_size)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    states = torch.empty(len(texts), lm.config.hidden_size)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     try:
         prefix = DynamicCache()
         if length:
-            lm.model(torch.tensor([rows[0][:length]], device=device), use_cache=True, **{keyword: prefix})
-        starts = range(0, len(rows), batch_size)
+            lm.model(torch.tensor([texts[0][:length]], device=device), use_cache=True, **{keyword: prefix})
+        starts = range(0, len(texts), batch_size)
         for start in run.progress(starts, len(starts), "captions", batch_size, unit="caption"):
             chosen = order[start : start + batch_size]
-            ids, mask = (x.to(device) for x in pad([rows[i][length:] for i in chosen]))
+            ids, mask = (x.to(device) for x in pad([texts[i][length:] for i in chosen]))
             cache = copy.deepcopy(prefix)
             if length:
                 cache.batch_repeat_interleave(len(chosen))
@@ -246,9 +252,9 @@ def encode_texts(
     model: LexVLA, read: Callable, texts: Sequence[str], batch_size: int = 256, device="cpu", dtype=torch.float32
 ) -> Tensor:
     """Representations of captions (N, V), or (N, E) of the latent baseline; `read` makes the text tower's input."""
-    parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-        return torch.cat([model.text(*(x.to(device) for x in read(part))).float().cpu() for part in parts])
+        return torch.cat([model.text(*(x.to(device) for x in read(batch))).float().cpu() for batch in batches])
 
 
 # ----------------------------------------------------------------------------------------------------------- vocabulary
@@ -260,7 +266,7 @@ def leading_space(tokenizer) -> str:
 
 
 def pieces(tokenizer, ids: Iterable[int]) -> list[str]:
-    """Token ids as readable text; a leading space stands for the start of a word."""
+    """The tokenizer's pieces with these ids; a leading space stands for the start of a word."""
     return [str(piece).replace("▁", " ").replace("Ġ", " ") for piece in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
@@ -269,8 +275,8 @@ def piece_counts(tokenizer, captions: Iterable[str]) -> Tensor:
     size, space = len(tokenizer), leading_space(tokenizer)
     counts, captions = torch.zeros(size, dtype=torch.long), iter(captions)
     while batch := list(itertools.islice(captions, 10_000)):
-        rows = tokenizer([space + caption for caption in batch], add_special_tokens=False)["input_ids"]
-        counts += torch.bincount(torch.tensor(list(itertools.chain(*rows)), dtype=torch.long), minlength=size)
+        ids = tokenizer([space + caption for caption in batch], add_special_tokens=False)["input_ids"]
+        counts += torch.bincount(torch.tensor(list(itertools.chain(*ids)), dtype=torch.long), minlength=size)
     return counts
 
 

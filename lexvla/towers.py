@@ -35,7 +35,7 @@ class Lite0Maps(nn.Module):
     experiments, instead of DINOv2.
     """
 
-    patch_size, num_features, middle = (16, 16), 432, 4  # stage whose map has stride 16
+    patch_size, num_features, middle = (16, 16), 432, 4  # middle: the stage whose map has stride 16
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
@@ -50,8 +50,8 @@ class Lite0Maps(nn.Module):
             if number == self.middle:
                 middle = x
         last = F.interpolate(x, scale_factor=2, mode="bilinear")
-        rows = [each.flatten(2).transpose(1, 2) for each in (middle, last)]
-        patches = torch.cat([F.layer_norm(each, each.shape[-1:]) for each in rows], dim=-1)
+        maps = [each.flatten(2).transpose(1, 2) for each in (middle, last)]
+        patches = torch.cat([F.layer_norm(each, each.shape[-1:]) for each in maps], dim=-1)
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
 
 
@@ -124,11 +124,9 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 
 
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
-    """Add LoRA to the LM's layers of those names; with cached states only to the last MLP, the only part that runs."""
-    if cfg.grad_checkpointing:
-        enable = (
-            getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        )  # its old name
+    """Add LoRA to the LM's layers named in `lora_targets`; with cached states, where only the last MLP runs, to its."""
+    if cfg.grad_checkpointing:  # transformers renamed the method
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if cfg.lora_rank:
         linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}

@@ -63,7 +63,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 class PairDataset(Dataset):
     """Item i of a run: (image, caption, broken samples skipped); the crop depends on seed, epoch and sample.
 
-    Images are uint8 if `transform` ends in normalising; `normalise` does that for a batch.
+    If `transform` ends in normalising, images are uint8, and `normalise` normalises a batch of them.
     """
 
     def __init__(self, pairs, transform: Callable, seed: int = 0):
@@ -99,8 +99,8 @@ class TokenDataset(Dataset):
             self.tokens, self.broken = kept, [[]] * len(pairs)
             self.captions = [pairs.caption(row) for row in range(len(pairs))]
             return
-        parts = run.gather_lists(encoded(views, views.normalise, image, process, precision), process)
-        _, tokens, captions, broken = zip(*sorted(parts, key=itemgetter(0)), strict=True)
+        batches = run.gather_lists(encoded(views, views.normalise, image, process, precision), process)
+        _, tokens, captions, broken = zip(*sorted(batches, key=itemgetter(0)), strict=True)
         self.tokens = np.concatenate(tokens)
         self.captions, self.broken = (list(itertools.chain.from_iterable(each)) for each in (captions, broken))
         if any(self.broken) or not np.isfinite(self.tokens).all():
@@ -142,7 +142,7 @@ def encoded(
     """
     batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
     own = range(process.rank, len(batches), process.world_size)
-    items, parts = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
+    items, done = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
     total = sum(len(batches[i]) for i in own)
 
     def encode(pixels: Tensor) -> np.ndarray:
@@ -153,9 +153,9 @@ def encoded(
         for number, batch in zip(own, items, strict=True):
             pixels, captions, broken = zip(*batch, strict=True)
             tokens = data.encode_distinct(encode, torch.stack(pixels), [each.numpy().tobytes() for each in pixels])
-            parts.append((number, tokens, list(captions), list(broken)))
+            done.append((number, tokens, list(captions), list(broken)))
             tick(len(batch))
-    return parts
+    return done
 
 
 def training_set(
@@ -163,8 +163,8 @@ def training_set(
 ) -> PairDataset | TokenDataset:
     """Crops of the images, or with --encode-once the tokens of whole images."""
     if cfg.encode_once:
-        parts = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
-        file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(part.encode() for part in parts))}.npy"
+        sources = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
+        file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(source.encode() for source in sources))}.npy"
         return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, process, precision, file)
     return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
 
@@ -204,6 +204,7 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: r
 
 
 def first_captions(pairs) -> list[str]:
+    """The captions among the first 256 samples."""
     return list(filter(None, itertools.islice(windows.captions(pairs), 256)))
 
 
@@ -272,7 +273,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     lora = sum(p.numel() for p in model.text.parameters() if p.requires_grad)
-    words = f"{V:,} at most" if cfg.max_vocabulary else f"about {V:,}, from the captions"
+    vocabulary = f"{V:,} at most" if cfg.max_vocabulary else f"about {V:,}, from the captions"
     per_epoch = n // cfg.batch_size
     steps = per_epoch * cfg.epochs
     cli.show_plan(
@@ -280,7 +281,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
             ("", ", ".join(f"{name} {value:,}" for name, value in count.items())),
             ("", f"image codebook {model.image.codebook.numel():,}, trained in the text tower {lora:,}"),
-            ("vocabulary", words),
+            ("vocabulary", vocabulary),
             ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
             cli.disk_row(n, trained),
             cli.batch_row(cfg, world_size),
@@ -294,12 +295,12 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             rates = f"{lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}"
             cli.show_plan([("learning rate", rates)])
     mean, longest = prompt_lengths(cfg)
-    weights, image, text, rows = memory(cfg, cfg.batch_size // world_size, model, lm_config, patch, V, longest)
-    said = f"{mean:.0f} tokens on average, the longest {longest}" if mean else f"{longest} tokens, by --max-length"
-    cli.show_plan([("prompts", said)] if cfg.text == "lm" else [])
-    estimate = f"{weights + image + rows + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
-    parts = f"{image:.1f} image tokens; {text:.1f} language model; {rows:.1f} rows of words"
-    cli.show_plan([("memory estimate", estimate + parts)])
+    length = f"{mean:.0f} tokens on average, the longest {longest}" if mean else f"{longest} tokens, by --max-length"
+    cli.show_plan([("prompts", length)] if cfg.text == "lm" else [])
+    weights, image, text, words = memory(cfg, cfg.batch_size // world_size, model, lm_config, patch, V, longest)
+    estimate = f"{weights + image + words + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
+    terms = f"{image:.1f} image tokens; {text:.1f} language model; {words:.1f} representations"
+    cli.show_plan([("memory estimate", estimate + terms)])
 
 
 def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any, int]:
@@ -347,17 +348,21 @@ def memory(
     gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
     D, tokens = model.image.adapter.proj.fc1.in_features, (cfg.image_size // patch) ** 2 + 1
     weights = (16 * trained + 2 * frozen) / gib
-    part, cached = size / cfg.accumulate, size if cfg.accumulate > 1 else 0  # cached: rows of words and their gradients
-    image = part * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
-    rows = (20 * part + 16 * cached + 24 * cfg.batch_size) * words / gib
-    text = part * (length or cfg.max_length) * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
-    return weights, image, 0.0 if cfg.states or cfg.text == "bow" else text, rows
+    micro = size / cfg.accumulate
+    cached = size if cfg.accumulate > 1 else 0  # pairs whose representations and gradients `accumulate` keeps
+    image = micro * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
+    s = (20 * micro + 16 * cached + 24 * cfg.batch_size) * words / gib
+    text = micro * (length or cfg.max_length) * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
+    return weights, image, 0.0 if cfg.states or cfg.text == "bow" else text, s
 
 
 def prepare(
     cfg: Config, folder: run.RunFolder, pairs, process: run.Process, precision: str
 ) -> tuple[LexVLA, Callable, nn.Module, Any]:
-    """(model, text input, LM, tokenizer), from the checkpoint, or new with a vocabulary from the captions."""
+    """(model, text input, LM, tokenizer).
+
+    On resuming, weights, vocabulary and bias are the checkpoint's; a new run takes the vocabulary from the captions.
+    """
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
     if not folder.resumed:
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)

@@ -1,7 +1,8 @@
 """Every setting of pre-training, tuning, fine-tuning and the study of one encoder; presets and their checks.
 
-NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets are read from the
-names of its checkpoints, tuning presets from the commands in its README; `emoji*`, `small*` and `own*` are ours.
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. CLIP's pre-training presets are read
+from the names of its checkpoints, tuning presets from the commands in its README; `in1k-*` (no recipe is published),
+`emoji*`, `small*` and `own*` are ours.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ class PretrainConfig:
     noise_seed: int | None = None
     """Seed of the noise; None: `seed`."""
     keep_in_memory: bool = False
-    """Decode a small corpus once and augment whole batches. Off: decode every sample at every step."""
+    """Decode a small corpus once and augment whole batches. Off: decode each sample whenever it is used."""
     model: str = "resnet50"
     """timm or open_clip model."""
     epochs: int = 90
@@ -56,7 +57,7 @@ class PretrainConfig:
     """Micro-batches a step, to save memory. Gradients equal those of one batch; the model's forward pass runs twice.
     Batch norms (of ResNets) normalise each micro-batch separately."""
     grad_checkpointing: bool = False
-    """Recompute the model's activations in the backward pass: less memory, a third more time."""
+    """Recompute the model's activations in the backward pass: less memory, one more forward pass."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9. Biases and gains have no weight decay with either."""
     lr: float = 0.5
@@ -132,8 +133,8 @@ def noise_levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict
 PRETRAIN_PRESETS = {
     "small-sup": ("small ResNet on your own labelled --data; --noise flips labels", SMALL_SUPERVISED),
     "small-clip": ("small CLIP on your own --data; --noise swaps captions", SMALL_CLIP),
-    **noise_levels("emoji-sup", "small ResNet on names of emoji, half a minute on a CPU core", EMOJI_SUPERVISED),
-    **noise_levels("emoji-clip", "small CLIP on emoji captions, minutes on a CPU core", EMOJI_CLIP),
+    **noise_levels("emoji-sup", "small ResNet on names of emoji", EMOJI_SUPERVISED),
+    **noise_levels("emoji-clip", "small CLIP on emoji captions", EMOJI_CLIP),
     **noise_levels("in1k-rn50", "ResNet-50 on ImageNet-1K labels", IN1K),
     # upstream's run names state the batch per GPU (256 or 512) but not the number of GPUs; 8 are assumed here
     **noise_levels(
@@ -156,13 +157,13 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
         )
         raise ValueError(f"--data is missing: it takes {wanted}")
     if cfg.kind == "supervised" and (cfg.dataset_size is not None or cfg.window_shards):
-        raise ValueError("--dataset-size and --window-shards are for --kind clip: labelled images are all read by row")
+        raise ValueError("--dataset-size and --window-shards are for --kind clip, not for labelled images")
     if cfg.kind == "clip" and cfg.asymmetric:
         raise ValueError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
     cli.check_in_memory(cfg)
     if ":pretrain" in cfg.data and cfg.window_shards:
         raise ValueError(
-            "--window-shards reads whole shards, but :pretrain selects a part of their samples: leave it out"
+            "--window-shards reads whole shards, but :pretrain selects some of their samples: leave it out"
         )
     if not 0 <= cfg.noise <= 1:
         raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
@@ -231,7 +232,7 @@ class Config:
     epochs: int = 30
     """Passes over the training set."""
     batch_size: int = 64
-    """Images per step, over all processes together; with two views, a batch has two rows per image."""
+    """Images per step, over all processes together; with two views, a batch has both views of each image."""
     lr: float = 1e-3
     """AdamW's learning rate; a cosine by step takes it to 0."""
     warmup: int = 0
@@ -290,7 +291,7 @@ EMOJI = dict(
     encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", bank=8, workers=0,
     tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
 )  # fmt: skip
-LITE0 = dict(  # features of one view from nmtune.extract; the MLP is half as wide as D instead of four times
+LITE0 = dict(  # features of one view from nmtune.extract; the MLP's width is D / 2 instead of 4 D
     features="runs/nmtune/lite0.npz", epochs=10, batch_size=128, ratio=0.5, save_every=100_000, log_every=100
 )
 PRESETS = {
@@ -309,7 +310,7 @@ PRESETS = {
     },
     **{
         f"own-{method}": (
-            f"features of one's own, learning rate and weight decay chosen: {METHODS[method][0]}",
+            f"your own features, learning rate and weight decay selected: {METHODS[method][0]}",
             dataclasses.replace(METHODS[method][1], select=True),
         )
         for method in ("lp", "mlp", "nmtune")
@@ -390,7 +391,7 @@ class FinetuneConfig:
     batch_size: int = 64
     """Images per step."""
     grad_checkpointing: bool = False
-    """Recompute the encoder's activations in the backward pass: less memory, a third more time."""
+    """Recompute the encoder's activations in the backward pass: less memory, one more forward pass."""
     lr: float = 1e-4
     """AdamW's learning rate; a cosine by step takes it to 0."""
     warmup: int = 0

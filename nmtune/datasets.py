@@ -71,7 +71,7 @@ class LabelledImages:
         return fingerprint(*keys, self.labels.tobytes())
 
     def read(self, row: int) -> tuple[Image.Image, int]:
-        """(RGB image, label) of that row. Raises BrokenSample."""
+        """(RGB image, label) at position `row`. Raises BrokenSample."""
         if self._kept is not None and row in self._kept:
             return self._kept[row], int(self.labels[row])
         file, offset, size = self.spans[row].tolist()
@@ -86,9 +86,11 @@ class LabelledImages:
         return image, int(self.labels[row])
 
     def subset(self, rows: np.ndarray) -> "LabelledImages":
+        """The images at these positions."""
         return LabelledImages(self.files, self.spans[rows], self.labels[rows], self.classnames)
 
     def relabelled(self, labels: np.ndarray) -> "LabelledImages":
+        """The same images with other labels (N,)."""
         return LabelledImages(self.files, self.spans, labels, self.classnames)
 
 
@@ -164,10 +166,10 @@ def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> Label
     `cache` stores the positions and labels of a large set's images, so that each machine reads them once.
     """
     tars = []
-    for part in split.split("+"):
-        found = sorted((folder / part).glob("*.tar"), key=lambda path: (len(path.name), path.name))
+    for name in split.split("+"):
+        found = sorted((folder / name).glob("*.tar"), key=lambda path: (len(path.name), path.name))
         if not found:
-            raise FileNotFoundError(f"{folder / part} holds no .tar file; a set is named DIR:test or DIR:train")
+            raise FileNotFoundError(f"{folder / name} holds no .tar file; a set is named DIR:test or DIR:train")
         tars += found
     if not (folder / "classnames.txt").is_file():
         raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
@@ -286,8 +288,8 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
 
 def emoji(folder: Path, task: str, split: str) -> LabelledImages:
     """A split of the embedded corpus: `pretrain` (half of the emoji, seven styles), or of the other half
-    `tune` and `id` (60 and 40 % of the drawings in the seven styles) or `ood` (the eighth style). `known` is all
-    training data, `pretrain` and `tune`.
+    `tune` and `id` (60 and 40 % of the drawings in the seven styles) or `ood` (the eighth style). `known` joins
+    `pretrain` and `tune`.
 
     `task` is the kind of label: group (9), subgroup (98) or name. The classes of `name` are the emoji of tuning (or of
     pre-training); those of the other tasks are the same in all splits.
@@ -309,15 +311,15 @@ def emoji(folder: Path, task: str, split: str) -> LabelledImages:
     if split == "ood":
         names = clip_benchmark(folder / "eval/names_ood", "test")
         drawn = [by_name[names.classnames[label]] for label in names.labels]
-        rows = np.array([is_held_out(one["hexcode"]) and one[task] in index for one in drawn])
-        labels = [index[one[task]] for one, row in zip(drawn, rows, strict=True) if row]
-        return LabelledImages(names.files, names.spans[rows], labels, classes)
-    known = np.array([one[task] in index for one in about])
-    rows = known & splits[split]
-    labels = [index[one[task]] for one, row in zip(about, rows, strict=True) if row]
-    chosen = LabelledImages([str(tar) for tar in tars], np.array(spans)[rows], labels, classes)
-    chosen.keys = np.array([one["key"] for one, row in zip(about, rows, strict=True) if row], dtype=np.str_)
-    return chosen
+        chosen = np.array([is_held_out(one["hexcode"]) and one[task] in index for one in drawn])
+        labels = [index[one[task]] for one, kept in zip(drawn, chosen, strict=True) if kept]
+        return LabelledImages(names.files, names.spans[chosen], labels, classes)
+    has_class = np.array([one[task] in index for one in about])
+    chosen = has_class & splits[split]
+    labels = [index[one[task]] for one, kept in zip(about, chosen, strict=True) if kept]
+    images = LabelledImages([str(tar) for tar in tars], np.array(spans)[chosen], labels, classes)
+    images.keys = np.array([one["key"] for one, kept in zip(about, chosen, strict=True) if kept], dtype=np.str_)
+    return images
 
 
 def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages:
@@ -344,13 +346,8 @@ ID_SETS = {  # CLIP-benchmark's names; classes and sizes are read from the data
     "stanford_cars": "cars", "fgvc_aircraft": "fgvc_aircraft", "svhn": "svhn", "dtd": "dtd", "caltech101": "caltech101",
     "eurosat": "eurosat", "pcam": "pcam", "resisc45": "resisc45", "rendered_sst2": "renderedsst2",
 }  # fmt: skip
-VTAB = (
-    "caltech101",
-    "eurosat",
-    "svhn",
-    "resisc45",
-    "pcam",
-)  # tuned on trainval: U:src/datasets/vtab.py:56,141,170,199,227
+# tuned on trainval: U:src/datasets/vtab.py:56,141,170,199,227
+VTAB = ("caltech101", "eurosat", "svhn", "resisc45", "pcam")
 DOMAINS = ("real", "sketch", "painting", "clipart")
 SIZES = {  # published numbers of training images and classes, only for --dry-run
     "cifar10": (50_000, 10), "cifar100": (50_000, 100), "flowers102": (1_020, 102), "food101": (75_750, 101),
@@ -455,7 +452,7 @@ def objectnet(images: LabelledImages, mappings: Path) -> tuple[LabelledImages, l
     synsets = {v: int(k) for k, v in json.loads((mappings / "pytorch_to_imagenet_2012_id.json").read_text()).items()}
     lines = (mappings / "imagenet_to_label_2012_v2").read_text().splitlines()
     number = {line.strip(): synsets[i] for i, line in enumerate(lines)}
-    groups = {name: [number[part] for part in to_imagenet[name].split("; ")] for name in to_imagenet}
+    groups = {name: [number[line] for line in to_imagenet[name].split("; ")] for name in to_imagenet}
     shown = sorted(folder for folder, name in folders.items() if name in groups)
     label = {folder: i for i, folder in enumerate(shown)}
     rows = np.array([images.classnames[i] in label for i in images.labels])

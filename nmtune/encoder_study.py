@@ -1,6 +1,6 @@
 """The controlled study of one encoder: `python -m nmtune.encoder_study --encoder RUN`, on the embedded corpus.
 
-NMTune (arXiv 2309.17002), sections 2 to 4, for an encoder that `nmtune.pretrain` trained at one noise ratio:
+For an encoder that `nmtune.pretrain` trained at one noise ratio, as in the study of NMTune (arXiv 2309.17002):
   1. encode once: V training views of the tuning set, one view of the in-domain and of the out-of-domain test set
   2. measure the spectrum of the test features: SVE and LSVR in the three centring modes
   3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z, and for
@@ -31,18 +31,21 @@ from shared import checkpoints, cli, evaluation, probes, run
 class Encoded(NamedTuple):
     """Features of all drawings in the splits of the corpus that pre-training has not seen."""
 
-    images: dict[str, LabelledImages]  # by split: tune, id, ood
-    plain: dict[str, Tensor]  # by split, (N, D) of the evaluation view
-    views: Tensor  # (V, N, D) of training views of split tune
+    images: dict[str, LabelledImages]
+    """By split: tune, id, ood."""
+    plain: dict[str, Tensor]
+    """Features (N, D) of the evaluation view, by split."""
+    views: Tensor
+    """Features (V, N, D) of training views of the split tune."""
 
     def rows(self, split: str, images: LabelledImages) -> Tensor:
-        """Rows (M,) of a split's features that belong to `images`, a subset of its drawings."""
+        """Positions (M,) in a split's features of the drawings in `images`, a subset of the split."""
         known = {key: row for row, key in enumerate(self.images[split].keys.tolist())}
         return torch.tensor([known[key] for key in images.keys.tolist()])
 
 
-def encode_parts(cfg: StudyConfig, process: run.Process) -> Encoded:
-    """Encode once all drawings that the tasks use."""
+def encode_splits(cfg: StudyConfig, process: run.Process) -> Encoded:
+    """Features of the splits tune, id and ood; their drawings are the same for all tasks."""
     encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
     encoder.to(process.device, memory_format=torch.channels_last)
     images = {split: open_labelled(f"data/emoji:group:{split}") for split in ("tune", "id", "ood")}
@@ -91,8 +94,8 @@ def study_task(
     found = {split: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for split, test in tests.items()}
     numbers: dict[str, list[float]] = {f"nearest/{split}": [top1] for split, top1 in found.items()}
     spectra: dict[str, np.ndarray] = {}
-    jobs = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
-    for method, seed in run.progress(jobs, len(jobs), f"{Path(cfg.encoder).name} {task}", 1, process):
+    heads = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
+    for method, seed in run.progress(heads, len(heads), f"{Path(cfg.encoder).name} {task}", 1, process):
         preset = dataclasses.replace(PRESETS[method][1], epochs=cfg.epochs, batch_size=cfg.batch_size)
         torch.manual_seed(seed)
         head = make_head(preset, plain.features.shape[2], sets["tune"].num_classes)
@@ -128,7 +131,7 @@ def main(cfg: StudyConfig) -> None:
             print(f"{file} exists for this checkpoint and these settings; nothing to do")
             return
     start, tasks = time.perf_counter(), {}
-    encoded = encode_parts(cfg, process)
+    encoded = encode_splits(cfg, process)
     tests = {split: encoded.plain[split] for split in ("id", "ood")}
     spectra = {f"F/{split}": feature_spectrum(features).numpy() for split, features in tests.items()}
     spectrum = {

@@ -86,7 +86,7 @@ def largest_singular_value_ratio(s: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Top-1 of logits (N, C) and labels (N,), a fraction in [0, 1]. U:src/models/eval.py:14-60."""
+    """Top-1 accuracy of logits (N, C) for labels (N,), a fraction in [0, 1]. U:src/models/eval.py:14-60."""
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
@@ -216,11 +216,11 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     precision = run.resolve_precision(cfg.precision, process.device)
     source = RunFeatures(TrainConfig(**settings), process, precision, cfg.batch_size)
     weights = split_upstream(checkpoints.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
-    head = head_from(weights).to(process.device)
-    results, spectra = test_metrics(head, source), {}
+    head, results, spectra = head_from(weights), {}, {}
     for name in source.tests:
-        features, *_ = source.test_set(name)
-        z, _ = transformed(head.cpu(), features)
+        features, labels, groups = source.test_set(name)
+        z, logits = transformed(head, features)
+        results |= accuracies(name, logits, labels, groups)
         for what, x in (("F", features), ("z", z)):
             s = feature_spectrum(x, center=cfg.centre)
             spectra[f"{name}/{what}"] = s.numpy()
@@ -276,8 +276,8 @@ def encoder_metrics(path: str) -> dict[str, float]:
 
 
 def head_accuracies(folder: Path) -> dict[str, float]:
-    """{"TEST/METRIC": per cent} of a tuned head, from the last line of its log that has the test set `id`, or {} if
-    there is none; means over heads if nmtune.head_study has tuned several."""
+    """{"TEST/METRIC": per cent} of a tuned head: means over heads if nmtune.head_study has tuned several; otherwise the
+    last line of the run's log that has the test set `id`, or {} if there is none."""
     if (folder / "heads.json").is_file():
         tests = checkpoints.read_json(folder / "heads.json")["tests"]
         return {metric: float(np.mean(values)) for metric, values in tests.items()}

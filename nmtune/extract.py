@@ -3,6 +3,7 @@
     images     from images, by an encoder of timm or open_clip, a run of nmtune.pretrain, or EfficientNet-Lite0
     texts      from texts in GLUE's layout or JSON lines, by any encoder of Hugging Face
     answers    from embeddings that an API has returned, as JSON lines
+
 NMTune (arXiv 2309.17002) also tunes black boxes such as language models and an embedding API, for which the authors
 have released no code. A finished file is not overwritten.
 """
@@ -163,6 +164,7 @@ def value(path: str, number: int, entry: Any, key: str) -> Any:
 
 
 def labels_of(path: str, lines: list[dict[str, Any]], key: str) -> list[str]:
+    """The labels of a file's entries, as strings."""
     return [str(value(path, number, entry, key)) for number, entry in enumerate(lines, 1)]
 
 
@@ -239,14 +241,14 @@ def main(cfg: Images | Texts | Answers) -> Path:
     else:
         about["fingerprints"] = [fingerprint(path) for path in (cfg.data, *tests.values())]
         found = text_sets(cfg, tests) if isinstance(cfg, Texts) else answer_sets(cfg, tests)
-    said = json.dumps(about, sort_keys=True)
+    made_with = json.dumps(about, sort_keys=True)
     if out.is_file():
         with np.load(out, allow_pickle=False) as file:
-            if "about" not in file.files or str(file["about"]) != said:
+            if "about" not in file.files or str(file["about"]) != made_with:
                 raise ValueError(f"{out} holds features of other data or settings: choose another --out")
         print(f"{out} exists for these data and settings; nothing to do")
         return out
-    arrays: dict[str, np.ndarray] = {"about": np.array(said)}
+    arrays: dict[str, np.ndarray] = {"about": np.array(made_with)}
     for name, features, labels in found:
         prefix = f"{name}_" if name else ""
         arrays |= {f"{prefix}features": features.numpy(), f"{prefix}labels": np.array(labels, dtype=str)}

@@ -25,7 +25,7 @@ from shared import checkpoints, data, run
 
 
 def subset_per_class(labels: np.ndarray, ratio: float, rng: np.random.RandomState) -> np.ndarray:
-    """Rows of int(n_c ratio) samples of each class c, drawn without replacement, class by class -> (K,) int64.
+    """Positions of int(n_c ratio) samples of each class c, drawn without replacement, class by class -> (K,) int64.
 
     U:src/datasets/common.py:155-181. Classes without samples are skipped.
     """
@@ -54,8 +54,8 @@ class TwoViews:
 def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
     """Insert RandAugment (3 operations, magnitude 5) after the crop: upstream's strong view.
 
-    U:src/models/nml_tune.py:72-76 inserts it third from last; torchvision's transforms end in two steps that are one
-    step here.
+    U:src/models/nml_tune.py:72-76 inserts it third from last, which is after the crop, too: upstream's transforms end
+    in two steps (to a tensor, normalise) that are one step here.
     """
     steps = list(transform.transforms)
     bicubic = transforms.InterpolationMode.BICUBIC
@@ -134,10 +134,10 @@ def encode_set(
     label: str = "features",
 ) -> tuple[Tensor, Tensor]:
     """Features (V, N, D) of V views of every image, and labels (N,); images are split over ranks. Reports broken
-    images."""
+    images; `label` names the set in progress and reports."""
     pixels, normalise = data.in_two(transform)
     many = pixels if views == 1 else lambda image: tuple(pixels(image) for _ in range(views))
-    rows = [part.tolist() for part in np.array_split(np.arange(len(images)), process.world_size)][process.rank]
+    rows = np.array_split(np.arange(len(images)), process.world_size)[process.rank].tolist()
     step = max(1, batch_size // views)
     order = [rows[i : i + step] for i in range(0, len(rows), step)]
     broken: list[data.Broken] = []
@@ -156,7 +156,7 @@ def encode_set(
     return torch.cat(features, dim=1), torch.cat(run.gather_lists(labels, process))
 
 
-# ----------------------------------------------------------------------------------------------------- batches of rows
+# ------------------------------------------------------------------------------------------------- batches of features
 
 
 class Bank(NamedTuple):
@@ -355,7 +355,7 @@ def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
 
 
 def reduced(labels: np.ndarray, cfg: Config) -> np.ndarray:
-    """Rows of the samples that `train_fraction` keeps."""
+    """Positions of the samples that `train_fraction` keeps."""
     if cfg.train_fraction == 1:
         return np.arange(len(labels))
     rows = subset_per_class(labels, cfg.train_fraction, np.random.RandomState(cfg.seed))

@@ -89,13 +89,13 @@ def train_step(
     """One optimizer step on images (B, 3, S, S) and labels (B,) -> {"loss", "ce", "cov", "svd"}."""
     with run.autocast(precision, images.device):
         feats, logits = model(images)
-    loss, parts = finetune_loss(logits, labels, feats, weights, k)
+    loss, terms = finetune_loss(logits, labels, feats, weights, k)
     optimizer.zero_grad()
     with accumulate.frozen_statistics(model):  # recomputed blocks must not update BatchNorm again
         scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    return {"loss": loss} | parts
+    return {"loss": loss} | terms
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -115,7 +115,7 @@ def dry_run(cfg: FinetuneConfig) -> None:
         [
             ("tuned", f"{'LoRA, rank 8' if cfg.lora else 'all weights'}; cov {cfg.w_cov:g}, svd {cfg.w_svd:g}"),
             ("parameters", f"{tuned:,} tuned of {whole:,} of {source}:{name}, D = {dim:,}"),
-            *plan_rows(cfg, samples, classes, remark, cfg.batch_size),
+            *plan_rows(cfg, samples, classes, remark, 1),
             ("memory estimate", f"{(4 * whole + 12 * tuned + activations) / 2**30:.1f} GiB in fp32"),
         ]
     )

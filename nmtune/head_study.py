@@ -1,9 +1,9 @@
 """One head with several seeds: `python -m nmtune.head_study --run RUN`, after `nmtune.train` has tuned RUN.
 
-NMTune (arXiv 2309.17002), section 4. The authors tune with one seed, although methods differ less than seeds do. On
-features in memory a head is tuned in seconds, so a study can have many heads for each of its seeds. This script tunes
-the run's head again with the seeds that follow its own, as `nmtune.train` would, and writes the accuracies of all heads
-to RUN/heads.json; `nmtune.eval --report` compares their means.
+NMTune (arXiv 2309.17002). The authors tune each head with one seed. On features in memory, tuning is quick, so a study
+can have many heads for each of its seeds. This script tunes the run's head again with the seeds that follow its own, as
+`nmtune.train` would, and writes the accuracies of all heads to RUN/heads.json; `nmtune.eval --report` compares their
+means.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """NMTune: Understanding and Mitigating the Label Noise in Pre-training on Downstream Tasks (arXiv 2309.17002), and its
 journal extension (arXiv 2403.06869).
 
-Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, cited below as `U:<path>:<line>`.
+Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, cited below as `U:<path>:<line>`. We could read the paper's
+abstract; what comments say about its body is quoted from others' notes (see README.md).
 The paper's contribution in this file:
   - a light MLP that reshapes the features of a frozen, noisily pre-trained encoder     `NMTuneHead`
   - L_MSE preserves the encoder's features                                              `consistency_loss`
@@ -147,19 +148,19 @@ def nmtune_loss(
     Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted terms. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
-    rows = len(z) // views
-    parts = {"ce": F.cross_entropy(logits.float(), labels)}
-    loss = parts["ce"]
+    images = len(z) // views
+    terms = {"ce": F.cross_entropy(logits.float(), labels)}
+    loss = terms["ce"]
     if w_mse:
-        parts["mse"] = consistency_loss(z[-rows:], feats[:rows])
-        loss = loss + w_mse * parts["mse"]
+        terms["mse"] = consistency_loss(z[-images:], feats[:images])
+        loss = loss + w_mse * terms["mse"]
     if w_cov:
-        parts["cov"] = covariance_loss(z)
-        loss = loss + w_cov * parts["cov"]
+        terms["cov"] = covariance_loss(z)
+        loss = loss + w_cov * terms["cov"]
     if w_svd:
-        parts["svd"] = dominant_singular_value_loss(z, k)
-        loss = loss + w_svd * parts["svd"]
-    return loss, parts
+        terms["svd"] = dominant_singular_value_loss(z, k)
+        loss = loss + w_svd * terms["svd"]
+    return loss, terms
 
 
 def finetune_loss(
@@ -347,7 +348,7 @@ def zero_shot_weights(name: str, checkpoint: str | None, classnames: Sequence[st
 def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, name: str, checkpoint: str) -> None:
     """Load strictly, except for classifier weights, which the encoder does not have."""
     classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier", ()) if source == "timm" else ()
-    prefixes = tuple(f"{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+    prefixes = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
     try:
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -123,7 +123,7 @@ class SwappedWithinShards(SwappedCaptions):
         return len(self.pairs)
 
     def swaps_of(self, pairs: data.Shards, rows: range) -> np.ndarray:
-        """`swap_captions` of the shard with these rows; a function of its first key and its size."""
+        """`swap_captions` of the shard with these rows of `pairs`; depends only on its first key and its size."""
         return shard_swaps(pairs.keys[rows[0]], len(rows), self.noise, self.noise_seed)
 
     def share(self) -> float:
@@ -141,6 +141,7 @@ class SwappedWithinShards(SwappedCaptions):
 
 @functools.lru_cache(maxsize=1024)  # shards
 def shard_swaps(first: str, n: int, noise: float, seed: int) -> np.ndarray:
+    """`swap_captions` of a shard of n pairs whose first key is `first`."""
     return swap_captions(n, int(n * noise / 2), random.Random(data.stable_hash(seed, first)))
 
 
@@ -149,7 +150,8 @@ def open_samples(
 ) -> NoisyLabels | SwappedCaptions:
     """The training set with its noise; `images` are given if the kind is supervised.
 
-    With `keep_in_memory` it has the attributes `decoded`, the result of that function, and `side`, that of views.
+    With `keep_in_memory` it has two more attributes: `decoded`, what the function of this name returns, and `side`,
+    the pixels of a view's side.
     """
     if cfg.kind == "supervised":
         samples = NoisyLabels(cfg, transform, images)
@@ -180,8 +182,8 @@ def decoded(samples: "NoisyLabels | SwappedCaptions", side: int, process: run.Pr
 def batch_order(
     cfg: PretrainConfig, n: int, epoch: int, process: run.Process, start: int
 ) -> tuple[list[np.ndarray], list[float]]:
-    """(rows of the samples in this rank's batches of an epoch, from batch `start` on; each batch's weight in the mean
-    over ranks).
+    """(positions of the samples in this rank's batches of an epoch, from batch `start` on; each batch's weight in the
+    mean over ranks).
 
     A short last batch is split evenly; a rank without samples gets the batch's first one with weight 0. For CLIP, a
     short last batch has too few negatives and is dropped, as in open_clip, unless it is the only batch.
@@ -255,20 +257,23 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list]:
 
 
 def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: Tensor, process: run.Process) -> dict:
-    """{"loss", ...} of a model's output. Supervised: cross-entropy, and accuracy on noisy and on clean labels."""
+    """{"loss", ...} of a model's output. Supervised: cross-entropy, and training accuracy on wrong and on right labels,
+    in per cent, as "accuracy_noisy" and "accuracy_clean". CLIP: the contrastive loss and "logit_scale"."""
     if cfg.kind == "clip":
-        clip_loss = open_clip.ClipLoss(True, True, rank=process.rank, world_size=process.world_size)  # local rows
+        clip_loss = open_clip.ClipLoss(  # local_loss: a rank's own pairs against all; gather_with_grad
+            True, True, rank=process.rank, world_size=process.world_size
+        )
         features = output["image_features"].float(), output["text_features"].float()
         return {"loss": clip_loss(*features, output["logit_scale"]), "logit_scale": output["logit_scale"].detach()}
     each = F.cross_entropy(output.float(), targets, label_smoothing=cfg.label_smoothing, reduction="none")
-    parts = {"loss": each.mean()}
+    found = {"loss": each.mean()}
     with torch.no_grad():
         hit = output.argmax(dim=1) == targets
-        for name, rows in (("clean", ~noisy), ("noisy", noisy)):
-            if count := int(rows.sum()):  # counted on the CPU
-                rows = run.pinned(rows, hit.device).to(hit.device, non_blocking=True)
-                parts[f"accuracy_{name}"] = 100 * ((hit & rows).sum() / count)
-    return parts
+        for name, chosen in (("clean", ~noisy), ("noisy", noisy)):
+            if count := int(chosen.sum()):  # counted on the CPU
+                chosen = run.pinned(chosen, hit.device).to(hit.device, non_blocking=True)
+                found[f"accuracy_{name}"] = 100 * ((hit & chosen).sum() / count)
+    return found
 
 
 def make_optimizer(model: nn.Module, cfg: PretrainConfig) -> torch.optim.Optimizer:
@@ -307,16 +312,16 @@ def train_step(
         targets = targets.to(process.device, non_blocking=True)
     inputs = (images, targets) if cfg.kind == "clip" else (images,)
     output, backward = accumulate.forward(model, inputs, cfg, precision)
-    parts = losses(cfg, output, targets, noisy, process)
+    found = losses(cfg, output, targets, noisy, process)
     optimizer.zero_grad()
-    backward(scaler.scale(parts["loss"] * weight))
+    backward(scaler.scale(found["loss"] * weight))
     scaler.step(optimizer)
     scaler.update()
     if cfg.kind == "clip":
         bare = model.module if isinstance(model, DistributedDataParallel) else model
         with torch.no_grad():
             bare.logit_scale.clamp_(0, np.log(100))
-    return parts
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -327,7 +332,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     model, _, size = create_model(cfg)
     parameters = sum(p.numel() for p in model.parameters())
     samples = {"supervised": 1_281_167, "clip": 15_388_848}[cfg.kind] if "emoji" not in cfg.data else 4_494
-    if "cc12m" in cfg.out or cfg.model == "ViT-B-16":
+    if cfg.model == "ViT-B-16":  # the journal adds CC12M
         samples += 12_423_374
     samples = cfg.dataset_size or samples
     per_epoch = steps_an_epoch(cfg, samples)
@@ -400,10 +405,10 @@ def main(cfg: PretrainConfig) -> Path | None:
             images = batch[0].to(process.device, non_blocking=True, memory_format=torch.channels_last)
             batch[0] = samples.normalise(images)
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
-            parts = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
+            found = train_step(ddp, batch, optimizer, scaler, lr, cfg, process, precision, weight)
             if done % cfg.log_every == 0 or done == total:
-                parts |= run.over_ranks({"loss": parts["loss"] * weight})
-                folder.log(done, epoch=epoch, lr=lr, **parts)
+                found |= run.over_ranks({"loss": found["loss"] * weight})
+                folder.log(done, epoch=epoch, lr=lr, **found)
             if folder.due(done):
                 folder.save(done, epoch=epoch, batch=done - per_epoch * epoch)
         data.report_broken(broken, process, f"epoch {epoch + 1}")

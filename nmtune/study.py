@@ -43,13 +43,13 @@ BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
 SELECTED = "lite0-lp-select"
 FEW, FEW_SAMPLES = 0.1, tuple(f"lite0-{head}-few" for head in HEADS)  # a share of the training samples; arms with it
 ON_LITE0 = (*BLACK_BOX, SELECTED, *FEW_SAMPLES)
-# Heads of a black-box arm for each seed of the study; seed 3 has the tuning seeds 30 to 39. A head is tuned in seconds,
-# and MLP and NMTune differ by less than heads with different seeds do.
+# Heads of a black-box arm for each seed of the study, whose mean is compared; seed 3 has the tuning seeds 30 to 39
 TUNINGS = 10
 
 
 def heads_arm(name: str, head: str, options: str = "", on: str = "", but: str = "", core: bool = True) -> Arm:
-    """TUNINGS heads on the black box; their mean is the arm's value for one seed of the study."""
+    """An arm of TUNINGS heads on the black box for each seed; `options` are for nmtune.train, `on` and `but` are in the
+    heading."""
     first = f"train emoji-lite0-{head} {options} --seed {{seed}}0 --out {{out}}"
     more = f"head_study --run {{out}} --heads {TUNINGS}"
     return Arm(name, (first, more), heading=f"EfficientNet-Lite0{on}, {HEADS[head]}{but}", core=core)
@@ -164,8 +164,8 @@ def derive(found: Comparison) -> None:
 
 
 def over_levels(arms: dict[str, list[dict]]) -> None:
-    """Add metrics over all levels of label noise to `sup-00`, for each pre-training seed: correlations of spectrum and
-    accuracy (of three levels or more), and means of the heads' metrics as "levels/HEAD/METRIC"."""
+    """Add metrics of all levels of label noise together to `sup-00`, for each pre-training seed: correlations of
+    spectrum and accuracy (of three levels or more), and means of the heads' metrics as "levels/HEAD/METRIC"."""
     levels, heads = [runs for arm, runs in arms.items() if arm.startswith("sup-")], tuple(f"{head}/" for head in HEADS)
     for clean, *runs in zip(arms.get("sup-00", ()), *levels, strict=False):  # one of each level, with the same seed
         for metric in [metric for metric in clean if metric.startswith(heads)]:
@@ -177,11 +177,10 @@ def over_levels(arms: dict[str, list[dict]]) -> None:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Rows other than differences of two arms in one metric. ValueError for an arm that is not in this study."""
+    """The claim that cannot be tested at this scale. ValueError for an arm that is not in this study."""
     if unknown := set(found.arms) - set(STUDY.headings):
         raise ValueError(f"--report compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
-    absolute = verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")
-    return [absolute]
+    return [verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")]
 
 
 # --------------------------------------------------------------------------------------------------------------- floors
@@ -189,7 +188,7 @@ def more_rows(found: Comparison) -> list[dict]:
 TASKS = StudyConfig().tasks
 
 
-def per_part(measure) -> dict[str, float]:
+def mean_over_tasks(measure) -> dict[str, float]:
     """{"lp/id", "lp/ood"}: means over tasks of measure(task) -> {"id", "ood"}, as for the arms."""
     found = [measure(task) for task in TASKS]
     return {f"lp/{split}": float(np.mean([each[split] for each in found])) for split in ("id", "ood")}
@@ -204,10 +203,11 @@ def pixels(task: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def chance() -> dict[str, float]:
+    """Top-1 of random answers."""
     classes = {task: open_labelled(f"data/emoji:{task}:tune").num_classes for task in TASKS}
     top1 = floors.chance(SUBGROUPS)
     few = {key.replace("blackbox", "few"): value for key, value in black_box(top1).items()}
-    return per_part(lambda task: dict.fromkeys(("id", "ood"), 100 / classes[task])) | black_box(top1) | few
+    return mean_over_tasks(lambda task: dict.fromkeys(("id", "ood"), 100 / classes[task])) | black_box(top1) | few
 
 
 def black_box(top1: dict[str, float]) -> dict[str, float]:
@@ -216,10 +216,12 @@ def black_box(top1: dict[str, float]) -> dict[str, float]:
 
 
 def pixel_neighbour() -> dict[str, float]:
+    """Nearest neighbours on raw pixels."""
+
     def measure(task: str) -> dict[str, float]:
         return {split: probes.nearest_neighbour(*pixels(task, "tune"), *pixels(task, split)) for split in ("id", "ood")}
 
-    near = {key.replace("lp", "nearest"): value for key, value in per_part(measure).items()}
+    near = {key.replace("lp", "nearest"): value for key, value in mean_over_tasks(measure).items()}
     return near | black_box(floors.nearest_neighbour(SUBGROUPS))
 
 
@@ -236,7 +238,7 @@ def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Te
 
 def pixel_probe() -> dict[str, float]:
     """The arms' linear probe on raw pixels."""
-    return per_part(
+    return mean_over_tasks(
         lambda task: linear_probe(pixels(task, "tune"), {split: pixels(task, split) for split in ("id", "ood")})
     )
 
@@ -295,7 +297,7 @@ def on_labels() -> dict[str, float]:
             found[split] = 100 * accuracy(project_logits(logits[0], [[classes[c]] for c in images.classnames]), labels)
         return found
 
-    return per_part(measure)
+    return mean_over_tasks(measure)
 
 
 FLOORS = (
@@ -352,22 +354,27 @@ def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
     if lite0:
-        for axis in axes[-1][2:]:
-            axis.set_axis_off()
-        for axis, split in zip(axes[-1], ("id", "ood"), strict=False):
-            metric = f"blackbox/{split}"
-            scatter = verdicts.pooled({arm: arms[arm] for arm in BLACK_BOX}, metric)
-            for i, arm in enumerate(BLACK_BOX[1:]):
-                each = [run[metric] - lp[metric] for run, lp in zip(arms[arm], arms[BLACK_BOX[0]], strict=True)]
-                half = verdicts.half_width(scatter, len(each)) or 0.0
-                axis.bar(i, np.mean(each), yerr=half, capsize=6, width=0.6, color=f"C{i + 1}")
-            axis.set(title=f"EfficientNet-Lite0, {split.upper()}", ylabel="points above LP", xlim=(-0.8, 1.8))
-            axis.set_xticks((0, 1), list(HEADS.values())[1:])
-            axis.axhline(0, color="black", lw=0.8)
-            axis.grid(alpha=0.3, axis="y")
+        plot_heads(arms, axes[-1])
     figure.tight_layout()
     figure.savefig(out / "nmtune_noise.png", dpi=110)
     plt.close(figure)
+
+
+def plot_heads(arms: dict[str, list[dict]], axes: np.ndarray) -> None:
+    """Bars of the black box's MLP and NMTune above LP, in and out of domain, on the first two of `axes`."""
+    for axis in axes[2:]:
+        axis.set_axis_off()
+    for axis, split in zip(axes, ("id", "ood"), strict=False):
+        metric = f"blackbox/{split}"
+        scatter = verdicts.pooled({arm: arms[arm] for arm in BLACK_BOX}, metric)
+        for i, arm in enumerate(BLACK_BOX[1:]):
+            each = [run[metric] - lp[metric] for run, lp in zip(arms[arm], arms[BLACK_BOX[0]], strict=True)]
+            half = verdicts.half_width(scatter, len(each)) or 0.0
+            axis.bar(i, np.mean(each), yerr=half, capsize=6, width=0.6, color=f"C{i + 1}")
+        axis.set(title=f"EfficientNet-Lite0, {split.upper()}", ylabel="points above LP", xlim=(-0.8, 1.8))
+        axis.set_xticks((0, 1), list(HEADS.values())[1:])
+        axis.axhline(0, color="black", lw=0.8)
+        axis.grid(alpha=0.3, axis="y")
 
 
 def line(axis: plt.Axes, found: dict[int, tuple[float, float]], label: str) -> None:

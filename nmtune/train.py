@@ -81,11 +81,11 @@ def train_step(
     head.train()
     labels = labels.repeat(len(feats) // len(labels))
     z, logits = transformed(head, feats)
-    loss, parts = nmtune_loss(logits, labels, z, feats, weights if z is not feats else (0.0, 0.0, 0.0), k, views)
+    loss, terms = nmtune_loss(logits, labels, z, feats, weights if z is not feats else (0.0, 0.0, 0.0), k, views)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return {"loss": loss.detach()} | {name: part.detach() for name, part in parts.items()}
+    return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 
 
 def tune(
@@ -100,11 +100,11 @@ def tune(
     k: int = 5,
     views: int = 2,
 ) -> list[dict[str, float]]:
-    """Tune `head` in place on features in memory; returns {"loss", ..., "lr"} of each step. Scripts use `main`'s loop.
+    """Tune `head` in place on features in memory; returns {"loss", ..., "lr"} of each step.
 
     method lp, mlp or nmtune; only nmtune uses `weights`. Each pass over `loader`, which has a length, yields one
     epoch's batches: (feats (n, D), labels), or ((feats_w, feats_s), labels) with labels of one view.
-    `views`: number of views per image in a batch.
+    `views`: number of views per image in a batch. `main` has a loop of its own, which logs, saves and resumes.
     """
     if method not in ("lp", "mlp", "nmtune"):
         raise ValueError(f"method is lp, mlp or nmtune, not {method!r}")
@@ -114,8 +114,8 @@ def tune(
         for i, (feats, labels) in enumerate(loader):
             feats = torch.cat(list(feats)) if isinstance(feats, (tuple, list)) else feats
             now = optimizer.param_groups[0]["lr"] = cosine_lr(lr, warmup, epochs * steps, epoch * steps + i)
-            parts = train_step(head, feats, labels, optimizer, weights, k, views)
-            history.append({name: part.item() for name, part in parts.items()} | {"lr": now})
+            terms = train_step(head, feats, labels, optimizer, weights, k, views)
+            history.append({name: term.item() for name, term in terms.items()} | {"lr": now})
     return history
 
 
@@ -130,19 +130,19 @@ def tuned_head(cfg: Config, bank: Bank, source: RunFeatures) -> nn.Module:
 
 
 def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
-    """The {"lr", "weight_decay"} with the best top-1 on a held-out fifth of every class; ties by cross-entropy. Selects
-    first the learning rate, then the decay."""
+    """{"lr", "weight_decay"} with the best top-1 on a held-out fifth of every class; ties go to the lower
+    cross-entropy. Selects first the learning rate, then the decay."""
     device = source.process.device
     features, labels = source.bank.features.to(device), source.bank.labels.to(device)
     kept = np.sort(subset_per_class(labels.cpu().numpy(), 0.8, np.random.RandomState(cfg.seed)))
     rest = np.setdiff1d(np.arange(len(labels)), kept)
     if not len(kept) or not len(rest):
         raise ValueError("--select holds out a fifth of every class, but every class is too small for that")
-    part = Bank(features[:, kept], labels[kept])
+    smaller = Bank(features[:, kept], labels[kept])
 
     def score(tried: Config) -> tuple[float, float]:
         try:
-            head = tuned_head(tried, part, source)
+            head = tuned_head(tried, smaller, source)
         except (torch.linalg.LinAlgError, ValueError):  # features have diverged
             return 0.0, -math.inf
         with torch.no_grad():
@@ -184,14 +184,14 @@ def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
 
 
 def plan_rows(
-    cfg: Config | FinetuneConfig, samples: int, classes: int, remark: str, rows: int
+    cfg: Config | FinetuneConfig, samples: int, classes: int, remark: str, views: int
 ) -> list[tuple[str, str]]:
-    """Samples, batch, steps and learning rates of a dry run."""
+    """Samples, batch, steps and learning rates of a dry run; views: training views of an image in a batch."""
     steps = math.ceil(samples / cfg.batch_size)
     total = steps * cfg.epochs
     return [
         ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs, {classes:,} classes ({remark})"),
-        ("batch", f"{cfg.batch_size} images, {rows} rows"),
+        ("batch", f"{cfg.batch_size} images, {cfg.batch_size * views} feature vectors"),
         cli.step_row(total, steps),
         *cli.rate_rows(lambda step: f"{cosine_lr(cfg.lr, cfg.warmup, total, step):.3e}", cfg.warmup, total),
     ]
@@ -213,16 +213,16 @@ def dry_run(cfg: Config) -> None:
     with torch.device("meta"):
         head = make_head(cfg, dim, classes)
     parameters = sum(p.numel() for p in head.parameters())
-    rows = cfg.batch_size * (1 if cfg.method == "lp" and cfg.views == "eval" else 2)
+    views = 1 if cfg.method == "lp" and cfg.views == "eval" else 2
     hidden = int(dim * cfg.ratio) if cfg.method != "lp" else 0
-    gib = (16 * parameters + 4 * rows * (6 * dim + 4 * hidden + 2 * classes)) / 2**30
+    gib = (16 * parameters + 4 * cfg.batch_size * views * (6 * dim + 4 * hidden + 2 * classes)) / 2**30
     what = f"{frozen:,} frozen of {source}:{name}" if frozen else "features from a file"
     memory = f"{gib:.2f} GiB of the head's step, {4 * frozen / 2**30:.2f} GiB of frozen weights, in fp32"
     cli.show_plan(
         [
             ("method", "{}, weights mse {:g}, cov {:g}, svd {:g}".format(cfg.method, *cfg.loss_weights(dim))),
             ("parameters", f"{parameters:,} tuned; {what}, D = {dim:,}"),
-            *plan_rows(cfg, samples, classes, remark, rows),
+            *plan_rows(cfg, samples, classes, remark, views),
             ("memory estimate", memory),
         ]
     )
@@ -284,8 +284,8 @@ def main(cfg: Config) -> Path | None:
 
 
 def command() -> Config:
-    """Preset and overrides. Without a preset: NMTune; with a features file also --select, unless learning rate or
-    weight decay is given."""
+    """The settings of the command line: a preset and overrides. Without a preset, NMTune's; with a features file also
+    --select, unless learning rate or weight decay is given."""
     if len(sys.argv) > 1 and sys.argv[1].startswith("--") and sys.argv[1] != "--help":
         flags = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]}
         own = "--features" in flags and not flags & {"--lr", "--weight-decay"}

@@ -34,7 +34,7 @@ def test_checkpoints_in_other_layouts(tmp_path):
 
 
 def assert_in_two(transform) -> None:
-    """Transforms split in two: decoder processes pass on uint8, and later normalisation is equal bit for bit."""
+    """The transform can be split in two: decoder processes give uint8, and normalising later gives equal bits."""
     pixels, normalise = data.in_two(transform)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 250, 3), dtype=np.uint8))
     assert pixels(image).dtype == torch.uint8

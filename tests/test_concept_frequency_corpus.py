@@ -46,7 +46,7 @@ def test_parts_of_a_parquet_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tsv", "txt"])
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 100])
-def test_parts_of_a_text_file_start_where_they_should(tmp_path, kind, step):
+def test_parts_of_a_text_file_start_at_row_boundaries(tmp_path, kind, step):
     """Rows with line breaks, with multi-byte characters, and with bytes that are not UTF-8."""
     rows = (
         ["a", "über", '"two\nlines"', "", "日本", "x\ty", "last"]

@@ -72,7 +72,7 @@ def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
     assert folded.text.sum() >= truth.sum()
 
 
-def test_what_a_concept_was_searched_as_and_its_phrase(tmp_path):
+def test_search_terms_and_phrase_counts(tmp_path):
     """`hot dog` is found if both words are nouns, `t-shirt` as `shirt`; literal occurrences are counted separately."""
     captions = [
         "a hot dog on a plate",
@@ -128,7 +128,7 @@ def test_counts_of_nothing_are_refused(tmp_path, file, settings, message):
         counted(tmp_path, "refused", data=(str(tmp_path / file),), **settings)
 
 
-def test_a_tar_that_ends_early_is_named_with_what_was_expected(tmp_path, capsys):
+def test_a_truncated_tar_is_reported_with_the_expected_number_of_captions(tmp_path, capsys):
     for i in range(2):
         write_shard(tmp_path / f"{i}.tar", [(f"{j:03}", f"a dog and {j} cats", (j, 0, 0)) for j in range(20)])
     whole = (tmp_path / "1.tar").read_bytes()
@@ -194,7 +194,7 @@ def forks(monkeypatch):
     monkeypatch.setattr(count, "multiprocessing", SimpleNamespace(get_context={"spawn": server}.get))
 
 
-def test_processes_count_alike(tmp_path, forks):
+def test_counts_do_not_depend_on_the_number_of_processes(tmp_path, forks):
     files = write_captions(tmp_path, CAPTIONS)
     settings = {"data": (files["txt"], files["tsv"]), "caption_column": "1"}
     one = counted(tmp_path, "one", **settings)
@@ -202,7 +202,7 @@ def test_processes_count_alike(tmp_path, forks):
     assert one.text.tolist() == two.text.tolist()
 
 
-def test_images_have_a_process_a_gpu(monkeypatch):
+def test_images_are_tagged_by_one_process_per_gpu(monkeypatch):
     """Image jobs get one process per GPU, other jobs one per core."""
 
     def laid_out(work, workers: int, jobs: int) -> list[tuple[int, dict]]:
@@ -222,7 +222,7 @@ def test_images_have_a_process_a_gpu(monkeypatch):
     assert count.cores_of_a_gpu([node(64.0, 0)]) is None
 
 
-def test_jobs_are_dealt_to_whoever_is_free():
+def test_jobs_are_given_to_free_workers():
     """Each worker holds at most twice as many jobs as it runs; a slow worker gets no more."""
     started: dict[str, list[int]] = {"slow": [], "fast": []}
 
@@ -253,7 +253,7 @@ def red_blue(names, device):
 """
 
 
-def test_two_devices_tag_like_one_and_go_on(tmp_path, forks, monkeypatch):
+def test_two_devices_tag_like_one_and_resume(tmp_path, forks, monkeypatch):
     """Two processes, each with a device and decoders, tag shards; after one dies, finished files are kept."""
     for i in range(6):
         colors = [(255, 0, 0), (0, 0, 255), (99, 0, 99) if i == 3 else (255, 0, 255)] * 3
@@ -296,7 +296,7 @@ def test_wrong_address_fails_at_once(server):
     assert time.monotonic() - start < 2 * count.CONNECT_SECONDS
 
 
-def test_ray_counts_alike_from_any_folder(tmp_path, start, monkeypatch):
+def test_counts_on_ray_do_not_depend_on_the_folder(tmp_path, start, monkeypatch):
     """Captions and images are counted from another folder with relative paths, by a cluster that was started in a third
     folder and claims to have a GPU."""
     pytest.importorskip("ray")
@@ -339,7 +339,7 @@ def test_ray_counts_alike_from_any_folder(tmp_path, start, monkeypatch):
     assert found["image"] == truth.image.tolist() and truth.image.sum() == 26
 
 
-def test_killed_count_goes_on(tmp_path, start):
+def test_a_killed_count_resumes(tmp_path, start):
     listed = tmp_path / "names.txt"
     listed.write_text("\n".join(NAMES))
     corpus, out = small_corpus(tmp_path / "corpus", pairs=900, shards=9), tmp_path / "out"

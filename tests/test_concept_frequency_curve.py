@@ -95,7 +95,7 @@ def test_data_sets_are_pooled(files):
     assert json.loads((files / "out/unjoined.json").read_text())["c"]["scores without a count"] == ["x", "y"]
 
 
-def test_what_cannot_be_drawn_ends_in_one_sentence(files, in_process):
+def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
     (files / "other.json").write_text(json.dumps({"a": 1.0, "b": 2.0}))
     (files / "same.json").write_text(json.dumps(dict.fromkeys(NAMES, 7)))
     (files / "whole.json").write_text(json.dumps({"metrics": {"acc1": 0.5}, "task": "zeroshot_classification"}))

@@ -104,7 +104,7 @@ def test_slope_per_decade():
     assert found["low"] < 12 < found["high"] and found["high"] - found["low"] < 2
 
 
-def test_within_slope_is_free_of_what_concepts_differ_in():
+def test_within_slope_is_not_biased_by_differences_between_concepts():
     """Accuracy that depends on the concept but not on its frequency biases only the slope between concepts."""
     rng = np.random.default_rng(0)
     frequency = 10 ** np.linspace(0, 3, 200)

@@ -3,7 +3,7 @@
 from concept_frequency.joining import OTHER_NAMES, fold, join, numbered
 
 
-def test_spellings_are_one():
+def test_spellings_of_a_name_match():
     assert fold("Polka-dotted") == fold("polka_dotted") == "polka dotted"
     counts = {"Annual Crop Land": 1, "american_bulldog": 2, "2012 Acura TL Sedan": 3, "outdoor apartment building": 4}
     scores = {
@@ -18,7 +18,7 @@ def test_spellings_are_one():
     assert found.scores_left == ["unheard of"] and found.counts_left == []
 
 
-def test_equal_names_go_first_and_doubt_joins_nothing():
+def test_equal_names_match_first_and_ambiguous_names_do_not_match():
     found = join({"T-shirt": 5, "t-shirt": 7, "cup": 1}, {"t shirt": 1.0, "T-shirt": 2.0, "Cup": 3.0, "CUP": 4.0})
     assert found.names == {"T-shirt": "T-shirt", "t shirt": "t-shirt"}  # one is left, and has one candidate
     assert found.scores_left == ["Cup", "CUP"] and found.counts_left == ["cup"]

@@ -15,13 +15,13 @@ def published(tmp_path_factory) -> Results:
     return Results(folder)
 
 
-def test_all_figures_are_asked_for():
+def test_keys_cover_all_figures():
     keys = panels.keys()
     assert len(keys) == 3 * 3 + 3 * 6 and keys[0] == ("classification", "integrated", "class")
     assert {key for _, of in panels.CLAIMS for key in of} <= set(keys)
 
 
-def test_panels_know_legend_and_saved_curve(published):
+def test_panels_have_legend_and_saved_curve(published):
     key = ("classification", "integrated", "class")
     found = panels.figure_panels(published, key)
     assert [p.model for p in found] == list(CURVE_MODELS[:4])
@@ -36,7 +36,7 @@ def test_panels_know_legend_and_saved_curve(published):
     assert {row["verdict"] for row in off} == {"not reproduced"}
 
 
-def test_what_the_paper_leaves_out(published):
+def test_tables_of_what_the_paper_leaves_out(published):
     assert len(panels.data_sets(published)) == 4 and len(panels.left_out(published)) == 2
     rows, (claim,) = panels.with_zeros(published)
     assert len(rows) == 4 and claim["verdict"] == "reproduced"

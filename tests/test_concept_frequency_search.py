@@ -18,7 +18,7 @@ from concept_frequency.config import CountConfig, check_count
 from shared import data
 
 
-def test_memory_is_bounded_by_its_flag(tmp_path, monkeypatch):
+def test_memory_is_bounded_by_the_flag(tmp_path, monkeypatch):
     """Memory of reading and indexing a table of 120,000 captions depends on the size of parts; spaCy is replaced."""
     path = tmp_path / "a.tsv"
     path.write_text(
@@ -138,8 +138,8 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
     ]
 
 
-def test_decoders_hand_on_uint8(tmp_path, monkeypatch):
-    """If a transform ends in normalisation, decoders pass on uint8, and the tags are the same."""
+def test_decoders_give_uint8(tmp_path, monkeypatch):
+    """If a transform ends in normalising, decoders give uint8, and the tags are the same."""
     write_shard(tmp_path / "0.tar", [(f"{row:05}", "?", (row, 0, 255 - row)) for row in range(0, 256, 4)])
     (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
     seen, whole = set(), search.collate

@@ -92,7 +92,7 @@ def test_claims_follow_the_effect():
     assert set(judged(8.0, 6, floor=99.0).values()) == {"has not learned", "no claim"}
 
 
-def test_study_hands_on_the_claims_of_a_clone(tmp_path, monkeypatch):
+def test_study_adds_the_claims_of_a_clone(tmp_path, monkeypatch):
     """With `--upstream CLONE`, the replay's claims follow those of the arms and precede the untestable ones."""
     write_published(tmp_path / "clone")
     monkeypatch.chdir(tmp_path)

@@ -19,13 +19,13 @@ def first_captions(n: int) -> list[str]:
     return [shard.caption(i) for i in range(len(shard))]
 
 
-def test_exact_tagging_is_the_whole_pipelines():
+def test_exact_tagging_equals_that_of_the_whole_pipeline():
     nlp, texts = tagging.load_spacy(PIPELINE), list(dict.fromkeys(first_captions(200)))
     whole = [noun_set((t.lemma_, t.pos_) for t in doc) for doc in nlp.pipe(texts)]
     assert list(tagging.tag_captions(texts + texts[:5], nlp, batch_size=64)) == whole + whole[:5]
 
 
-def test_clip_tagger_prefers_what_it_was_taught(arms, tmp_path):
+def test_clip_tagger_prefers_the_right_concept(arms, tmp_path):
     """On a trained arm, the right concept outscores a plain picture more often than a wrong concept does."""
     names = list(load_counts(arms["zipf"] / "frequencies.json"))
     made = tagging.load_tagger("clip", names, str(arms["zipf"]), "", "", None, True, "cpu")

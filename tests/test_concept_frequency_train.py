@@ -66,7 +66,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"]
 
 
-def test_arm_holds_the_assigned_frequencies(arms):
+def test_pairs_have_the_assigned_frequencies(arms):
     for name in ARMS:
         out = arms[name]
         assigned = load_counts(out / "frequencies.json")

@@ -1,4 +1,4 @@
-"""The small ViT in DINOv2's place: what it learns; a finished file is as asked for, or is refused; kill and resume."""
+"""Training of the small ViT: its pairs and loss; finished files of other settings are refused; kill and resume."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def cfg(folder: Path) -> backbone.Config:
-    """Of a backbone that is there, which nothing disturbed."""
+    """Configuration of a finished backbone, trained without interruption."""
     sizes = dict(image_size=16, epochs=3, batch_size=32, device="cpu", precision="fp32")
     cfg = backbone.Config(str(folder / "corpus"), out=str(folder / "backbone.pt"), **sizes)
     backbone.main(cfg)
     return cfg
 
 
-def test_a_finished_backbone_is_what_is_asked_for_or_refused(cfg: backbone.Config, folder: Path, capsys):
+def test_a_finished_backbone_of_other_settings_or_data_is_refused(cfg: backbone.Config, folder: Path, capsys):
     before = Path(cfg.out).read_bytes()
     backbone.main(cfg)
     backbone.main(dataclasses.replace(cfg, workers=2, device="auto", dataset_size=160))  # the same weights
@@ -47,7 +47,7 @@ def test_a_finished_backbone_is_what_is_asked_for_or_refused(cfg: backbone.Confi
     assert Path(cfg.out).read_bytes() == before and not (folder / "backbone.work").exists()
 
 
-def test_an_older_backbone_says_no_more_than_its_settings(cfg: backbone.Config, tmp_path: Path, capsys):
+def test_an_older_file_without_a_fingerprint_is_compared_by_its_settings(cfg: backbone.Config, tmp_path: Path, capsys):
     state = checkpoints.load_checkpoint(cfg.out)
     state.pop("data")
     older = dataclasses.replace(cfg, out=str(tmp_path / "older.pt"))
@@ -62,7 +62,7 @@ def test_an_older_backbone_says_no_more_than_its_settings(cfg: backbone.Config, 
         backbone.main(older)
 
 
-def test_a_killed_backbone_goes_on(cfg: backbone.Config, folder: Path, start, cli):
+def test_a_killed_backbone_resumes(cfg: backbone.Config, folder: Path, start, cli):
     out = folder / "killed.pt"
     command, checkpoint = ["--data", cfg.data, "--out", out, *FLAGS], folder / "killed.work/checkpoint.pt"
     kill_when(start(*command), checkpoint.exists)
@@ -90,7 +90,7 @@ def test_a_backbone_that_diverges_is_not_written(cfg: backbone.Config, tmp_path:
     assert not (tmp_path / "nan.pt").exists() and not (tmp_path / "nan.work/checkpoint.pt").exists()
 
 
-def test_backbone_learns_which_drawings_are_of_one_emoji(folder: Path):
+def test_drawings_are_grouped_by_emoji_and_attract_each_other(folder: Path):
     with tarfile.open(SHARDS / "00000.tar") as tar:
         names = {m.name: json.load(tar.extractfile(m))["hexcode"] for m in tar if m.name.endswith(".json")}
     pairs = data.open_pairs(f"{SHARDS}/00000.tar")

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what comes back of it."""
+"""A loaded checkpoint gives the trained weights; wrong weights or another backbone are refused."""
 
 from pathlib import Path
 
@@ -10,13 +10,11 @@ from test_lexvla_train import ARMS, SCRIPT, SECONDS, arms, backbone, folder, lm,
 
 from lexvla import checkpoints as run_checkpoints
 from lexvla import text as texts
-from lexvla.model import (
-    LoRALinear,
-)
+from lexvla.model import LoRALinear
 from shared import checkpoints
 
 
-def test_what_was_trained_comes_back(arms: dict[str, Path]):
+def test_load_run_restores_the_trained_weights(arms: dict[str, Path]):
     model, cfg, tokenizer, read = run_checkpoints.load_run(arms["overuse"])
     state = checkpoints.load_checkpoint(arms["overuse"] / "checkpoint.pt")
     weights = state["weights"]
@@ -30,7 +28,7 @@ def test_what_was_trained_comes_back(arms: dict[str, Path]):
         run_checkpoints.load_weights(model, state, "RUN")
 
 
-def test_weights_are_timms_and_transformers(arms: dict[str, Path], lm: Path, backbone: Path):
+def test_timm_and_transformers_load_the_weights(arms: dict[str, Path], lm: Path, backbone: Path):
     vit = timm.models.VisionTransformer(16, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0)
     vit.load_state_dict(checkpoints.load_checkpoint(backbone)["weights"])
     model = run_checkpoints.load_run(arms["whole-models"])[0]

@@ -80,19 +80,19 @@ def test_paper_presets_fit_the_machines_that_they_name(preset: str):
     cfg = config.PRESETS[preset][1]
     model, lm, patch = train.model_without_weights(cfg, cfg.max_vocabulary)
 
-    def gib(parts: int) -> float:
-        changed = dataclasses.replace(cfg, accumulate=parts)
+    def gib(accumulate: int) -> float:
+        changed = dataclasses.replace(cfg, accumulate=accumulate)
         config.check_model(changed)
         return sum(train.memory(changed, cfg.batch_size // 8, model, lm, patch, cfg.max_vocabulary))
 
     assert cfg.batch_size % (8 * cfg.accumulate) == 0
-    assert gib(cfg.accumulate) < 0.9 * A100_40GB  # a part is for what no formula counts
+    assert gib(cfg.accumulate) < 0.9 * A100_40GB  # the rest is for what the estimate leaves out
     if cfg.accumulate > 1:
         assert gib(1) > A100_40GB and gib(cfg.accumulate // 2) > 0.9 * A100_40GB
 
 
 def test_the_estimate_takes_prompts_as_long_as_they_are(in_process, lm: Path, folder: Path):
-    """With the LM's tokenizer and data at hand; else --max-length."""
+    """If the LM's tokenizer and the data are available; otherwise the estimate takes --max-length."""
     options = ["--data", f"{SHARDS}/00000.tar", "--dry-run", "--states", "", "--bias", "0"]
     known, unknown = (in_process("emoji", *options, "--lm", name) for name in (lm, "/nowhere/lm"))
     mean, longest = map(int, re.search(r"prompts +(\d+) tokens on average, the longest (\d+)", known.out).groups())

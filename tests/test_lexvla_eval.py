@@ -1,4 +1,4 @@
-"""Retrieval, PatchDis and use of words, on known numbers and on small runs."""
+"""Retrieval, PatchDis and the words' usage, compared with golden numbers and measured on small runs."""
 
 import dataclasses
 from pathlib import Path
@@ -26,10 +26,8 @@ from test_lexvla_train import (  # noqa: F401
 )
 
 from lexvla import eval as evaluation
-from lexvla.eval import explain, grid, named_recalls, patchdis, retrieval_recall, sparsity_sweep, usage
-from lexvla.model import (
-    sparsify,
-)
+from lexvla.eval import explain, named_recalls, patchdis, retrieval_recall, sparsity_sweep, sweep_levels, usage
+from lexvla.model import sparsify
 from lexvla.patchdis import labelled_images
 from lexvla.towers import normalize
 from shared import data, run
@@ -80,13 +78,13 @@ def test_patchdis(case):
 
 
 def test_the_sweep_goes_from_one_word_to_all():
-    assert grid(5) == [1, 2, 4, 5] and grid(8) == [1, 2, 4, 8] and grid(2) == [1, 2]
+    assert sweep_levels(5) == [1, 2, 4, 5] and sweep_levels(8) == [1, 2, 4, 8] and sweep_levels(2) == [1, 2]
     torch.manual_seed(0)
     s_img, s_txt, owners = torch.rand(6, 9), torch.rand(12, 9), torch.arange(6).repeat_interleave(2)
-    whole = sparsity_sweep(s_img, s_txt, owners, grid(9), (1, 5, 10))
+    whole = sparsity_sweep(s_img, s_txt, owners, sweep_levels(9), (1, 5, 10))
     assert whole.shape == (5, 6)
     torch.testing.assert_close(whole[-1], torch.cat(retrieval_recall(s_img @ s_txt.T, owners, (1, 5, 10))))
-    torch.testing.assert_close(whole[:, [0, 3]], sparsity_sweep(s_img, s_txt, owners, grid(9)))
+    torch.testing.assert_close(whole[:, [0, 3]], sparsity_sweep(s_img, s_txt, owners, sweep_levels(9)))
     names = named_recalls(whole[-1])
     assert names["text_to_image_R@5"] == pytest.approx(100 * whole[-1, 4].item())
     assert names["mean_recall"] == pytest.approx(100 * whole[-1].mean().item())
@@ -115,7 +113,9 @@ def test_usage(case):
 
 
 @pytest.mark.parametrize("part", ["images", "masks"])
-def test_scenes_of_others_are_read_with_care(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_broken_or_too_large_files_of_a_patchdis_folder_are_refused(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
     (tmp_path / "classnames.txt").write_text("a\nb\n")
@@ -145,7 +145,7 @@ def test_word_classes_and_background(arms: dict[str, Path], small_scenes: Path):
 
 
 def test_renormalizing_after_sparsifying(arms: dict[str, Path], small_set: Path):
-    """Keeps which words are there, and with all words kept changes nothing."""
+    """The number of active words stays the same; if all words are kept, recall stays the same, too."""
     process, found = run.Process(0, 1, torch.device("cpu")), []
     for topk, renormalize in ((None, False), (None, True), (10_000, False), (10_000, True)):
         cfg = evaluation.Config((), (str(small_set),), None, topk=topk, renormalize=renormalize)

@@ -1,4 +1,4 @@
-"""LexVLA against independent numbers (tests/golden/lexvla/README.md), and properties beyond.
+"""LexVLA's functions compared with golden numbers (tests/golden/lexvla/README.md), and tests of their properties.
 
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
@@ -46,14 +46,14 @@ GRADIENT = dict(rtol=1e-4, atol=1e-6)
 
 
 def check(case: Case, rtol: float = 0.0, atol: float = 0.0, **computed) -> None:
-    """`close` for each of the computed arrays that the case has."""
+    """Call `case.close` for each of the computed arrays that the case has."""
     for name, value in computed.items():
         if name in case:
             case.close(name, value, rtol, atol)
 
 
 def check_gradients(case: Case, rtol: float, **computed) -> None:
-    """`check`, with rtol of the largest entry: small ones are differences of large ones."""
+    """`check`, with an error of rtol times the largest entry: small entries are differences of large ones."""
     for name, value in computed.items():
         if name in case:
             case.close(name, value, rtol, rtol * torch.as_tensor(case[name]).abs().max().item())
@@ -354,7 +354,7 @@ def test_nothing_of_the_size_of_all_logits_is_kept():
     assert max(saved) < 4 * 50 * 600 / 10
 
 
-def test_rows_of_small_logits_have_norm_one():
+def test_representations_of_very_negative_logits_have_norm_one():
     z = torch.tensor([[-300.0], [-30.0], [0.0], [1e4]])
     s = lexical_map(z, torch.tensor([[1.0], [1.1], [0.9]]))
     torch.testing.assert_close(s.norm(dim=-1), torch.ones(4))
@@ -383,7 +383,7 @@ def test_sparsify_edges():
     assert ((sparsify(s, topk=7) > 0).sum(-1) == 7).all()
 
 
-def test_penalties_of_known_rows():
+def test_penalties_of_known_representations():
     V, N = 12, 4
     one_word, hot = torch.eye(V)[[0] * N], torch.eye(V)[:N]
     uniform = torch.full((N, V), V**-0.5)
@@ -397,7 +397,7 @@ def test_penalties_of_known_rows():
     assert torch.equal(overuse_penalty(s), overuse_penalty(s, detach_weight=True))
 
 
-def test_losses_of_pairs_told_apart():
+def test_loss_of_well_separated_pairs():
     """log(1 + 3 e^-20) = 6.2e-9, which a difference of float32 logits of 20 cannot hold."""
     for loss in contrastive_loss(torch.eye(4), torch.eye(4), torch.tensor(20.0).log()):
         assert loss.dtype == torch.float32
@@ -420,7 +420,7 @@ PENALTY = {"overuse": ("overuse", False), "detached": ("overuse", True), "flops"
 
 
 def losses_of_rank(rank: int, world: int) -> dict[str, torch.Tensor]:
-    """Losses and gradients of the rank's rows of six pairs, by penalty; "columns": of the logits that it computes."""
+    """Losses and gradients of the rank's pairs out of six, by penalty; "columns": of the logits that it computes."""
     generator = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.rand(2, 6, 24, generator=generator) ** 3, dim=-1).chunk(world, dim=1)[rank]
     found, whole = {}, model.info_nce
@@ -445,10 +445,10 @@ def test_ranks_compute_their_own_rows(tmp_path):
         rows = torch.cat(found) / 3 if found[0].ndim else sum(found) / 3
         torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
         if "overuse" in name.partition("/")[2] or "flops" in name.partition("/")[2]:
-            torch.testing.assert_close(found[0], expected)  # a penalty is the whole batch's on every rank
+            torch.testing.assert_close(found[0], expected)  # each rank has the penalty of the global batch
 
 
-def test_total_loss_adds_only_what_was_asked_for():
+def test_total_loss_adds_the_chosen_penalty():
     s, scale = F.normalize(torch.rand(4, 9), dim=-1), torch.tensor(2.0)
     plain = total_loss(s, s, scale, 1.0, 1.0, penalty="none")
     assert set(plain) == {"loss", "i2t", "t2i"}
@@ -550,8 +550,8 @@ def test_recomputed_blocks_give_the_same_gradients():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_words_of_a_set_of_patches_are_pooled_first_and_normalised_then():
-    """Eq. 4 of the set's tokens alone; of all patches it is that of the image without [CLS]."""
+def test_words_of_a_set_of_patches_are_pooled_before_normalising():
+    """They equal eq. 4 of the set's tokens; for all patches, the representation of the image without [CLS]."""
     torch.manual_seed(0)
     tokens, codebook = torch.randn(3, 7, 8), torch.randn(20, 8)
     image = ImageEncoder(torch.nn.Identity(), torch.nn.Identity(), codebook, pool_cls=False, bias=-1.0)
@@ -561,11 +561,11 @@ def test_words_of_a_set_of_patches_are_pooled_first_and_normalised_then():
     for row, z, kept in zip(found, tokens, chosen, strict=True):
         torch.testing.assert_close(row, lexical_map(z[None, 1:][:, kept], codebook, pool=True, bias=-1.0)[0])
     torch.testing.assert_close(image.patch_set(tokens, torch.ones(3, 6, dtype=torch.bool)), image(tokens))
-    assert not torch.allclose(found, image.patches(tokens).where(chosen[..., None], 0.0).amax(1))  # as it was before
+    assert not torch.allclose(found, image.patches(tokens).where(chosen[..., None], 0.0).amax(1))  # normalised first
 
 
 def test_latent_texts_start_around_zero():
-    """Centred, the captions' rows differ; before, what all prompts have in common hides it."""
+    """`centre` makes the mean over captions 0, which removes what all prompts have in common."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=90, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
     lm = LlamaForCausalLM(LlamaConfig(**sizes)).eval()

@@ -87,7 +87,7 @@ def test_patches_of_open_clip_are_its_tokens_projected(exported: Path):
 
 @pytest.fixture(scope="module")
 def vdr(folder: Path) -> Path:
-    """Random weights by the names that VDR's `BiEncoder` gives them, of small towers over seven words."""
+    """Small towers over seven words with random weights, saved under the names of VDR's `BiEncoder`."""
     out = folder / "vdr"
     out.mkdir()
     tokenizer = BertWordPieceTokenizer({piece: i for i, piece in enumerate(PIECES)})._tokenizer
@@ -113,7 +113,7 @@ def test_vdr_keeps_ascii_pieces_that_are_not_special():
 
 
 def test_vdrs_weights_load_and_give_its_rows(vdr: Path):
-    """Text: BERT's states, LayerNorm, input embedding, maximum over all positions with the padding; image: patches."""
+    """Text: BERT's states, LayerNorm, input embedding, maximum over all positions with padding. Image: each patch."""
     encoder = patchdis.vdr_encoder(str(vdr), CPU)
     state = torch.load(vdr / "pytorch_model.bin", weights_only=True)
     with torch.no_grad():
@@ -149,8 +149,8 @@ def test_models_are_measured_and_drawn(labelled: Path, exported: Path, vdr: Path
     assert kept == pytest.approx(found[f"local-dir:{exported}"])
 
 
-def test_perfect_patches_reach_all_and_random_ones_do_not(labelled: Path):
-    """Patches of one pixel that say the pixel's class."""
+def test_perfect_patches_have_full_miou_and_random_ones_do_not(labelled: Path):
+    """Perfect: each pixel is a patch, represented by its class."""
     masks = [mask for _, mask, _ in patchdis.labelled_images(str(labelled), 32, lambda image: torch.zeros(3, 32, 32))]
     square = [(torch.zeros(1, 3, 4, 4), mask[:, :16, :16], 255) for mask in masks]
     answers = iter(mask.flatten(1).clamp(max=1) for _, mask, _ in square)
@@ -160,8 +160,8 @@ def test_perfect_patches_reach_all_and_random_ones_do_not(labelled: Path):
     assert found["miou"] == found["miou_present"] == 100 and 10 < found["random_miou"] < 60
 
 
-def test_an_image_is_found_by_its_whole_name(tmp_path: Path):
-    """Not by the beginning of its name, and whatever characters are in it."""
+def test_a_masks_image_has_the_same_name(tmp_path: Path):
+    """The whole name counts, not only its beginning, and it may have any characters."""
     names = "1", "1.5", "a[1]", "b*"
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
@@ -174,7 +174,8 @@ def test_an_image_is_found_by_its_whole_name(tmp_path: Path):
 
 
 def test_an_image_without_classes_has_no_candidates():
-    """Its predictions count as false among all classes, and not at all if only an image's own classes compete."""
+    """With `background`, its predictions count as false if all classes compete, and are left out if only the image's
+    own classes do."""
     masks = torch.tensor([[[0, 1]], [[255, 255]]])
     s_patch = torch.eye(2)[torch.tensor([[0, 1], [0, 0]])]
     for present_only, union in ((False, [3, 1]), (True, [1, 1])):
@@ -183,7 +184,7 @@ def test_an_image_without_classes_has_no_candidates():
 
 
 def test_cocos_masks_are_read(tmp_path: Path):
-    """What photos.py writes of COCO's annotations is a folder for PatchDis."""
+    """photos.py writes COCO's annotations as a PatchDis folder."""
     root = tmp_path / "coco"
     for split in ("train", "val"):
         (root / f"{split}2017").mkdir(parents=True)

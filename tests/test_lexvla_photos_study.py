@@ -18,7 +18,7 @@ def test_arms_read_the_same_captions():
     assert study.STATES in study.STUDY.before[-1].command
 
 
-def test_shared_words_count_where_arms_retrieve():
+def test_claims_about_shared_words_need_arms_that_retrieve():
     runs = {"overuse": (20.0, 30.0), "flops": (19.0, 60.0), "none": (18.0, 90.0)}
     arms = {
         arm: [{study.RECALL: recall + 0.1 * seed, study.SHARED: share + seed} for seed in range(3)]

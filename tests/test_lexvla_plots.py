@@ -1,4 +1,4 @@
-"""Pictures of words: sizes follow weights, and a mask shows where a word is."""
+"""Plots: word clouds, masks of words, maps of predicted classes."""
 
 from pathlib import Path
 
@@ -15,25 +15,25 @@ def test_word_clouds_show_each_word_once_and_larger_words_larger(tmp_path: Path)
     assert not np.array_equal(alone, both)  # the dog is there, the cat with its space is the same cat
     assert np.array_equal(plots.word_cloud({"cat": 1.0, " cat": 0.5}), alone)
     assert (plots.word_cloud({}) < 255).any()  # "(none)"
-    said = plots.Said(torch.randn(3, 8, 8), "a cat on a mat", {"cat": 1.0}, {})
-    plots.plot_words([said] * 3, tmp_path / "words.png")
+    pair = plots.PairWords(torch.randn(3, 8, 8), "a cat on a mat", {"cat": 1.0}, {})
+    plots.plot_words([pair] * 3, tmp_path / "words.png")
     assert (tmp_path / "words.png").stat().st_size > 5_000
 
 
-def test_where_a_word_is():
+def test_mask_of_a_word():
     s_patch = torch.tensor([[1.0, 0.0, 0.2], [0.5, 0.1, 0.9], [0.0, 0.7, 0.0], [0.2, 0.2, 0.2]])
     mask = plots.word_mask(s_patch, torch.tensor([0.0, 0.0, 1.0]), (2, 2))
     assert mask.shape == (2, 2) and mask.argmax() == 1 and mask.min() == 0 and mask.max() == 1
     assert plots.word_mask(torch.ones(4, 3), torch.ones(3), (2, 2)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_pixels_become_an_image_that_can_be_looked_at():
+def test_normalised_pixels_become_a_picture():
     picture = plots.picture_of(torch.randn(3, 5, 4))
     assert picture.shape == (5, 4, 3) and picture.min() == 0 and picture.max() == pytest.approx(1.0)
 
 
 def test_map_of_predicted_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A class has one colour in both maps; nothing is white, a class that is not shown grey."""
+    """A class has one colour in both maps; pixels without a class are white, classes that the image lacks are grey."""
     truth = torch.tensor([[3, 3, -1, -1], [3, 3, -1, -1], [1, 1, 3, 3], [1, 1, 3, 3]])
     shown = []
     monkeypatch.setattr(plots.plt.Axes, "imshow", lambda axis, picture, **_: shown.append(np.asarray(picture)))

@@ -1,4 +1,4 @@
-"""The study's corpus: words that training uses and words that it does not; exact masks; finished folders."""
+"""The study's corpus: training words and new words, exact masks, finished folders."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_words_of_an_emoji_are_halved():
     assert {*known[1:], *new} == {"pet", "feline", "kitty", "animal"}  # none with the name's word, or a number
 
 
-def test_sentences_say_words_of_their_kind(small_corpus: Path, corpus: Path):
+def test_sentences_have_training_words_or_new_words(small_corpus: Path, corpus: Path):
     pairs = data.open_pairs(str(small_corpus / "train"))
     assert len(pairs) == 30
     texts = {way: [t for _, _, of in EvalSet(small_corpus / f"eval/retrieval_{way}", np.asarray) for t in of]
@@ -63,7 +63,7 @@ def test_scenes_have_exact_masks(small_scenes: Path):
     assert len(names) == 6 and found == set(range(6))
 
 
-def test_finished_scenes_are_what_is_asked_for_or_refused(small_corpus: Path, corpus: Path, capsys):
+def test_finished_scenes_of_other_settings_are_refused(small_corpus: Path, corpus: Path, capsys):
     again = scenes.Config(small_corpus, corpus, **SIZES)
     scenes.main(again)
     assert "is complete" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The study: arms and their commands, floors, compared and reported."""
+"""The study: arms and their commands, floors, comparison and report."""
 
 import dataclasses
 import json
@@ -32,8 +32,8 @@ from shared.study.floors import Floor
 from shared.study.report import Comparison
 
 
-def test_arms_differ_in_what_they_are_named_after():
-    """Presets against LexVLA's, and what study.py gives against the preset's."""
+def test_arms_differ_only_in_the_settings_of_their_names():
+    """Of the presets, compared with the preset of the overuse penalty, and of the flags that study.py adds."""
     base = dataclasses.asdict(config.EMOJI)
     allowed = {
         "emoji-none": {"penalty"},
@@ -104,7 +104,7 @@ def test_report(measured: evaluation.Config):
 
 
 def test_flops_at_the_recall_of_overuse():
-    """Between the two arms around it, or the nearest arm's beyond them; other arms have no such metric."""
+    """Interpolated between the two arms around it; beyond them, the nearest arm's. Other arms have no such metric."""
     recall, share = study.RECALL, study.SHARED
     values = {"none": (12.0, 90.0), "flops": (10.0, 70.0), "flops-strong": (6.0, 30.0), "overuse": (11.0, 40.0)}
     found = {arm: [{recall: r, share: s}, {recall: r + 100 * (arm == "overuse"), share: s}] for arm, (r, s) in
@@ -117,7 +117,7 @@ def test_flops_at_the_recall_of_overuse():
     assert few["dense-64"][0]["retrieval_known/top64/mean_recall"] == 2.0 and study.EQUAL not in few["overuse"][0]
 
 
-def test_labels_of_patches_are_what_covers_them_by_half(small_corpus: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_patch_has_the_class_that_covers_half_of_it(small_corpus: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(study, "tokens", lambda pixels: torch.arange(65.0)[None, :, None].expand(len(pixels), 65, 3))
     images = small_corpus / "eval/patchdis_train"
     scenes = list(patchdis.labelled_images(str(images), 128, lambda image: torch.zeros(3, 128, 128)))

@@ -1,4 +1,4 @@
-"""What captions become: prompts, bags of words, cached states; the vocabulary."""
+"""Inputs of the text towers: prompts, bags of words, cached states; the vocabulary."""
 
 import dataclasses
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_odd_captions_make_prompts():
         assert prompt.endswith(f'"{caption}" lies on important words:') and prompt.startswith(model.EXAMPLE)
 
 
-def test_finished_states_are_what_is_asked_for_or_refused(folder: Path, capsys):
+def test_finished_states_of_other_settings_or_data_are_refused(folder: Path, capsys):
     corpus = small_corpus(folder / "corpus")
     lm = language_model(folder / "tiny-lm", corpus)
     kept = text.Config(str(lm), str(corpus / "00000.tar"), (), str(folder / "finished.pt"), device="cpu")
@@ -100,7 +100,7 @@ def test_bags_hold_content_words_alone(lm: Path):
     (s,) = bags(["The cat is of a face", "cat, FACE!", "is the of"])
     torch.testing.assert_close(s[0], s[1])
     assert not s[2].any() and s[0].norm() == pytest.approx(1)
-    (s,) = bags(["fire front", "the fire is in front of it", "from them"])  # nouns that scikit-learn's list would drop
+    (s,) = bags(["fire front", "the fire is in front of it", "from them"])  # kept: CONTENT
     assert s[0].any() and torch.equal(s[0], s[1]) and not s[2].any()
     assert set(texts.CONTENT.split()) < texts.ENGLISH_STOP_WORDS
 

@@ -1,7 +1,7 @@
 """python -m lexvla.train, .text, .scenes, .eval, end to end on real emoji shards, with a tiny random language model.
 
-Every arm, kill -9 and resume, two processes against one, broken shards, command-line errors, search. Scripts start in
-forks of a server that has imported torch and the rest already, which saves 4 seconds each.
+Every arm, kill -9 and resume, two processes against one, broken shards, evaluation during training, schedules. Scripts
+start in forks of a server that has already imported torch and the rest, which saves time.
 """
 
 import dataclasses
@@ -190,7 +190,8 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tin
 
 @pytest.fixture(scope="module")
 def broken_shards(folder: Path) -> str:
-    """One shard cut in the middle of an image, one with a broken and an empty sample and one without caption."""
+    """Two shards: one is cut in the middle of an image, one has a sample with a broken image, one with a broken image
+    and an empty caption, and one without caption."""
     cut, mixed, half = folder / "cut.tar", folder / "mixed.tar", folder / "half.tar"
     with tarfile.open(SHARDS / "00000.tar") as source:
         members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)
@@ -230,7 +231,7 @@ def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path]
 
 @pytest.fixture(scope="module")
 def small_set(folder: Path) -> Path:
-    """The first 40 images of the embedded corpus' OOD retrieval set, by the name of the study's."""
+    """The first 40 images of the emoji corpus's OOD retrieval set, under the name of the study's set."""
     source, target = ROOT / "data/emoji/eval/retrieval_ood", folder / "retrieval_known"
     (target / "test").mkdir(parents=True)
     (target / "dataset_type.txt").write_text("retrieval\n")
@@ -243,7 +244,7 @@ def small_set(folder: Path) -> Path:
 
 
 def test_evaluation_during_training(cli, folder: Path, tiny: list[str], small_set: Path):
-    """On captions that the file of states does not have."""
+    """Captions that are missing in the file of states are encoded by the LM."""
     options = ["--epochs", "1", "--eval-every", "1", "--eval-set", small_set]
     finished(cli("emoji", *tiny, *options, "--out", folder / "evaluated"))
     last = metrics(folder / "evaluated")[-1]
@@ -263,7 +264,7 @@ def test_schedules(case):
 
 
 def test_images_of_the_learning_curve_come_from_the_device(monkeypatch: pytest.MonkeyPatch):
-    """Loaders hand uint8 from pinned memory to the device, which normalises."""
+    """Evaluation during training asks the set for batches in pinned memory for the device."""
     asked, device = [], torch.device("cpu")
 
     class Set:

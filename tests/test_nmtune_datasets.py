@@ -1,4 +1,4 @@
-"""Planted noise, parts of sets, and common layouts of image sets."""
+"""Label and caption noise, splits of the emoji corpus, layouts of image sets, and the paper's sets."""
 
 import io
 import json
@@ -56,12 +56,13 @@ def test_swapping_never_loses_a_caption_and_moves_fewer_than_twice_the_swaps():
     assert (source != np.arange(2000)).mean() == pytest.approx(1 - np.exp(-0.3), abs=0.02)
 
 
-def test_emoji_parts_do_not_share_what_they_must_not():
-    parts = {part: datasets.open_labelled(f"data/emoji:name:{part}") for part in ("pretrain", "tune", "id", "ood")}
-    names = {part: {images.classnames[label] for label in images.labels} for part, images in parts.items()}
+def test_emoji_splits_are_disjoint():
+    """Pre-training and tuning share no emoji, tuning and the in-domain test no drawing."""
+    splits = {split: datasets.open_labelled(f"data/emoji:name:{split}") for split in ("pretrain", "tune", "id", "ood")}
+    names = {split: {images.classnames[label] for label in images.labels} for split, images in splits.items()}
     assert not names["pretrain"] & names["tune"] and names["id"] <= names["tune"] and names["ood"] <= names["tune"]
-    assert not set(parts["tune"].keys) & set(parts["id"].keys)
-    groups = [datasets.open_labelled(f"data/emoji:group:{part}").classnames for part in parts]
+    assert not set(splits["tune"].keys) & set(splits["id"].keys)
+    groups = [datasets.open_labelled(f"data/emoji:group:{split}").classnames for split in splits]
     assert all(len(names) == 9 and names == groups[0] for names in groups)
 
 
@@ -271,7 +272,7 @@ def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
             datasets.open_labelled(f"{tmp_path / broken}:test")
 
 
-def test_vtabs_sets_are_tuned_on_trainval(tmp_path, images):
+def test_training_splits_of_vtabs_sets(tmp_path, images):
     """VTAB's sets are tuned on trainval, or on train and val; other sets on train."""
     source = datasets.open_labelled(str(images))
     pictures, names = [source.read(row)[0] for row in (0, 13, 40)], ["a", "b", "c"]

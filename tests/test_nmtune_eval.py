@@ -1,4 +1,4 @@
-"""Spectra and accuracies against the numbers of the authors' code."""
+"""Spectra and accuracies compared with numbers from the authors' code."""
 
 import pytest
 from conftest import Case

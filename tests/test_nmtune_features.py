@@ -77,7 +77,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("n", "batch_size", "world_size"), [(48, 30, 3), (48, 16, 2), (5, 6, 3), (12, 12, 1)])
-def test_shares_are_those_of_the_loaders(n: int, batch_size: int, world_size: int):
+def test_shares_equal_the_loaders_batches(n: int, batch_size: int, world_size: int):
     cfg, ranks, first = SimpleNamespace(batch_size=batch_size, workers=0, seed=0), [], int(n > batch_size)
     for rank in range(world_size):
         process = run.Process(rank, world_size, torch.device("cpu"))
@@ -86,7 +86,7 @@ def test_shares_are_those_of_the_loaders(n: int, batch_size: int, world_size: in
     assert found == [list(each) for each in zip(*ranks, strict=True)] and sum(found[-1]) in (n % batch_size, batch_size)
 
 
-def test_views_of_ranks_are_put_together_without_a_wait(watch, monkeypatch: pytest.MonkeyPatch):
+def test_views_of_ranks_are_gathered_without_waiting_for_the_gpu(watch, monkeypatch: pytest.MonkeyPatch):
     others = [torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)]
     given = iter([others, [torch.arange(3), torch.arange(3), torch.arange(3)]])
     filled = lambda parts, own: [part.copy_(x) for part, x in zip(parts, next(given), strict=True)]  # noqa: E731

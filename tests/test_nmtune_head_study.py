@@ -1,4 +1,4 @@
-"""One head with several seeds, and what the comparison of heads makes of it."""
+"""One head with several seeds, and their mean in the comparison of heads."""
 
 import dataclasses
 
@@ -24,8 +24,8 @@ def features_file(tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["lp", "nmtune"])
-def test_heads_are_those_that_training_gives(in_process, features_file, tmp_path, preset, capsys):
-    """Every number is that of a run of nmtune.train with that seed; a study compares their means."""
+def test_heads_equal_those_of_training(in_process, features_file, tmp_path, preset, capsys):
+    """Each seed's accuracy equals that of a run of nmtune.train with this seed; a study compares the means."""
     options = [preset, "--features", features_file, "--epochs", "2", "--batch-size", "32"]
     for seed in (30, 31, 32):
         out = tmp_path / (f"lite0-{preset}-seed3" if seed == 30 else str(seed))

@@ -1,4 +1,4 @@
-"""NMTune against the numbers of the authors' code (tests/golden/nmtune/README.md), and properties beyond them.
+"""NMTune's functions compared with the authors' code (tests/golden/nmtune/README.md), and tests of their properties.
 
 One golden test per family; everything about a case is read from its file, tolerances are those of the README.
 """
@@ -183,7 +183,7 @@ def test_regularisers_equal_their_definitions_in_float64(n, dim):
     assert covariance_loss(z).item() == pytest.approx(off.item(), rel=1e-5)
 
 
-def test_covariance_of_nearly_uncorrelated_features_is_no_difference_of_large_numbers():
+def test_covariance_loss_of_nearly_uncorrelated_features_is_accurate():
     assert covariance_loss(torch.linspace(-3, 2, 8)[:, None]) == 0  # one dimension: nothing off the diagonal
     torch.manual_seed(0)
     z = torch.randn(1000, 2)
@@ -200,7 +200,7 @@ def test_covariance_of_nearly_uncorrelated_features_is_no_difference_of_large_nu
 @pytest.mark.parametrize("twins", [0.5, 0.1, 0.02, 0.003])
 @pytest.mark.parametrize("mean", [0, 1, 30])
 @pytest.mark.parametrize("n, dim", [(32, 256), (32, 40), (200, 24)])
-def test_the_gradient_of_l_svd_is_exact_or_nearer_to_it_than_an_svds(n, dim, mean, twins):
+def test_the_gradient_of_l_svd_is_at_least_as_accurate_as_an_svds(n, dim, mean, twins):
     """Features with a large mean and pairs of similar rows, like two views: an ill-conditioned matrix."""
     torch.manual_seed(n)
     z = torch.randn(n // 2, dim)

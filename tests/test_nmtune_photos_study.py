@@ -1,4 +1,4 @@
-"""The study on photographs: its arms, metrics, and floors on made-up pictures."""
+"""The study on photographs: its arms, metrics, and floors on synthetic pictures."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pre-training on labels and captions with planted noise, in one and two processes, killed and resumed."""
+"""Pre-training on noisy labels and captions, in one and two processes, killed and resumed."""
 
 import dataclasses
 import io
@@ -94,7 +94,7 @@ def test_pretraining_in_memory_kill_and_resume(in_process, start, tmp_path, imag
 
 
 @pytest.mark.parametrize("kind", ["supervised", "clip"])
-def test_views_in_memory_are_the_samples(images, pairs, kind):
+def test_batches_in_memory_equal_those_read_from_disk(images, pairs, kind):
     """Labels, captions and noise equal those read one by one, and broken images are counted; whole images equal the
     transform's, up to resizing decoded pixels."""
     base = config.EMOJI_SUPERVISED if kind == "supervised" else config.EMOJI_CLIP
@@ -126,7 +126,7 @@ def test_views_in_memory_are_the_samples(images, pairs, kind):
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_batches_in_memory_are_pinned_for_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str):
-    """As far as they are copied there; the flags of noise stay on the CPU."""
+    """Images and targets are pinned; the flags of noise, which stay on the CPU, are not."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
     cfg = dataclasses.replace(config.EMOJI_SUPERVISED, batch_size=4, keep_in_memory=True)
     images, labels, pinned = torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8), []

@@ -66,7 +66,7 @@ def test_claims_are_differences_of_encoders_and_of_heads():
 
 
 def test_heads_on_few_samples_have_a_floor_of_their_own(tmp_path, monkeypatch):
-    """Accuracies that are above the floor of few samples, but not above that of all."""
+    """Their accuracies are judged by it: they are above the floor of few samples, but not above that of all."""
     found = compared()
     found.arms.update({arm: [{"blackbox/id": 45.0, "blackbox/ood": 35.0}] * 3 for arm in study.FEW_SAMPLES})
     study.derive(found)

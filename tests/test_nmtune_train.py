@@ -1,7 +1,7 @@
-"""Tuning a head: its steps against the numbers of the authors' code, and the script end to end on real emoji images.
+"""Tuning a head: its steps compared with the authors' code, and the script end to end on real emoji images.
 
-Every arm, a features file, kill -9 and resume, two processes against one. How scripts are started here serves the other
-test files of nmtune, too.
+Every arm, a features file, kill -9 and resume, two processes against one. The other test files of nmtune use the
+fixtures here that start scripts.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ def test_batch_norm_trains_and_the_optimizer_decays_everything():
     assert head.scale_after.shape == (1, 8) and NMTuneHead(8, 3, residual=False).scale_after is None
 
 
-def test_each_regulariser_alone_does_to_the_spectrum_what_it_is_for():
+def test_each_regulariser_alone_changes_the_spectrum_as_intended():
     """Spectra of z after tuning with one loss term are compared with tuning without, from the same weights and
     batches."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""BLIP against the authors' numbers; its towers, queue and shared parameters; two processes against one."""
+"""BLIP compared with the authors' numbers; its towers, queue and shared parameters; two processes against one."""
 
 import re
 
@@ -155,7 +155,7 @@ def test_places_of_targets():
     assert torch.equal(decoder.losses(*inputs), decoder.losses(*inputs, places=target_places(ids)))
 
 
-def test_decoder_shares_all_but_self_attention():
+def test_decoder_shares_everything_except_self_attention():
     model = tiny_blip()
     encoder, decoder = dict(model.text_encoder.named_parameters()), dict(model.text_decoder.bert.named_parameters())
     for name, parameter in encoder.items():

@@ -1,4 +1,4 @@
-"""Whitening, k-means and selections against the authors' numbers, faiss and counting by hand."""
+"""Whitening, k-means and selections compared with the authors' numbers, with faiss and with hand-made examples."""
 
 import faiss
 import numpy as np
@@ -63,7 +63,7 @@ def test_whitening_is_trained_on_the_rows_that_faiss_takes():
     torch.testing.assert_close(ours @ ours[:50].T, theirs @ theirs[:50].T, rtol=0, atol=3e-4)
 
 
-def test_objective_of_zero_does_not_end_k_means_as_it_does_not_in_faiss():
+def test_an_objective_of_zero_does_not_end_k_means():
     two = torch.tensor([[1.0], [-1.0]]).repeat(20, 1)
     assert kmeans(two, 2, init_index=torch.tensor([0, 1]))[2].tolist() == [0] * 20
 

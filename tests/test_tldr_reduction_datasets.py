@@ -1,4 +1,4 @@
-"""Image transforms against the authors' numbers, seeded augmentation, and rows of shards."""
+"""Image transforms compared with the authors' numbers, seeded augmentation, pairs of shards and of annotation files."""
 
 import json
 from pathlib import Path

@@ -49,7 +49,7 @@ def test_an_export_is_an_encoder(tmp_path):
         ("ViT-B-32@nothing", "ViT-B-32@nothing is not a model that can be used here"),
     ],
 )
-def test_what_cannot_be_had_is_said(name, words):
+def test_errors_of_encoders_that_cannot_be_loaded(name, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         encoders.load_encoder(name)
 

@@ -72,7 +72,7 @@ def test_quality_of_a_reduction_is_in_percent_of_cosines():
     assert evaluation.quality_metrics({"checks": {}}) == {}
 
 
-def test_results_are_measured_anew_when_a_set_of_rerank_changes(tmp_path, monkeypatch):
+def test_a_changed_rerank_set_is_measured_again(tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").touch()
     monkeypatch.setattr(evaluation.evaluation, "measured_run", lambda path, cfg, sets, measure: sets)
     assert evaluation.evaluated(str(tmp_path), evaluation.Config((), ("a",), ("b",)), None) == ("a", "b")

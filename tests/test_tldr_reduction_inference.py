@@ -24,7 +24,7 @@ def test_extract_codes_is_by_index():
     assert extract_codes(many, [(torch.arange(5), images)]).dtype == np.int32
 
 
-def test_rows_are_kept_and_mended(tmp_path):
+def test_saved_outputs_are_completed_and_repaired(tmp_path):
     """Only missing rows are computed; a damaged file is computed again."""
     rows, asked = np.array([0, 1, 5, 9, 10, 11]), []
 

@@ -1,4 +1,4 @@
-"""Quantisers and the captioner against the authors' numbers; gradients, codebooks, generation."""
+"""Quantisers and the captioner compared with the authors' numbers; gradients, codebooks, generation."""
 
 import dataclasses
 
@@ -216,7 +216,7 @@ def test_rescaled_and_restarted_codebooks():
     assert codebook_perplexity(quantize(tokens[None])[2], 64) > before
 
 
-def test_ema_quantizer_starts_sane():
+def test_ema_codes_stay_small():
     """With cluster sizes that start at 1, codes stay small after one step."""
     torch.manual_seed(0)
     quantize = EMAVectorQuantizer(8, 4)
@@ -271,7 +271,7 @@ def test_a_learned_caption_is_written(tmp_path):
     assert tokenizer.decode(captioner.generate(images, tokenizer.prompt_ids())) == captions
 
 
-def test_blips_parts_are_imported_from_here_too():
+def test_names_of_the_contract_can_be_imported():
     for name in ("BLIP", "TextDecoder", "TextTransformer", "VisionTransformer", "resize_pos_embed"):
         assert getattr(model, name) is getattr(blip, name)
 
@@ -288,7 +288,7 @@ def test_a_bag_of_words_has_no_order_and_no_padding():
     assert not torch.allclose(features[0], features[2]) and features[3].isfinite().all()
 
 
-def test_words_of_a_bag_are_left_out_in_training_alone():
+def test_words_of_a_bag_are_dropped_in_training_only():
     torch.manual_seed(0)
     bag = BagOfWords(vocab_size=20, context_length=6, width=8, embed_dim=5, drop=0.5)
     ids = torch.tensor([[18, 3, 19]]).repeat(400, 1)

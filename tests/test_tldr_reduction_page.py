@@ -1,4 +1,4 @@
-"""report.html: every section is shown, and no text of the data is read as markup."""
+"""report.html: every section is shown, and text of the data is escaped."""
 
 from pathlib import Path
 

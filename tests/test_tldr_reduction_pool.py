@@ -1,5 +1,5 @@
-"""The planted pool: shares of bad captions and of wrong captions by oracles, the json of each sample, refusals; the
-validation set."""
+"""The study's pools: shares of bad captions and of the oracle's wrong captions, the json of each sample, refusals; and
+the validation set."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def test_shares_are_as_declared_and_bad_ones_stay_bad():
             assert (text == "true one") == (kind == "name") and (text in NAMES) == (kind == "other") and text != "n3"
     assert all(more == less for less, more in zip(kinds[30], kinds[60], strict=True) if less[1] != "name")
     for percent in (0, 20, 80):
-        wrong = sum(pool.told(str(key), NAMES, "n3", percent) != "n3" for key in range(3000))
+        wrong = sum(pool.oracle_caption(str(key), NAMES, "n3", percent) != "n3" for key in range(3000))
         assert abs(wrong - 30 * percent) < 120
 
 

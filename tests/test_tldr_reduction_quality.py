@@ -15,7 +15,7 @@ def test_cohesion_and_coverage_by_hand():
     assert quality.coverage(features, torch.tensor([True, False, False, False])) == pytest.approx(2 / 3)
 
 
-def test_clusters_that_are_some_and_clusters_that_are_none():
+def test_true_clusters_differ_from_random_ones():
     generator = torch.Generator().manual_seed(0)
     centres, labels = torch.randn(8, 16, generator=generator), torch.arange(160) % 8
     features = centres[labels] + 0.2 * torch.randn(160, 16, generator=generator)

@@ -60,7 +60,7 @@ def test_only_the_caption_file_is_rewritten(tmp_path):
         assert [tar.extractfile(name).read() for name in ("a.txt", "a.alt.txt")] == [b"new", b"other"]
 
 
-def test_parts_of_a_reduction_are_imported_from_here_too():
+def test_names_of_the_contract_can_be_imported():
     chosen = ("keep_top", "random_subset", "select_by_distance", "select_every_nth", "select_fraction")
     for module, names in (
         (clustering, ("kmeans", "whiten", *chosen)),
@@ -283,7 +283,7 @@ def test_extracted_images_are_what_stock_blip_trains_on(in_process, folder):
         assert pair.caption == same.caption and pair.image.tobytes() == same.image.tobytes()
 
 
-def test_the_tool_alone_codes_by_a_pretrained_encoder(in_process, folder):
+def test_without_a_captioner_codes_come_from_a_pretrained_encoder(in_process, folder):
     out = folder / "alone"
     command = [folder / "pool", "--keep", "0.25", "--out", out, "--num-codes", "64"]
     assert "kept" in finished(in_process(*command, module=REDUCE)).out
@@ -329,7 +329,7 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
     assert report["checks"] == {}  # no distinct image is dropped
 
 
-def test_a_killed_reduction_goes_on(chain, start, cli, folder):
+def test_a_killed_reduction_resumes(chain, start, cli, folder):
     out = folder / "killed-reduction"
     command = [*chain["command"], "--out", out]
     kill_when(start(*command, module=REDUCE), lambda: len(list(out.glob("work/codes-*/0*.npz"))) >= 2, timeout=120)

@@ -32,7 +32,7 @@ def test_notes_are_about_what_is_missing():
     assert notes(FOUND, scorer="c") == []
 
 
-def test_notes_are_about_a_share_that_is_not_the_one_asked_for():
+def test_notes_name_a_kept_share_above_keep():
     (more,) = notes(FOUND | {"kept": 82}, scorer="c")
     assert more.startswith("27.3 % are kept, more than --keep 0.25") and "10 clusters" in more
     assert notes(FOUND | {"kept": 81}, scorer="c") == []  # 27 %, two points above --keep: no note
@@ -58,7 +58,7 @@ def test_notes_say_what_was_not_compared_and_where_images_are():
     assert note == "Images were not copied: pass --image-root /pictures beside the new annotation.json."
 
 
-def test_notes_say_whether_a_coin_would_do_as_well():
+def test_notes_compare_coverage_with_random_selections():
     def check(coverage: float) -> dict:
         return {"coverage": coverage, "coverage_random": [0.49, 0.50, 0.51]}
 

@@ -63,7 +63,7 @@ def test_a_clip_of_ours_scores_by_its_cosine(chain):
         ("ViT-B-32@nothing", "ViT-B-32@nothing is not a model that can be used here"),
     ],
 )
-def test_what_is_missing_is_said(name, words, monkeypatch):
+def test_errors_of_scorers_that_cannot_be_loaded(name, words, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises((ValueError, FileNotFoundError), match=words):

@@ -103,7 +103,7 @@ def test_arms_have_the_floors_of_their_captions():
     assert all({claim.method, claim.baseline.partition(":")[0]} <= arms for claim in STUDY.claims)
 
 
-def test_the_nearest_refined_caption_names_what_the_oracle_said(monkeypatch):
+def test_the_nearest_refined_caption_is_the_oracles(monkeypatch):
     """Two pictures with a generic and a wrong caption; the oracle is right about the first."""
     pictures = torch.eye(2)
     monkeypatch.setattr(study, "pool_features", lambda pool: (pictures, ["a", "b"], ["", "a"], ["a", "a"]))

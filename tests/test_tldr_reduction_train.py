@@ -218,6 +218,6 @@ def test_broken_samples_are_counted(cli, folder, tiny, broken):
     refused(cli(*flags, "--strict", "--out", folder / "strict", module=PROGRAMS["captioner"][0]), "--strict")
 
 
-def test_a_run_never_goes_on_as_another(chain, cli, tiny, folder):
+def test_a_run_does_not_resume_with_other_settings(chain, cli, tiny, folder):
     changed = [*command("captioner", tiny), "--lr", "2e-3", "--out", chain["captioner"]]
     refused(cli(*changed, module=PROGRAMS["captioner"][0]), "another configuration: lr")

@@ -66,7 +66,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Post-LN multi-head attention of queries (B, T, C) over `context` (B, L, E). V:models/med.py:87-280."""
+    """Post-LN multi-head attention of queries (B, T, C) over `context` (B, L, D). V:models/med.py:87-280."""
 
     def __init__(self, width: int, heads: int, context_width: int, dropout: float):
         super().__init__()
@@ -81,8 +81,11 @@ class Attention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
 
     def forward(self, x: Tensor, context: Tensor | None, bias: Tensor | None = None, cache: dict | None = None):
-        """`bias` (B, 1, T, L) is added to the scores. `cache` keeps keys and values of earlier calls in generation:
-        self-attention (context None) appends to them, cross-attention computes them once."""
+        """x (B, T, C) -> (B, T, C); without `context`, x attends to itself.
+
+        `bias` (B, 1, T, L) is added to the scores. `cache` keeps keys and values of earlier calls in generation:
+        self-attention appends to them, cross-attention computes them once.
+        """
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  (B, L, C) -> (B, H, L, C/H)
         own = context is None
         if not own and cache:
@@ -177,7 +180,8 @@ class TextTransformer(nn.Module):
         causal: bool = False,
         cache: list[dict] | None = None,
     ) -> Tensor:
-        """With a `cache`, input_ids are the newest ids only; attention_mask (B, T) also covers earlier ids."""
+        """Ids (B, T) -> states (B, T, C). With a `cache`, input_ids are only the new ids; attention_mask (B, T) also
+        covers earlier ones."""
         end, device = attention_mask.shape[1], input_ids.device
         if end > self.embeddings["position_embeddings"].num_embeddings:
             limit = self.embeddings["position_embeddings"].num_embeddings
@@ -233,7 +237,7 @@ class TextDecoder(nn.Module):
         self.cls = nn.ModuleDict({"predictions": LMHead(bert.embeddings["word_embeddings"])})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, image_embeds: Tensor, cache=None) -> Tensor:
-        """Logits (B, T, V)."""
+        """Logits (B, T, V) of each next token."""
         return self.cls["predictions"](self.bert(input_ids, attention_mask, image_embeds, True, cache))
 
     def losses(
@@ -405,9 +409,9 @@ def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
     The decoder keeps its own self-attention, including its output LayerNorm.
     """
     decoder.embeddings = encoder.embeddings
-    for ours, theirs in zip(encoder.encoder["layer"], decoder.encoder["layer"], strict=True):
-        for part in ("crossattention", "intermediate", "output"):
-            setattr(theirs, part, getattr(ours, part))
+    for of_encoder, of_decoder in zip(encoder.encoder["layer"], decoder.encoder["layer"], strict=True):
+        for module in ("crossattention", "intermediate", "output"):
+            setattr(of_decoder, module, getattr(of_encoder, module))
 
 
 def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
@@ -422,8 +426,10 @@ def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
 
 
 def drawn(weights: Tensor) -> Tensor:
-    """Draw a column (B,) for each row of weights (B, N). Like `torch.multinomial`, but without its check of the
-    weights, which waits for the GPU."""
+    """Draw an index in 0..N-1 for each row of weights (B, N), with probabilities in their proportions: (B,).
+
+    Like `torch.multinomial`, but without its check of the weights, which waits for the GPU.
+    """
     return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1)
 
 

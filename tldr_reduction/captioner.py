@@ -6,6 +6,7 @@ encode and cluster the images; finetune.py starts from it.
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
         items = torch.randperm(len(pairs), generator=generator)[:wanted].tolist()
     dataset = PairDataset(pairs, eval_transform(cfg.image_size), cfg.seed, cfg.max_words)
     images = dataset.normalise(torch.stack([dataset[i][1] for i in items]).to(process.device))
-    tokens = torch.cat([captioner.visual_encoder(part).float() for part in images.split(64)]).reshape(-1, cfg.code_dim)
+    tokens = torch.cat([captioner.visual_encoder(few).float() for few in images.split(64)]).reshape(-1, cfg.code_dim)
     if cfg.codebook_init == "data":
         weight.copy_(sampled_codebook(tokens, cfg.num_codes, generator))
     else:
@@ -64,21 +65,21 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
         weight.copy_(rescaled(codebook.to(process.device), tokens))
 
 
-def text_embedder(name: str, dim: int):
-    """texts -> (n, dim): mean last hidden state of a text encoder, with a seeded random rotation if its width
-    differs."""
+def text_embedder(name: str, dim: int) -> Callable[[list[str]], Tensor]:
+    """Return a function texts -> (n, dim): the mean last hidden state of a text encoder, mapped by a seeded random
+    orthogonal matrix if its width is not `dim`."""
     from transformers import AutoModel, AutoTokenizer
 
     name = str(pretrained.minilm()) if name == "minilm" else name
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
 
     def embed(texts: list[str]) -> Tensor:
-        parts = []
+        means = []
         for first in range(0, len(texts), 256):
             batch = tokenizer(texts[first : first + 256], padding=True, return_tensors="pt")
             mask = batch["attention_mask"][..., None]
-            parts.append((encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-        embedded = torch.cat(parts).detach()
+            means.append((encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+        embedded = torch.cat(means).detach()
         if embedded.shape[1] != dim:
             random = torch.randn(max(embedded.shape[1], dim), dim, generator=torch.Generator().manual_seed(0))
             embedded = embedded @ torch.linalg.qr(random).Q[: embedded.shape[1]]

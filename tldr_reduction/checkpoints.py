@@ -159,7 +159,7 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
-    """State dict under BLIP's names of any of the layouts: {"model": ...} (theirs), {"state_dict": ...} (ours),
+    """State dict under BLIP's names, from {"model": ...} (BLIP's and the authors' layout), {"state_dict": ...} (ours),
     transformers' BLIP, or a bare state dict."""
     state = checkpoints.load_checkpoint(source) if not isinstance(source, dict) else source
     state = state.get("model", state.get("state_dict", state))
@@ -197,17 +197,17 @@ TO_HUGGING_FACE = (  # BLIP's key patterns -> transformers', in this order
     (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
     (r"^visual_encoder\.blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."),
 )
-PARTS = {  # folder: transformers' class, and its modules besides the image tower
+EXPORTS = {  # folder of an export: transformers' class, and its modules besides the image tower
     "retrieval": ("BlipForImageTextRetrieval", ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")),
     "captioning": ("BlipForConditionalGeneration", ("text_decoder.",)),
 }
 
 
 def to_hugging_face(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Convert a state dict under BLIP's names to the names of transformers' BLIP of that kind (PARTS)."""
+    """Convert a state dict under BLIP's names to the names of transformers' BLIP of that kind (EXPORTS)."""
     renamed = {}
     for key, value in state.items():
-        if key.startswith(("visual_encoder.", *PARTS[kind][1])):
+        if key.startswith(("visual_encoder.", *EXPORTS[kind][1])):
             for pattern, replacement in TO_HUGGING_FACE:
                 key, count = re.subn(pattern, replacement, key)
                 if count:
@@ -256,10 +256,10 @@ def export_blip(model: nn.Module, cfg: config.Common, tokenizer: WordPiece, fold
         size=view, image_mean=open_clip.OPENAI_DATASET_MEAN, image_std=open_clip.OPENAI_DATASET_STD
     )
     for kind in kinds:
-        theirs = getattr(transformers, PARTS[kind][0])(hugging_face_config(cfg, tokenizer)).eval()
+        theirs = getattr(transformers, EXPORTS[kind][0])(hugging_face_config(cfg, tokenizer)).eval()
         missing, unexpected = theirs.load_state_dict(to_hugging_face(state, kind), strict=False)
         if lost := [name for name in (*missing, *unexpected) if "position_ids" not in name]:
-            raise RuntimeError(f"transformers' {PARTS[kind][0]} has other parameters: {', '.join(lost[:3])}")
+            raise RuntimeError(f"transformers' {EXPORTS[kind][0]} has other parameters: {', '.join(lost[:3])}")
         theirs.save_pretrained(folder / kind)
         processor.save_pretrained(folder / kind)
         tokenizer.save(folder / kind)
@@ -366,6 +366,8 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
 
 @dataclasses.dataclass
 class Config:
+    """Convert a file of weights to a run folder."""
+
     source: Annotated[str, tyro.conf.Positional]
     """BLIP's, the authors' or transformers' file (.pth, .pt, .bin)."""
     out: str

@@ -1,4 +1,4 @@
-"""TL;DR's selection: code vectors -> whitened features -> clusters -> a fixed share of each (and the baselines).
+"""TL;DR's selection: code vectors -> whitened features -> clusters -> a fixed share of each; and baseline selections.
 
 Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 
@@ -110,6 +110,8 @@ def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | 
 
 
 class Clusters(NamedTuple):
+    """Clusters of N samples."""
+
     assignment: Tensor  # (N,) int64
     dist2: Tensor  # (N,) float32 squared distance to the centroid
     objective: Tensor  # (iterations,) on the training rows
@@ -134,8 +136,8 @@ def cluster_codes(
     rows = sample(points_per_centroid * k)
     features = torch.cat([whitening(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK)])
     centroids, objective = train_kmeans(features, k, seed, niter)
-    parts = [nearest(whitening(codes[first : first + CHUNK]), centroids) for first in range(0, n, CHUNK)]
-    assignment, dist2 = (torch.cat(part) for part in zip(*parts, strict=True))
+    chunks = [nearest(whitening(codes[first : first + CHUNK]), centroids) for first in range(0, n, CHUNK)]
+    assignment, dist2 = (torch.cat(of_chunks) for of_chunks in zip(*chunks, strict=True))
     return Clusters(assignment, dist2, objective, features.shape[1])
 
 

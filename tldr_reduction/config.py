@@ -76,7 +76,7 @@ class Common:
     batch_size: int = 1260
     """Pairs per step, over all processes together."""
     grad_checkpointing: bool = False
-    """Recompute the towers' activations in the backward pass: less memory, a third more time."""
+    """Recompute the towers' activations in the backward pass: less memory, one more forward pass."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 1e-6
@@ -128,6 +128,8 @@ class Warm(Common):
 
 @dataclasses.dataclass
 class CaptionerConfig(Warm):
+    """The codebook captioner (captioner.py)."""
+
     num_codes: int = 1024
     """Codes K."""
     code_dim: int = 768
@@ -153,6 +155,8 @@ class CaptionerConfig(Warm):
 
 @dataclasses.dataclass
 class FinetuneConfig(Common):
+    """Fine-tuning of the captioner on clean captions (finetune.py)."""
+
     quantize: bool = False
     """Keep the codebook, as the paper says. Off: without it, as upstream's code does."""
     num_codes: int = 1024
@@ -171,6 +175,8 @@ class FinetuneConfig(Common):
 
 @dataclasses.dataclass
 class RetrievalConfig(Common):
+    """Fine-tuning of a BLIP for retrieval (retrieval.py)."""
+
     embed_dim: int = 256
     """Width E of BLIP's contrastive embedding."""
     queue_size: int = 57600
@@ -187,6 +193,8 @@ class RetrievalConfig(Common):
 
 @dataclasses.dataclass
 class Config(Warm):
+    """Pre-training of a BLIP or CLIP on the full or the reduced data (train.py)."""
+
     objective: Literal["blip", "clip"] = "blip"
     """blip: contrast, matching and captioning; such a run also scores image-text matching. clip: contrast alone, with
     two towers that start from random weights."""
@@ -196,10 +204,10 @@ class Config(Warm):
     """A clip's text tower is `model.BagOfWords`, with the width of clip_model's: fast, for captions that are lists of
     names."""
     steps: int | None = None
-    """Train for this many steps, instead of --epochs; the last epoch may end early. The learning rate then falls by the
+    """Number of training steps, in place of --epochs; the last epoch may end early. The learning rate then falls by the
     same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
     lock_image: bool = False
-    """Freeze the pretrained image trunk and train only its projection. For EfficientNet-Lite0 (--clip-model
+    """Freeze the pretrained image trunk and train only the layers after it. For EfficientNet-Lite0 (--clip-model
     Lite0-emoji); its features are computed once, on whole images without crops."""
     embed_dim: int = 256
     """Width E of BLIP's contrastive embedding."""
@@ -331,7 +339,7 @@ PRESETS = {
         for model, (about, cfg) in SMALL_MODELS.items()
     },
     "emoji-scenes": (
-        "a small text tower beside a locked EfficientNet-Lite0 on the planted pool of scenes, or a reduction of it",
+        "a small text tower beside a locked EfficientNet-Lite0 on the pool of scenes, or a reduction of it",
         Config(
             objective="clip",
             clip_model="Lite0-emoji",
@@ -468,6 +476,8 @@ RECIPES = {  # settings of the paper or the release for each data set (CC3M if n
 
 @dataclasses.dataclass
 class ReduceConfig:
+    """Reduce image-text data: select samples, refine their captions, and write shards and reports."""
+
     data: Annotated[str, tyro.conf.Positional]
     """Shards 'cc3m/{00000..00331}.tar', a folder of them, or an annotation .json."""
     out: str
@@ -524,11 +534,11 @@ class ReduceConfig:
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from."""
     extract_images: bool = False
-    """Also write the kept images of shards as the files that annotation.json names, for training stock BLIP with DIR as
-    its image_root."""
+    """Also write the kept images of shards as the files that annotation.json names, for stock BLIP with --out as its
+    image_root."""
     work: str | None = None
-    """Folder for code vectors, scores and generated captions; reductions of the same data may share it. None:
-    DIR/work."""
+    """Folder for code vectors, scores and generated captions; reductions of the same data may share it. None: work/ in
+    --out."""
     cache: str = "data/cache"
     """Folder for copies of remote shards, and for the index of large data."""
     whiten_dim: int = 256

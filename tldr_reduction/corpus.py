@@ -4,9 +4,9 @@
     pool/    the other six training styles with noisy captions: the data to be reduced (CC3M ...)
     vocab.txt, noise.json
 
-The noise is planted: by a fixed seed, an image of the pool gets the name of its emoji (55 %), a single keyword of its
-emoji (20 %), or the name of another emoji (25 %). The same emoji in six styles is the redundancy. All models are
-evaluated on the style fluent-emoji-flat, which is in neither folder.
+By a fixed seed, an image of the pool gets the name of its emoji (55 %), a single keyword of its emoji (20 %), or the
+name of another emoji (25 %) as its caption. The pool is redundant because it has the same emoji in six styles. All
+models are evaluated on the style fluent-emoji-flat, which is in neither folder.
 """
 
 import dataclasses
@@ -29,6 +29,8 @@ SEED = 0
 
 @dataclasses.dataclass
 class Config:
+    """Write the emoji corpus of the `emoji` presets."""
+
     source: str = "data/emoji"
     """The embedded corpus, as `python -m shared.corpora.emoji` builds it."""
     out: str = "data/emoji_tldr"

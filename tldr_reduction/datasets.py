@@ -130,6 +130,7 @@ class Annotations:
         return len(self.keys)
 
     def caption(self, row: int) -> str:
+        """Caption of pair number `row`."""
         return self._captions[row]
 
     def read(self, row: int) -> data.Pair:
@@ -246,6 +247,7 @@ class OrderedDataset(Dataset):
 
 
 def collate_ordered(items: list) -> tuple[Tensor, Tensor, list[str], list[int], list[str]]:
+    """Items of `OrderedDataset` as a batch."""
     rows, images, captions, pixels, reasons = zip(*items, strict=True)
     return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
 

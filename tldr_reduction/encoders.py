@@ -24,13 +24,15 @@ from tldr_reduction.cluster import as_float, nearest, train_kmeans
 LITE0 = "efficientnet_lite0"
 NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, another paper's run, local-dir:DIR of --export, or MODEL@TAG of open_clip"
 SIDE = 128  # pixels of an image for EfficientNet-Lite0
-PART = 32  # images per forward pass on a CPU
+ON_CPU = 32  # images per forward pass on a CPU
 GRID = 3  # an image has GRID x GRID tokens
 
 # ------------------------------------------------------------------------------------------------------------ encoders
 
 
 class Encoder(NamedTuple):
+    """The functions of an image encoder that a reduction calls."""
+
     transform: Callable  # PIL RGB -> (3, S, S), aspect ratio not kept
     map: Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> last feature map (B, C, h, w)
     features: Callable[[Tensor], Tensor]  # images -> (B, D)
@@ -53,26 +55,28 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
     if name == LITE0:
         model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
         view = square(SIDE, pretrained.LITE0_MEAN, pretrained.LITE0_STD)
-        return Encoder(view, in_parts(last_map(model.forward_intermediates)), in_parts(model))
+        return Encoder(view, in_batches(last_map(model.forward_intermediates)), in_batches(model))
     if kind == "timm" and rest:
         model = load_timm(*rest.partition(":")[::2]).to(device)
         settings = timm.data.resolve_model_data_config(model)
         view = square(settings["input_size"][-1], settings["mean"], settings["std"])
-        return Encoder(view, in_parts(last_map(model.forward_intermediates)), in_parts(model))
+        return Encoder(view, in_batches(last_map(model.forward_intermediates)), in_batches(model))
     if export.foreign(name, "tldr_reduction"):
         model, transform, _ = export.load_model(name, device)
-        return Encoder(transform, in_parts(last_map(model.visual.forward_intermediates)), in_parts(model.encode_image))
+        return Encoder(
+            transform, in_batches(last_map(model.visual.forward_intermediates)), in_batches(model.encode_image)
+        )
     raise ValueError(f"there is no encoder {name!r}: it is {NAMES}")
 
 
-def in_parts(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return `encode` for channels-last images, on a CPU run on PART images at a time, which fit its cache."""
+def in_batches(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return `encode` for channels-last images; on a CPU it runs on ON_CPU images at a time, which fit the cache."""
 
-    def parts(images: Tensor) -> Tensor:
-        size = PART if images.device.type == "cpu" else len(images)
-        return torch.cat([encode(part.contiguous(memory_format=torch.channels_last)) for part in images.split(size)])
+    def batched(images: Tensor) -> Tensor:
+        size = ON_CPU if images.device.type == "cpu" else len(images)
+        return torch.cat([encode(few.contiguous(memory_format=torch.channels_last)) for few in images.split(size)])
 
-    return parts
+    return batched
 
 
 def last_map(forward_intermediates: Callable) -> Callable[[Tensor], Tensor]:

@@ -96,10 +96,10 @@ def rerank_scores(
     [CLS], which is replaced by [ENC] for the matching.
     """
     device = next(blip.parameters()).device
-    embeds = torch.cat([blip.visual_encoder(part.to(device)) for part in images.split(batch_size)])
+    embeds = torch.cat([blip.visual_encoder(batch.to(device)) for batch in images.split(batch_size)])
     image_features = torch.nn.functional.normalize(blip.vision_proj(embeds[:, 0]).float(), dim=-1)
-    parts = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
-    text_features = torch.cat([blip.encode_text(ids.to(device), mask.to(device)) for ids, mask in parts])
+    batches = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
+    text_features = torch.cat([blip.encode_text(ids.to(device), mask.to(device)) for ids, mask in batches])
     ids, mask = input_ids.to(device).clone(), attention_mask.to(device)
     ids[:, 0] = blip.enc_token_id
 
@@ -137,8 +137,8 @@ def retrieval_recall(
     def ranks(scores: Tensor, hits: Tensor) -> Tensor:
         """(q,) rank of the first hit of each query, 10**9 if there is none."""
         places = []
-        for part, hit in zip(torch.as_tensor(scores).split(512), hits.split(512), strict=True):
-            order = torch.from_numpy(part.numpy().argsort(axis=1)[:, ::-1].copy())
+        for rows, hit in zip(torch.as_tensor(scores).split(512), hits.split(512), strict=True):
+            order = torch.from_numpy(rows.numpy().argsort(axis=1)[:, ::-1].copy())
             first = hit.gather(1, order).byte().argmax(dim=1)
             places.append(torch.where(hit.any(dim=1), first, 10**9))
         return torch.cat(places)
@@ -210,8 +210,8 @@ def score_metrics(summary: dict, lines: Sequence[Mapping[str, str]]) -> dict[str
 
 def data_metrics(spec: str) -> dict[str, float]:
     """Metrics of a run's training data: pairs, distinct emoji, scores before and after, cohesion and coverage;
-    agreement of clusters with scenes or subgroups, of generated captions with true names, and of scores with the
-    injected noise."""
+    agreement of clusters with scenes or subgroups, of generated captions with true names, and of scores with the kind
+    of caption."""
     samples = dict(tars.descriptions(data.expand_shards(spec)))
     metrics = {"data/pairs": len(samples)}
     if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # otherwise it is another corpus
@@ -239,9 +239,9 @@ def data_metrics(spec: str) -> dict[str, float]:
         written = [line for line in lines if line["kept"] == "1" and "name" in line]
         right = sum(plain(line["name"]) == plain(line["generated"]) for line in written)
         metrics |= {"data/generated_right": 100 * right / len(written)} if written else {}
-    told = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
-    if len({line["noise"] for line in told}) == 2:  # do scores separate true names from those of other emoji?
-        labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in told), strict=True)
+    scored = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
+    if len({line["noise"] for line in scored}) == 2:  # do scores separate true names from those of other emoji?
+        labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in scored), strict=True)
         metrics["itm/auc"] = 100 * roc_auc_score(labels, scores)
     return metrics
 

@@ -4,6 +4,7 @@
 saved files, and reductions may share them. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 """
 
+import itertools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,7 @@ def short(reasons: list[str]) -> np.ndarray:
     return np.array([reason[:80] for reason in reasons], dtype=np.str_)
 
 
-# ---------------------------------------------------------------------------------------------------------- kept by row
+# ------------------------------------------------------------------------------------------- outputs saved by sample
 
 
 def cached_rows(
@@ -100,12 +101,12 @@ def load_file(path: Path) -> dict[str, np.ndarray] | None:
 
 def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarray:
     """Array `name` of those rows (ascending)."""
-    parts = []
+    found = []
     for number in np.unique(rows // size):
         with np.load(folder / f"{number:06}.npz", allow_pickle=False) as file:
             places = np.searchsorted(file["rows"], rows_in(rows, number, size))
-            parts.append(file[name][places])
-    return np.concatenate(parts)
+            found.append(file[name][places])
+    return np.concatenate(found)
 
 
 def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
@@ -113,11 +114,11 @@ def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 
     An object array in which equal strings are one object; a string array would store each at the width of the longest.
     """
-    parts, known = [np.empty(0, dtype=object)], {}
+    found, known = [np.empty(0, dtype=object)], {}
     for number in np.unique(rows // size):
-        part = read_rows(folder, rows_in(rows, number, size), size, "reasons").astype(object)
-        parts.append(np.array([known.setdefault(reason, reason) for reason in part], dtype=object))
-    return np.concatenate(parts)
+        reasons = read_rows(folder, rows_in(rows, number, size), size, "reasons").astype(object)
+        found.append(np.array([known.setdefault(reason, reason) for reason in reasons], dtype=object))
+    return np.concatenate(found)
 
 
 def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
@@ -129,9 +130,9 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     merged = np.lib.format.open_memmap(temporary, "w+", first.dtype, shape)
     done = 0
     for number in np.unique(rows // size):
-        part = read_rows(folder, rows_in(rows, number, size), size, "codes")
-        merged[done : done + len(part)] = part
-        done += len(part)
+        codes = read_rows(folder, rows_in(rows, number, size), size, "codes")
+        merged[done : done + len(codes)] = codes
+        done += len(codes)
     merged.flush()
     os.replace(temporary, path)
     return np.load(path, mmap_mode="r")
@@ -265,13 +266,13 @@ class Inference:
         cfg, encoder, path = self.cfg, self.encoder(self.cfg.encoder), self.encoder_folder("codebook") / "codebook.npz"
         if self.process.main and load_file(path) is None:
             sample = np.sort(np.random.default_rng(cfg.seed).permutation(len(self.rows))[:FITTED])
-            parts, pixels, reasons = [], [], []
+            batches, pixels, reasons = [], [], []
             for _, images, _, hashes, why in self.loader(sample, encoder.transform):
                 with run.autocast(self.precision, images.device):
-                    parts.append(encoder.tokens(images).cpu())
+                    batches.append(encoder.tokens(images).cpu())
                 pixels += hashes
                 reasons += why
-            tokens = torch.cat(parts)
+            tokens = torch.cat(batches)
             codebook = fit_codebook(tokens, cfg.num_codes, cfg.code_dim, cfg.seed)
             self.fitted = {"rows": sample, "codes": codebook(tokens)}
             self.fitted |= {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
@@ -326,7 +327,7 @@ class Inference:
 
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
-            pixels, reasons = ([value for part in each for value in part] for each in zip(*batches, strict=True))
+            pixels, reasons = (list(itertools.chain.from_iterable(each)) for each in zip(*batches, strict=True))
             return {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
         return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)

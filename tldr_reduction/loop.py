@@ -60,8 +60,8 @@ def learning_rate(cfg: Common, epoch: int, step: int) -> float:
 
 
 def start_from_elsewhere(model: nn.Module, cfg: Common) -> None:
-    """Load the initial weights that the settings name; print which parameters the checkpoint of --init lacks, which
-    start at random."""
+    """Load the initial weights that the settings name; print the parameters that start at random because the
+    checkpoint of --init lacks them."""
     if getattr(cfg, "lock_image", False):
         model.visual.trunk.load_state_dict(efficientnet_lite0().state_dict())
     if isinstance(cfg, Warm) and cfg.vision_init:
@@ -122,7 +122,7 @@ def update(
 
 
 def pairs_of(cfg: Common, process: run.Process):
-    """The training pairs, read by windows of shards or by index."""
+    """The training pairs; with --window-shards they are read by window, otherwise by index."""
     if cfg.window_shards:
         return windows.open_pairs(cfg, process)
     return open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)

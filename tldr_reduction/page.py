@@ -66,6 +66,7 @@ class Examples:
         return f'<div class="row">{"".join(map(self.one, rows))}</div>'
 
     def one(self, row: int) -> str:
+        """HTML of one sample."""
         line = {name: values[row] for name, values in self.columns.items()}
         words = [f"<b>{html.escape(str(line['key']))}</b>"]
         try:
@@ -152,10 +153,11 @@ def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generat
     for row, reason in enumerate(columns["reason"]):
         if not reason.startswith("same image"):
             groups.setdefault(reason, []).append(row)
-    parts = []
+    sections = []
     for reason, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-        parts += [f"<h3>{html.escape(reason or 'dropped')}: {len(rows):,}</h3>", show.row(drawn(rng, rows, EXAMPLES))]
-    return parts
+        sections += [f"<h3>{html.escape(reason or 'dropped')}: {len(rows):,}</h3>"]
+        sections += [show.row(drawn(rng, rows, EXAMPLES))]
+    return sections
 
 
 def clusters(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:
@@ -166,9 +168,9 @@ def clusters(columns: dict[str, Sequence], show: Examples, rng: np.random.Genera
             members.setdefault(cluster, []).append(row)
     by_size = sorted(members, key=lambda cluster: (len(members[cluster]), cluster))
     places = np.linspace(0, len(by_size) - 1, min(CLUSTERS, len(by_size))).astype(int)
-    parts = []
+    sections = []
     for cluster in (by_size[place] for place in np.unique(places)):
         rows = members[cluster]
         kept = sum(columns["kept"][row] for row in rows)
-        parts += [f"<h3>cluster {cluster}: {kept} of {len(rows)} kept</h3>", show.row(drawn(rng, rows, MEMBERS))]
-    return parts
+        sections += [f"<h3>cluster {cluster}: {kept} of {len(rows)} kept</h3>", show.row(drawn(rng, rows, MEMBERS))]
+    return sections

@@ -31,6 +31,8 @@ RECIPE = 1  # increase when equal scenes and shares give different pools
 
 @dataclasses.dataclass
 class Config:
+    """Write pools and oracles' captions, or with --validation a classification set."""
+
     source: str = "data/tldr-scenes"
     """Folder of scenes, as `python -m shared.corpora.scenes` builds it, one captioned emoji each."""
     out: str = "data/tldr"
@@ -59,7 +61,7 @@ def caption(key: str, true: str, names: list[str], name: str, percent: int, bad:
     return other if bad == "other" else rng.choice(GENERIC), bad
 
 
-def told(key: str, names: list[str], name: str, percent: int) -> str:
+def oracle_caption(key: str, names: list[str], name: str, percent: int) -> str:
     """Caption of one sample by the oracle with `percent` wrong names."""
     rng = random.Random(data.stable_hash("oracle", key))
     wrong, other = rng.random() * 100 < percent, rng.choice([each for each in names if each != name])
@@ -109,18 +111,19 @@ def main(cfg: Config) -> None:
         folder = out / f"noise-{percent:02}"
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(0, len(everything), 1000):
-            rows = []
+            samples = []
             for key, picture, about in everything[number : number + 1000]:
                 name = about["names"][0]
                 text, kind = caption(key, about["captions"]["tags"], names, name, percent, cfg.bad)
-                said = {"original": about["original"], "name": name, "noise": kind}
-                rows.append({"__key__": key, "png": picture, "txt": text, "json": json.dumps(said)})
-            tars.write_tar(folder / f"{number // 1000:05}.tar", rows)
+                description = {"original": about["original"], "name": name, "noise": kind}
+                samples.append({"__key__": key, "png": picture, "txt": text, "json": json.dumps(description)})
+            tars.write_tar(folder / f"{number // 1000:05}.tar", samples)
     for percent in cfg.oracle:
-        spoken = [
-            {"image_id": key, "caption": told(key, names, about["names"][0], percent)} for key, _, about in everything
+        captions = [
+            {"image_id": key, "caption": oracle_caption(key, names, about["names"][0], percent)}
+            for key, _, about in everything
         ]
-        checkpoints.write_json(out / f"oracle-{percent:02}.json", spoken)
+        checkpoints.write_json(out / f"oracle-{percent:02}.json", captions)
     checkpoints.write_json(out / "manifest.json", made)
     distinct = len({about["original"] for _, _, about in everything})
     print(f"{out}: {len(everything):,} samples of {distinct:,} scenes and {len(names)} concepts")

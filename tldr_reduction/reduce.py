@@ -9,10 +9,10 @@ DIR will hold
   annotation.json    [{"image", "caption"}] of the kept samples, cluster by cluster as the authors' code orders them;
                      image is a path: below DIR (images/SHARD/NAME, written with --extract-images), or the input's own
   report.csv         one line per sample: kept or not and why, cluster, place in it, distance, duplicates, ITM, captions
-  report.json        counts, duplicates, cluster sizes, codes used, cohesion and coverage beside a random selection, ITM
-                     before and after, seconds
+  report.json        counts, duplicates, cluster sizes, codes used, cohesion and coverage beside those of random
+                     selections, ITM scores before and after, seconds
   report.html        the same as a page: kept and dropped examples with reasons, clusters, duplicates, captions
-  work/              code vectors, scores and generated captions by row; an interrupted run resumes from them
+  work/              code vectors, scores and generated captions by sample; an interrupted run resumes from them
 Under torchrun, the ranks divide the samples of the costly passes among themselves.
 """
 
@@ -395,6 +395,22 @@ def write_tables(
     return report, columns
 
 
+def original_scores(cfg: ReduceConfig, inference: Inference, good: np.ndarray) -> np.ndarray | None:
+    """Scores (N,) of all samples with their own captions, or None without a scorer.
+
+    ValueError if a readable sample, a row in `good`, has no finite score.
+    """
+    if not cfg.scorer:
+        return None
+    scores = inference.scores(inference.rows, None, "itm")
+    if (wrong := ~np.isfinite(scores[good])).any():
+        raise ValueError(
+            f"--scorer {cfg.scorer} gives no finite score for {wrong.sum():,} of {len(good):,} samples, the first is "
+            f"{inference.pairs.keys[good[wrong.argmax()]]}: choose another scorer or --precision"
+        )
+    return scores
+
+
 def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     """Run all passes and write the results into the output folder, in which `main` has written config.json."""
     pairs, process, rows = inference.pairs, inference.process, inference.rows
@@ -410,12 +426,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     if not len(good):
         raise ValueError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
     with timed(seconds, "itm"):
-        before = inference.scores(rows, None, "itm") if cfg.scorer else None
-    if before is not None and (wrong := ~np.isfinite(before[good])).any():
-        raise ValueError(
-            f"--scorer {cfg.scorer} gives no finite score for {wrong.sum():,} of {len(good):,} samples, the first is "
-            f"{pairs.keys[good[wrong.argmax()]]}: choose another scorer or --precision"
-        )
+        before = original_scores(cfg, inference, good)
 
     # Selection, on rank 0
     selected = codes = clusters = None

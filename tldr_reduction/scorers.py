@@ -19,6 +19,8 @@ from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece, eval_tokenizer, p
 
 
 class Scorer(NamedTuple):
+    """The functions of a model that scores how well captions fit images."""
+
     transform: Callable  # PIL RGB -> (3, S, S)
     score: Callable[[Tensor, list[str]], Tensor]  # images (B, 3, S, S), captions -> (B,)
     encode_image: Callable[[Tensor], Tensor]  # images -> (B, E), unit

@@ -1,7 +1,7 @@
 """The small-scale study of TL;DR: `python -m tldr_reduction.study` (`make reproduce-tldr-reduction`).
 
 Scenes of one emoji stand in for CC3M: near copies of a thousand scenes in Zipf's proportions, with a known share of bad
-captions (pool.py). A text tower and a projection of EfficientNet-Lite0's features (the paper's image towers start from
+captions (pool.py). A text tower and an MLP on EfficientNet-Lite0's features (the paper's image towers start from
 ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
@@ -203,7 +203,7 @@ ARMS = (  # T_o: original captions; T_g: captions by an oracle, wrong in 20 % un
 
 SCORE, KEPT = "names_ood/top1", "data/scenes"
 COVERED, COHERENT = "pixels/coverage", "pixels/cohesion"  # cosines times 100
-D = 1.0  # smaller differences in points of top-1 count as none; less where half of the paper's difference is less
+D = 1.0  # points of top-1; a difference whose whole interval is within +-D is negligible. Smaller for small effects
 CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit, so only signs count
     Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
     Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
@@ -261,7 +261,7 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Table rows of the paper's claims that cannot be tested at this scale."""
+    """The paper's claims that cannot be tested at this scale."""
     return [
         verdicts.not_testable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"),
         verdicts.not_testable("training time at 25 %", "19 h to 4.7 h", "follows from the number of steps"),
@@ -279,12 +279,13 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     pairs = open_pairs(shards(pool))
     about = [everything[str(key)] for key in pairs.keys]
     called = {"name": lambda row: about[row]["name"], "other": pairs.caption, "generic": lambda row: ""}
-    told = {each["image_id"]: each["caption"] for each in json.loads(Path(oracle(pool)).read_text(encoding="utf-8"))}
+    by_oracle = json.loads(Path(oracle(pool)).read_text(encoding="utf-8"))
+    generated = {each["image_id"]: each["caption"] for each in by_oracle}
     return (
         LockedPairs(pairs, LITE0_VIEW, 0).features,
         [each["name"] for each in about],
         [called[each["noise"]](row) for row, each in enumerate(about)],
-        [told[str(key)] for key in pairs.keys],
+        [generated[str(key)] for key in pairs.keys],
     )
 
 
@@ -310,9 +311,9 @@ def nearest_caption(reduction: str | None = None, pool: str = "", refined: bool 
 
     `refined`: the name in T_g is used, which is true more often than the name in T_o.
     """
-    features, _, called, told = pool_features(pool)
+    features, _, called, generated = pool_features(pool)
     names = EvalSet(SETS[0], None).classnames
-    labels = torch.tensor([names.index(name) if name else -1 for name in (told if refined else called)])
+    labels = torch.tensor([names.index(name) if name else -1 for name in (generated if refined else called)])
     subsets, found = kept(reduction) if reduction else [torch.arange(len(labels))], {}
     for path in SETS:
         test = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)

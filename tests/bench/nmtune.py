@@ -119,7 +119,7 @@ def to_the_floor(seeds: int) -> None:
 
     def probe(folder: str) -> float:
         cfg = config.StudyConfig(folder, methods=("lp",))
-        encoded = encoder_study.encode_parts(cfg, CPU)
+        encoded = encoder_study.encode_splits(cfg, CPU)
         found = [encoder_study.study_task(cfg, task, encoded, CPU)[0] for task in cfg.tasks]
         return statistics.mean(numbers["lp/ood"][0] for numbers in found)
 
