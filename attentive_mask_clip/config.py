@@ -21,7 +21,7 @@ class Config:
     out: str = "runs/attentive_mask_clip/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
     time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
@@ -77,7 +77,7 @@ class Config:
     """Micro-batches a step (the authors' --update-freq), each with its own softmax and batch norms. Unlike in the other
     folders, gradients differ from those of one batch."""
     grad_checkpointing: bool = False
-    """Recompute the towers' activations in the backward pass: less memory, a third more time."""
+    """Recompute the towers' activations in the backward pass: less memory, one more forward pass."""
     lr: float = 5e-4
     """Peak learning rate."""
     warmup_lr: float = 1e-6

@@ -54,7 +54,7 @@ class Config:
     out: str
     """Folder for the shards."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     shard_size: int = 10_000
     """Rows of the metadata per shard; the shard has fewer pairs if some are skipped."""
     workers: int = 0

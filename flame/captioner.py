@@ -27,7 +27,7 @@ class Config:
     out: str = "data/flame/own/short.json"
     """Caption file to write. Its parts lie in OUT.parts until it is complete."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     model: str = "Salesforce/blip-image-captioning-base"
     """Hugging Face id or folder of an image-to-text model."""
     instruction: str | None = None

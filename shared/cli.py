@@ -70,6 +70,20 @@ def check_in_memory(config: Any) -> None:
         raise ValueError("--distinct-captions needs --keep-in-memory")
 
 
+def check_crop(config: Any) -> None:
+    """ValueError unless --crop (if set) holds two shares of the image, and --crop-ratio two ratios.
+
+    With --keep-in-memory a crop may be larger than the image, up to four times its area.
+    """
+    most = 4 if config.keep_in_memory else 1
+    if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= most:
+        least, largest = config.crop
+        raise ValueError(f"--crop {least} {largest} should be two shares with 0 < least <= most <= {most}")
+    if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
+        narrow, wide = config.crop_ratio
+        raise ValueError(f"--crop-ratio {narrow} {wide} should be two ratios above 0")
+
+
 # ---------------------------------------------------------------------------------------------------------- dry runs
 
 

@@ -37,7 +37,7 @@ FREE = {"out", "device", "save_every", "log_every", "dry_run", "strict"}  # ever
 HELP = {  # field: (type, start of its help)
     "out": (str, "Run folder: config.json,"),
     "data": (str, ""),
-    "dataset_size": (int | None, "Number of rows to use, from the start of the data"),
+    "dataset_size": (int | None, "Number of samples to use, from the start of the data"),
     "cache": (str, "Folder for copies of remote shards"),
     "epochs": (int, "Passes over the "),
     "batch_size": (int, "(Pairs|Images) per step"),
@@ -67,7 +67,7 @@ THINGS = {  # what a field's help says in any dataclass: what that field is call
     r"(Pairs|Images|Captions|Emoji)( or \w+)? (per|a) (step|forward pass)": "batch_size",
     "auto, cpu, cuda": "device",
     "Passes over": "epochs",
-    "Number of rows to use": "dataset_size",
+    "Number of samples to use": "dataset_size",
     "Smallest share of": "crop_scale",
     r"Image side( S)? (in|that)": "image_size",
     "Steps of linear warm-up": "warmup",

@@ -96,7 +96,7 @@ class Config(Stage):
     data: str = ""
     """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
     time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
@@ -128,7 +128,7 @@ class Config(Stage):
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, one more forward pass."""
     augmentation: Literal["crop", "none"] = "crop"
     """crop: a random crop. none: the evaluation transform."""
     crop: tuple[float, float] = (0.9, 1.0)
@@ -297,11 +297,7 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "epochs", least=0)
     cli.check_batch(cfg, world_size)
     cli.check_in_memory(cfg)
-    most = 4 if cfg.keep_in_memory else 1
-    if not 0 < cfg.crop[0] <= cfg.crop[1] <= most:
-        raise ValueError(f"--crop {cfg.crop[0]} {cfg.crop[1]} should be two shares with 0 < least <= most <= {most}")
-    if not 0 < cfg.crop_ratio[0] <= cfg.crop_ratio[1]:
-        raise ValueError(f"--crop-ratio {cfg.crop_ratio[0]} {cfg.crop_ratio[1]} should be two ratios above 0")
+    cli.check_crop(cfg)
 
 
 def check_stage(cfg: Config) -> None:

@@ -29,7 +29,7 @@ class Common:
     image_root: str | None = None
     """Folder that the image paths of an annotation .json start from; None: the folder of that file."""
     dataset_size: int | None = None
-    """Number of rows to use, from the start of the data; None uses all."""
+    """Number of samples to use, from the start of the data; None uses all."""
     window_shards: int = 0
     """0: all shards are available, and samples are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
