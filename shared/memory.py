@@ -66,15 +66,25 @@ def read(
     tokenize: Callable[[list[str]], Tensor],
     process: run.Process | None = None,
 ) -> InMemory:
-    """Decode every pair once: images as centre squares of `side` pixels, captions as tokens.
+    """Decode every pair: images as centre squares of `side` pixels, captions as tokens. Samples of the same image, with
+    several captions, are decoded once.
 
     ValueError if this exceeds half of the machine's memory (see `check_size`).
     """
     check_size(len(pairs), side, process)
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
+    decoded: dict[bytes, int] = {}  # hash of an image's file -> its first row
+
+    def decode(content: bytes) -> tuple[bytes, Tensor]:
+        key = data.file_hash(content)
+        if key in decoded:
+            return key, pixels[decoded[key]]
+        return key, torch.from_numpy(np.array(square(data.decode_image(content), side))).permute(2, 0, 1)
+
     for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
-        pair = data.read_or_next(pairs, row, broken)
-        pixels[row] = torch.from_numpy(np.array(square(pair.image, side))).permute(2, 0, 1)
+        pair = data.read_or_next(pairs, row, broken, decode)
+        key, pixels[row] = pair.image
+        decoded.setdefault(key, row)
         captions.append(pair.caption)
     tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
     return InMemory(pixels, tokens, np.unique(captions, return_inverse=True)[1], broken)

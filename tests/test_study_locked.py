@@ -7,17 +7,18 @@ import pytest
 import torch
 from test_study_photos import WORDS, corpus  # noqa: F401
 
-from shared import checkpoints, zeroshot
+from shared import checkpoints, data, zeroshot
 from shared.study import locked, photos
 
 
 @pytest.fixture
 def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> locked.Config:  # noqa: F811
-    def pixels(batches):
-        small = [torch.nn.functional.interpolate(batch.float(), (24, 20)).mean(1).flatten(1) for batch in batches]
-        return torch.nn.functional.pad(torch.cat(small) / 128 - 1, (0, 800))
+    def pixels(files, side):
+        batch = torch.stack([photos.view(data.decode_image(content)) for content in files]).float()
+        small = torch.nn.functional.interpolate(batch, (24, 20)).mean(1).flatten(1)
+        return torch.nn.functional.pad(small / 128 - 1, (0, 800))
 
-    monkeypatch.setattr(photos, "cached_lite0_features", pixels)
+    monkeypatch.setattr(photos, "lite0_features_of_files", pixels)
     monkeypatch.chdir(corpus)
     return locked.Config(
         out="run", data="train", total=60, epochs=20, batch_size=12, lr=3e-3, warmup=5, device="cpu", precision="fp32"

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 
-from shared import data, zeroshot
+from shared import cli, data, zeroshot
 from shared.evalsets import EvalSet
 from shared.memory import square
-from shared.pretrained import cached_lite0_features
+from shared.pretrained import lite0_features_of_files
 from shared.study import floors
 from shared.study.floors import Floor
 from shared.study.runner import Once
@@ -31,6 +32,8 @@ CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cif
 SETS = "data/photos-flickr8k/eval"
 RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
+# Features of all these images are computed before runs read them in parallel
+FEATURES = Once(f"shared.study.photos data/photos-captions/train {RETRIEVAL}/test")
 RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # the copy of Flickr8k that was measured
 
 # ----------------------------------------------------------------------------------------------- features of pictures
@@ -53,12 +56,11 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
 
 
 def features_of(files: Sequence[Path], pixels: bool = False) -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of the images of tars, or raw pixels."""
+    """EfficientNet-Lite0's features (N, 1280) of the images of tars, kept in data/cache, or raw pixels."""
     images = pictures(files)
     if pixels:
         return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
-    parts = (images[first : first + 256] for first in range(0, len(images), 256))
-    return cached_lite0_features(torch.stack([view(data.decode_image(image)) for image in part]) for part in parts)
+    return lite0_features_of_files(images, SIDE)
 
 
 def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list[list[str]]]:
@@ -165,3 +167,22 @@ def floors_on(*sets: str) -> tuple[Floor, Floor]:
         Floor("chance", lambda: floors.chance(sets)),
         Floor("canonical correlation of EfficientNet-Lite0 with words", lambda: by_correlation(sets)),
     )
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def main(folders: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Compute EfficientNet-Lite0's features of photographs, once: runs then find them in data/cache.
+
+    Args:
+        folders: Folders of shards.
+    """
+    for folder in folders:
+        if not (files := sorted(folder.glob("*.tar"))):
+            raise FileNotFoundError(f"{folder} holds no shards")
+        print(f"{folder}: features of {len(features_of(files)):,} images are in data/cache")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: tyro.cli(main))
