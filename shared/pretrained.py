@@ -33,10 +33,12 @@ import numpy as np
 import timm
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.transforms import functional
 
-from shared import checkpoints, cli, data, memory, run
+from shared import checkpoints, cli, data, run
 
 
 def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
@@ -162,8 +164,14 @@ def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/c
     return torch.from_numpy(np.stack([known[digest] for digest in order])) if order else torch.empty(0, 1280)
 
 
+def centre_square(image: Image.Image, side: int) -> Tensor:
+    """RGB image -> its centre square (3, side, side) uint8, as open_clip's transform and clip-benchmark take it."""
+    resized = functional.resize(image, side, functional.InterpolationMode.BICUBIC)
+    return data.to_pixels(functional.center_crop(resized, side))
+
+
 def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path = "data/cache") -> Tensor:
-    """`lite0_features` (N, 1280) in fp32 of the centre squares of `side` pixels of N encoded images (JPEG, PNG, ...).
+    """`lite0_features` (N, 1280) in fp32 of the `centre_square` of N encoded images (JPEG, PNG, ...).
 
     Stored in `cache` by a hash of the file, so that known images are not even decoded. BrokenSample for an image that
     cannot be read.
@@ -171,7 +179,7 @@ def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path
     store = Path(cache) / f"lite0-files-{side}.npz"
     order, known = [data.file_hash(content) for content in files], known_features(store)
     unseen = {digest: content for digest, content in zip(order, files, strict=True) if digest not in known}
-    images = (data.to_pixels(memory.square(data.decode_image(content), side)) for content in unseen.values())
+    images = (centre_square(data.decode_image(content), side) for content in unseen.values())
     batches = iter(lambda: list(itertools.islice(images, 256)), [])
     features = lite0_features(map(torch.stack, batches), precision="fp32")
     new = dict(zip(unseen, features.numpy(), strict=True))

@@ -140,9 +140,9 @@ def test_files_that_are_known_are_not_decoded(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(pretrained.data, "decode_image", lambda content: decoded.append(content) or decode(content))
     monkeypatch.setattr(pretrained, "lite0_features", lambda batches, **_: torch.cat([*batches]).float().mean(3)[:, 0])
     found = pretrained.lite0_features_of_files([files[0], files[1], files[0]], 32, tmp_path)
-    square = pretrained.memory.square(decode(files[1]), 32)
+    square = pretrained.centre_square(decode(files[1]), 32)
     assert torch.equal(found[0], found[2]) and len(decoded) == 2
-    assert torch.equal(found[1], pretrained.data.to_pixels(square).float().mean(2)[0])
+    assert torch.equal(found[1], square.float().mean(2)[0])
     more = pretrained.lite0_features_of_files(files[1:4], 32, tmp_path)
     assert torch.equal(more[0], found[1]) and decoded[2:] == files[2:4]
     pretrained.lite0_features_of_files(files[:1], 64, tmp_path)  # of another size

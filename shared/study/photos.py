@@ -17,8 +17,7 @@ from torch import Tensor
 
 from shared import cli, data, zeroshot
 from shared.evalsets import EvalSet
-from shared.memory import square
-from shared.pretrained import lite0_features_of_files
+from shared.pretrained import centre_square, lite0_features_of_files
 from shared.study import floors
 from shared.study.floors import Floor
 from shared.study.runner import Once
@@ -41,7 +40,7 @@ RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # the c
 
 def view(image: Image.Image) -> Tensor:
     """PIL image -> its centre square (3, SIDE, SIDE) uint8."""
-    return data.to_pixels(square(image, SIDE))
+    return centre_square(image, SIDE)
 
 
 def pictures(files: Iterable[Path]) -> list[bytes]:
@@ -69,9 +68,11 @@ def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list
     return features_of(files, pixels), [about["captions"] for _, about in descriptions(map(str, files))]
 
 
-def test_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, Tensor | list[list[str]], EvalSet]:
-    """`features_of` an evaluation set, labels (N,) or captions of each image, and the set."""
-    found = EvalSet(folder, view)
+def test_set(
+    folder: str | Path, pixels: bool = False, split: str = "test"
+) -> tuple[Tensor, Tensor | list[list[str]], EvalSet]:
+    """`features_of` a split of an evaluation set, labels (N,) or captions of each image, and the set."""
+    found = EvalSet(folder, view, split)
     targets = [target for _, target in found.targets()]
     return features_of(found.shards, pixels), targets if found.kind == "retrieval" else torch.tensor(targets), found
 
