@@ -67,6 +67,7 @@ def test_features_are_computed_before_runs_need_them(corpus: Path, monkeypatch: 
         photos, "lite0_features_of_files", lambda files, side: seen.append(side) or torch.zeros(len(files), 8)
     )
     photos.main((corpus / "train", corpus / "retrieval/test"))
+    assert photos.test_set(corpus / "retrieval", side=128)[0].shape == (12, 8) and seen.pop() == 128
     assert seen == [photos.SIDE] * 2 and "features of 60 images" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="holds no shards"):
         photos.main((corpus,))

@@ -54,27 +54,32 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
     return found
 
 
-def features_of(files: Sequence[Path], pixels: bool = False) -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of the images of tars, kept in data/cache, or raw pixels."""
+def features_of(files: Sequence[Path], pixels: bool = False, side: int | None = None) -> Tensor:
+    """EfficientNet-Lite0's features (N, 1280) of the images of tars, of `side` (by default SIDE) pixels, kept in
+    data/cache; or raw pixels."""
     images = pictures(files)
     if pixels:
         return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
-    return lite0_features_of_files(images, SIDE)
+    return lite0_features_of_files(images, side or SIDE)
 
 
-def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list[list[str]]]:
+def training_set(folder: str | Path, pixels: bool = False, side: int | None = None) -> tuple[Tensor, list[list[str]]]:
     """`features_of` training shards with one sample per photograph, and all captions of each photograph."""
     files = sorted(Path(folder).glob("*.tar"))
-    return features_of(files, pixels), [about["captions"] for _, about in descriptions(map(str, files))]
+    return features_of(files, pixels, side), [about["captions"] for _, about in descriptions(map(str, files))]
 
 
 def test_set(
-    folder: str | Path, pixels: bool = False, split: str = "test"
+    folder: str | Path, pixels: bool = False, split: str = "test", side: int | None = None
 ) -> tuple[Tensor, Tensor | list[list[str]], EvalSet]:
     """`features_of` a split of an evaluation set, labels (N,) or captions of each image, and the set."""
     found = EvalSet(folder, view, split)
     targets = [target for _, target in found.targets()]
-    return features_of(found.shards, pixels), targets if found.kind == "retrieval" else torch.tensor(targets), found
+    return (
+        features_of(found.shards, pixels, side),
+        targets if found.kind == "retrieval" else torch.tensor(targets),
+        found,
+    )
 
 
 # ------------------------------------------------------------------------------- closed-form canonical correlation
@@ -134,19 +139,19 @@ def correlate(
 
 
 def by_correlation(
-    sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train"
+    sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train", side: int | None = None
 ) -> dict[str, float]:
     """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features (with `pixels`, of raw
-    pixels) with bags of words.
+    pixels) with bags of words. `side`: pixels of the images for EfficientNet-Lite0.
 
     A training photograph has the words of all its captions. No gradient step is taken. Retrieval sets give recalls,
     classification sets zero-shot accuracy with their templates.
     """
-    features, captions = training_set(train, pixels)
+    features, captions = training_set(train, pixels, side)
     found = correlate(features, [" ".join(texts) for texts in captions])
     numbers: dict[str, float] = {}
     for folder in sets:
-        features, targets, of_set = test_set(folder, pixels)
+        features, targets, of_set = test_set(folder, pixels, side=side)
         images = found.image(features)
         if of_set.kind == "retrieval":
             texts = found.text([text for each in targets for text in each])
