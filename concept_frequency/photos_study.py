@@ -3,7 +3,7 @@
 Our pipeline counts the nouns in the captions of Flickr8k. A CLIP with a locked EfficientNet-Lite0 trains on these
 captions, and recall is measured for each noun of the test captions. Since nouns differ in more than frequency, another
 arm drops three quarters of the captions that contain one of a random half of the nouns.
-`python -m concept_frequency.photos_study --out RUN` trains one such model.
+`python -m concept_frequency.photos_study --out RUN` trains one such model, and with `--export DIR` exports it.
 
 Why the effect can appear: nouns occur in one to thousands of the 30,000 captions. The effect would vanish if
 the pretrained tower and the other words of a caption were enough to find the photograph.
@@ -33,9 +33,10 @@ from concept_frequency.curves import (
     within_slope,
 )
 from concept_frequency.eval import INNER, NUM_BINS, changes, column, concept_recall
+from concept_frequency.model import InvertedIndex
 from concept_frequency.study import COLORS, plot_changes, pooled_within
 from concept_frequency.tagging import load_spacy
-from shared import cli, data, run, zeroshot
+from shared import checkpoints, cli, data, run, zeroshot
 from shared.study import floors, locked_clip, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -45,6 +46,7 @@ from shared.study.verdicts import Claim
 SPACY = "en_core_web_sm"
 MIN_IMAGES = 10  # test photographs that a noun is in, as in the paper
 K = 10  # of recall
+HOME = Path("runs/photos/concept_frequency")
 RECALL = f"retrieval_en/text_to_image_R@{K}"
 
 # ------------------------------------------------------------------------------------------------------------ one model
@@ -56,6 +58,8 @@ class Config(locked_clip.Config):
 
     thin: float = 0.0
     """Share of the captions with one of a random half of the nouns that is dropped; the others repeat more often."""
+    export: str | None = None
+    """Write the finished run --out as a folder that open_clip loads as `local-dir:DIR`, and train nothing."""
 
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:
@@ -67,13 +71,17 @@ def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: i
 
 
 def train(cfg: Config) -> Path:
-    """Run `locked_clip.train` on the captions that are kept, and write them to captions.txt in the run folder."""
-    pairs = data.open_pairs(cfg.data)
-    captions = [pairs.caption(row) for row in range(len(pairs))]
+    """Run `locked_clip.train` on the captions that are kept, whose rows are written to rows.npy in the run folder."""
+    captions = captions_of(cfg.data)
     rows = thinned(captions, test_nouns().names, cfg.thin, cfg.seed) if cfg.thin else list(range(len(captions)))
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    (Path(cfg.out) / "captions.txt").write_text("".join(f"{captions[row]}\n" for row in rows))
+    checkpoints.save_array(Path(cfg.out) / "rows.npy", np.array(rows))
     return locked_clip.train(cfg, rows)
+
+
+def captions_of(shards: str) -> list[str]:
+    pairs = data.open_pairs(shards)
+    return [pairs.caption(row) for row in range(len(pairs))]
 
 
 # -------------------------------------------------------------------------------------------------- recall of each noun
@@ -96,18 +104,37 @@ def test_set() -> TestSet:
 
 @functools.cache
 def test_nouns() -> Concepts:
-    """The nouns of the test captions, as the paper finds them: in MIN_IMAGES photographs or more."""
+    """The nouns of the test captions, as the paper finds them: in MIN_IMAGES photographs or more. Found once, for all
+    runs."""
     test = test_set()
-    docs = load_spacy(SPACY).pipe(test.captions, disable=["ner"])
-    found = caption_concepts([[(t.lemma_, t.pos_) for t in doc] for doc in docs], MIN_IMAGES, test.each)
-    return found._replace(names=[name for name in found.names if name])
+    file = HOME / f"nouns-{data.stable_hash(SPACY, MIN_IMAGES, *test.captions):016x}.json"
+    if not file.is_file():
+        docs = load_spacy(SPACY).pipe(test.captions, disable=["ner"])
+        found = caption_concepts([[(t.lemma_, t.pos_) for t in doc] for doc in docs], MIN_IMAGES, test.each)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_json(file, found._replace(names=[name for name in found.names if name])._asdict())
+    return Concepts(**checkpoints.read_json(file))
 
 
-def frequencies(captions: Path, out: Path) -> np.ndarray:
-    """Number of captions, one per line of the file, with each test noun, counted by our pipeline."""
-    cfg = CountConfig(data=(str(captions),), out=str(out), spacy=SPACY, query_spacy=SPACY, phrases=False, workers=1)
-    with run.lock(out):
-        return count_corpus(cfg, test_nouns().names).text
+@functools.cache
+def nouns_of_captions(shards: str) -> np.ndarray:
+    """(N, K) bool: the test nouns in each of N training captions. Our pipeline tags them once, for all runs."""
+    captions, names = captions_of(shards), test_nouns().names
+    home = HOME / f"captions-{data.stable_hash(SPACY, *captions, *names):016x}"
+    if not (home / "nouns.npy").is_file():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
+        cfg = CountConfig(
+            data=(str(home / "captions.txt"),), out=str(home / "count"), spacy=SPACY, query_spacy=SPACY, phrases=False,
+            merge=True, workers=1,
+        )  # fmt: skip
+        with run.lock(home):
+            queries = count_corpus(cfg, names).searched
+        index, found = InvertedIndex.load(home / "count/index.npz"), np.zeros((len(captions), len(names)), bool)
+        for column, terms in enumerate(queries):
+            found[index.search(terms, unknown="zero"), column] = True
+        checkpoints.save_array(home / "nouns.npy", found)
+    return np.load(home / "nouns.npy")
 
 
 def curve_of(images: Tensor, texts: Tensor, counts: np.ndarray) -> dict[str, Any]:
@@ -137,7 +164,8 @@ def curve_of(images: Tensor, texts: Tensor, counts: np.ndarray) -> dict[str, Any
 def measure_run(folder: Path) -> dict[str, Any]:
     """`curve_of` a finished run, with counts in the captions that it was trained on."""
     both = locked_clip.encode(folder, test_set().features, test_set().captions)
-    counts = frequencies(folder / "captions.txt", folder / "count")
+    shards = checkpoints.read_json(folder / "config.json")["data"]
+    counts = nouns_of_captions(shards)[np.load(folder / "rows.npy")].sum(0)
     return curve_of(*both, counts) | {"seconds": run.read_metrics(folder)[-1]["seconds"]}
 
 
@@ -185,13 +213,11 @@ def chance() -> dict[str, float]:
     return found | {"slope": 0.0, "slope_i2t": 0.0}
 
 
-def correlation_floor(home: Path = Path("runs/photos/concept_frequency/correlation")) -> dict[str, float]:
+def correlation_floor() -> dict[str, float]:
     """Metrics of canonical correlation with words, which takes no gradient step, and its curve over the same counts."""
     features, of_image = photos.training_set("data/photos-flickr8k/train")
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "captions.txt").write_text("".join(f"{text}\n" for texts in of_image for text in texts))
     found, test = photos.correlate(features, [" ".join(texts) for texts in of_image]), test_set()
-    counts = frequencies(home / "captions.txt", home / "count")
+    counts = nouns_of_captions(Config.data).sum(0)
     numbers = curve_of(found.image(test.features), found.text(test.captions), counts)
     return {key: value for key, value in numbers.items() if key != "concepts"}
 
@@ -224,7 +250,7 @@ STUDY = Study(
     stands_for="CC3M to LAION-400M",
     corpus=f"Flickr8k, {photos.RESIZED}: 30,000 English captions and the nouns in them; EfficientNet-Lite0 was "
     "pretrained on ImageNet-1k and is locked, its projection and the text tower are from scratch",
-    before=(photos.FLICKR8K, photos.CAPTIONS),
+    before=(photos.FLICKR8K, photos.CAPTIONS, photos.FEATURES),
     arms=(
         Arm("captions", "photos_study", heading="all captions"),
         Arm("thinned", "photos_study --thin 0.75", heading="a random half of the nouns rarer"),
@@ -255,5 +281,13 @@ STUDY = Study(
     plot=plot,
 )
 
+
+def main(cfg: Config) -> None:
+    if cfg.export:
+        locked_clip.export_run(cfg.out, cfg.export)
+    else:
+        train(cfg)
+
+
 if __name__ == "__main__":
-    cli.command_line(lambda: train(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

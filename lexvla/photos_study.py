@@ -3,6 +3,9 @@
 Arms train on the 30,000 English captions of Flickr8k, a stand-in for CC12M. They are compared by retrieval on the usual
 1,000 test photographs, and by PatchDis on COCO photographs with instance masks.
 
+Photographs are seen at the size of the preset, and the floor that arms must exceed sees them at this size, too. A row
+shows the same floor at the size of the other studies.
+
 Why the effects can appear: for the same reasons as in study.py, except for new words: test captions use the words of
 the training captions, so a bag of words has no disadvantage.
 """
@@ -10,8 +13,9 @@ the training captions, so a bag of words has no disadvantage.
 from collections.abc import Sequence
 
 from lexvla import eval as evaluation
+from lexvla.config import PRESETS
 from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, random_patches, rarer
-from shared.study import photos, verdicts
+from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
@@ -20,6 +24,7 @@ from shared.study.verdicts import Claim
 DATA, STATES, COCO = "data/photos-captions/train", "data/lexvla/photos-states.pt", "data/photos-coco/eval/patchdis_val"
 LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # 30,000 captions twice; some hundred pieces occur this often
 WITH_LM = f"{LENGTH} --states {STATES}"
+SIDE = PRESETS["emoji"][1].image_size  # pixels of a photograph
 ARMS = (
     Arm("none", f"train emoji-none {WITH_LM}", heading="no penalty"),
     Arm("flops", f"train emoji-flops {WITH_LM}", heading="FLOPs loss"),
@@ -81,9 +86,9 @@ STUDY = Study(
         Once(f"lexvla.text --data {DATA} --sets {photos.RETRIEVAL} {COCO} --out {STATES}"),
     ),
     arms=ARMS,
-    corpus=f"Flickr8k, {photos.RESIZED}, a sample for each English caption; PatchDis on 79 photographs of COCO of a "
-    "shorter side of 256 pixels; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, SmolLM2-135M-Instruct in "
-    "Llama 2's",
+    corpus=f"Flickr8k, {photos.RESIZED}, seen at {SIDE} pixels, a sample for each English caption; PatchDis on 79 "
+    "photographs of COCO of a shorter side of 256 pixels; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
+    "SmolLM2-135M-Instruct in Llama 2's",
     minutes={"core": 12, "all": 12},
     evaluate=evaluate,
     alone=True,
@@ -102,7 +107,19 @@ STUDY = Study(
         "seconds": "seconds",
     },
     sets=(photos.RETRIEVAL,),
-    floors=(*photos.floors_on(photos.RETRIEVAL), Floor("random patches", lambda: random_patches(COCO))),
+    floors=(
+        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
+        Floor(
+            f"canonical correlation of EfficientNet-Lite0 at {SIDE} pixels, as in the arms, with words",
+            lambda: photos.by_correlation([photos.RETRIEVAL], side=SIDE),
+        ),
+        Floor(
+            f"canonical correlation of EfficientNet-Lite0 at {photos.SIDE} pixels with words",
+            lambda: photos.by_correlation([photos.RETRIEVAL]),
+            ceiling=True,
+        ),
+        Floor("random patches", lambda: random_patches(COCO)),
+    ),
     claims=CLAIMS,
     more_rows=more_rows,
 )

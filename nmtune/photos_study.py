@@ -1,8 +1,8 @@
 """The study of NMTune on photographs: `python -m nmtune.study --corpus photos --photos DIR`.
 
 Encoders are pre-trained on 10,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
-Probes train on the photographs of PACS and are tested on held-out photographs (ID), and on paintings, cartoons and
-sketches of the same classes (OOD), a stand-in for DomainNet. LP, MLP and NMTune are also tuned on features of a black
+LP, MLP and NMTune are tuned on the photographs of PACS and tested on held-out photographs (ID), and on paintings,
+cartoons and sketches of the same classes (OOD), a stand-in for DomainNet. The same is done with features of a black
 box, EfficientNet-Lite0, of the same photographs.
 
 Why the effects can appear: for the same reasons as in study.py; PACS is a benchmark of the paper's kind of domain
@@ -32,6 +32,7 @@ PACS = "data/photos-pacs/eval"
 SHIFTED = ("art_painting", "cartoon", "sketch")
 TRAIN = f"--data {PACS}/photo:train"
 TESTS = f"--tests id={PACS}/photo:test " + " ".join(f"{name}={PACS}/{name}_all:test" for name in SHIFTED)
+TUNED = f"--encoder {{out}} {TRAIN} {TESTS} --workers 0"
 FEATURES = "runs/photos/nmtune/lite0.npz"
 BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
 WITHOUT = {"mse": " without L_MSE", "cov": " without L_COV", "svd": " without L_SVD"}
@@ -41,7 +42,8 @@ ARMS = (
             f"sup-{level:02d}",
             (
                 f"pretrain small-sup --data data/photos-cifar10/eval/cifar10:test --noise {level / 100:g}",
-                f"train lp --encoder {{out}} {TRAIN} {TESTS} --workers 0 --seed {{seed}} --out {{out}}/lp",
+                f"train lp {TUNED} --seed {{seed}} --out {{out}}/lp",
+                *(f"train {head} {TUNED} --bank 4 --seed {{seed}} --out {{out}}/{head}" for head in ("mlp", "nmtune")),
             ),
             heading=f"{level} % label noise",
             core=level in (0, 10, 30),
@@ -80,11 +82,15 @@ def averaged(found: dict[str, float], metric: str) -> float:
 
 
 def measure_probe(folder: Path) -> dict[str, float]:
-    """Accuracy of an encoder's linear probe and spectra of its features, by the names of the claims' metrics."""
+    """Accuracy of an encoder's linear probe, spectra of its features, and accuracies of the other heads beside the
+    probe, by the names of the claims' metrics."""
     found, _ = evaluation.evaluate_run(str(folder), evaluation.Config((str(folder),)), run.setup(0, "auto"))
     numbers = {"lp/id": found["id/top1"], "lp/ood": averaged(found, "top1")}
     for name in ("sve", "lsvr"):
         numbers |= {f"{name}_id": found[f"id/{name}_F"], f"{name}_ood": averaged(found, f"{name}_F")}
+    for head in ("mlp", "nmtune"):
+        tuned = evaluation.head_accuracies(folder.parent / head)
+        numbers |= {f"{head}/id": tuned["id/top1"], f"{head}/ood": averaged(tuned, "top1")}
     return numbers | {f"lp/{name}": found[f"{name}/top1"] for name in SHIFTED}
 
 
@@ -96,7 +102,8 @@ def measure_run(path: str) -> dict[str, float]:
         tops = {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", *SHIFTED)}
         return tops | {"blackbox/ood": averaged(found, "top1")}
     probe = folder / "lp"
-    sources = [probe / "checkpoint.pt", *Path(PACS).glob("*/*/*.tar")]
+    heads = [folder / head / "checkpoint.pt" for head in ("lp", "mlp", "nmtune")]
+    sources = [*heads, *Path(PACS).glob("*/*/*.tar")]
     return measured(
         "nmtune", folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe)
     )

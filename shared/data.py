@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -91,6 +91,11 @@ def read_file(path: str | Path) -> bytes:
     if len(content) > MAX_BYTES:
         raise BrokenSample(f"file of more than {MAX_BYTES} bytes")
     return content
+
+
+def file_hash(content: bytes) -> bytes:
+    """16 bytes that tell an image's file from others."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -329,11 +334,11 @@ class Shards:
         if self._spans is None:
             self._read_index()
 
-    def read(self, row: int) -> Pair:
-        """The pair of a row. BrokenSample if it is unusable."""
+    def read(self, row: int, decode: Callable[[bytes], Any] = decode_image) -> Pair:
+        """The pair of a row, its image from `decode` of the file's bytes. BrokenSample if it is unusable."""
         offset, size, text_offset, text_size = self._spans[row].tolist()
         caption = decode_caption(self._bytes(row, text_offset, min(text_size, CAPTION_BYTES + 1)))
-        return Pair(self.keys[row], decode_image(self._bytes(row, offset, size)), caption)
+        return Pair(self.keys[row], decode(self._bytes(row, offset, size)), caption)
 
     def caption(self, row: int) -> str:
         """The first MAX_CHARACTERS of a row's caption; undecodable bytes are replaced."""
@@ -408,10 +413,10 @@ class TSV:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, row: int) -> Pair:
-        """The pair of a row. BrokenSample if it is unusable."""
+    def read(self, row: int, decode: Callable[[bytes], Any] = decode_image) -> Pair:
+        """The pair of a row, its image from `decode` of the file's bytes. BrokenSample if it is unusable."""
         caption = decode_caption(self._captions.bytes_of(row))
-        return Pair(self.keys[row], decode_image(read_file(self.keys[row])), caption)
+        return Pair(self.keys[row], decode(read_file(self.keys[row])), caption)
 
     def caption(self, row: int) -> str:
         """The first MAX_CHARACTERS of a row's caption; undecodable bytes are replaced."""
@@ -489,8 +494,11 @@ def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
 # ------------------------------------------------------------------------------------------- order, reading, report
 
 
-def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
-    """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`.
+def read_or_next(
+    pairs: Shards | TSV, row: int, broken: list[Broken], decode: Callable[[bytes], Any] | None = None
+) -> Pair:
+    """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`. `decode` may
+    replace `decode_image`.
 
     `row` may also be an item of a run (see the top of this file). ValueError for a broken sample if `pairs` are strict,
     or after 1000 of them.
@@ -501,7 +509,7 @@ def read_or_next(pairs: Shards | TSV, row: int, broken: list[Broken]) -> Pair:
     for candidate in range(row, row + min(n, 1000)):
         candidate %= n
         try:
-            return pairs.read(candidate)
+            return pairs.read(candidate) if decode is None else pairs.read(candidate, decode)
         except BrokenSample as error:
             if pairs.strict:
                 raise ValueError(f"--strict: sample {pairs.keys[candidate]}: {error}") from error

@@ -17,6 +17,7 @@ import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional
 
 from shared import data, run
 from shared.tars import Broken
@@ -37,21 +38,10 @@ class InMemory(NamedTuple):
         return self._replace(pixels=self.pixels.to(device))
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """The centre square of an RGB image, resized to `side` pixels; an image of this size is returned unchanged."""
-    if image.size == (side, side):
-        return image
-    width, height = image.size
-    scale = side / min(width, height)
-    size = max(side, round(width * scale)), max(side, round(height * scale))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
 def square_pixels(image: Image.Image, side: int) -> Tensor:
-    """RGB image -> its centre square (3, side, side) uint8."""
-    return data.to_pixels(square(image, side))
+    """RGB image -> its centre square (3, side, side) uint8, as open_clip's transform and clip-benchmark take it."""
+    resized = functional.resize(image, side, functional.InterpolationMode.BICUBIC)
+    return data.to_pixels(functional.center_crop(resized, side))
 
 
 def check_size(count: int, side: int, process: run.Process | None = None) -> None:
@@ -71,15 +61,25 @@ def read(
     tokenize: Callable[[list[str]], Tensor],
     process: run.Process | None = None,
 ) -> InMemory:
-    """Decode every pair once: images as centre squares of `side` pixels, captions as tokens.
+    """Decode every pair: images as centre squares of `side` pixels, captions as tokens. Samples of the same image, with
+    several captions, are decoded once.
 
     ValueError if this exceeds half of the machine's memory (see `check_size`).
     """
     check_size(len(pairs), side, process)
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
+    decoded: dict[bytes, int] = {}  # hash of an image's file -> its first row
+
+    def decode(content: bytes) -> tuple[bytes, Tensor]:
+        key = data.file_hash(content)
+        if key in decoded:
+            return key, pixels[decoded[key]]
+        return key, square_pixels(data.decode_image(content), side)
+
     for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
-        pair = data.read_or_next(pairs, row, broken)
-        pixels[row] = square_pixels(pair.image, side)
+        pair = data.read_or_next(pairs, row, broken, decode)
+        key, pixels[row] = pair.image
+        decoded.setdefault(key, row)
         captions.append(pair.caption)
     tokens = torch.cat([tokenize(captions[i : i + 1024]) for i in range(0, len(captions), 1024)])
     return InMemory(pixels, tokens, np.unique(captions, return_inverse=True)[1], broken)

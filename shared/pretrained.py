@@ -18,6 +18,7 @@ that installs it.
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from shared import checkpoints, cli, run
+from shared import checkpoints, cli, data, memory, run
 
 
 def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
@@ -117,19 +118,33 @@ def lite0_features(
     return torch.cat(features)
 
 
+def known_features(store: Path) -> dict[bytes, np.ndarray]:
+    """{hash: feature (1280,)} of a file of features; empty if it is missing or cannot be read."""
+    try:
+        with np.load(store, allow_pickle=False) as file:
+            return dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return {}
+
+
+def keep_features(store: Path, new: dict[bytes, np.ndarray]) -> None:
+    """Add features to a file of features, unless more than CACHED would be in it. The file is replaced as a whole."""
+    known = known_features(store) | new  # read again: another run may have written since
+    if new and len(known) <= CACHED:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
+        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
+            np.savez(file, digests=keys, features=np.stack(list(known.values())))
+
+
 def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/cache") -> Tensor:
     """`lite0_features` of batches (B, 3, H, W) of uint8 pixels on the CPU, stored in `cache` by a hash of the pixels.
 
-    Each distinct image is computed once. The file is replaced as a whole, and not written if more than CACHED features
-    would be in it. A file that cannot be read is replaced.
+    Each distinct image is computed once.
     """
     precision = run.resolve_precision("auto", torch.device("cpu"))
-    store, order, new = Path(cache) / f"lite0-features-{precision}.npz", [], []
-    try:
-        with np.load(store, allow_pickle=False) as file:
-            known = dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        known = {}
+    store, order, fresh = Path(cache) / f"lite0-features-{precision}.npz", [], []
+    known = known_features(store)
     seen = set(known)
 
     def unseen() -> Iterator[Tensor]:
@@ -137,16 +152,31 @@ def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/c
             digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
             rows = [row for row, digest in enumerate(digests) if not (digest in seen or seen.add(digest))]
             order.extend(digests)
-            new.extend(digests[row] for row in rows)
+            fresh.extend(digests[row] for row in rows)
             if rows:
                 yield batch[rows]
 
-    known |= zip(new, lite0_features(unseen(), precision=precision).numpy(), strict=True)
-    if new and len(known) <= CACHED:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
-        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
-            np.savez(file, digests=keys, features=np.stack(list(known.values())))
+    new = dict(zip(fresh, lite0_features(unseen(), precision=precision).numpy(), strict=True))
+    keep_features(store, new)
+    known |= new
+    return torch.from_numpy(np.stack([known[digest] for digest in order])) if order else torch.empty(0, 1280)
+
+
+def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path = "data/cache") -> Tensor:
+    """`lite0_features` (N, 1280) in fp32 of the `memory.square_pixels` of N encoded images (JPEG, PNG, ...).
+
+    Stored in `cache` by a hash of the file, so that known images are not even decoded. BrokenSample for an image that
+    cannot be read.
+    """
+    store = Path(cache) / f"lite0-files-{side}.npz"
+    order, known = [data.file_hash(content) for content in files], known_features(store)
+    unseen = {digest: content for digest, content in zip(order, files, strict=True) if digest not in known}
+    images = (memory.square_pixels(data.decode_image(content), side) for content in unseen.values())
+    batches = iter(lambda: list(itertools.islice(images, 256)), [])
+    features = lite0_features(map(torch.stack, batches), precision="fp32")
+    new = dict(zip(unseen, features.numpy(), strict=True))
+    keep_features(store, new)
+    known |= new
     return torch.from_numpy(np.stack([known[digest] for digest in order])) if order else torch.empty(0, 1280)
 
 

@@ -8,6 +8,8 @@ import torch
 
 from concept_frequency import photos_study as study
 from concept_frequency.concepts import Concepts
+from concept_frequency.config import CountConfig
+from concept_frequency.count import count_corpus
 from shared.study import verdicts
 from shared.study.report import Comparison
 
@@ -21,6 +23,48 @@ def test_captions_with_a_rarer_noun_are_left_out():
     assert kept == study.thinned(captions, ["dog", "cat", "ball", "tree"], 0.75, 0)
     halves = {tuple(study.thinned(captions, ["dog", "cat", "ball", "tree"], 1.0, seed))[:4] for seed in range(8)}
     assert len(halves) > 1
+
+
+def test_captions_are_tagged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Counts of any rows are those that counting them alone gives, and only the first call tags captions."""
+    captions = [
+        "A dog chases two balls .",
+        "Two dogs run .",
+        "A man throws a ball to his dog .",
+        "The snow .",
+        "It runs .",
+    ]
+    monkeypatch.setattr(study, "HOME", tmp_path)
+    monkeypatch.setattr(study, "captions_of", lambda shards: captions)
+    monkeypatch.setattr(study, "test_nouns", lambda: Concepts(["ball", "dog", "snow", "zebra"], {}, {}))
+    study.nouns_of_captions.cache_clear()
+    found = study.nouns_of_captions("shards")
+    assert found.shape == (5, 4) and found.sum(0).tolist() == [2, 3, 1, 0]
+    rows = [1, 2, 3]
+    (tmp_path / "some.txt").write_text("".join(f"{captions[row]}\n" for row in rows))
+    cfg = CountConfig(
+        data=(str(tmp_path / "some.txt"),), out=str(tmp_path / "alone"), spacy=study.SPACY, query_spacy=study.SPACY,
+        phrases=False, workers=1,
+    )  # fmt: skip
+    assert found[rows].sum(0).tolist() == count_corpus(cfg, study.test_nouns().names).text.tolist()
+    monkeypatch.setattr(study, "count_corpus", lambda *_: pytest.fail("tagged again"))
+    study.nouns_of_captions.cache_clear()
+    assert np.array_equal(study.nouns_of_captions("shards"), found)
+    study.nouns_of_captions.cache_clear()
+
+
+def test_nouns_of_test_captions_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = ["A dog .", "Two dogs run .", "A cat sleeps .", "The snow ."]
+    monkeypatch.setattr(study, "HOME", tmp_path)
+    monkeypatch.setattr(study, "MIN_IMAGES", 1)
+    monkeypatch.setattr(study, "test_set", lambda: study.TestSet(torch.zeros(2, 4), texts, 2))
+    study.test_nouns.cache_clear()
+    found = study.test_nouns()
+    assert found.names == ["cat", "dog", "snow"] and found.to_texts["dog"] == [0, 1]
+    monkeypatch.setattr(study, "load_spacy", lambda _: pytest.fail("tagged again"))
+    study.test_nouns.cache_clear()
+    assert study.test_nouns() == found
+    study.test_nouns.cache_clear()
 
 
 @pytest.fixture

@@ -18,6 +18,17 @@ def test_arms_read_the_same_captions():
     assert study.STATES in study.STUDY.before[-1].command
 
 
+def test_arms_and_their_floor_see_photographs_at_one_size(monkeypatch: pytest.MonkeyPatch):
+    sides = []
+    monkeypatch.setattr(study.photos, "by_correlation", lambda sets, side=None: sides.append(side) or {})
+    for floor in study.STUDY.floors[1:3]:
+        floor.measure()
+    assert sides == [study.SIDE, None] and [floor.ceiling for floor in study.STUDY.floors[1:3]] == [False, True]
+    for arm in study.ARMS:
+        _, preset, *words = study.STUDY.words(arm, 0)[0]
+        assert study.PRESETS[preset][1].image_size == study.SIDE and "--image-size" not in words
+
+
 def test_claims_about_shared_words_need_arms_that_retrieve():
     runs = {"overuse": (20.0, 30.0), "flops": (19.0, 60.0), "none": (18.0, 90.0)}
     arms = {

@@ -1,5 +1,7 @@
 """Corpora in memory: views equal PIL's and depend on (seed, item); batches have no repeated captions."""
 
+from pathlib import Path
+
 import numpy as np
 import open_clip
 import pytest
@@ -7,7 +9,8 @@ import torch
 from PIL import Image
 
 from protoclip.episodes import BatchTransform
-from shared import clip, memory
+from shared import clip, data, memory
+from shared.corpora import layout
 
 
 def random_pixels(n: int, side: int = 64) -> torch.Tensor:
@@ -36,6 +39,18 @@ def test_a_corpus_that_does_not_fit_is_refused():
 
     with pytest.raises(ValueError, match=r"1,000,000,000 images of 64 pixels take .* GiB: pass --no-keep-in-memory"):
         memory.read(Many(), 64, lambda texts: None)
+
+
+def test_images_with_several_captions_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = [layout.png(pixels.permute(1, 2, 0).numpy()) for pixels in random_pixels(3, 20)]
+    pairs = [(0, "a dog"), (0, "it runs"), (1, "a cat"), (2, "snow"), (1, "it sleeps"), (0, "a dog")]
+    layout.write_pairs(tmp_path, [{"png": files[i], "txt": text, "json": {}} for i, text in pairs])
+    decoded, decode = [], data.decode_image
+    monkeypatch.setattr(data, "decode_image", lambda content: decoded.append(content) or decode(content))
+    found = memory.read(data.open_pairs(str(tmp_path)), 16, lambda texts: torch.zeros(len(texts), 4))
+    assert decoded == files and found.labels.tolist() == [1, 2, 0, 4, 3, 1]
+    for pixels, (i, _) in zip(found.pixels, pairs, strict=True):
+        assert torch.equal(pixels, data.to_pixels(memory.square(decode(files[i]), 16)))
 
 
 def test_flip_mirrors_the_view():

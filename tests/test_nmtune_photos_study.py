@@ -37,11 +37,13 @@ def pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():
-    pretraining, probing = study.STUDY.words(study.ARMS[2], 1)
+    pretraining, probing, *tuning = study.STUDY.words(study.ARMS[2], 1)
     out = "runs/photos/nmtune/sup-10-seed1"
     assert pretraining[:2] == ["nmtune.pretrain", "small-sup"] and pretraining[-2:] == ["--out", out]
     assert "data/photos-cifar10/eval/cifar10:test" in pretraining and "0.1" in pretraining
     assert probing[:4] == ["nmtune.train", "lp", "--encoder", out] and probing[-1] == f"{out}/lp"
+    for head, words in zip(("mlp", "nmtune"), tuning, strict=True):
+        assert words[:4] == ["nmtune.train", head, "--encoder", out] and words[-1] == f"{out}/{head}"
     assert len(study.STUDY.chosen("core")) == 6 and len(study.STUDY.chosen("all")) == 12
     arms = {arm.name: study.STUDY.words(arm, 1)[0] for arm in study.ARMS}
     assert arms["lite0-nmtune-no-cov"][:6] == [*arms["lite0-nmtune"][:4], "--w-cov", "0"]
@@ -62,6 +64,26 @@ def test_out_of_domain_is_the_mean_of_domains(tmp_path: Path):
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     found = study.measure_run(str(folder))
     assert found["blackbox/ood"] == pytest.approx(40) and found["blackbox/sketch"] == 20 and found["blackbox/id"] == 95
+
+
+def test_an_encoder_has_the_accuracies_of_all_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tests = ("id", *study.SHIFTED)
+    for head, top1 in (("mlp", 70.0), ("nmtune", 72.0)):
+        (tmp_path / head).mkdir()
+        line = {"step": 9} | {f"{name}/top1": top1 - 10 * i for i, name in enumerate(tests)}
+        (tmp_path / head / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    spectra = {f"{name}/{metric}_F": 0.5 for name in tests for metric in ("sve", "lsvr")}
+    probed = {f"{name}/top1": 60.0 for name in tests} | spectra
+    monkeypatch.setattr(study.evaluation, "evaluate_run", lambda *_: (probed, None))
+    found = study.measure_probe(tmp_path / "lp")
+    assert (found["mlp/id"], found["nmtune/id"], found["lp/id"]) == (70, 72, 60)
+    assert (found["mlp/ood"], found["nmtune/ood"]) == (50, 52)
+    arms = {f"sup-{level:02d}": [dict(found) for _ in range(3)] for level in (0, 10, 30)}
+    compared = study.Comparison(arms, [0, 1, 2], {}, set())
+    study.STUDY.derive(compared)
+    rows = {row["claim"]: row for row in verdicts.judged(study.STUDY.claims, compared.arms, [], together=False)}
+    claim = "C4 NMTune above MLP, encoders with 30 % label noise, OOD"
+    assert rows[claim]["difference"] == 2 and rows[claim]["verdict"] == "reproduced"
 
 
 def test_claims_are_those_of_the_embedded_corpus():

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from shared import pretrained
+from shared import memory, pretrained
+from shared.corpora import layout
 from shared.data import ToNormalizedTensor
 
 LANGUAGE_MODELS = {  # function: (package, tokens of TEXT, what the model says next)
@@ -131,6 +132,28 @@ def test_features_of_an_image_are_computed_once(tmp_path: Path, monkeypatch: pyt
     assert torch.equal(pretrained.cached_lite0_features([images], tmp_path), expected)
     assert torch.equal(pretrained.cached_lite0_features([images[:2]], tmp_path), expected[:2])
     assert seen[3:] == [8, 2] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_are_known_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoded, files = [], [layout.png(picture(seed, 40).permute(1, 2, 0).numpy()) for seed in range(6)]
+    decode = pretrained.data.decode_image
+    monkeypatch.setattr(pretrained.data, "decode_image", lambda content: decoded.append(content) or decode(content))
+    monkeypatch.setattr(pretrained, "lite0_features", lambda batches, **_: torch.cat([*batches]).float().mean(3)[:, 0])
+    found = pretrained.lite0_features_of_files([files[0], files[1], files[0]], 32, tmp_path)
+    square = memory.square_pixels(decode(files[1]), 32)
+    assert torch.equal(found[0], found[2]) and len(decoded) == 2
+    assert torch.equal(found[1], square.float().mean(2)[0])
+    more = pretrained.lite0_features_of_files(files[1:4], 32, tmp_path)
+    assert torch.equal(more[0], found[1]) and decoded[2:] == files[2:4]
+    pretrained.lite0_features_of_files(files[:1], 64, tmp_path)  # of another size
+    assert decoded[4:] == files[:1]
+
+
+def test_features_of_two_runs_are_both_kept(tmp_path: Path):
+    store = tmp_path / "features.npz"
+    for digest in (b"a" * 16, b"b" * 16):
+        pretrained.keep_features(store, {digest: np.full(3, digest[0], np.float32)})
+    assert {key: value[0] for key, value in pretrained.known_features(store).items()} == {b"a" * 16: 97, b"b" * 16: 98}
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

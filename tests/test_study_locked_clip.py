@@ -1,23 +1,31 @@
 """A small CLIP on features of photographs learns, and resumes bit for bit."""
 
 import dataclasses
+import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
+import clip_benchmark.cli as their_cli
 import pytest
 import torch
-from test_study_photos import WORDS, corpus  # noqa: F401
+from test_pretrained import lite0  # noqa: F401
+from test_study_photos import WORDS, corpus, picture  # noqa: F401
 
-from shared import checkpoints, zeroshot
+from shared import checkpoints, data, zeroshot
+from shared.corpora import layout
 from shared.study import locked_clip, photos
 
 
 @pytest.fixture
 def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> locked_clip.Config:  # noqa: F811
-    def pixels(batches):
-        small = [torch.nn.functional.interpolate(batch.float(), (24, 20)).mean(1).flatten(1) for batch in batches]
-        return torch.nn.functional.pad(torch.cat(small) / 128 - 1, (0, 800))
+    def pixels(files, side):
+        batch = torch.stack([photos.view(data.decode_image(content)) for content in files]).float()
+        small = torch.nn.functional.interpolate(batch, (24, 20)).mean(1).flatten(1)
+        return torch.nn.functional.pad(small / 128 - 1, (0, 800))
 
-    monkeypatch.setattr(photos, "cached_lite0_features", pixels)
+    monkeypatch.setattr(photos, "lite0_features_of_files", pixels)
     monkeypatch.chdir(corpus)
     return locked_clip.Config(
         out="run", data="train", total=60, epochs=20, batch_size=12, lr=3e-3, warmup=5, device="cpu", precision="fp32"
@@ -57,3 +65,38 @@ def test_few_rows_come_more_often(cfg: locked_clip.Config, monkeypatch: pytest.M
     )
     locked_clip.train(dataclasses.replace(cfg, epochs=1), [3, 4, 5, 6, 7, 8])
     assert seen == [[3, 4, 5, 6, 7, 8]]
+
+
+@pytest.mark.usefixtures("lite0")
+def test_the_command_of_the_readme_gives_the_numbers_of_the_study(
+    corpus: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """clip-benchmark's retrieval of an exported run, which contains the trunk, and ours from the trunk's features."""
+    page = (Path(photos.__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    words = shlex.split(re.search(r"^ +(clip_benchmark eval .* retrieval_en\.json)$", page, re.M)[1])
+    monkeypatch.chdir(corpus)
+    monkeypatch.setattr(photos, "SIDE", 64)
+    texts = [
+        (f"a {WORDS[i % 6]} of {i} kinds .", f"the {WORDS[-i % 6]} again, {i} times") for i in range(20)
+    ]  # no ties
+    pairs = ({"png": picture(i, i % 6), "txt": "\n".join(both)} for i, both in enumerate(texts))
+    layout.write_retrieval(corpus / "retrieval_en", pairs)
+    cfg = locked_clip.Config(
+        out="run", data="train", total=60, epochs=2, batch_size=12, warmup=5, device="cpu", precision="fp32"
+    )
+    exported = locked_clip.export_run(locked_clip.train(cfg), "exported")
+    assert max(exported.values()) < 1e-5
+    features, captions, _ = photos.test_set("retrieval_en")
+    both = locked_clip.encode("run", features, [text for each in captions for text in each])
+    ours = zeroshot.retrieval_metrics(*both, zeroshot.owners(captions))
+
+    words[words.index("--dataset_root") + 1] = "{dataset}"
+    words[words.index("--num_workers") + 1] = "0"
+    monkeypatch.setattr(sys, "argv", words)
+    their_cli.main()
+    theirs = json.loads(Path("retrieval_en.json").read_text())["metrics"]
+    for k in (1, 5, 10):
+        assert ours[f"text_to_image_R@{k}"] == pytest.approx(100 * theirs[f"image_retrieval_recall@{k}"], abs=1e-3)
+        assert ours[f"image_to_text_R@{k}"] == pytest.approx(100 * theirs[f"text_retrieval_recall@{k}"], abs=1e-3)
+    assert ours["text_to_image_R@5"] > 0

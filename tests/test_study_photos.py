@@ -61,5 +61,17 @@ def test_damaged_shards_are_named(corpus: Path):
         photos.pictures([path])
 
 
+def test_features_are_computed_before_runs_need_them(corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        photos, "lite0_features_of_files", lambda files, side: seen.append(side) or torch.zeros(len(files), 8)
+    )
+    photos.main((corpus / "train", corpus / "retrieval/test"))
+    assert photos.test_set(corpus / "retrieval", side=128)[0].shape == (12, 8) and seen.pop() == 128
+    assert seen == [photos.SIDE] * 2 and "features of 60 images" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="holds no shards"):
+        photos.main((corpus,))
+
+
 def test_views_are_squares():
     assert photos.view(Image.new("RGB", (40, 30))).shape == (3, photos.SIDE, photos.SIDE)

@@ -1,18 +1,35 @@
 """The study on photographs: students of one teacher, trained for equally many steps."""
 
+import copy
+
+import pytest
+
 from shared.study import verdicts
 from tinyclip import photos_study as study
+from tinyclip.geometry import CONFIGS
+from tinyclip.inheritance import inherit_weights
+from tinyclip.model import CLIP, parameter_counts
 
 
 def test_students_start_from_their_teacher_and_train_alike():
     lines = {arm.name: study.STUDY.words(arm, 3)[0] for arm in study.ARMS}
     teacher = "runs/photos/tinyclip/teacher-seed3"
     for name, words in lines.items():
-        assert words[words.index("--steps") + 1] == ("1160" if name == "teacher" else "232")
+        assert words[words.index("--steps") + 1] == ("696" if name == "teacher" else "232")
+        assert words[words.index("--model") + 1] == f"emoji-resnet-{50 if name == 'teacher' else 25}"
         if name.startswith("inherited"):
             assert words[words.index("--init") + 1] == teacher
         if name.endswith("affinity"):
             assert words[words.index("--teacher") + 1] == teacher
+
+
+def test_a_student_has_half_of_its_teacher():
+    """Half of the weights, each of them a part of the teacher's."""
+    teacher, student = (CLIP(**copy.deepcopy(CONFIGS[f"emoji-resnet-{size}"])) for size in (50, 25))
+    sizes = [sum(parameter_counts(clip)[tower] for tower in ("image", "text")) for clip in (teacher, student)]
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.05)
+    taken = inherit_weights(student.state_dict(), teacher.state_dict(), 32)
+    assert student.load_state_dict(taken, strict=False).missing_keys == ["logit_scale"]
 
 
 def test_claims_compare_recalls():

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_study_locked import cfg  # noqa: F401
+from test_study_photos import WORDS, corpus  # noqa: F401
 
+from shared import zeroshot
 from shared.corpora import layout
+from shared.study import locked, photos
 from shared.study.runner import in_order
 from tldr_reduction import photos_study as study
+from tldr_reduction.cluster import random_subset, select_fraction
 
 
 @pytest.fixture
@@ -61,3 +66,29 @@ def test_reductions_wait_for_the_codes():
         "--data",
         "runs/photos/tldr_reduction/reduced/codes-seed4/shards",
     ]
+
+
+def test_arms_are_named_by_what_they_keep():
+    """Every share of the copies of a cluster keeps all of its photographs; a random one misses some."""
+    clusters, photograph = torch.arange(30_000) // 100, torch.arange(30_000) // 5
+    for name, share in (("half", 0.5), ("quarter", 0.25)):
+        kept = select_fraction(clusters, 300, share, 0)
+        assert len(kept) == 30_000 * share and len(photograph[kept].unique()) == 6_000
+        assert len(photograph[random_subset(30_000, share, 0)].unique()) < 5_900
+        arm = "codes" if name == "half" else "codes-quarter"
+        assert f"--keep {share:g}" in study.REDUCTIONS[arm] and study.HEADINGS[arm].startswith(name)
+    for name, flags in study.REDUCTIONS.items():
+        assert ("--no-drop-duplicates" in flags) == ("--select" not in flags), name
+        assert ("full" in study.HEADINGS[name]) == ("--select all" in flags)
+    core = [arm.name for arm in study.STUDY.chosen("core")]
+    assert sorted(core) == sorted(("full", *study.CORE))
+
+
+def test_a_bag_of_words_learns_what_captions_say(cfg: locked.Config):  # noqa: F811
+    run = locked.train(cfg, create=study.create_model)
+    features, _, _ = photos.test_set("retrieval")
+    image, text = locked.encode(run, features, [f"a {word} ." for word in WORDS], study.create_model)
+    hits = (image @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1) == torch.arange(12) % 6
+    assert zeroshot.percent(hits) > 60
+    first, second = (locked.encode(run, features, [each], study.create_model)[1] for each in ("red dog", "dog red"))
+    torch.testing.assert_close(first, second)

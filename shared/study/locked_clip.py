@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from shared import checkpoints, cli, data, evaluation, run, zeroshot
+from shared import checkpoints, cli, data, evaluation, export, run, zeroshot
 from shared.clip import trimmed, without_padding
+from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 from shared.study import photos
 
 
@@ -56,6 +58,9 @@ class Config:
     """Steps between lines of metrics.jsonl."""
 
 
+Create = Callable[[str, int], nn.Module]  # `create_model`, or a function with its arguments
+
+
 def create_model(name: str, max_length: int) -> nn.Module:
     """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images."""
     logging.disable(logging.WARNING)  # open_clip says that the weights are random
@@ -72,12 +77,12 @@ def learning_rate(step: int, cfg: Config) -> float:
     return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - cfg.warmup) / max(total - cfg.warmup, 1)))
 
 
-def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
+def train(cfg: Config, rows: Sequence[int] | None = None, create: Create = create_model) -> Path:
     """Train on all or some rows of the data, from the last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
-    model = create_model(cfg.model, cfg.max_length).to(process.device)
+    model = create(cfg.model, cfg.max_length).to(process.device)
     matrices, others = ([p for p in model.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -118,14 +123,39 @@ def train(cfg: Config, rows: Sequence[int] | None = None) -> Path:
     return folder.path
 
 
-@torch.no_grad()
-def encode(folder: str | Path, features: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """A run's embeddings (N, E) of images, given as EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
+def load(folder: str | Path, create: Create = create_model) -> tuple[nn.Module, Callable]:
+    """(A run's model in eval mode, its tokenizer)."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     name, length = (state["config"][key] for key in ("model", "max_length"))
-    model, tokenizer = create_model(name, length), open_clip.get_tokenizer(name, context_length=length)
+    model = create(name, length)
     model.load_state_dict(state["state_dict"])
-    model.eval()
+    return model.eval(), open_clip.get_tokenizer(name, context_length=length)
+
+
+def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
+    """Write a run of `create_model` as a folder that open_clip loads, its locked trunk included (see shared/export.py).
+
+    Returns the largest differences between both.
+    """
+    settings = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")["config"]
+    model, _ = load(folder)
+    model.visual.trunk = efficientnet_lite0()
+    config = export.named_config(settings["model"], photos.SIDE)
+    config["text_cfg"]["context_length"] = settings["max_length"]
+
+    def transform(image: Image.Image) -> Tensor:
+        return photos.view(image).float().sub_(127).div_(128)
+
+    statistics = {"mean": LITE0_MEAN, "std": LITE0_STD}
+    return export.write(out, model, config, model.state_dict(), transform, **statistics)
+
+
+@torch.no_grad()
+def encode(
+    folder: str | Path, features: Tensor, captions: Sequence[str], create: Create = create_model
+) -> tuple[Tensor, Tensor]:
+    """A run's embeddings (N, E) of images, given as EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
+    model, tokenizer = load(folder, create)
     return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
 
 

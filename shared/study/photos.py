@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 
-from shared import data, zeroshot
+from shared import cli, data, zeroshot
 from shared.evalsets import EvalSet
 from shared.memory import square_pixels
-from shared.pretrained import cached_lite0_features
+from shared.pretrained import lite0_features_of_files
 from shared.study import floors
 from shared.study.floors import Floor
 from shared.study.runner import Once
@@ -31,6 +32,8 @@ CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cif
 SETS = "data/photos-flickr8k/eval"
 RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
+# Features of all these images are computed before runs read them in parallel
+FEATURES = Once(f"shared.study.photos data/photos-captions/train {RETRIEVAL}/test")
 RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # the copy of Flickr8k that was measured
 
 # ----------------------------------------------------------------------------------------------- features of pictures
@@ -52,26 +55,32 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
     return found
 
 
-def features_of(files: Sequence[Path], pixels: bool = False) -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of the images of tars, or raw pixels."""
+def features_of(files: Sequence[Path], pixels: bool = False, side: int | None = None) -> Tensor:
+    """EfficientNet-Lite0's features (N, 1280) of the images of tars, of `side` (by default SIDE) pixels, kept in
+    data/cache; or raw pixels."""
     images = pictures(files)
     if pixels:
         return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
-    parts = (images[first : first + 256] for first in range(0, len(images), 256))
-    return cached_lite0_features(torch.stack([view(data.decode_image(image)) for image in part]) for part in parts)
+    return lite0_features_of_files(images, side or SIDE)
 
 
-def training_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, list[list[str]]]:
+def training_set(folder: str | Path, pixels: bool = False, side: int | None = None) -> tuple[Tensor, list[list[str]]]:
     """`features_of` training shards with one sample per photograph, and all captions of each photograph."""
     files = sorted(Path(folder).glob("*.tar"))
-    return features_of(files, pixels), [about["captions"] for _, about in descriptions(map(str, files))]
+    return features_of(files, pixels, side), [about["captions"] for _, about in descriptions(map(str, files))]
 
 
-def test_set(folder: str | Path, pixels: bool = False) -> tuple[Tensor, Tensor | list[list[str]], EvalSet]:
-    """`features_of` an evaluation set, labels (N,) or captions of each image, and the set."""
-    found = EvalSet(folder, view)
+def test_set(
+    folder: str | Path, pixels: bool = False, split: str = "test", side: int | None = None
+) -> tuple[Tensor, Tensor | list[list[str]], EvalSet]:
+    """`features_of` a split of an evaluation set, labels (N,) or captions of each image, and the set."""
+    found = EvalSet(folder, view, split)
     targets = [target for _, target in found.targets()]
-    return features_of(found.shards, pixels), targets if found.kind == "retrieval" else torch.tensor(targets), found
+    return (
+        features_of(found.shards, pixels, side),
+        targets if found.kind == "retrieval" else torch.tensor(targets),
+        found,
+    )
 
 
 # ------------------------------------------------------------------------------- closed-form canonical correlation
@@ -131,19 +140,19 @@ def correlate(
 
 
 def by_correlation(
-    sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train"
+    sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train", side: int | None = None
 ) -> dict[str, float]:
     """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features (with `pixels`, of raw
-    pixels) with bags of words.
+    pixels) with bags of words. `side`: pixels of the images for EfficientNet-Lite0.
 
     A training photograph has the words of all its captions. No gradient step is taken. Retrieval sets give recalls,
     classification sets zero-shot accuracy with their templates.
     """
-    features, captions = training_set(train, pixels)
+    features, captions = training_set(train, pixels, side)
     found = correlate(features, [" ".join(texts) for texts in captions])
     numbers: dict[str, float] = {}
     for folder in sets:
-        features, targets, of_set = test_set(folder, pixels)
+        features, targets, of_set = test_set(folder, pixels, side=side)
         images = found.image(features)
         if of_set.kind == "retrieval":
             texts = found.text([text for each in targets for text in each])
@@ -165,3 +174,22 @@ def floors_on(*sets: str) -> tuple[Floor, Floor]:
         Floor("chance", lambda: floors.chance(sets)),
         Floor("canonical correlation of EfficientNet-Lite0 with words", lambda: by_correlation(sets)),
     )
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def main(folders: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Compute EfficientNet-Lite0's features of photographs, once: runs then find them in data/cache.
+
+    Args:
+        folders: Folders of shards.
+    """
+    for folder in folders:
+        if not (files := sorted(folder.glob("*.tar"))):
+            raise FileNotFoundError(f"{folder} holds no shards")
+        print(f"{folder}: features of {len(features_of(files)):,} images are in data/cache")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: tyro.cli(main))
