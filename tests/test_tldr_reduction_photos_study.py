@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_study_locked import cfg  # noqa: F401
+from test_study_locked_clip import cfg  # noqa: F401
 from test_study_photos import WORDS, corpus  # noqa: F401
 
 from shared import zeroshot
 from shared.corpora import layout
-from shared.study import locked, photos
+from shared.study import locked_clip, photos
 from shared.study.runner import in_order
 from tldr_reduction import photos_study as study
 from tldr_reduction.cluster import random_subset, select_fraction
@@ -84,11 +84,11 @@ def test_arms_are_named_by_what_they_keep():
     assert sorted(core) == sorted(("full", *study.CORE))
 
 
-def test_a_bag_of_words_learns_what_captions_say(cfg: locked.Config):  # noqa: F811
-    run = locked.train(cfg, create=study.create_model)
+def test_a_bag_of_words_learns_what_captions_say(cfg: locked_clip.Config):  # noqa: F811
+    run = locked_clip.train(cfg, create=study.create_model)
     features, _, _ = photos.test_set("retrieval")
-    image, text = locked.encode(run, features, [f"a {word} ." for word in WORDS], study.create_model)
+    image, text = locked_clip.encode(run, features, [f"a {word} ." for word in WORDS], study.create_model)
     hits = (image @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1) == torch.arange(12) % 6
     assert zeroshot.percent(hits) > 60
-    first, second = (locked.encode(run, features, [each], study.create_model)[1] for each in ("red dog", "dog red"))
+    first, second = (locked_clip.encode(run, features, [each], study.create_model)[1] for each in ("red dog", "dog red"))
     torch.testing.assert_close(first, second)
