@@ -90,5 +90,6 @@ def test_a_bag_of_words_learns_what_captions_say(cfg: locked_clip.Config):  # no
     image, text = locked_clip.encode(run, features, [f"a {word} ." for word in WORDS], study.create_model)
     hits = (image @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1) == torch.arange(12) % 6
     assert zeroshot.percent(hits) > 60
-    first, second = (locked_clip.encode(run, features, [each], study.create_model)[1] for each in ("red dog", "dog red"))
+    orders = ("red dog", "dog red")
+    first, second = (locked_clip.encode(run, features, [each], study.create_model)[1] for each in orders)
     torch.testing.assert_close(first, second)
