@@ -50,7 +50,7 @@ def test_images_with_several_captions_are_decoded_once(tmp_path: Path, monkeypat
     found = memory.read(data.open_pairs(str(tmp_path)), 16, lambda texts: torch.zeros(len(texts), 4))
     assert decoded == files and found.labels.tolist() == [1, 2, 0, 4, 3, 1]
     for pixels, (i, _) in zip(found.pixels, pairs, strict=True):
-        assert torch.equal(pixels, data.to_pixels(memory.square(decode(files[i]), 16)))
+        assert torch.equal(pixels, memory.square_pixels(decode(files[i]), 16))
 
 
 def test_flip_mirrors_the_view():
