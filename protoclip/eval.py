@@ -336,7 +336,7 @@ def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, col
         place |= {image: (row, column) for column, image in enumerate(members[nearest].tolist())}
 
     def thumbnail(image: Image.Image) -> Tensor:
-        return torch.from_numpy(np.array(memory.square(image.convert("RGB"), side)))
+        return memory.square_pixels(image.convert("RGB"), side).permute(1, 2, 0)
 
     thumbnails = (x for images, _ in EvalSet(folder, thumbnail).batches(256) for x in images)
     for i, x in enumerate(thumbnails):
