@@ -3,7 +3,7 @@
 Our pipeline counts the nouns in the captions of Flickr8k. A CLIP with a locked EfficientNet-Lite0 trains on these
 captions, and recall is measured for each noun of the test captions. Since nouns differ in more than frequency, another
 arm drops three quarters of the captions that contain one of a random half of the nouns.
-`python -m concept_frequency.photos_study --out RUN` trains one such model, and with `--export DIR` exports it.
+`python -m concept_frequency.photos_study --out RUN` trains one such model; shared/study/locked_clip.py exports it.
 
 Why the effect can appear: nouns occur in one to thousands of the 30,000 captions. The effect would vanish if
 the pretrained tower and the other words of a caption were enough to find the photograph.
@@ -58,8 +58,6 @@ class Config(locked_clip.Config):
 
     thin: float = 0.0
     """Share of the captions with one of a random half of the nouns that is dropped; the others repeat more often."""
-    export: str | None = None
-    """Write the finished run --out as a folder that open_clip loads as `local-dir:DIR`, and train nothing."""
 
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:
@@ -282,12 +280,5 @@ STUDY = Study(
 )
 
 
-def main(cfg: Config) -> None:
-    if cfg.export:
-        locked_clip.export_run(cfg.out, cfg.export)
-    else:
-        train(cfg)
-
-
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: train(tyro.cli(Config)))

@@ -36,7 +36,7 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
     "attentive_mask_clip.timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
-    "concept_frequency.curve": "test_concept_frequency_curve.py::test_what_cannot_be_drawn_ends_in_one_sentence",
+    "concept_frequency.curve": "test_concept_frequency_curve.py::test_inputs_without_a_curve_end_in_one_sentence",
     "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
@@ -44,7 +44,7 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "flame.new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
-    "lexvla.backbone": "test_lexvla_backbone.py::test_backbone_learns_which_drawings_are_of_one_emoji",
+    "lexvla.backbone": "test_lexvla_backbone.py::test_drawings_are_grouped_by_emoji_and_attract_each_other",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_encoder_study.py::test_study_and_report",
@@ -59,7 +59,7 @@ ELSEWHERE = {  # where each other script is tested
 KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
     "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_killed_packing_goes_on",
-    "concept_frequency.count": "test_concept_frequency_count.py::test_killed_count_goes_on",
+    "concept_frequency.count": "test_concept_frequency_count.py::test_a_killed_count_resumes",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
     "flame.captioner": "test_flame_captioner.py::test_captions_of_shards_are_a_file_that_embedding_reads",
     "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
@@ -73,7 +73,7 @@ KILLED = {  # where arms and scripts that are not killed here are
     "nmtune.train": "test_nmtune_train.py::test_fresh_views_kill_and_resume",
     "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",
     "tinyclip, masks and distillation": "test_tinyclip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "tldr_reduction.reduce": "test_tldr_reduction_reduce.py::test_a_killed_reduction_goes_on",
+    "tldr_reduction.reduce": "test_tldr_reduction_reduce.py::test_a_killed_reduction_resumes",
     "tldr_reduction, scorer, finetune and retrieval": (
         "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted"
     ),

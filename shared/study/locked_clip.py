@@ -1,5 +1,5 @@
 """A small CLIP on photographs, for papers about data: a locked EfficientNet-Lite0, whose features are computed once, a
-projection, and a text tower.
+projection, and a text tower. `python -m shared.study.locked_clip RUN OUT` exports a run for open_clip.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor, nn
 
@@ -128,7 +129,10 @@ def load(folder: str | Path, create: Create = create_model) -> tuple[nn.Module, 
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     name, length = (state["config"][key] for key in ("model", "max_length"))
     model = create(name, length)
-    model.load_state_dict(state["state_dict"])
+    try:
+        model.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"{folder} holds other towers than `{create.__name__}` makes of {name}") from error
     return model.eval(), open_clip.get_tokenizer(name, context_length=length)
 
 
@@ -167,3 +171,17 @@ def evaluated(paper: str, runs: Sequence[str], measure: Callable[[Path], dict[st
         of_run = functools.partial(measure, folder)
         found.append(evaluation.measured(paper, folder / "results.json", {}, sources, of_run))
     return found
+
+
+def main(run_folder: tyro.conf.Positional[str], out: tyro.conf.Positional[str]) -> None:
+    """Export a run as a folder that open_clip loads as `local-dir:OUT`, its locked trunk included.
+
+    Args:
+        run_folder: Run folder of concept frequency's study on photographs.
+        out: Folder to write; it must not exist.
+    """
+    export_run(run_folder, out)
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: tyro.cli(main))
