@@ -19,7 +19,7 @@ from shared.study.verdicts import shown
 STARS = (
     " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
     "verdicts hold together at 95 %. Resolves: the smallest difference that these seeds can resolve, from a standard "
-    "deviation pooled over arms."
+    "deviation pooled over arms where that has more degrees of freedom than the pair's own."
 )
 
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
