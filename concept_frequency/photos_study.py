@@ -168,7 +168,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
-    return locked_clip.evaluated("concept_frequency", runs, measure_run)
+    return photos.evaluated("concept_frequency", runs, measure_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

@@ -247,12 +247,7 @@ def check(cfg: Config, world_size: int) -> None:
             f"--external-teacher {cfg.external_teacher} has features by row, and --episode-shards reads rows in "
             "another order: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
         )
-    if cfg.keep_in_memory and cfg.episode_shards:
-        raise ValueError(
-            "--keep-in-memory needs a corpus that fits into memory; --episode-shards reads one that does not"
-        )
-    if cfg.distinct_captions and not cfg.keep_in_memory:
-        raise ValueError("--distinct-captions needs --keep-in-memory")
+    cli.check_in_memory(cfg, "episode_shards")
     cli.check_crop(cfg)
     if cfg.lock_image and cfg.keep_in_memory and cfg.augmentation == "light":
         raise ValueError("--lock-image with --keep-in-memory sees whole images: --augmentation light has no effect")

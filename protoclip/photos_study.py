@@ -24,7 +24,6 @@ from torch import Tensor
 
 from protoclip import eval as evaluation
 from shared import run, zeroshot
-from shared.evaluation import measured
 from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -121,12 +120,7 @@ def measure_run(folder: Path) -> dict[str, float]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    sets, found = (photos.RETRIEVAL, ZERO_SHOT, *PROBES), []
-    for folder in map(Path, runs):
-        sources = [folder / "checkpoint.pt", *(tar for each in sets for tar in Path(each).glob("*/*.tar"))]
-        of_run = functools.partial(measure_run, folder)
-        found.append(measured("protoclip", folder / "results.json", {"sets": sets}, sources, of_run))
-    return found
+    return photos.evaluated("protoclip", runs, measure_run, (photos.RETRIEVAL, ZERO_SHOT, *PROBES))
 
 
 def lite0_probe() -> dict[str, float]:

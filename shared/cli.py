@@ -60,12 +60,12 @@ def check_batch(config: Any, world_size: int) -> None:
         raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
 
 
-def check_in_memory(config: Any) -> None:
-    """ValueError if --keep-in-memory comes with --window-shards, or --distinct-captions without --keep-in-memory."""
-    if config.keep_in_memory and config.window_shards:
-        raise ValueError(
-            "--keep-in-memory needs a corpus that fits into memory; --window-shards reads one that does not"
-        )
+def check_in_memory(config: Any, shards: str = "window_shards") -> None:
+    """ValueError if --keep-in-memory comes with --window-shards (or with the field that `shards` names), or
+    --distinct-captions without --keep-in-memory."""
+    if config.keep_in_memory and getattr(config, shards):
+        flag = shards.replace("_", "-")
+        raise ValueError(f"--keep-in-memory needs a corpus that fits into memory; --{flag} reads one that does not")
     if getattr(config, "distinct_captions", False) and not config.keep_in_memory:
         raise ValueError("--distinct-captions needs --keep-in-memory")
 

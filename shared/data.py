@@ -94,7 +94,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def file_hash(content: bytes) -> bytes:
-    """16 bytes that tell an image's file from others."""
+    """16 bytes that tell an image's file, or its pixels, from others."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

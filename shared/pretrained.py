@@ -129,12 +129,19 @@ def known_features(store: Path) -> dict[bytes, np.ndarray]:
 
 def keep_features(store: Path, new: dict[bytes, np.ndarray]) -> None:
     """Add features to a file of features, unless more than CACHED would be in it. The file is replaced as a whole."""
+    if not new:
+        return
     known = known_features(store) | new  # read again: another run may have written since
-    if new and len(known) <= CACHED:
+    if len(known) <= CACHED:
         store.parent.mkdir(parents=True, exist_ok=True)
         keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
         with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
             np.savez(file, digests=keys, features=np.stack(list(known.values())))
+
+
+def in_order(digests: Sequence[bytes], known: dict[bytes, np.ndarray]) -> Tensor:
+    """Features (N, 1280) of N hashes."""
+    return torch.from_numpy(np.stack([known[digest] for digest in digests])) if digests else torch.empty(0, 1280)
 
 
 def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/cache") -> Tensor:
@@ -149,7 +156,7 @@ def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/c
 
     def unseen() -> Iterator[Tensor]:
         for batch in batches:
-            digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in batch]
+            digests = [data.file_hash(image.numpy().tobytes()) for image in batch]
             rows = [row for row, digest in enumerate(digests) if not (digest in seen or seen.add(digest))]
             order.extend(digests)
             fresh.extend(digests[row] for row in rows)
@@ -158,8 +165,7 @@ def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/c
 
     new = dict(zip(fresh, lite0_features(unseen(), precision=precision).numpy(), strict=True))
     keep_features(store, new)
-    known |= new
-    return torch.from_numpy(np.stack([known[digest] for digest in order])) if order else torch.empty(0, 1280)
+    return in_order(order, known | new)
 
 
 def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path = "data/cache") -> Tensor:
@@ -176,8 +182,7 @@ def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path
     features = lite0_features(map(torch.stack, batches), precision="fp32")
     new = dict(zip(unseen, features.numpy(), strict=True))
     keep_features(store, new)
-    known |= new
-    return torch.from_numpy(np.stack([known[digest] for digest in order])) if order else torch.empty(0, 1280)
+    return in_order(order, known | new)
 
 
 # ------------------------------------------------------------------------------------------ text and language models

@@ -142,7 +142,7 @@ def measure_run(folder: Path) -> dict[str, float]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    return locked_clip.evaluated("tldr_reduction", runs, measure_run)
+    return photos.evaluated("tldr_reduction", runs, measure_run)
 
 
 # ---------------------------------------------------------------------------------------------------------------- study

@@ -1,14 +1,12 @@
 """A small CLIP on photographs, for papers about data: a locked EfficientNet-Lite0, whose features are computed once, a
-projection, and a text tower. `python -m shared.study.locked_clip RUN OUT` exports a run for open_clip.
+projection, and a text tower. `python -m shared.study.locked_clip RUN --export DIR` exports a run for open_clip.
 """
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -17,7 +15,7 @@ import tyro
 from PIL import Image
 from torch import Tensor, nn
 
-from shared import checkpoints, cli, data, evaluation, export, run, zeroshot
+from shared import checkpoints, cli, data, export, run, zeroshot
 from shared.clip import trimmed, without_padding
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 from shared.study import photos
@@ -163,24 +161,14 @@ def encode(
     return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
 
 
-def evaluated(paper: str, runs: Sequence[str], measure: Callable[[Path], dict[str, Any]]) -> list[dict[str, Any]]:
-    """`measure` of each run of the paper on the test photographs, cached beside its checkpoint."""
-    found = []
-    for folder in map(Path, runs):
-        sources = [folder / "checkpoint.pt", *Path(photos.RETRIEVAL).glob("*/*.tar")]
-        of_run = functools.partial(measure, folder)
-        found.append(evaluation.measured(paper, folder / "results.json", {}, sources, of_run))
-    return found
-
-
-def main(run_folder: tyro.conf.Positional[str], out: tyro.conf.Positional[str]) -> None:
-    """Export a run as a folder that open_clip loads as `local-dir:OUT`, its locked trunk included.
+def main(run_folder: tyro.conf.Positional[str], export: str) -> None:
+    """Export a run as a folder that open_clip loads as `local-dir:DIR`, its locked trunk included.
 
     Args:
         run_folder: Run folder of concept frequency's study on photographs.
-        out: Folder to write; it must not exist.
+        export: Folder to write.
     """
-    export_run(run_folder, out)
+    export_run(run_folder, export)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""What studies on photographs share: the commands that build their corpora, and floors that need no training.
+"""What studies on photographs share: the commands that build their corpora, floors that need no training, and cached
+measurements of runs.
 
 The folder --photos holds the user's copies of flickr8k, multi30k, pacs, cifar10 and coco, each in its authors' layout
 (see shared/corpora/photos.py). Shards are written to data/photos-*; the folder --photos is not changed.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import tyro
 from PIL import Image
 from torch import Tensor
 
-from shared import cli, data, zeroshot
+from shared import cli, data, evaluation, zeroshot
 from shared.evalsets import EvalSet
 from shared.memory import square_pixels
 from shared.pretrained import lite0_features_of_files
@@ -174,6 +176,18 @@ def floors_on(*sets: str) -> tuple[Floor, Floor]:
         Floor("chance", lambda: floors.chance(sets)),
         Floor("canonical correlation of EfficientNet-Lite0 with words", lambda: by_correlation(sets)),
     )
+
+
+def evaluated(
+    paper: str, runs: Sequence[str], measure: Callable[[Path], dict[str, Any]], sets: Sequence[str] = (RETRIEVAL,)
+) -> list[dict[str, Any]]:
+    """`measure` of each run of the paper on these sets, cached beside its checkpoint."""
+    found, tars = [], [tar for folder in sets for tar in Path(folder).glob("*/*.tar")]
+    for folder in map(Path, runs):
+        of_run = functools.partial(measure, folder)
+        sources = [folder / "checkpoint.pt", *tars]
+        found.append(evaluation.measured(paper, folder / "results.json", {"sets": list(sets)}, sources, of_run))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ command line
