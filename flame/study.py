@@ -433,6 +433,7 @@ def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
             shares = [1 / int(share) for share in points]
             axis.errorbar(shares, values.mean(0), values.std(0), marker="o", capsize=3, label=STUDY.headings[arm])
     axis.set_xscale("log", base=2)
+    axis.set_xticks([1, *(1 / int(share) for share in AT)], ["all", *(f"1/{share}" for share in AT)])
     axis.set(xlabel="share of the training pairs", ylabel="new names, top-1 (%)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -442,17 +443,22 @@ def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
 
 
 def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
-    """flame_arms.png: each arm's accuracy and recall; mean of seeds, bars of one standard deviation."""
+    """flame_arms.png: a panel for each accuracy and recall, a line for each arm; mean and deviation over seeds."""
     shown = [key for key in STUDY.metrics if key != "seconds" and any(key in seeds[0] for seeds in arms.values())]
-    figure, axis = plt.subplots(figsize=(12, 4.2))
-    width = 0.8 / len(arms)
-    for i, (arm, seeds) in enumerate(arms.items()):
-        values = np.array([[seed.get(key, np.nan) for key in shown] for seed in seeds])
-        places = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * width
-        axis.bar(places, values.mean(0), width, yerr=values.std(0), label=STUDY.headings.get(arm, arm))
-    axis.set_xticks(range(len(shown)), [STUDY.metrics[key] for key in shown], fontsize=8)
-    axis.set(ylabel="top-1 and R@1 (%)")
-    axis.legend(fontsize=6, ncols=2)
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 + 1.1 * len(shown), 1.2 + 0.22 * len(arms)), sharey=True)
+    for axis, key in zip(np.atleast_1d(axes), shown, strict=True):
+        for place, (arm, seeds) in enumerate(arms.items()):
+            if key in seeds[0]:
+                values = np.array([seed[key] for seed in seeds])
+                color = "tab:blue" if arm.startswith("clip") else "tab:orange"
+                axis.errorbar(values.mean(), place, xerr=values.std(), fmt="o", color=color, capsize=2, markersize=4)
+        axis.set_title("\n".join(STUDY.metrics[key].rsplit(" ", 1)), fontsize=8)
+        axis.set_xlim(left=0)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].set_yticks(range(len(arms)), [STUDY.headings.get(arm, arm) for arm in arms])
+    np.atleast_1d(axes)[0].invert_yaxis()
+    figure.supxlabel("top-1 and R@1 (%)", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "flame_arms.png", dpi=110)
     plt.close(figure)
