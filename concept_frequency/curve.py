@@ -5,7 +5,7 @@
 
 Counts are those of `concept_frequency.count` or the authors', scores those of `concept_frequency.measure`, of
 CLIP-benchmark, or a table. Writes the curve as a figure, correlation, nulls and diagnostics, the pairs, and the names
-that did not match. The statistics are in curves.py, the joining of names is in joining.py.
+that did not match. The statistics are in statistics.py, the joining of names is in joining.py.
 """
 
 import csv
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 
-from concept_frequency import curves, figures
+from concept_frequency import figures, statistics
 from concept_frequency.concepts import load_json, scores_of
 from concept_frequency.joining import Joined, join, numbered
 from concept_frequency.published import short
@@ -240,7 +240,7 @@ def parse_slice(text: str) -> slice:
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def row_of(model: str, pairs: Pairs, about: curves.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
+def row_of(model: str, pairs: Pairs, about: statistics.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
     """A model's row in the table."""
     return {
         "model": model.replace("|", ", "), "concepts": str(len(pairs.names)), "rho": f"{about.rho:.3f}",
@@ -270,8 +270,10 @@ def main(cfg: Config) -> list[dict[str, str]]:
     rows, written = [], {}
     figure, axis = plt.subplots(figsize=(6.4, 4.8))
     for i, (model, pairs) in enumerate(found.items()):
-        curve, about = curves.diagnose(pairs.counts, pairs.scores, pairs.datasets, cfg.num_bins, bins, cfg.repetitions)
-        slope = curves.slope_per_decade(pairs.counts, pairs.scores)
+        curve, about = statistics.diagnose(
+            pairs.counts, pairs.scores, pairs.datasets, cfg.num_bins, bins, cfg.repetitions
+        )
+        slope = statistics.slope_per_decade(pairs.counts, pairs.scores)
         rows.append(row_of(model, pairs, about, slope))
         places = {key: getattr(curve, key).tolist() for key in ("position", "mean", "std", "size")}
         written[model] = about._asdict() | {f"decade_{key}": value for key, value in slope.items()} | {"bins": places}

@@ -2,10 +2,10 @@
 
 The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009, `U:`) relates the
 accuracy of each concept to its count. This file computes scores of concepts (zero-shot, retrieval); count.py counts
-concepts, curves.py has curves and statistics, let_it_wag.py the tail benchmark. measure.py scores any CLIP model, and
-replay.py recomputes results from the authors' published files. For each run, this script counts the concepts in its
-captions with our own pipeline, measures their accuracy on a drawing style that no arm was trained on, and computes the
-curve. `--report` compares all runs, which must be named ARM-seedN.
+concepts, statistics.py has the curve and its correlation, let_it_wag.py the tail benchmark. measure.py scores any CLIP
+model, and replay.py recomputes results from the authors' published files. For each run, this script counts the concepts
+in its captions with our own pipeline, measures their accuracy on a drawing style that no arm was trained on, and
+computes the curve. `--report` compares all runs, which must be named ARM-seedN.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ from concept_frequency.concepts import (  # noqa: F401
     read_concepts,
 )
 from concept_frequency.config import CountConfig
-from concept_frequency.curves import (  # noqa: F401
+from concept_frequency.images import TestSet, plain_view, read_corpus, read_test_set
+from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
+from concept_frequency.statistics import (  # noqa: F401
     Curve,
     correlation,
     frequency_agreement,
@@ -42,8 +44,6 @@ from concept_frequency.curves import (  # noqa: F401
     unbinned,
     within_slope,
 )
-from concept_frequency.images import TestSet, plain_view, read_corpus, read_test_set
-from concept_frequency.let_it_wag import balance_classes, deduplicate, phash, select_tail  # noqa: F401
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.clip import image_side
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from concept_frequency.curves import Curve
+from concept_frequency.statistics import Curve
 
 STYLES = (("royalblue", "o"), ("indianred", "d"), ("forestgreen", "s"))  # color and marker of up to three models
 PIXELS = 900  # longer side of the authors' images, which are several thousand pixels wide

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from concept_frequency import curves
+from concept_frequency import statistics
 from concept_frequency.joining import fold
 from concept_frequency.panels import Rows, as_printed, counted, largest_gap, number
 from concept_frequency.printed import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
@@ -34,7 +34,9 @@ def agreement(results: Results) -> tuple[Rows, Rows]:
         if results.has("image", a) and results.has("image", b):
             row = {"corpora": f"{CORPORA[a]}, {CORPORA[b]}", "table 4": number(printed, 2)}
             for search in METHODS:
-                spearman, n = curves.frequency_agreement(results.all_counts(a, search), results.all_counts(b, search))
+                spearman, n = statistics.frequency_agreement(
+                    results.all_counts(a, search), results.all_counts(b, search)
+                )
                 row[search] = f"{spearman:.3f} ({n:,})"
                 found.append(spearman)
             rows.append(row)
@@ -53,14 +55,14 @@ def tails(results: Results) -> tuple[Rows, Rows]:
         for search in METHODS:
             if results.has(search, corpus):
                 counts = results.tail_counts(corpus, search)
-                tail = curves.long_tail(counts)
-                few[search].append(100 * curves.negligible(counts, size))
+                tail = statistics.long_tail(counts)
+                few[search].append(100 * statistics.negligible(counts, size))
                 rows.append(
                     {
                         "corpus": CORPORA[corpus],
                         "counts": search,
                         "below 1e-5 of the corpus": f"{few[search][-1]:.1f} %",
-                        "below 1e-6": f"{100 * curves.negligible(counts, size, 1e-6):.1f} %",
+                        "below 1e-6": f"{100 * statistics.negligible(counts, size, 1e-6):.1f} %",
                         "below max/1000": f"{tail['frac_norm_below_1e-3']:.1%}",
                         "never": f"{tail['n_zero'] / tail['n']:.1%}",
                         "Gini": f"{tail['gini']:.3f}",
@@ -103,7 +105,7 @@ def misalignments(results: Results) -> tuple[Rows, Rows]:
 class Generation(NamedTuple):
     """The curve of a text-to-image model."""
 
-    curve: curves.Curve
+    curve: statistics.Curve
     source: str  # "scores" or "saved curve"
     gap: float | None = None  # largest difference between bin means of the two, if the clone has both
 
@@ -112,9 +114,9 @@ def generation_curve(results: Results, setting: str, model: str) -> Generation |
     """The curve of a text-to-image model, from the scores if available, else as saved; None without both."""
     saved = results.saved_curve("generation", "integrated", f"{model}|laion_aesthetics", setting)
     if (pairs := results.generation_pairs(setting, model)) is not None:
-        curve = curves.log_linear_curve(*pairs, BINS["generation"])
+        curve = statistics.log_linear_curve(*pairs, BINS["generation"])
         return Generation(curve, "scores", largest_gap(curve, saved))
-    return None if saved is None else Generation(curves.from_saved(saved), "saved curve")
+    return None if saved is None else Generation(statistics.from_saved(saved), "saved curve")
 
 
 def generation(results: Results) -> tuple[Rows, Rows]:
@@ -129,7 +131,7 @@ def generation(results: Results) -> tuple[Rows, Rows]:
         for setting, heading in GENERATION.items():
             row[heading] = "-"
             if (of := generation_curve(results, setting, model)) is not None:
-                rho, _ = curves.correlation(of.curve, plotted_bins("generation", ""))
+                rho, _ = statistics.correlation(of.curve, plotted_bins("generation", ""))
                 row[heading] = number(rho, 2) if of.source == "scores" else f"({number(rho, 2)})"
                 found[setting] += [rho] if rho == rho else []
                 gaps += [] if of.gap is None else [of.gap]
@@ -151,16 +153,16 @@ def people(results: Results) -> tuple[Rows, Rows]:
     if (found := results.people()) is None:
         return [], []
     counts, judged = found
-    x, y = curves.people_points(counts, judged)
-    curve = curves.log_linear_curve(x, y, BINS["people"])
-    rho, p = curves.correlation(curve)
+    x, y = statistics.people_points(counts, judged)
+    curve = statistics.log_linear_curve(x, y, BINS["people"])
+    rho, p = statistics.correlation(curve)
     row = {
-        "buckets of names": str(len(curves.frequency_buckets(counts))),
+        "buckets of names": str(len(statistics.frequency_buckets(counts))),
         "used": str(len(x)),
         "judgements": f"{sum(map(len, judged.values()))} (the text: 6 times 72)",
         "rho": f"{rho:.4f}",
         "p": f"{p:.4f}",
-        "no bins": number(curves.unbinned(x, y)["pearson"]),
+        "no bins": number(statistics.unbinned(x, y)["pearson"]),
     }
     same = [number(rho, 2) == number(PEOPLE, 2)]
     return [row], [counted("rho, people judge generated people (fig. 17)", number(PEOPLE, 2), same)]
@@ -209,9 +211,9 @@ def common_and_fine(results: Results) -> dict[str, dict[str, float]]:
     return found
 
 
-def wag_claims(imagenet: curves.Array, tail: curves.Array) -> Rows:
+def wag_claims(imagenet: statistics.Array, tail: statistics.Array) -> Rows:
     """Claims rows of section 6: two slopes, and the loss of accuracy from ImageNet to Let It Wag!."""
-    found = curves.two_slopes(imagenet, tail)
+    found = statistics.two_slopes(imagenet, tail)
     slopes = [number(found["slope_below"], 2), number(found["slope_above"], 2)]
     printed = [number(slope, 2) for slope in SLOPES]
     models = f"{found['n_below']} models below 50 % and {found['n_above']} above"

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from concept_frequency import curves
-from concept_frequency.curves import Curve, Diagnostics
+from concept_frequency import statistics
 from concept_frequency.printed import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
 from concept_frequency.published import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
+from concept_frequency.statistics import Curve, Diagnostics
 
 Rows = list[dict[str, str]]  # rows of a table
 Key = tuple[str, str, str]  # task, counts, prompts or recall
@@ -53,10 +53,10 @@ def panel(results: Results, key: Key, model: str, printed: float | None = None) 
     """Curve, correlation and diagnostics of one model."""
     task, search, setting = key
     bins = plotted_bins(task, model.partition("|")[2])
-    curve, about = curves.diagnose(*results.pairs(task, search, model, setting), BINS[task], bins)
+    curve, about = statistics.diagnose(*results.pairs(task, search, model, setting), BINS[task], bins)
     theirs = results.saved_curve(task, search, model, setting)
     gap = largest_gap(curve, theirs)
-    saved = None if gap is None else curves.correlation(curves.from_saved(theirs), bins)[0]
+    saved = None if gap is None else statistics.correlation(statistics.from_saved(theirs), bins)[0]
     return Panel(model, bins, curve, about, printed, saved, gap)
 
 
@@ -190,8 +190,8 @@ def data_sets(results: Results) -> Rows:
         cells = {}
         for heading, sketch in (("18, with ImageNet-Sketch", True), ("17, without", False)):
             counts, scores, _ = results.pairs("classification", "integrated", model, "class", sketch=sketch)
-            curve = curves.log_linear_curve(counts, scores, BINS["classification"])
-            rho, p = curves.correlation(curve, plotted_bins("classification", model.partition("|")[2]))
+            curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
+            rho, p = statistics.correlation(curve, plotted_bins("classification", model.partition("|")[2]))
             cells |= {heading: number(rho), "p, " + heading.partition(",")[0]: f"{p:.0e}"}
         rows.append(of_corpus(model) | cells)
     return rows
@@ -203,13 +203,13 @@ def left_out(results: Results) -> Rows:
     of = {model.partition("|")[2]: model for model in models_with_counts(results, CURVE_MODELS)}  # one per corpus
     for corpus, model in of.items():
         counts, scores, _ = results.pairs("classification", "integrated", model)
-        curve = curves.log_linear_curve(counts, scores, BINS["classification"])
+        curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
         bins = plotted_bins("classification", corpus)
         rows.append({
             "corpus": CORPORA[corpus], "bins shown": f"{bins.start}:{bins.stop}",
             "pairs in bins 0 to 11": " ".join(map(str, curve.size)),
-            "too few by 1.5 IQR": " ".join(map(str, curves.small_bins(curve.size))) or "none",
-            "... of log sizes": " ".join(map(str, curves.small_bins(np.log(np.maximum(curve.size, 1))))) or "none",
+            "too few by 1.5 IQR": " ".join(map(str, statistics.small_bins(curve.size))) or "none",
+            "... of log sizes": " ".join(map(str, statistics.small_bins(np.log(np.maximum(curve.size, 1))))) or "none",
         })  # fmt: skip
     return rows
 
@@ -219,8 +219,8 @@ def with_zeros(results: Results) -> tuple[Rows, Rows]:
     rows, found = [], []
     for model in models_with_counts(results):
         counts, scores, _ = results.pairs("classification", "integrated", model)
-        curve = curves.log_linear_curve(counts, scores, BINS["classification"])
-        rho, p = curves.correlation(curve, slice(0, -1))
+        curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
+        rho, p = statistics.correlation(curve, slice(0, -1))
         zeros = (counts[curve.index == 0] == 0).mean()
         rows.append(of_corpus(model) | {"bins 0:-1": number(rho), "p": f"{p:.0e}", "zeros in bin 0": f"{zeros:.0%}"})
         found.append(rho > 0 and p < 0.05)
@@ -236,8 +236,8 @@ def table6(results: Results) -> tuple[Rows, Rows]:
     """
     rows, equal = [], []
     for model in models_with_counts(results, tuple(TABLE6)):
-        found = curves.frequency_bands(
-            *results.pairs("classification", "integrated", model, "ensemble")[:2], curves.TABLE6_BANDS
+        found = statistics.frequency_bands(
+            *results.pairs("classification", "integrated", model, "ensemble")[:2], statistics.TABLE6_BANDS
         )
         row = of_corpus(model)
         for (band, (_, mean)), printed in zip(found.items(), TABLE6[model], strict=False):
@@ -251,7 +251,7 @@ def by_count(results: Results) -> tuple[Rows, Rows]:
     """(table rows, claims rows): mean accuracy of the main figure's pairs by decade of the count, zeros separate."""
     rows, lowest = [], []
     for model in models_with_counts(results):
-        found = curves.frequency_bands(*results.pairs("classification", "integrated", model)[:2])
+        found = statistics.frequency_bands(*results.pairs("classification", "integrated", model)[:2])
         rows.append(of_corpus(model) | {band: f"{mean:.1f} ({n:,})" for band, (n, mean) in found.items()})
         means = [mean for _, mean in found.values()]
         lowest.append(means[0] == min(means))
@@ -269,8 +269,8 @@ def thresholds(results: Results) -> tuple[Rows, Rows]:
             method = f"rampp{threshold}"
             if results.counts_file("imagenet-sketch", pretraining, method).is_file():
                 counts, scores, _ = results.pairs("classification", "image", model, "class", method)
-                curve = curves.log_linear_curve(counts, scores, BINS["classification"])
-                rho, p = curves.correlation(curve, plotted_bins("classification", pretraining))
+                curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
+                rho, p = statistics.correlation(curve, plotted_bins("classification", pretraining))
                 cells[str(threshold)] = number(rho, 2) + "**" * bool(p < 0.05)
                 if threshold in FIGURE24:
                     found.append(rho > 0 and p < 0.05)

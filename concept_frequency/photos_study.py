@@ -24,7 +24,9 @@ from torch import Tensor
 from concept_frequency.concepts import Concepts, caption_concepts
 from concept_frequency.config import CountConfig
 from concept_frequency.count import count_corpus
-from concept_frequency.curves import (
+from concept_frequency.eval import INNER, NUM_BINS, changes, column, concept_recall
+from concept_frequency.model import InvertedIndex
+from concept_frequency.statistics import (
     correlation,
     log_linear_curve,
     permutation_null,
@@ -32,8 +34,6 @@ from concept_frequency.curves import (
     unbinned,
     within_slope,
 )
-from concept_frequency.eval import INNER, NUM_BINS, changes, column, concept_recall
-from concept_frequency.model import InvertedIndex
 from concept_frequency.study import COLORS, plot_changes, pooled_within
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, data, run, zeroshot

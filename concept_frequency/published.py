@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concept_frequency import curves
+from concept_frequency import statistics
 from concept_frequency.concepts import load_counts, load_json, mean_scores, scores_of
 from concept_frequency.config import COUNT_PRESETS
 from concept_frequency.printed import TABLE9
@@ -152,7 +152,7 @@ class Results:
         method = method or METHODS[search]
         counts = [read(self.counts_file(dataset, pretraining, method)) for dataset in sets]
         files = [self.scores_file(task, dataset, setting) for dataset in sets]
-        return curves.pooled(counts, [scores_of(read(path), model, path) for path in files])
+        return statistics.pooled(counts, [scores_of(read(path), model, path) for path in files])
 
     def has_scores(self, key: tuple[str, str, str]) -> bool:
         """Whether the clone has scores and the counts of any corpus for `key`: (task, counts, prompts or recall)."""

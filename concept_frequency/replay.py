@@ -20,7 +20,7 @@ import tyro
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from concept_frequency import curves, figures, insights, panels
+from concept_frequency import figures, insights, panels, statistics
 from concept_frequency.figures import Column
 from concept_frequency.panels import Key, Panel, Rows
 from concept_frequency.published import (
@@ -69,10 +69,10 @@ def threshold_columns(results: Results, threshold: float) -> list[Column]:
             for i, model in enumerate(models):
                 counts, scores, _ = results.pairs("classification", "image", model, "class", method)
                 curve, bins = (
-                    curves.log_linear_curve(counts, scores, BINS["classification"]),
+                    statistics.log_linear_curve(counts, scores, BINS["classification"]),
                     plotted_bins("classification", corpus),
                 )
-                label = figures.legend(model.partition("|")[0], *curves.correlation(curve, bins))
+                label = figures.legend(model.partition("|")[0], *statistics.correlation(curve, bins))
                 figures.draw_curve(axis, curve, bins, label, i, len(models))
             figures.frame(axis, "accuracy (%)")
 
@@ -95,7 +95,7 @@ def generation_columns(results: Results, setting: str) -> list[Column]:
         def draw(axis: Axes, found: dict[str, insights.Generation | None] = found) -> None:
             for i, (model, of) in enumerate(found.items()):
                 if of is not None:
-                    label = figures.legend(model.partition("_")[2], *curves.correlation(of.curve, bins))
+                    label = figures.legend(model.partition("_")[2], *statistics.correlation(of.curve, bins))
                     figures.draw_curve(axis, of.curve, bins, label, i, len(found))
             figures.frame(axis, GENERATION[setting])
 
@@ -111,12 +111,12 @@ def people_columns(results: Results) -> list[Column]:
     """The column of figure 17."""
     if (found := results.people()) is None:
         return []
-    x, y = curves.people_points(*found)
-    curve = curves.log_linear_curve(x, y, BINS["people"])
+    x, y = statistics.people_points(*found)
+    curve = statistics.log_linear_curve(x, y, BINS["people"])
 
     def draw(axis: Axes) -> None:
         axis.plot(x, y, ".", color="grey", alpha=0.5, label="a bucket of names")
-        figures.draw_curve(axis, curve, slice(None), figures.legend("SD v1.4", *curves.correlation(curve)))
+        figures.draw_curve(axis, curve, slice(None), figures.legend("SD v1.4", *statistics.correlation(curve)))
         figures.frame(axis, "accuracy judged by people")
 
     theirs = results.study / "clip_count_v1all_hsof.png"
@@ -184,9 +184,9 @@ def drawn(results: Results, found: dict[Key, list[Panel]]) -> Iterator[tuple[str
     yield "long_tail", "figure 5: 3,469 classes of 17 data sets", tail_columns(results)
 
 
-def with_bins(p: Panel, bins: slice) -> curves.Diagnostics:
+def with_bins(p: Panel, bins: slice) -> statistics.Diagnostics:
     """The diagnostics of a panel, with the correlation of another slice of bins."""
-    rho, p_value = curves.correlation(p.curve, bins)
+    rho, p_value = statistics.correlation(p.curve, bins)
     return p.about._replace(rho=rho, p=p_value)
 
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from concept_frequency.concepts import load_json
 from concept_frequency.config import CountConfig
 from concept_frequency.corpus import Part, RowTable, read_captions, read_columns, row_keys, sample_id
-from concept_frequency.curves import misalignment
 from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
+from concept_frequency.statistics import misalignment
 from concept_frequency.tagging import Tagger, load_tagger, tag_captions, tag_images
 from shared import checkpoints, data, tars
 

@@ -25,9 +25,9 @@ import torch
 from concept_frequency import eval as evaluation
 from concept_frequency import replay
 from concept_frequency.config import PRESETS
-from concept_frequency.curves import log_linear_curve, slope_per_decade, within_slope
 from concept_frequency.eval import Table, changes, column
 from concept_frequency.images import read_corpus
+from concept_frequency.statistics import log_linear_curve, slope_per_decade, within_slope
 from shared import probes, run
 from shared.evalsets import EvalSet
 from shared.study import ceiling, floors, runner, verdicts

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from concept_frequency import figures
-from concept_frequency.curves import log_linear_curve
+from concept_frequency.statistics import log_linear_curve
 
 
 def test_styles_and_legends():

@@ -8,7 +8,6 @@ import torch
 from conftest import Case
 
 from concept_frequency import model
-from concept_frequency.curves import misalignment
 from concept_frequency.model import (
     InvertedIndex,
     OpenSetHead,
@@ -22,6 +21,7 @@ from concept_frequency.model import (
     query_terms,
     tag_presence,
 )
+from concept_frequency.statistics import misalignment
 
 FAMILIES = ("retrieval", "image_search")
 

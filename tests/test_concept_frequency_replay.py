@@ -14,12 +14,12 @@ import pytest
 from conftest import Case
 from PIL import Image
 from scripts import one_sentence
-from test_concept_frequency_curves import as_upstream
+from test_concept_frequency_statistics import as_upstream
 
-from concept_frequency import curves, replay
-from concept_frequency.curves import correlation, frequency_agreement, log_linear_curve, long_tail
+from concept_frequency import replay, statistics
 from concept_frequency.printed import TABLE3, TABLE9
 from concept_frequency.published import BINS, CLASSIFICATION, METHODS, RETRIEVAL, Results
+from concept_frequency.statistics import correlation, frequency_agreement, log_linear_curve, long_tail
 
 
 def results(case: Case, request: pytest.FixtureRequest) -> Results:
@@ -47,7 +47,7 @@ def test_published_curves(case, request):
         assert correlation(curve) == pytest.approx((row["rho_all_bins"], row["p_all_bins"]), abs=1e-9)
         inner = correlation(curve, slice(1, -1))
         assert inner == pytest.approx((row["rho_1_to_minus1"], row["p_1_to_minus1"]), abs=1e-9)
-        flat = curves.unbinned(counts, scores)
+        flat = statistics.unbinned(counts, scores)
         assert flat["pearson"] == pytest.approx(row["pearson_unbinned"], abs=1e-9)
         assert flat["spearman"] == pytest.approx(row["spearman_unbinned"], abs=1e-9)
 
@@ -78,7 +78,7 @@ def test_let_it_wag(case, request):
     below = sum(accuracy < 50 for accuracy in imagenet.values())
     assert (below, len(imagenet) - below) == (case["n_below_50"], case["n_above_50"])
     tail = results(case, request).let_it_wag()
-    found = curves.two_slopes(list(imagenet.values()), [tail[name]["full"] for name in imagenet])
+    found = statistics.two_slopes(list(imagenet.values()), [tail[name]["full"] for name in imagenet])
     assert (found["n_below"], found["n_above"]) == (case["n_below_50"], case["n_above_50"])
     assert found["slope_below"] == pytest.approx(case["slope_imagenet_below_50"], abs=1e-9)
     assert found["slope_above"] == pytest.approx(case["slope_imagenet_above_50"], abs=1e-9)
@@ -90,8 +90,8 @@ def test_people_study(case, request):
     and the correlation of the curve."""
     if (found := results(case, request).people()) is None:
         pytest.skip("needs the judgements of the people study: --upstream CLONE")
-    assert len(curves.frequency_buckets(found[0])) == 45
-    x, y = curves.people_points(*found)
+    assert len(statistics.frequency_buckets(found[0])) == 45
+    x, y = statistics.people_points(*found)
     case.close("bucket_centers", x, rtol=1e-6)
     case.close("bucket_accuracy", y, rtol=1e-6, atol=1e-6)
     rho, p = correlation(as_upstream(log_linear_curve(x, y, BINS["people"])))

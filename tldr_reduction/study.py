@@ -475,7 +475,7 @@ STUDY = Study(
     stands_for="CC3M",
     corpus="Scenes of one emoji: 8,000 pictures, of which 1,000 are not near copies of others, 30 % of the captions "
     "exchanged or generic; T_g is an oracle's, wrong in 20 %; codes are of EfficientNet-Lite0, pretrained on "
-    "ImageNet-1k, which is also the locked trunk of the image tower; projection and text tower from scratch",
+    "ImageNet-1k, which is also the locked trunk of the image tower; the MLP on it and the text tower are from scratch",
     before=BEFORE,
     stages=tuple(reductions()),
     arms=ARMS,

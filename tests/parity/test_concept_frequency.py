@@ -17,7 +17,7 @@ import open_clip
 import pytest
 import torch
 
-from concept_frequency import concepts, curves, eval, model, tagging, train
+from concept_frequency import concepts, eval, model, statistics, tagging, train
 from concept_frequency.config import Config
 from concept_frequency.published import BINS, Results
 from shared import run
@@ -211,7 +211,7 @@ def test_curves(table, task, prompts):
 
         def ours(name=name):
             counts, scores, _ = Results(table.root).pairs(task, "integrated", name, prompts)
-            return curves.log_linear_curve(counts, scores, BINS[task])
+            return statistics.log_linear_curve(counts, scores, BINS[task])
 
         (_, curve), seconds = race(lambda b=backbone, p=pretraining: function(b, p, prompts), ours, 2)
         theirs = [kept["curve"][key] for key in ("exp_bins", "cum_means", "cum_stds")]

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from concept_frequency import curves
-from concept_frequency.curves import correlation, log_linear_curve, misalignment, permutation_null
+from concept_frequency import statistics
+from concept_frequency.statistics import correlation, log_linear_curve, misalignment, permutation_null
 
 SLICES = {
     "inner": slice(1, -1),
@@ -18,7 +18,7 @@ SLICES = {
 }
 
 
-def as_upstream(curve: curves.Curve) -> curves.Curve:
+def as_upstream(curve: statistics.Curve) -> statistics.Curve:
     """Fill empty bins with 0, like upstream's arrays of fixed size."""
     return curve._replace(mean=np.nan_to_num(curve.mean), std=np.nan_to_num(curve.std))
 
@@ -40,7 +40,7 @@ def test_log_linear(case):
         if f"pearson_{name}" in case:
             case.close(f"pearson_{name}", correlation(fixed, bins), rtol=1e-5, atol=1e-5)
         if f"line_{name}" in case:
-            case.close(f"line_{name}", curves.line(fixed, bins), rtol=1e-5, atol=1e-5)
+            case.close(f"line_{name}", statistics.line(fixed, bins), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.golden("concept_frequency", "human_eval_curve")
@@ -57,7 +57,7 @@ def test_published_curves_correlate(case):
     """Correlations computed from the published bins."""
     for row in case.json:
         position, mean, std, size = (np.array(row[key]) for key in ("exp_bins", "bin_means", "bin_stds", "bin_counts"))
-        curve = curves.Curve(position, mean, std, size, np.zeros(0, dtype=np.int64))
+        curve = statistics.Curve(position, mean, std, size, np.zeros(0, dtype=np.int64))
         bins = slice(*row["slice"])
         assert correlation(curve, bins) == pytest.approx((row["rho"], row["p"]), abs=1e-6)
         assert correlation(curve)[0] == pytest.approx(row["rho_all_bins"], abs=1e-6)
@@ -100,7 +100,7 @@ def test_empty_bins_are_left_out():
 def test_slope_per_decade():
     counts = 10 ** np.linspace(0, 3, 200)
     noise = np.random.default_rng(0).normal(0, 3, 200)
-    found = curves.slope_per_decade(counts, 12 * np.log10(counts) + noise)
+    found = statistics.slope_per_decade(counts, 12 * np.log10(counts) + noise)
     assert found["low"] < 12 < found["high"] and found["high"] - found["low"] < 2
 
 
@@ -114,47 +114,51 @@ def test_within_slope_is_not_biased_by_differences_between_concepts():
         scores = [
             easy + effect * np.log10(f) + rng.normal(0, 2, 200) + better for f, better in ((first, 7), (second, 0))
         ]
-        between = curves.slope_per_decade(first, scores[0])
-        within = curves.within_slope(np.log10(first) - np.log10(second), scores[0] - scores[1])
+        between = statistics.slope_per_decade(first, scores[0])
+        within = statistics.within_slope(np.log10(first) - np.log10(second), scores[0] - scores[1])
         assert between["low"] > effect + 8
         assert within["low"] < effect < within["high"] and within["high"] - within["low"] < 2
-        two = curves.within_slope(*(np.stack([x, x]) for x in (np.log10(first / second), scores[0] - scores[1])))
+        two = statistics.within_slope(*(np.stack([x, x]) for x in (np.log10(first / second), scores[0] - scores[1])))
         assert two == pytest.approx(within)  # the same seed twice is no more evidence
 
 
 def test_frequency_buckets():
     counts = np.concatenate([np.repeat(7, 150), np.repeat(5, 60), np.repeat(3, 60), np.repeat(0, 500), [1] * 99])
-    assert curves.frequency_buckets(counts) == [(7.0, 7.0), (3.0, 5.0)]
-    assert curves.frequency_buckets(np.repeat(2, 2500)) == [(2.0, 2.0), (2.0, 2.0)]
-    assert curves.frequency_buckets([5] * 120 + [2] * 110 + [0] * 9) == [(5.0, 5.0), (2.0, 2.0)]  # zero ends a bucket
-    assert curves.frequency_buckets([5] * 120 + [2] * 110) == [(5.0, 5.0)]  # nothing does
+    assert statistics.frequency_buckets(counts) == [(7.0, 7.0), (3.0, 5.0)]
+    assert statistics.frequency_buckets(np.repeat(2, 2500)) == [(2.0, 2.0), (2.0, 2.0)]
+    # zero ends a bucket
+    assert statistics.frequency_buckets([5] * 120 + [2] * 110 + [0] * 9) == [
+        (5.0, 5.0),
+        (2.0, 2.0),
+    ]
+    assert statistics.frequency_buckets([5] * 120 + [2] * 110) == [(5.0, 5.0)]  # nothing does
 
 
 def test_people_points():
     counts = [90] * 100 + [40] * 100 + [8] * 100 + [1] * 100 + [0] * 5
-    x, y = curves.people_points(counts, {0: [1.0], 1: [1.0, 0.5], 3: [0.0, 0.5]})
+    x, y = statistics.people_points(counts, {0: [1.0], 1: [1.0, 0.5], 3: [0.0, 0.5]})
     assert x.tolist() == [1, 40] and y.tolist() == [0.25, 0.75]  # less the most frequent, and one nobody judged
 
 
 def test_frequency_bands_and_negligible_concepts():
     counts, scores = [0, 0, 1, 9, 10, 500], [1.0, 3.0, 4.0, 6.0, 7.0, 8.0]
-    found = curves.frequency_bands(counts, scores)
+    found = statistics.frequency_bands(counts, scores)
     assert found == {"0": (2, 2.0), "1 to 9": (2, 5.0), "10 to 99": (1, 7.0), "100 to 999": (1, 8.0)}
-    assert curves.negligible(counts, 1_000_000) == pytest.approx(4 / 6)
+    assert statistics.negligible(counts, 1_000_000) == pytest.approx(4 / 6)
 
 
 def test_small_bins_by_the_rule_of_quartiles():
-    assert curves.small_bins([100, 110, 120, 130, 2]) == [4]
-    assert curves.small_bins([1, 10, 100, 1000]) == []
+    assert statistics.small_bins([100, 110, 120, 130, 2]) == [4]
+    assert statistics.small_bins([1, 10, 100, 1000]) == []
 
 
 def test_diagnostics_are_those_of_the_functions():
     rng = np.random.default_rng(0)
     counts, groups = (10 ** rng.uniform(0, 4, 500)).astype(int), np.repeat(["a", "b"], 250)
     scores = np.log(counts + 1.0) + rng.normal(0, 1, 500)
-    curve, about = curves.diagnose(counts, scores, groups, 10, slice(1, -1), 50)
+    curve, about = statistics.diagnose(counts, scores, groups, 10, slice(1, -1), 50)
     assert (about.rho, about.p) == correlation(curve, slice(1, -1)) and about.inner == about.rho
     assert about.within == pytest.approx(permutation_null(counts, scores, groups, 10, slice(1, -1), 50).mean())
     assert about.bin0 == curve.size[0] / 500 and about.reached == 0
     saved = {"exp_bins": curve.position, "cum_means": curve.mean, "cum_stds": curve.std}
-    assert correlation(curves.from_saved(saved), slice(1, -1)) == (about.rho, about.p)
+    assert correlation(statistics.from_saved(saved), slice(1, -1)) == (about.rho, about.p)
