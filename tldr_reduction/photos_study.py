@@ -175,8 +175,8 @@ STUDY = Study(
     paper="TL;DR (arXiv 2305.20087)",
     stands_for="CC3M",
     corpus=f"Flickr8k, {photos.RESIZED}, a sample for each English caption; T_g is another person's caption; codes and "
-    "the locked image tower are of EfficientNet-Lite0, pretrained on ImageNet-1k; the MLP on it and the text tower are from "
-    "scratch",
+    "the locked image tower are of EfficientNet-Lite0, pretrained on ImageNet-1k; the MLP on it and the text tower "
+    "are from scratch",
     before=(
         photos.FLICKR8K,
         photos.CAPTIONS,
