@@ -320,6 +320,8 @@ class EpisodicData:
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
         if self.teacher is not None and pairs is not None and process.main:  # only rank 0 reads the teacher's features
             self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing sample before training starts
+            if self.teacher.keys is None and not isinstance(pairs, data.TSV):
+                print(f"{cfg.external_teacher} has no sample keys: its rows must be in the order of the samples")
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
         self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
         self.eval_view = view_of(size, train=False, statistics=statistics)

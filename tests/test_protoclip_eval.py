@@ -71,6 +71,16 @@ def test_towers_load_into_open_clip(runs: list[str]):
         torch.testing.assert_close(plain.encode_text(tokens), model.encode_text(tokens))
 
 
+def test_other_protocols_of_the_probe(cfg: evaluation.Config):
+    """Shuffled samples and logistic regression, which are off unless asked for."""
+    one = dataclasses.replace(cfg, runs=cfg.runs[2:3], report=None)
+    usual = evaluation.main(one)[0]
+    (found,) = evaluation.main(dataclasses.replace(one, shuffled=True, logistic=True))
+    more = {"groups_id/probe_shuffled_best", "groups_id/probe_shuffled_final", "groups_id/probe_logistic"}
+    assert set(found) - set(usual) == more and all(0 <= found[key] <= 100 for key in more)
+    assert found["groups_id/probe_best"] == usual["groups_id/probe_best"]
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
     """A file with upstream's keys and shapes of RN50 (tests/golden), in the format of upstream's torch.save."""

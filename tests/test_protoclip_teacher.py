@@ -43,7 +43,8 @@ def test_row_aligned_teacher(cli, folder: Path):
     options = [*TINY, "--episodes", "2", "--dataset-size", "300", "--episode-size", "64"]
     for name in ("upstream.npy", "by_key.npz"):
         out = folder / name.replace(".", "-")
-        finished(cli("emoji", *options, "--external-teacher", folder / name, "--out", out))
+        result = finished(cli("emoji", *options, "--external-teacher", folder / name, "--out", out))
+        assert ("must be in the order of the samples" in result.out) == (name == "upstream.npy")
     assert metrics(folder / "upstream-npy") == metrics(folder / "by_key-npz")
     result = cli("emoji", *TINY, "--external-teacher", folder / "upstream.npy", "--out", folder / "wrong")
     assert result.code == 2 and "has 350 rows, the data" in result.err and one_sentence(result.err)

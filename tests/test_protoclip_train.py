@@ -93,6 +93,10 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
         assert (line["proto"] != 0) == (arm != "clip" and line["episode"] > 0)
         assert (line["external"] != 0) == (arm == "external" and line["episode"] > 0)
         assert np.isclose(line["loss"], line["clip"] + line["proto"] + line["external"], rtol=1e-5)
+        assert 1 <= line["logit_scale"] <= 100 and ("logit_scale_proto" in line) == (arm != "clip")
+        assert 0 <= line["modality_gap"] <= 2 and line["image_feature_std"] > 0 < line["text_feature_std"]
+        first = line["step"] % PER_EPISODE == 1 and line["episode"] > 0  # after the clustering of an episode
+        assert ("kmeans_error_image" in line and line["kmeans_error_text"] >= 0) == (arm != "clip" and first)
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     assert (state["episode"], state["batch"], state["prototypes"]) == (3, 0, None)
     assert ("logit_scale_proto" in state["state_dict"]) == (arm != "clip")

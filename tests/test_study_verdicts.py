@@ -42,6 +42,14 @@ def test_words_and_their_precedence(claim: Claim, mean: float, half: float | Non
     assert verdict(claim, mean, half, strongest, floor) == word and word in verdicts.VERDICTS
 
 
+def test_the_effect_is_reached_by_the_interval_before_holm():
+    """Its upper end may touch the effect. Holm's wider interval only decides the side."""
+    assert verdict(CLAIM, 3.5, 0.5, 40.0, 30.0) == "reproduced"
+    assert verdict(CLAIM, 3.25, 1.0, 40.0, 30.0, plain=0.75) == "reproduced"
+    assert verdict(CLAIM, 3.25, 1.0, 40.0, 30.0, plain=0.5) == "same direction"
+    assert verdict(CLAIM, 3.25, 3.5, 40.0, 30.0, plain=0.75) == "not resolved"
+
+
 def test_no_floor_of_a_metric_is_no_obstacle():
     seconds = CLAIM._replace(metric="seconds")
     assert verdicts.floor_of(seconds, FLOORS, "ours") is None and verdict(CLAIM, 5.0, 0.5, -3.0, None) == "reproduced"
