@@ -29,7 +29,8 @@ class Config:
     data: str = ""
     """Shards in img2dataset layout ('cc3m/{0000..0575}.tar', several lists joined by '::', a folder), or one .tsv."""
     bank: str = ""
-    """Embeddings of the captions: a folder that `python -m flame.embed` made, or the authors' folder of .pth files."""
+    """Embeddings of the captions, for the flame method: a folder that `python -m flame.embed` made, or the authors'
+    folder of .pth files."""
     out: str = "runs/flame/run"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
     dataset_size: int | None = None
@@ -43,7 +44,9 @@ class Config:
     """Folder for copies of remote shards, and for the index of large data."""
 
     method: Literal["flame", "clip"] = "flame"
-    """flame, or clip: the same image tower and captions, with a trained text transformer."""
+    """flame, or clip: the same image tower and captions, with a trained text transformer. Only flame uses --bank,
+    --rows, --facets, --loss and --centre; only clip uses --captions, --text-width, --text-layers, --max-length and
+    --embed-dim."""
     rows: tuple[int, ...] = ()
     """Facets of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. Facets 0, 1 and 4 ask for a word
     about the whole image, one for each caption."""
@@ -170,7 +173,8 @@ EMOJI = dataclasses.replace(
     eval_every=3,
     eval_set=EVAL + "bare_names_ood",
 )
-KNOWN = dataclasses.replace(EMOJI, data="data/flame/known/train", eval_every=0)  # without every fifth name
+KNOWN = dataclasses.replace(EMOJI, data="data/flame/known/train", eval_every=0)  # without the new names
+SIZES = {EMOJI.data: 8_913, KNOWN.data: 7_146}  # samples, for a dry run without these data
 RESNET = dataclasses.replace(
     KNOWN, model="ResNet-emoji", keep_in_memory=True, distinct_captions=True, hidden_dim=512, crop_scale=0.7, epochs=30,
     batch_size=512,

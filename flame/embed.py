@@ -64,7 +64,7 @@ class Config:
     layers: tuple[int, ...] = ()
     """Blocks, counted from 1, whose outputs are averaged; none given: the second-to-last."""
     mask: str = "decoupled"
-    """decoupled: facets do not attend to each other. causal: each attends to earlier facets."""
+    """decoupled: facets do not attend to each other. causal: each attends to earlier facets. MiniLM has no facets."""
     upstream: str | None = None
     """Clone of the authors' repository, to use their prompts, which their checkpoint needs; None: our prompts."""
     batch_size: int = 32

@@ -92,7 +92,8 @@ class Config:
     export: str | None = None
     """Refused: open_clip has no tower like FLAME's."""
     few_shot: str | None = None
-    """Classification set for episodes of two classes with one example each, in the context of the bank's LLM."""
+    """Classification set for episodes of two classes with one example each, in the context of the bank's LLM; for runs
+    of the flame method."""
     episodes: int = 100
     """Number of episodes."""
     report: str | None = None

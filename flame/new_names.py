@@ -1,6 +1,6 @@
 """Split the embedded corpus by names, for the study: `python -m flame.new_names`.
 
-    OUT/train/                  training shards without the drawings of every fifth name
+    OUT/train/                  training shards without the drawings of about a fifth of the names
     OUT/eval/new_names_id/      the drawings of the left-out names in the styles of training
     OUT/eval/new_names_ood/     the drawings of the left-out names in the unseen style
     OUT/manifest.json           settings, counts, sha256 of every shard

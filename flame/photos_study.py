@@ -4,8 +4,9 @@ Arms train on Flickr8k, a stand-in for CC3M. Of a photograph's five English capt
 the short one, and all five joined are the long one. Tests are retrieval in English, German, French, Czech and Arabic,
 retrieval by the five joined English captions, and zero-shot classification of CIFAR-10 and of PACS photographs.
 
-Why the effects can appear: for the same reasons as in study.py; in addition, CIFAR-10's class names hardly occur in
-the captions. The effects would vanish with as many captions per language as the language model has read.
+Why the effects can appear: for the same reasons as in study.py; in addition, CIFAR-10's class names,
+except dog, hardly occur in the captions. The effects would vanish with as many captions per language as the language
+model has read.
 """
 
 import contextlib

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from flame.bank import AuthorsBank, Bank, centred, open_bank
-from flame.config import PRESETS, Config, check, check_inputs
+from flame.config import PRESETS, SIZES, Config, check, check_inputs
 from flame.embed import embed_captions  # noqa: F401  (offered here, too)
 from flame.inmemory import InMemory
 from flame.model import create_model, mp_nce_loss, mp_sigmoid_loss
@@ -204,10 +204,13 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     model = create_model(cfg, text_dim)
     parameters = sum(p.numel() for p in model.parameters())
     mlp = sum(p.numel() for p in model.mm.parameters())
-    samples = cfg.dataset_size or 8913
+    try:
+        samples = data.planned_size(cfg)
+    except FileNotFoundError:
+        samples = SIZES.get(cfg.data, 0)
     per_epoch = samples // cfg.batch_size
     total = per_epoch * cfg.epochs
-    if not total:
+    if samples and not total:
         raise ValueError(f"{samples:,} samples are less than one batch of {cfg.batch_size}")
     side = model.visual.image_size[0]
     images, texts, about_texts = torch.zeros(2, 3, side, side), torch.ones(2, cfg.max_length, dtype=torch.long), []
@@ -216,7 +219,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         gigabytes = samples * 11 * text_dim * 2 / 1e9
         about_texts = [
             ("texts", f"{cfg.facets} of {len(cfg.rows) or 11} rows of {text_dim} numbers an image"),
-            ("bank", f"{gigabytes:,.1f} GB if every image has captions of its own"),
+            *([("bank", f"{gigabytes:,.1f} GB if every image has captions of its own")] if samples else []),
         ]
     inputs, checkpointed = model_inputs(images, texts, cfg), model.visual if cfg.grad_checkpointing else None
     activations = cli.activation_bytes(lambda: batch_loss(model(*inputs), texts, cfg), checkpointed) / 2 / 2**30
@@ -225,11 +228,11 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     cli.show_plan(
         [
             ("parameters", f"{parameters:,} (MLP {mlp:,}); no language model"),
-            ("samples", f"{samples:,} an epoch, {per_epoch * cfg.batch_size * cfg.epochs:,} in all"),
+            ("samples", f"{samples:,} an epoch, {total * cfg.batch_size:,} in all" if samples else "all of --data"),
             cli.disk_row(samples, parameters),
             cli.batch_row(cfg, world_size),
             *about_texts,
-            cli.step_row(total, per_epoch),
+            *([cli.step_row(total, per_epoch)] if samples else []),
             *cli.rate_rows(lambda step: f"{schedule(cfg, step, total):.3e}", cfg.warmup, total),
             ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32 (autocast: half the activations):"),
             ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),

@@ -23,6 +23,7 @@ from test_flame_train import (  # noqa: F401
 
 from flame import config, embed
 from flame.model import create_model
+from shared import data
 
 ERRORS = {
     "paper preset without data": (["cc3m-vitb16"], "--data is missing: it takes image-text shards"),
@@ -99,6 +100,19 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     if preset == "cc3m-vitb16":
         assert "steps              30,240 (945 an epoch)" in result.out and "327.3 GB" in result.out
         assert re.search(r"learning rate +5.000e-04 at step 2,000", result.out)
+    if preset == "emoji-lite0":
+        assert re.search(r"samples +7,146 an epoch", result.out) and "540 (27 an epoch)" in result.out
+
+
+def test_dry_run_counts_the_samples_of_the_data(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those of --data, if it is there; otherwise only the memory of a step is known."""
+    for preset in ("emoji-lite0", "emoji"):
+        corpus = config.PRESETS[preset][1].data
+        assert not Path(corpus).is_dir() or len(data.open_pairs(corpus)) == config.SIZES[corpus]
+    monkeypatch.chdir(tmp_path)
+    result = in_process("small", "--dry-run", "--data", "absent")
+    assert result.code == 0 and re.search("^samples +all of --data$", result.out, re.MULTILINE)
+    assert "steps" not in result.out and "memory estimate" in result.out
 
 
 def test_presets_are_the_published_settings():
