@@ -21,7 +21,7 @@ help:
 	@echo '                         or the same with hyphens'
 	@echo '                         SEEDS="0 1 2", ARMS=all, JOBS=PARALLEL, RESULTS=FILE.json; concept_frequency: UPSTREAM=CLONE'
 	@echo '                         CORPUS=photos PHOTOS=PATH: your photographs, PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
-	@echo '                         flame: LLM=gemma installs and uses Gemma 3 270M, whose terms you then accept; else SmolLM2'
+	@echo '                         flame uses SmolLM2, or Gemma 3 270M if LLM=gemma installed it, by which you accept its terms'
 	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS);'
 	@echo '                         writes the results to runs/report.html'
 	@echo 'make test                install and run all tests, offline after installation'

@@ -448,8 +448,9 @@ def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
 def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
     """flame_arms.png: a panel for each accuracy and recall, a line for each arm; mean and deviation over seeds."""
     shown = [key for key in STUDY.metrics if key != "seconds" and any(key in seeds[0] for seeds in arms.values())]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 + 1.1 * len(shown), 1.2 + 0.22 * len(arms)), sharey=True)
-    for axis, key in zip(np.atleast_1d(axes), shown, strict=True):
+    size = 4 + 1.1 * len(shown), 1.2 + 0.22 * len(arms)
+    figure, (axes,) = plt.subplots(1, len(shown), figsize=size, sharey=True, squeeze=False)
+    for axis, key in zip(axes, shown, strict=True):
         for place, (arm, seeds) in enumerate(arms.items()):
             if key in seeds[0]:
                 values = np.array([seed[key] for seed in seeds])
@@ -459,8 +460,8 @@ def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
         axis.set_xlim(left=0)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    np.atleast_1d(axes)[0].set_yticks(range(len(arms)), [STUDY.headings.get(arm, arm) for arm in arms])
-    np.atleast_1d(axes)[0].invert_yaxis()
+    axes[0].set_yticks(range(len(arms)), [STUDY.headings.get(arm, arm) for arm in arms])
+    axes[0].invert_yaxis()
     figure.supxlabel("top-1 and R@1 (%)", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "flame_arms.png", dpi=110)
