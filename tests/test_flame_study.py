@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -42,8 +43,23 @@ def test_arms_are_flags_of_one_preset_each():
 
 def test_arms_on_fewer_pairs_read_their_share_and_train_long_enough_for_a_full_batch():
     for (share, flags), epochs in zip(study.FEWER.items(), (30, 60), strict=True):
-        assert flags == f"--dataset-size {math.floor(7146 / int(share))} --epochs {epochs}"
+        assert flags.startswith(f"--dataset-size {math.floor(7146 / int(share))} --epochs {epochs} ")
         assert 7146 / int(share) >= config.PRESETS["emoji-lite0"][1].batch_size
+
+
+@pytest.mark.parametrize("arm", ["clip-equal-time", "clip-4", "clip-16", "flame-4", "flame-16"])
+def test_shorter_runs_warm_up_for_the_same_share_of_their_steps(arm: str):
+    def warmup_share(cfg: config.Config) -> float:
+        return cfg.warmup / (cfg.epochs * ((cfg.dataset_size or 7146) // cfg.batch_size))
+
+    whole = config.PRESETS["emoji-lite0"][1]
+    command = words(GEMMA, arm).split()
+    values = dict(itertools.pairwise(command))
+    fields = {"epochs": "--epochs", "warmup": "--warmup", "dataset_size": "--dataset-size"}
+    given = {field: int(values[flag]) for field, flag in fields.items() if flag in values}
+    assert warmup_share(dataclasses.replace(whole, **given)) == pytest.approx(
+        warmup_share(whole), rel=0.02
+    )  # whole steps
 
 
 def test_what_runs_once_is_made_for_the_arms_that_read_it():
