@@ -27,11 +27,10 @@ class Config:
     """0: an episode samples from all of the data. S: it samples from the next S shards of an endlessly reshuffled list.
     Remote shards are copied to `cache` for the episode, so that the data may be larger than the disk."""
     cache: str = "data/cache"
-    """Folder for copies of remote shards, and for features of a locked trunk. Runs with --episode-shards need one
-    folder each."""
+    """Folder for copies of remote shards, in a subfolder for each run, and for features of a locked trunk."""
 
     model: str = "RN50"
-    """Any open_clip config with a plain text tower; QuickGELU is forced on as upstream does."""
+    """Any open_clip config with a plain text tower; QuickGELU is forced on, except with a timm image tower (upstream)."""
     lock_image: bool = False
     """Freeze the pretrained image trunk and train only its projection; only for EfficientNet-Lite0 (--model
     Lite0-emoji). With --keep-in-memory the trunk's features of the uncropped images are computed once and stored in
@@ -194,15 +193,15 @@ EMOJI = dataclasses.replace(
 )
 PRESETS = {
     "small": ("ProtoCLIP on your own --data, without a teacher, small", SMALL),
-    "small-clip": ("its CLIP baseline", dataclasses.replace(SMALL, w_proto=0.0)),
+    "small-clip": ("CLIP baseline of small", dataclasses.replace(SMALL, w_proto=0.0)),
     "emoji": ("ProtoCLIP on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-clip": (
-        "its CLIP baseline: the same samples, augmentation and steps",
+        "CLIP baseline of emoji: the same samples, augmentation and steps",
         dataclasses.replace(EMOJI, w_proto=0.0, w_external=0.0),
     ),
-    "cc3m-rn50": ("README: ProtoCLIP, RN50, 2.5M pairs, 8 GPUs, 400 episodes", PAPER),
+    "cc3m-rn50": ("authors' README: ProtoCLIP, RN50, 2.5M pairs, 8 GPUs, 400 episodes", PAPER),
     "cc3m-rn50-clip": (
-        "README: CLIP, 8 GPUs, 32 epochs",
+        "authors' README: CLIP, 8 GPUs, 32 epochs",
         dataclasses.replace(PAPER, **CLIP, episodes=32, augmentation="default"),
     ),
     "cc3m-rn50-clip-light": (
@@ -210,11 +209,11 @@ PRESETS = {
         dataclasses.replace(PAPER, **CLIP, episodes=32),
     ),
     "cc3m-rn50-1gpu": (
-        "README: ProtoCLIP, 1 GPU, 100 episodes",
+        "authors' README: ProtoCLIP, 1 GPU, 100 episodes",
         dataclasses.replace(PAPER, **ONE_GPU, episodes=100, lit_start=99),
     ),
     "cc3m-rn50-1gpu-clip": (
-        "README: CLIP, 1 GPU, 8 epochs",
+        "authors' README: CLIP, 1 GPU, 8 epochs",
         dataclasses.replace(PAPER, **{**CLIP, **ONE_GPU}, episodes=8, augmentation="default"),
     ),
 }

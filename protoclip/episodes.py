@@ -205,6 +205,6 @@ class Episodes:
         return pairs, sample_episode(len(pairs), self.cfg.episode_size, self.rng)
 
     def fetch(self, episode: int) -> None:
-        """Start to fetch the shards of an episode, if it exists. Fork no processes meanwhile: `windows.Fetcher`."""
+        """Start to fetch the shards of an episode, if it exists. Fork no process meanwhile (see `windows.Fetcher`)."""
         if self.pairs is None and episode < self.cfg.episodes:
             self.fetcher.start(self.shards_of(episode))

@@ -130,8 +130,8 @@ def create_model(
 ) -> ProtoCLIP:
     """A ProtoCLIP with the towers of an open_clip config (`open_clip.list_models()`), randomly initialised.
 
-    QuickGELU is forced on, RN50 included, whatever the config says (as upstream, U:open_clip/model.py:347); with a timm
-    image tower the text tower keeps GELU (:359). ValueError for a config with a custom text tower.
+    QuickGELU is forced on, RN50 included, whatever the config says (as upstream, U:open_clip/model.py:347); only with a
+    timm image tower the text tower keeps GELU (:359). ValueError for a config with a custom text tower.
     """
     config = export.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])

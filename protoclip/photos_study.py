@@ -4,8 +4,8 @@ Arms with a locked EfficientNet-Lite0 train on the 30,000 English captions of Fl
 evaluated by retrieval on the usual 1,000 test photographs, by zero-shot classification of PACS's photographs, and by
 linear probes on its paintings and cartoons. All of these take features of the locked trunk that are computed once.
 
-Retrieval is asked first. Claims about probes are secondary here, since the same probe on the locked trunk's own
-features, a floor, is better than probes on projections of these features to fewer dimensions.
+The primary claims are about retrieval and zero-shot accuracy. Claims about probes are secondary here, since on emoji
+their floor, the same probe on the locked trunk's own features, is better than probes on projections of these features.
 
 Why the effect can appear: the captions describe a few kinds of scenes (dogs, children, sports) in many different words.
 A prototype averages some sixty samples and can stand for such a kind, and the teacher places sentences of similar

@@ -3,9 +3,9 @@
 Arms are trained on emoji with their names as captions, a stand-in for CC2.5M, and compared seed by seed.
 
 Why the effect can appear: names of one subgroup are close to each other in the text tower and in the teacher. A
-prototype of about nine names therefore rewards image features that different emoji share, which InfoNCE on distinct
-names pushes apart. The effect would vanish with K near the number of names, where each prototype is one caption, and
-with a teacher that does not place related names close together.
+prototype of about ten names therefore rewards image features that different emoji share, whereas InfoNCE on distinct
+names pushes these emoji apart. The effect would vanish with K near the number of names, where each prototype is one
+caption, and with a teacher that does not place related names close together.
 """
 
 import functools

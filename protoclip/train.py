@@ -350,7 +350,7 @@ class EpisodicData:
             passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
-        self.episodes.fetch(episode + 1)  # workers are forked already and cannot copy a lock of its threads
+        self.episodes.fetch(episode + 1)  # the workers exist already, so no fork can copy a lock of its threads
         run.wait()  # fetching an episode may take long; later collectives would time out
 
     def loader(self, what: str) -> Iterable:
