@@ -1,8 +1,8 @@
 """Every setting of pre-training, tuning, fine-tuning and the study of one encoder; presets and their checks.
 
-NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. CLIP's pre-training presets are read
-from the names of its checkpoints, tuning presets from the commands in its README; `in1k-*` (no recipe is published),
-`emoji*`, `small*` and `own*` are ours.
+NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets of CLIPs are read
+from the names of the authors' checkpoints, tuning presets from the commands in their README; `in1k-rn50-LEVEL` (no
+recipe is published), `emoji*`, `small*` and `own*` are ours.
 """
 
 import dataclasses
@@ -208,7 +208,7 @@ class Config:
     w_mse: float = 1.0
     """Weight of L_MSE."""
     mse_sum: bool = False
-    """L_MSE is the paper's squared distance, which is D times the mean over dimensions of the authors' code."""
+    """L_MSE sums over the D dimensions, as in the paper. Off: it is their mean, as in the authors' code."""
     w_cov: float = 0.04
     """Weight of L_COV."""
     w_svd: float = 0.001
@@ -462,7 +462,7 @@ class StudyConfig:
     tasks: tuple[str, ...] = ("group", "subgroup")
     """Labels of the downstream tasks on held-out emoji: group, subgroup, name."""
     methods: tuple[str, ...] = ("lp", "mlp", "nmtune")
-    """Heads, by the presets of nmtune.train."""
+    """Heads to tune, named by presets of nmtune.train."""
     seeds: int = 1
     """Number of tuning seeds of every head."""
     bank: int = 4
@@ -504,7 +504,7 @@ def tuning_row(name: str) -> Row:
     if name in METHODS:
         return Row("authors' README, any encoder", TASKS)
     if name.startswith("own-"):
-        return Row("ours, as the above", "features of one's own", number="none")
+        return Row("ours, as the above", "your own features", number="none")
     encoder, method = name.rsplit("-", 1)
     return Row(
         f"{FIGURES if encoder in SOURCES else 'public models'}, {ENCODERS[encoder][0]}, {method}",

@@ -379,7 +379,7 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
     """(training set, {test name: test set}) of one of the paper's downstream tasks, below the folder `root`.
 
     cifar10 ... rendered_sst2: in-domain transfer. domainnet-real ...: tuned on one domain, tested on four.
-    imagenet: tested on itself and on those variants that exist. FileNotFoundError names what is missing.
+    imagenet: tested on its validation set and on the variants that `root` has. FileNotFoundError names what is missing.
     """
     base = Path(root)
     if name in ID_SETS:

@@ -6,7 +6,7 @@ abstract; what comments say about its body is quoted from others' notes (see REA
 The paper's contribution in this file:
   - a light MLP that reshapes the features of a frozen, noisily pre-trained encoder     `NMTuneHead`
   - L_MSE preserves the encoder's features                                              `consistency_loss`
-  - L_COV spreads the feature dimensions (against low SVE, for in-domain transfer)      `covariance_loss`
+  - L_COV spreads the feature dimensions (high SVE, for in-domain transfer)             `covariance_loss`
   - L_SVD makes the leading singular values dominate (low LSVR, for out-of-domain)      `dominant_singular_value_loss`
 Used by every arm: the linear classifier (LP) and the frozen encoders of timm and open_clip.
 

@@ -2,8 +2,8 @@
 
 Encoders are pre-trained on 10,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
 LP, MLP and NMTune are tuned on the photographs of PACS and tested on held-out photographs (ID), and on paintings,
-cartoons and sketches of the same classes (OOD), a stand-in for DomainNet. The same is done with features of a black
-box, EfficientNet-Lite0, of the same photographs.
+cartoons and sketches of the same classes (OOD), a stand-in for DomainNet. The same heads are also tuned and tested on
+features of these images from a black box, EfficientNet-Lite0.
 
 Why the effects can appear: for the same reasons as in study.py; PACS is a benchmark of the paper's kind of domain
 shift. The effects would vanish where a probe is near 100 %, as on an ImageNet network's features of photographs.

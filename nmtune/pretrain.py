@@ -150,8 +150,8 @@ def open_samples(
 ) -> NoisyLabels | SwappedCaptions:
     """The training set with its noise; `images` are given if the kind is supervised.
 
-    With `keep_in_memory` it has two more attributes: `decoded`, what the function of this name returns, and `side`,
-    the pixels of a view's side.
+    With `keep_in_memory` it has two more attributes: `decoded`, the tensors that `decoded()` returns, and `side`, the
+    side of a view in pixels.
     """
     if cfg.kind == "supervised":
         samples = NoisyLabels(cfg, transform, images)

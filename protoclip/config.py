@@ -30,7 +30,8 @@ class Config:
     """Folder for copies of remote shards, in a subfolder for each run, and for features of a locked trunk."""
 
     model: str = "RN50"
-    """Any open_clip config with a plain text tower; QuickGELU is forced on, except with a timm image tower (upstream)."""
+    """Any open_clip config with a plain text tower. As upstream, QuickGELU is forced on, but not with a timm image
+    tower."""
     lock_image: bool = False
     """Freeze the pretrained image trunk and train only its projection; only for EfficientNet-Lite0 (--model
     Lite0-emoji). With --keep-in-memory the trunk's features of the uncropped images are computed once and stored in
