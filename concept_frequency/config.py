@@ -35,7 +35,7 @@ class Config:
     law: Literal["zipf", "log-uniform"] = "zipf"
     """zipf: frequencies are proportional to 1 / rank**exponent. log-uniform: their logarithms are evenly spaced."""
     exponent: float = 1.0
-    """Of --law zipf: 1 is Zipf's law, 0 makes all equal."""
+    """Exponent of --law zipf: 1 is Zipf's law, 0 makes all equal."""
     assignment: int = 0
     """Index of the random assignment of ranks to concepts, which also depends on the seed."""
     misaligned: float = 0.0
@@ -194,7 +194,7 @@ class CountConfig:
     """Terms in no caption. drop: ignore them, as upstream (`unicorn dog` counts as `dog`). zero: the count is 0."""
 
     label_column: str = ""
-    """Parquet column with the image's labels, which replace a tagger."""
+    """Parquet column with the concept in each image, instead of a tagger."""
     tagger: str = ""
     """Tagger of the images, for .tar shards: clip, ram++ or package.module:function. Empty: only captions are
     counted."""

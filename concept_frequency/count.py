@@ -436,10 +436,10 @@ def why_never(cfg: CountConfig, names: Sequence[str], counted: Counted) -> str |
     odd = [name for name, terms in zip(names, counted.missing, strict=True) if any(clean(t) != t for t in terms)]
     if not odd:
         return None
-    remedy = "pass --lemmatize, which cuts words as captions are cut" if not cfg.lemmatize else "pass --clean-terms"
+    remedy = "pass --lemmatize, which splits words as captions are split" if not cfg.lemmatize else "pass --clean-terms"
     return (
-        f"{len(odd):,} concepts, such as {odd[0]!r}, have a term with other signs than letters, which captions' nouns "
-        f"lose: such a term is in no caption; {remedy}"
+        f"{len(odd):,} concepts, such as {odd[0]!r}, have a term with other signs than letters, which are deleted from "
+        f"captions' nouns, so no caption has the term; {remedy}"
     )
 
 

@@ -57,7 +57,7 @@ class Config(locked_clip.Config):
     """Settings of a CLIP that is trained on captions of photographs."""
 
     thin: float = 0.0
-    """Share of the captions with one of a random half of the nouns that is dropped; the others repeat more often."""
+    """Share to drop of the captions that contain one of a random half of the nouns; the others repeat more often."""
 
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:

@@ -173,7 +173,7 @@ def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
 
 
 class ShardImages(Dataset):
-    """The rows of an image shard as (document, image (3, H, W)) or Broken. `tar` is the opened shard."""
+    """Row i of an image shard: (document, image (3, H, W)), or Broken. `tar` is the opened shard."""
 
     def __init__(self, tar: FileIO, number: int, ids: str, table: RowTable | None, transform: Callable):
         self.tar, self.number, self.ids, self.table, self.transform = tar, number, ids, table, transform

@@ -175,7 +175,7 @@ class Diagnostics(NamedTuple):
     bin0: float  # share of pairs in bin 0, which most of the paper's panels leave out
     across: float  # mean rho of scores shuffled across everything
     within: float  # ... within each group
-    reached: float  # share of the latter that reach rho
+    reached: float  # share of the shuffles within groups that reach rho
 
 
 def diagnose(

@@ -49,7 +49,7 @@ LEARNED = "frequent"  # accuracy on the tenth of concepts that is most frequent 
 
 
 def claim(text: str, paper: str | None, metric: str, method: str, baseline: str, sign: int = 1, **more) -> Claim:
-    """A claim about arms that have learned if their accuracy on frequent concepts is above the floor."""
+    """A claim that is judged only if the accuracy of its stronger arm on frequent concepts is above the floor."""
     return Claim(text, paper, metric, method, baseline, sign, learned_by=LEARNED, **more)
 
 
