@@ -8,9 +8,9 @@ Why the effect can appear: frequencies span one to three decades and are assigne
 independent of the concepts' difficulty. The effect would vanish if all concepts, or none, were frequent enough to be
 learned.
 
-A curve needs concepts in all of its bins. Under Zipf's law most of them are rare, and the bins of frequent ones hold
-three or eight. The primary claims about the curve are therefore judged where frequencies are spread evenly over their
-logarithm, with the same number of pairs; the claims about rare concepts under Zipf's law.
+A correlation of bins needs many concepts in each bin. Under Zipf's law most concepts are rare, and the bins of frequent
+ones hold three or eight. The primary claims about the curve are therefore judged where frequencies are spread evenly
+over their logarithm, with the same number of pairs; the claims about rare concepts under Zipf's law.
 """
 
 import functools

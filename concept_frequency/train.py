@@ -60,8 +60,8 @@ def log_uniform_counts(
 ) -> np.ndarray:
     """Frequencies from 1 up with a constant ratio, in random order: (K,) int64, sum = total.
 
-    Their logarithms are evenly spaced, so all bins of a curve hold about equally many concepts. ValueError if total <
-    K.
+    Their logarithms are evenly spaced, so that the bins of a curve hold about equally many concepts (a bin without a
+    whole number in it is empty). ValueError if total < K.
     """
     places = np.linspace(1, 0, num_concepts)
     span = 0.0 if total <= num_concepts else brentq(lambda x: np.exp(x * places).sum() - total, 0, math.log(total))

@@ -48,8 +48,8 @@ TUNINGS = 10
 
 
 def heads_arm(name: str, head: str, options: str = "", on: str = "", but: str = "", core: bool = True) -> Arm:
-    """An arm of TUNINGS heads on the black box for each seed; `options` are for nmtune.train, `on` and `but` are in the
-    heading."""
+    """An arm of TUNINGS heads on the black box for each seed; `options` are for nmtune.train, `on` and `but` are parts
+    of the heading."""
     first = f"train emoji-lite0-{head} {options} --seed {{seed}}0 --out {{out}}"
     more = f"head_study --run {{out}} --heads {TUNINGS}"
     return Arm(name, (first, more), heading=f"EfficientNet-Lite0{on}, {HEADS[head]}{but}", core=core)
