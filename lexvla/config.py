@@ -39,7 +39,7 @@ class Config:
     """Frozen image backbone: a folder or hub name for transformers (with a /), a timm model, a .pt file of `python -m
     lexvla.backbone`, or efficientnet_lite0, with feature maps as patches (both ours)."""
     encode_once: bool = False
-    """Encode all images once, uncropped, and train on the tokens, which are kept in `cache`. Ours."""
+    """Encode all images once, without random crops, and train on the tokens, which are kept in `cache`. Ours."""
     image_size: int = 224
     """Image side in pixels. Not stated in the paper."""
     crop_scale: float = 0.9

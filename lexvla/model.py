@@ -3,7 +3,7 @@
 The authors have released no code (Clementine24/LexVLA holds a README). Equations and sections are the camera-ready's;
 `V:` is jzhoubu/VDR@12c3e7a and `S:` naver/splade@8dcd33a, predecessors that compute the same quantities. Anything that
 the paper does not state is marked here and numbered in README.md. This file contains the paper's whole contribution:
-  - an image and a caption as sparse distributions over one vocabulary of words    `lexical_map`, `sparsify`
+  - an image and a caption as sparse, non-negative vectors over one vocabulary     `lexical_map`, `sparsify`
   - two codebooks over it: the LLM's own, frozen, and a trained copy for images    `TextEncoder`, `ImageEncoder`
   - an LLM as predictor of a caption's words, by an in-context prompt              `lexical_prompt`, `TextEncoder`
   - the overuse penalty, so that words do not become mere shared dimensions        `overuse_penalty`

@@ -3,8 +3,8 @@
 Arms train on the 30,000 English captions of Flickr8k, a stand-in for CC12M. They are compared by retrieval on the usual
 1,000 test photographs, and by PatchDis on COCO photographs with instance masks.
 
-Photographs are seen at the size of the preset, and the floor that arms must exceed sees them at this size, too. A row
-shows the same floor at the size of the other studies.
+Arms, and the floor that they must exceed, see photographs at the size of the preset. Another row shows this floor at
+the size of the other studies.
 
 Why the effects can appear: for the same reasons as in study.py, except for new words: test captions use the words of
 the training captions, so a bag of words has no disadvantage.

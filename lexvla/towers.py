@@ -124,7 +124,7 @@ def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained:
 
 
 def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
-    """Add LoRA to the LM's layers named in `lora_targets`; with cached states, where only the last MLP runs, to its."""
+    """Add LoRA to the LM's layers named in `lora_targets`; with cached states, to those of the last MLP alone."""
     if cfg.grad_checkpointing:  # transformers renamed the method
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})

@@ -81,7 +81,7 @@ class PairDataset(Dataset):
 
 
 class TokenDataset(Dataset):
-    """Item i: (the frozen backbone's tokens (n, D) of image i, uncropped, caption, broken samples skipped).
+    """Item i: (the frozen backbone's tokens (n, D) of image i by `transform`, caption, broken samples skipped).
 
     Tokens are read from `file` if it has the right shape and the first image's tokens agree. Otherwise each process
     encodes a share of the images, the shares are gathered, and `file` is written, unless a sample is broken.
@@ -161,7 +161,7 @@ def encoded(
 def training_set(
     cfg: Config, pairs, image: ImageEncoder, process: run.Process, precision: str
 ) -> PairDataset | TokenDataset:
-    """Crops of the images, or with --encode-once the tokens of whole images."""
+    """Random crops of the images, or with --encode-once the tokens of their evaluation views."""
     if cfg.encode_once:
         sources = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
         file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(source.encode() for source in sources))}.npy"

@@ -137,8 +137,8 @@ class Config(Stage):
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width/height ratio of a random crop."""
     keep_in_memory: bool = False
-    """Decode a small corpus once and augment whole batches; without crops the teacher's features are also computed
-    once. Off: decode every sample at every step."""
+    """Decode the centre squares of a small corpus once and augment whole batches; without crops the teacher's features
+    are also computed once. Off: decode every sample at every step."""
     distinct_captions: bool = False
     """With --keep-in-memory: no batch holds a caption twice, as far as an epoch allows."""
 
@@ -344,7 +344,7 @@ def in_steps(cfg: Config, per_epoch: int) -> Config:
 
 
 def check_locked(cfg: Config) -> None:
-    """Raise ValueError if both towers are locked, or a tower that cannot be."""
+    """Raise ValueError if both towers are locked, or if one is locked that cannot be."""
     image, text = cfg.lock_image or cfg.use_teacher_image, cfg.lock_text or cfg.use_teacher_text
     if image and text:
         raise ValueError(

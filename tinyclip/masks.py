@@ -102,7 +102,7 @@ class L0Mask(nn.Module):
 
     @torch.no_grad()
     def eval_masks(self, soft: bool = True) -> dict[str, Tensor]:
-        """Deterministic masks by `eval_gate`; hidden gates are rounded together, others per layer."""
+        """Deterministic masks by `eval_gate`; its groups are all hidden gates, and the other gates of each layer."""
         masks = {}
         for kind, loga in self.logas().items():
             groups = loga.reshape(1 if kind == "hidden" else self.layers, -1)

@@ -420,7 +420,7 @@ class Student(nn.Module):
         return {"image": self.image_mask.uniforms(), "text": self.text_mask.uniforms()} if self.masks else None
 
     def tower_masks(self, u: dict[str, dict[str, Tensor]] | None = None) -> list[Masks | None]:
-        """(image, text) masks: in training sampled, from the uniform numbers u if given; in evaluation rounded."""
+        """(image, text) masks: in training sampled, from the uniform numbers u if given; else as in `eval_masks`."""
         towers = {"image": self.image_mask, "text": self.text_mask}
         return [
             None if mask is None else mask.sample(u and u[tower]) if self.training else mask.eval_masks()

@@ -4,9 +4,10 @@ Two teachers and their students are trained on stand-ins for LAION-400M and comp
 their names as captions, with manual inheritance, and ViTs on scenes of few emoji, with learned masks.
 
 Why the effects can appear: the teachers classify more images correctly than nearest neighbours on raw pixels do, and
-train longer than a student, so that their weights and similarities contain what a student lacks. The effects would
-vanish with a teacher no better than raw pixels, and with students trained until they equal the teacher. A batch of
-scenes holds each caption several times, which misleads the contrastive loss only; two arms ignore equal captions.
+train longer than students of half the size, so that their weights and similarities contain what a student lacks. The
+effects would vanish with a teacher no better than raw pixels, and with students trained until they equal the teacher. A
+batch of scenes holds each caption several times, which misleads the contrastive loss only; two arms ignore equal
+captions.
 """
 
 import itertools

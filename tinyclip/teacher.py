@@ -1,6 +1,6 @@
 """Load the teacher, and the models that a student inherits from.
 
-A teacher only computes features, so that any dual encoder with CLIP's tokenizer can be one (another paper's run, an
+A teacher only computes features, so any dual encoder with CLIP's tokenizer can be one (another paper's run, an
 export, a model of open_clip). A model to inherit from must have the layout of `model.CLIP`.
 """
 

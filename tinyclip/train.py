@@ -1,4 +1,4 @@
-"""Train one TinyCLIP stage, or the teacher of the emoji presets: `python -m tinyclip.train PRESET [--overrides]`.
+"""Train one TinyCLIP stage, or a small teacher: `python -m tinyclip.train PRESET [--overrides]`.
 
 TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution
 in this file is the course of a stage:

@@ -128,7 +128,7 @@ class TextTransformer(nn.Module):
     """BLIP's BERT: ids (B, T) -> (B, T, C). V:models/med.py:42-94, 410-790.
 
     There are no token types. Cross-attention reads image_embeds (B, L, D); None skips it. `causal` masks later
-    positions, as the decoder needs. Masked scores get -10000, as upstream, not -inf.
+    positions, as the decoder needs. -10000 is added to masked scores, as upstream, not -inf.
     """
 
     def __init__(
@@ -261,8 +261,8 @@ class TextDecoder(nn.Module):
 
 
 def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. On a GPU, the
-    call waits for it."""
+    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. With ids on
+    a GPU, the call waits for the GPU."""
     position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
     wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
     return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]

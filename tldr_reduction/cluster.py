@@ -57,8 +57,8 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
 
 
 def whiten(x, dim: int = 256) -> Tensor:
-    """(N, L') -> (N, d <= dim) float32: whitened, then scaled to unit length. Trained on at most 1000 L' rows, the same
-    as by faiss."""
+    """(N, L') -> (N, d <= dim) float32: whitened, then scaled to unit length. Trained on at most 1000 L' rows, those
+    that faiss draws."""
     limit, rows = 1000 * x.shape[1], slice(None)
     if len(x) > limit:
         order = np.empty(len(x), np.int32)

@@ -67,9 +67,9 @@ class Common:
     dropout: float = 0.1
     """Dropout of the text tower."""
     max_words: int = 30
-    """Words of a caption; longer ones are cut."""
+    """Maximum number of words of a caption; the rest is cut."""
     max_length: int = 30
-    """Tokens of a caption in training, after the cut to `max_words`; longer ones are cut."""
+    """Maximum number of tokens of a caption in training, after the cut to `max_words`; the rest is cut."""
 
     epochs: int = 20
     """Passes over the data."""
@@ -139,8 +139,8 @@ class CaptionerConfig(Warm):
     legacy: bool = True
     """beta weights the codebook term, as upstream. Off: it weights the commitment term, as in VQ-VAE's paper."""
     codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
-    """uniform: U(-1/K, 1/K) (upstream). keywords: embeddings of the K most frequent keywords (paper), shifted and
-    scaled to the tokens' mean and variance. data: tokens of images."""
+    """uniform: U(-1/K, 1/K) (upstream). xavier: Xavier's (the paper's ablation). keywords: embeddings of the K most
+    frequent keywords (paper), shifted and scaled to the tokens' mean and variance. data: tokens of images."""
     keywords: str | None = None
     """Text file of K keywords, one per line, instead of the captions' most frequent (paper: object tags)."""
     keyword_model: str = "bert-base-uncased"
@@ -182,7 +182,7 @@ class RetrievalConfig(Common):
     queue_size: int = 57600
     """Keys in BLIP's queues."""
     momentum: float = 0.995
-    """Momentum m of BLIP's momentum encoders: p_m <- m p_m + (1 - m) p after each step."""
+    """Momentum m of BLIP's momentum encoders: p_m <- m p_m + (1 - m) p in each step, before the losses."""
     alpha: float = 0.4
     """Weight of the momentum encoders' soft targets, reached after one epoch."""
 
@@ -201,8 +201,8 @@ class Config(Warm):
     clip_model: str = "ViT-B-16"
     """Any open_clip config, for --objective clip."""
     bag_of_words: bool = False
-    """A clip's text tower is `model.BagOfWords`, with the width of clip_model's: fast, for captions that are lists of
-    names."""
+    """Use `model.BagOfWords` as a clip's text tower, with the width of clip_model's: fast, for captions that are lists
+    of names."""
     steps: int | None = None
     """Number of training steps, in place of --epochs; the last epoch may end early. The learning rate then falls by the
     same total factor as with --epochs and --lr-decay-rate, and warms up for one epoch at most."""
@@ -214,7 +214,7 @@ class Config(Warm):
     queue_size: int = 57600
     """Keys in BLIP's queues."""
     momentum: float = 0.995
-    """Momentum m of BLIP's momentum encoders: p_m <- m p_m + (1 - m) p after each step."""
+    """Momentum m of BLIP's momentum encoders: p_m <- m p_m + (1 - m) p in each step, before the losses."""
     alpha: float = 0.4
     """Weight of the momentum encoders' soft targets, reached after two epochs."""
     accumulate: int = 1
@@ -232,7 +232,7 @@ class Config(Warm):
 
 
 def class_of(values: dict) -> type[Common]:
-    """The class of settings to which `values` from the checkpoint of a run folder belong."""
+    """The class of the settings `values` in the checkpoint of a run folder."""
     for name, cls in (("clip_model", Config), ("codebook_init", CaptionerConfig), ("quantize", FinetuneConfig)):
         if name in values:
             return cls
@@ -490,7 +490,7 @@ class ReduceConfig:
     clusters: int | None = None
     """Clusters k. None: the recipe's number, but at most one per 30 samples."""
     itm_keep: float | None = None
-    """Keep only selected samples that are in this top share of all samples by ITM score."""
+    """Keep only selected samples that are in this top share of all samples by score (of --scorer)."""
     select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
     """By clusters: stride, every n-th member (paper); nearest or farthest from the centroid. Without clusters: random;
     first, the first samples of the file; itm, those with the highest scores; all."""
@@ -498,7 +498,8 @@ class ReduceConfig:
     """What is clustered. codes: code vectors. image: continuous features of the captioner or encoder. blip, text: the
     scorer's contrastive embeddings of images or of captions."""
     captions: Literal["original", "refined", "generated"] | None = None
-    """T_o, "T_o; T_g", or T_g; None: refined if --caption-model or --predictions is given, else original."""
+    """original: T_o, the data's captions. refined: "T_o; T_g", where T_g is a generated caption. generated: T_g. None:
+    refined if --caption-model or --predictions is given, else original."""
     start: Literal["seed", "first"] = "seed"
     """Where the stride of a cluster starts: at a member drawn by --seed, or at the first in the file, as upstream,
     which favours the beginning of the file."""
@@ -673,7 +674,7 @@ VLP, A100 = "2 nodes of 16", "8 x A100"
 ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
 OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} %"
 FINE = "TR/IR@1 {} % from all of CC3M, {} % from TL;DR's"
-TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # with the whole method under this setting
+TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "main table, ViLT": "no code is released",
     "fine-tuning on captioning, VQA, NLVR2, RefCOCO+ and video": "stock BLIP and ViLT do it",

@@ -1,7 +1,7 @@
 """Make TL;DR's emoji corpus: `python -m tldr_reduction.corpus` writes data/emoji_tldr from data/emoji.
 
     clean/   one drawing style with true names: the clean captioning set (in the paper COCO and Visual Genome)
-    pool/    the other six training styles with noisy captions: the data to be reduced (CC3M ...)
+    pool/    the other six training styles with noisy captions: the data to be reduced (in the paper CC3M and others)
     vocab.txt, noise.json
 
 By a fixed seed, an image of the pool gets the name of its emoji (55 %), a single keyword of its emoji (20 %), or the

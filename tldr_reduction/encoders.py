@@ -1,6 +1,7 @@
 """Pretrained image encoders, for reductions without a codebook captioner.
 
-A k-means codebook turns an encoder's tokens into code vectors; its features measure the quality of a selection.
+A k-means codebook turns an encoder's tokens into code vectors. A selection is compared with random ones on an encoder's
+features.
 
 Shapes: B images, S their side, C channels of a token, D features, c numbers of a code, K codes.
 """

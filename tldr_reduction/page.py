@@ -129,7 +129,7 @@ def checks(found: dict[str, dict]) -> str:
 
 
 def histogram(itm: dict) -> str:
-    """SVG histogram of the scores before and after."""
+    """SVG histogram of the scores of all samples before, and of the kept ones after."""
     before, after = (itm[when]["histogram"] for when in ("before", "after"))
     top, (low, high), bars = max(*before, *after, 1e-6), itm["before"]["span"], []
     for i, pair in enumerate(zip(before, after, strict=True)):
@@ -144,7 +144,7 @@ def histogram(itm: dict) -> str:
         for when in ("before", "after")
     )
     plot = f'<svg viewBox="0 0 {wide} 175" width="{wide}">{"".join(bars)}{ends}</svg>'
-    return f"<p>{words} (grey: before, green: after)</p>{plot}"
+    return f"<p>{words} (grey: all samples before, green: kept ones after)</p>{plot}"
 
 
 def reasons(columns: dict[str, Sequence], show: Examples, rng: np.random.Generator) -> list[str]:

@@ -8,10 +8,10 @@ wrong.
 
 Copies of a photograph stay in the pool when it is reduced (`--no-drop-duplicates`, as upstream). If they were dropped,
 a reduction would keep one caption of each photograph that it keeps, and models trained on so few captions stay far
-below canonical correlation.
+below a linear baseline (canonical correlation).
 
-Why the effect can appear: each photograph is in the pool five times, and its copies fall into one cluster, of which
-every second one is kept. So codes keep all photographs, and random halves or quarters do not. The smaller the share,
+Why the effect can appear: each photograph is in the pool five times, and its copies fall into one cluster, whose every
+second member is kept. So codes keep all photographs, and random halves or quarters do not. The smaller the share,
 the larger the difference: of a random half, few photographs are missing. The captions are nearly all correct, so
 refinement can only add words, and the effect of matching scores cannot appear.
 """

@@ -10,7 +10,7 @@ DIR will hold
                      image is a path: below DIR (images/SHARD/NAME, written with --extract-images), or the input's own
   report.csv         one line per sample: kept or not and why, cluster, place in it, distance, duplicates, ITM, captions
   report.json        counts, duplicates, cluster sizes, codes used, cohesion and coverage beside those of random
-                     selections, ITM scores before and after, seconds
+                     selections, ITM scores of all samples before and of the kept ones after, seconds
   report.html        the same as a page: kept and dropped examples with reasons, clusters, duplicates, captions
   work/              code vectors, scores and generated captions by sample; an interrupted run resumes from them
 Under torchrun, the ranks divide the samples of the costly passes among themselves.

@@ -129,7 +129,7 @@ def itm_summary(scores: np.ndarray, cut: float = 0.5, span: tuple[float, float] 
 
 
 def itm_summaries(before: np.ndarray, after: np.ndarray, probabilities: bool) -> dict:
-    """`itm_summary` of scores before and after, with the same cut and span.
+    """`itm_summary` of scores of all samples before and of the kept ones after, with the same cut and span.
 
     Probabilities of a match are cut at 0.5; cosines are cut at their median before.
     """

@@ -419,7 +419,7 @@ def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
 
 
 def plot_itm(reduction: Path, out: Path) -> None:
-    """tldr_reduction_itm.png: histogram of matching scores before and after, by one scorer."""
+    """tldr_reduction_itm.png: histogram of matching scores of all pairs before, and of the kept ones after."""
     itm = json.loads((reduction / "report.json").read_text()).get("itm")
     if itm is None:
         return
