@@ -53,7 +53,7 @@ def named(path: str | Path) -> bool:
 
 
 def check_own(path: str | Path, cfg: Any) -> None:
-    """ValueError if `path` is a run of a paper other than that of `cfg`."""
+    """ValueError if `path` is a run of another paper than `cfg`."""
     if (paper := trained_by(path)) not in (None, paper_of(cfg)):
         raise ValueError(f"{path} is a run of {paper}: use 'python -m {paper}.eval {path}'")
 

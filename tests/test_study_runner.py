@@ -196,7 +196,7 @@ def test_results_hold_floors_and_judged_claims(study: Study, capfd: pytest.Captu
     assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "not testable here", "no claim"]
     assert set(summary["settings"]) == {"base", "method"} and summary["corpus"] == "Embedded emoji corpus"
     shown = capfd.readouterr().out
-    assert "| chance" in shown and "★ higher" in shown and "intervals take" not in shown
+    assert "| chance" in shown and "★ higher" in shown and "intervals may use" not in shown
 
     runner.run(study, runner.Options(seeds=(0,)))  # one seed more of the same: its scatter is that of the results
     row = json.loads(Path("runs/paper/results.json").read_text())["claims"][0]

@@ -47,7 +47,7 @@ class Tower(NamedTuple):
 
 def open_clip_tower(model: str) -> Tower:
     """The image tower of an open_clip config, with random weights."""
-    logging.disable(logging.WARNING)  # open_clip says that the weights are random
+    logging.disable(logging.WARNING)  # hides the warning that the weights are random
     clip = open_clip.create_model(model)
     logging.disable(logging.NOTSET)
     return Tower(clip.visual, export.open_clip_config(model)["embed_dim"], image_side(clip))

@@ -62,7 +62,7 @@ Create = Callable[[str, int], nn.Module]  # `create_model`, or another function 
 
 def create_model(name: str, max_length: int) -> nn.Module:
     """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images."""
-    logging.disable(logging.WARNING)  # open_clip says that the weights are random
+    logging.disable(logging.WARNING)  # hides the warning that the weights are random
     model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=max_length))
     logging.disable(logging.NOTSET)
     model.visual.trunk = nn.Identity()
@@ -156,7 +156,7 @@ def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
 def encode(
     folder: str | Path, features: Tensor, captions: Sequence[str], create: Create = create_model
 ) -> tuple[Tensor, Tensor]:
-    """A run's embeddings (N, E) of images, given as EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
+    """A run's embeddings (N, E) of images, from EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
     model, tokenizer = load(folder, create)
     return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
 

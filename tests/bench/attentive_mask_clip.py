@@ -5,7 +5,7 @@ their ratio theirs/ours with its extremes over the repetitions (above 1: ours is
 weights and optimizer state; then the time of the steps of A-CLIP and its baselines at ViT-B/16, and of their parts.
 `--upstream` is a clone of microsoft/A-CLIP@0e51942; without it, only open_clip's training step is compared.
 
-Their code runs on today's timm, with the unfused attention of timm 0.5.4, which it requires.
+Their code runs on the installed timm, with the unfused attention of timm 0.5.4, which it requires.
 """
 
 import argparse
