@@ -14,8 +14,8 @@ if sys.platform == "win32":  # no fcntl, which file locks need
 def tell_missing_packages(extra: str) -> None:
     """Replace `sys.excepthook`: on a missing package, print the command that installs it and exit with code 2.
 
-    extra: of pyproject.toml, for a paper the name of its folder, whose __init__.py calls this before any import that
-    may fail.
+    extra: name of the extra in pyproject.toml that has the package, for a paper its folder's name. A paper's
+    __init__.py calls this before any import that may fail.
     """
     shown = sys.excepthook
 

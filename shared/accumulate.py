@@ -112,7 +112,7 @@ def like(output: Any, parts: list[Any]) -> Any:
 
 
 def leaf(parts: Sequence[Any]) -> Any:
-    """One output of all micro-batches as a leaf tensor: samples are concatenated, parameters taken from the first."""
+    """An output of all micro-batches as a leaf tensor: samples are concatenated; a parameter is that of the first."""
     if not torch.is_tensor(parts[0]):
         return parts[0]
     whole = torch.cat(parts) if parts[0].ndim > 1 else parts[0].detach()

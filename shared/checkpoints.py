@@ -1,6 +1,6 @@
 """Reads and writes the files of a run: checkpoints and JSON.
 
-Reading never runs code (`weights_only=True`). Writing is atomic: a file is complete or unchanged.
+Reading never runs code from a file (`weights_only=True`). Writing is atomic: a file is complete or unchanged.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 def trained_by(run: str | Path) -> str | None:
     """Folder name of the paper whose script wrote a run's checkpoint, or None.
 
-    Old checkpoints do not name their paper; then it is taken from the path.
+    Old checkpoints do not name their paper; for these it is taken from the path.
     """
     file = Path(run) / "checkpoint.pt"
     if not file.is_file():

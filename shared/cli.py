@@ -14,7 +14,7 @@ from torch import nn
 from shared.clip import set_grad_checkpointing
 from shared.run import QUIET, finish
 
-PAIR_BYTES = 25_000  # an image of 256 pixels and its caption, from the 10 TB of LAION-400M that its authors report
+PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
 
 # ----------------------------------------------------------------------------------------------------------- checks
 
@@ -71,7 +71,7 @@ def check_in_memory(config: Any, shards: str = "window_shards") -> None:
 
 
 def check_crop(config: Any) -> None:
-    """ValueError unless --crop (if set) holds two shares of the image, and --crop-ratio two ratios.
+    """ValueError unless --crop (if set) is two shares of the image, and --crop-ratio two ratios, smaller first.
 
     With --keep-in-memory a crop may be larger than the image, up to four times its area.
     """
@@ -150,7 +150,7 @@ def activation_bytes(forward: Callable[[], Any], checkpointed: nn.Module | None 
     """Bytes that autograd keeps for the backward pass of `forward()`, without parameters.
 
     With `checkpointed`, a model, activation checkpointing is turned on in it. The result is then the inputs of all
-    blocks plus the activations of one block, estimated as all activations divided by the number of blocks.
+    blocks plus the activations of one block, estimated as all others divided by the number of blocks.
     """
     kept = kept_bytes(forward)
     if checkpointed is None:

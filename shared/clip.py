@@ -9,7 +9,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = 4  # groups of texts of similar length, on a CPU, where time is proportional to the number of tokens
+GROUPS = 4  # groups of texts by length; on a CPU only, where time is proportional to the number of tokens
 
 
 def cuts(model: nn.Module) -> bool:
@@ -20,9 +20,9 @@ def cuts(model: nn.Module) -> bool:
 def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> Tensor:
     """Like `open_clip.CLIP.encode_text`, token ids (B, L) -> (B, E), but without computing padding.
 
-    Sorts texts by length and splits them into groups; each group is computed up to its longest text. On a GPU, all L
-    positions are computed in training, and if `trimmed` has cut the texts. Towers excluded by `cuts` use open_clip's
-    function.
+    Sorts texts by length and, on a CPU, splits them into groups; each group is computed up to its longest text. On a
+    GPU, all L positions are computed in training, and if `trimmed` has cut the texts. Models for which `cuts` is False
+    use open_clip's function.
     """
     if not cuts(clip):
         return open_clip.CLIP.encode_text(clip, text, normalize)

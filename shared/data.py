@@ -1,4 +1,4 @@
-"""Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by row.
+"""Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by row (the pair's index).
 
 The tar headers of each shard are indexed once, so that any sample can be read by its byte offset. The order of an epoch
 is then a pure function of (seed, epoch): it does not depend on the number of loader workers, is split evenly over
@@ -8,8 +8,9 @@ With a dataset of N rows, item i of a run is row i % N in epoch i // N. So one s
 reads ahead from one epoch into the next. Workers return uint8 pixels, which the training process normalises on its
 device (`in_two`).
 
-Broken samples (truncated tar, unreadable image, missing or empty caption, wrong encoding) are replaced by the next
-readable row, and reported at the end of the epoch from their `Broken` records.
+Samples that lack an image or a caption, or that a damaged tar cuts off, have no row. A sample that proves unusable when
+it is read (broken image, empty caption, wrong encoding) is replaced by the next readable row. Both are recorded as
+`Broken` and reported at the end of the epoch.
 """
 
 import array
@@ -94,7 +95,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def file_hash(content: bytes) -> bytes:
-    """16 bytes that tell an image's file, or its pixels, from others."""
+    """16-byte hash of an image's file or of its pixels."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
@@ -141,7 +142,7 @@ def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torc
 
 
 def encode_distinct(encode: Callable[[torch.Tensor], Encoded], images: torch.Tensor, keys: Sequence) -> Encoded:
-    """`encode(images)` of a batch (B, ...), a row for each image; images with equal keys (B) are encoded once."""
+    """`encode(images)` of a batch (B, ...) -> (B, ...); images with equal `keys` (B) are encoded once."""
     rows: dict = {}
     for row, key in enumerate(keys):
         rows.setdefault(key, row)
@@ -277,7 +278,7 @@ class NoPairs(ValueError):
 class Shards:
     """Random access to the pairs of local webdataset shards: `len`, `keys`, `read(row)`, `caption(row)`.
 
-    `limit` keeps only the first rows; `total` is their number without it. With `strict`, any broken sample is a
+    `limit` keeps only the first rows; `total` is the number of all rows. With `strict`, any broken sample is a
     ValueError.
     """
 
@@ -320,12 +321,12 @@ class Shards:
         return range(*self._starts[shard : shard + 2].clip(max=len(self)).tolist())
 
     def _bytes(self, row: int, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on of the row's shard."""
+        """`size` bytes of the row's shard, from `offset` on."""
         return self._files.read(self.shard_of(row), offset, size)
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
-        if isinstance(self._spans, np.memmap):  # the other process maps the file itself
+        if isinstance(self._spans, np.memmap):  # the process that unpickles this maps the file itself
             state |= {"keys": None, "_starts": None, "_spans": None}
         return state
 
@@ -350,8 +351,8 @@ class Shards:
 def damaged_shard(path: str, count: int, spans: np.ndarray, whole: Sequence[int]) -> str:
     """A sentence about a damaged shard: bytes and pairs that could be read, and the expected number of pairs.
 
-    `count` pairs could be read; spans (n, 4): their offsets and sizes. The expected number is from img2dataset's
-    FILE_stats.json, else the median of `whole`, the numbers of pairs of the undamaged shards.
+    count: pairs that could be read; spans (count, 4): their offsets and sizes. The expected number is from
+    img2dataset's FILE_stats.json, else the median of `whole`, the numbers of pairs of the undamaged shards.
     """
     read = int((spans[:, [0, 2]] + spans[:, [1, 3]]).max()) if len(spans) else 0
     size = os.path.getsize(path)
@@ -400,7 +401,7 @@ def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
 
 
 class TSV:
-    """Pairs of a tab-separated file with columns `title` and `filepath` (ProtoCLIP's, OpenCLIP's csv layout)."""
+    """Pairs of a tab-separated file with columns `title` and `filepath`, the csv layout of OpenCLIP and ProtoCLIP."""
 
     def __init__(self, path: str, limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.strict, self.broken = strict, []
@@ -441,9 +442,9 @@ def open_pairs(
 
 
 def planned_size(cfg) -> int:
-    """Pairs per epoch for a dry run: --dataset-size, else the number in --data; 0 if there is none or it is remote.
+    """Pairs per epoch for a dry run: --dataset-size, else the number in --data; 0 without --data or if it is remote.
 
-    Remote shards are not fetched: a line asks for --dataset-size.
+    Remote shards are not fetched; a printed line asks for --dataset-size.
     """
     if cfg.dataset_size or not cfg.data:
         return cfg.dataset_size or 0
@@ -454,7 +455,7 @@ def planned_size(cfg) -> int:
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
-    """ValueError if `pairs` are not the data of the run's checkpoint `state`, or fewer than a batch."""
+    """ValueError if `pairs` are not the data of the checkpoint `state`, or fewer than a batch; else `say_size`."""
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
         dealt = ", or with another number of processes" * hasattr(pairs, "place")
         raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
@@ -466,7 +467,7 @@ def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> 
 def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
     """Print a sentence for each damaged shard, and one if --dataset-size is not the number of pairs.
 
-    Nothing is printed for windows of shards, whose size is not known in advance.
+    Prints nothing for windows of shards, whose size is not known in advance.
     """
     if process.main and isinstance(pairs, Shards):
         say_damaged(pairs.cut())
@@ -497,11 +498,10 @@ def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
 def read_or_next(
     pairs: Shards | TSV, row: int, broken: list[Broken], decode: Callable[[bytes], Any] | None = None
 ) -> Pair:
-    """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`. `decode` may
-    replace `decode_image`.
+    """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`.
 
-    `row` may also be an item of a run (see the top of this file). ValueError for a broken sample if `pairs` are strict,
-    or after 1000 of them.
+    `decode`, if passed, is used instead of `decode_image`. `row` may also be an item of a run (see the top of this
+    file). ValueError for a broken sample if `pairs` are strict, or after 1000 of them.
     """
     if hasattr(pairs, "place"):  # a window of shards
         pairs, row = pairs.place(row)
@@ -541,7 +541,7 @@ def training_batches(
     start: int = 0,
     drop_last: bool = True,
 ) -> Iterator:
-    """This rank's batches of the given epochs, one after the other, from batch `start` of the first epoch on.
+    """This rank's batches of `epochs`, one after the other, from batch `start` of the first epoch on.
 
     Each epoch is a pass over the dataset, shuffled by (cfg.seed, epoch). `drop_last` leaves out a short last batch.
     `cfg` also has the global `batch_size` and the number of loader `workers`, which start immediately.
@@ -561,7 +561,7 @@ def training_batches(
 def loader_of(
     dataset: Dataset, batches: Iterable[Sequence[int]], collate: Callable, cfg, process: run.Process
 ) -> DataLoader:
-    """DataLoader of the given batches of items."""
+    """DataLoader of `batches`, lists of items."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -592,7 +592,7 @@ def watch(batches: Iterable, broken: list[Broken]) -> Iterable:
         yield batch
 
 
-def broken_report(broken: Iterable[Broken], fate: str = "replaced by their neighbours") -> str | None:
+def broken_report(broken: Iterable[Broken], fate: str = "left out or replaced") -> str | None:
     """One line with the number of distinct broken samples, the reasons and the first keys; None if there are none."""
     distinct = dict(broken)
     if not distinct:

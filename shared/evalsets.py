@@ -32,7 +32,7 @@ class EvalSet(IterableDataset):
     """One split of an evaluation set; iterating gives `(key, image, target)` in shard order.
 
     image: `transform` of an RGB PIL image. target: int label, (C,) float 0/1 vector or list of captions.
-    `classnames` and `templates` are empty for retrieval sets. `batches` also raises errors of workers.
+    `classnames` and `templates` are empty for retrieval sets.
     """
 
     def __init__(self, folder: str | Path, transform: Callable[[Image.Image], torch.Tensor], split: str = "test"):
@@ -134,7 +134,7 @@ class EvalSet(IterableDataset):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | list]]:
         """Yields `(images (B, ...) on the device, labels (B,) int64 | (B, C) float32 | list of B caption lists)`.
 
-        With workers the order differs from shard order, but is the same on every run.
+        With workers the order differs from shard order, but is the same on every run. Workers' errors are raised here.
         """
         pixels, normalise = in_two(self.transform)
         own, empty = copy.copy(self), True
@@ -195,7 +195,7 @@ def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
 
 
 def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-    """{extension: bytes} of a sample: its image, in the first of IMAGE_EXTENSIONS that it has, and its targets."""
+    """{extension: bytes} of a sample: its image (the first of IMAGE_EXTENSIONS that it has) and its targets."""
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in files), None)
     contents = {}
     for extension in {image, "cls", "npy", "txt"} & files.keys():

@@ -53,7 +53,7 @@ def named(path: str | Path) -> bool:
 
 
 def check_own(path: str | Path, cfg: Any) -> None:
-    """ValueError if `path` is a run of a paper other than that of `cfg`."""
+    """ValueError if `path` is a run of another paper than `cfg`."""
     if (paper := trained_by(path)) not in (None, paper_of(cfg)):
         raise ValueError(f"{path} is a run of {paper}: use 'python -m {paper}.eval {path}'")
 
@@ -61,9 +61,9 @@ def check_own(path: str | Path, cfg: Any) -> None:
 def results_folder(path: str | Path, cfg: Any) -> Path:
     """Folder of results.json and results.md for a run folder, a checkpoint file or MODEL@TAG.
 
-    For a run folder: itself. For a file: FILE.eval/ beside it. For MODEL@TAG: runs/PAPER/MODEL@TAG/, where PAPER is the
-    folder of `cfg`'s class. For `local-dir:DIR` and for another paper's run DIR, so as not to overwrite its results:
-    runs/PAPER/NAME/, where NAME is DIR's last part.
+    For a run folder: itself. For a file STEM.pt: STEM.eval/ beside it. For MODEL@TAG: runs/PAPER/MODEL@TAG/, where
+    PAPER is the folder of `cfg`'s class. For `local-dir:DIR`, and for another paper's run DIR, whose results must not
+    be overwritten: runs/PAPER/NAME/, where NAME is DIR's last part.
     """
     paper = paper_of(cfg)
     if named(path):
@@ -83,8 +83,8 @@ def measured_run(
 ) -> dict[str, float]:
     """`measured` of a run folder, a checkpoint file or MODEL@TAG, cached in `results_folder` with a table, results.md.
 
-    measure(folder) -> metrics; the run's training seconds are added. Measured again if the checkpoint, a shard of
-    an evaluation set, one of `files`, or a field of `cfg` that can change metrics has changed.
+    measure(folder) -> metrics; the run's training seconds are added. Measured again if the code, the checkpoint, a
+    shard of an evaluation set, one of `files`, or a field of `cfg` that can change metrics has changed.
     """
     path, folder = Path(path), results_folder(path, cfg)
     inside = Path(str(path).removeprefix("local-dir:"))
@@ -135,9 +135,9 @@ def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Containe
 
 
 def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
-    """(names of the embedded corpus's evaluation sets in `cfg`, whether it also names other sets).
+    """(names of the embedded corpus's evaluation sets in `cfg`, whether `cfg` also names other sets).
 
-    Sets are folders named in fields of `cfg`; those of the embedded corpus are the fields' defaults.
+    Sets are folders named in fields of `cfg`; those that are the fields' defaults belong to the embedded corpus.
     """
 
     def flat(values: Iterable[Any]) -> set[str]:

@@ -75,12 +75,12 @@ def local_folder(source: str | Path) -> Path | None:
 
 
 def foreign(source: str | Path, paper: str) -> bool:
-    """Whether `source` is a model of another paper or library: another paper's run, an export or MODEL@TAG."""
+    """Whether `source` is another paper's run, an export or MODEL@TAG of open_clip."""
     return named(source) or local_folder(source) is not None or trained_by(source) not in (None, paper)
 
 
 def no_export(paper: str) -> str:
-    """NO_EXPORT in the paper's config.py, the reason why its runs have no export, or ""; read without an import."""
+    """The reason why a paper's runs have no export, NO_EXPORT in its config.py, or ""; read without importing it."""
     for node in ast.parse((ROOT / paper / "config.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NO_EXPORT":
             return ast.literal_eval(node.value)
@@ -89,7 +89,7 @@ def no_export(paper: str) -> str:
 
 def exported(run: str | Path) -> Path:
     """RUN/open_clip, a folder that open_clip loads. The paper's eval.py writes it if it is missing or older than the
-    checkpoint. ValueError if the run cannot be exported; for a paper with `no_export`, before eval.py is started."""
+    checkpoint. ValueError if the run cannot be exported; eval.py is not started for a paper that has `no_export`."""
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
         raise ValueError(

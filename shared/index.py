@@ -1,7 +1,8 @@
-"""Index of a data set: the keys of its samples and the offsets of their bytes, memory-mapped by all processes.
+"""Index of a data set: the keys of its samples and the offsets of their bytes.
 
 The index of a data set of LARGE bytes or more is cached in a folder, named by a hash of the paths, sizes and times of
-the data set's files. One process per machine writes it while the others wait; later runs only open it.
+the data set's files. One process per machine writes it while the others wait; then all memory-map it, and so do later
+runs.
 """
 
 import array
@@ -25,7 +26,7 @@ import numpy as np
 
 from shared.tars import Broken, index_shard
 
-LARGE = 2**28  # bytes; the index of a data set of this size or more is cached; a smaller one is indexed in a second
+LARGE = 2**28  # bytes; the index of a data set of this size or more is cached; indexing a smaller one takes a second
 VERSION = 1  # of the files
 HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
 CHUNK = 2**22  # bytes of strings that are hashed at a time
@@ -82,7 +83,7 @@ class Strings(Sequence):
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text[:last], other.text[:last])
 
     def utf32(self, rows: int = 2**14) -> Iterator[bytes]:
-        """The bytes of `np.array(list(self))`, in blocks of `rows` strings, without making that array."""
+        """The bytes of `np.array(list(self))`, in blocks of `rows` strings, without building the whole array."""
         if not len(self):
             return
         starts = np.concatenate([[0], self.ends[:-1]])
@@ -205,7 +206,7 @@ def index_shards(paths: Sequence[str]) -> Index:
 
 
 def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
-    """Index of shards, read from the folder `cache` if it is there and no shard has changed since."""
+    """Index of shards, read from the folder `cache` if it is cached there and no shard has changed since."""
 
     def make() -> tuple[dict[str, np.ndarray], dict]:
         index = index_shards(paths)

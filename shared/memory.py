@@ -45,7 +45,7 @@ def square_pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def check_size(count: int, side: int, process: run.Process | None = None) -> None:
-    """ValueError if `count` images of `side` pixels in each of the machine's processes exceed half of its memory."""
+    """ValueError if `count` images of `side` pixels in each process of this machine exceed half of its memory."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
     needed, there = 3 * side**2 * count * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there / 2:
@@ -61,10 +61,10 @@ def read(
     tokenize: Callable[[list[str]], Tensor],
     process: run.Process | None = None,
 ) -> InMemory:
-    """Decode every pair: images as centre squares of `side` pixels, captions as tokens. Samples of the same image, with
-    several captions, are decoded once.
+    """Decode every pair: images as centre squares of `side` pixels, captions as tokens.
 
-    ValueError if this exceeds half of the machine's memory (see `check_size`).
+    An image with several captions is decoded once. ValueError if the images exceed half of the machine's memory (see
+    `check_size`).
     """
     check_size(len(pairs), side, process)
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
@@ -114,10 +114,10 @@ def bicubic(x: Tensor) -> Tensor:
 
 
 def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Weights (B, target, source) that resize [start, start + length) of a row of `source` pixels to `target` pixels.
+    """Weights (B, target, source) that resize [start, start + length) of a line of `source` pixels to `target` pixels.
 
     This is PIL's antialiased bicubic filter: its unit is a target pixel if the image shrinks, else a source pixel.
-    start, length (B,) are in source pixels. Positions beyond the row take the value at its nearest end.
+    start, length (B,) are in source pixels. Positions beyond the line take the value at its nearest end.
     """
     step = (length / target)[:, None, None]  # source pixels a target pixel
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
@@ -181,7 +181,7 @@ class Views:
             transform,
             batches,
         )
-        self.uniforms = uniforms((*seed, 1), len(rows), count)  # not the stream that shuffles
+        self.uniforms = uniforms((*seed, 1), len(rows), count)  # another stream than that of the shuffled order
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -203,6 +203,6 @@ def statistics_on(device: torch.device, mean: tuple[float, ...], std: tuple[floa
 
 
 def normalized(images: Tensor, statistics: tuple[Sequence[float], Sequence[float]] = CLIP_STATISTICS) -> Tensor:
-    """images (B, 3, S, S), 0 to 255 -> normalised in place, channels last; `statistics` are of values 0 to 1."""
+    """images (B, 3, S, S), 0 to 255 -> normalised, channels last; changes `images`. statistics: of values 0 to 1."""
     mean, std = (255 * x for x in statistics_on(images.device, *map(tuple, statistics)))
     return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ NOTE = f"""
 
 {{}} presets. Run one with `python -m FOLDER.PRESET`, with both names as in the table; `--dry-run` shows its sizes,
 schedule, memory and disk space.
-"{NOT_STATED}": found neither on the authors' pages nor in the parts of the paper that could be read."""
+"{NOT_STATED}": found neither on the authors' pages nor in those parts of the paper that could be read."""
 
 
 class Row(NamedTuple):

@@ -90,7 +90,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-CACHED = 200_000  # most features in the file of `cached_lite0_features`, 1 GB
+CACHED = 200_000  # most features in a file of cached features, 1 GB
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def keep_features(store: Path, new: dict[bytes, np.ndarray]) -> None:
 
 
 def in_order(digests: Sequence[bytes], known: dict[bytes, np.ndarray]) -> Tensor:
-    """Features (N, 1280) of N hashes."""
+    """Features (N, 1280) for N hashes, in their order."""
     return torch.from_numpy(np.stack([known[digest] for digest in digests])) if digests else torch.empty(0, 1280)
 
 

@@ -1,6 +1,6 @@
-"""Probes of frozen features: nearest neighbour, and linear probes with the papers' SGD recipe.
+"""Probes of frozen features: nearest neighbour, and the linear SGD probe of ProtoCLIP, SLIP and A-CLIP.
 
-FLAME's AdamW probe and ProtoCLIP's L-BFGS probe are in their folders.
+FLAME's AdamW probe is in flame/eval.py, ProtoCLIP's L-BFGS probe in protoclip/eval.py.
 
 Functions take features (N, D) and labels (N,) int64, and return accuracies in percent.
 """
@@ -79,7 +79,10 @@ def fit(
     seed: int,
     by_step: bool,
 ) -> tuple[float, float, Tensor, Tensor]:
-    """Train with cross-entropy, also on a short last batch -> best and final test top-1, weight (C, D), bias (C,)."""
+    """Train with cross-entropy, also on a short last batch -> best and final test top-1, weight (C, D), bias (C,).
+
+    The learning rate is a cosine to 0, by step or by epoch. Test labels that are not in the training set are misses.
+    """
     weight, bias = (tensor.detach().clone().to(train_x).requires_grad_() for tensor in init)
     optimizer = make_optimizer([weight, bias])
     base_lr = optimizer.param_groups[0]["lr"]
@@ -96,7 +99,7 @@ def fit(
             optimizer.zero_grad()
             F.cross_entropy(F.linear(train_x[batch], weight, bias), train_y[batch]).backward()
             optimizer.step()
-        with torch.no_grad():  # test labels that are not in the training set count as misses
+        with torch.no_grad():
             parts = chunks(len(test_x), len(bias))
             predictions = torch.cat([F.linear(test_x[rows], weight, bias).argmax(dim=1) for rows in parts])
         final = percent(predictions == test_y)

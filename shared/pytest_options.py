@@ -1,6 +1,6 @@
 """The test suite's command-line options, as a pytest plugin of the installed package.
 
-They cannot be in conftest.py: pytest would take DIR of `pytest --golden DIR` for a folder of tests before reading it.
+They cannot be in conftest.py: before reading it, pytest would take DIR of `pytest --golden DIR` for a folder of tests.
 """
 
 from pathlib import Path

@@ -291,8 +291,8 @@ def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> I
 class RunLog:
     """Writes a run folder's config.json, metrics.jsonl and tensorboard/; does nothing on ranks above 0.
 
-    On resume at `step`, lines of later steps (written after the last checkpoint) are removed, so that the file is
-    that of an uninterrupted run. The writing process locks it: ValueError if another process has the lock.
+    On resume at `step`, lines of later steps (written after the last checkpoint) are removed, so that metrics.jsonl
+    becomes that of an uninterrupted run. The writing process locks it: ValueError if another process has the lock.
     """
 
     def __init__(self, folder: Path, config: Any, process: Process, step: int = 0):

@@ -1,7 +1,7 @@
 """Reads webdataset shards (headers, contents, indices) as untrusted input, and writes them.
 
-Damaged, malformed or too large files are skipped and returned as `Broken` records. Links are not followed, and damaged
-headers cannot cause an endless loop.
+Damaged, malformed or too large files are skipped and recorded as `Broken`. Links are not followed, and damaged headers
+cannot cause an endless loop.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
 
 
 def index_shard(path: str) -> ShardIndex:
-    """Index one tar from its headers. Broken: samples without image or caption, and those of `tar_files`."""
+    """Index one tar from its headers. Broken: incomplete, truncated or too large samples, and those of `tar_files`."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
     broken: list[Broken] = []
     size = os.path.getsize(path)

@@ -1,4 +1,4 @@
-"""For data that do not fit on the disk: windows of a few shards are fetched ahead, read, and removed.
+"""For data that do not fit on the disk: fetches windows of a few shards ahead, reads and removes them.
 
 In each epoch the shards are shuffled by (seed, epoch), divided among the ranks, and each rank's share is split into
 windows of S shards. A window gives a fixed number of batches, from its rows in random order. If it has too few rows,
@@ -65,7 +65,7 @@ class Fetcher:
 
 
 class Windowed:
-    """Pairs by item of a run, read by window; the counterpart of `data.Shards`."""
+    """Pairs read by window, with an item of a run as index; the counterpart of `data.Shards`."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ def clear(cache: Path, wanted: Sequence[str]) -> None:
 
 
 def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size: int = 1) -> Iterator[str]:
-    """Captions of this rank: every world_size-th caption from `rank` on; for `Windowed`, of every world_size-th shard.
+    """Captions of this rank: every world_size-th one from `rank` on; for `Windowed`, of every world_size-th shard.
 
     A window's shards are fetched ahead, once each, and removed after reading.
     """

@@ -2,8 +2,8 @@
 
 The functions take features and labels; `evaluate` at the end applies them to any model with open_clip's `encode_image`
 and `encode_text`. Letters: N images with a label, C classes, P prompts, D feature dimensions; in classification T
-templates; in retrieval I images and T captions. Scores are computed in chunks of at most `CHUNK` numbers, so that no
-whole N x C or I x T matrix is in memory.
+templates; in retrieval I images and T captions. Scores are computed in chunks of at most `CHUNK` numbers, so that the
+N x C or I x T matrix is never in memory as a whole.
 """
 
 import math
@@ -175,7 +175,7 @@ def percent(hits: Tensor) -> float:
 
 
 def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
-    """Image -> text, (i,) int64: number of other images' captions ranked before the best of the image's own captions.
+    """Image -> text, (i,) int64: number of other images' captions ranked before the best caption of the image.
 
     scores: (i, T) of the images with indices `images` (i,); text_to_image: (T,) image of each caption.
     Another image's caption with an equal or NaN score is ranked before. An image without captions (evaluation sets
@@ -256,7 +256,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Metrics of the test split of every evaluation set (see `shared.evalsets`), by folder name, in percent.
 
-    model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is in eval mode meanwhile.
+    model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is put into eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
     `retrieval_metrics` over all captions. ValueError if two sets have the same folder name.
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.

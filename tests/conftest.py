@@ -3,9 +3,9 @@
     @pytest.mark.golden("protoclip", "clip_loss")
     def test_clip_loss(case): ...
 
-runs once per file of that family in DIR/protoclip/. The family of a file is the longest family name that its own name
-starts with, among those that the folder's tests claim in any module. tests/test_golden.py fails for a case file that no
-test claims. A .json beside an .npz of the same stem is not a case, but the `json` of that case.
+runs once per file of that family in DIR/protoclip/. The family of a file is the longest prefix of its name that a test
+of the folder, in any module, claims as a family. tests/test_golden.py fails for a case file that no test claims. A
+.json beside an .npz of the same stem is not a case, but the `json` of that case.
 A family without a file in DIR gives no tests; the default DIR must have files of all families.
 """
 
@@ -161,7 +161,7 @@ def own_name(value: Any) -> str:
 
 
 class GoldenModule(pytest.Module):
-    """A test module without the golden tests that have no case in the given DIR."""
+    """A test module without the golden tests that have no case in DIR."""
 
     def collect(self):
         default = self.config.getoption("golden") == DEFAULT

@@ -30,7 +30,7 @@ def no_network() -> None:
 
 
 def full_disk(room: str = "300000") -> None:
-    """No file can grow beyond this number of bytes; logs fit, checkpoints do not."""
+    """No file can grow beyond `room` bytes: logs fit, checkpoints do not."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), resource.RLIM_INFINITY))
 
 
@@ -47,7 +47,7 @@ class Full(io.FileIO):
 
 
 def no_space(name: str, left: str) -> None:
-    """The disk is full after this number of writes to a file of that name."""
+    """The disk is full after `left` writes to a file called `name`."""
     Full.left, original = int(left), io.open
 
     def opened(file, mode: str = "r", *rest, **options):
@@ -59,7 +59,7 @@ def no_space(name: str, left: str) -> None:
 
 
 def die_saving(count: str) -> None:
-    """Kill the process when the count-th checkpoint is written but not moved to its place yet."""
+    """Kill the process when the count-th checkpoint has been written but not yet renamed to checkpoint.pt."""
     left, original = int(count), os.replace
 
     def replace(source, target) -> None:
@@ -73,14 +73,14 @@ def die_saving(count: str) -> None:
 
 
 def at_step(step: int, action) -> None:
-    """Run `action(images)` before an image tower reads its step-th training batch."""
+    """Run `action(images)` before an image tower reads its `step`-th training batch."""
     seen = 0
 
     def hook(module: nn.Module, inputs: tuple):
         nonlocal seen
         if not isinstance(module, nn.Conv2d) or module.in_channels != 3:
             return None
-        if torch.is_grad_enabled() or not module.weight.requires_grad:  # trained, or a frozen tower's
+        if torch.is_grad_enabled() or not module.weight.requires_grad:  # not an evaluation of a trained tower
             seen += 1
             if seen == step:
                 return action(*inputs)
@@ -89,7 +89,7 @@ def at_step(step: int, action) -> None:
 
 
 def nan(step: str, path: str) -> None:
-    """Put a NaN into one batch of images; the file `path` shows that the batch was read."""
+    """Put a NaN into the images of batch `step`; the file `path` shows that the batch was read."""
 
     def spoil(images: torch.Tensor):
         Path(path).touch()
@@ -101,12 +101,12 @@ def nan(step: str, path: str) -> None:
 
 
 def vanish(step: str, path: str) -> None:
-    """Delete a file before that batch."""
+    """Delete the file `path` before batch `step`."""
     at_step(int(step), lambda _: os.remove(path))
 
 
 def pause(step: str, path: str) -> None:
-    """Before that batch, create the file `path` and wait until it is deleted."""
+    """Before batch `step`, create the file `path` and wait until it is deleted."""
 
     def wait(_) -> None:
         Path(path).touch()
@@ -133,5 +133,5 @@ if __name__ == "__main__":
     faults = (no_network, full_disk, no_space, die_saving, nan, vanish, pause, read_only)
     {each.__name__: each for each in faults}[name](*options)
     sys.argv = [module, *arguments]
-    sys.modules.pop(module, None)  # imported before the fork, but a script starts without
+    sys.modules.pop(module, None)  # the server has imported it; a script runs its module anew
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -7,8 +7,8 @@ from shared.presets import folders
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("shared", "shared.corpora", "shared.study", *folders())
-EVIDENCE = ("study.py", "photos_study.py")  # what may use shared.study and shared.corpora
-BUILDERS = {  # of a paper's corpus; beside study.py, they use shared.corpora
+EVIDENCE = ("study.py", "photos_study.py")  # files of a paper that may use shared.study and shared.corpora
+BUILDERS = {  # of papers' corpora; like studies, they may use shared.corpora
     "flame/new_names.py",
     "lexvla/scenes.py",
     "tldr_reduction/pool.py",
@@ -26,7 +26,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, as `package.module` if it imports from a package."""
+    """Modules that a file imports; `from package import module` gives `package.module`, too."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):

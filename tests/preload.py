@@ -1,6 +1,6 @@
-"""Modules imported once by a server whose forks run the tests' processes, scripts and ranks, which saves seconds for
-each. A pytest process has one such server and starts it at the first fork, so this file imports everything that any
-fork needs."""
+"""Modules that a server imports once. Its forks are the tests' scripts and ranks, which thus need not wait seconds for
+imports. A pytest process has one such server, started at the first fork, so this file imports all that any fork needs.
+"""
 
 import contextlib
 import gc
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LATE = [  # imported inside functions, and by what runs in ranks
+LATE = [  # imported inside functions, or by functions that run in ranks
     *("pytest", "sklearn.feature_extraction.text", "torch.utils.tensorboard", "safetensors.torch", "peft"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "dinov2", "llama")),
 ]
@@ -20,7 +20,7 @@ OURS = [f"{path.parent.name}.{path.stem}" for path in sorted(PATHS) if "study" n
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 os.fsync = lambda descriptor: None  # what tests write need not survive a power cut
 for name in [*LATE, *OURS, "tests.small_models"]:
-    with contextlib.suppress(Exception):  # the test that needs it says what is wrong
+    with contextlib.suppress(Exception):  # a test that needs the module reports the error
         importlib.import_module(name)
 with contextlib.suppress(Exception):
     sys.modules["concept_frequency.tagging"].load_spacy("en_core_web_sm")
@@ -30,7 +30,7 @@ with contextlib.suppress(Exception):
     made, make = tokenizer.SimpleTokenizer(), tokenizer.SimpleTokenizer.__init__
 
     def shared(self, context_length: int = 77, clean: str = "lower", reduction_mask: str = "", **more) -> None:
-        """CLIP's vocabulary is read once, which takes a tenth of a second, and not by each fork."""
+        """Reuse CLIP's vocabulary, which the server has read: each fork would take a tenth of a second."""
         if more:
             return make(self, context_length=context_length, clean=clean, reduction_mask=reduction_mask, **more)
         vars(self).update(vars(made), context_length=context_length, clean_fn=tokenizer.get_clean_fn(clean))
@@ -38,4 +38,4 @@ with contextlib.suppress(Exception):
 
     tokenizer.SimpleTokenizer.__init__ = shared
 gc.collect()
-gc.freeze()  # forks need not go through all of it again and again
+gc.freeze()  # the garbage collector of a fork skips these objects

@@ -1,11 +1,11 @@
-"""What the end-to-end tests share: scripts started in processes of their own, waited for, killed, compared.
+"""What the end-to-end tests share: starts scripts in new processes, waits for them, kills them, compares their output.
 
-A test module says which script it is about:
+A test module names the script that it tests:
 
-    SCRIPT = "protoclip.train"              # what `start`, `cli` and `in_process` run unless told otherwise
+    SCRIPT = "protoclip.train"              # what `start`, `cli` and `in_process` run without `module`
     SECONDS = 60                            # how long `ended` waits
 
-and has a fixture `folder`, of module scope, for logs and run folders. Scripts are forks of a server that has imported
+and has a module-scoped fixture `folder` for logs and run folders. Scripts are forks of a server that has imported
 preload.py, so that they start at once.
 """
 
@@ -33,7 +33,7 @@ from shared.study import scripts
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}  # of what is no fork of the server, too
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}  # also for processes that are no forks
 multiprocessing.set_forkserver_preload(["tests.preload"])
 os.environ["PYTHONPATH"] = ENVIRONMENT["PYTHONPATH"]  # so that a server started in another folder finds it, too
 
@@ -97,7 +97,7 @@ def cli(start):
 
 @pytest.fixture
 def forked_exports(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports that a script `in_process` needs are made by forks of the server; test_export.py has real processes."""
+    """Exports that a script needs are written by forks of the server; test_export.py uses real processes."""
 
     def fork(command: list[str], **_) -> types.SimpleNamespace:
         module, *arguments = command[2:]  # behind `python -m`
@@ -128,8 +128,7 @@ def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.Monke
 
 
 class Lazily(dict):
-    """A mapping that computes `make(key)` at the first access, so that arms which a test file does not need are not
-    trained."""
+    """A mapping that computes `make(key)` at the first access, so that only arms that a test file uses are trained."""
 
     def __init__(self, make: Callable):
         super().__init__()
@@ -176,7 +175,7 @@ def kill_at(process, out: Path, line: int, timeout: float = 60, how: int = signa
 
 @contextlib.contextmanager
 def held(folder: Path):
-    """Another process holds the folder's lock (`shared.run.lock`) inside this context."""
+    """Context in which another process holds the folder's lock (`shared.run.lock`)."""
     folder.mkdir(parents=True, exist_ok=True)
     code = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,6 +1,6 @@
-"""Towers of a few thousand weights, for tests that are about scripts and not about models: where weights are made,
-checked and written, most of the time goes into the embeddings of 49,408 tokens. The server of scripts.py has these
-towers as well; `python -m small_models MODULE ARGUMENTS...` runs a script with them in a process of its own.
+"""Small towers for tests of scripts, where models matter little. Text towers are 16 to 32 wide, since most of the time
+goes into initialising, checking and writing the embeddings of 49,408 tokens. The server of scripts.py has these towers,
+too; `python -m small_models MODULE ARGUMENTS...` runs a script with them in a new process.
 
 Names: `ViT-test` and `ResNet-test` of open_clip, `test` of A-CLIP, `test-100`, `test-50`, `test-25`, `test-resnet-100`
 and so on of TinyCLIP. ResNet-test is for fp32: in bf16, its convolutions have gradients that are NaN on some CPUs.

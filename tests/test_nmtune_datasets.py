@@ -254,7 +254,7 @@ def test_broken_images_are_counted_and_replaced(in_process, tmp_path, images):
     (tmp_path / "images/class0/aaa.png").write_bytes(b"?")
     options = ["--encoder", "timm:resnet_emoji", "--data", tmp_path / "images", "--epochs", "1", "--workers", "0"]
     code, out, err = in_process("nmtune.train", *options, "--out", tmp_path / "run")
-    assert code == 0 and "1 broken sample, replaced by their neighbours: 1 unreadable image" in out, err
+    assert code == 0 and "1 broken sample, left out or replaced: 1 unreadable image" in out, err
     code, _, err = in_process("nmtune.train", *options, "--strict", "--out", tmp_path / "strict")
     assert code == 2 and "aaa.png" in err and one_sentence(err)
     for broken in ("cut", "no label"):

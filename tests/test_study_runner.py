@@ -196,12 +196,12 @@ def test_results_hold_floors_and_judged_claims(study: Study, capfd: pytest.Captu
     assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "not testable here", "no claim"]
     assert set(summary["settings"]) == {"base", "method"} and summary["corpus"] == "Embedded emoji corpus"
     shown = capfd.readouterr().out
-    assert "| chance" in shown and "★ higher" in shown and "intervals take" not in shown
+    assert "| chance" in shown and "★ higher" in shown and "intervals may use" not in shown
 
     runner.run(study, runner.Options(seeds=(0,)))  # one seed more of the same: its scatter is that of the results
     row = json.loads(Path("runs/paper/results.json").read_text())["claims"][0]
     assert row["verdict"] == "reproduced" and row["resolves"] is not None
-    assert "intervals take the standard deviation of results/paper.json" in capfd.readouterr().out
+    assert "intervals may use the standard deviation of results/paper.json" in capfd.readouterr().out
     higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 15.0}),))
     runner.run(higher, runner.Options(seeds=(0,)))
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"

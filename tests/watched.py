@@ -23,7 +23,7 @@ def main() -> None:
                 shown(message, category, file, line, *rest)
 
         warnings.showwarning = show
-    sys.modules.pop(module, None)  # imported before the fork, but a script starts without
+    sys.modules.pop(module, None)  # the server has imported it; a script runs its module anew
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
     print(f"peak {peak:.3f} GiB, waited {len(waits)} times: {', '.join(sorted(set(waits)))}")

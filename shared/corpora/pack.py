@@ -72,7 +72,7 @@ def read_rows(
 ) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """(place in the file, picture's path, caption or label, further columns) of the rows of a table or JSON lines.
 
-    columns: {flag: name of the column} for the picture and for the text. Rows without a picture are appended to
+    columns: {flag: name of the column} for the picture and for the text. A row without a picture is recorded in
     `broken`. ValueError if the file is not a table or JSON lines.
     """
     suffix = path.suffix.lower()
@@ -506,8 +506,8 @@ class Classes(Pictures):
     train: Path | None = None
     """Pictures of the train split, in the same formats as SOURCE."""
     classnames: Path | None = None
-    """Class names, one per line. Labels are these names, line numbers from 0, or other words; the n-th of these in
-    alphabetical order is named by line n. None: names of folders, with spaces for `_`, or the labels themselves."""
+    """File of class names, one a line. Labels may be these names, line numbers from 0, or other words, of which line n
+    names the n-th in alphabetical order. None: names of folders, with spaces for `_`, or the labels themselves."""
     templates: Path | None = None
     """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
 

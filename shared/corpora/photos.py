@@ -60,7 +60,7 @@ class Photographs:
         self.used: list[Path] = []
 
     def find(self, path: Path, layout_says: str) -> Path:
-        """`path`, after recording its files as sources of the corpus. FileNotFoundError if it does not exist."""
+        """`path`; records its files as sources of the corpus. FileNotFoundError if it does not exist."""
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: {layout_says}")
         self.used += sorted(path.rglob("*")) if path.is_dir() else [path]

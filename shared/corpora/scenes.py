@@ -6,7 +6,7 @@ number is unlimited. They are drawn on the fly (`Scenes`, a torch Dataset) or wr
 
     train/{00000..}.tar          img2dataset layout: .png, .txt (caption), .json (names, boxes, captions of all forms),
                                  .mask.png (concept of each pixel; the largest value of its dtype: none)
-    eval/names_{id,ood}/         classification of the one captioned emoji; `train` holds scenes for probes
+    eval/names_{id,ood}/         classification of scenes with one captioned emoji; `train` holds scenes for probes
     eval/retrieval_{id,ood}/     scenes of several emoji with their names as captions; retrieval_long_: long captions
     eval/patchdis_{id,ood}/      the same scenes as folders of images and masks
     manifest.json                setting, counts, licences of the drawings, sha256 of every shard
@@ -93,7 +93,7 @@ class Config(Setting):
     samples: int = 20000
     """Number of training scenes."""
     eval_samples: int = 2000
-    """Scenes per evaluation set; with several emoji per scene, at most half the number of combinations of concepts."""
+    """Scenes per evaluation set; in sets with several emoji per scene, at most half the possible combinations."""
 
 
 class Scene(NamedTuple):
@@ -207,7 +207,7 @@ class Scenes(Dataset):
         return np.random.default_rng((self.setting.seed, SPLITS.index(self.split), index, purpose))
 
     def draw(self, index: int, concepts: tuple[int, ...] | None = None, without: int | None = None) -> Scene:
-        """Scene `index`. concepts: emoji to caption, not random ones. without: index of the emoji not to draw."""
+        """Scene `index`. concepts: of the captioned emoji; None: random. without: index in these of one not to draw."""
         s, original = self.setting, index
         if s.distinct is not None and index >= s.distinct:
             original = int(np.searchsorted(self.copied, self.rng(index, 1).random(), side="right"))
@@ -269,7 +269,7 @@ class Scenes(Dataset):
         return clutter
 
     def shifted(self, index: int, boxes: list, clutter: list) -> tuple[list, list]:
-        """Boxes and clutter of a near copy: all moved together by at most 1/16 of the side, within the picture."""
+        """Boxes and clutter of a near copy: all are moved together by at most 1/16 of the side, within the picture."""
         every = np.array([*boxes, *(box for _, box in clutter)])
         first, last = every[:, :2].min(0), (every[:, :2] + every[:, 2:]).max(0)
         reach = self.setting.image_size // 16
@@ -319,7 +319,7 @@ def between(bounds: tuple[int, int], u: float) -> int:
 
 
 def sides(shares: tuple[float, float], size: int) -> list[int]:
-    """At most SIZES sides in pixels, smallest to largest."""
+    """At most SIZES sides in pixels, from smallest to largest."""
     return sorted({int(side) for side in np.linspace(*shares, SIZES) * size})
 
 
@@ -369,7 +369,7 @@ def check(s: Setting) -> None:
 
 
 def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
-    """({concept: {split: rows of `sprites`}}, {split: rows of clutter}). ValueError if there are too few."""
+    """({concept: {split: indices in `sprites`}}, {split: indices of clutter}). ValueError if there are too few."""
     rows: dict[emoji_sources.Emoji, dict[str, list[int]]] = defaultdict(lambda: {split: [] for split in SPLITS})
     for row, (one, style) in enumerate(zip(sprites.emoji, sprites.styles, strict=True)):
         if style == emoji_sources.OOD_STYLE:

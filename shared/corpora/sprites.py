@@ -21,7 +21,7 @@ SPRITE = 96  # side of sprites in pixels, before scaling
 
 
 class Sprites(NamedTuple):
-    """Drawings with transparency, as PNG bytes of side SPRITE, with the emoji and style of each."""
+    """Drawings with transparency, as PNG bytes, SPRITE pixels wide, with the emoji and style of each."""
 
     emoji: list[emoji_sources.Emoji]
     styles: list[str]

@@ -1,4 +1,4 @@
-"""A ceiling for a table of arms: an arm's image tower, trained on the labels of the evaluation set."""
+"""A ceiling for a table of arms: an arm's image tower, trained on the labels of an evaluation set's `train` split."""
 
 import functools
 import logging
@@ -47,7 +47,7 @@ class Tower(NamedTuple):
 
 def open_clip_tower(model: str) -> Tower:
     """The image tower of an open_clip config, with random weights."""
-    logging.disable(logging.WARNING)  # open_clip says that the weights are random
+    logging.disable(logging.WARNING)  # hides the warning that the weights are random
     clip = open_clip.create_model(model)
     logging.disable(logging.NOTSET)
     return Tower(clip.visual, export.open_clip_config(model)["embed_dim"], image_side(clip))
@@ -71,7 +71,7 @@ def trained_on_labels(
 
     A linear layer is added to the tower. Training: AdamW, a warm-up of one epoch, then a cosine; random crops whose
     area is in the range `crop`, from images stored at `stored` times the tower's side. shards: training pairs whose
-    captions are class names, instead of the `train` split. classes: use only these classes.
+    captions are class names, to train on instead of the `train` split. classes: the only classes to use; None: all.
     """
     torch.manual_seed(seed)
     tower, sets = make_tower(), list(sets)

@@ -32,7 +32,7 @@ class Floor:
     measure: Callable[[], dict[str, float]]
     ceiling: bool = False
     arms: tuple[str, ...] = ()
-    """Arms that the floor is for, such as those with a pretrained tower; empty: all arms. The floor counts for claims
+    """Arms that the floor applies to, such as those with a pretrained tower; empty: all arms. It counts for claims
     whose stronger arm is one of these, and is measured if one of these is compared."""
 
 
@@ -88,7 +88,7 @@ def read(
 
 
 FIRST_WITH: dict[tuple, str | Path] = {}
-"""The first set that was read from these files, as (device, inode, time of change, bytes)."""
+"""{files of a split, as (device, inode, time of change, bytes) each: the first set that was read from them}."""
 
 
 @functools.lru_cache(maxsize=6)  # several floors read the same split
@@ -114,7 +114,7 @@ def nearest_neighbour(
     transform: Callable[[Image.Image], Tensor] = raw_pixels,
     metrics: Iterable[str] = ("top1",),
 ) -> dict[str, float]:
-    """{"SET/METRIC": top-1 of nearest-neighbour classification by cosine, with the set's `train` split}.
+    """{"SET/METRIC": top-1 of nearest-neighbour classification by cosine among the images of the set's `train` split}.
 
     Each of `metrics` gets the same number.
     """

@@ -52,17 +52,17 @@ class Config:
     precision: str = "auto"
     """auto: bf16 if the hardware supports it."""
     save_every: int = 1000
-    """Fewest steps between checkpoints, which are written at ends of epochs; the last, at the end of the run."""
+    """Fewest steps between checkpoints, which are written when an epoch ends; there is one at the end, too."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
 
 
-Create = Callable[[str, int], nn.Module]  # `create_model`, or a function with its arguments
+Create = Callable[[str, int], nn.Module]  # `create_model`, or another function with the same arguments
 
 
 def create_model(name: str, max_length: int) -> nn.Module:
     """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images."""
-    logging.disable(logging.WARNING)  # open_clip says that the weights are random
+    logging.disable(logging.WARNING)  # hides the warning that the weights are random
     model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=max_length))
     logging.disable(logging.NOTSET)
     model.visual.trunk = nn.Identity()
@@ -123,7 +123,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None, create: Create = creat
 
 
 def load(folder: str | Path, create: Create = create_model) -> tuple[nn.Module, Callable]:
-    """(A run's model in eval mode, its tokenizer)."""
+    """A run's model in eval mode, and its tokenizer."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     name, length = (state["config"][key] for key in ("model", "max_length"))
     model = create(name, length)
@@ -135,9 +135,9 @@ def load(folder: str | Path, create: Create = create_model) -> tuple[nn.Module, 
 
 
 def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
-    """Write a run of `create_model` as a folder that open_clip loads, its locked trunk included (see shared/export.py).
+    """Write a run of `create_model`, with its locked trunk, as a folder that open_clip loads (see shared/export.py).
 
-    Returns the largest differences between both.
+    Returns the largest differences between the run's model and the export.
     """
     settings = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")["config"]
     model, _ = load(folder)
@@ -156,13 +156,13 @@ def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
 def encode(
     folder: str | Path, features: Tensor, captions: Sequence[str], create: Create = create_model
 ) -> tuple[Tensor, Tensor]:
-    """A run's embeddings (N, E) of images, given as EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
+    """A run's embeddings (N, E) of images, from EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
     model, tokenizer = load(folder, create)
     return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
 
 
 def main(run_folder: tyro.conf.Positional[str], export: str) -> None:
-    """Export a run as a folder that open_clip loads as `local-dir:DIR`, its locked trunk included.
+    """Export a run, with its locked trunk, as a folder that open_clip loads as `local-dir:DIR`.
 
     Args:
         run_folder: Run folder of concept frequency's study on photographs.

@@ -1,7 +1,7 @@
-"""One page of all results: `python -m shared.study.overview` writes RESULTS.md, and report.html with the plots in it.
+"""One page of all results: `python -m shared.study.overview` writes RESULTS.md, report.html and the READMEs' results.
 
-Both are generated from the .json and .png files in results/ and results/photos/. The HTML page embeds its plots and
-opens offline. `python -m shared.study.overview runs` writes runs/report.html from the results in runs.
+They are generated from the .json and .png files in results/ and results/photos/. The HTML page embeds its plots and
+opens offline. `python -m shared.study.overview runs` writes only runs/report.html, from the results in runs.
 """
 
 import argparse
@@ -22,10 +22,13 @@ from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
     "Measured on corpora that fit on a laptop and stand in for the papers' data: emoji, scenes made of them, and small "
-    "public sets of photographs. They show whether an effect exists at this scale, never a paper's number. Differences "
-    "are paired by seed, unless a row names another unit (encoders, concepts)."
+    "public sets of photographs. They can show an effect at this scale, but not reproduce a paper's number. "
+    "Differences are paired by seed, unless a row names another unit (encoders, concepts)."
 )
-BESIDE = "Some claims were also tested on photographs: those tables repeat the verdict on emoji in their last column."
+BESIDE = (
+    "Some claims were also tested on photographs. In the section of such a paper, the table of claims on photographs "
+    "repeats the verdict on emoji in its last column."
+)
 
 
 def command(study: Study, summary: dict) -> str:
@@ -82,11 +85,12 @@ def settled(rows: list[dict[str, Any]]) -> str:
     """Sentence with the number of primary claims that have a resolved verdict."""
     n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
     return (
-        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The number after ± is "
-        "half of the 95 % interval: the smallest difference that the seeds of a row can resolve. Floor: the best score "
-        "in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of the pretrained "
-        "tower's own features. Claims about a slope, a ratio, a spectrum, word usage, rare concepts or fewer pairs "
-        "have no floor here: another metric, in the tables below, shows whether their arms have learned."
+        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The others are not "
+        "testable here or not resolved, or their arms have not learned. The number after ± is half of the 95 % "
+        "interval: the smallest difference that the seeds of a row can resolve. Floor: the best score in the row's "
+        "metric that needs no trained arm, such as that of chance, of raw pixels or of a pretrained tower's features. "
+        "Claims about a slope, a ratio, a spectrum, word usage, rare concepts or fewer pairs have no floor here: "
+        "another metric, in the tables below, shows whether their arms have learned."
     )
 
 
@@ -105,7 +109,7 @@ def asked_twice(summaries: dict[str, dict], photographs: dict[str, dict]) -> lis
 def agreement(rows: list[dict[str, str]]) -> str:
     """Sentence with the number of claims whose two verdicts are equal."""
     same = sum(row["on emoji or scenes"] == row["on photographs"] for row in rows)
-    return f"{len(rows)} claims were tested on both; {same} of them have the same verdict on both:"
+    return f"{len(rows)} claims were tested on both kinds of pictures; {same} of them have the same verdict on both:"
 
 
 def named_arms(study: Study, summary: dict) -> dict[str, dict]:
@@ -122,7 +126,7 @@ def arms_table(study: Study, summary: dict) -> str:
 
 
 def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
-    """Text of RESULTS.md: counts of verdicts by paper, then each claim, on the embedded corpus and on photographs."""
+    """Text of RESULTS.md: claims of abstracts, counts of verdicts by paper, photographs, a section for each paper."""
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
     page += [settled(primary), table(primary)] if primary else []
@@ -130,7 +134,9 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
     both = asked_twice(summaries, photographs)
     page += [agreement(both), table(both)] if both else []
-    page.append("The verdict on a claim of the paper is the first of these that applies; other differences have none:")
+    page.append(
+        "The verdict on a claim of the paper is the first of these that applies; on other differences it is *no claim*:"
+    )
     page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
     page.append(report.STARS.strip())
     for folder in sorted(summaries | photographs):
@@ -143,7 +149,7 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
 
 
 def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
-    """The root README with the verdicts of each paper's primary claims, counted, in the last cell of its row."""
+    """The root README, with the counts of verdicts on each paper's primary claims in the last cell of its table row."""
     for folder, summary in summaries.items():
         found = counts(row for row in summary["claims"] if row["primary"])
         words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
@@ -205,7 +211,7 @@ def picture(path: Path) -> str:
 
 
 def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
-    """Text of report.html: RESULTS.md with tables of arms and embedded plots."""
+    """Text of report.html: results as in RESULTS.md, with embedded plots."""
     overview = [{"paper": each["paper"]} | counts(each["claims"]) for each in summaries.values()]
     overview += [
         {"paper": f"{each['paper']}, on photographs"} | counts(each["claims"]) for each in photographs.values()
@@ -250,16 +256,16 @@ def read(folder: Path) -> dict[str, dict]:
 
 
 def judge_again(folder: Path, on: str) -> None:
-    """Judge the claims of results files again, by today's studies and the numbers in the files, and write the files."""
+    """Judge the claims of results files again, with the current studies, and write the files that changed."""
     for paper, summary in read(folder).items():
         if summary != (again := study_of(paper, on).judged_again(summary)):
             write_json(folder / f"{paper}.json", again)
-            print(f"{folder / f'{paper}.json'}: its claims were judged again, by today's {paper}/study.py")
+            print(f"{folder / f'{paper}.json'}: its claims were judged again, with the current {paper}/study.py")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results, or runs")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="results or runs")
     folder = parser.parse_args().folder
     committed = folder == Path("results")
     if committed:

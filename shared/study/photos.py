@@ -34,7 +34,7 @@ CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cif
 SETS = "data/photos-flickr8k/eval"
 RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
-# Features of all these images are computed before runs read them in parallel
+# Computes the features of all these images before parallel runs read them
 FEATURES = Once(f"shared.study.photos data/photos-captions/train {RETRIEVAL}/test")
 RESIZED = "photographs of 128 x 128 pixels, squeezed to squares before"  # the copy of Flickr8k that was measured
 
@@ -58,8 +58,8 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
 
 
 def features_of(files: Sequence[Path], pixels: bool = False, side: int | None = None) -> Tensor:
-    """EfficientNet-Lite0's features (N, 1280) of the images of tars, of `side` (by default SIDE) pixels, kept in
-    data/cache; or raw pixels."""
+    """EfficientNet-Lite0's features (N, 1280) of the images of tars, resized to `side` (by default SIDE) pixels, cached
+    in data/cache; with `pixels`, raw pixels instead."""
     images = pictures(files)
     if pixels:
         return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
@@ -194,7 +194,7 @@ def evaluated(
 
 
 def main(folders: tyro.conf.Positional[tuple[Path, ...]]) -> None:
-    """Compute EfficientNet-Lite0's features of photographs, once: runs then find them in data/cache.
+    """Compute EfficientNet-Lite0's features of photographs and cache them in data/cache, where runs read them.
 
     Args:
         folders: Folders of shards.

@@ -17,9 +17,10 @@ from shared.run import machine
 from shared.study.verdicts import shown
 
 STARS = (
-    " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
-    "verdicts hold together at 95 %. Resolves: the smallest difference that these seeds can resolve, from a standard "
-    "deviation pooled over arms where that has more degrees of freedom than the pair's own."
+    " ★ marks claims of the paper's abstract; with at least five seeds, their intervals are widened by Holm's "
+    "step-down rule, so that all their verdicts hold together at 95 %. Resolves: the smallest difference that these "
+    "seeds can resolve, from the standard deviation of the pair's differences or, if that has more degrees of freedom, "
+    "from one pooled over related arms."
 )
 
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
@@ -77,14 +78,14 @@ class Comparison(NamedTuple):
 
 
 def setting_of(config: dict) -> str:
-    """A short hash of a run's settings, without the seed and fields that do not change results.
+    """A short hash of a run's settings, without the seed and the fields that do not change results.
 
     Options that are off (None, False, 0, empty; one micro-batch per step) are left out, so that adding an option later
     does not change the hash.
     """
     off = (None, False, "", (), [], {})
     on = {name: value for name, value in config.items() if value not in off and (name, value) != ("accumulate", 1)}
-    unimportant = FREE - {"eval_every", "eval_set"} | {"seed"}  # evaluations during training are plotted and judged
+    unimportant = FREE - {"eval_every", "eval_set"} | {"seed"}  # results include evaluations during training
     kept = {name: value for name, value in on.items() if name not in unimportant}
     text = re.sub(r"-seed\d+", "", json.dumps(kept, sort_keys=True, default=str))
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
@@ -211,9 +212,9 @@ def readme_block(folder: str) -> str:
 
 
 def update_readme(folder: str, write: bool = True) -> bool:
-    """Put `readme_block`, and results/bench/<folder>.md if it exists, between their marks in <folder>/README.md.
+    """Put `readme_block`, and results/bench/<folder>.md if it exists, between their comments in <folder>/README.md.
 
-    Returns whether the page was up to date already.
+    Returns whether the README was up to date already.
     """
     path, bench = Path(folder) / "README.md", Path(f"results/bench/{folder}.md")
     blocks = {"results": readme_block(folder)}

@@ -60,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arm(Stage):
-    """A stage whose metrics are compared. `heading`: its name in tables; `core`: whether the default run has it."""
+    """A stage whose metrics are compared. `heading`: its name in tables; `core`: whether it runs by default."""
 
     heading: str = ""
     core: bool = True
@@ -68,7 +68,9 @@ class Arm(Stage):
 
 @dataclass(frozen=True)
 class Once:
-    """A command that runs once before all arms, on all cores, and does not repeat finished work: data, features.
+    """A command that runs once before all arms, on all cores, such as one that builds data or computes features.
+
+    It does not repeat finished work.
 
     `command` is the text after `python -m `. With `arms`, it runs only if one of these arms is trained. `{photos}`
     stands for the value of --photos.
@@ -223,7 +225,7 @@ class Study:
         return verdicts.judged(self.claims, arms, bars, together, earlier)
 
     def judged_again(self, summary: dict) -> dict:
-        """Results, judged again from their numbers by today's claims and rules.
+        """Results, judged again from their numbers by the study's current claims and rules.
 
         Rows of other claims are kept, since judging them may need the runs.
         """
@@ -238,7 +240,7 @@ class Study:
         floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.home}.json")
         earlier = report.earlier_arms(committed, found)
         if earlier:
-            print(f"intervals take the standard deviation of {committed}, which has more seeds of the same settings")
+            print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
         rows = self.rows(found.arms, floors, earlier) + self.more_rows(found, **more)
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
@@ -303,9 +305,9 @@ def environment_of(at_once: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def clocked(file: Path, out: Path, cores: int) -> Iterator[None]:
-    """Context that adds its seconds times `cores` to `file`, until it has ended without error once.
+    """Context that adds its seconds times `cores` to `file`, unless a run that has finished is timed again.
 
-    Nothing is added for a run that has a folder `out` but no `file`: its earlier time is not known.
+    Nothing is added for a run that has a folder `out` but no `file`, since its earlier time is not known.
     """
     kept = read_json(file) if file.is_file() else {"seconds": 0.0, "finished": out.exists()}
     start, finished = time.perf_counter(), False

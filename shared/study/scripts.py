@@ -1,5 +1,5 @@
 """Run scripts as forks of a server process that has already imported torch and the other libraries, so that scripts
-start without these seconds."""
+need not wait seconds for these imports."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ LOCK = threading.Lock()  # starting or joining a process also polls the processe
 
 
 def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `python -m module arguments` in a process of its own and return its exit code; it prints where we do.
+    """Run `python -m module arguments` in a new process with our stdout and stderr, and return its exit code.
 
     The first call starts the server with `environment`. Threads may call this at the same time.
     """

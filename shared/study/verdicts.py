@@ -15,24 +15,24 @@ from scipy.stats import t as student_t
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
     "has not learned": "the stronger of the two arms is not above its floors, which need no training (chance, raw "
-    "pixels, the nearest neighbour on its own pretrained tower)",
+    "pixels, the nearest neighbour by its pretrained tower)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
     "reproduced": "the whole interval lies on the paper's side, and it reaches the paper's difference if that has the "
     "same unit",
     "same direction": "the whole interval lies on the paper's side, but it does not reach the paper's difference",
     "not reproduced": "the whole interval lies on the other side",
     "not resolved": "the interval contains zero, or there is no interval",
-    "no claim": "the paper makes no claim about this difference, which is only shown",
+    "no claim": "the paper makes no claim about this difference",
 }
 LEVEL = 0.05
-MeasuredFloors = Sequence[tuple[Sequence[str], dict[str, float]]]  # (arms that it is for, () for all; {metric: value})
+MeasuredFloors = Sequence[tuple[Sequence[str], dict[str, float]]]  # (arms, or () for all arms; {metric: value}) of each
 
 
 class Claim(NamedTuple):
     """A difference in `metric`, `method` minus `baseline`, paired by seed; `sign` is that of the paper's difference."""
 
     claim: str
-    paper: str | None  # the paper's number or word; None: the paper makes no claim, the difference is only shown
+    paper: str | None  # the paper's number or word; None: the paper makes no claim about the difference
     metric: str
     method: str
     baseline: str  # an arm; or "arm:metric", another metric of an arm; or "0"
@@ -80,7 +80,8 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
 
 
 def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
-    """The claim's arms, and arms that claims connect with them. Other arms may scatter more, e.g. of another tower."""
+    """The claim's arms, and arms that claims connect with them. Other arms may scatter more, such as those with another
+    tower."""
     found, pairs = {claim.method, claim.baseline}, [{each.method, each.baseline} for each in claims]
     while joined := [pair for pair in pairs if pair & found and not pair <= found]:
         found = found.union(*joined)
@@ -95,7 +96,7 @@ def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float |
 
 
 def seeds_needed(scatter: Scatter | None, claim: Claim) -> int | None:
-    """The fewest seeds for which the half width is at most `negligible`; if this is None, half of the paper's effect.
+    """The fewest seeds for which the half width is at most `negligible` or, if this is None, half the paper's effect.
 
     None if the claim has neither, or without scatter. Pilot runs use this to plan a study.
     """
@@ -203,9 +204,9 @@ def judged(
 ) -> list[dict[str, Any]]:
     """A row of the table of claims for each claim that was `measured`, primary claims first.
 
-    together: intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier results
-    with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a claim's
-    `negligible` is more than half of its effect.
+    together: whether intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier
+    results with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a
+    claim's `negligible` is more than half of its effect.
     """
     claims, real = list(claims), set(arms)
     arms = arms | other_baselines(claims, arms)
@@ -259,7 +260,7 @@ def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dic
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows formatted for tables: primary claims are starred, numbers rounded to the precision of the interval."""
+    """Rows formatted for tables: primary claims are starred; narrow intervals and their means get a third digit."""
     lines = []
     for row in rows:
         here, resolves = row.get("why", ""), "-"

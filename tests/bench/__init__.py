@@ -1,8 +1,8 @@
 """What the benches share: thread settings and their merged table, two functions timed in turns, peak memory.
 
 `python -m tests.bench.FOLDER` starts itself once for each thread setting, since OpenMP reads its waiting policy when it
-is loaded. In each of these processes ours and theirs take turns on the same inputs; the table has each side's best
-setting.
+is loaded. In each of these processes, our function and theirs (the authors' or open_clip's) take turns on the same
+inputs; the table has each side's best setting.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CPU = run.Process(0, 1, torch.device("cpu"))
 
 
 def thread_settings() -> dict[str, dict[str, str]]:
-    """Name -> environment of each setting that both sides are timed under."""
+    """{name: environment variables} of the thread settings; both sides are timed under each."""
     cores, one = cli.cores(), {"1 thread": {"OMP_NUM_THREADS": "1"}}
     if cores == 1:
         return one
@@ -126,7 +126,7 @@ def one_thread() -> bool:
 
 
 def page(lines: list[str]) -> str:
-    """Text for a README: date, commit and machine, how to read the table, and the table."""
+    """Text for a README: date, commit, machine, explanation and table."""
     return (
         f"Measured {date.today()} at commit `{run.commit()}` on {run.machine()}, "
         f"open_clip {version('open_clip_torch')}. theirs/ours: above 1 ours is faster; medians and extremes of turns "
@@ -142,7 +142,7 @@ def set_up() -> None:
 
 
 def rows_under(name: str, environment: dict[str, str]) -> list[dict]:
-    """Run this command in a process under a thread setting -> the rows that it prints; other lines go to stderr."""
+    """Rows that this command prints in a process with a thread setting; its other lines go to stderr."""
     base = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_"))}
     command, rows = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]], []
     base |= environment | {SETTING: name}
@@ -220,7 +220,7 @@ def race(name: str, ours: Callable, theirs: Callable, repetitions: int, per: int
 def print_row(name: str, values: list, target: str = "", note: str = "", unit: str = "s") -> None:
     """Print a row as JSON, for the process that merges thread settings.
 
-    values: (ours, theirs) of each repetition, in `unit`, smaller is better; theirs is None if there is no other side.
+    values: (ours, theirs) of each repetition, in `unit`, smaller is better; theirs is None if only ours is measured.
     """
     ours, theirs = zip(*values, strict=True)
     row = {"row": name, "ours": ours, "theirs": [value for value in theirs if value is not None]}
@@ -247,7 +247,7 @@ def step_row(
 def speed_of(step: Callable, seconds: float, images: int, precision: str, per: int = 1) -> str:
     """Speed of a step that takes `seconds`: images/s, share of peak, peak memory. A call of `step` is `per` steps.
 
-    The share of peak is the FLOPs of the step's matrix products, without those of fused attention, per second, divided
+    The share of peak is the FLOPs of the step's matrix products (without those in fused attention) per second, divided
     by `matmul_peak`.
     """
     with FlopCounterMode(display=False) as counter:
@@ -296,7 +296,7 @@ def attention(flash: bool):
 
 
 def peak_memory(step: Callable) -> float | None:
-    """Peak memory of `step` in MiB, beyond the memory in use before; None if the system is not Linux."""
+    """Peak memory of `step` in MiB beyond the memory in use before; None if the system is not Linux."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is not returned to the system would hide growth

@@ -5,7 +5,7 @@ their ratio theirs/ours with its extremes over the repetitions (above 1: ours is
 weights and optimizer state; then the time of the steps of A-CLIP and its baselines at ViT-B/16, and of their parts.
 `--upstream` is a clone of microsoft/A-CLIP@0e51942; without it, only open_clip's training step is compared.
 
-Their code runs on today's timm, with the unfused attention of timm 0.5.4, which it requires.
+Their code runs on the installed timm, with the unfused attention of timm 0.5.4, which it requires.
 """
 
 import argparse
@@ -58,7 +58,7 @@ GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch; both 
 
 
 def selection(up, repetitions: int, batch: int = 64) -> None:
-    """Mapping the scores of an EMA view to a view, and selecting its patches."""
+    """Mapping an EMA view's scores to another view, and selecting its patches."""
     scores, boxes = torch.rand(batch, 196), parity.boxes_of(batch)
 
     def ours():
@@ -217,7 +217,7 @@ def parts_of(arm: str, geometry: str, batch: int) -> dict[str, Callable]:
 def profile(geometry: str, batch: int, repetitions: int) -> None:
     """Print the time of each arm's step, its ratio to CLIP's, the paper's ratio, and the time of its parts.
 
-    CLIP is timed again beside each arm; no two other arms are in memory at once.
+    CLIP is timed again beside each arm; besides CLIP, only one arm is in memory at a time.
     """
     columns = ["EMA pass", "selection", "image tower", "text tower", "SSL heads", "EMA update", "AdamW"]
     threads = f"{torch.get_num_threads()} threads"

@@ -22,8 +22,8 @@ from . import print_row
 class Training(NamedTuple):
     """A finished training.
 
-    cfg: its settings. before: seconds before the clock of its metrics starts, in which some trainings read the corpus.
-    lines: lines of its metrics; their seconds do not include evaluations.
+    cfg: its settings. before: seconds before the clock of its metrics starts, which include reading the corpus in some
+    trainings. lines: lines of its metrics; their seconds do not include evaluations.
     """
 
     cfg: Any
@@ -65,7 +65,7 @@ def baseline_rows(
 def trained(
     study: runner.Study, arm: str, presets: dict[str, tuple[str, Any]], train: Callable, seed: int, **settings: Any
 ) -> Training:
-    """Train an arm of the study on a CPU, with empty caches; `settings` replace its own."""
+    """Train an arm of the study on a CPU, with empty caches; `settings` override those of the arm."""
     command = next(found.commands[0] for found in study.arms if found.name == arm)
     cfg = tyro.extras.overridable_config_cli(presets, args=command.split()[1:])
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def trained(
 @contextlib.contextmanager
 def evaluated(measure: Callable[[str], float], metric: str, goal: float) -> Iterator[None]:
     """Context in which trainings log measure(run folder) as `metric` after each checkpoint, until it is above `goal`,
-    and at the end of the training. The time that this takes is not counted."""
+    and at the end of the training. The time for measuring is not counted."""
     save = run.RunFolder.save
 
     def save_and_measure(folder: run.RunFolder, step: int, /, *more: Any, **values: Any) -> None:

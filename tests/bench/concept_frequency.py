@@ -41,7 +41,7 @@ def resident() -> int:
 
 
 def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(terms, offsets, ids): lists of random documents, with Zipf lengths that sum to about `total`."""
+    """(terms, offsets, ids): a list of random documents for each term, with Zipf lengths that sum to about `total`."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, num_terms + 1)
     lengths = np.minimum(np.maximum(share / share.sum() * total, 1), num_documents // 4).astype(np.int64)
@@ -51,8 +51,8 @@ def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[
 
 
 def make_queries(terms: list[str], num: int) -> list[list[str]]:
-    """`num` queries with as many words as concepts have: about half of them one, the others two to four; frequent terms
-    more often."""
+    """`num` queries with as many words as concepts have: about half of them have one, the others two to four. Frequent
+    terms are more likely."""
     rng = np.random.default_rng(1)
     share = 1 / np.arange(1, len(terms) + 1) ** 0.8
     words = np.where(rng.random(num) < 0.53, 1, rng.integers(2, 5, num))
@@ -89,7 +89,7 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
 
 
 def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
-    """Inverted index of captions: spaCy's whole pipeline and their dictionary, against ours."""
+    """Inverted index of captions, ours against spaCy's whole pipeline and the authors' dictionary."""
     nlp = load_spacy(pipeline)
     results: dict[str, Any] = {}
 
@@ -161,7 +161,7 @@ def clip_step(name: str, captions: list[str], precision: str, repetitions: int) 
 
 
 def plain_index(docs: list) -> dict[str, list[int]]:
-    """Has the content of their dictionary."""
+    """{noun: numbers of the documents with it}, like the authors' dictionary."""
     found: dict[str, list[int]] = {}
     for i, doc in enumerate(docs):
         for noun in noun_set((token.lemma_, token.pos_) for token in doc):
@@ -170,7 +170,7 @@ def plain_index(docs: list) -> dict[str, list[int]]:
 
 
 def plain_search(_, lists: dict[str, list[int]], query: list[str], name: str) -> tuple[int, str]:
-    """Does the work of their loop."""
+    """(number of documents with all terms of a query, name), like the authors' search."""
     sets = [set(lists[term]) for term in query if term in lists]
     return len(set.intersection(*sets)) if sets else 0, name
 

@@ -1,9 +1,9 @@
 """Data loading: `python -m tests.bench.data` (`make bench-data`) builds shards and measures reading them.
 
 A million samples of a few bytes show start-up time and memory; 20,000 samples of 20 KB show throughput. Each
-measurement runs in its own process. The readers take turns on the same shards and do the same work in the same
+measurement runs in a new process. The readers take turns on the same shards and do the same work in the same
 processes: a worker decodes, crops and returns uint8, and the measuring process normalises, although webdataset and
-open_clip would normalise in their workers. The last column is the aim; rows of webdataset and open_clip have none.
+open_clip would normalise in their workers. The last column is our target; many rows have none.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def photograph(rng: np.random.Generator) -> bytes:
 
 
 def build(folder: Path, shards: int, size: int, image: Callable[[int], bytes]) -> str:
-    """`shards` equal shards of `size` samples, numbered; returns their brace expression."""
+    """Write `shards` numbered shards with the same `size` samples; returns their brace expression."""
     samples = ({"__key__": f"{i:06d}", "jpg": image(i), "txt": f"caption number {i}"} for i in range(size))
     write_tar(folder / f"{0:05d}.tar", samples)
     for i in range(1, shards):
@@ -63,7 +63,7 @@ def build(folder: Path, shards: int, size: int, image: Callable[[int], bytes]) -
 
 
 def alone(function: Callable[..., dict], *arguments) -> dict:
-    """Result of a function in its own process, and by how much the process's private memory has grown, in MiB."""
+    """Result of a function in a new process, with the growth of the process's private memory, "MiB"."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=in_process, args=(theirs, function, arguments))
@@ -89,7 +89,7 @@ def bytes_read() -> int:
 
 
 def opened(urls: str, cache: str) -> dict:
-    """Seconds to open all pairs by row, and to read one."""
+    """Seconds to open all pairs by row, and their number; also reads the last key."""
     start = time.perf_counter()
     pairs = data.open_pairs(urls, cache=Path(cache))
     seconds = time.perf_counter() - start
@@ -173,8 +173,8 @@ def amplification(reader: Callable[..., Iterable], arguments: tuple) -> dict:
 
 
 def throughput(reader: Callable[..., Iterable], arguments: tuple, seconds: float) -> dict:
-    """Samples/s of one worker, while this process normalises, from the first batch on; and the worker's private memory
-    at the end beyond that of this process at the start, in MiB."""
+    """Samples/s of one worker after the first batch, while this process normalises; and the worker's private memory at
+    the end, less that of this process at the start, in MiB."""
     torch.set_num_threads(1)
     before, held, count, first = resident("RssAnon"), 0, 0, None
     for pixels, *_ in reader(*arguments):
@@ -200,7 +200,7 @@ def first_batch(reader: Callable[..., Iterable], arguments: tuple) -> dict:
 
 
 def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(what, value, aim) of every row."""
+    """(what, value, aim) of each row."""
     cache = str(folder / "cache")
     (folder / "sparse").mkdir()
     shards = max(options.sparse // 10_000, 1)

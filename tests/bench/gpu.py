@@ -2,7 +2,7 @@
 
 Our step is that of ProtoCLIP's baseline (`protoclip.train.train_episode`), theirs `open_clip_train.train_one_epoch`,
 with the same towers, weights and batches; captions have 5 to 24 of 77 tokens. Both read batches from page-locked memory
-and take turns. If a batch does not fit, half of it is tried. PAPER_CLIPS_GPU names a device other than CUDA.
+and take turns. If a batch does not fit, one of half its size is tried. PAPER_CLIPS_GPU names a device other than CUDA.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Batches(list):
 
 
 def make_batches(size: int, side: int, context: int, steps: int, device: torch.device) -> list[tuple]:
-    """(index, images (B, 3, S, S), tokens (B, L)) on the CPU, as a loader gives them."""
+    """(index, images (B, 3, S, S), tokens (B, L)) on the CPU, like those of a loader."""
     position, found = torch.arange(context), []
     for _ in range(steps):
         lengths = torch.randint(4, 24, (size, 1)).clamp(max=context - 1)

@@ -1,13 +1,13 @@
 """LexVLA's speed and memory: `python -m tests.bench.lexvla`. Sides take turns on the same inputs, each at its best
 thread setting.
 
-- the pooled map at the paper's size against the same map by autograd, as VDR writes it (vdr_crossmodal_image.py
-  :220), forward and backward: seconds, and peak memory;
+- the pooled map at the paper's size, forward and backward, against the same map by autograd, as VDR writes it
+  (vdr_crossmodal_image.py:220): seconds, and peak memory;
 - search in the inverted index against the dense product, over 100,000 representations of 300 words out of 17,149;
 - a training step of the emoji preset with either map, and InfoNCE against open_clip's ClipLoss;
 - seconds until the study's arm without a penalty is above a floor.
 
-Above a ratio of 1, ours is faster or smaller. LexVLA's authors have released no code to compare with.
+At a ratio above 1, ours is faster or smaller. LexVLA's authors have released no code to compare with.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tests.bench.baselines import baseline_rows
 
 
 def vdr_map(z: torch.Tensor, codebook: torch.Tensor, pool: bool = True, bias: float = 0.0) -> torch.Tensor:
-    """The same map by autograd, which holds all logits at once, and in the backward pass all their gradients."""
+    """The same map by autograd, which stores all logits at once, and in the backward pass all their gradients."""
     logits = z @ codebook.T
     return F.normalize(model.elu1p((logits.max(1)[0] if pool else logits) + bias), dim=-1)
 
@@ -100,7 +100,7 @@ def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> No
 
 
 def training_step(repetitions: int) -> None:
-    """Adapter, codebook and losses of the emoji preset, on given tokens of the frozen backbone and text states."""
+    """Adapter, codebook and losses of the emoji preset, with fixed tokens of the frozen backbone."""
     torch.manual_seed(0)
     V, d, B = 2000, 576, EMOJI.batch_size
     image, z = create_image_encoder(EMOJI, torch.randn(V, d) / 8, -5.0, pretrained=False), torch.randn(B, d)

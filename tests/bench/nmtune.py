@@ -62,7 +62,7 @@ def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
 
 
 class Clocked(list):
-    """Batches, and the time of each request for one."""
+    """Batches; records the time of each request for one."""
 
     def __iter__(self):
         self.times = []

@@ -41,7 +41,7 @@ def clustered(n: int, k: int, dim: int) -> torch.Tensor:
 
 
 def back_translation(up, n: int, k: int, repetitions: int) -> None:
-    """One episode's four PBT calls."""
+    """The four calls of prototypical back translation in an episode."""
     image, text = F.normalize(torch.randn(n, 128), dim=-1), F.normalize(torch.randn(n, 128), dim=-1)
     labels = [torch.randint(0, k, (n,)) for _ in range(3)]
     jobs = [(labels[0], image), (labels[1], text), (labels[2], image), (labels[2], text)]

@@ -118,8 +118,8 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
 
 
 def uneven(shape: dict, millions: float, choice: tuple[int, int, int]) -> float:
-    """Score of a tower of (heads, width, neurons), smaller is better: distance from a size (M parameters), plus how
-    unevenly it keeps the three."""
+    """Score of a tower with `choice` of (heads, width, neurons), smaller is better: distance from `millions` of
+    parameters, plus how much the kept shares of the three differ."""
     heads, width, neurons = choice
     blocks = shape["layers"] * (4 * width * 64 * heads + 2 * width * neurons)
     ends = 512 * width + (3 * 32 * 32 + 50 if "patch_size" in shape else 77) * width
@@ -130,8 +130,8 @@ def uneven(shape: dict, millions: float, choice: tuple[int, int, int]) -> float:
 def pruned_like(image_m: float, text_m: float) -> model.CLIP:
     """ViT-B/32 pruned at random to about the sizes (M parameters) of a released automatic student.
 
-    Which heads and neurons a released student kept is known only from its file. Here every layer keeps the same share
-    of heads, width and neurons; width is a multiple of a head's.
+    Which heads and neurons a released student kept is known only from its file. Here every layer keeps the same numbers
+    of heads and neurons, and the width is a multiple of a head's.
     """
     whole = model.create_model("ViT-B-32")
     masks = []

@@ -1,9 +1,9 @@
-"""TL;DR's costly parts against the authors' code: `python -m tests.bench.tldr_reduction --upstream PATH`.
+"""TL;DR's costly parts against the authors' code: `python -m tests.bench.tldr_reduction [--upstream PATH]`.
 
 Prints ratios of times, measured in turns on the same inputs, each side at its best thread setting; memory is the growth
 of the process's peak. The authors' functions: VectorQuantizer2 (vq_compress_model/models/quantize.py:213) and
-Kmeans.cluster (fast_cluster.py:10) of showlab/datacentric.vlp@a488102, on the CPU. One million code vectors need no
-upstream; theirs are not run at that size, where they would hold 13 GB.
+Kmeans.cluster (fast_cluster.py:10) of showlab/datacentric.vlp@a488102, on the CPU. Clustering a million code vectors is
+timed without theirs, which would need 13 GB.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tldr_reduction.config import PRESETS, ReduceConfig
 
 
 def growth(function) -> float:
-    """Peak resident memory during `function()` beyond that before it, in MiB (Linux)."""
+    """Peak resident memory during `function()`, less that before it, in MiB (Linux)."""
 
     def resident(name: str) -> float:
         with open("/proc/self/status") as file:
@@ -107,7 +107,7 @@ def clustering(up, n: int, k: int, repetitions: int) -> None:
 
 
 def a_million(n: int, k: int, folder: Path) -> None:
-    """Clustering of and selection from a million memory-mapped code vectors."""
+    """Clustering `n` memory-mapped code vectors, and selecting from the clusters."""
     path = folder / "codes.npy"
     np.save(path, code_vectors(n, 197))
     codes = np.load(path, mmap_mode="r")
@@ -127,7 +127,7 @@ def a_million(n: int, k: int, folder: Path) -> None:
 
 
 def reduction(shards: str, folder: str) -> None:
-    """`reduce`, from shards to shards, with the codes of EfficientNet-Lite0, on one core."""
+    """`tldr_reduction.reduce` with the codes of EfficientNet-Lite0, on one core."""
     cfg = ReduceConfig(shards, f"{folder}/out", keep=0.25, check="none", work=f"{folder}/work")
     began = time.perf_counter()
     memory = growth(lambda: reduce.main(cfg))
