@@ -17,12 +17,11 @@ import small_models  # noqa: F401  (the models named test)
 import torch
 from scripts import ROOT, SHARDS
 
+from shared import presets
 from shared.data import open_pairs
 
 EVAL = ROOT / "data/emoji/eval"
-FOLDERS = (
-    "attentive_mask_clip", "concept_frequency", "flame", "lexvla", "nmtune", "protoclip", "tinyclip", "tldr_reduction",
-)  # fmt: skip
+FOLDERS = tuple(presets.folders())
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
 SCRIPTS |= {"tldr_reduction": "tldr_reduction.captioner", "tldr_reduction-clip": "tldr_reduction.train"}  # its two
 
