@@ -4,7 +4,8 @@ FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` wi
 one .pth file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and
 `ends.npy` (the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the row of its embeddings;
 samples with the same captions share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D)
-float16. An image has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one.
+float16. An image has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one (with
+MiniLM, 1 of each).
 """
 
 import functools
@@ -71,8 +72,8 @@ class Bank:
 
     @functools.cached_property
     def centres(self) -> Tensor:
-        """(T + 1, D) float32: the mean of each facet over images, and the mean of the long captions' evaluation
-        embeddings (unit means of their facets)."""
+        """(T + 1, D) float32: the mean of each facet over images, then the mean over images of the long captions'
+        evaluation embeddings (each the normalised mean of the long facets)."""
         return torch.from_numpy(np.load(self.root / "centres.npy"))
 
 
@@ -107,7 +108,7 @@ class AuthorsBank:
         return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"
 
     def check(self, keys: Strings) -> None:
-        """ValueError if one of a thousand keys has no file; looking for millions of files would take minutes."""
+        """ValueError if one of a thousand evenly spaced keys has no file; checking millions would take minutes."""
         for row in np.linspace(0, len(keys) - 1, min(len(keys), 1000), dtype=int).tolist():
             self.existing(keys[row])
 

@@ -1,7 +1,7 @@
 """Caption your own images with any image-to-text model: `python -m flame.captioner --data SHARDS --out short.json`.
 
-The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; its instructions are published
-nowhere. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
+The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; the instructions given to it are
+not published. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
 {"__key__": sample, "caption": text}. `flame.embed` reads it as --short or --long: run this script twice, with one
 instruction for each. Captions are first written in parts of --part-size images: an interrupted run resumes at the first
 missing part, and torchrun distributes the parts.
@@ -34,7 +34,7 @@ class Config:
     """Instruction for a chat model, such as "Describe the image in a sentence."; a plain captioner continues this text.
     None: a plain captioner starts without text, and a chat model is asked for a description."""
     max_length: int = 64
-    """Tokens of a caption that are generated at most."""
+    """Maximum number of tokens generated for a caption."""
     batch_size: int = 16
     """Images per forward pass."""
     part_size: int = 1024
@@ -89,7 +89,7 @@ def described(
     pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config,
     tick: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, str]]:  # fmt: skip
-    """Entries of the caption file for these rows. An unreadable image gets an empty caption."""
+    """Entries of the caption file for these samples. An unreadable image gets an empty caption."""
     found = {}
     for first in range(rows.start, rows.stop, cfg.batch_size):
         images = {}

@@ -2,7 +2,7 @@
 
 FLAME evaluates both with the long prompt (Evaluation.md of MIV-XJTU/FLAME@4d2b9a9), through
 LAION-AI/CLIP_benchmark@48de38c, cited as `B:` with paths under clip_benchmark/. An instance has I images and C
-captions; caption i belongs to image i.
+captions; caption i belongs to image i, and further captions are wrong.
 """
 
 import json

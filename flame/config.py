@@ -36,7 +36,7 @@ class Config:
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data; None uses all."""
     window_shards: int = 0
-    """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
+    """0: all shards are available, and samples are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
     then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
     samples repeat."""
@@ -55,10 +55,10 @@ class Config:
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
     """Sigmoid loss on every pair, or InfoNCE over the batch; both with K texts per image."""
     logit_scale: float = 10.0
-    """Initial t of the flame method; the clip method starts at 1 / 0.07."""
+    """Initial scale t of the logits in the flame method; the clip method starts at 1 / 0.07."""
     logit_bias: float = -10.0
-    """Initial b: about minus the log of the batch size, so that positives and negatives have equal weight. Only for the
-    sigmoid loss."""
+    """Initial bias b of the logits, for the sigmoid loss. At minus the log of the batch size, matching and other pairs
+    have about equal weight."""
     centre: bool = False
     """Subtract from each facet its mean over the bank, in training and evaluation (not in the paper; for small LLMs,
     whose embeddings share one large direction)."""
@@ -135,7 +135,7 @@ class Config:
     eval_every: int = 0
     """Epochs between zero-shot evaluations on `eval_set`; 0: never during training."""
     eval_set: str = ""
-    """Classification set for `eval_every`; flame.embed must have embedded its texts."""
+    """Classification set for `eval_every`; for the flame method, flame.embed must have embedded its class names."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
@@ -191,24 +191,24 @@ def _preset(about: str, base: Config, **settings) -> tuple[str, Config]:
 
 
 PRESETS = {
-    "small": ("FLAME on your own --data and their --bank, small", SMALL),
-    "small-clip": _preset("a text encoder trained on the shards' captions", SMALL, method="clip", lr=1e-3),
+    "small": ("small FLAME on your own --data, with the --bank made from it", SMALL),
+    "small-clip": _preset("its baseline: a text encoder trained on --data's captions", SMALL, method="clip", lr=1e-3),
     "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-clip": _preset(
-        "a text encoder trained on the same captions, same images and steps", EMOJI, method="clip", lr=1e-3
+        "its baseline: a text encoder trained on the same captions, images and steps", EMOJI, method="clip", lr=1e-3
     ),
     "emoji-resnet": ("FLAME with a small ResNet from scratch", RESNET),
     "emoji-resnet-clip": _preset("its baseline: a trained text encoder", RESNET, method="clip"),
     "emoji-lite0": ("FLAME on a locked EfficientNet-Lite0", LITE0),
     "emoji-lite0-clip": _preset("its baseline: a trained text encoder", LITE0, method="clip"),
-    "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the best before", CC3M),
-    "cc3m-vitb16-nce": _preset("with the InfoNCE of several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
+    "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the previous best", CC3M),
+    "cc3m-vitb16-nce": _preset("with InfoNCE over several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
     "cc3m-vitb16-raw": _preset("raw captions, one facet", CC3M, rows=(0,), facets=1),
     "cc3m-vitb16-summary": _preset("three captions, one facet each", CC3M, rows=(0, 1, 4), facets=3),
     "cc3m-vitb16-clip": _preset("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),
     "cc3m-vitl14": _preset("FLAME, ViT-L/14 (a released config)", CC3M, model="ViT-L-14"),
     "cc3m-vitl16": _preset("FLAME, ViT-L/16", CC3M, model="ViT-L-16"),
-    "yfcc15m-vitb16": ("FLAME, ViT-B/16, YFCC15M: 84.0 / 87.9 Urban-1k", YFCC15M),
+    "yfcc15m-vitb16": ("FLAME, ViT-B/16, YFCC15M: R@1 84.0 / 87.9 on Urban-1k", YFCC15M),
     "yfcc15m-vitl14": _preset("FLAME, ViT-L/14, YFCC15M", YFCC15M, model="ViT-L-14"),
     "yfcc15m-vitl16": _preset("FLAME, ViT-L/16, YFCC15M", YFCC15M, model="ViT-L-16"),
 }

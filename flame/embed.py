@@ -49,13 +49,14 @@ class Config:
     data: str = ""
     """Training shards; their keys name the samples, and their captions are the raw ones."""
     out: str = "data/flame/bank"
-    """Folder of the bank; texts of evaluation sets go into `texts` beside it."""
+    """Folder of the bank; embeddings of evaluation texts go into `texts` beside it."""
     raw: str | None = None
     """Caption file instead of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
     short: str | None = None
-    """Caption file of short captions; `raw` uses the raw captions. So do samples that the file lacks."""
+    """Caption file of short captions, or `raw` for the raw captions. Samples that the file lacks use their raw
+    captions."""
     long: str | None = None
-    """Caption file of long captions; `raw` and missing samples as for `short`."""
+    """Caption file of long captions, or `raw`; missing samples as for `short`."""
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data; None uses all."""
     llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
@@ -64,7 +65,7 @@ class Config:
     layers: tuple[int, ...] = ()
     """Blocks, counted from 1, whose outputs are averaged; none given: the second-to-last."""
     mask: str = "decoupled"
-    """decoupled: facets do not attend to each other. causal: each attends to earlier facets. MiniLM has no facets."""
+    """decoupled: facets do not attend to each other. causal: each also attends to earlier ones. Not for MiniLM."""
     upstream: str | None = None
     """Clone of the authors' repository, to use their prompts, which their checkpoint needs; None: our prompts."""
     batch_size: int = 32
@@ -72,9 +73,10 @@ class Config:
     shard_size: int = 8192
     """Images per file of the bank."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets; embeds their class names (single prompt) or captions (long prompt, mean of facets), too."""
+    """Evaluation sets whose class names (by the single prompt, that of raw captions) or captions (long prompt, mean of
+    facets) are also embedded."""
     language_sets: tuple[str, ...] = ()
-    """Retrieval sets in several languages; embeds the first caption of each image, too (single prompt)."""
+    """Retrieval sets in several languages; the first caption of each image is also embedded (single prompt)."""
     gallery: int | None = None
     """Images kept of each retrieval set, evenly spaced; None keeps all."""
     language_gallery: int | None = None
@@ -328,8 +330,8 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
 class Texts:
     """Embeddings of evaluation texts, kept in files. The LLM is loaded only if a text is missing.
 
-    `texts(["a dog", ...])` -> (n, D) unit rows, float32, by the single prompt (class names, Crossmodal-3600). With
-    `multi=True` they are the normalised mean of the long prompt's unnormalised facets (long captions, COCO;
+    `texts(["a dog", ...])` -> (n, D) unit rows, float32, by the raw caption's prompt (class names, Crossmodal-3600).
+    With `multi=True` they are the normalised mean of the long prompt's unnormalised facets (long captions, COCO;
     U:open_clip/multiprompteol_embeddings.py:123-125).
     """
 
@@ -450,7 +452,7 @@ def dry_run(cfg: Config) -> None:
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
-        print(f"language model {cfg.llm}: 11 rows of its width in fp16 an image")
+        print(f"language model {cfg.llm}: per image, 11 embeddings of its width in fp16")
         return
     size = 11 * 2 * dims[cfg.llm]
     print(f"images         {images:,}, 3 captions each, 11 facets")

@@ -2,10 +2,11 @@
 
 The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/;
 LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/). Zero-shot classification (zeroshot.py), also of
-ImageNet in five languages, and Crossmodal-3600 embed texts with the single prompt; COCO, Flickr30k, long captions,
-Winoground and SugarCrepe with the long one (longsets.py, compositionality.py). Further evaluations are a linear probe
-on raw patch features and few-shot classification in the context of an LLM (incontext.py). Text embeddings are read from
-embed.py's files; the LLM is loaded only if one is missing.
+ImageNet in five languages, and Crossmodal-3600 embed texts with the raw caption's prompt (the single prompt, of one
+facet); COCO, Flickr30k, long captions, Winoground and SugarCrepe with the long one (longsets.py, compositionality.py).
+Further evaluations are a linear probe on raw patch features and few-shot classification in the context of an LLM
+(incontext.py). Text embeddings are read from embed.py's files; the LLM is loaded only if one is missing, or for
+few-shot classification.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md."""
+    """Measure runs, print the main numbers, and write all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, or checkpoint files of the authors. As baselines: another paper's run folder, local-dir:DIR written
@@ -92,10 +93,10 @@ class Config:
     export: str | None = None
     """Refused: open_clip has no tower like FLAME's."""
     few_shot: str | None = None
-    """Classification set for episodes of two classes with one example each, in the context of the bank's LLM; for runs
-    of the flame method."""
+    """Classification set for few-shot episodes: the bank's LLM classifies an image, given one example image of each of
+    two classes. For runs of the flame method."""
     episodes: int = 100
-    """Number of episodes."""
+    """Number of few-shot episodes."""
     report: str | None = None
     """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256

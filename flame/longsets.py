@@ -81,7 +81,7 @@ def imagenet_names(root: str | Path) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pairs:
-    """Read pairs below `root`. ValueError if there is none or the files have another format."""
+    """Read pairs below `root`. ValueError if there are none or the files have another format."""
     try:
         pairs = reader(Path(root), *more)
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -92,7 +92,7 @@ def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pair
 
 
 def read_image(path: Path) -> Image.Image:
-    """RGB image. ValueError names a file that is missing or unreadable."""
+    """RGB image. FileNotFoundError if the file is missing, ValueError if it is unreadable."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:

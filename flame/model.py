@@ -3,8 +3,9 @@
 Authors' code: MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The paper's own components are the prompts
 with several facets (`Prompt`), reading all facets in one pass (`facet_decoupled_mask`, `FrozenLLM`), the image tower
 whose MLP maps every token into the space of the LLM (`FLAME`), and the losses with several texts per image
-(`mp_sigmoid_loss`, `mp_nce_loss`). Only for the study: `SentenceEncoder` instead of the LLM, `Convolutional` instead of
-the ViT, and `TrainedText`. Letters: N images, K facets (texts of an image), D width of the LLM, W of the ViT, S tokens.
+(`mp_sigmoid_loss`, `mp_nce_loss`). `TrainedText` is the baseline. Only for the study: `SentenceEncoder` instead of the
+LLM, `Convolutional` instead of the ViT. Letters: B or N images, K facets (texts of an image), D width of the LLM, W of
+the ViT, S tokens.
 """
 
 import math
@@ -76,7 +77,7 @@ def facet_decoupled_mask(attention_mask: Tensor, facet_lens: Sequence[int]) -> T
 
     With f(i) = 0 before the facets and k in facet k: visible(i, j) = (j <= i) and (f(j) = 0 or f(j) = f(i)), and j is
     not padding. Facets attend to the prefix and themselves, never to each other. A pad token attends to itself, so that
-    no row is empty. Upstream masks rows of padding instead of columns, so facets see each other through it;
+    no row is empty. Upstream masks rows of padding instead of columns, so facets see each other through the padding;
     U:open_clip/multiprompteol_embeddings.py:76-114.
     """
     size, device = attention_mask.shape[1], attention_mask.device
@@ -177,7 +178,7 @@ class FrozenLLM(nn.Module):
         return ids
 
     def prefix_ids(self, captions: list[str], prompt: Prompt, room: int) -> list[list[int]]:
-        """Token ids of the prefix with each caption inserted; if too long, the caption is cut, not the prompt.
+        """Token ids of the prefix with each caption inserted, at most `room`; captions are cut, never the prompt.
 
         As upstream, special tokens are removed from captions, and the start token counts in `max_caption`.
         """
@@ -366,8 +367,8 @@ class TrainedText(FLAME):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """CLIP tokens (B, T) -> (B, E), in four groups of similar length, each cut to its longest text.
 
-        In training on a GPU, finding the lengths would wait for the GPU; there `cut_padding` has cut the batch before,
-        and there is one group.
+        In training on a GPU there is one group, because finding the lengths would wait for the GPU; `cut_padding` has
+        cut the batch before.
         """
         ends = tokens.argmax(dim=1)  # the end token has the highest id
         waits = not (tokens.is_cuda and self.training)
@@ -424,18 +425,18 @@ def mp_sigmoid_loss(
 
 
 def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Mean of two cross-entropies: (a) image to text, among texts of the same facet, averaged over facets; (b) text to
+    """Mean of two cross-entropies: (a) image to text, among the k-th texts of all images, averaged over k; (b) text to
     image.
 
     image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process computes its own rows against all
-    processes' columns. U:open_clip/loss.py:548-635.
+    processes' columns (P processes). U:open_clip/loss.py:548-635.
     """
     n, facets = len(image), len(text) // len(image)
     image, text = image.float(), text.float()
     target = own_columns(image)
-    to_text = logit_scale * image @ gather(text).T  # (N, W*N*K)
+    to_text = logit_scale * image @ gather(text).T  # (N, P*N*K)
     to_text = to_text.unflatten(1, (-1, facets))  # cross-entropy over dimension 1, for each facet
-    to_image = logit_scale * text @ gather(image).T  # (N*K, W*N)
+    to_image = logit_scale * text @ gather(image).T  # (N*K, P*N)
     image_finds = F.cross_entropy(to_text, target[:, None].expand(n, facets))
     text_finds = F.cross_entropy(to_image, target.repeat_interleave(facets))
     return (image_finds + text_finds) / 2

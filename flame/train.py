@@ -218,7 +218,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         texts = torch.zeros(2, cfg.facets, text_dim)
         gigabytes = samples * 11 * text_dim * 2 / 1e9
         about_texts = [
-            ("texts", f"{cfg.facets} of {len(cfg.rows) or 11} rows of {text_dim} numbers an image"),
+            ("texts", f"{cfg.facets} of {len(cfg.rows) or 11} facets an image, each of {text_dim} numbers"),
             *([("bank", f"{gigabytes:,.1f} GB if every image has captions of its own")] if samples else []),
         ]
     inputs, checkpointed = model_inputs(images, texts, cfg), model.visual if cfg.grad_checkpointing else None
@@ -292,8 +292,8 @@ def distributed(model: nn.Module, cfg: Config) -> DistributedDataParallel:
     """Wrap the model so that gradients are averaged over processes; `ln_post` and `proj` of the ViT get none, as
     upstream.
 
-    A static graph allows unused parameters, but it reduces gradients in its first backward pass, which is not the last
-    of a step with micro-batches.
+    A static graph allows such unused parameters, but averages gradients in the first backward pass of a step; with
+    micro-batches, later passes follow.
     """
     return DistributedDataParallel(model, static_graph=cfg.accumulate == 1, find_unused_parameters=cfg.accumulate > 1)
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification, for points of a curve during training and for eval.py.
+"""Zero-shot classification, during training (`Curve`) and for eval.py.
 
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. Text features are
 those of the LLM, read from embed.py's files, or of the baseline's text transformer. Training does not load the LLM.
@@ -47,8 +47,8 @@ def text_features(
 ) -> TextFeatures:  # fmt: skip
     """The function that embeds texts for a run's evaluation: its bank's LLM, or a trained text transformer.
 
-    `load`: whether the LLM may be loaded for texts that embed.py has not embedded. For a run trained only on summary
-    facets, long captions also use the single prompt.
+    `load`: whether the LLM may be loaded for texts that embed.py has not embedded. For a run trained only on
+    facets about the whole image (0, 1, 4), long captions also use the single prompt.
     """
     if isinstance(model, TrainedText | DualEncoder):
         tokenizer = getattr(model, "tokenizer", None) or open_clip.SimpleTokenizer(context_length=cfg.max_length)
@@ -145,7 +145,7 @@ def zero_shot(
     model: FLAME, classifier: Tensor, eval_set: EvalSet, device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32, batch_size: int = 256, workers: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """Top-1, top-5 and mean per class, in percent; logits are 100 x . c upstream, which changes no ranking."""
+    """Top-1, top-5 and mean per-class accuracy, in percent; logits are 100 x . c upstream, which changes no ranking."""
     features, labels = set_features(model, eval_set, device, precision, batch_size, workers)
     return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
 
@@ -153,7 +153,7 @@ def zero_shot(
 class Curve:
     """Zero-shot top-1 on `cfg.eval_set` during training.
 
-    Raises ValueError before the first step if this is no classification set or its texts are not embedded.
+    Creating it raises ValueError if this is no classification set or its texts are not embedded.
     """
 
     def __init__(self, model: FLAME, cfg: Config, device: torch.device, precision: torch.dtype):
