@@ -452,7 +452,8 @@ def dry_run(cfg: Config) -> None:
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
-        print(f"language model {cfg.llm}: per image, 11 embeddings of its width in fp16")
+        rows = 3 if cfg.llm == MINILM else 11  # captions; facets
+        print(f"language model {cfg.llm}: per image, {rows} embeddings of its width in fp16")
         return
     size = 11 * 2 * dims[cfg.llm]
     print(f"images         {images:,}, 3 captions each, 11 facets")

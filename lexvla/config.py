@@ -28,7 +28,7 @@ class Config:
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data; None uses all."""
     window_shards: int = 0
-    """0: all shards are available, and rows are shuffled over all of them. S: each process reads its share of the
+    """0: all shards are available, and samples are shuffled over all of them. S: each process reads its share of the
     shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
     then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
     samples repeat. A new run first reads all shards once, for the vocabulary."""

@@ -68,7 +68,7 @@ METRICS = {
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md.
+    """Measure runs: print the main numbers, write all to RUN/results.json and RUN/results.md.
 
     Subcommands: search, explain and patchdis (see `python -m lexvla.eval search --help` and so on).
     """

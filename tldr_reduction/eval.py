@@ -58,7 +58,7 @@ METRICS = {  # metrics shown for a run, and their headings
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs; all numbers are printed and written to RUN/results.json and RUN/results.md."""
+    """Measure runs: print the main numbers, write all to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of train.py (clip, blip) or retrieval.py."""
