@@ -4,8 +4,8 @@ Arms with a locked EfficientNet-Lite0 train on the 30,000 English captions of Fl
 evaluated by retrieval on the usual 1,000 test photographs, by zero-shot classification of PACS's photographs, and by
 linear probes on its paintings and cartoons. All of these take features of the locked trunk that are computed once.
 
-The primary claims are those of the abstract, as on emoji. The floor of the probes is the same probe on the locked trunk's
-own features; if it is above both arms, their claims say `has not learned`.
+The primary claims are those of the abstract, as on emoji. The floor of the probes is the same probe on the locked
+trunk's own features; if it is above both arms, their claims say `has not learned`.
 
 Why the effect can appear: the captions describe a few kinds of scenes (dogs, children, sports) in many different words.
 A prototype averages some sixty samples and can stand for such a kind, and the teacher places sentences of similar
