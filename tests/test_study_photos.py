@@ -27,7 +27,7 @@ def corpus(tmp_path: Path) -> Path:
     """Pictures with a bright band that determines a word of their captions: 60 for training, 12 for test with 2
     captions."""
     pairs = [(picture(i, i % 6), [f"a {WORDS[i % 6]} .", f"the {WORDS[i % 6]} again"]) for i in range(72)]
-    samples = ({"png": p, "txt": t[0], "json": {"captions": t}} for p, t in pairs[:60])
+    samples = ({"png": p, "txt": t[0], "json": {"caption": t[0], "captions": t}} for p, t in pairs[:60])
     layout.write_pairs(tmp_path / "train", samples)
     layout.write_retrieval(tmp_path / "retrieval", ({"png": p, "txt": "\n".join(t)} for p, t in pairs[60:]))
     write_split(tmp_path / "names/test", ({"png": p, "cls": str(i % 6)} for i, (p, _) in enumerate(pairs[60:])))
@@ -39,6 +39,13 @@ def test_correlation_finds_what_words_mean(corpus: Path):
     found = photos.by_correlation([str(corpus / "retrieval"), str(corpus / "names")], True, str(corpus / "train"))
     assert found["names/top1"] > 90 and found["retrieval/image_to_text_R@5"] > 90
     assert {"retrieval/text_to_image_R@1", "retrieval/mean_recall"} <= set(found)
+
+
+def test_a_sample_has_all_captions_of_its_photograph_or_its_own(corpus: Path):
+    (_, every), (_, own) = (photos.training_set(corpus / "train", pixels=True, own=own) for own in (False, True))
+    assert every[1] == ["a ball .", "the ball again"] and own[1] == ["a ball ."]
+    found = photos.by_correlation([str(corpus / "names")], True, str(corpus / "train"), own=True)
+    assert found["names/top1"] > 90
 
 
 def test_correlation_of_noise_is_chance():

@@ -75,13 +75,15 @@ def test_arms_are_named_by_what_they_keep():
         kept = select_fraction(clusters, 300, share, 0)
         assert len(kept) == 30_000 * share and len(photograph[kept].unique()) == 6_000
         assert len(photograph[random_subset(30_000, share, 0)].unique()) < 5_900
-        arm = "codes" if name == "half" else "codes-quarter"
+        arm = "codes" if name == "quarter" else "codes-half"
         assert f"--keep {share:g}" in study.REDUCTIONS[arm] and study.HEADINGS[arm].startswith(name)
     for name, flags in study.REDUCTIONS.items():
         assert ("--no-drop-duplicates" in flags) == ("--select" not in flags), name
         assert ("full" in study.HEADINGS[name]) == ("--select all" in flags)
     core = [arm.name for arm in study.STUDY.chosen("core")]
     assert sorted(core) == sorted(("full", *study.CORE))
+    bounded = [arm for floor in study.FLOORS for arm in floor.arms]
+    assert sorted(bounded) == sorted(arm.name for arm in study.ARMS)  # each by a correlation on its own data
 
 
 def test_a_bag_of_words_learns_what_captions_say(cfg: locked_clip.Config):  # noqa: F811

@@ -66,10 +66,13 @@ def features_of(files: Sequence[Path], pixels: bool = False, side: int | None = 
     return lite0_features_of_files(images, side or SIDE)
 
 
-def training_set(folder: str | Path, pixels: bool = False, side: int | None = None) -> tuple[Tensor, list[list[str]]]:
-    """`features_of` training shards with one sample per photograph, and all captions of each photograph."""
+def training_set(
+    folder: str | Path, pixels: bool = False, side: int | None = None, own: bool = False
+) -> tuple[Tensor, list[list[str]]]:
+    """`features_of` training shards, and all captions of each sample's photograph; with `own`, the sample's only."""
     files = sorted(Path(folder).glob("*.tar"))
-    return features_of(files, pixels, side), [about["captions"] for _, about in descriptions(map(str, files))]
+    about = [about for _, about in descriptions(map(str, files))]
+    return features_of(files, pixels, side), [[each["caption"]] if own else each["captions"] for each in about]
 
 
 def test_set(
@@ -142,15 +145,19 @@ def correlate(
 
 
 def by_correlation(
-    sets: Sequence[str], pixels: bool = False, train: str = "data/photos-flickr8k/train", side: int | None = None
+    sets: Sequence[str],
+    pixels: bool = False,
+    train: str = "data/photos-flickr8k/train",
+    side: int | None = None,
+    own: bool = False,
 ) -> dict[str, float]:
     """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features (with `pixels`, of raw
     pixels) with bags of words. `side`: pixels of the images for EfficientNet-Lite0.
 
-    A training photograph has the words of all its captions. No gradient step is taken. Retrieval sets give recalls,
-    classification sets zero-shot accuracy with their templates.
+    A training sample has the words of all captions of its photograph; with `own`, of its own caption. No gradient step
+    is taken. Retrieval sets give recalls, classification sets zero-shot accuracy with their templates.
     """
-    features, captions = training_set(train, pixels, side)
+    features, captions = training_set(train, pixels, side, own)
     found = correlate(features, [" ".join(texts) for texts in captions])
     numbers: dict[str, float] = {}
     for folder in sets:
