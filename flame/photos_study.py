@@ -16,6 +16,7 @@ from typing import Any
 from flame import eval as evaluation
 from flame.embed import GEMMA, SMOLLM2
 from flame.eval import language_means
+from flame.inmemory import whole_image
 from flame.study import (
     LANGUAGE_MODELS,
     by_language,
@@ -36,8 +37,8 @@ LANGUAGE_SETS = (*(f"{photos.SETS}/retrieval_multi30k_{each}" for each in MULTI3
 OTHER_LANGUAGES = {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"}
 LONG = f"{photos.SETS}/retrieval_long_en"
 NAMES = ("data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval/photo_all")
-FEWER = "--dataset-size 1500 --epochs 92"  # a quarter of the photographs, the 460 steps of all of them
-SIZE = f"--image-size {photos.SIDE}"  # as for the floors
+FEWER = "--dataset-size 1500 --epochs 30 --warmup 33"  # a quarter of the photographs, as many epochs as on emoji
+SIZE, VIEW = f"--image-size {photos.SIDE}", whole_image(photos.SIDE)  # the arms' and the floors'
 
 
 def arms(llm: str) -> tuple[Arm, ...]:
@@ -153,7 +154,7 @@ def correlation() -> dict[str, float]:
 
 def letters() -> dict[str, float]:
     """Letters of the nearest training photograph's caption, in each language."""
-    return of_languages(letters_of_neighbours(DATA, f"{HOME}/captions/short.json", LANGUAGE_SETS))
+    return of_languages(letters_of_neighbours(DATA, f"{HOME}/captions/short.json", LANGUAGE_SETS, view=VIEW))
 
 
 FLOORS = (

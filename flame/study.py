@@ -19,7 +19,7 @@ import importlib.util
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor, nn
 
@@ -296,9 +297,9 @@ def lite0_neighbour() -> dict[str, float]:
 
 
 @functools.cache
-def training_features(shards: str, pixels: bool = False) -> Tensor:
+def training_features(shards: str, pixels: bool = False, view: Callable[[Image.Image], Tensor] = VIEW) -> Tensor:
     """Features of the pretrained tower (N, 1280), or raw pixels, of the training pictures in shards."""
-    pairs, view = data.open_pairs(shards), floors.raw_pixels if pixels else VIEW
+    pairs, view = data.open_pairs(shards), floors.raw_pixels if pixels else view
     batches = (
         torch.stack([view(pairs.read(int(row)).image) for row in rows]) for rows in torch.arange(len(pairs)).split(256)
     )
@@ -320,17 +321,21 @@ def neighbour_words(pixels: bool = False) -> dict[str, float]:
 
 
 def letters_of_neighbours(
-    shards: str, captions: str, sets: Sequence[str], gallery: int | None = None
+    shards: str,
+    captions: str,
+    sets: Sequence[str],
+    gallery: int | None = None,
+    view: Callable[[Image.Image], Tensor] = VIEW,
 ) -> dict[str, float]:
     """The floor on languages, {"SET/METRIC": percent}: takes the English caption of an image's nearest training picture
     (by the pretrained tower's features), and finds the text that shares most groups of one to three letters with it.
 
     Knows no language, only that words are spelt alike. Reads an image's first caption, as eval.py does.
     """
-    english, train = read_captions(captions), F.normalize(training_features(shards), dim=-1)
+    english, train = read_captions(captions), F.normalize(training_features(shards, view=view), dim=-1)
     known, found = [english[str(key)] for key in data.open_pairs(shards).keys], {}
     for folder in sets:
-        eval_set = open_set(folder, VIEW, "retrieval")
+        eval_set = open_set(folder, view, "retrieval")
         images = F.normalize(cached_lite0_features([torch.stack(read_images(eval_set, gallery))]), dim=-1)
         texts = [of_image[0] for of_image in read_captions_of(eval_set, gallery)]
         letters = CountVectorizer(binary=True, analyzer="char_wb", ngram_range=(1, 3)).fit(texts)
