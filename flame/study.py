@@ -297,13 +297,14 @@ def lite0_neighbour() -> dict[str, float]:
 
 
 @functools.cache
-def training_features(shards: str, pixels: bool = False, view: Callable[[Image.Image], Tensor] = VIEW) -> Tensor:
-    """Features of the pretrained tower (N, 1280), or raw pixels, of the training pictures in shards."""
-    pairs, view = data.open_pairs(shards), floors.raw_pixels if pixels else view
+def training_features(shards: str, view: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Features of the pretrained tower (N, 1280) of the training pictures in shards, seen through `view`; if that is
+    `floors.raw_pixels`, the pixels."""
+    pairs = data.open_pairs(shards)
     batches = (
         torch.stack([view(pairs.read(int(row)).image) for row in rows]) for rows in torch.arange(len(pairs)).split(256)
     )
-    return floors.join(batches) if pixels else cached_lite0_features(batches)
+    return floors.join(batches) if view is floors.raw_pixels else cached_lite0_features(batches)
 
 
 def neighbour_words(pixels: bool = False) -> dict[str, float]:
@@ -311,7 +312,7 @@ def neighbour_words(pixels: bool = False) -> dict[str, float]:
     and predicts the class name whose bag of words is most similar to its caption (without a common word, the first)."""
     shards, short = PRESETS["emoji-lite0"][1].data, read_captions("data/flame/captions/short.json")
     captions = [short[str(key)] for key in data.open_pairs(shards).keys]
-    train, found = F.normalize(training_features(shards, pixels), dim=-1), {}
+    train, found = F.normalize(training_features(shards, floors.raw_pixels if pixels else VIEW), dim=-1), {}
     for folder in NEW_SETS:
         test, labels = floors.read(folder, "test", *(() if pixels else (cached_lite0_features, VIEW)))
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
@@ -332,7 +333,7 @@ def letters_of_neighbours(
 
     Knows no language, only that words are spelt alike. Reads an image's first caption, as eval.py does.
     """
-    english, train = read_captions(captions), F.normalize(training_features(shards, view=view), dim=-1)
+    english, train = read_captions(captions), F.normalize(training_features(shards, view), dim=-1)
     known, found = [english[str(key)] for key in data.open_pairs(shards).keys], {}
     for folder in sets:
         eval_set = open_set(folder, view, "retrieval")
@@ -357,7 +358,7 @@ def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, 
     """The floor for long captions: canonical correlation of the pretrained tower's features with the words of the
     training pictures' long captions, in closed form. `name`: the set's name in the metrics."""
     long = read_captions(captions)
-    found = photos.correlate(training_features(shards), [long[str(key)] for key in data.open_pairs(shards).keys])
+    found = photos.correlate(training_features(shards, VIEW), [long[str(key)] for key in data.open_pairs(shards).keys])
     eval_set = open_set(folder, VIEW, "retrieval")
     images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
     texts = found.text([text for each in asked for text in each])

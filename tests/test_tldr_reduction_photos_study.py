@@ -86,6 +86,21 @@ def test_arms_are_named_by_what_they_keep():
     assert sorted(bounded) == sorted(arm.name for arm in study.ARMS)  # each by a correlation on its own data
 
 
+def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("codes-seed3", "codes-seed12", "codes-half-seed3"):
+        (tmp_path / study.RUNS / "reduced" / name).mkdir(parents=True)
+        (tmp_path / study.RUNS / "reduced" / name / "report.csv").touch()
+    seen = []
+    monkeypatch.setattr(
+        photos, "by_correlation", lambda sets, train, own: seen.append((train, own)) or {"r": float(len(train))}
+    )
+    found = study.correlation_on("codes")
+    kept = [f"{study.RUNS}/reduced/codes-seed{seed}/shards" for seed in (12, 3)]
+    assert seen == [(path, True) for path in kept] and found == {"r": sum(map(len, kept)) / 2}
+    assert len(study.STUDY.floor_files()) == 3  # floors are measured again when a reduction changes
+
+
 def test_a_bag_of_words_learns_what_captions_say(cfg: locked_clip.Config):  # noqa: F811
     run = locked_clip.train(cfg, create=study.create_model)
     features, _, _ = photos.test_set("retrieval")

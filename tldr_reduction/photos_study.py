@@ -21,6 +21,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import tyro
 from torch import nn
 
@@ -36,7 +37,8 @@ from tldr_reduction.config import Config as TrainConfig
 from tldr_reduction.model import BagOfWords, build
 
 POOL, PREDICTIONS = "data/photos-captions/train", "data/tldr-photos/captions.json"
-REDUCE = f"reduce {POOL} --check none --work runs/photos/tldr_reduction/work-seed{{seed}}"
+RUNS = "runs/photos/tldr_reduction"
+REDUCE = f"reduce {POOL} --check none --work {RUNS}/work-seed{{seed}}"
 CLUSTERED = "--clusters 300 --no-drop-duplicates"  # a cluster holds some twenty photographs with all their copies
 QUARTER, AS_MANY = f"{CLUSTERED} --keep 0.25", "--select random --match {reduced/codes}"  # the paper keeps 24 %
 REDUCTIONS = {
@@ -172,9 +174,10 @@ REDUCED = {  # reduction: the arms trained on its photographs
 
 
 def correlation_on(reduction: str) -> dict[str, float]:
-    """The floor of arms on reduced data: canonical correlation of the pairs that the first seed's reduction keeps."""
-    kept = f"runs/photos/tldr_reduction/reduced/{reduction}-seed0/shards"
-    return photos.by_correlation((photos.RETRIEVAL,), train=kept, own=True)
+    """The floor of arms on reduced data: canonical correlation of the pairs that a reduction keeps; mean over seeds."""
+    kept = [str(table.parent / "shards") for table in study.reduced(reduction, RUNS)]
+    found = [photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True) for shards in kept]
+    return {metric: float(np.mean([numbers[metric] for numbers in found])) for metric in found[0]}
 
 
 FLOORS = (
@@ -225,6 +228,7 @@ STUDY = Study(
     },
     sets=(photos.RETRIEVAL,),
     floors=FLOORS,
+    floor_files=functools.partial(study.reduced, runs=RUNS),
     claims=CLAIMS,
     more_rows=more_rows,
 )

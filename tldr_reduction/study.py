@@ -289,9 +289,9 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     )
 
 
-def reduced(name: str = "*") -> list[Path]:
+def reduced(name: str = "*", runs: str = "runs/tldr_reduction") -> list[Path]:
     """Tables of the finished reductions of that name, one a seed."""
-    return sorted(Path("runs/tldr_reduction/reduced").glob(f"{name}-seed[0-9]*/report.csv"))
+    return sorted(Path(runs, "reduced").glob(f"{name}-seed[0-9]*/report.csv"))
 
 
 def kept(reduction: str) -> list[Tensor]:
