@@ -107,6 +107,44 @@ def test_the_time_of_all_runs_is_kept_until_they_have_finished_once(study: Study
     assert minutes() is None
 
 
+def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture):
+    """Results with added seeds are those of all seeds; plots and floors are not made again."""
+    made = []
+    study = dataclasses.replace(
+        study,
+        floors=(Floor("chance", lambda: {"top1": float(len(made))}),),
+        plot=lambda found, out: made.append(out),
+    )
+    options = runner.Options(seeds=(0, 1), results="there.json")
+    runner.run(study, options)
+    Path("there_packages.txt").write_text("a==1\n")
+    Path("runs/paper/floors.json").unlink()
+    runner.run(study, dataclasses.replace(options, seeds=(2,), extend=True))
+    assert not Path("runs/paper/floors.json").exists()
+    added = json.loads(Path("there.json").read_text())
+    shown = capsys.readouterr().out
+    runner.run(study, runner.Options(seeds=(0, 1, 2), results="all.json"))
+    together = json.loads(Path("all.json").read_text())
+    assert added["floors"] == {"chance": {"top1": 0.0}} != together["floors"]
+    for name in ("arms", "commit", "machine", "seeds", "settings"):
+        assert added[name] == together[name], name
+    assert added["claims"][0]["difference"] == together["claims"][0]["difference"]
+    assert made == [Path(), Path()] and "plots beside there.json are unchanged" in shown
+    assert Path("there_packages.txt").read_text().startswith("a==1\n")
+    torch.save({"epoch": 2, "config": {"epochs": 2, "lr": 1.0}, "commit": "abc"}, "finished.pt")
+    refused = {
+        "already has seed 2: name other --seeds": {},
+        "which differ from --arms in late": {"arms": "all", "seeds": (3,)},
+        "arm base of the earlier results has other settings": {"seeds": (3,)},
+        "--extend needs --results FILE.json": {"results": "none.json"},
+    }
+    for message, other in refused.items():
+        before = Path("there.json").read_bytes()
+        with pytest.raises(ValueError, match=message):
+            runner.run(study, dataclasses.replace(options, **{"seeds": (2,), "extend": True} | other))
+        assert Path("there.json").read_bytes() == before
+
+
 def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
     assert [arm.name for arm in study.chosen("core")] == ["base", "method"]
     assert [arm.name for arm in study.chosen("late base")] == ["base", "late"]

@@ -148,10 +148,16 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
     }
 
 
-def write_packages(path: Path) -> None:
-    """Write names and versions of all installed packages in the format of `pip install -r`."""
+def write_packages(path: Path, keep: bool = False) -> None:
+    """Write names and versions of all installed packages in the format of `pip install -r`.
+
+    keep: leave the lines that the file has, so that a package has a line for each version.
+    """
     found = {each.metadata["Name"].lower(): each.version for each in distributions() if each.metadata["Name"]}
-    path.write_text("".join(sorted(f"{name}=={version}\n" for name, version in found.items())), encoding="utf-8")
+    lines = {f"{name}=={version}\n" for name, version in found.items()}
+    if keep and path.is_file():
+        lines |= set(path.read_text(encoding="utf-8").splitlines(keepends=True))
+    path.write_text("".join(sorted(lines)), encoding="utf-8")
 
 
 def by_seed(summary: dict) -> dict[str, list[dict]]:
@@ -160,6 +166,19 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
         arm: [{metric: values["values"][i] for metric, values in metrics.items()} for i in range(len(summary["seeds"]))]
         for arm, metrics in summary["arms"].items()
     }
+
+
+def with_seeds_of(earlier: dict, found: Comparison) -> Comparison:
+    """`found` and the seeds of earlier results, which come first. ValueError if an arm has other settings there."""
+    for arm, setting in found.settings.items():
+        if earlier["settings"].get(arm) != setting:
+            raise ValueError(f"arm {arm} of the earlier results has other settings: train all seeds again")
+    before = by_seed(earlier)
+    return found._replace(
+        arms={arm: before[arm] + runs for arm, runs in found.arms.items()},
+        seeds=earlier["seeds"] + found.seeds,
+        commits=found.commits | set(earlier["commit"].split(", ")),
+    )
 
 
 def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:

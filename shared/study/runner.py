@@ -25,7 +25,7 @@ import tyro
 
 from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
-from shared.run import QUIET
+from shared.run import QUIET, machine
 from shared.study import report, verdicts
 from shared.study.floors import Floor
 from shared.study.scripts import run_script
@@ -188,17 +188,27 @@ class Study:
             lines.append(PLACE.sub(fill, f"{self.folder}.{command}").split())
         return lines
 
-    def compare(self, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
-        """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it."""
+    def compare(
+        self, runs: Sequence[str], results: Sequence[dict], path: Path, earlier: dict | None = None, **more: Any
+    ) -> None:
+        """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it.
+
+        earlier: results that these runs add seeds to; then no plots are drawn, since they need all runs.
+        """
         found = report.compare_runs(runs, results, self.headings, self.passes)
         self.derive(found)
+        if earlier:
+            found = report.with_seeds_of(earlier, found)
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
             print(f"claims about {', '.join(sorted(left_out))} are left out: add their sets to --sets")
-        summary = self.judged(found, path, **more)
+        summary = self.judged(found, path, earlier, **more)
         write_json(path, summary)
-        report.write_packages(path.with_name(f"{path.stem}_packages.txt"))
-        self.plot(found, path.parent)
+        report.write_packages(path.with_name(f"{path.stem}_packages.txt"), keep=earlier is not None)
+        if earlier:
+            print(f"plots beside {path} are unchanged: they show earlier seeds only")
+        else:
+            self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
     def measured_floors(self, path: Path, arms: Container[str]) -> dict[str, dict[str, float]]:
@@ -235,16 +245,22 @@ class Study:
         rows += [row for row in summary["claims"] if row["claim"] not in known]
         return summary | {"claims": sorted(rows, key=lambda row: not row["primary"])}
 
-    def judged(self, found: report.Comparison, path: Path, **more: Any) -> dict[str, Any]:
-        """Results: floors, intervals from pooled standard deviations, and primary claims first."""
-        floors, committed = self.measured_floors(path, found.arms), Path(f"results/{self.home}.json")
-        earlier = report.earlier_arms(committed, found)
-        if earlier:
+    def judged(self, found: report.Comparison, path: Path, earlier: dict | None = None, **more: Any) -> dict[str, Any]:
+        """Results: floors, intervals from pooled standard deviations, and primary claims first.
+
+        earlier: results whose seeds are part of `found`, and whose floors are kept.
+        """
+        floors = earlier["floors"] if earlier else self.measured_floors(path, found.arms)
+        committed = Path(f"results/{self.home}.json")
+        more_seeds = report.earlier_arms(committed, found)
+        if more_seeds:
             print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
-        rows = self.rows(found.arms, floors, earlier) + self.more_rows(found, **more)
+        rows = self.rows(found.arms, floors, more_seeds) + self.more_rows(found, **more)
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
-        if (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
+        if earlier and earlier["machine"] != machine():
+            about["machine"] = f"{earlier['machine']}, then {machine()}"
+        if not earlier and (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
             about["core_minutes"] = minutes
         return report.results(self.paper, found, rows, **about)
 
@@ -257,6 +273,8 @@ class Options:
     """core, all or names of arms, separated by spaces."""
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
+    extend: bool = False
+    """Add the seeds to those that the file of --results already has, of the same arms and settings."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
@@ -383,6 +401,7 @@ def run(study: Study, options: Options) -> None:
     if clone is not None and study.upstream is None:
         raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
+    earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
     if study.on == "photos" and options.photos is None:
         raise ValueError(
             "--corpus photos needs your own copy of the photographs: --photos DIR, which holds flickr8k, pacs, ..."
@@ -395,7 +414,21 @@ def run(study: Study, options: Options) -> None:
     compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
     runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]
     results = study.evaluate(runs)
-    study.compare(runs, results, Path(path or f"runs/{study.home}/results.json"), **more)
+    study.compare(runs, results, Path(path or f"runs/{study.home}/results.json"), earlier, **more)
+
+
+def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds: Sequence[int]) -> dict:
+    """The results of --results, which --extend adds `seeds` to. ValueError if it cannot."""
+    if options.results is None or not Path(options.results).is_file():
+        raise ValueError("--extend needs --results FILE.json, the results that it adds seeds to")
+    earlier = read_json(options.results)
+    compared = {job.name for job in study.jobs(arms) if isinstance(job, Arm)}
+    if compared != set(earlier["arms"]):
+        other = sorted(compared ^ set(earlier["arms"]))[0]
+        raise ValueError(f"--extend needs the arms of {options.results}, which differ from --arms in {other}")
+    if both := sorted(set(seeds) & set(earlier["seeds"])):
+        raise ValueError(f"{options.results} already has seed {both[0]}: name other --seeds")
+    return earlier
 
 
 def study_of(folder: str, on: str = "emoji") -> Study:
