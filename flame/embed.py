@@ -448,15 +448,18 @@ def read_sets(cfg: Config) -> list[tuple[list[str], bool]]:
 # ------------------------------------------------------------------------------------------------------------ script
 
 
+CAPTIONS, FACETS = 3, 11  # of an image: raw, short and long caption, whose prompts have 1, 3 and 7 facets
+
+
 def dry_run(cfg: Config) -> None:
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
-        rows = 3 if cfg.llm == MINILM else 11  # captions; facets
+        rows = CAPTIONS if cfg.llm == MINILM else FACETS
         print(f"language model {cfg.llm}: per image, {rows} embeddings of its width in fp16")
         return
-    size = 11 * 2 * dims[cfg.llm]
-    print(f"images         {images:,}, 3 captions each, 11 facets")
+    size = FACETS * 2 * dims[cfg.llm]
+    print(f"images         {images:,}, {CAPTIONS} captions each, {FACETS} facets")
     print(
         f"bank           {images * size / 1e9:,.0f} GB, {size:,} bytes an image, {-(-images // cfg.shard_size):,} files"
     )
