@@ -348,10 +348,10 @@ CONTROLS = {  # corpora of figure 4: the control, and the data
 MISALIGNED = {"cc3m": 16.81, "cc12m": 17.25, "yfcc15m": 36.48, "laion400m": 5.31, "laion-aesthetics": 14.34}  # table 3
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "tables 4 and 6, figures 3, 5, 6, 8 to 15, 17 to 19, 24, 25, 27": "no runs: `replay` reads the authors' files",
-    "tables 7, 8 and 10": "no data in the repository",
+    "tables 7, 8 and 10, figures 7, 16, 21 to 23, 26, 28 to 31": "no data in the repository",
     "fig. 20, SLIP and CyCLIP": "no data in the repository; `measure` takes checkpoints of both",
     "table 2, text-to-image models": "no images are generated in this project; `replay` reads the authors' scores",
-    "table 5, RAM++ with GPT-4's descriptions": "both are the user's to bring: `count --tagger ram++ --descriptions`",
+    "RAM++ with GPT-4's descriptions (examples in table 5)": "bring both: `count --tagger ram++ --descriptions`",
 }
 
 
@@ -362,7 +362,7 @@ def of_model(model: str) -> Row:
     sources, numbers = [], []
     if model in CURVES:
         sources.append(f"fig. 4 ({control})" if control else "fig. 2")
-        numbers.append(f"r = {CURVES[model]}")
+        numbers.append(f"r = {CURVES[model]}" + " (recomputed)" * (model in DERIVED))
     if model in TABLE9:
         sources.append("table 9")
         numbers.append("ImageNet {:.2f} %, Let It Wag! {:.2f} %".format(*TABLE9[model]))

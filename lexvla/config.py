@@ -263,9 +263,10 @@ def check_model(cfg: Config) -> None:
 
 CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "Table 1, the other methods": "models of others: `lexvla.eval` measures any dual encoder",
-    "Table 2, CLIP and VDR": "models of others: `lexvla.eval patchdis` measures them, and random patches",
-    "Fig. 5, sparsity": "an evaluation of the same run, made by each `lexvla.eval`",
+    "Table 1, the other methods": "models of others: `lexvla.eval` measures those that open_clip loads",
+    "Table 2, random patches, CLIP and VDR": "not trained here: `lexvla.eval patchdis` measures them",
+    "Fig. 5, sparsity": "an evaluation of the same run, made by each `lexvla.eval`; of other models for CLIP and VDR",
+    "Figs. 1, 3, 4 and 6": "pictures of the same runs, made by `lexvla.eval` and the study",
     "Table 3, hyperparameters": "a picture that could not be read",
 }
 PAPER_ROWS = {

@@ -496,13 +496,19 @@ KNOWN = {  # numbers of the paper that other texts quote
     "convnext-l-nmtune": "accuracy, 4 DomainNet sets 70.30 % (quoted by others)",
 }
 TASKS, FIGURES = "14 ID sets, 4 DomainNet sets", "figures, controlled study"
+README = "authors' README"
+SOURCE_OF = {  # methods that the authors' README has no command for
+    "nmtune-lambda": "the paper's weights, quoted by others",
+    "mlp": "the paper's baseline",
+    "lp-views": "control of the views",
+}
 SOURCES = {"in1k-rn50": "ImageNet-1K", "yfcc15m-rn50": "YFCC15M", "cc12m-yfcc15m-vit-b-16": "CC12M + YFCC15M"}
 
 
 def tuning_row(name: str) -> Row:
     """The row of a preset of train.py."""
     if name in METHODS:
-        return Row("authors' README, any encoder", TASKS)
+        return Row(f"{SOURCE_OF.get(name, README)}, any encoder", TASKS)
     if name.startswith("own-"):
         return Row("ours, as the above", "your own features", number="none")
     encoder, method = name.rsplit("-", 1)
@@ -516,14 +522,21 @@ def tuning_row(name: str) -> Row:
 def pretraining_row(name: str) -> Row:
     """The row of a preset of pretrain.py."""
     encoder, noise = name.rsplit("-", 1)
-    paper = "journal" if encoder.startswith("cc12m") else FIGURES
+    paper = "journal" if encoder.startswith("cc12m") else f"{FIGURES}, {SOURCES[encoder]}"
     return Row(f"{paper}, {int(noise)} % noise", SOURCES[encoder])
 
 
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "GLUE and GLUE-X": "any encoder: `nmtune.extract texts` and the head presets",
-    "few-shot ImageNet, WiSE-FT, Country211, STL10, DMLab, iWildCam": "loaders or scripts without a row in the tables",
-    "journal: open-set label noise": "its definition could not be read",
+    "GLUE and GLUE-X, BERT-L, RoBERTa-L, GPT-2": "any encoder: `nmtune.extract texts` and the head presets",
+    "GLUE and GLUE-X, text-ada-002": "an API: `nmtune.extract answers` and the head presets",
+    "few-shot ImageNet, WiSE-FT, Country211, STL10, DMLab, iWildCam": (
+        "loaders or scripts; whether the tables have rows could not be read"
+    ),
+    "ImageNet models of cifar100_noise": "only their names are known",
+    "shares of the training data": "an option: `nmtune.train --train-fraction`",
+    "CLIP tuned on ImageNet, tested on its variants": "`nmtune.train --benchmark imagenet` on any encoder's features",
+    "SVE and LSVR, zero-shot quality by noise": "evaluations of the same encoders: `nmtune.eval`",
+    "journal: other label noise": "its definition could not be read; `nmtune.pretrain --asymmetric`",
 }
 PAPER_ROWS = {
     script: {name: {"emoji": EMBEDDED, "small": OWN}.get(name.split("-")[0]) or row(name) for name in presets}

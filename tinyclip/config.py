@@ -260,7 +260,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 PRESETS |= {  # the zoo's second data set has the same recipe
-    f"{name}-laion-yfcc": (f"{name} on LAION-400M and YFCC-15M together", replace(PRESETS[name][1], init=init))
+    f"{name}-laion-yfcc": (f"{name} on LAION+YFCC-400M", replace(PRESETS[name][1], init=init))
     for name, init in (("auto-63M-31M", AUTO.init), ("auto-45M-18M", FIRST.format("auto-63M-31M-laion-yfcc")))
 }
 STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
@@ -362,10 +362,12 @@ def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") 
     return Row(f"model zoo, {row}", data, gpus, f"ImageNet zero-shot {imagenet} %")
 
 
-BOTH = "LAION-400M + YFCC-15M"
+BOTH = "LAION+YFCC-400M"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "ablations of affinity, inheritance, stages": "no setting is published; flags, and arms of the study",
-    "retrieval, transfer, robustness and linear probe": "no code is published; `tinyclip.eval --sets`, `--probe`",
+    "ablations of affinity, inheritance, stages; from scratch": "no setting is published; flags, and arms of the study",
+    "retrieval, transfer, robustness and linear probe": "no command is published; `tinyclip.eval --sets`, `--probe`",
+    "fig. 1 and abstract, ViT-B/32, RN50, ViT-B/16": "models of others",
+    "model zoo, MACs and throughput": "measured by `tinyclip.eval`",
 }
 PAPER_ROWS = {
     "train": {
@@ -381,7 +383,7 @@ PAPER_ROWS = {
         "resnet-19M-19M": _zoo("manual, ResNet-19M Text-19M", 56.4),
         "yfcc-39M-19M": _zoo("manual, ViT-39M/16 Text-19M", 63.5, "YFCC-15M", "16"),
         "yfcc-8M-3M": _zoo("manual, ViT-8M/16 Text-3M", 41.1, "YFCC-15M", NOT_STATED),
-        "auto-63M-31M-laion-yfcc": _zoo("auto, ViT-63M/32 Text-31M, second data set", 64.5, BOTH),
-        "auto-45M-18M-laion-yfcc": _zoo("auto, ViT-45M/32 Text-18M, second data set", 62.7, BOTH),
+        "auto-63M-31M-laion-yfcc": _zoo("auto, ViT-63M/32 Text-31M, LAION+YFCC-400M", 64.5, BOTH),
+        "auto-45M-18M-laion-yfcc": _zoo("auto, ViT-45M/32 Text-18M, LAION+YFCC-400M", 62.7, BOTH),
     }
 }
