@@ -132,11 +132,13 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
     assert made == [Path(), Path()] and "plots beside there.json are unchanged" in shown
     assert Path("there_packages.txt").read_text().startswith("a==1\n")
     torch.save({"epoch": 2, "config": {"epochs": 2, "lr": 1.0}, "commit": "abc"}, "finished.pt")
+    Path("other.json").write_text("{}")
     refused = {
         "already has seed 2: name other --seeds": {},
         "which differ from --arms in late": {"arms": "all", "seeds": (3,)},
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},
+        "other.json holds no results of a study": {"results": "other.json"},
     }
     for message, other in refused.items():
         before = Path("there.json").read_bytes()

@@ -422,6 +422,8 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     if options.results is None or not Path(options.results).is_file():
         raise ValueError("--extend needs --results FILE.json, the results that it adds seeds to")
     earlier = read_json(options.results)
+    if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
+        raise ValueError(f"{options.results} holds no results of a study")
     compared = {job.name for job in study.jobs(arms) if isinstance(job, Arm)}
     if compared != set(earlier["arms"]):
         other = sorted(compared ^ set(earlier["arms"]))[0]
