@@ -14,14 +14,15 @@ from collections.abc import Sequence
 
 from lexvla import eval as evaluation
 from lexvla.config import PRESETS
-from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, random_patches, rarer
+from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, patches_by_labels, random_patches, rarer
 from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 
-DATA, STATES, COCO = "data/photos-captions/train", "data/lexvla/photos-states.pt", "data/photos-coco/eval/patchdis_val"
+DATA, STATES = "data/photos-captions/train", "data/lexvla/photos-states.pt"
+COCO, COCO_TRAIN = (f"data/photos-coco/eval/patchdis_{split}" for split in ("val", "train"))
 LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # 30,000 captions twice; some hundred pieces occur this often
 WITH_LM = f"{LENGTH} --states {STATES}"
 SIDE = PRESETS["emoji"][1].image_size  # pixels of a photograph
@@ -29,7 +30,7 @@ ARMS = (
     Arm("none", f"train emoji-none {WITH_LM}", heading="no penalty"),
     Arm("flops", f"train emoji-flops {WITH_LM}", heading="FLOPs loss"),
     Arm("overuse", f"train emoji {WITH_LM}", heading="LexVLA: overuse penalty"),
-    Arm("bow", f"train emoji-bow {LENGTH}", heading="bag of words for text"),
+    Arm("bow", f"train emoji-bow {LENGTH} --bias -5.7", heading="bag of words for text"),
     Arm("dense", f"train emoji-dense {WITH_LM}", heading="latent baseline, 512 dimensions"),
 )
 
@@ -119,6 +120,11 @@ STUDY = Study(
             ceiling=True,
         ),
         Floor("random patches", lambda: random_patches(COCO)),
+        Floor(
+            "patches by least squares on labels of 80 photographs",
+            lambda: patches_by_labels(COCO_TRAIN, COCO),
+            ceiling=True,
+        ),
     ),
     claims=CLAIMS,
     more_rows=more_rows,

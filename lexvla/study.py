@@ -225,15 +225,15 @@ def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield patches[covered & (label >= 0)], label[covered & (label >= 0)]
 
 
-def patches_by_labels() -> dict[str, float]:
-    """PatchDis by labels: least squares from the frozen patches of training drawings to their classes.
+def patches_by_labels(train: str = SCENES + "patchdis_train", test: str = SCENES + "patchdis") -> dict[str, float]:
+    """PatchDis by labels: least squares from the frozen patches of training images to their classes.
 
     No upper bound, since it classifies each patch alone.
     """
-    x, y = (torch.cat(part) for part in zip(*labelled_patches(SCENES + "patchdis_train"), strict=True))
-    x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(SCENES + "patchdis"))
+    x, y = (torch.cat(part) for part in zip(*labelled_patches(train), strict=True))
+    x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(test))
     weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()
-    images = patchdis.labelled_images(SCENES + "patchdis", 128, normalize(LITE0))
+    images = patchdis.labelled_images(test, 128, normalize(LITE0))
     found = patchdis.measure(
         lambda pixels: F.pad(tokens(pixels)[:, 1:], (0, 1), value=1.0) @ weights, torch.eye(C), images
     )

@@ -49,6 +49,6 @@ def test_random_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     layout.write_masks(tmp_path / "masks", ["dog", "cat", "ball", "tree"], samples)
     monkeypatch.setattr(study, "COCO", str(tmp_path / "masks"))
-    measure = study.STUDY.floors[-1].measure
+    (measure,) = (floor.measure for floor in study.STUDY.floors if floor.name == "random patches")
     found = measure()
     assert 5 < found["patchdis/miou"] < 25 and found == measure()
