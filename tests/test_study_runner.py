@@ -129,13 +129,13 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
     for name in ("arms", "commit", "machine", "seeds", "settings"):
         assert added[name] == together[name], name
     assert added["claims"][0]["difference"] == together["claims"][0]["difference"]
-    assert made == [Path(), Path()] and "plots beside there.json are unchanged" in shown
+    assert made == [Path(), Path()] and "plots beside there.json that need all runs are unchanged" in shown
     assert Path("there_packages.txt").read_text().startswith("a==1\n")
     torch.save({"epoch": 2, "config": {"epochs": 2, "lr": 1.0}, "commit": "abc"}, "finished.pt")
     Path("other.json").write_text("{}")
     refused = {
-        "already has seed 2: name other --seeds": {},
-        "which differ from --arms in late": {"arms": "all", "seeds": (3,)},
+        "has seeds 0, 1, 2 of base, method: --extend adds other seeds of all these arms, or arms of all seeds": {},
+        "there.json has seeds 0, 1, 2 of base": {"arms": "all", "seeds": (3,)},
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},
         "other.json holds no results of a study": {"results": "other.json"},
@@ -145,6 +145,28 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
         with pytest.raises(ValueError, match=message):
             runner.run(study, dataclasses.replace(options, **{"seeds": (2,), "extend": True} | other))
         assert Path("there.json").read_bytes() == before
+
+
+def test_arms_are_added_to_results(study: Study):
+    """Results with an added arm are those of all arms; the other arms keep their values, and plots of metrics are drawn
+    again."""
+    drawn = []
+    study = dataclasses.replace(
+        study,
+        floors=(Floor("late floor", lambda: {"top1": 2.0}, arms=("late",)), Floor("chance", lambda: {"top1": 1.0})),
+        plot_arms=lambda arms, out: drawn.append(list(arms)),
+    )
+    options = runner.Options(seeds=(0, 1), results="there.json")
+    runner.run(study, options)
+    first = json.loads(Path("there.json").read_text())
+    runner.run(study, dataclasses.replace(options, arms="late", extend=True))
+    added = json.loads(Path("there.json").read_text())
+    assert drawn == [["base", "method"], ["base", "method", "late"]] and list(added["arms"]) == drawn[1]
+    assert {arm: added["arms"][arm] for arm in first["arms"]} == first["arms"]
+    assert added["floors"] == {"late floor": {"top1": 2.0}, "chance": {"top1": 1.0}} and added["seeds"] == [0, 1]
+    assert set(added["settings"]) == set(drawn[1]) and added["claims"] == first["claims"]
+    with pytest.raises(ValueError, match="there.json has seeds 0, 1 of base, method, late"):
+        runner.run(study, dataclasses.replace(options, arms="late", extend=True))
 
 
 def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):

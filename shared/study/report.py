@@ -168,16 +168,23 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
     }
 
 
-def with_seeds_of(earlier: dict, found: Comparison) -> Comparison:
-    """`found` and the seeds of earlier results, which come first. ValueError if an arm has other settings there."""
+def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison:
+    """`found` with earlier results, which have other seeds of the same arms, or other arms (and some of the same) with
+    the same seeds. Arms are in `order`; `folders` are those of `found`. ValueError if an arm has other settings there.
+    """
     for arm, setting in found.settings.items():
-        if earlier["settings"].get(arm) != setting:
+        if earlier["settings"].get(arm, setting) != setting:
             raise ValueError(f"arm {arm} of the earlier results has other settings: train all seeds again")
-    before = by_seed(earlier)
+    before, new = by_seed(earlier), found.arms
+    if found.seeds == earlier["seeds"]:
+        arms, seeds = new | before, found.seeds
+    else:
+        arms, seeds = {arm: before[arm] + runs for arm, runs in new.items()}, earlier["seeds"] + found.seeds
     return found._replace(
-        arms={arm: before[arm] + runs for arm, runs in found.arms.items()},
-        seeds=earlier["seeds"] + found.seeds,
+        arms={arm: arms[arm] for arm in order if arm in arms},
+        seeds=seeds,
         commits=found.commits | set(earlier["commit"].split(", ")),
+        settings=earlier["settings"] | found.settings,
     )
 
 

@@ -108,6 +108,8 @@ class Study:
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
     """Draws plots of arms into a folder."""
+    plot_arms: Callable[[dict[str, list[dict]], Path], None] = lambda arms, out: None
+    """Draws plots that need only the metrics of arms, by seed."""
     before: tuple[Once, ...] = ()
     stages: tuple[Stage, ...] = ()
     corpus: str = "Embedded emoji corpus"
@@ -193,20 +195,21 @@ class Study:
     ) -> None:
         """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it.
 
-        earlier: results that these runs add seeds to; then no plots are drawn, since they need all runs.
+        earlier: results that these runs add seeds or arms to; then plots that need all runs are not drawn.
         """
         found = report.compare_runs(runs, results, self.headings, self.passes)
         self.derive(found)
         if earlier:
-            found = report.with_seeds_of(earlier, found)
+            found = report.joined(earlier, found, self.headings)
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
             print(f"claims about {', '.join(sorted(left_out))} are left out: add their sets to --sets")
         summary = self.judged(found, path, earlier, **more)
         write_json(path, summary)
         report.write_packages(path.with_name(f"{path.stem}_packages.txt"), keep=earlier is not None)
+        self.plot_arms(found.arms, path.parent)
         if earlier:
-            print(f"plots beside {path} are unchanged: they show earlier seeds only")
+            print(f"plots beside {path} that need all runs are unchanged: they show earlier ones only")
         else:
             self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
@@ -248,9 +251,12 @@ class Study:
     def judged(self, found: report.Comparison, path: Path, earlier: dict | None = None, **more: Any) -> dict[str, Any]:
         """Results: floors, intervals from pooled standard deviations, and primary claims first.
 
-        earlier: results whose seeds are part of `found`, and whose floors are kept.
+        earlier: results that are part of `found`, and whose floors are kept.
         """
-        floors = earlier["floors"] if earlier else self.measured_floors(path, found.arms)
+        floors = earlier["floors"] if earlier else {}
+        if new := set(found.arms) - set((earlier or {}).get("arms", ())):
+            floors = self.measured_floors(path, new) | floors
+        floors = {floor.name: floors[floor.name] for floor in self.floors if floor.name in floors}
         committed = Path(f"results/{self.home}.json")
         more_seeds = report.earlier_arms(committed, found)
         if more_seeds:
@@ -274,7 +280,8 @@ class Options:
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
     extend: bool = False
-    """Add the seeds to those that the file of --results already has, of the same arms and settings."""
+    """Add the seeds to those that the file of --results already has, of the same arms and settings; or the arms, of the
+    same seeds."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
@@ -425,11 +432,13 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
         raise ValueError(f"{options.results} holds no results of a study")
     compared = {job.name for job in study.jobs(arms) if isinstance(job, Arm)}
-    if compared != set(earlier["arms"]):
-        other = sorted(compared ^ set(earlier["arms"]))[0]
-        raise ValueError(f"--extend needs the arms of {options.results}, which differ from --arms in {other}")
-    if both := sorted(set(seeds) & set(earlier["seeds"])):
-        raise ValueError(f"{options.results} already has seed {both[0]}: name other --seeds")
+    more_seeds = compared == set(earlier["arms"]) and not set(seeds) & set(earlier["seeds"])
+    more_arms = sorted(seeds) == earlier["seeds"] and not compared <= set(earlier["arms"])
+    if not more_seeds and not more_arms:
+        has = f"seeds {', '.join(map(str, earlier['seeds']))} of {', '.join(earlier['arms'])}"
+        raise ValueError(
+            f"{options.results} has {has}: --extend adds other seeds of all these arms, or arms of all seeds"
+        )
     return earlier
 
 
