@@ -62,7 +62,12 @@ MAIN = (  # in the order of the paper's argument
     Arm("aclip-eff", "train scenes --ema-image-size 24", heading="A-CLIP-eff: half-size EMA view", core=False),
     Arm("slip", SLIP, heading="SLIP", core=False),
     Arm("slip-equal-time", f"{SLIP} --dataset-size {SLIP_SAMPLES}", heading="SLIP, as many seconds as A-CLIP"),
-    Arm("clip-equal-time", f"{WHOLE} --dataset-size {CLIP_SAMPLES}", heading="CLIP, as many seconds as A-CLIP", core=False),
+    Arm(
+        "clip-equal-time",
+        f"{WHOLE} --dataset-size {CLIP_SAMPLES}",
+        heading="CLIP, as many seconds as A-CLIP",
+        core=False,
+    ),
 )
 RULES = {"clip": WHOLE, "random": RANDOM, "attentive": ATTENTIVE}
 VARIED = tuple(  # where masking matters: the same three arms on other scenes
