@@ -66,7 +66,9 @@ class Config:
     released_boxes: bool = False
     """EMA boxes by the released formula, which may miss parts of the views; off: they cover both views."""
     crop_scale: float = 0.5
-    """Smallest share of the image's area in a crop (SimCLR's crops in SLIP: 0.08 always)."""
+    """Smallest share of the image's area in a crop, except SLIP's crops for SimCLR."""
+    ssl_crop_scale: float | None = None
+    """Smallest share of the image's area in SLIP's crops for SimCLR; None: 0.08."""
     augmentation: Literal["paper", "crop"] = "paper"
     """paper: each method's own. crop: only crops, for all methods (emoji differ in colour and direction)."""
 
@@ -245,8 +247,10 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if cfg.released_boxes and cfg.views == 1:
         raise ValueError("--released-boxes needs two views: pass --views 2, or --no-released-boxes")
-    if not 0 < cfg.crop_scale <= 1:
-        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+    for name in ("crop_scale", "ssl_crop_scale"):
+        scale = getattr(cfg, name)
+        if scale is not None and not 0 < scale <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
     if cfg.text_lr < 0:
         raise ValueError(f"--text-lr must be at least 0, not {cfg.text_lr}")
     if not 0 <= cfg.ema_momentum <= 1:

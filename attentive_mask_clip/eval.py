@@ -33,7 +33,6 @@ from attentive_mask_clip.model import (
     attentive_keep_ids,
     create_model,
     load_checkpoint,
-    random_keep_ids,
 )
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
@@ -314,8 +313,8 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
         "attentive": attentive_keep_ids(scores(after), keep_ratio, block),
         "high drop,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block, "high"),
         "high drop": attentive_keep_ids(scores(after), keep_ratio, block, "high"),
-        "random": random_keep_ids(noise, keep_ratio),
     }
+    columns["random"] = noise.argsort(dim=1)[:, : columns["attentive"].shape[1]]
     figure, axes = plt.subplots(len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images) + 0.4))
     for j, (title, ids) in enumerate(columns.items()):
         shown = pixels

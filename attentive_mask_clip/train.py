@@ -149,8 +149,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     frozen = sum(p.numel() for p in model.parameters()) - trained
 
     def rates(step: int) -> str:
+        text = f", text tower {cfg.text_lr * lrs[step]:.3e}" if cfg.text_lr != 1 else ""
         ema = f", EMA momentum {momenta[step]:.6f}" if cfg.method == "aclip" else ""
-        return f"{lrs[step]:.3e}{ema}, at step {step:,}"
+        return f"{lrs[step]:.3e}{text}{ema}, at step {step:,}"
 
     images, boxes, tokens = blank_batch(model, cfg)
     kept, patches = "", (model.image_size // model.patch_size) ** 2

@@ -68,6 +68,8 @@ def test_arms_of_a_name_are_those_that_are_timed():
         cfg = parsed(arm)
         for name, value in timing.ARMS.get(arm.name, {}).items():
             assert getattr(cfg, name) == value, (arm.name, name)
+        half = study.MODELS["scenes"]["image_size"] // 2 if arm.name == "aclip-eff" else None
+        assert cfg.ema_image_size == half, arm.name
 
 
 def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatch):

@@ -230,7 +230,7 @@ ARMS = {
     "random": ["emoji", "--mask", "random", *MASKED],
     "attentive": ["emoji", *MASKED],
     "high-drop": ["emoji", "--mask", "high", *MASKED],
-    "aclip": ["emoji"],
+    "aclip": ["emoji", "--text-lr", "0.5"],
     "aclip-eff": ["emoji", "--ema-image-size", "10"],
     "unmasked": ["emoji", "--mask", "none"],
     "released": ["emoji", "--released-boxes", "--simclr-pair", "same"],
@@ -375,6 +375,8 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
     state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
     for part in ("state_dict", "optimizer", "epoch", "batch"):
         assert same(state[part], expected[part]), (part, kills)
+    scales = {group["lr_scale"] for group in state["optimizer"]["param_groups"]}
+    assert scales == ({1.0, 0.5} if arm == "aclip" else {1.0})  # as --text-lr says
 
 
 def test_windows_killed_at_random_equal_uninterrupted(cli, start, folder: Path):
