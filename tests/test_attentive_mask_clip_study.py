@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from scripts import ROOT
 
 from attentive_mask_clip import config, study, timing
 from attentive_mask_clip import eval as evaluation
@@ -70,6 +71,13 @@ def test_arms_of_a_name_are_those_that_are_timed():
             assert getattr(cfg, name) == value, (arm.name, name)
         half = study.MODELS["scenes"]["image_size"] // 2 if arm.name == "aclip-eff" else None
         assert cfg.ema_image_size == half, arm.name
+
+
+def test_the_page_has_the_numbers_of_the_study():
+    page = " ".join((ROOT / "attentive_mask_clip/README.md").read_text(encoding="utf-8").split())
+    seen = [f"{n:,}" for n in (parsed(study.MAIN[0]).dataset_size, study.SLIP_SAMPLES, study.ATTENTIVE_SAMPLES)]
+    assert f"The arms see {seen[0]} scenes once" in page
+    assert f"SLIP sees {seen[1]} scenes" in page and f"*attentive 1x50%* {seen[2]} in" in page
 
 
 def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatch):
