@@ -54,14 +54,15 @@ ATTENTIVE_SAMPLES = 20_544  # scenes that attentive 1x50 sees in random 1x50's s
 WHOLE, SLIP = "train scenes-clip", "train scenes-slip"
 RANDOM = "train scenes --mask random --keep-ratio 0.52 --views 1 --no-ssl"  # 33 of 64 patches, as many as attention
 ATTENTIVE = "train scenes --views 1 --no-ssl"
+ACLIP = "train scenes --byol-weight 0.2"  # BYOL, like SimCLR in these presets, has a tenth of the paper's weight
 MAIN = (  # in the order of the paper's argument
     Arm("clip", WHOLE, heading="CLIP"),
     Arm("random", RANDOM, heading="random 1x50%"),
     Arm("attentive", ATTENTIVE, heading="attentive 1x50%"),
     Arm("high-drop", f"{ATTENTIVE} --mask high", heading="attentive 1x50%, high scores dropped"),
-    Arm("aclip", "train scenes", heading="A-CLIP: attentive 2x50% + SimCLR + BYOL"),
+    Arm("aclip", ACLIP, heading="A-CLIP: attentive 2x50% + SimCLR + BYOL"),
     Arm("attentive-2x50", "train scenes --no-ssl", heading="attentive 2x50%", core=False),
-    Arm("aclip-eff", "train scenes --ema-image-size 24", heading="A-CLIP-eff: half-size EMA view", core=False),
+    Arm("aclip-eff", f"{ACLIP} --ema-image-size 24", heading="A-CLIP-eff: half-size EMA view", core=False),
     Arm("slip", SLIP, heading="SLIP", core=False),
     Arm("slip-equal-time", f"{SLIP} --dataset-size {SLIP_SAMPLES}", heading="SLIP, as many seconds as A-CLIP"),
     Arm(
