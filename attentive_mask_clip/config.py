@@ -45,7 +45,8 @@ class Config:
     """Patches that A-CLIP keeps. attentive: blocks with high EMA scores. high: blocks with low EMA scores (the
     counter-test, which drops the high ones). random: random patches. none: all."""
     keep_ratio: float = 0.5
-    """Share r of patches to keep: int(r * blocks) + 1 blocks of 2x2, or int(r * patches) random patches."""
+    """Share r of patches to keep: int(r * blocks) + 1 blocks of 2x2 (`scenes` towers: single patches), or
+    int(r * patches) random patches."""
     views: Literal[1, 2] = 2
     """A-CLIP's masked views of an image."""
     ssl: bool = True
@@ -65,7 +66,9 @@ class Config:
     released_boxes: bool = False
     """EMA boxes by the released formula, which may miss parts of the views; off: they cover both views."""
     crop_scale: float = 0.5
-    """Smallest share of the image's area in a crop (SimCLR's crops in SLIP: 0.08 always)."""
+    """Smallest share of the image's area in a crop, except SLIP's crops for SimCLR."""
+    ssl_crop_scale: float | None = None
+    """Smallest share of the image's area in SLIP's crops for SimCLR; None: 0.08."""
     augmentation: Literal["paper", "crop"] = "paper"
     """paper: each method's own. crop: only crops, for all methods (emoji differ in colour and direction)."""
 
@@ -80,6 +83,8 @@ class Config:
     """Recompute the towers' activations in the backward pass: less memory, one more forward pass."""
     lr: float = 5e-4
     """Peak learning rate."""
+    text_lr: float = 1.0
+    """Learning rate of the text tower, as a multiple of all other parameters' rate."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
@@ -164,12 +169,14 @@ SCENES = dataclasses.replace(
     EMOJI,
     data="data/scenes-one/train",
     model="scenes",
-    epochs=2,
+    dataset_size=32_000,
+    simclr_weight=0.1,
+    epochs=1,
     batch_size=64,
     lr=1e-3,
+    text_lr=0.1,
     weight_decay=0.05,
     warmup_epochs=0.15,
-    keep_in_memory=True,
     eval_every=1,
     eval_set="data/scenes-one/eval/names_ood",
 )
@@ -240,8 +247,12 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if cfg.released_boxes and cfg.views == 1:
         raise ValueError("--released-boxes needs two views: pass --views 2, or --no-released-boxes")
-    if not 0 < cfg.crop_scale <= 1:
-        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+    for name in ("crop_scale", "ssl_crop_scale"):
+        scale = getattr(cfg, name)
+        if scale is not None and not 0 < scale <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
+    if cfg.text_lr < 0:
+        raise ValueError(f"--text-lr must be at least 0, not {cfg.text_lr}")
     if not 0 <= cfg.ema_momentum <= 1:
         raise ValueError(f"--ema-momentum must be in 0..1, not {cfg.ema_momentum}")
     if not 0 <= cfg.warmup_epochs <= cfg.epochs:
@@ -254,9 +265,10 @@ def check_model(cfg: Config) -> None:
         raise ValueError(f"--ema-image-size {ema} cannot be cut into patches of {patch} pixels")
     if cfg.mask == "random" and int((size // patch) ** 2 * cfg.keep_ratio) == 0:
         raise ValueError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
-    if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % 2:
+    block = MODELS[cfg.model].get("block", 2)
+    if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % block:
         raise ValueError(
-            f"blocks of 2x2 patches do not tile {size // patch} patches a side: choose another --image-size"
+            f"blocks of {block}x{block} patches do not tile {size // patch} patches a side: choose another --image-size"
         )
 
 

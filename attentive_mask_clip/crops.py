@@ -160,7 +160,8 @@ class ViewDataset(Dataset):
         if self.ema_view:
             images.append(self.plain(crop(pair.image, boxes[-1], cfg.ema_image_size or self.size)))
         if cfg.method == "slip":
-            augmented = [torch.tensor(RandomResizedCrop.get_params(pair.image, (0.08, 1.0), RATIO)) for _ in range(2)]
+            scale = (0.08 if cfg.ssl_crop_scale is None else cfg.ssl_crop_scale, 1.0)
+            augmented = [torch.tensor(RandomResizedCrop.get_params(pair.image, scale, RATIO)) for _ in range(2)]
             images += [self.ssl(crop(pair.image, box, self.size)) for box in augmented]
         caption = pair.caption
         if cfg.caption_lines:

@@ -33,7 +33,6 @@ from attentive_mask_clip.model import (
     attentive_keep_ids,
     create_model,
     load_checkpoint,
-    random_keep_ids,
 )
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
@@ -265,7 +264,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     images. X: attentive (the model's own attention), high_drop (its low scores), centre (the blocks nearest to the
     centre) or random (expectation over random patches, as many as attentive keeps).
     """
-    was_training = model.training
+    was_training, block = model.training, model.block
     model.eval()
     tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
     scores = torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
@@ -276,9 +275,9 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     axis = torch.arange(grid, device=images.device) - (grid - 1) / 2
     centre = -(axis[:, None] ** 2 + axis**2).flatten().expand(len(images), -1)
     kept = {
-        "attentive": attentive_keep_ids(scores, keep_ratio),
-        "high_drop": attentive_keep_ids(scores, keep_ratio, drop="high"),
-        "centre": attentive_keep_ids(centre, keep_ratio),
+        "attentive": attentive_keep_ids(scores, keep_ratio, block),
+        "high_drop": attentive_keep_ids(scores, keep_ratio, block, "high"),
+        "centre": attentive_keep_ids(centre, keep_ratio, block),
     }
     total = patches.sum()
     results = {}
@@ -299,7 +298,7 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
     """Plot one row per image (B, 3, S, S): the image; patches kept by attention and by high-drop, each before and after
     training; random patches. Dropped patches are grey."""
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    pixels = (images * std + mean).clamp(0, 1)
+    pixels, block = (images * std + mean).clamp(0, 1), after.block
     noise = torch.rand(
         len(images), (images.shape[2] // after.patch_size) ** 2, generator=torch.Generator().manual_seed(0)
     )
@@ -310,12 +309,12 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
 
     columns = {
         "image": None,
-        "attentive,\nuntrained": attentive_keep_ids(scores(before), keep_ratio),
-        "attentive": attentive_keep_ids(scores(after), keep_ratio),
-        "high drop,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, drop="high"),
-        "high drop": attentive_keep_ids(scores(after), keep_ratio, drop="high"),
-        "random": random_keep_ids(noise, keep_ratio),
+        "attentive,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block),
+        "attentive": attentive_keep_ids(scores(after), keep_ratio, block),
+        "high drop,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block, "high"),
+        "high drop": attentive_keep_ids(scores(after), keep_ratio, block, "high"),
     }
+    columns["random"] = noise.argsort(dim=1)[:, : columns["attentive"].shape[1]]
     figure, axes = plt.subplots(len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images) + 0.4))
     for j, (title, ids) in enumerate(columns.items()):
         shown = pixels

@@ -54,7 +54,8 @@ PRESETS = {
     "scenes": dict(
         embed_dim=128,
         image_size=48,
-        patch_size=8,
+        patch_size=6,
+        block=1,
         vision_width=128,
         vision_layers=4,
         vision_heads=4,
@@ -300,7 +301,10 @@ def byol_head(width: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
 
 
 class CLIP(nn.Module):
-    """A ViT and CLIP's text transformer: the paper's first baseline and A-CLIP's base. S:models.py:67."""
+    """A ViT and CLIP's text transformer: the paper's first baseline and A-CLIP's base. S:models.py:67.
+
+    `block`: attention selects blocks of `block` x `block` patches, in A-CLIP's masks and in evaluation.
+    """
 
     def __init__(
         self,
@@ -316,9 +320,11 @@ class CLIP(nn.Module):
         text_heads: int = 8,
         text_layers: int = 12,
         freeze_patch_proj: bool = False,
+        block: int = 2,
     ):
         super().__init__()
         self.image_size, self.patch_size, self.context_length = image_size, patch_size, context_length
+        self.block = block
         self.visual = MaskedViT(
             image_size, patch_size, vision_width, vision_layers, vision_heads, freeze_patch_proj=freeze_patch_proj
         )
@@ -465,7 +471,7 @@ class ACLIP(CLIP):
         of_views = crop_scores(
             scores.repeat(views, 1), boxes[:-1].flatten(0, 1), boxes[-1].repeat(views, 1), grid
         )  # (V*B, N)
-        return attentive_keep_ids(of_views, self.keep_ratio, drop="low" if self.mask == "attentive" else "high")
+        return attentive_keep_ids(of_views, self.keep_ratio, self.block, "low" if self.mask == "attentive" else "high")
 
     def forward(self, views: Tensor, ema_view: Tensor | None, tokens: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         """views (V*B, 3, H, W), all first views first; ema_view (B, 3, h, w); tokens (B, T); boxes (B, V+1, 4) int64.

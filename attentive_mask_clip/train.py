@@ -46,17 +46,26 @@ def schedules(cfg: Config, per_epoch: int) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+TEXT_TOWER = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+
+
+def param_groups(model: nn.Module, weight_decay: float, text_lr: float = 1.0) -> list[dict]:
     """Parameter groups with and without weight decay; frozen parameters and EMA copies are in neither. U:main.py:110.
 
     No decay for vectors and scalars and for names with "bias", "ln" or "bn". Embeddings, [CLS] and projections decay.
+    With a `text_lr` other than 1 the text tower has two groups of its own. `lr_scale` of a group multiplies its rate.
     """
-    decayed, others = [], []
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for scale in dict.fromkeys((1.0, text_lr)):
+        found |= {(scale, False): [], (scale, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or any(part in name for part in ("bias", "ln", "bn"))
-            (others if plain else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            found[text_lr if name.startswith(TEXT_TOWER) else 1.0, plain].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
+        for (scale, plain), parameters in found.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- one step
@@ -96,7 +105,7 @@ def train_step(
     images, boxes, tokens = batch
     scaler = scaler or torch.amp.GradScaler(tokens.device.type, enabled=False)
     for group in optimizer.param_groups:
-        group["lr"] = float(lr)  # a NumPy number would not load with weights_only
+        group["lr"] = float(lr) * group.get("lr_scale", 1.0)  # a NumPy number would not load with weights_only
     if isinstance(bare, ACLIP):
         bare.update_ema(momentum)  # before the forward pass, once per step for any number of micro-batches
     optimizer.zero_grad()
@@ -140,8 +149,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     frozen = sum(p.numel() for p in model.parameters()) - trained
 
     def rates(step: int) -> str:
+        text = f", text tower {cfg.text_lr * lrs[step]:.3e}" if cfg.text_lr != 1 else ""
         ema = f", EMA momentum {momenta[step]:.6f}" if cfg.method == "aclip" else ""
-        return f"{lrs[step]:.3e}{ema}, at step {step:,}"
+        return f"{lrs[step]:.3e}{text}{ema}, at step {step:,}"
 
     images, boxes, tokens = blank_batch(model, cfg)
     kept, patches = "", (model.image_size // model.patch_size) ** 2
@@ -198,7 +208,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     model: CLIP = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(process.device)
     set_grad_checkpointing(model, cfg.grad_checkpointing)
     tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
-    groups, betas = param_groups(model, cfg.weight_decay), (cfg.beta1, cfg.beta2)
+    groups, betas = param_groups(model, cfg.weight_decay, cfg.text_lr), (cfg.beta1, cfg.beta2)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)

@@ -22,6 +22,8 @@ ERRORS = {
     "EMA view that does not tile": (["emoji", "--ema-image-size", "11"], "--ema-image-size 11 cannot be cut"),
     "nothing kept": (["emoji", "--keep-ratio", "0"], "--keep-ratio must be above 0 and at most 1, not 0"),
     "too much kept": (["emoji", "--keep-ratio", "1.5"], "--keep-ratio must be above 0 and at most 1"),
+    "a text tower that unlearns": (["emoji", "--text-lr", "-1"], "--text-lr must be at least 0, not -1"),
+    "no crop for SimCLR": (["emoji", "--ssl-crop-scale", "0"], "--ssl-crop-scale must be above 0 and at most 1, not 0"),
     "momentum above 1": (["emoji", "--ema-momentum", "1.1"], "--ema-momentum must be in 0..1"),
     "long warm-up": (["emoji", "--warmup-epochs", "4"], "--warmup-epochs 4.0 must be in 0..3"),
     "less than a batch": (["emoji", "--dataset-size", "31"], "holds 31 pairs, less than one batch of 32"),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from scripts import ROOT
 
 from attentive_mask_clip import config, study, timing
 from attentive_mask_clip import eval as evaluation
-from attentive_mask_clip.model import attentive_keep_ids, random_keep_ids
+from attentive_mask_clip.model import create_model
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm
@@ -30,14 +31,17 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
         lines = [{"step": n, "seconds": n / 2, "zero_shot_top1": n / 4} for n in (3, 6)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "aclip-seed0/kept.png").write_bytes(b"picture")
-    given = dict.fromkeys(["names_ood/top1", "online/names_ood/top1", *KEPT], 2.0)
-    bars = (Floor("none", lambda: {"names_ood/top1": 1.0}), Floor("high", lambda: {"online/names_ood/top1": 2.0}))
+    names = [f"{towers}{name}/top1" for towers in ("", "online/") for name in study.SETS]
+    given = dict.fromkeys([*names, *KEPT], 2.0)
+    bars = (Floor("none", lambda: {study.EMA: 1.0}), Floor("high", lambda: {study.ONLINE: 2.0}))
     monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
-    monkeypatch.setattr(evaluation, "evaluated", lambda path, *_: given | {"names_ood/top1": 2.0 + ("aclip" in path)})
+    monkeypatch.setattr(
+        evaluation, "evaluated", lambda path, *_: given | {"names_ood/top1": 2.0 + 2 * ("aclip" in path)}
+    )
     monkeypatch.chdir(tmp_path)
     evaluation.main(evaluation.Config(runs=tuple(runs), times=str(times), report=str(report), device="cpu"))
     found, shown = json.loads(report.read_text()), capsys.readouterr().out
-    assert list(found["arms"]) == ["clip", "aclip"] and set(found["arms"]["clip"]) == set(given)
+    assert list(found["arms"]) == ["clip", "aclip"] and set(found["arms"]["clip"]) == {*given, study.EMA, study.ONLINE}
     claims = {row["claim"]: row for row in found["claims"]}
     expected = {claim.claim for claim in study.CLAIMS if {claim.method, claim.baseline} == {"clip", "aclip"}}
     assert expected and expected == set(claims) & {claim.claim for claim in study.CLAIMS}
@@ -45,14 +49,14 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
     assert row["difference"] == 1.0 and row["primary"] and found["claims"][0]["primary"]
     time = claims["step time of A-CLIP / CLIP's"]
     assert (time["paper"], time["why"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
-    pictures = {"attentive_mask_clip_curves.png", "attentive_mask_clip_kept.png"}
-    assert {path.name for path in report.parent.iterdir()} == pictures | {"results.json", "results_packages.txt"}
+    written = {"attentive_mask_clip_kept.png", "results.json", "results_packages.txt"}
+    assert {path.name for path in report.parent.iterdir()} == written
     assert (report.parent / "attentive_mask_clip_kept.png").read_bytes() == b"picture"
 
 
 def test_rows_of_an_arm_compare_measurements_of_the_same_run():
     kept = {"kept/attentive_pixels": 90.0, "kept/random_pixels": 50.0, "kept/centre_pixels": 90.0}
-    run = kept | {"kept/untrained_pixels": 92.0, "names_ood/top1": 3.0, "online/names_ood/top1": 2.5}
+    run = kept | {"kept/untrained_pixels": 92.0, study.EMA: 3.0, study.ONLINE: 2.5}
     rows = {row["claim"]: row for row in study.more_rows(Comparison({"aclip": [run]}, [0], {}, set(), {}))}
     differences = {claim.split(" than ")[-1]: row["difference"] for claim, row in rows.items() if "aclip:" in claim}
     assert differences == {"random patches": 40.0, "blocks at the centre": 0.0, "attention before training": -2.0}
@@ -65,6 +69,35 @@ def test_arms_of_a_name_are_those_that_are_timed():
         cfg = parsed(arm)
         for name, value in timing.ARMS.get(arm.name, {}).items():
             assert getattr(cfg, name) == value, (arm.name, name)
+        half = study.MODELS["scenes"]["image_size"] // 2 if arm.name == "aclip-eff" else None
+        assert cfg.ema_image_size == half, arm.name
+
+
+def test_the_page_has_the_numbers_of_the_study():
+    page = " ".join((ROOT / "attentive_mask_clip/README.md").read_text(encoding="utf-8").split())
+    assert f"The arms see {parsed(study.MAIN[0]).dataset_size:,} scenes once" in page
+    assert f"SLIP sees {study.SLIP_SAMPLES:,} scenes" in page
+
+
+def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatch):
+    """Every arm has chance and raw pixels, each from the evaluation sets of the scenes that the arm trains on."""
+    monkeypatch.setattr(study.floors, "chance", lambda sets: {f"chance {Path(sets[0]).parts[1]}": 1.0})
+    monkeypatch.setattr(study.floors, "nearest_neighbour", lambda sets: {f"pixels {Path(sets[0]).parts[1]}": 2.0})
+    below = [floor for floor in study.FLOORS if not floor.ceiling]
+    for arm in study.ARMS:
+        corpus = Path(parsed(arm).data).parts[1]
+        found = [name for floor in below if arm.name in floor.arms for name in floor.measure() if "online" not in name]
+        assert found == [f"chance {corpus}", f"pixels {corpus}"], arm.name
+
+
+def test_plot_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Accuracy over the object's share, with clutter, and over the clutter, for objects of one size."""
+    figures = []
+    monkeypatch.setattr(study.plt, "close", figures.append)
+    study.plot(Comparison({arm.name: [{study.ONLINE: 3.0}] * 2 for arm in study.ARMS}, [0, 1], {}, set(), {}), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["attentive_mask_clip_scenes.png"]
+    drawn = [[list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"] for axis in figures[0].axes]
+    assert drawn == [[pytest.approx([17.64, 49.0])] * 3, [[0, 2]] * 3]
 
 
 def test_every_arm_trains_on_scenes_that_the_study_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -84,13 +117,12 @@ def test_every_arm_trains_on_scenes_that_the_study_builds(tmp_path: Path, monkey
 
 
 def test_attention_and_random_masks_keep_the_same_number_of_patches():
-    """20 of 36: attention keeps 5 of 9 blocks of four."""
-    scores = torch.rand(3, 36)
-    attentive, random = (parsed(arm) for arm in study.MAIN if arm.name in ("attentive", "random"))
-    if "random" in attentive.mask:
-        attentive, random = random, attentive
-    assert attentive_keep_ids(scores, attentive.keep_ratio).shape == (3, 20)
-    assert random_keep_ids(scores, random.keep_ratio).shape == (3, 20)
+    """33 of 64 single patches."""
+    arms = {arm.name: parsed(arm) for arm in study.MAIN}
+    made = {arm: create_model("aclip", "scenes", **arms[arm].model_settings()) for arm in ("attentive", "random")}
+    scores, boxes = torch.rand(3, 64), torch.tensor([[[0, 0, 48, 48]] * 2] * 3)
+    for model in made.values():
+        assert model.block == 1 and model.keep_ids(scores, boxes, torch.rand(3, 64)).shape == (3, 33)
 
 
 def parsed(arm: Arm) -> config.Config:

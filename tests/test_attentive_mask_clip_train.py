@@ -72,6 +72,29 @@ def test_param_groups(case):
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(case["frozen"])
 
 
+def test_the_text_tower_has_a_rate_of_its_own():
+    """With --text-lr, only parameters that images never pass have it; decay is split as without it."""
+    model = tiny().train()
+    cfg = Config(precision="fp32", text_lr=0.1)
+    groups, plain = param_groups(model, 0.3, cfg.text_lr), param_groups(model, 0.3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
+    for scale in (1.0, 0.1):
+        decays = {group["weight_decay"]: group["params"] for group in groups if group["lr_scale"] == scale}
+        assert set(decays) == {0.0, 0.3} and all(decays.values())
+        for group in plain:
+            assert {id(p) for p in decays[group["weight_decay"]]} <= {id(p) for p in group["params"]}
+    slow = {names[id(p)] for group in groups if group["lr_scale"] == 0.1 for p in group["params"]}
+    model.encode_text(batch()[2]).sum().backward()
+    assert slow == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    views, ema_view, tokens, boxes = batch()
+    train_step(model, ([*views.split(len(tokens)), ema_view], boxes, tokens), optimizer, 0.01, 0.9, cfg)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.001, 0.001]
+
+
 BEFORE_BATCH_NORM = {f"image_mlp.{name}" for i in (1, 2) for name in (f"layer{i}.bias", f"bn{i}.running_mean")}
 
 
@@ -207,7 +230,7 @@ ARMS = {
     "random": ["emoji", "--mask", "random", *MASKED],
     "attentive": ["emoji", *MASKED],
     "high-drop": ["emoji", "--mask", "high", *MASKED],
-    "aclip": ["emoji"],
+    "aclip": ["emoji", "--text-lr", "0.5"],
     "aclip-eff": ["emoji", "--ema-image-size", "10"],
     "unmasked": ["emoji", "--mask", "none"],
     "released": ["emoji", "--released-boxes", "--simclr-pair", "same"],
@@ -352,6 +375,8 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
     state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
     for part in ("state_dict", "optimizer", "epoch", "batch"):
         assert same(state[part], expected[part]), (part, kills)
+    scales = {group["lr_scale"] for group in state["optimizer"]["param_groups"]}
+    assert scales == ({1.0, 0.5} if arm == "aclip" else {1.0})  # as --text-lr says
 
 
 def test_windows_killed_at_random_equal_uninterrupted(cli, start, folder: Path):
