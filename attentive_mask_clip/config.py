@@ -68,7 +68,7 @@ class Config:
     crop_scale: float = 0.5
     """Smallest share of the image's area in a crop, except SLIP's crops for SimCLR."""
     ssl_crop_scale: float | None = None
-    """Smallest share of the image's area in SLIP's crops for SimCLR; None: 0.08."""
+    """SLIP's crops for SimCLR: their smallest share of the image's area; None: 0.08."""
     augmentation: Literal["paper", "crop"] = "paper"
     """paper: each method's own. crop: only crops, for all methods (emoji differ in colour and direction)."""
 

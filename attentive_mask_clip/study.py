@@ -257,16 +257,19 @@ def both(found: dict[str, float]) -> dict[str, float]:
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Draw attentive_mask_clip_kept.png and _scenes.png if their arms were measured."""
+    """Copy attentive_mask_clip_kept.png from the first seed of A-CLIP."""
     for path in found.folders.get("aclip", []):
         if path.name == "aclip-seed0" and (path / "kept.png").exists():
             shutil.copy(path / "kept.png", out / "attentive_mask_clip_kept.png")
-    if all(arm.name in found.arms for arm in VARIED):
-        plot_scenes(found.arms, out)
 
 
 def plot_scenes(arms: dict[str, list[dict]], out: Path) -> None:
-    """attentive_mask_clip_scenes.png: accuracy of masking rules over the object's size and over the clutter."""
+    """Draw attentive_mask_clip_scenes.png: accuracy of masking rules over the object's size and over the clutter.
+
+    Nothing is drawn unless the arms on all scenes were trained.
+    """
+    if not all(arm.name in arms for arm in (*MAIN[:3], *VARIED)):
+        return
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     sizes = sorted((100 * side**2, name) for name, (side, clutter, _) in CORPORA.items() if clutter)
     clutter = sorted((count, name) for name, (side, count, _) in CORPORA.items() if side == CORPORA["one"][0])
@@ -300,7 +303,7 @@ STUDY = Study(
         Once(f"attentive_mask_clip.timing --model scenes --batch-size 64 --out {STEP_TIMES}"),
     ),
     arms=ARMS,
-    minutes={"core": 7, "all": 23},
+    minutes={"core": 7, "all": 18},
     evaluate=evaluate,
     alone=True,
     derive=derive,
@@ -310,6 +313,7 @@ STUDY = Study(
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,
+    plot_arms=plot_scenes,
 )
 
 if __name__ == "__main__":

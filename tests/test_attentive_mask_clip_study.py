@@ -94,7 +94,10 @@ def test_plot_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Accuracy over the object's share, with clutter, and over the clutter, for objects of one size."""
     figures = []
     monkeypatch.setattr(study.plt, "close", figures.append)
-    study.plot(Comparison({arm.name: [{study.ONLINE: 3.0}] * 2 for arm in study.ARMS}, [0, 1], {}, set(), {}), tmp_path)
+    arms = {arm.name: [{study.ONLINE: 3.0}] * 2 for arm in study.ARMS}
+    study.plot_scenes({arm: arms[arm] for arm in arms if arm != "clip-large"}, tmp_path)
+    assert not list(tmp_path.iterdir())
+    study.plot_scenes(arms, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["attentive_mask_clip_scenes.png"]
     drawn = [[list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"] for axis in figures[0].axes]
     assert drawn == [[pytest.approx([17.64, 49.0])] * 3, [[0, 2]] * 3]
