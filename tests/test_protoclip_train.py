@@ -103,8 +103,9 @@ def test_every_arm_trains(arms: dict[str, Path], arm: str):
 
 
 def test_arms_start_from_the_same_weights_and_samples(arms: dict[str, Path]):
-    first = {arm: metrics(out)[:PER_EPISODE] for arm, out in arms.items()}
-    assert all([line["clip"] for line in lines] == [line["clip"] for line in first["clip"]] for lines in first.values())
+    """Some processors round the last bit of a loss in another way where another loss is added to it."""
+    first = {arm: [line["clip"] for line in metrics(out)[:PER_EPISODE]] for arm, out in arms.items()}
+    assert all(losses == pytest.approx(first["clip"], rel=1e-5) for losses in first.values())
 
 
 def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli):
