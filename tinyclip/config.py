@@ -40,8 +40,8 @@ class Stage:
     weight: float = 1.0
     """Factor on both losses."""
     ignore_equal_captions: bool = False
-    """Leave a batch's other samples with the same caption out of a sample's softmax, in both losses (a control). Off:
-    as upstream, they count as wrong in the contrastive loss."""
+    """Leave a batch's other samples with the same caption out of a sample's softmax, in both losses. Off: as upstream,
+    they count as wrong in the contrastive loss."""
     logit_scale: float | None = 50.0
     """Fixed temperature multiplier of teacher and student. None: the student's is learned, the teacher keeps its
     own."""
@@ -193,17 +193,19 @@ SMALL_AUTO = replace(
 )  # fmt: skip
 # a CLIP trained from scratch
 SMALL_TEACHER = replace(SMALL, model="emoji-100", alpha=0.0, augmentation="crop", epochs=20, steps=400)
-# Scenes are plentiful: students see them without crops, so that the teacher's features are computed once.
+# Scenes are plentiful: students see them without crops, so that the teacher's features are computed once. A batch holds
+# each of their thirty captions several times.
 SCENES = dict(
-    data="data/scenes-near/train", image_size=None, epochs=0, eval_every=75, eval_set="data/scenes-near/eval/names_ood"
+    data="data/scenes-near/train", image_size=None, ignore_equal_captions=True, epochs=0, eval_every=75,
+    eval_set="data/scenes-near/eval/names_ood",
 )  # fmt: skip
 STUDENT = SCENES | dict.fromkeys(("teacher", "init"), FIRST.format("vit-teacher-seed0"))
 EMOJI, EMOJI_AUTO = replace(SMALL, **STUDENT), replace(SMALL_AUTO, **STUDENT)
 EMOJI_RESNET = replace(
     EMOJI, data="data/emoji/train_names", model="emoji-resnet-50", teacher=FIRST.format("teacher-seed0"),
-    init=FIRST.format("teacher-seed0"), steps=170, batch_size=512, lr=5e-3, warmup=30, weight_decay=0.2, eps=1e-8,
-    augmentation="crop", crop=(0.7, 1.4), crop_ratio=(0.85, 1.18), distinct_captions=True, eval_every=17,
-    eval_set="data/emoji/eval/bare_names_ood",
+    init=FIRST.format("teacher-seed0"), ignore_equal_captions=False, steps=170, batch_size=512, lr=5e-3, warmup=30,
+    weight_decay=0.2, eps=1e-8, augmentation="crop", crop=(0.7, 1.4), crop_ratio=(0.85, 1.18), distinct_captions=True,
+    eval_every=17, eval_set="data/emoji/eval/bare_names_ood",
 )  # fmt: skip
 CONTRASTIVE = dict(teacher=None, alpha=0.0)
 PRESETS = {
