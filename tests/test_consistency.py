@@ -272,6 +272,7 @@ def test_studies_name_commands_that_are_there(folder: str, name: str):
     study = importlib.import_module(f"{folder}.{name}").STUDY
     assert study.on == ("photos" if name == "photos_study" else "emoji")
     assert study.folder == folder and set(study.minutes) == {"core", "all"} and study.floors
+    assert len(set(study.metrics.values())) == len(study.metrics)  # columns of equal names would hide each other
     names = [job.name for job in (*study.stages, *study.arms)]
     assert len(names) == len(set(names)) and all(arm.heading for arm in study.arms)
     lines = [words for job in (*study.stages, *study.arms) for words in study.words(job, 7)]

@@ -37,4 +37,4 @@ def test_claims_compare_recalls():
     arms = {arm: [{study.RECALL: value + 0.1 * seed} for seed in range(3)] for arm, value in recalls.items()}
     rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, [((), {study.RECALL: 1.0})], True)}
     assert rows["both together"]["primary"] and rows["both together"]["verdict"] == "reproduced"
-    assert rows["half the size above the teacher, by hand"]["verdict"] == "no claim"
+    assert rows["half the size above the teacher, by hand, ResNet"]["verdict"] == "no claim"

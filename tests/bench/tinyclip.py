@@ -185,7 +185,7 @@ def to_the_floor(seeds: int) -> None:
     nearest training scene by raw pixels does."""
     baseline_rows(
         study.STUDY, study.VIT_RC, PRESETS, train.main, seeds, "names of scenes, unseen style, half a ViT from scratch",
-        {"the pixel floor": "nearest neighbour on raw pixels"}, study.TOP1_SCENES, eval_every=25,
+        {"the pixel floor": "nearest neighbour on raw pixels"}, study.STYLES[study.TOP1_SCENES][0], eval_every=25,
     )  # fmt: skip
 
 
