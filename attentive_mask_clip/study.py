@@ -48,7 +48,7 @@ def folder(corpus: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- arms
 
-SLIP_SAMPLES = 16_320  # scenes that SLIP sees in A-CLIP's training seconds, by steps timed in turns
+SLIP_SAMPLES = 16_320  # scenes that SLIP sees in A-CLIP's training seconds, by those of a pilot
 WHOLE, SLIP = "train scenes-clip", "train scenes-slip"
 RANDOM = "train scenes --mask random --keep-ratio 0.52 --views 1 --no-ssl"  # 33 of 64 patches, as many as attention
 ATTENTIVE = "train scenes --views 1 --no-ssl"

@@ -195,7 +195,7 @@ def study(llm: str) -> Study:
         claims=claims(llm),
         claims_of=lambda summary: claims(language_model_of(summary)),
         more_rows=more_rows,
-        plot=lambda found, out: plot_languages(found.arms, out),
+        plot_arms=plot_languages,
     )
 
 

@@ -188,5 +188,5 @@ STUDY = Study(
     claims=(*CLAIMS, *VARIANT_CLAIMS),
     derive=lambda found: over_levels(found.arms),
     more_rows=more_rows,
-    plot=lambda found, out: plot_noise(found.arms, out),
+    plot_arms=plot_noise,
 )

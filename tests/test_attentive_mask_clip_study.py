@@ -28,8 +28,6 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
     for run in map(Path, runs):
         run.mkdir()
         torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, run / "checkpoint.pt")
-        lines = [{"step": n, "seconds": n / 2, "zero_shot_top1": n / 4} for n in (3, 6)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "aclip-seed0/kept.png").write_bytes(b"picture")
     names = [f"{towers}{name}/top1" for towers in ("", "online/") for name in study.SETS]
     given = dict.fromkeys([*names, *KEPT], 2.0)

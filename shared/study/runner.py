@@ -425,9 +425,9 @@ def run(study: Study, options: Options) -> None:
 
 
 def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds: Sequence[int]) -> dict:
-    """The results of --results, which --extend adds `seeds` to. ValueError if it cannot."""
+    """The results of --results, to which --extend adds other seeds or other arms. ValueError if it cannot."""
     if options.results is None or not Path(options.results).is_file():
-        raise ValueError("--extend needs --results FILE.json, the results that it adds seeds to")
+        raise ValueError("--extend needs --results FILE.json, the results that it adds to")
     earlier = read_json(options.results)
     if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
         raise ValueError(f"{options.results} holds no results of a study")
