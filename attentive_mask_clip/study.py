@@ -4,8 +4,9 @@ Arms are trained on scenes, a stand-in for YFCC15M, and compared seed by seed. B
 are timed once, in one process.
 
 Why the effect can appear: the caption names one emoji, whose box covers about a sixth of the scene; no caption names
-the background or the clutter. Half of the patches can therefore be dropped without loss if they do not show that emoji.
-The effect would vanish if the emoji filled the scene, because any half of the patches would show it.
+the background or the two symbols (the clutter). Half of the patches can therefore be dropped without loss if they do
+not show that emoji. The effect would vanish if the emoji filled the scene, because any half of the patches would show
+it.
 """
 
 import shutil
@@ -49,7 +50,8 @@ def folder(corpus: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- arms
 
-# Scenes seen in equal training seconds, by those of a pilot: SLIP in A-CLIP's, an attentive mask in a random one's
+# Training scenes of two arms of equal time, from seconds of a pilot: SLIP takes as long as A-CLIP, and the attentive
+# mask as long as the random one.
 SLIP_SAMPLES, ATTENTIVE_SAMPLES = 16_320, 20_544
 WHOLE, SLIP = "train scenes-clip", "train scenes-slip"
 RANDOM = "train scenes --mask random --keep-ratio 0.52 --views 1 --no-ssl"  # 33 of 64 patches, as many as attention
@@ -76,7 +78,7 @@ MAIN = (  # in the order of the paper's argument
         heading="attentive 1x50%, as many seconds as random",
         core=False,
     ),
-    Arm("frozen", "train scenes --mask none --views 1 --no-ssl", heading="CLIP, patch embedding frozen", core=False),
+    Arm("frozen", "train scenes --mask none --views 1 --no-ssl", heading="CLIP, patch projection frozen", core=False),
 )
 RULES = {"clip": WHOLE, "random": RANDOM, "attentive": ATTENTIVE}
 VARIED = tuple(  # where masking matters: the same three arms on other scenes
@@ -121,7 +123,7 @@ CLAIMS = (  # the paper's numbers: ImageNet zero-shot after training on YFCC15M 
     Claim("attentive 1x50 above random 1x50, EMA towers", None, EMA, "attentive", "random"),
     Claim("attentive 1x50 above random 1x50, equal time", None, ONLINE, "attentive-equal-time", "random"),
     Claim("A-CLIP above SLIP with larger crops, equal time", None, EMA, "aclip", "slip-equal-time-crops"),
-    Claim("frozen patch embedding above a trained one, whole image", None, ONLINE, "frozen", "clip"),
+    Claim("frozen patch projection above a trained one, whole image", None, ONLINE, "frozen", "clip"),
     *(
         Claim(f"{LOOK[corpus]}: {what}", None, ONLINE, f"{a}-{corpus}", f"{b}-{corpus}")
         for corpus in list(CORPORA)[1:]

@@ -75,7 +75,7 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
             if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
                 numbers["floor"] = None
             about = {"paper": folder, "pictures": pictures_of(summary)}
-            about |= {"claim": row["claim"], "the paper's": row["paper"]}
+            about |= {"claim": row["claim"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
             rows.append(about | {"difference": line["here"], "seeds": len(summary["seeds"]), "verdict": row["verdict"]})
     return rows
@@ -87,8 +87,9 @@ def settled(rows: list[dict[str, Any]]) -> str:
     return (
         f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The others are not "
         "testable here or not resolved, or their arms have not learned. The number after ± is half of the 95 % "
-        "interval: the smallest difference that the seeds of a row can resolve. Floor: the best score in the row's "
-        "metric that needs no trained arm, such as that of chance, of raw pixels or of a pretrained tower's features. "
+        "interval: the smallest difference that the seeds of a row can resolve. The list of verdicts below defines "
+        "each of them; d is the largest difference that counts as none. Floor: the best score in the row's metric that "
+        "needs no trained arm, such as that of chance, of raw pixels or of a pretrained tower's features. "
         "Claims about a slope, a ratio, a spectrum, word usage, rare concepts or fewer pairs have no floor here: "
         "another metric, in the tables below, shows whether their arms have learned."
     )
