@@ -17,7 +17,7 @@ from shared import cli, presets
 from shared.checkpoints import read_json, write_json
 from shared.evaluation import table
 from shared.study import report
-from shared.study.runner import Study, study_of
+from shared.study.runner import Options, Study, study_of
 from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
@@ -150,11 +150,15 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
 
 
 def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
-    """The root README, with the counts of verdicts on each paper's primary claims in the last cell of its table row."""
+    """The root README, with the last two cells of each paper's table row filled: minutes of the default study on two
+    cores, and the counts of verdicts on the paper's primary claims."""
     for folder, summary in summaries.items():
         found = counts(row for row in summary["claims"] if row["primary"])
         words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
-        readme = re.sub(rf"^(\| \[`{folder}/`\].*\|)[^|\n]*\|$", rf"\g<1> {words} |", readme, flags=re.MULTILINE)
+        cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
+        readme = re.sub(
+            rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$", rf"\g<1> {cells} |", readme, flags=re.MULTILINE
+        )
     return readme
 
 
