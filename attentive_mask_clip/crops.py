@@ -151,9 +151,8 @@ class ViewDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken]]:
-        cfg, broken = self.cfg, []
-        pair = data.read_or_next(self.pairs, int(i), broken)
-        data.seed_views(self.seed, i, len(self))
+        cfg = self.cfg
+        pair, broken = data.read_item(self.pairs, i, self.seed)
         views = cfg.views if cfg.method == "aclip" else 1
         boxes = three_boxes(pair.image, (cfg.crop_scale, 1.0), cfg.released_boxes and views == 2, views)
         images = [self.online(crop(pair.image, box, self.size)) for box in boxes[:-1]]

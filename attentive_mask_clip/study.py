@@ -4,8 +4,9 @@ Arms are trained on scenes, a stand-in for YFCC15M, and compared seed by seed. B
 are timed once, in one process.
 
 Why the effect can appear: the caption names one emoji, whose box covers about a sixth of the scene; no caption names
-the background or the clutter. Half of the patches can therefore be dropped without loss if they do not show that emoji.
-The effect would vanish if the emoji filled the scene, because any half of the patches would show it.
+the background or the two symbols (the clutter). Half of the patches can therefore be dropped without loss if they do
+not show that emoji. The effect would vanish if the emoji filled the scene, because any half of the patches would show
+it.
 """
 
 import shutil
@@ -35,10 +36,11 @@ STEP_TIMES = "runs/attentive_mask_clip/step_times.json"
 SCENES = "--concepts 30 --ground 0.3 --samples 48000"
 CORPORA = {  # name: (object's side as a share of the scene's, uncaptioned emoji, options of shared.corpora.scenes)
     "one": (0.42, 2, ""),
+    "small": (0.27, 2, "--captioned-size 0.25 0.30"),
     "large": (0.70, 2, "--captioned-size 0.65 0.75"),
     "alone": (0.42, 0, "--clutter 0 0"),
 }
-LOOK = {"large": "large emoji", "alone": "no clutter"}
+LOOK = {"small": "small emoji", "large": "large emoji", "alone": "no clutter"}
 SETS = ("names_id", "names_ood")
 
 
@@ -48,7 +50,9 @@ def folder(corpus: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- arms
 
-SLIP_SAMPLES = 16_320  # scenes that SLIP sees in A-CLIP's training seconds, by those of a pilot
+# Training scenes of two arms of equal time, from seconds of a pilot: SLIP takes as long as A-CLIP, and the attentive
+# mask as long as the random one.
+SLIP_SAMPLES, ATTENTIVE_SAMPLES = 16_320, 20_544
 WHOLE, SLIP = "train scenes-clip", "train scenes-slip"
 RANDOM = "train scenes --mask random --keep-ratio 0.52 --views 1 --no-ssl"  # 33 of 64 patches, as many as attention
 ATTENTIVE = "train scenes --views 1 --no-ssl"
@@ -62,6 +66,19 @@ MAIN = (  # in the order of the paper's argument
     Arm("aclip-eff", "train scenes --ema-image-size 24", heading="A-CLIP-eff: half-size EMA view", core=False),
     Arm("slip", SLIP, heading="SLIP", core=False),
     Arm("slip-equal-time", f"{SLIP} --dataset-size {SLIP_SAMPLES}", heading="SLIP, as many seconds as A-CLIP"),
+    Arm(
+        "slip-equal-time-crops",
+        f"{SLIP} --dataset-size {SLIP_SAMPLES} --ssl-crop-scale 0.5",
+        heading="SLIP, as many seconds as A-CLIP, crops of half the scene and more",
+        core=False,
+    ),
+    Arm(
+        "attentive-equal-time",
+        f"{ATTENTIVE} --dataset-size {ATTENTIVE_SAMPLES}",
+        heading="attentive 1x50%, as many seconds as random",
+        core=False,
+    ),
+    Arm("frozen", "train scenes --mask none --views 1 --no-ssl", heading="CLIP, patch projection frozen", core=False),
 )
 RULES = {"clip": WHOLE, "random": RANDOM, "attentive": ATTENTIVE}
 VARIED = tuple(  # where masking matters: the same three arms on other scenes
@@ -104,6 +121,9 @@ CLAIMS = (  # the paper's numbers: ImageNet zero-shot after training on YFCC15M 
     Claim("A-CLIP above CLIP, online towers", None, ONLINE, "aclip", "clip"),
     Claim("A-CLIP above SLIP at equal time, online towers", None, ONLINE, "aclip", "slip-equal-time"),
     Claim("attentive 1x50 above random 1x50, EMA towers", None, EMA, "attentive", "random"),
+    Claim("attentive 1x50 above random 1x50, equal time", None, ONLINE, "attentive-equal-time", "random"),
+    Claim("A-CLIP above SLIP with larger crops, equal time", None, EMA, "aclip", "slip-equal-time-crops"),
+    Claim("frozen patch projection above a trained one, whole image", None, ONLINE, "frozen", "clip"),
     *(
         Claim(f"{LOOK[corpus]}: {what}", None, ONLINE, f"{a}-{corpus}", f"{b}-{corpus}")
         for corpus in list(CORPORA)[1:]

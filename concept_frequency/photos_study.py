@@ -44,7 +44,7 @@ from shared.study.runner import Arm, Study
 from shared.study.verdicts import Claim
 
 SPACY = "en_core_web_sm"
-MIN_IMAGES = 10  # test photographs that a noun is in, as in the paper
+MIN_IMAGES = 10  # fewest test photographs with a noun for it to be measured, as in the paper
 K = 10  # of recall
 HOME = Path("runs/photos/concept_frequency")
 RECALL = f"retrieval_en/text_to_image_R@{K}"
@@ -57,7 +57,8 @@ class Config(locked_clip.Config):
     """Settings of a CLIP that is trained on captions of photographs."""
 
     thin: float = 0.0
-    """Share to drop of the captions that contain one of a random half of the nouns; the others repeat more often."""
+    """Share of the captions to drop among those with one of a random half of the nouns. An epoch has as many captions
+    as before, so the kept ones repeat more often."""
 
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:
@@ -160,7 +161,7 @@ def curve_of(images: Tensor, texts: Tensor, counts: np.ndarray) -> dict[str, Any
 
 
 def measure_run(folder: Path) -> dict[str, Any]:
-    """`curve_of` a finished run, with counts in the captions that it was trained on."""
+    """Measure a finished run with `curve_of`, counting nouns in the captions that it was trained on."""
     both = locked_clip.encode(folder, test_set().features, test_set().captions)
     shards = checkpoints.read_json(folder / "config.json")["data"]
     counts = nouns_of_captions(shards)[np.load(folder / "rows.npy")].sum(0)
@@ -190,7 +191,8 @@ CLAIMS = (  # a claim with the text of one in study.py tests the same
 
 
 def derive(found: Comparison) -> None:
-    """Add to each `thinned` run the slope within nouns: change of recall on change of log frequency from `captions`."""
+    """Add to each `thinned` run its slope within nouns: how a noun's recall changes with its log frequency, relative to
+    the `captions` run of the same seed."""
     for other, all_captions in zip(found.arms.get("thinned", []), found.arms.get("captions", []), strict=False):
         (change,), (gain,) = changes([all_captions["concepts"]], [other["concepts"]])
         other["within"] = within_slope(change, gain, 1)["slope"]

@@ -38,7 +38,7 @@ OTHER_LANGUAGES = {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"
 LONG = f"{photos.SETS}/retrieval_long_en"
 NAMES = ("data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval/photo_all")
 FEWER = "--dataset-size 1500 --epochs 30 --warmup 33"  # a quarter of the photographs, as many epochs as on emoji
-SIZE, VIEW = f"--image-size {photos.SIDE}", whole_image(photos.SIDE)  # the arms' and the floors'
+SIZE, VIEW = f"--image-size {photos.SIDE}", whole_image(photos.SIDE)  # image size of the arms; transform of the floors
 
 
 def arms(llm: str) -> tuple[Arm, ...]:
@@ -85,13 +85,11 @@ LANGUAGE_CLAIMS = (
         for code, name in OTHER_LANGUAGES.items()
     ),
 )
-CLAIMS = (  # `negligible` as on emoji; claims tested on both have the same words
+CLAIMS = (  # `negligible` is as in study.py; a claim that both studies test has the same text
     Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
     Claim("the same, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1),
     Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
-    Claim(
-        "several facets above one of each caption", "its design", CIFAR10_TOP1, "flame", "summary", 1, None, True, 1.0
-    ),
+    Claim("several facets per caption above one", "its design", CIFAR10_TOP1, "flame", "summary", 1, None, True, 1.0),
     Claim("long captions, image to text", URBAN[0], LONG_TO_TEXT, "flame", "clip", 1, 54.6, False, 2.0),
     Claim("zero-shot, PACS photographs", "+4.9 IN (CC3M)", PACS_TOP1, "flame", "clip", 1, 4.9, False, 2.4),
     Claim("three captions above the raw one", None, CIFAR10_TOP1, "summary", "raw"),

@@ -184,7 +184,7 @@ CLAIMS = (
         "long captions of scenes, text to image", URBAN[1], SCENES_TO_IMAGE, "flame-scenes", "clip-scenes",
         1, 57.0, True, 2.0,
     ),
-    Claim("several facets above one of each caption", "its design", NEW_ID, "flame", "summary", 1, None, True, 1.0),
+    Claim("several facets per caption above one", "its design", NEW_ID, "flame", "summary", 1, None, True, 1.0),
     Claim("decoupled facets above a causal mask", "its design", NEW_ID, "flame", "causal", 1, None, True, 1.0),
     Claim(
         "long captions of scenes, image to text", URBAN[0], SCENES_TO_TEXT, "flame-scenes", "clip-scenes",

@@ -128,9 +128,7 @@ class FacetDataset(Dataset):
         return sample_facets(rows[list(self.cfg.rows)] if self.cfg.rows else rows, self.cfg.facets)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
-        broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(i), broken)
-        data.seed_views(self.seed, i, len(self))
+        pair, broken = data.read_item(self.pairs, i, self.seed)
         image = self.view(pair.image)
         if self.bank is not None:
             return image, self.facets(pair.key), broken

@@ -3,11 +3,11 @@
 Arms are trained on scenes of two or three emoji with sentences about them, a stand-in for CC12M, and compared seed by
 seed. The paper's tables are pictures that could not be read, so the paper's column gives a direction and its source.
 
-Why the effects can appear: the vocabulary is shared, and without a penalty one word is among the ten strongest of many
-scenes and sentences. Scenes show several objects at known positions. Test sentences name objects by words that
-training sentences never use for them; a language model may know these words, a bag of words cannot. The effects would
-vanish where each word belongs to few scenes anyway (nothing is overused), with one object per picture (nothing for
-patches to distinguish), and with test sentences in the training words.
+Why the effects can appear: all samples share one vocabulary, and without a penalty one word is among the ten strongest
+of many scenes and sentences. Scenes show several objects at known positions. Some test sentences name objects by words
+that training sentences never use for them; a language model may know these words, a bag of words cannot. The effects
+would vanish if each word belonged to few scenes anyway (nothing would be overused), if pictures had one object (patches
+would not differ), or if test sentences used the words of training.
 """
 
 import functools
@@ -69,7 +69,7 @@ FIGURE_6, TABLE_1, TABLE_2 = "Fig. 6: shared words removed", "Table 1", "Table 2
 
 
 def rarer(claim: str, metric: str, baseline: str, primary: bool = False, learned_by: str = RECALL) -> Claim:
-    """Claim: words shared by all samples are rarer with the overuse penalty than in another arm."""
+    """With the overuse penalty, fewer samples have the most used word in their ten strongest than in `baseline`."""
     return Claim(claim, FIGURE_6, metric, "overuse", baseline, -1, None, primary, 5.0, learned_by)
 
 

@@ -76,9 +76,7 @@ class Views(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, list]:
-        data.seed_views(self.seed, i, len(self))
-        broken: list[data.Broken] = []
-        image, label = data.read_or_next(self.images, int(i), broken)
+        (image, label), broken = data.read_item(self.images, i, self.seed)
         views = self.transform(image)
         return torch.stack(views if isinstance(views, tuple) else (views,)), label, broken
 

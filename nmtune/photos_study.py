@@ -19,7 +19,7 @@ from torch import Tensor
 from nmtune import eval as evaluation
 from nmtune.config import NOISE
 from nmtune.features import read_features
-from nmtune.study import CLAIMS, HEADS, SELECTED, TUNINGS, heads_arm, linear_probe, over_levels, plot_noise
+from nmtune.study import BLACK_BOX, CLAIMS, HEADS, SELECTED, TUNINGS, heads_arm, linear_probe, over_levels, plot_noise
 from shared import probes, run
 from shared.evaluation import measured
 from shared.study import floors, photos, verdicts
@@ -34,7 +34,7 @@ TRAIN = f"--data {PACS}/photo:train"
 TESTS = f"--tests id={PACS}/photo:test " + " ".join(f"{name}={PACS}/{name}_all:test" for name in SHIFTED)
 TUNED = f"--encoder {{out}} {TRAIN} {TESTS} --workers 0"
 FEATURES = "runs/photos/nmtune/lite0.npz"
-BLACK_BOX = tuple(f"lite0-{head}" for head in HEADS)
+
 WITHOUT = {"mse": " without L_MSE", "cov": " without L_COV", "svd": " without L_SVD"}
 ARMS = (
     *(
@@ -82,8 +82,8 @@ def averaged(found: dict[str, float], metric: str) -> float:
 
 
 def measure_probe(folder: Path) -> dict[str, float]:
-    """Accuracy of an encoder's linear probe, spectra of its features, and accuracies of the other heads beside the
-    probe, by the names of the claims' metrics."""
+    """Accuracies of the linear probe in `folder` and of the heads beside it (../mlp, ../nmtune), and spectra of the
+    encoder's features, under the names of the claims' metrics."""
     found, _ = evaluation.evaluate_run(str(folder), evaluation.Config((str(folder),)), run.setup(0, "auto"))
     numbers = {"lp/id": found["id/top1"], "lp/ood": averaged(found, "top1")}
     for name in ("sve", "lsvr"):
@@ -176,9 +176,9 @@ STUDY = Study(
     stands_for="ImageNet-1K and DomainNet",
     before=(photos.CIFAR10, photos.PACS, ENCODE),
     arms=ARMS,
-    corpus="Encoders from scratch on 10,000 photographs of CIFAR-10 (32 pixels), probed on PACS, whose pictures had "
-    "been resized to a shorter side of 112 pixels; the black box is EfficientNet-Lite0, pretrained on ImageNet-1k, "
-    f"each number the mean of {TUNINGS} heads with different seeds",
+    corpus="Encoders from scratch on 10,000 photographs of CIFAR-10 (32 pixels), probed on PACS (in results/photos its "
+    "pictures had a shorter side of 112 pixels); the black box is EfficientNet-Lite0, pretrained on ImageNet-1k, each "
+    f"number the mean of {TUNINGS} heads with different seeds",
     minutes={"core": 5, "all": 8},
     evaluate=evaluate,
     alone=True,

@@ -63,9 +63,7 @@ class NoisyLabels(Dataset):
         return float(self.noisy.mean())
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, bool, list]:
-        data.seed_views(self.seed, i, len(self))
-        broken: list[data.Broken] = []
-        image, label = data.read_or_next(self.images, int(i), broken)
+        (image, label), broken = data.read_item(self.images, i, self.seed)
         return self.transform(image), label, bool(self.noisy[i % len(self)]), broken
 
 

@@ -114,7 +114,10 @@ def head_claims(mlp: str, lp: str, nmtune: str, metric: str, on: str, primary: b
 
 
 def encoder_head_claims(on: str, arm: str, before: str = "") -> tuple[Claim, ...]:
-    """C4 and the mechanism on encoders: NMTune's metrics against another head's, "{before}HEAD/METRIC", of one arm."""
+    """Claims about two heads on the encoders of one arm: C4, and what the regularisers change in z.
+
+    Metrics are named "{before}HEAD/METRIC"; NMTune's are compared with those of the MLP or of LP.
+    """
 
     def claim(text: str, paper: str | None, head: str, metric: str, split: str, sign: int = 1, effect=None, d=None):
         names = f"{before}nmtune/{metric}", arm, f"{arm}:{before}{head}/{metric}"

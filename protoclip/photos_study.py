@@ -53,7 +53,7 @@ PROBED = [f"{folder}/{split}" for folder in PROBES for split in ("train", "test"
 # -------------------------------------------------------------------------------------------------------------- claims
 
 RECALL, TOP1, PROBE = "retrieval_en/mean_recall", "photo_all/top1", "probe/mean"
-CLAIMS = (  # worded as in study.py, where the arms with a locked EfficientNet-Lite0 make the same claims
+CLAIMS = (  # in the words of study.py; there, only the first two are about arms with a locked EfficientNet-Lite0
     Claim("linear probe above CLIP, locked Lite0", "+5.81 IN", PROBE, "protoclip", "clip", 1, 5.81, True, 2.9),
     Claim("zero-shot above CLIP, locked Lite0", "+2.01 IN", TOP1, "protoclip", "clip", 1, 2.01, True, 1.0),
     Claim("back translation helps the probe", "claimed", PROBE, "proto-pbt", "proto-no-pbt", 1, None, True, 1.0),

@@ -59,8 +59,8 @@ PROBE_ID, PROBE_OOD = "subgroups_id/probe_best", "subgroups_ood/probe_best"
 PROBE_NAMES = "bare_names_id/probe_best"
 TIME = "time_to_clip"
 FULL, LITE0 = ("protoclip", "clip"), ("protoclip-lite0", "clip-lite0")
-# The paper's numbers: CC2.5M, README of upstream, 8 GPUs. Probes use seen styles, since a probe is trained and tested
-# on the same kind of images; zero-shot uses the unseen style.
+# The paper's numbers: CC2.5M on 8 GPUs, from upstream's README, unless they say YFCC or 1 GPU. Probes use seen styles,
+# since a probe is trained and tested on the same kind of images; zero-shot uses the unseen style.
 CLAIMS = (
     Claim("linear probe above CLIP", "+5.81 IN", PROBE_ID, "protoclip", "clip", 1, 5.81, True, 2.9),
     Claim("zero-shot above CLIP", "+2.01 IN", NAMES_OOD, "protoclip", "clip", 1, 2.01, True, 1.0),

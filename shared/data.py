@@ -517,6 +517,17 @@ def read_or_next(
     raise ValueError(f"1000 samples in a row from {pairs.keys[row % n]} on are unreadable ({broken[-1].reason})")
 
 
+def read_item(pairs: Any, i: int, seed: int) -> tuple[Any, list[Broken]]:
+    """(item i of a run, broken samples that were skipped for it); seeds the CPU's generator for the item's views.
+
+    `pairs` are as in `read_or_next`, or any sequence with such a `read`; the views depend on `seed`, epoch and sample.
+    """
+    broken: list[Broken] = []
+    item = read_or_next(pairs, int(i), broken)
+    seed_views(seed, i, len(pairs))
+    return item, broken
+
+
 def batches(
     n: int, batch_size: int, seed: Sequence[int], rank: int = 0, world_size: int = 1, start: int = 0
 ) -> list[np.ndarray]:

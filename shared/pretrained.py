@@ -285,8 +285,8 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
 ABOUT = {  # model: (what it is, licence)
     "efficientnet_lite0": ("EfficientNet-Lite0, image features, pretrained on ImageNet-1k", "Apache-2.0"),
     "minilm": ("all-MiniLM-L6-v2, sentence encoder, pretrained on English sentence pairs", "Apache-2.0"),
-    "smollm2": ("SmolLM2-135M-Instruct, English language model, from 4 bits", "Apache-2.0"),
-    "gemma3_270m": ("Gemma 3 270M, multilingual language model, from 4 bits", "Gemma terms of use"),
+    "smollm2": ("SmolLM2-135M-Instruct, English language model, expanded from 4-bit weights", "Apache-2.0"),
+    "gemma3_270m": ("Gemma 3 270M, multilingual language model, expanded from 4-bit weights", "Gemma terms of use"),
 }
 
 

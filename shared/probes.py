@@ -2,7 +2,7 @@
 
 FLAME's AdamW probe is in flame/eval.py, ProtoCLIP's L-BFGS probe in protoclip/eval.py.
 
-Functions take features (N, D) and labels (N,) int64, and return accuracies in percent.
+Functions take features (N, D) and labels (N,) int64; accuracies are in percent.
 """
 
 import math

@@ -40,7 +40,7 @@ matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # configs of the emoji-scale towers
 
 
-_patient = None  # process group of `broadcast` and `gather_lists`
+_patient = None  # process group of `broadcast`, `wait` and `gather_lists`
 
 
 class Process(NamedTuple):

@@ -98,7 +98,7 @@ def test_plot_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     study.plot_scenes(arms, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["attentive_mask_clip_scenes.png"]
     drawn = [[list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"] for axis in figures[0].axes]
-    assert drawn == [[pytest.approx([17.64, 49.0])] * 3, [[0, 2]] * 3]
+    assert drawn == [[pytest.approx([7.29, 17.64, 49.0])] * 3, [[0, 2]] * 3]
 
 
 def test_every_arm_trains_on_scenes_that_the_study_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -24,9 +24,11 @@ def test_the_readme_counts_verdicts_on_abstracts():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == overview.with_verdicts(readme, overview.read(ROOT / "results")), "run `make readme`"
     rows = [{"primary": True, "verdict": verdict} for verdict in ("not resolved", "reproduced", "not resolved")]
-    summaries = {"paper": {"claims": [*rows, {"primary": False, "verdict": "not reproduced"}]}}
-    text = "| folder | verdicts |\n| [`paper/`](a.md) | old |\n| [`papers/`](b.md) | |\n"
-    assert overview.with_verdicts(text, summaries) == text.replace(" old ", " 1 reproduced, 2 not resolved ")
+    summaries = {"flame": {"claims": [*rows, {"primary": False, "verdict": "not reproduced"}]}}
+    text = "| folder | minutes | verdicts |\n| [`flame/`](a.md) | - | old |\n| [`flames/`](b.md) | | |\n"
+    minutes = f"{3 * overview.study_of('flame').minutes['core']:.0f}"
+    expected = text.replace("- | old ", f"{minutes} | 1 reproduced, 2 not resolved ")
+    assert overview.with_verdicts(text, summaries) == expected
 
 
 def test_the_page_with_plots_needs_nothing_else():

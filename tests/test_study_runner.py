@@ -226,7 +226,7 @@ def test_results_and_clones(study: Study):
     assert not Path("order.txt").exists()
     rows = lambda found, said="": [not_testable(said, "-", "-")]  # noqa: E731
     reading = dataclasses.replace(study, upstream=lambda clone: {"said": f"read {clone}"}, more_rows=rows)
-    runner.run(reading, runner.Options(results="clone"))
+    runner.run(reading, runner.Options(upstream="clone"))
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
 
 

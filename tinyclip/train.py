@@ -360,9 +360,7 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
-        broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(i), broken)
-        data.seed_views(self.seed, i, len(self))
+        pair, broken = data.read_item(self.pairs, i, self.seed)
         return self.transform(pair.image), self.tokenizer(pair.caption)[0], broken
 
 

@@ -10,10 +10,9 @@ models are evaluated on the style fluent-emoji-flat, which is in neither folder.
 """
 
 import dataclasses
-import io
+import functools
 import json
 import random
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -39,18 +38,8 @@ class Config:
 
 def samples(folder: Path):
     """(key, image bytes, description) of the corpus' training shards, in order."""
-    for shard in data.expand_shards(str(folder / "train")):
-        broken: list[data.Broken] = []
-        unfinished: dict[str, dict[str, bytes]] = {}
-        for name, content in tars.read_tar(shard, broken):
-            key, extension = tars.key_of(name)
-            files = unfinished.setdefault(key, {})
-            files[extension] = content
-            if files.keys() >= {"png", "txt", "json"}:
-                yield key, files["png"], json.loads(files["json"])
-                del unfinished[key]
-        if broken or unfinished:
-            raise ValueError(f"{shard} is damaged: 'make data' builds the corpus anew")
+    for key, files in tars.samples(data.expand_shards(str(folder / "train")), ("png", "json")):
+        yield key, files["png"], json.loads(files["json"])
 
 
 def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, str]:
@@ -68,18 +57,15 @@ def noisy_caption(key: str, description: dict, names: list[str]) -> tuple[str, s
 def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int = 1000) -> None:
     """Write entries as shards in img2dataset layout, after deleting the folder's shards; the same entries give the same
     bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.tar"):
         old.unlink()
+    to_json = functools.partial(json.dumps, ensure_ascii=False, sort_keys=True)
     for first in range(0, len(entries), size):
-        path = folder / f"{first // size:05}.tar"
-        with checkpoints.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for key, image, caption, description in entries[first : first + size]:
-                text = json.dumps(description, ensure_ascii=False, sort_keys=True)
-                for extension, content in (("png", image), ("txt", caption.encode()), ("json", text.encode())):
-                    info = tarfile.TarInfo(f"{key}.{extension}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        shard = [
+            {"__key__": key, "png": image, "txt": caption, "json": to_json(about)}
+            for key, image, caption, about in entries[first : first + size]
+        ]
+        tars.write_tar(folder / f"{first // size:05}.tar", shard)
 
 
 def main(cfg: Config) -> None:

@@ -167,9 +167,7 @@ class PairDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, str, list[data.Broken]]:
-        broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(i), broken)
-        data.seed_views(self.seed, i, len(self))
+        pair, broken = data.read_item(self.pairs, i, self.seed)
         return int(i), self.transform(pair.image), pre_caption(pair.caption, self.max_words), broken
 
 

@@ -23,9 +23,7 @@ class ImageDataset(PairDataset):
     """`PairDataset` whose items have image_id as fourth entry, which is equal for all samples with the same pixels."""
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, list[data.Broken]]:
-        broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(i), broken)
-        data.seed_views(self.seed, i, len(self))
+        pair, broken = data.read_item(self.pairs, i, self.seed)
         caption, image_id = pre_caption(pair.caption, self.max_words), pixel_hash(pair.image) >> 1  # fits int64
         return int(i), self.transform(pair.image), caption, image_id, broken
 

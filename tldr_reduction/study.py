@@ -343,7 +343,7 @@ TRAINED_ON = {  # reduction, "" for the whole pool: (its name in floors, arms th
     "dropped-random": ("half at random", ("dropped-random",)),
     "dropped-low": ("the half of higher scores", ("dropped-low",)),
 }
-WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")  # with the better oracle's
+WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")  # trained on the better oracle's T_g
 
 
 def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:

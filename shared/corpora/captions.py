@@ -40,7 +40,7 @@ def some_tags(emoji: Emoji, most: int, rng: random.Random) -> list[str]:
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
-    """ "a, b and c"."""
+    """Join names as in "a, b and c"; `last` stands before the last name."""
     return f" {last} ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
 
 

@@ -2,7 +2,7 @@
 
 A scene has one or more *captioned* emoji, uncaptioned clutter behind them, and a textured background; positions and
 sizes are random. Captioned emoji are never covered. A scene is a pure function of (setting, split, index), so their
-number is unlimited. They are drawn on the fly (`Scenes`, a torch Dataset) or written as shards:
+number is unlimited. `Scenes` draws them; this command writes them as shards:
 
     train/{00000..}.tar          img2dataset layout: .png, .txt (caption), .json (names, boxes, captions of all forms),
                                  .mask.png (concept of each pixel; the largest value of its dtype: none)
@@ -207,7 +207,8 @@ class Scenes(Dataset):
         return np.random.default_rng((self.setting.seed, SPLITS.index(self.split), index, purpose))
 
     def draw(self, index: int, concepts: tuple[int, ...] | None = None, without: int | None = None) -> Scene:
-        """Scene `index`. concepts: of the captioned emoji; None: random. without: index in these of one not to draw."""
+        """Scene `index`. concepts: those of the captioned emoji; None draws them. without: position in `concepts` of an
+        emoji that is left out, so that the picture shows what is behind it."""
         s, original = self.setting, index
         if s.distinct is not None and index >= s.distinct:
             original = int(np.searchsorted(self.copied, self.rng(index, 1).random(), side="right"))

@@ -1,4 +1,4 @@
-"""Writes an HTML page that shows a paper's folder beside the paper and the authors' code, and opens offline.
+"""Writes an HTML page, which opens offline, with equations, our source and the authors' source side by side.
 
     python -m shared.study.companion protoclip [--upstream CLONE] [--out companion]
 
@@ -32,7 +32,7 @@ except ModuleNotFoundError:
     shared.tell_missing_packages("companion")
     raise
 
-COLUMNS = ("part of the paper", "paper", "ours", "code", "detail")
+COLUMNS = ("part of the paper", "paper", "ours", "authors' code", "detail")
 REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")
 LETTER = re.compile(r"`(\w+):` is its (?:`([\w./-]+)`|root)")
 LONG, WIDE = 80, 200  # most lines shown of a function or file; most characters shown of a line

@@ -26,7 +26,8 @@ SIDE = 24  # pixels
 
 @dataclass(frozen=True)
 class Floor:
-    """A row of the table of arms. Arms need not be above a ceiling."""
+    """A row of the table of arms for which no arm is trained: a floor, or with `ceiling` a reference that arms need not
+    exceed."""
 
     name: str
     measure: Callable[[], dict[str, float]]

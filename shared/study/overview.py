@@ -17,7 +17,7 @@ from shared import cli, presets
 from shared.checkpoints import read_json, write_json
 from shared.evaluation import table
 from shared.study import report
-from shared.study.runner import Study, study_of
+from shared.study.runner import Options, Study, study_of
 from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
@@ -75,7 +75,7 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
             if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
                 numbers["floor"] = None
             about = {"paper": folder, "pictures": pictures_of(summary)}
-            about |= {"claim": row["claim"], "the paper's": row["paper"]}
+            about |= {"claim": row["claim"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
             rows.append(about | {"difference": line["here"], "seeds": len(summary["seeds"]), "verdict": row["verdict"]})
     return rows
@@ -87,8 +87,9 @@ def settled(rows: list[dict[str, Any]]) -> str:
     return (
         f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The others are not "
         "testable here or not resolved, or their arms have not learned. The number after ± is half of the 95 % "
-        "interval: the smallest difference that the seeds of a row can resolve. Floor: the best score in the row's "
-        "metric that needs no trained arm, such as that of chance, of raw pixels or of a pretrained tower's features. "
+        "interval: the smallest difference that the seeds of a row can resolve. The list of verdicts below defines "
+        "each of them; d is the largest difference that counts as none. Floor: the best score in the row's metric that "
+        "needs no trained arm, such as that of chance, of raw pixels or of a pretrained tower's features. "
         "Claims about a slope, a ratio, a spectrum, word usage, rare concepts or fewer pairs have no floor here: "
         "another metric, in the tables below, shows whether their arms have learned."
     )
@@ -149,11 +150,15 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
 
 
 def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
-    """The root README, with the counts of verdicts on each paper's primary claims in the last cell of its table row."""
+    """The root README, with the last two cells of each paper's table row filled: minutes of the default study on two
+    cores, and the counts of verdicts on the paper's primary claims."""
     for folder, summary in summaries.items():
         found = counts(row for row in summary["claims"] if row["primary"])
         words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
-        readme = re.sub(rf"^(\| \[`{folder}/`\].*\|)[^|\n]*\|$", rf"\g<1> {words} |", readme, flags=re.MULTILINE)
+        cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
+        readme = re.sub(
+            rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$", rf"\g<1> {cells} |", readme, flags=re.MULTILINE
+        )
     return readme
 
 

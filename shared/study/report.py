@@ -169,8 +169,10 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
 
 
 def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison:
-    """`found` with earlier results, which have other seeds of the same arms, or other arms (and some of the same) with
-    the same seeds. Arms are in `order`; `folders` are those of `found`. ValueError if an arm has other settings there.
+    """`found` with earlier results added, which have other seeds of the same arms, or the same seeds of other arms.
+
+    An arm that both have with the same seeds is taken from the earlier results. Arms are in `order`; `folders` are
+    those of `found`. ValueError if an arm has other settings there.
     """
     for arm, setting in found.settings.items():
         if earlier["settings"].get(arm, setting) != setting:

@@ -88,12 +88,12 @@ class Study:
     paper: str
     """The paper's title in results."""
     stands_for: str
-    """The paper's data, for which the embedded corpus is a stand-in."""
+    """The paper's data, for which the study's corpus stands in."""
     arms: tuple[Arm, ...]
     minutes: dict[str, float]
     """Measured minutes per seed on two cores, for "core" and "all" arms."""
     evaluate: Callable[[Sequence[str]], list[dict[str, Any]]]
-    """Run folders -> {metric: number} of each, by the folder's eval.py."""
+    """Run folders -> {metric: number} of each, in the same order."""
     metrics: dict[str, str]
     """Metrics of the table of arms: key -> heading."""
     alone: bool = False
@@ -280,8 +280,8 @@ class Options:
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
     extend: bool = False
-    """Add the seeds to those that the file of --results already has, of the same arms and settings; or the arms, of the
-    same seeds."""
+    """Add to the file of --results instead of replacing it: other seeds of the same arms and settings, or other arms
+    with the same seeds."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
@@ -401,10 +401,8 @@ def run(study: Study, options: Options) -> None:
         return
     arms = study.chosen(options.arms)
     path, clone = options.results, options.upstream
-    if path is not None and not path.endswith(".json"):  # `make reproduce-FOLDER RESULTS=<clone>`
-        if study.upstream is None:
-            raise ValueError(f"--results {path} should end in .json")
-        path, clone = None, clone or path
+    if path is not None and not path.endswith(".json"):
+        raise ValueError(f"--results {path} should end in .json")
     if clone is not None and study.upstream is None:
         raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)

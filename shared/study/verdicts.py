@@ -134,7 +134,8 @@ def verdict(
 ) -> str:
     """The verdict on a mean difference ± half. strongest: the better arm's mean in the metric of `floor`.
 
-    plain: half width before Holm's correction, which must reach the paper's effect; None: `half`.
+    plain: half width before Holm's correction; None: `half`. For "reproduced" the mean plus this width must reach the
+    paper's effect.
     """
     if claim.paper is None:
         return "no claim"
