@@ -349,11 +349,8 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Write tinyclip_curves.png; tinyclip_teachers.png if all teachers were trained; tinyclip_masks.png if the first
-    seed of an arm has cut masks."""
+    """Write tinyclip_curves.png, and tinyclip_masks.png if the first seed of an arm has cut masks."""
     plot_curves(found, out / "tinyclip_curves.png")
-    if {arm for pair in CURVE.items() for arm in pair} | {VIT_RC} <= set(found.arms):
-        plot_teachers(found.arms, out / "tinyclip_teachers.png")
     files = {arm: folders[0] / "masks.pt" for arm, folders in found.folders.items()}
     if masks := {arm: load_checkpoint(file) for arm, file in files.items() if file.exists()}:
         plot_masks(masks, out / "tinyclip_masks.png")
@@ -362,7 +359,7 @@ def plot(found: Comparison, out: Path) -> None:
 def plot_curves(found: Comparison, path: Path) -> None:
     """Accuracy over steps, over seconds and against parameters; means over seeds; a row for each corpus. Arms that the
     default run leaves out are dashed."""
-    figure, axes = plt.subplots(2, 3, figsize=(17, 9))
+    figure, axes = plt.subplots(2, 4, figsize=(21, 9), width_ratios=[1, 1, 1, 0.7])
     for row, arms, metric in zip(axes, (BY_HAND, BY_MASKS), (TOP1, TOP1_SCENES), strict=True):
         trained = [arm for arm in arms if arm.name in found.arms]
         for color, arm in zip(itertools.cycle(plt.get_cmap("tab20").colors), trained, strict=False):
@@ -376,12 +373,12 @@ def plot_curves(found: Comparison, path: Path) -> None:
             if {"parameters_m", metric} <= runs[0].keys():
                 x, y = (spread([values[key] for values in runs]) for key in ("parameters_m", metric))
                 row[2].errorbar(x["mean"], y["mean"], y["std"], capsize=3, **style)
-        for axis, x in zip(row, ("step", "training seconds", "parameters without token embedding (M)"), strict=True):
+        for axis, x in zip(row, ("step", "training seconds", "parameters without token embedding (M)"), strict=False):
             shown = metric if axis is row[2] else STYLES[metric][0]  # runs are evaluated on the unseen style
             axis.set(xlabel=x, ylabel=f"{METRICS[shown]}, top-1 (%)")
             axis.grid(alpha=0.3)
-        if row[0].lines:
-            row[0].legend(fontsize=7)
+        row[3].legend(*row[0].get_legend_handles_labels(), fontsize=8, loc="center left")
+        row[3].axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -391,8 +388,11 @@ def plot_curves(found: Comparison, path: Path) -> None:
 CURVE = {f"vit-teacher-{share}": f"{VIT_RA}-{share}" for share in reversed(TEACHERS)} | {"vit-teacher": VIT_RA}
 
 
-def plot_teachers(arms: dict[str, list[dict]], path: Path) -> None:
-    """Plot the gain of affinity mimicking over the contrastive loss (random weights) against the teacher's accuracy."""
+def plot_teachers(arms: dict[str, list[dict]], out: Path) -> None:
+    """Draw tinyclip_teachers.png: the gain of affinity mimicking over the contrastive loss (random weights) against the
+    teacher's accuracy. Nothing is drawn unless all teachers and their students were trained."""
+    if not {arm for pair in CURVE.items() for arm in pair} | {VIT_RC} <= set(arms):
+        return
     figure, axis = plt.subplots(figsize=(5.5, 4))
     for teacher, student in CURVE.items():
         x = spread([values[TOP1_SCENES] for values in arms[teacher]])
@@ -404,7 +404,7 @@ def plot_teachers(arms: dict[str, list[dict]], path: Path) -> None:
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(out / "tinyclip_teachers.png", dpi=110)
     plt.close(figure)
 
 
@@ -438,7 +438,7 @@ STUDY = Study(
     corpus="Emoji with their names as captions for ResNets, scenes of 30 emoji for ViTs; all teachers from scratch",
     before=(Once(MAKE_SCENES), Once(MAKE_MORE_SCENES, arms=("vit-random-affinity-new",))),
     arms=BY_HAND + BY_MASKS,
-    minutes={"core": 10, "all": 20},
+    minutes={"core": 16, "all": 28},
     passes="step",
     evaluate=evaluate,
     alone=True,
@@ -449,6 +449,7 @@ STUDY = Study(
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,
+    plot_arms=plot_teachers,
 )
 
 if __name__ == "__main__":

@@ -80,9 +80,10 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
 
 
 def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
-    """The claim's arms, and arms that claims connect with them. Other arms may scatter more, such as those with another
-    tower."""
-    found, pairs = {claim.method, claim.baseline}, [{each.method, each.baseline} for each in claims]
+    """The claim's arms, and arms that claims of the paper connect with them. Other arms may scatter more, such as those
+    with another tower or a worse teacher."""
+    found = {claim.method, claim.baseline}
+    pairs = [{each.method, each.baseline} for each in claims if each.paper is not None]
     while joined := [pair for pair in pairs if pair & found and not pair <= found]:
         found = found.union(*joined)
     return found
