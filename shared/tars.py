@@ -11,12 +11,14 @@ import json
 import os
 import resource
 import tarfile
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from webdataset import TarWriter
+
+from shared.checkpoints import replaced
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 2**28  # of one file
@@ -125,14 +127,16 @@ def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] 
                 yield member.name, content
 
 
-def samples(shards: Iterable[str], extensions: Container[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: content}) of all samples, in order; other files are skipped. ValueError for a damaged shard."""
+def samples(shards: Iterable[str], extensions: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: content}) of all samples, in order; other files are skipped. ValueError for a damaged shard, or
+    for a sample without one of the files."""
     for shard in shards:
         found: dict[str, dict[str, bytes]] = {}
         broken: list[Broken] = []
         for name, content in read_tar(shard, broken, extensions):
             key, extension = key_of(name)
             found.setdefault(key, {})[extension] = content
+        broken += [Broken(key, "a file is missing") for key, files in found.items() if len(files) < len(extensions)]
         if broken:
             raise ValueError(
                 f"{shard} is damaged, {broken[0].reason} ({broken[0].key}): remove its folder, and build it anew"
@@ -184,9 +188,9 @@ def index_shard(path: str) -> ShardIndex:
 
 
 def write_tar(path: Path, samples: Iterable[dict[str, str | bytes]]) -> None:
-    """Write a webdataset shard whose bytes depend only on the samples."""
+    """Write a webdataset shard, atomically; its bytes depend only on the samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
+    with replaced(path) as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
         for sample in samples:
             tar.write({k: v.encode() if isinstance(v, str) and k != "__key__" else v for k, v in sample.items()})
 

@@ -74,7 +74,7 @@ def test_arms_of_a_name_are_those_that_are_timed():
 def test_the_page_has_the_numbers_of_the_study():
     page = " ".join((ROOT / "attentive_mask_clip/README.md").read_text(encoding="utf-8").split())
     assert f"The arms see {parsed(study.MAIN[0]).dataset_size:,} scenes once" in page
-    assert f"SLIP sees {study.SLIP_SAMPLES:,} scenes" in page
+    assert f"the arm *SLIP, as many seconds as A-CLIP* sees {study.SLIP_SAMPLES:,}," in page
 
 
 def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatch):

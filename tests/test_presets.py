@@ -67,7 +67,7 @@ def test_embedded_presets_and_no_others_run_on_a_cpu(folder: str):
 CORPUS = set(  # what an emoji preset may say beside its small one: where the corpus is, and what suits drawings
     """data eval_set eval_every sets language_sets gallery language_gallery bank captions raw short long states backbone
     vocab teacher init external_teacher w_external groups num_concepts model image_size crop crop_ratio crop_scale
-    augmentation epochs""".split()
+    augmentation epochs ignore_equal_captions""".split()
 )
 
 
