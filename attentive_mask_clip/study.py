@@ -25,7 +25,7 @@ from attentive_mask_clip.model import create_model
 from shared.checkpoints import read_json
 from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
-from shared.study.report import Comparison
+from shared.study.report import Comparison, with_means
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 
@@ -147,19 +147,16 @@ METRICS = {
 }
 
 
-def with_means(values: dict[str, float]) -> dict[str, float]:
-    """Metrics, with the mean over both sets, for EMA and for online towers."""
-    means = {}
-    for towers in ("", "online/"):
-        if all(f"{towers}{name}/top1" in values for name in SETS):
-            means[f"{towers}names/top1"] = sum(values[f"{towers}{name}/top1"] for name in SETS) / len(SETS)
-    return values | means
+MEANS = {  # over both sets
+    EMA: [f"{name}/top1" for name in SETS],
+    ONLINE: [f"online/{name}/top1" for name in SETS],
+}
 
 
 def derive(found: Comparison) -> None:
     """Add the means over both sets."""
     for runs in found.arms.values():
-        runs[:] = map(with_means, runs)
+        runs[:] = [with_means(values, MEANS) for values in runs]
 
 
 ATTENDED = "kept/attentive_pixels"
@@ -273,7 +270,7 @@ FLOORS = (
 
 def both(found: dict[str, float]) -> dict[str, float]:
     """Floors and their mean, for EMA and for online towers, since they hold for both."""
-    return with_means(found | {f"online/{key}": value for key, value in found.items()})
+    return with_means(found | {f"online/{key}": value for key, value in found.items()}, MEANS)
 
 
 def plot(found: Comparison, out: Path) -> None:

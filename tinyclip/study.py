@@ -26,7 +26,7 @@ from shared.evalsets import EvalSet
 from shared.run import read_metrics
 from shared.study import ceiling, floors, runner, verdicts
 from shared.study.floors import Floor
-from shared.study.report import Comparison, spread
+from shared.study.report import Comparison, spread, with_means
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 from tinyclip import eval as evaluation
@@ -239,12 +239,6 @@ STYLES = {  # mean over styles: (metric on the unseen style, metric on seen styl
 }
 
 
-def with_means(values: dict[str, float]) -> dict[str, float]:
-    """Metrics, with their means over seen styles and the unseen style."""
-    means = {mean: sum(values[key] for key in of) / len(of) for mean, of in STYLES.items() if set(of) <= set(values)}
-    return values | means
-
-
 def derive(found: Comparison) -> None:
     """Add macs_m, the means over styles, and steps_to_scratch and time_to_scratch to the ResNet students.
 
@@ -254,7 +248,7 @@ def derive(found: Comparison) -> None:
     """
     macs_in_millions(found)
     for runs in found.arms.values():
-        runs[:] = map(with_means, runs)
+        runs[:] = [with_means(values, STYLES) for values in runs]
     for arm in (arm.name for arm in BY_HAND if {arm.name, LONG} <= set(found.arms)):
         for values, folder, other in zip(found.arms[arm], found.folders[arm], found.folders[LONG], strict=True):
             curve, baseline = learning_curve(folder), learning_curve(other)
@@ -337,12 +331,14 @@ def on_labels() -> dict[str, float]:
     """The ceiling: the teachers' image towers, trained on the names as labels."""
     names = ceiling.trained_on_labels(lambda: tower("emoji-resnet-100"), NAMES, epochs=30)
     scenes = dict(epochs=5, lr=2e-3, weight_decay=0.1, crop=(0.9, 1.0), shards=f"{SCENES}/train", stored=1)
-    return with_means(names | ceiling.trained_on_labels(lambda: tower("emoji-100"), SCENE_SETS, **scenes))
+    return with_means(names | ceiling.trained_on_labels(lambda: tower("emoji-100"), SCENE_SETS, **scenes), STYLES)
 
 
 FLOORS = (
-    Floor("chance", lambda: with_means(floors.chance([*NAMES, PAIRS, *SCENE_SETS]))),
-    Floor("nearest neighbour on raw pixels", lambda: with_means(floors.nearest_neighbour([*NAMES, *SCENE_SETS]))),
+    Floor("chance", lambda: with_means(floors.chance([*NAMES, PAIRS, *SCENE_SETS]), STYLES)),
+    Floor(
+        "nearest neighbour on raw pixels", lambda: with_means(floors.nearest_neighbour([*NAMES, *SCENE_SETS]), STYLES)
+    ),
     Floor("words of nearest neighbours on raw pixels", words_of_neighbours),
     Floor("image tower trained on labels", on_labels, ceiling=True),
 )

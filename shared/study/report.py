@@ -26,6 +26,13 @@ STARS = (
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
 
 
+def with_means(values: dict[str, float], means: dict[str, Sequence[str]]) -> dict[str, float]:
+    """Metrics of a run or a floor, with the mean of each list of metrics that it has: `means` maps names to lists."""
+    return values | {
+        name: sum(values[key] for key in of) / len(of) for name, of in means.items() if set(of) <= set(values)
+    }
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """{"mean", "std", "values"} over seeds; std is the sample standard deviation (n-1), 0 for one seed."""
     mean = math.fsum(values) / len(values)

@@ -23,6 +23,7 @@ from open_clip_train.train import train_one_epoch
 from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip import model, study, timing, train
 from attentive_mask_clip.config import PRESETS, Config
+from shared.study.report import with_means
 
 from ..parity import test_attentive_mask_clip as parity
 from . import (
@@ -251,7 +252,7 @@ def to_the_floor(seeds: int) -> None:
 
     def top1(folder: str) -> float:
         cfg = evaluation.Config((folder,), sets=tuple(study.MAIN_SETS), probe=None, foreground=None)
-        return study.with_means(evaluation.evaluate_run(folder, cfg, CPU))[study.ONLINE]
+        return with_means(evaluation.evaluate_run(folder, cfg, CPU), study.MEANS)[study.ONLINE]
 
     baseline_rows(
         study.STUDY, "clip", PRESETS, train.main, seeds, "names of scenes with clutter, ViT from scratch",
