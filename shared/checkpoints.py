@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     """Open a temporary file for writing; at the end, fsync it and atomically rename it to `path`.
 
-    OSError that names `path` if it cannot be written; `path` is then unchanged.
+    OSError that names `path` if it cannot be written; `path` is then unchanged. Errors of other files pass unchanged.
     """
     temporary = path.with_name(path.name + ending)
     try:
@@ -54,7 +54,7 @@ def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         why = error if isinstance(error, OSError) else error.__context__  # torch turns a failed write into RuntimeError
-        if not isinstance(why, OSError):
+        if not isinstance(why, OSError) or why.filename not in (None, str(temporary)):
             raise
         raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
 
