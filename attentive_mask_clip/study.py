@@ -162,7 +162,7 @@ def derive(found: Comparison) -> None:
 ATTENDED = "kept/attentive_pixels"
 SELECTIONS = {  # selection: (metric to compare `ATTENDED` with, what the paper shows)
     "random patches": ("kept/random_pixels", "shown in figures"),
-    "blocks at the centre": ("kept/centre_pixels", None),
+    "patches at the centre": ("kept/centre_pixels", None),
     "attention before training": ("kept/untrained_pixels", None),
 }
 

@@ -57,7 +57,7 @@ def test_rows_of_an_arm_compare_measurements_of_the_same_run():
     run = kept | {"kept/untrained_pixels": 92.0, study.EMA: 3.0, study.ONLINE: 2.5}
     rows = {row["claim"]: row for row in study.more_rows(Comparison({"aclip": [run]}, [0], {}, set(), {}))}
     differences = {claim.split(" than ")[-1]: row["difference"] for claim, row in rows.items() if "aclip:" in claim}
-    assert differences == {"random patches": 40.0, "blocks at the centre": 0.0, "attention before training": -2.0}
+    assert differences == {"random patches": 40.0, "patches at the centre": 0.0, "attention before training": -2.0}
     assert rows["A-CLIP: EMA towers above online"]["difference"] == 0.5
     assert not any("step time" in claim for claim in rows)  # none were measured
 
