@@ -5,6 +5,7 @@ authors' code has. cc3m-* and cc12m-* are runs of SLIP's README, and A-CLIP with
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
@@ -228,7 +229,8 @@ PRESETS = {
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "yfcc/{00000..01468}.tar")
-    cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
+    cli.check_counts(cfg, "save_every", "log_every")
+    cli.check_counts(cfg, "workers", "window_shards", "eval_every", least=0)
     cli.check_batch(cfg, world_size)
     if cfg.keep_best and not cfg.eval_every:
         raise ValueError("--keep-best needs the evaluations of --eval-every: pass that, or --no-keep-best")
@@ -241,6 +243,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 def check_model(cfg: Config) -> None:
     """The checks of model, masks and schedule, which a dry run needs, too. Raise ValueError."""
+    cli.check_counts(cfg, "epochs", "batch_size", "dataset_size", "accumulate", "image_size", "ema_image_size")
     if cfg.model not in MODELS:
         raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     if not 0 < cfg.keep_ratio <= 1:
@@ -251,8 +254,11 @@ def check_model(cfg: Config) -> None:
         scale = getattr(cfg, name)
         if scale is not None and not 0 < scale <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
-    if cfg.text_lr < 0:
-        raise ValueError(f"--text-lr must be at least 0, not {cfg.text_lr}")
+    for name in ("lr", "text_lr", "warmup_lr", "min_lr", "weight_decay", "simclr_weight", "byol_weight"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
+    if not 0 < cfg.temperature < math.inf:
+        raise ValueError(f"--temperature must be above 0, not {cfg.temperature}")
     if not 0 <= cfg.ema_momentum <= 1:
         raise ValueError(f"--ema-momentum must be in 0..1, not {cfg.ema_momentum}")
     if not 0 <= cfg.warmup_epochs <= cfg.epochs:

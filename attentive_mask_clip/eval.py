@@ -70,8 +70,8 @@ class Config:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in them such as checkpoint-best.pt, or the authors' (A-CLIP's, SLIP's)."""
-    method: str = "aclip"
-    """aclip, slip or clip, for the authors' checkpoint files."""
+    method: Literal["aclip", "slip", "clip"] = "aclip"
+    """For the authors' checkpoint files."""
     model: str = "vit_b16"
     """vit_s16, vit_b16 or vit_l16, for the authors' checkpoint files."""
     sets: tuple[str, ...] = tuple(
@@ -426,12 +426,23 @@ def same_shape(shape: dict, preset: dict) -> bool:
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """All metrics of one checkpoint: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}."""
+    """All metrics of one checkpoint: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}.
+
+    All sets are opened first. ValueError if one is multilabel, or if two have the same name.
+    """
     model = load_model(path, cfg.method, cfg.model).to(process.device)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     transform = eval_transform(model.image_size)
     sets = [EvalSet(folder, transform) for folder in cfg.sets]
+    resize = eval_transform(model.image_size, round(model.image_size * 8 / 7))
+    probe = [EvalSet(cfg.probe, resize, split) for split in ("train", "test")] if cfg.probe else []
+    masked = EvalSet(cfg.foreground, transform) if cfg.foreground else None
+    for i, eval_set in enumerate(sets):
+        if eval_set.kind == "multilabel":
+            raise ValueError(f"{eval_set.folder} is a multilabel set, but the paper's suite has only sets of one label")
+        if twin := next((other for other in sets[:i] if other.name == eval_set.name), None):
+            raise ValueError(f"--sets {twin.folder} and {eval_set.folder} have the same name: evaluate one at a time")
     labelled = [eval_set for eval_set in sets if eval_set.kind == "classification"]
     prompts = suite.read_prompts(cfg.slip, labelled) if cfg.prompts == "slip" else {}
     flat: dict[str, float] = {}
@@ -441,10 +452,6 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
             if eval_set.kind == "retrieval":
                 metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, process.device, dtype)
-            elif eval_set.kind == "multilabel":
-                raise ValueError(
-                    f"{eval_set.folder} is a multilabel set, but the paper's suite has only sets of one label"
-                )
             else:
                 name = eval_set.name
                 classnames, templates = prompts.get(name, (eval_set.classnames, eval_set.templates))
@@ -457,20 +464,15 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         flat |= {f"{prefix}{key}": value for key, value in suite.averages(reported, cfg.prompts).items()}
     if not isinstance(model, ACLIP):
         flat |= {f"online/{key}": value for key, value in flat.items()}
-    if cfg.probe:
-        resize = eval_transform(model.image_size, round(model.image_size * 8 / 7))
-        loaders = tuple(
-            EvalSet(cfg.probe, resize, split).batches(cfg.batch_size, cfg.workers, process.device)
-            for split in ("train", "test")
-        )
+    if probe:
+        loaders = tuple(each.batches(cfg.batch_size, cfg.workers, process.device) for each in probe)
         for name, value in linear_probe(
             model, loaders, lr=cfg.probe_lr, device=process.device, precision=dtype
         ).items():
             flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
-    if cfg.foreground:
-        eval_set = EvalSet(cfg.foreground, transform)
-        images = torch.cat([images for images, _ in eval_set.batches(cfg.batch_size)]).to(process.device)
-        alpha = object_masks(eval_set)
+    if masked:
+        images = torch.cat([images for images, _ in masked.batches(cfg.batch_size)]).to(process.device)
+        alpha = object_masks(masked)
         alpha = foreground(images) if alpha is None else alpha.to(process.device)
         kept = kept_foreground(model, images, alpha, cfg.keep_ratio)
         flat |= {f"kept/{key}": value for key, value in kept.items()}
@@ -496,6 +498,12 @@ def main(cfg: Config) -> list[dict] | None:
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
         raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
+    cli.check_counts(cfg, "batch_size")
+    cli.check_counts(cfg, "workers", least=0)
+    if not 0 < cfg.keep_ratio <= 1:
+        raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
+    if not (cfg.sets or cfg.probe or cfg.foreground or cfg.export):
+        raise ValueError("nothing to evaluate: name --sets, --probe or --foreground")
     if cfg.export:
         return export_model(load_model(export.single(cfg), cfg.method, cfg.model), cfg.export)
     times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}

@@ -517,14 +517,17 @@ class Towers(nn.Module):
 def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> CLIP | SLIP | ACLIP:
     """The model of a preset, as `method` aclip, clip or slip; `settings` override the preset's.
 
-    ValueError if there is no such preset.
+    ValueError if there is no such preset or method.
     """
     if preset not in PRESETS:
         raise ValueError(f"model {preset!r} is none of {', '.join(PRESETS)}")
+    methods = {"aclip": ACLIP, "clip": CLIP, "slip": SLIP}
+    if method not in methods:
+        raise ValueError(f"method {method!r} is none of {', '.join(methods)}")
     settings = {**PRESETS[preset], **settings}
     if method == "clip":
         settings = {name: value for name, value in settings.items() if not name.startswith("ssl_")}
-    return {"aclip": ACLIP, "clip": CLIP, "slip": SLIP}[method](**settings)
+    return methods[method](**settings)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
@@ -629,7 +632,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
     if not isinstance(state, dict):
         state = checkpoints.load_checkpoint(state)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         where = "the checkpoint" if isinstance(path_or_dict, dict) else path_or_dict
         raise ValueError(f"{where} holds no weights")
     weights = {key.removeprefix("module."): value for key, value in state.items()}

@@ -12,6 +12,7 @@ A restarted run skips the shards that have a _stats.json; remove this file to wr
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import lzma
@@ -32,13 +33,13 @@ from typing import Annotated
 import numpy as np
 import tyro
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from shared import checkpoints, cli, data, run, tars
 
 TAGS = re.compile(r"<a.*?>|</a>|</?[bi]>")  # S:make_dataset.py:15
 URLS = re.compile(r"(?:http|www)\S+")  # S:make_dataset.py:16
 MISSING, DAMAGED = "missing zip", "damaged zip"
+DAMAGE = (None, errno.EINVAL, errno.ENOENT, errno.EISDIR)  # errno of an OSError that is no passing fault
 ZIP_ERRORS = (  # what zipfile raises for damaged, encrypted and unsupported archives
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, OverflowError, RuntimeError,
     ValueError,
@@ -115,10 +116,12 @@ def caption_file(title: str, description: str) -> bytes:
 
 
 def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
-    """For each file of a zip: (content, ""), or (b"", reason) if it cannot be read."""
+    """For each file of a zip: (content, ""), or (b"", reason) if it is missing or damaged. OSError for other faults,
+    which may pass: too many open files, a network drive that is gone."""
     try:
         archive = zipfile.ZipFile(path)
     except ZIP_ERRORS as error:
+        check_damage(error, path)
         reason = MISSING if isinstance(error, FileNotFoundError) else DAMAGED
         yield from [(b"", reason)] * len(names)
         return
@@ -132,9 +135,18 @@ def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
                     reason = f"file of more than {tars.MAX_BYTES} bytes"
             except KeyError:
                 reason = "missing image"
-            except ZIP_ERRORS:
+            except ZIP_ERRORS as error:
+                check_damage(error, path)
                 reason = "damaged in its zip"
             yield content, reason
+
+
+def check_damage(error: Exception, path: Path) -> None:
+    """OSError that names the zip, if `error` is no damage of the zip itself."""
+    if isinstance(error, OSError) and error.errno not in DAMAGE:
+        raise OSError(
+            f"{path} could not be read ({error.strerror}): run the command again; to leave it out, remove it"
+        ) from error
 
 
 def fault(image: bytes) -> str:
@@ -151,6 +163,21 @@ def fault(image: bytes) -> str:
 
 def stats_file(out: str, shard: int) -> Path:
     return Path(out) / f"{shard:05}_stats.json"
+
+
+def shard_file(out: str, shard: int) -> Path:
+    return Path(out) / f"{shard:05}.tar"
+
+
+def shard_stats(out: str, shard: int) -> dict | None:
+    """What a shard's _stats.json holds; None if there is no such file. ValueError if this script did not write it."""
+    path = stats_file(out, shard)
+    if not path.exists():
+        return None
+    stats = checkpoints.read_json(path)
+    if not {"rows", "pairs", "left_out", "zips"} <= set(stats):
+        raise ValueError(f"{path} holds no statistics of this script: choose another --out")
+    return stats
 
 
 def pack_shard(cfg: Config, shard: int, rows: Sequence[tuple[int, str, str]]) -> None:
@@ -173,10 +200,7 @@ def pack_shard(cfg: Config, shard: int, rows: Sequence[tuple[int, str, str]]) ->
                 about = json.dumps({"key": key, "title": title, "description": description})
                 yield {"__key__": key, "jpg": image, "txt": caption, "json": about.encode()}
 
-    with checkpoints.replaced(Path(cfg.out) / f"{shard:05}.tar") as file:
-        with TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:  # same bytes on every machine
-            for sample in samples():
-                tar.write(sample)
+    tars.write_tar(shard_file(cfg.out, shard), samples())
     pairs = len(rows) - left_out.total()
     checkpoints.write_json(
         stats_file(cfg.out, shard), {"rows": len(rows), "pairs": pairs, "left_out": left_out, "zips": zips}
@@ -186,7 +210,8 @@ def pack_shard(cfg: Config, shard: int, rows: Sequence[tuple[int, str, str]]) ->
 def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
     """Write the missing shards, several in parallel."""
     starts = range(0, len(rows), cfg.shard_size)
-    todo = [shard for shard in range(len(starts)) if not stats_file(cfg.out, shard).exists()]
+    done = [shard_stats(cfg.out, shard) and shard_file(cfg.out, shard).exists() for shard in range(len(starts))]
+    todo = [shard for shard, is_done in enumerate(done) if not is_done]
     jobs = ([cfg] * len(todo), todo, (rows[starts[shard] : starts[shard] + cfg.shard_size] for shard in todo))
     bar = dict(total=len(starts), initial=len(starts) - len(todo), unit="shard", disable=None)
     workers = min(cfg.workers or cli.cores(), len(todo))
@@ -204,7 +229,7 @@ def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
 
 def report(cfg: Config, shards: int) -> None:
     """Print the number of pairs, what was skipped and why, and how to train on them. ValueError if there are none."""
-    found = [checkpoints.read_json(stats_file(cfg.out, shard)) for shard in range(shards)]
+    found = [shard_stats(cfg.out, shard) for shard in range(shards)]
     rows, pairs = (sum(stats[name] for stats in found) for name in ("rows", "pairs"))
     left_out = sum((Counter(stats["left_out"]) for stats in found), Counter())
     zips = {name: reason for stats in found for name, reason in stats["zips"].items()}

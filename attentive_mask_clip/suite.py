@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shared import checkpoints
 from shared.evalsets import EvalSet
@@ -122,13 +122,18 @@ def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompt
         if name in seen:
             raise ValueError(f"--prompts slip: {seen[name]} and {each.folder} are both the suite's {name}")
         seen[name] = str(each.folder)
-        entries = [[entry] if isinstance(entry, str) else entry for entry in labels.get(name, [])]
-        theirs = templates.get(name, [])
-        if not entries or not theirs or not all("{}" in template for template in theirs):
+        entries = [[entry] if isinstance(entry, str) else entry for entry in labels.get(name) or []]
+        theirs = templates.get(name)
+        if not entries or not all(map(are_texts, (theirs, *entries))) or not all("{}" in text for text in theirs):
             raise ValueError(f"{clone} has no class names or no templates of {name}")
         ours = [template.replace("{}", "{c}") for template in theirs]
         found[each.name] = Prompts(in_order_of(each.classnames, entries, str(each.folder)), ours)
     return found
+
+
+def are_texts(value: Any) -> bool:
+    """Whether a JSON value is a list of one or more strings."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
 def averages(values: Mapping[str, float], prompts: str) -> dict[str, float]:

@@ -73,6 +73,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
 
     ValueError for an unknown arm.
     """
+    cli.check_counts(cfg, "batch_size", "rounds")
     device = run.setup(0, cfg.device).device
     precision = run.resolve_precision(cfg.precision, device)
     names = ["clip", *(arm for arm in cfg.arms if arm != "clip")]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,10 @@ def command_line(main: Callable[[], Any]) -> None:
         if text.startswith("Caught "):  # from a loader worker: the message contains its traceback
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         fail(text)
+    except BrokenProcessPool:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail("a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again")
     except RuntimeError as error:
         if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise

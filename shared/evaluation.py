@@ -63,15 +63,22 @@ def results_folder(path: str | Path, cfg: Any) -> Path:
 
     For a run folder: itself. For a file STEM.pt: STEM.eval/ beside it. For MODEL@TAG: runs/PAPER/MODEL@TAG/, where
     PAPER is the folder of `cfg`'s class. For `local-dir:DIR`, and for another paper's run DIR, whose results must not
-    be overwritten: runs/PAPER/NAME/, where NAME is DIR's last part.
+    be overwritten: runs/PAPER/NAME/, where NAME is DIR's last part. With --prompts slip: its folder slip-prompts/.
     """
-    paper = paper_of(cfg)
+    paper, folder = paper_of(cfg), Path(str(path).removeprefix("local-dir:"))
     if named(path):
-        return Path("runs", paper, str(path).replace("/", "-"))
-    folder = Path(str(path).removeprefix("local-dir:"))
-    if str(folder) != str(path) or trained_by(folder) not in (None, paper):
-        return Path("runs", paper, folder.resolve().name)
-    return Path(path) if Path(path).is_dir() else Path(path).with_suffix(".eval")
+        found = Path("runs", paper, str(path).replace("/", "-"))
+    elif str(folder) != str(path) or trained_by(folder) not in (None, paper):
+        found = Path("runs", paper, folder.resolve().name)
+    else:
+        found = folder if folder.is_dir() else folder.with_suffix(".eval")
+    prompts = getattr(cfg, "prompts", "set")
+    return found if prompts == "set" else found / f"{prompts}-prompts"
+
+
+def files_of(folder: str | Path) -> list[Path]:
+    """Shards, class names and templates of an evaluation set."""
+    return [*Path(folder).glob("*/*.tar"), *Path(folder).glob("*.txt")]
 
 
 def measured_run(
@@ -84,7 +91,7 @@ def measured_run(
     """`measured` of a run folder, a checkpoint file or MODEL@TAG, cached in `results_folder` with a table, results.md.
 
     measure(folder) -> metrics; the run's training seconds are added. Measured again if the code, the checkpoint, a
-    shard of an evaluation set, one of `files`, or a field of `cfg` that can change metrics has changed.
+    file of an evaluation set, one of `files`, or a field of `cfg` that can change metrics has changed.
     """
     path, folder = Path(path), results_folder(path, cfg)
     inside = Path(str(path).removeprefix("local-dir:"))
@@ -94,12 +101,12 @@ def measured_run(
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
     if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
         setting["model"] = read_json(path / "config.json").get("model", setting["model"])
-    sources = [*weights, *(tar for each in sets if each for tar in Path(each).glob("*/*.tar")), *files]
+    sources = [*weights, *(file for each in sets if each for file in files_of(each)), *files]
 
     def measure_and_show() -> dict[str, float]:
         metrics = measure(folder)
-        if (path / "metrics.jsonl").is_file():
-            metrics["seconds"] = read_metrics(path, "seconds")[-1]["seconds"]
+        if lines := read_metrics(path, "seconds") if (path / "metrics.jsonl").is_file() else []:
+            metrics["seconds"] = lines[-1]["seconds"]
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
         (folder / "results.md").write_text(table(rows) + "\n")

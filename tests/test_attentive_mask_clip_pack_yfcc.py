@@ -1,5 +1,6 @@
 """python -m attentive_mask_clip.pack_yfcc writes SLIP's YFCC15M as shards and counts damaged images."""
 
+import errno
 import io
 import json
 import pickle
@@ -190,16 +191,31 @@ def test_other_errors_are_no_damaged_images(tmp_path: Path, monkeypatch: pytest.
         list(pack_yfcc.zipped(path, ["000.jpg"]))
 
 
+def test_faults_that_may_pass_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A zip that a network drive could not give is neither missing nor damaged: its images are not left out."""
+    path = tree(tmp_path, [], {0: jpeg(0)}) / "images/00/000.zip"
+    for method in ("read", "__init__"):
+        with monkeypatch.context() as patched:
+            stale = OSError(errno.ESTALE, "Stale file handle")
+            patched.setattr(zipfile.ZipFile, method, lambda *_, error=stale: (_ for _ in ()).throw(error))
+            patched.setattr(zipfile.ZipFile, "__del__", lambda _: None)
+            with pytest.raises(
+                OSError, match=r"000.zip could not be read \(Stale file handle\): run the command again"
+            ):
+                list(pack_yfcc.zipped(path, ["000.jpg"]))
+
+
 def test_packing_goes_on_and_makes_what_is_missing(in_process, large: Path, folder: Path):
     out = folder / "again"
     finished(in_process(*command(large, out, size=50)))
     before, times = files(out), {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "00003_stats.json").unlink()
+    (out / "00004.tar").unlink()  # its statistics alone are no shard
     (out / "00005.tar").write_bytes(b"half")
     (out / "00005_stats.json").unlink()
     finished(in_process(*command(large, out, size=50)))
     assert files(out) == before
-    for path in out.glob("0000[0124]*"):
+    for path in out.glob("0000[012]*"):
         assert path.stat().st_mtime_ns == times[path.name]
     assert len(data.open_pairs(str(out), cache=folder / "cache")) == 300
 
@@ -227,12 +243,15 @@ def test_command_lines_end_in_one_sentence(in_process, large: Path, folder: Path
     finished(in_process(*command(large, made, size=150)))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/00000.tar").write_bytes(b"")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/00000_stats.json").write_text('{"count": 3}')  # of img2dataset
     empty = tree(tmp_path / "empty", [(1, "a", "b")], {2: jpeg(2)})
     wrong = {
         "holds shards that were made with other settings: shard_size (was 150, now 100)": command(
             large, made, size=100
         ),
         "holds shards that this script did not write": command(large, tmp_path / "foreign"),
+        "holds no statistics of this script": command(large, tmp_path / "theirs"),
         "has no folder images": [large / "yfcc15m.pkl", "--root", large / "images", "--out", tmp_path / "a"],
         "does not exist: SLIP's make_dataset.py writes": [large / "x.pkl", "--root", large, "--out", tmp_path / "b"],
         "--shard-size must be at least 1, not 0": command(large, tmp_path / "c", size=0),

@@ -129,6 +129,10 @@ def test_prompts_of_a_clone(tmp_path: Path):
     }.items():
         with pytest.raises(ValueError, match=message):
             read_prompts(clone, [EvalSet(folder, lambda image: image) for folder in folders])
+    for number, (labels, templates) in enumerate((([1, 2], ["{}"]), (["a", None], ["{}"]), (["a", "b"], [3]))):
+        wrong = make_clone(tmp_path / f"wrong{number}", {"mnist": labels}, {"mnist": templates})
+        with pytest.raises(ValueError, match="no class names or no templates of mnist"):
+            read_prompts(wrong, [EvalSet(digits, lambda image: image)])
     with pytest.raises(FileNotFoundError, match="is not a clone of facebookresearch/SLIP: it has no labels.json"):
         read_prompts(tmp_path, [])
 
@@ -185,6 +189,35 @@ def test_the_average_of_26_is_that_of_each_sets_own_metric(checkpoint: Path, tmp
     few = evaluation.evaluate_run(str(checkpoint), evaluation.Config(**options | {"sets": options["sets"][:3]}), ALONE)
     assert "average_26" not in few and few["food101/metric"] == measured["food101/metric"]
     assert math.isclose(few["average_measured"], sum(few[f"{name}/metric"] for name in list(SUITE)[:3]) / 3)
+
+
+def test_sets_are_opened_before_any_is_evaluated(checkpoint: Path, tmp_path: Path, monkeypatch):
+    """What is wrong with the last set, the probe's or the masks' is said before the first image is encoded."""
+    first, twin = (make_set(tmp_path / name / "cifar10", ["a", "b"], [0, 1]) for name in ("one", "other"))
+    kinds = make_set(tmp_path / "kinds", ["a", "b"], [0, 1])
+    (kinds / "dataset_type.txt").write_text("multilabel")
+    monkeypatch.setattr(evaluation, "zero_shot", lambda *_: pytest.fail("evaluated"))
+    wrong = {
+        "have the same name": dict(sets=(str(first), str(twin))),
+        "is a multilabel set": dict(sets=(str(first), str(kinds))),
+        "absent does not exist": dict(sets=(str(first),), probe=str(tmp_path / "absent")),
+        "gone does not exist": dict(sets=(str(first),), foreground=str(tmp_path / "gone")),
+    }
+    for message, options in wrong.items():
+        cfg = evaluation.Config((str(checkpoint),), **dict(probe=None, foreground=None) | options)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            evaluation.evaluate_run(str(checkpoint), cfg, ALONE)
+
+
+def test_other_options_that_are_refused(in_process, tmp_path: Path):
+    wrong = {
+        "--keep-ratio must be above 0": ["--keep-ratio", "-0.3"],
+        "--batch-size must be at least 1": ["--batch-size", "0"],
+        "nothing to evaluate": ["--sets", "--probe", "None", "--foreground", "None"],
+    }
+    for message, flags in wrong.items():
+        result = in_process(tmp_path, *flags)
+        assert result.code == 2 and message in result.err and one_sentence(result.err), (message, result.err)
 
 
 def test_an_average_is_the_papers_with_its_prompts_alone():

@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -93,6 +96,20 @@ def test_an_error_of_a_loader_worker_is_one_sentence_too(capsys):
     with pytest.raises(SystemExit):
         cli.command_line(lambda: list(torch.utils.data.DataLoader(Unreadable(), num_workers=1)))
     assert capsys.readouterr().err == "error: sample 0 is broken\n"
+
+
+def killed(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_sentence(capsys):
+    def main():
+        with ProcessPoolExecutor(1) as pool:
+            list(pool.map(killed, range(2)))
+
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(main)
+    assert stop.value.code == 2 and "a worker process was killed" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback_and_ctrl_c_is_130():

@@ -45,6 +45,30 @@ def test_a_run_is_measured_once_until_it_or_the_settings_change(tmp_path: Path):
     assert len(calls) == 3
 
 
+def test_a_run_is_measured_again_if_the_prompts_change(tmp_path: Path):
+    """Class names and templates are files of a set; results with other prompts do not replace those with its own."""
+
+    @dataclass
+    class Prompted(Config):
+        prompts: str = "set"
+
+    run, sets, folders = tmp_path / "arm-seed0", tmp_path / "pets", []
+    for folder in (run, sets):
+        folder.mkdir()
+    (run / "checkpoint.pt").write_bytes(b"weights")
+    measure = lambda folder: folders.append(folder) or {"top1": 12.5}  # noqa: E731
+    templates = sets / "zeroshot_classification_templates.txt"
+    templates.write_text("{c}")
+    for file in (templates, run / "checkpoint.pt"):
+        os.utime(file, (1, 1))
+    for _ in range(2):
+        evaluation.measured_run(run, Prompted((str(run),)), (sets,), measure)
+    os.utime(templates)
+    evaluation.measured_run(run, Prompted((str(run),)), (sets,), measure)
+    evaluation.measured_run(run, Prompted((str(run),), prompts="slip"), (sets,), measure)
+    assert folders == [run, run, run / "slip-prompts"]
+
+
 def test_a_run_is_measured_again_if_the_code_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The Python files of its paper and of shared/, but not those of other papers."""
     monkeypatch.setattr(evaluation, "ROOT", tmp_path)

@@ -225,7 +225,7 @@ class Study:
         floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
         measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
-        sources = [tar for folder in self.sets for tar in Path(folder).glob("*/*.tar")] + [*self.floor_files()]
+        sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files()]
         setting = {"floors": [floor.name for floor in floors], "known": known}
         return evaluation.measured(self.folder, kept, setting, sources, measure)
 
