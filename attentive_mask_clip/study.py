@@ -202,12 +202,16 @@ def more_rows(found: Comparison) -> list[dict]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict]:
-    """Measurements of runs, each on the evaluation sets of the scenes that it was trained on."""
+    """Measurements of runs, each on the evaluation sets of the scenes that it was trained on.
+
+    Kept patches are measured on the main scenes only.
+    """
     results = []
     for path in runs:
-        corpus = Path(read_json(Path(path) / "config.json")["data"]).parent
+        corpus = str(Path(read_json(Path(path) / "config.json")["data"]).parent)
         sets = tuple(f"{corpus}/eval/{name}" for name in SETS)
-        cfg = evaluation.Config((path,), sets=sets, probe=None, foreground=sets[1], times=STEP_TIMES)
+        masked = sets[1] if corpus == folder("one") else None
+        cfg = evaluation.Config((path,), sets=sets, probe=None, foreground=masked, times=STEP_TIMES)
         results += evaluation.main(cfg)
     return results
 
