@@ -229,6 +229,7 @@ PRESETS = {
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "yfcc/{00000..01468}.tar")
+    cli.check_zero_shot_set(cfg)
     cli.check_counts(cfg, "save_every", "log_every")
     cli.check_counts(cfg, "workers", "window_shards", "eval_every", least=0)
     cli.check_batch(cfg, world_size)

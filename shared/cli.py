@@ -13,7 +13,8 @@ import tyro
 from torch import nn
 
 from shared.clip import set_grad_checkpointing
-from shared.run import QUIET, finish
+from shared.evalsets import EvalSet
+from shared.run import QUIET, finish, paper_of
 
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
 
@@ -29,6 +30,10 @@ def check_data(config: Any, example: str) -> None:
         )
     if config.data.startswith("data/emoji") and not Path(config.data).exists():
         raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
+    first = config.data.partition("::")[0]
+    if first.startswith("data/") and "scenes" in first and not Path(first).exists():
+        study = f"reproduce-{paper_of(config).replace('_', '-')}"
+        raise ValueError(f"{config.data} does not exist: 'make {study}' first builds the scenes of its presets")
     check_eval_set(config)
 
 
@@ -40,6 +45,12 @@ def check_eval_set(config: Any) -> None:
         raise ValueError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
     if config.eval_every and not Path(config.eval_set).is_dir():
         raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
+
+
+def check_zero_shot_set(config: Any) -> None:
+    """ValueError if --eval-every is on and --eval-set is no classification set."""
+    if config.eval_every and (kind := EvalSet(config.eval_set, lambda image: image).kind) != "classification":
+        raise ValueError(f"--eval-set {config.eval_set} is a {kind} set: it must be a classification set")
 
 
 def check_counts(config: Any, *names: str, least: int = 1) -> None:

@@ -101,6 +101,7 @@ def measured_run(
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
     if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
         setting["model"] = read_json(path / "config.json").get("model", setting["model"])
+    setting["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
     sources = [*weights, *(file for each in sets if each for file in files_of(each)), *files]
 
     def measure_and_show() -> dict[str, float]:

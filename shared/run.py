@@ -527,6 +527,18 @@ def check_loss(loss: torch.Tensor, step: int) -> None:
 
 
 def read_metrics(folder: Path, key: str = "step") -> list[dict]:
-    """The lines of a run's metrics.jsonl that contain `key`."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
+    """The lines of a run's metrics.jsonl that contain `key`; a last line that is not complete is left out.
+
+    ValueError names a line that is damaged.
+    """
+    file, found = Path(folder) / "metrics.jsonl", []
+    for number, text in enumerate(file.read_text().splitlines(keepends=True), 1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if not text.endswith("\n"):  # a run that still writes, or was killed
+                break
+            raise ValueError(f"{file}, line {number} is damaged: remove it") from error
+        if key in line:
+            found.append(line)
+    return found

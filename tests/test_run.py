@@ -49,6 +49,15 @@ def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path):
         assert [(line["step"], line["loss"]) for line in run.read_metrics(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 30)]
 
 
+def test_half_a_last_line_is_left_out_and_damage_is_named(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert run.read_metrics(tmp_path) == [{"step": 1}]
+    file.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is damaged"):
+        run.read_metrics(tmp_path)
+
+
 def test_new_log_starts_empty(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a run that was killed before its first checkpoint
     run.RunLog(tmp_path, Config(), ALONE).close()

@@ -111,6 +111,25 @@ def test_probes_of_a_run(small_run: Path, sets, in_process):
     assert all(0 <= values[f"groups_id/probe_{metric}"] <= 100 for metric in ("top1", "mean_per_class"))
     result = in_process(small_run, "--probe", sets[1], module="tinyclip.eval")  # without classes to learn
     assert result.code == 2 and sets[1] in result.err and one_sentence(result.err)
+    result = in_process(small_run, "--probe", sets[0], sets[0], module="tinyclip.eval")
+    assert result.code == 2 and "--probe needs sets with different folder names" in result.err
+
+
+def test_what_a_file_says_itself_is_not_overruled(small_run: Path, in_process):
+    result = in_process(small_run, "--quick-gelu", "True", module="tinyclip.eval")
+    assert result.code == 2 and "says itself that QuickGELU is False" in result.err and one_sentence(result.err)
+
+
+def test_files_of_one_stem_are_not_mixed_up(small_run: Path, tmp_path: Path, sets):
+    """epoch.1 and epoch.2 have the same folder of results."""
+    state = torch.load(small_run / "model.pt", weights_only=True)
+    values = []
+    for number in (1, 2):
+        torch.save(state, tmp_path / f"epoch.{number}")
+        state["state_dict"]["visual.proj"] = state["state_dict"]["visual.proj"].flip(0)
+        cfg = evaluation.Config((str(tmp_path / f"epoch.{number}"),), sets=sets[1:], throughput=False, device="cpu")
+        values += evaluation.main(cfg)
+    assert values[0] != values[1]
 
 
 def test_an_exported_folder_is_measured_like_its_run(small_run: Path, sets, folder: Path):
@@ -149,6 +168,6 @@ def test_images_of_a_probe_come_from_the_device(monkeypatch):
             yield torch.randn(20, 4), torch.arange(20) % 2
 
     monkeypatch.setattr(evaluation, "EvalSet", Set)
-    model = SimpleNamespace(encode_image=lambda images: images, geometry={"vision": {"image_size": 16}})
-    found = evaluation.probes(model, evaluation.Config((), probe=("a set",)), device, torch.float32)
+    model, cfg = SimpleNamespace(encode_image=lambda images: images), evaluation.Config((), probe=("a set",))
+    found = evaluation.probes(model, evaluation.probe_sets(cfg, None), cfg, device, torch.float32)
     assert asked == [device] * 2 and "a set/probe_top1" in found

@@ -8,7 +8,16 @@ import pytest
 import torch
 from test_tinyclip_model import TEXT, VISION, example, some_masks, tiny
 
-from tinyclip.geometry import CONFIGS, convert_state_dict, geometry, open_clip_config, said_beside, weights_file
+from shared.memory import CLIP_STATISTICS
+from tinyclip.geometry import (
+    CONFIGS,
+    convert_state_dict,
+    geometry,
+    open_clip_config,
+    said_beside,
+    statistics_beside,
+    weights_file,
+)
 from tinyclip.masks import prune
 from tinyclip.model import CLIP, load_clip
 
@@ -99,6 +108,19 @@ def test_configurations_that_fit_no_tower_here(their_model):
     weights_file(folder).write_bytes(b"?")
     with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_clip(folder)
+
+
+def test_statistics_of_images(tmp_path: Path):
+    file = tmp_path / "open_clip_model.safetensors"
+    assert statistics_beside(file) == CLIP_STATISTICS
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
+    assert statistics_beside(file) == ((0.5,) * 3, (1.0,) * 3)
+    config = tmp_path / "open_clip_config.json"
+    config.write_text('{"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}')
+    assert statistics_beside(file) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    config.write_text('{"preprocess_cfg": {"mean": [0.1, 0.2], "std": [0.4, 0.5, 0.6]}}')
+    with pytest.raises(ValueError, match="open_clip_config.json has no three means"):
+        statistics_beside(file)
 
 
 def test_what_transformers_leaves_out_of_a_configuration(tmp_path: Path):

@@ -276,6 +276,8 @@ def test_expanding_refuses_what_does_not_fit():
     for change, words in (
         ({"strange": torch.ones(1)}, "strange, but the full-size one does not"),
         ({"text_projection": torch.ones(99, 12)}, "does not fit"),
+        ({"text_projection": full.text_projection[:, 1:]}, "does not fit"),  # masks leave the embedding's width
+        ({"positional_embedding": full.positional_embedding[1:]}, "does not fit"),
     ):
         with pytest.raises(ValueError, match=words):
             expand_pruned(tiny(), *masks, state | change)

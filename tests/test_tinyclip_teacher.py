@@ -11,6 +11,7 @@ from torch import nn
 
 from shared import checkpoints, data, export
 from tinyclip import teacher
+from tinyclip.model import create_model
 from tinyclip.train import image_transform
 
 STATISTICS = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -73,9 +74,25 @@ def test_which_models_are_taken_how(tmp_path: Path):
     loaded, _, _ = export.load_model(f"local-dir:{timm}")
     assert torch.allclose(other(images, tokens[:, :9])[1], F.normalize(loaded.encode_text(tokens), dim=-1), atol=1e-5)
     assert (other.side, other.context) == (16, 24)
+    config = checkpoints.read_json(plain / "open_clip_config.json")
+    config["preprocess_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    checkpoints.write_json(plain / "open_clip_config.json", config)
+    shifted = teacher.load_teacher(str(plain), 64, None, 24, 24)
+    pixels = images * torch.tensor(STATISTICS[1]).view(3, 1, 1) + torch.tensor(STATISTICS[0]).view(3, 1, 1)
+    assert torch.allclose(shifted(images, tokens)[0], same((pixels - 0.5) / 0.25, tokens)[0], atol=1e-5)
     assert teacher.first_source(str(plain), 64, True).geometry["vision"]["image_size"] == 24
     with pytest.raises(ValueError, match="--init .*timm has towers without inheritable weights"):
         teacher.first_source(str(timm), 64, True)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+    model = create_model("test-25")
+    model.logit_scale.data.fill_(float("nan"))
+    torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, tmp_path / "nan.pt")
+    for load in (lambda: teacher.first_source(str(tmp_path / "nan.pt"), 64, False),
+                 lambda: teacher.load_teacher(str(tmp_path / "nan.pt"), 64, None, 16, 24)):  # fmt: skip
+        with pytest.raises(ValueError, match="holds logit_scale with numbers that are not finite"):
+            load()
 
 
 def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch):

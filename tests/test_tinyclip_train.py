@@ -34,7 +34,7 @@ from test_tinyclip_model import clip_of, example, pooling_widths, tiny
 from shared import checkpoints, run
 from tinyclip import config, train
 from tinyclip.config import RESNET, Stage
-from tinyclip.geometry import convert_state_dict
+from tinyclip.geometry import CONFIGS, convert_state_dict
 from tinyclip.masks import L0Mask
 from tinyclip.model import CLIP, Student, distillation_loss, load_clip
 from tinyclip.train import first_weights, image_transform, lr_at, mask_lr_at, mask_param_groups, param_groups
@@ -231,6 +231,24 @@ def test_steps_that_are_not_finite_are_skipped():
     logged = train.train_step(student, None, images * math.inf, tokens, 0, stage, optimizers)
     assert logged["skipped"] == 1 and all(torch.equal(before[k], v) for k, v in student.state_dict().items())
     assert train.train_step(student, None, images, tokens, 0, stage, optimizers)["skipped"] == 0
+
+
+def test_a_run_that_skips_all_its_steps_is_an_error():
+    train.check_skipped(torch.tensor(3.0), 3, last=True)  # the fourth of four steps; the first was taken
+    train.check_skipped(torch.tensor(4.0), 3, last=False)
+    for skipped, step, last in ((4.0, 3, True), (101.0, 500, False)):
+        with pytest.raises(ValueError, match="gradients were not finite"):
+            train.check_skipped(torch.tensor(skipped), step, last)
+
+
+def test_heads_of_another_width_are_not_sliced(tmp_path: Path):
+    """Shapes alone would allow it, but a slice would mix heads."""
+    torch.manual_seed(0)
+    wide = CLIP(**{**CONFIGS["test-100"], "vision": {**CONFIGS["test-100"]["vision"], "head_width": 16}})
+    torch.save({"state_dict": wide.state_dict(), "geometry": wide.geometry}, tmp_path / "wide.pt")
+    cfg = config.Config(model="test-50", init=str(tmp_path / "wide.pt"), masks=False)
+    with pytest.raises(ValueError, match="heads of its vision tower are 16 wide, and those of --model test-50 8"):
+        train.first_weights(cfg)
 
 
 def test_micro_batches_share_one_draw_of_masks():
@@ -645,8 +663,11 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     result = in_process(*preset("emoji"), *given, *TINY, "--lr", "1e-4", "--out", runs["inherited-affinity"])
     assert result.code == 2 and "lr (was 0.002, now 0.0001)" in result.err and one_sentence(result.err)
     (tmp_path / "unfinished").mkdir()
-    result = in_process(*preset("emoji-contrastive"), *TINY, "--init", tmp_path / "unfinished", "--out", tmp_path / "a")
-    assert result.code == 2 and "its run is not finished" in result.err and one_sentence(result.err)
+    for message in ("is a folder without weights", "its run is not finished"):
+        command = *preset("emoji-contrastive"), *TINY, "--init", tmp_path / "unfinished", "--out", tmp_path / "a"
+        result = in_process(*command)
+        assert result.code == 2 and message in result.err and one_sentence(result.err)
+        torch.save({"paper": "tinyclip"}, tmp_path / "unfinished/checkpoint.pt")
     result = in_process(*preset("emoji"), *given, *TINY, "--inherit", "random", "--quick-gelu", "--out", tmp_path / "a")
     assert result.code == 2 and "--inherit random cannot cut test-50" in result.err and one_sentence(result.err)
     result = in_process(*preset("emoji"), *given, *TINY, "--use-teacher-text", "--quick-gelu", "--out", tmp_path / "a")

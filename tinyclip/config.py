@@ -6,13 +6,14 @@ scripts; `emoji*` and `small*` are ours.
 """
 
 import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from shared import cli, export
 from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
-from tinyclip.geometry import CONFIGS, weights_file
+from tinyclip.geometry import CONFIGS, WEIGHTS, weights_file
 
 
 @dataclasses.dataclass
@@ -271,20 +272,24 @@ STAGES: dict[str, Stage] = {name: cfg for name, (_, cfg) in PRESETS.items()}
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "laion/{0000..4140}.tar")
+    cli.check_zero_shot_set(cfg)
     check_stage(cfg)
     if cfg.alpha > 0 and cfg.teacher is None:
         raise ValueError(
             "affinity mimicking needs --teacher, which 'python -m tinyclip.train small-teacher' trains; without one "
             "pass --alpha 0"
         )
-    for name in ("teacher", "init"):
+    asked = cfg.alpha > 0 or cfg.use_teacher_image or cfg.use_teacher_text
+    for name in ("teacher", "init") if asked else ("init",):
         source = getattr(cfg, name)
         if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
             continue
         path = Path(source.removeprefix(export.LOCAL))
         own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
-        if own and path.is_dir() and weights_file(path) in (path, path / "checkpoint.pt"):
+        if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
             raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; finish it first")
+        if own and path.is_dir() and weights_file(path) == path:
+            raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
         if not path.exists():
             preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
             raise ValueError(
@@ -295,8 +300,6 @@ def check(cfg: Config, world_size: int) -> None:
                     else ""
                 )
             )
-    cli.check_counts(cfg, "batch_size", "save_every", "log_every")
-    cli.check_counts(cfg, "epochs", least=0)
     cli.check_batch(cfg, world_size)
     cli.check_in_memory(cfg)
     cli.check_crop(cfg)
@@ -306,20 +309,29 @@ def check_stage(cfg: Config) -> None:
     """Raise ValueError on invalid settings of a stage; reads no files."""
     if cfg.model not in CONFIGS:
         raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
-    if cfg.steps < 1:
-        raise ValueError(f"--steps must be at least 1, not {cfg.steps}")
+    cli.check_counts(cfg, "steps", "batch_size", "dataset_size", "accumulate", "save_every", "log_every")
+    cli.check_counts(cfg, "epochs", "warmup", "workers", "window_shards", least=0)
+    for name in ("lr", "weight_decay", "weight"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
+    if cfg.max_grad_norm is not None and not cfg.max_grad_norm > 0:
+        raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
     if not 0 <= cfg.alpha <= 1:
         raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
     if cfg.image_size is not None and cfg.image_size < 1:
         raise ValueError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
-    if cfg.logit_scale is not None and cfg.logit_scale <= 0:
+    vision = CONFIGS[cfg.model]["vision"]
+    convolutional = not isinstance(vision["layers"], int)
+    if cfg.logit_scale is not None and not 0 < cfg.logit_scale < math.inf:
         raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
     check_locked(cfg)
     if cfg.inherit_only is not None and (cfg.masks or cfg.inherit != "manual" or cfg.init is None):
         raise ValueError("--inherit-only is a control of manual inheritance: it needs --init without --masks")
+    if convolutional and "block" not in vision and cfg.image_size is not None and cfg.image_size < 32:
+        raise ValueError(f"--image-size {cfg.image_size} is too small for the ResNet of {cfg.model}: at least 32")
     if not cfg.masks:
         return
-    if not isinstance(CONFIGS[cfg.model]["vision"]["layers"], int):
+    if convolutional:
         raise ValueError(f"--masks act on transformers, not on the ResNet of {cfg.model}")
     if not 0 < cfg.prune_step < cfg.steps:
         raise ValueError(f"--prune-step {cfg.prune_step} is not within the {cfg.steps} steps")
@@ -327,6 +339,10 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(
             f"--start-sparsity {cfg.start_sparsity} and --target-sparsity {cfg.target_sparsity} must satisfy "
             "0 <= start <= target < 1"
+        )
+    if not cfg.mask_lr > 0 > cfg.lambda_lr:
+        raise ValueError(
+            f"--mask-lr {cfg.mask_lr} must be above 0, and --lambda-lr {cfg.lambda_lr} below, since it ascends"
         )
     if not {"heads", "intermediate"} <= set(cfg.mask_types):
         raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
@@ -358,6 +374,8 @@ def check_locked(cfg: Config) -> None:
         raise ValueError("--use-teacher-image and --use-teacher-text need --teacher")
     if (cfg.lock_image or cfg.lock_text) and cfg.init is None:
         raise ValueError("--lock-image and --lock-text would lock random weights: pass --init")
+    if (cfg.lock_image and cfg.inherit_only == "text") or (cfg.lock_text and cfg.inherit_only == "image"):
+        raise ValueError(f"--inherit-only {cfg.inherit_only} leaves the other tower random, which would be locked")
 
 
 def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:

@@ -8,7 +8,7 @@ open_clip, or MODEL@WEIGHTS of open_clip; and the embedded corpus or any CLIP-be
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.evalsets import EvalSet
-from tinyclip.geometry import open_clip_config, weights_file
+from shared.memory import CLIP_STATISTICS
+from tinyclip.geometry import open_clip_config, statistics_beside, weights_file
 from tinyclip.masks import too_little
 from tinyclip.model import CLIP, load_clip, parameter_counts
 from tinyclip.train import image_transform
@@ -39,6 +40,8 @@ METRICS = {
     "pairs_per_second": "pairs/s",
 }
 EMOJI = "data/emoji/eval/"
+# Files beside weights that say what shapes do not
+CONFIGURATIONS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
 @dataclasses.dataclass
@@ -184,15 +187,25 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
 
 
-def probes(model: CLIP, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """`linear_probe` of each set of --probe, {"set/probe_top1": ...}. ValueError for a set without classes."""
-    transform, found = image_transform(model.geometry["vision"]["image_size"]), {}
-    for folder in cfg.probe:
+def probe_sets(cfg: Config, transform: Callable) -> list[tuple[EvalSet, EvalSet]]:
+    """Both splits of each set of --probe. ValueError for a set without classes, or for two sets of one name."""
+    found = [tuple(EvalSet(folder, transform, split) for split in ("train", "test")) for folder in cfg.probe]
+    for split in (split for splits in found for split in splits):
+        if split.kind != "classification":
+            raise ValueError(f"--probe {split.folder} is a {split.kind} set: a linear probe needs a classification set")
+    if len(names := [test.name for _, test in found]) > len(set(names)):
+        raise ValueError(f"--probe needs sets with different folder names, not {', '.join(names)}")
+    return found
+
+
+def probes(
+    model: CLIP, sets: list[tuple[EvalSet, EvalSet]], cfg: Config, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """`linear_probe` of each set, {"set/probe_top1": ...}."""
+    found = {}
+    for splits in sets:
         features_and_labels = []
-        for split in ("train", "test"):
-            images = EvalSet(folder, transform, split)
-            if images.kind != "classification":
-                raise ValueError(f"--probe {folder} is a {images.kind} set: a linear probe needs a classification set")
+        for split, images in zip(("train", "test"), splits, strict=True):
             batches = images.batches(cfg.batch_size, cfg.workers, device)
             features_and_labels += zeroshot.extract_image_features(
                 model.encode_image, batches, device, dtype, f"{images.name} {split}"
@@ -221,19 +234,24 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     """All metrics of one checkpoint: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
     model = load_clip(path, cfg.head_width, cfg.quick_gelu).to(process.device)
     geometry = model.geometry
+    if cfg.quick_gelu not in (None, geometry["quick_gelu"]):
+        raise ValueError(f"{path} says itself that QuickGELU is {geometry['quick_gelu']}: leave out --quick-gelu")
+    statistics = CLIP_STATISTICS if evaluation.named(path) else statistics_beside(weights_file(Path(path)))
+    transform = image_transform(geometry["vision"]["image_size"], statistics=statistics)
     precision = run.resolve_precision(cfg.precision, process.device)
     dtype = run.DTYPES[precision]
-    flat = probes(model, cfg, process.device, dtype)
+    probed = probe_sets(cfg, transform)  # opened first, so that errors come early
     results = zeroshot.evaluate(
         model,
         open_clip.SimpleTokenizer(context_length=geometry["text"]["context_length"]),
-        image_transform(geometry["vision"]["image_size"]),
+        transform,
         cfg.sets,
         process.device,
         cfg.batch_size,
         dtype,
         cfg.workers,
     )
+    flat = probes(model, probed, cfg, process.device, dtype)
     flat |= {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
     counts = parameter_counts(model)
     flat |= {f"{tower}_parameters_m": counts[tower] / 1e6 for tower in ("image", "text", "total")}
@@ -250,13 +268,16 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed."""
-    sets, files = (*cfg.sets, *cfg.probe), [weights_file(Path(path))] if Path(path).is_dir() else []
+    sets, beside = (*cfg.sets, *cfg.probe), weights_file(Path(path))
+    files = [beside] if Path(path).is_dir() else []
+    files += [file for name in CONFIGURATIONS if (file := beside.with_name(name)).is_file()]
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
+    cfg.runs = tuple(path.removeprefix(export.LOCAL) for path in cfg.runs)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export, cfg)
     kinds = "run folder, checkpoint file or MODEL@WEIGHTS"

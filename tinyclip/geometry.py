@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.checkpoints import read_json
+from shared.memory import CLIP_STATISTICS
 
 # ------------------------------------------------------------------------------------------------- geometries by name
 
@@ -148,7 +149,10 @@ def from_transformers(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # Weight files of our run folders, and of folders that open_clip and transformers write
-WEIGHTS = ("model.pt", "checkpoint.pt", "open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin")
+WEIGHTS = (
+    "model.pt", "checkpoint.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+    "pytorch_model.bin",
+)  # fmt: skip
 
 
 def weights_file(path: Path) -> Path:
@@ -182,6 +186,27 @@ def said_beside(file: Path, transformers: bool) -> dict:
         return {"quick_gelu": activations == {"quick_gelu"}, "head_width": widths}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the configuration of a CLIP: {error}") from error
+
+
+def statistics_beside(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of a network's images, each of three numbers, from the configuration beside its weight file: of
+    open_clip, or of transformers (preprocessor_config.json). CLIP's if there is none. ValueError if it is damaged."""
+    for name, mean, std in (
+        ("open_clip_config.json", "mean", "std"),
+        ("preprocessor_config.json", "image_mean", "image_std"),
+    ):
+        path = file.with_name(name)
+        said = read_json(path) if path.is_file() else {}
+        said = said.get("preprocess_cfg", said)
+        if mean in said and std in said:
+            try:
+                found = tuple(tuple(float(value) for value in said[key]) for key in (mean, std))
+            except (TypeError, ValueError):
+                found = ((), ())
+            if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
+                raise ValueError(f"{path} has no three means and three positive standard deviations of images")
+            return found
+    return CLIP_STATISTICS
 
 
 def said_by_trainer(args: object) -> dict:

@@ -299,6 +299,13 @@ def prune_mlp(block: dict, kept: Tensor, zk: Tensor, z_int: Tensor, ffn: Tensor)
     return new
 
 
+# Axes of a pruned network that masks leave as they are
+WHOLE = {
+    "visual.positional_embedding": 0, "positional_embedding": 0, "token_embedding.weight": 0, "visual.proj": 1,
+    "text_projection": 1, "visual.conv1.weight": 2,
+}  # fmt: skip
+
+
 @torch.no_grad()
 def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, pruned_sd: Mapping[str, Tensor]) -> None:
     """Copy a pruned network into the front corner of a full-size one for the next stage. U:open_clip/model.py:1300.
@@ -322,7 +329,8 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
             tower = model.geometry["vision" if name.startswith("visual") else "text"]
             split = (3, -1, block_sizes(tower)[0])
             full, part = full.unflatten(0, split), part.unflatten(0, split)
-        if any(a < b for a, b in zip(full.shape, part.shape, strict=True)):
+        pairs = enumerate(zip(full.shape, part.shape, strict=True))
+        if any(a < b or (a > b and axis == WHOLE.get(name)) for axis, (a, b) in pairs):
             raise ValueError(
                 f"{name} of the pruned network, {tuple(small[name].shape)}, does not fit {tuple(state[name].shape)}"
             )

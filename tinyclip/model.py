@@ -482,7 +482,8 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"{source} does not hold a CLIP that this code knows: {str(error).splitlines()[1].strip()}"
+            f"{source} does not hold a CLIP that this code knows (with heads {head_width} wide, unless it says "
+            f"otherwise: --head-width): {checkpoints.one_line(error, 300)}"
         ) from error
     if model.geometry["quick_gelu"] is None:
         raise ValueError(

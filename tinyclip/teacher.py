@@ -6,7 +6,6 @@ export, a model of open_clip). A model to inherit from must have the layout of `
 
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from shared import checkpoints, export
 from shared.clip import cuts, image_side
 from shared.evaluation import named
+from shared.memory import CLIP_STATISTICS
+from tinyclip.geometry import statistics_beside, weights_file
 from tinyclip.model import CLIP, load_clip
 
 MODELS = ("ViT-B-32", "ViT-B-16", "RN50")  # open_clip models that `load_clip` loads by name
@@ -36,11 +37,21 @@ def as_clip(source: str) -> str | Path | None:
 def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
     """The model that initial weights come from. ValueError if its towers cannot be cut."""
     path = as_clip(source)
+    if path is None and named(source):
+        raise ValueError(f"--init {source}: of open_clip's models, only {', '.join(MODELS)} are loaded by name")
     if path is None:
         raise ValueError(
             f"--init {source} has towers without inheritable weights: it must be a CLIP with transformers or a ResNet"
         )
-    return load_clip(path, head_width, quick_gelu)
+    return finite(load_clip(path, head_width, quick_gelu), f"--init {source}")
+
+
+def finite(model: nn.Module, source: str) -> nn.Module:
+    """The model itself; ValueError if one of its weights is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{source} holds {name} with numbers that are not finite: its training had diverged")
+    return model
 
 
 class Teacher(nn.Module):
@@ -54,8 +65,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model, self.side, self.context, self.whole_texts = model, side, context, whole_texts
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in statistics)
-        own_mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-        own_std = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+        own_mean, own_std = (torch.tensor(each).view(3, 1, 1) for each in CLIP_STATISTICS)
         self.register_buffer("scale", own_std / std)
         self.register_buffer("shift", (own_mean - mean) / std)
 
@@ -80,20 +90,20 @@ def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
 
 
 def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: int, context: int) -> CLIP | Teacher:
-    """The teacher of a student with images of `side` pixels and `context` tokens: a `CLIP` if the sizes are equal, else
-    wrapped in `Teacher`. ValueError if it has another tokenizer."""
+    """The teacher of a student with images of `side` pixels and `context` tokens: a `CLIP` if the sizes and the images'
+    statistics are equal, else wrapped in `Teacher`. ValueError if it has another tokenizer, or is not finite."""
     path = as_clip(source)
     if path is not None:
         model = load_clip(path, head_width, quick_gelu)
         model.cuts_padding = False  # `train.Corpus` has cut it from the tokens
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
-        statistics, whole = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD), False
-        if own == (side, context):
-            return model
+        statistics, whole = CLIP_STATISTICS if named(str(path)) else statistics_beside(weights_file(Path(path))), False
+        if (own, statistics) == ((side, context), CLIP_STATISTICS):
+            return finite(model, f"--teacher {source}")
     else:
         model, _, tokenizer = export.load_model(source)
         if getattr(tokenizer, "vocab_size", 49408) != 49408:
             raise ValueError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
         own, whole = (image_side(model), model.context_length), not cuts(model)
         statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
-    return Teacher(model, *own, statistics, whole)
+    return Teacher(finite(model, f"--teacher {source}"), *own, statistics, whole)

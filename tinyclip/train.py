@@ -11,7 +11,7 @@ Losses and towers are in model.py, inheritance in inheritance.py and masks.py, s
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +27,11 @@ from torchvision.transforms import InterpolationMode
 
 from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import cut_padding, set_grad_checkpointing
+from shared.memory import CLIP_STATISTICS
 from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage, in_steps  # noqa: F401
-from tinyclip.geometry import CONFIGS, tower_of
+from tinyclip.geometry import CONFIGS, block_sizes, tower_of
 from tinyclip.inheritance import inherit_at_random, inherit_weights, resize_positional_embedding
 from tinyclip.masks import (
     L0Mask,
@@ -132,6 +133,15 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     if cfg.init is None:
         return clip, masks
     source = first_source(cfg.init, cfg.head_width, cfg.quick_gelu)  # with the student's activation
+    for tower in ("vision", "text"):
+        sizes = [each.geometry[tower] for each in (source, clip)]
+        if all(isinstance(each["layers"], int) for each in sizes):
+            theirs, ours = (block_sizes(each)[0] for each in sizes)
+            if theirs != ours:
+                raise ValueError(
+                    f"--init {cfg.init}: heads of its {tower} tower are {theirs} wide, and those of --model "
+                    f"{cfg.model} {ours}; choose a --model with heads of that width"
+                )
     state, own = source.state_dict(), clip.state_dict()
     table = "visual.positional_embedding"
     if table in state and table in own and len(state[table]) != len(own[table]):
@@ -323,9 +333,13 @@ def image_and_context(clip: CLIP) -> tuple[int, int]:
 
 
 def image_transform(
-    size: int, train: bool = False, crop: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    size: int,
+    train: bool = False,
+    crop: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    statistics: tuple[Sequence[float], Sequence[float]] = CLIP_STATISTICS,
 ) -> transforms.Compose:
-    """PIL RGB -> (3, size, size) with CLIP's statistics; no flip, no colours. U:open_clip/transform.py:71.
+    """PIL RGB -> (3, size, size), normalised by mean and std; no flip, no colours. U:open_clip/transform.py:71.
 
     In training a random crop with shares of the area from `crop` and width/height ratios from `ratio`.
     """
@@ -334,7 +348,7 @@ def image_transform(
         steps = [transforms.RandomResizedCrop(size, crop, ratio, interpolation=bicubic)]
     else:
         steps = [transforms.Resize(size, bicubic), transforms.CenterCrop(size)]
-    normalise = data.ToNormalizedTensor(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    normalise = data.ToNormalizedTensor(*statistics)
     return transforms.Compose([*steps, normalise])
 
 
@@ -529,6 +543,8 @@ def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | T
         run.wait()
     if isinstance(teacher, Teacher):
         sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
+        if borrowed and (teacher.side, teacher.context) == (side, context):
+            raise ValueError("--use-teacher-* need a teacher with towers of this script's layout and CLIP's statistics")
         if borrowed:
             raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: it sees {sizes}")
         if (teacher.side, teacher.context) != (side, context):
@@ -541,9 +557,9 @@ def distributed(student: Student, process: run.Process) -> nn.Module:
     return DistributedDataParallel(student) if process.world_size > 1 else student
 
 
-def check_skipped(skipped: Tensor, step: int) -> None:
-    """ValueError if more than 100 steps in a row were skipped."""
-    if skipped > 100:
+def check_skipped(skipped: Tensor, step: int, last: bool) -> None:
+    """ValueError if more than 100 steps in a row were skipped, or all steps of a run up to its last."""
+    if skipped > 100 or (last and skipped > step):
         text = f"gradients were not finite {int(skipped)} times in a row up to step {step}"
         raise ValueError(f"{text}: lower --lr, or use --precision fp32")
 
@@ -557,6 +573,9 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
         folder.log(cfg.prune_step + 1, epoch=epoch, sparsity_reached=reached)
         if warning := too_little(reached, cfg.target_sparsity):
             print(f"{warning}: raise --prune-step, or --mask-lr and --lambda-lr")
+        if reached - cfg.target_sparsity > 0.1:
+            asked = f"where {cfg.target_sparsity:.3f} was asked for"
+            print(f"the masks reached a sparsity of {reached:.3f}, {asked}: lower --mask-lr and --lambda-lr")
     student = student.pruned(cfg.exact_prune)
     set_grad_checkpointing(student.clip, cfg.grad_checkpointing)
     return student
@@ -567,6 +586,7 @@ def main(cfg: Config) -> Path | None:
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         check_stage(cfg)
+        cli.check_batch(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
@@ -602,7 +622,7 @@ def main(cfg: Config) -> Path | None:
         logged = train_step(network, answer, images, tokens, step, cfg, optimizers, precision, scaler)
         skipped = (skipped + 1) * logged["skipped"]
         if done % cfg.log_every == 0 or done == 1 or last:  # also skipped steps, whose losses may not be finite
-            check_skipped(skipped, step)
+            check_skipped(skipped, step, last)
             folder.write(done, epoch=epoch, **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
