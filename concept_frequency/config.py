@@ -5,6 +5,7 @@ whether accuracy follows frequency when frequency is *assigned*, on the embedded
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -139,10 +140,13 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
     if cfg.total < cfg.batch_size:
         raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
+    for name in ("lr", "weight_decay", "exponent"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
+    if not cfg.max_grad_norm > 0:
+        raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
     if not 0 <= cfg.misaligned <= 1:
         raise ValueError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
-    if cfg.exponent < 0:
-        raise ValueError(f"--exponent {cfg.exponent} is below 0")
     if cfg.law != "zipf" and cfg.exponent != 1:
         raise ValueError(f"--exponent belongs to --law zipf: leave it out with --law {cfg.law}")
 
@@ -280,6 +284,8 @@ def check_count(cfg: CountConfig) -> None:
         raise ValueError(f"--threshold is a probability, not {cfg.threshold}")
     if cfg.tagger and cfg.label_column:
         raise ValueError("--tagger and --label-column exclude each other: pass only one")
+    if cfg.keep and not cfg.tagger:
+        raise ValueError("--keep needs a --tagger")
     if cfg.images and not cfg.tagger:
         raise ValueError("--images needs a --tagger")
     if bool(cfg.images) != (cfg.ids != "row"):

@@ -86,6 +86,11 @@ def expand(specs: Sequence[str]) -> list[str]:
             found = sorted(str(p) for p in Path(spec).iterdir() if p.suffix in KINDS)
             if not found:
                 raise FileNotFoundError(f"folder {spec} holds none of {', '.join(KINDS)}")
+            if len(kinds := {Path(path).suffix for path in found}) > 1:  # img2dataset writes a .parquet beside a .tar
+                raise ValueError(
+                    f"folder {spec} holds {' and '.join(sorted(kinds))} files, which may have the same captions: name "
+                    f"the files, '{spec}/{{00000..00331}}.tar'"
+                )
             paths += found
         else:
             paths += data.expand_shards(spec)

@@ -137,7 +137,8 @@ def tag_stage(
     files = (cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions)
     settings = (names, cfg.tagger, cfg.label_column, *files)
     settings += (cfg.average, cfg.ids, cfg.caption_column, cfg.also, min(cfg.threshold, 0.5))
-    settings += tuple(stamp(path) for path in files if os.path.isfile(path))
+    weights = (os.path.join(path, "checkpoint.pt") if path and os.path.isdir(path) else path for path in files)
+    settings += tuple(stamp(path) for path in weights if path and os.path.isfile(path))
     if cfg.ids in ("cc12m", "yfcc15m"):  # an image's row depends on all captions
         settings += tuple(part.name() for part in parts)
     folder = out / "parts" / f"images-{data.stable_hash(*map(str, settings)):016x}"

@@ -10,6 +10,7 @@ that did not match. The statistics are in statistics.py, the joining of names is
 
 import csv
 import dataclasses
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -108,6 +109,9 @@ def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
         columns = read_table(path)
         names = column(columns, NAMES, path)
         values = column(columns, (count_column,) if count_column else COUNTS, path)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path} has two counts of {twice}")
         found = dict(zip(names, values, strict=True))
     else:
         found = load_json(path)
@@ -115,8 +119,8 @@ def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
             raise ValueError(f"{path} holds no counts, name -> number, but a {type(found).__name__}")
     try:
         return {name: int(float(value)) for name, value in found.items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} holds no counts: a value is no number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{path} holds no counts: a value is no finite number") from None
 
 
 def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
@@ -194,6 +198,8 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
         for scores in read_scores(scores_file, cfg.score_column):
             if cfg.models and scores.model not in cfg.models:
                 continue
+            if odd := next((name for name, value in scores.values.items() if not math.isfinite(value)), None):
+                raise ValueError(f"{scores_file} has a score of {odd} that is not finite")
             joined = join(counts, scores.values, aliases)
             if not joined.names and unmatched is None:
                 theirs, ours = (next(iter(each), "nothing") for each in (scores.values, counts))

@@ -235,9 +235,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
         (folder / "results.md").write_text(evaluation.table(rows) + "\n")
         return {"metrics": metrics, "concepts": table}
 
-    found = evaluation.measured(
-        "concept_frequency", folder / "results.json", setting, [folder / "checkpoint.pt"], measure
-    )
+    sources = [folder / "checkpoint.pt", *evaluation.files_of(cfg.eval_set)]
+    found = evaluation.measured("concept_frequency", folder / "results.json", setting, sources, measure)
     return found["metrics"] | {"concepts": found["concepts"]}
 
 

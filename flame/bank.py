@@ -9,7 +9,6 @@ MiniLM, 1 of each).
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints
-from shared.index import Lookup, Strings
+from shared.index import Lookup, Strings, fingerprint
 
 
 class Bank:
@@ -31,14 +30,31 @@ class Bank:
             if (self.root / ".lock").is_file():
                 raise ValueError(f"{root} has no embeddings yet: 'python -m flame.embed' was stopped; run it again")
             raise FileNotFoundError(f"no bank of caption embeddings at {root}; make it with 'python -m flame.embed'")
-        self.index = json.loads((self.root / "index.json").read_text())
+        self.index = checkpoints.read_json(self.root / "index.json")
+        if missing := {"shards", "shard_size", "dim", "rows"} - set(self.index):
+            raise ValueError(f"{root}/index.json is no bank of flame.embed: it lacks {min(missing)}")
         for shard in range(self.index["shards"]):
             if not self.shard_path(self.root, shard).is_file():
                 raise ValueError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
         if not (self.root / "centres.npy").is_file():
             raise ValueError(f"{root} is not finished; run 'python -m flame.embed' again")
-        self.keys, self.rows = read_keys(self.root), np.load(self.root / "rows.npy", mmap_mode="r")
         self.dim, self.count = self.index["dim"], self.index["rows"]
+        self.keys, self.rows = read_keys(self.root), mapped(self.root / "rows.npy")
+        held = sum(len(self.checked(shard)) for shard in range(self.index["shards"]))
+        if len(self.rows) != len(self.keys) or (len(self.rows) and int(self.rows.max()) >= held):
+            raise ValueError(f"{root} is damaged: it has {held:,} embeddings for rows up to {int(self.rows.max()):,}")
+
+    def checked(self, shard: int) -> np.ndarray:
+        """A shard of the bank; ValueError if it is damaged."""
+        found = self.shard(shard)
+        if found.shape[1:] != (self.count, self.dim):
+            raise ValueError(f"{self.shard_path(self.root, shard)} is damaged: its shape is {found.shape}")
+        return found
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of the settings and of the centres: another bank has another one."""
+        return fingerprint((self.root / "index.json").read_bytes(), (self.root / "centres.npy").read_bytes())
 
     @staticmethod
     def shard_path(root: Path, shard: int) -> Path:
@@ -50,7 +66,13 @@ class Bank:
         return Lookup(self.keys)
 
     def check(self, keys: Strings) -> None:
-        """ValueError if a sample is not in the bank."""
+        """ValueError if a sample is not in the bank, or if two samples have one key."""
+        for lookup, strings, where in ((Lookup(keys), keys, "--data"), (self.lookup, self.keys, self.root)):
+            if (row := lookup.twice()) is not None:
+                raise ValueError(
+                    f"sample key {strings[row]} occurs twice in {where}: a bank finds captions by key, so give each "
+                    "sample a key of its own"
+                )
         missing = np.flatnonzero(self.lookup.find(keys) < 0)
         if missing.size:
             self.lacks(keys[int(missing[0])])
@@ -62,7 +84,7 @@ class Bank:
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
     def shard(self, number: int) -> np.ndarray:
         """A file's (n, T, D) float16 array, memory-mapped."""
-        return np.load(self.shard_path(self.root, number), mmap_mode="r")
+        return mapped(self.shard_path(self.root, number))
 
     def __getitem__(self, key: str) -> Tensor:
         if (place := self.lookup.row(key)) < 0:
@@ -74,13 +96,21 @@ class Bank:
     def centres(self) -> Tensor:
         """(T + 1, D) float32: the mean of each facet over images, then the mean over images of the long captions'
         evaluation embeddings (each the normalised mean of the long facets)."""
-        return torch.from_numpy(np.load(self.root / "centres.npy"))
+        return torch.from_numpy(np.array(mapped(self.root / "centres.npy")))
 
 
 def read_keys(root: Path) -> Strings:
     """The keys of a bank; older banks hold an array of strings."""
-    keys = np.load(root / "keys.npy", mmap_mode="r")
-    return Strings(keys, np.load(root / "ends.npy", mmap_mode="r")) if keys.dtype == np.uint8 else Strings.of(keys)
+    keys = mapped(root / "keys.npy")
+    return Strings(keys, mapped(root / "ends.npy")) if keys.dtype == np.uint8 else Strings.of(keys)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """An array in a file, memory-mapped. ValueError if the file is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: make the bank again with 'python -m flame.embed'") from error
 
 
 def sums(rows: np.ndarray, multi: slice) -> np.ndarray:

@@ -354,6 +354,8 @@ class Texts:
                 hidden = embed_batches(self.llm(), texts, prompt, tick=tick)
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
+            if not np.isfinite(unit).all():
+                raise ValueError(f"embeddings of {self.made['llm']} are not finite: use --precision bf16 or fp32")
             checkpoints.save_array(path, unit, f".{os.getpid()}.tmp")  # several evaluations may write the same texts
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
@@ -452,6 +454,7 @@ CAPTIONS, FACETS = 3, 11  # of an image: raw, short and long caption, whose prom
 
 
 def dry_run(cfg: Config) -> None:
+    cli.check_counts(cfg, "shard_size", "dataset_size")
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:

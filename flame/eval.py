@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from flame.bank import Bank
 from flame.compositionality import READERS, caption_selection, read_instances
 from flame.config import LANGUAGES, NO_EXPORT
 from flame.config import Config as TrainConfig
@@ -232,15 +233,17 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     if export.foreign(path, "flame"):
         return DualEncoder(*export.load_model(str(path))).eval(), TrainConfig()
     path = Path(path)
-    if path.is_dir():
-        state = checkpoints.load_checkpoint(path / "checkpoint.pt")
+    state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    if path.is_dir() or (isinstance(state, dict) and {"config", "text_dim"} <= set(state)):
         try:
             settings, text_dim = state["config"], state["text_dim"]
             train_cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} is no run of flame.train") from error
+        index = Path(train_cfg.bank or "", "index.json")
+        if state.get("bank") and not cfg.bank and index.is_file() and Bank(train_cfg.bank).digest != state["bank"]:
+            raise ValueError(f"{path} was trained with another bank than {train_cfg.bank} is now: pass --bank")
     else:
-        state = checkpoints.load_checkpoint(path)
         train_cfg = TrainConfig(model=cfg.model, bank=cfg.bank or "")
         weights = state.get("state_dict", state) if isinstance(state, dict) else {}
         last = next((value for name, value in weights.items() if name.endswith("mm.3.weight")), None)
@@ -254,6 +257,26 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     return model.eval(), train_cfg
 
 
+def open_sets(cfg: Config) -> None:
+    """Open all evaluation sets, so that errors come early. ValueError for another kind, or for two sets of one name."""
+    nothing = lambda image: image  # noqa: E731
+    evaluation.check_names("sets", cfg.sets)
+    languages = [Path(folder).name.rpartition("_")[2] for folder in cfg.language_sets]
+    if len(set(languages)) < len(languages):
+        raise ValueError(f"--language-sets need different languages, not {', '.join(languages)}")
+    for folder in cfg.sets:
+        open_set(folder, nothing, "classification", "retrieval")
+    for folder in cfg.language_sets:
+        open_set(folder, nothing, "retrieval")
+    for split in ("train", "test") if cfg.probe else ():
+        open_set(cfg.probe, nothing, "classification", split=split)
+    if cfg.few_shot:
+        open_set(cfg.few_shot, nothing, "classification")
+    for entry in cfg.long_sets:
+        name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
+        read_set(LONG_SET_READERS[name], folder)
+
+
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """Every measurement of one checkpoint, flat: {"names_ood/top1": ..., "languages/text_to_image_R@1": ..., ...}."""
     model, train_cfg = load_model(path, cfg)
@@ -261,6 +284,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if not isinstance(model, TrainedText | DualEncoder) and not (cfg.bank or train_cfg.bank):
         raise ValueError(f"{path} names no bank: pass --bank, its LLM and prompts embed the texts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
+    open_sets(cfg)
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}
     for folder in cfg.sets:
@@ -405,6 +429,9 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     folders = [entry.partition(":")[2] for entry in (*cfg.long_sets, *cfg.compositional)]
     folders += [cfg.crossmodal] if cfg.crossmodal else []
     files = [file for folder in folders for file in Path(folder).rglob("*") if file.is_file()]
+    config = Path(path) / "config.json"
+    if bank := cfg.bank or (checkpoints.read_json(config).get("bank") if config.is_file() else None):
+        files += [Path(bank) / name for name in ("index.json", "centres.npy")]
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
@@ -413,7 +440,8 @@ def main(cfg: Config) -> list[dict[str, float]]:
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError(NO_EXPORT)
-    cli.check_counts(cfg, "batch_size", "episodes")
+    cli.check_counts(cfg, "batch_size", "episodes", "gallery", "language_gallery")
+    cli.check_counts(cfg, "workers", least=0)
     kinds = "run folder or checkpoint file"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, others=True)
     if cfg.report:

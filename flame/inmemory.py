@@ -55,8 +55,9 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
     pairs = data.open_pairs(cfg.data, None, cfg.strict, Path(cfg.cache))
     precision, side = run.resolve_precision(cfg.precision, process.device), tower.image_size[0]
     path = Path(cfg.cache) / f"tokens-{pairs.fingerprint}-{side}-{precision}.npy"
+    broken: list[data.Broken] = []
     if process.main and not path.exists():
-        broken, view = [], whole_image(side)
+        view = whole_image(side)
 
         def images(tick: Callable[[int], object]) -> Iterator[Tensor]:
             for row in range(len(pairs)):
@@ -70,7 +71,11 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.save_array(path, tokens.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
     run.wait()
-    return torch.from_numpy(np.load(path))
+    tokens = torch.from_numpy(np.load(path))
+    run.wait()
+    if process.main and broken:  # a neighbour's tokens stand in for those of a broken image, which may be mended
+        path.unlink(missing_ok=True)
+    return tokens
 
 
 _kept: dict[tuple, tuple[Tensor, Tensor | list]] = {}  # results of `set_tokens` in this process

@@ -51,12 +51,14 @@ def dci(root: Path) -> Pairs:
 def crossmodal3600(root: Path, language: str) -> Pairs:
     """captions.jsonl and images/KEY.jpg; the first caption of an image. Images without a file are skipped, as
     upstream."""
-    pairs = []
+    pairs, images = [], 0
     for line in _lines(root / "captions.jsonl"):
-        about = json.loads(line)
+        about, images = json.loads(line), images + 1
         path = root / "images" / f"{about['image/key']}.jpg"
         if path.exists():
             pairs.append((path, about[language]["caption"][0]))
+    if language == "en" and len(pairs) < images:
+        print(f"{images - len(pairs):,} of {images:,} images are missing in {root / 'images'}: they are left out")
     return pairs
 
 

@@ -252,8 +252,11 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
     flat: dict[str, float] = {}
-    for folder in cfg.sets:
-        eval_set = EvalSet(folder, transform)
+    evaluation.check_names("sets", cfg.sets)
+    sets = [EvalSet(folder, transform) for folder in cfg.sets]  # all opened first, so that errors come early
+    if odd := next((each for each in sets if each.kind == "multilabel"), None):
+        raise ValueError(f"{odd.folder} is a multilabel set; retrieval and classification sets are evaluated")
+    for folder, eval_set in zip(cfg.sets, sets, strict=True):
         name = eval_set.name
         if eval_set.kind == "retrieval":
             encoded = encode_pairs(model, read, eval_set, cfg.batch_size, cfg.workers, process.device, dtype)
@@ -264,15 +267,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
                 flat[f"{name}/top5_in_caption"] = share
                 if folder == cfg.sets[0]:
                     draw_words(Path(path), eval_set, s_img, s_txt, image_of_text, words)
-        elif eval_set.kind == "classification":
+        else:
             loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
             features, labels = extract_image_features(model.image, loader, process.device, dtype, name)
             classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
             if lexical:
                 features, classes = sparse(features), sparse(classes)
             flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
-        else:
-            raise ValueError(f"{folder} is a {eval_set.kind} set; retrieval and classification sets are evaluated")
     if cfg.patchdis:
         if cfg.class_text == "word" and lexical and train_cfg.text == "lm":
             s_class = class_words(model, tokenizer, names)
@@ -346,7 +347,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
-    files = [Path(cfg.patchdis) / "classnames.txt"] if cfg.patchdis else []
+    files = sorted(file for file in Path(cfg.patchdis).rglob("*") if file.is_file()) if cfg.patchdis else []
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), files)
 
 

@@ -225,6 +225,8 @@ def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
     are not open_clip's ViT.
     """
     model_name, _, tag = name.partition("@")
+    if not tag and not name.startswith("local-dir:"):
+        raise ValueError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
     logging.disable(logging.WARNING)
     try:
         model = open_clip.create_model(model_name, pretrained=tag or None).to(device).eval()

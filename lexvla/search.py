@@ -29,6 +29,7 @@ from lexvla.text import encode_texts, pieces
 from lexvla.towers import eval_transform
 from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
+from shared.evaluation import files_of, stamp
 from shared.zeroshot import extract_image_features
 
 SCENES = "data/lexvla/scenes/eval/retrieval_known"
@@ -126,16 +127,17 @@ class LexicalIndex:
 def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, device) -> tuple[LexicalIndex, list]:
     """(index, names) of a set's images; a name is the image's class, or its first caption.
 
-    Both are cached in the run folder, and computed again if the checkpoint or the images are newer.
+    Both are cached in the run folder, and computed again if the checkpoint or the set has changed.
     """
     where = eval_set.folder.resolve()
     path = folder / f"index-{eval_set.name}-{data.stable_hash(str(where)) % 16**6:06x}.npz"
-    sources = [folder / "checkpoint.pt", *eval_set.shards]
-    if path.exists() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+    made = stamp([folder / "checkpoint.pt", *files_of(eval_set.folder)])
+    if path.exists():
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged: written again
             kept = np.load(path)
-            rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
-            return LexicalIndex(rows), kept["names"].tolist()
+            if str(kept["made"]) == made:
+                rows = scipy.sparse.csr_matrix((kept["values"], kept["words"], kept["starts"]), kept["shape"])
+                return LexicalIndex(rows), kept["names"].tolist()
     s_img, targets = extract_image_features(model.image, eval_set.batches(256, 0, device), device, desc=eval_set.name)
     if eval_set.kind == "classification":
         names = [eval_set.classnames[label] for label in targets.tolist()]
@@ -146,7 +148,13 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
     rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
     with checkpoints.replaced(path) as file:
         np.savez(
-            file, values=rows.data, words=rows.indices, starts=rows.indptr, shape=rows.shape, names=np.array(names)
+            file,
+            values=rows.data,
+            words=rows.indices,
+            starts=rows.indptr,
+            shape=rows.shape,
+            names=np.array(names),
+            made=np.array(made),
         )
     return LexicalIndex(rows), names
 

@@ -330,6 +330,7 @@ def check_made(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> None:
+    cli.check_counts(cfg, "batch_size", "max_length")
     out = Path(cfg.out)
     if out.exists():
         check_made(cfg)

@@ -6,6 +6,7 @@ recipe is published), `emoji*`, `small*` and `own*` are ours.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from shared import cli
@@ -325,6 +326,21 @@ PRESETS = {
 }  # fmt: skip
 
 
+def named_tests(tests: Sequence[str]) -> dict[str, str]:
+    """{name: path} of --tests NAME=PATH. ValueError for other words, and for a name twice or with another meaning."""
+    found: dict[str, str] = {}
+    for test in tests:
+        name, given, path = test.partition("=")
+        if not (name and given and path):
+            raise ValueError(f"--tests takes NAME=PATH, not {test!r}")
+        if name in found:
+            raise ValueError(f"--tests names {name} twice")
+        if name in ("features", "labels", "about", "classnames") or name.endswith(("_features", "_labels")):
+            raise ValueError(f"--tests {test}: {name} has a meaning of its own in a features file; choose another name")
+        found[name] = path
+    return found
+
+
 def check(cfg: Config, world_size: int = 1) -> None:
     """Raise ValueError on invalid settings before work starts."""
     sources = [name for name in ("features", "benchmark", "data") if getattr(cfg, name)]
@@ -344,8 +360,7 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ValueError(f"--train-fraction {cfg.train_fraction} is a share above 0, at most 1")
     if not 0 <= cfg.label_noise <= 1:
         raise ValueError(f"--label-noise {cfg.label_noise} is a share between 0 and 1")
-    if any("=" not in test for test in cfg.tests):
-        raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
+    named_tests(cfg.tests)
     if cfg.zero_shot and (cfg.method != "lp" or cfg.features):
         raise ValueError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")
     if cfg.select and not (cfg.features or cfg.bank or cfg.views == "eval"):

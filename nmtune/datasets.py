@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.data import BrokenSample, decode_image, stable_hash
+from shared.data import ABSENT, BrokenSample, decode_image, stable_hash
 from shared.index import Strings, fingerprint, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
@@ -78,6 +78,8 @@ class LabelledImages:
         try:
             image = decode_image(self._files.read(file, offset, size) if size >= 0 else _whole_file(self.files[file]))
         except OSError as error:
+            if error.errno not in ABSENT:
+                raise OSError(f"{self.files[file]} could not be read ({error.strerror}): run again") from error
             raise BrokenSample("missing image") from error
         if self.border:
             image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))
@@ -170,6 +172,9 @@ def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> Label
         found = sorted((folder / name).glob("*.tar"), key=lambda path: (len(path.name), path.name))
         if not found:
             raise FileNotFoundError(f"{folder / name} holds no .tar file; a set is named DIR:test or DIR:train")
+        said = folder / name / "nshards.txt"
+        if said.is_file() and said.read_text().strip() != str(len(found)):
+            raise ValueError(f"{said} says {said.read_text().strip()} shards, but there are {len(found)}")
         tars += found
     if not (folder / "classnames.txt").is_file():
         raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
@@ -249,8 +254,11 @@ def image_list(path: Path) -> LabelledImages:
     except ValueError as error:
         raise ValueError(f"{path} has a line that is not `path label` ({error})") from error
     names = [str(i) for i in range(max(labels, default=-1) + 1)]
+    folders: dict[int, str] = {}
     for (file, _), label in zip(rows, labels, strict=True):
-        names[label] = Path(file).parent.name or names[label]
+        folders[label] = Path(file).parent.name
+    if all(folders.values()) and len(set(folders.values())) == len(folders):  # else folders are no classes
+        names = [folders.get(label, name) for label, name in enumerate(names)]
     return _whole([str(path.parent / file) for file, _ in rows], labels, names)
 
 
@@ -426,7 +434,16 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     images = open_labelled(spec)
     folder = Path(spec.partition(":")[0])
     if (folder / "groups.json").is_file():
-        return images, json.loads((folder / "groups.json").read_text())
+        groups = json.loads((folder / "groups.json").read_text())
+        known = range(len(trained))
+        if not isinstance(groups, list) or len(groups) != images.num_classes or not all(
+            isinstance(group, list) and group and all(label in known for label in group) for group in groups
+        ):  # fmt: skip
+            raise ValueError(
+                f"{folder / 'groups.json'} should hold, for each of {images.num_classes} classes, a list of numbers of "
+                f"trained classes, 0 to {len(trained) - 1}"
+            )
+        return images, groups
     if (folder.parent / "metadata/pmsets.json").is_file():
         return vid_robust(folder.parent)[:2]
     mappings = folder.parent / "mappings"

@@ -215,6 +215,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     settings |= {"workers": cfg.workers, "precision": cfg.precision}
     precision = run.resolve_precision(cfg.precision, process.device)
     source = RunFeatures(TrainConfig(**settings), process, precision, cfg.batch_size)
+    if state["classnames"] != source.classnames or state.get("data", source.fingerprint) != source.fingerprint:
+        raise ValueError(f"{path} was tuned on other data or on another encoder than there are now")
     weights = split_upstream(checkpoints.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
     head, results, spectra = head_from(weights), {}, {}
     for name in source.tests:

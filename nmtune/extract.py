@@ -22,6 +22,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from nmtune.config import named_tests
 from nmtune.datasets import LabelledImages, open_labelled, open_test
 from nmtune.features import encode_set, split_encoder
 from nmtune.model import load_encoder
@@ -228,9 +229,7 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
 
 def main(cfg: Images | Texts | Answers) -> Path:
     """Write the features file, unless it exists with the same settings and data. Returns its path."""
-    if any("=" not in test for test in cfg.tests):
-        raise ValueError(f"--tests takes NAME=PATH, not {next(test for test in cfg.tests if '=' not in test)!r}")
-    out, tests = Path(cfg.out), dict(test.split("=", 1) for test in cfg.tests)
+    out, tests = Path(cfg.out), named_tests(cfg.tests)
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")
     about = {key: kept for key, kept in vars(cfg).items() if key not in ("out", "workers", "device", "batch_size")}

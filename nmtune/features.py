@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from nmtune.config import Config, FinetuneConfig, PretrainConfig
+from nmtune.config import Config, FinetuneConfig, PretrainConfig, named_tests
 from nmtune.datasets import LabelledImages, benchmark, flip_labels, open_labelled, open_test
 from nmtune.model import load_encoder
 from shared import checkpoints, data, run
@@ -345,7 +345,7 @@ def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | No
 
 def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
     """Paths (training set, {name: test set}) of a configuration."""
-    tests = dict(test.split("=", 1) for test in cfg.tests)
+    tests = named_tests(cfg.tests)
     if cfg.benchmark:
         training, own = benchmark(cfg.benchmark, cfg.root)
         return training, own | tests
@@ -393,6 +393,8 @@ class RunFeatures:
         return 2 if several and (self.cfg.method != "lp" or self.cfg.views != "eval") else 1
 
     def _from_file(self) -> None:
+        if self.cfg.tests:
+            raise ValueError(f"--tests cannot be added to --features: {self.cfg.features} has its own test sets")
         sets = read_features(self.cfg.features, seed=self.cfg.seed)
         rows = reduced(sets.train.labels.numpy(), self.cfg)
         labels = noisy(sets.train.labels.numpy()[rows], len(sets.classnames), self.cfg)
@@ -415,8 +417,9 @@ class RunFeatures:
         for test in self.tests.values():  # errors in test sets are reported before training
             open_test(test, self.classnames)
         self.encoder, self.dim, self.train_view, self.eval_view = load_encoder(source, name, checkpoint)
+        weights = (value.detach().numpy().tobytes() for value in self.encoder.state_dict().values())
+        self.fingerprint = data.fingerprint(images.fingerprint.encode(), *weights)
         self.encoder.to(self.process.device, memory_format=torch.channels_last)
-        self.fingerprint = images.fingerprint
 
     def encode_training_set(self) -> None:
         """Encode the evaluation view or the bank of training views, if the settings use one and it is not encoded

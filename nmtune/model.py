@@ -328,6 +328,8 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
         raise ValueError(f"an encoder comes from timm, open_clip or lite0, not from {source!r}")
     if weights is not None:
         load_weights(encoder, weights, source, name, checkpoint)
+    elif source != "lite0" and not checkpoint:
+        print(f"encoder {source}:{name} has random weights: --checkpoint names others")
     return encoder.eval().requires_grad_(False), dim, *views
 
 

@@ -221,18 +221,33 @@ PRESETS = {
 
 
 def check(cfg: Config, world_size: int) -> None:
-    """Raise ValueError on invalid settings before work starts."""
+    """Raise ValueError on invalid settings, and if data are missing, before work starts."""
     cli.check_data(cfg, "cc3m/{00000..00331}.tar")
-    if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
-        raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
+    cli.check_zero_shot_set(cfg)
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
             "w_external is not 0 but --external-teacher is missing: make the file with "
             "'python -m protoclip.teacher roberta-large --data ... --out teacher.npz', or pass --w-external 0"
         )
+    check_settings(cfg, world_size)
+
+
+def check_settings(cfg: Config, world_size: int) -> None:
+    """The checks that read no files, which a dry run needs, too. Raise ValueError."""
+    if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
+        raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
     if cfg.w_external != 0 and not cfg.back_translate:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
     cli.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
+    cli.check_counts(cfg, "dataset_size", "image_size", "hidden_dim", "projection_dim")
+    cli.check_counts(cfg, "num_layers", "text_start", "infonce_warmup", "warmup", "workers", least=0)
+    for name in ("lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external"):
+        if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
+    if not cfg.max_grad_norm > 0:
+        raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
+    if not math.isfinite(cfg.target_temperature):
+        raise ValueError(f"--target-temperature must be finite, not {cfg.target_temperature}")
     cli.check_batch(cfg, world_size)
     if cfg.episode_size < cfg.batch_size:
         raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")

@@ -185,8 +185,13 @@ def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
     """
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
-    config = state.get("config", {})
-    weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+    content = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(content, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
+        raise ValueError(f"{path} holds no weights by name")
+    if (paper := state.get("paper", "protoclip")) != "protoclip":
+        raise ValueError(f"{path} is of {paper}: use 'python -m {paper}.eval'")
+    config = state.get("config") if isinstance(state.get("config"), dict) else {}
+    weights = {key.removeprefix("module."): value for key, value in content.items()}
     linears = [weights[k] for k in sorted(weights) if k.startswith("text_projection_head.") and weights[k].ndim == 2]
     name = config.get("model", name)
     hidden = linears[0].shape[0] if linears else 0
@@ -247,6 +252,12 @@ def export_run(path: str, folder: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
+def check_kind(option: str, eval_set: EvalSet, kind: str) -> None:
+    """ValueError if an evaluation set is of another kind."""
+    if eval_set.kind != kind:
+        raise ValueError(f"--{option} {eval_set.folder} is a {eval_set.kind} set: it must be a {kind} set")
+
+
 def evaluate_run(
     path: str, cfg: Config, process: run.Process
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, list] | None]:
@@ -256,6 +267,12 @@ def evaluate_run(
     """
     model, transform, tokenizer = load_any(path, cfg.model)
     model.to(process.device)
+    evaluation.check_names("probe", cfg.probe)
+    for folder in cfg.probe:  # opened first, so that errors come early
+        for split in ("train", "test"):
+            check_kind("probe", EvalSet(folder, transform, split), "classification")
+    if cfg.gap:
+        check_kind("gap", EvalSet(cfg.gap, transform), "retrieval")
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     results = evaluate(model, tokenizer, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}

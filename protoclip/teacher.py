@@ -193,11 +193,21 @@ class Teacher:
                 self.features, self.keys = mapped(path, "features"), keys_in(path)
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
+        if self.features.ndim != 2 or (self.keys is not None and len(self.keys) != len(self.features)):
+            raise ValueError(f"{path} is no teacher file: it should hold a row of features for each sample")
         self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
         """(N,) dataset rows -> (N,) rows of `features`. ValueError if a sample has no row there, or two."""
+        some = self.features[np.linspace(0, len(self.features) - 1, min(len(self.features), 1000), dtype=int)]
+        if not np.isfinite(some).all():
+            raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
+            if pairs.broken:  # rows of later samples would be those of their predecessors
+                raise ValueError(
+                    f"{self.path} has features by row, but {len(pairs.broken):,} samples of the data were left out: "
+                    "make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
+                )
             if len(self.features) < len(pairs):  # upstream's file covers its whole CSV; --dataset-size keeps the first
                 raise ValueError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
@@ -212,6 +222,11 @@ class Teacher:
             key = pairs.keys[int(rows[missing[0]])]
             raise ValueError(f"{self.path} has no row for sample {key}: make it again from this --data")
         return places
+
+    def digest(self) -> str:
+        """Digest of the shape, and of a thousand evenly spaced rows."""
+        rows = np.linspace(0, len(self.features) - 1, min(len(self.features), 1000), dtype=int)
+        return data.fingerprint(repr(self.features.shape).encode(), np.ascontiguousarray(self.features[rows]))
 
     @functools.cached_property
     def lookup(self) -> Lookup:
@@ -260,6 +275,7 @@ def main(cfg: Config) -> Path:
         raise ValueError("--data is missing: it takes the shards (or .tsv) that the student will be trained on")
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")
+    cli.check_counts(cfg, "dim", "batch_size", "max_length", "dataset_size")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     captions = Strings.of(pairs.caption(row) for row in range(len(pairs)))  # non-ASCII characters included
     setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
@@ -277,10 +293,17 @@ def main(cfg: Config) -> Path:
         return out
     model, tokenizer = load_encoder(cfg.model)
     precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size
+    if cfg.dim > min(len(captions), width):
+        raise ValueError(f"--dim {cfg.dim} needs as many captions and dimensions, not {len(captions)} and {width}")
+    most = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
+    if cfg.max_length > most:
+        raise ValueError(f"--max-length {cfg.max_length} is more than the {most} positions of {cfg.model}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with on_disk(out.parent, len(captions), width) as rows, run.autocast(precision, process.device):
         how = cfg.max_length, cfg.attend_padding, cfg.batch_size
         embed_captions(captions, model.to(process.device), tokenizer, *how, rows)
+        if not rows.isfinite().all():
+            raise ValueError("the encoder's features are not finite: use --precision fp32")
         features = pca(rows, cfg.dim)
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from protoclip.config import PRESETS, Config, check
+from protoclip.config import PRESETS, Config, check, check_settings
 from protoclip.episodes import (  # noqa: F401
     BatchTransform,
     EpisodeDataset,
@@ -314,7 +314,8 @@ class EpisodicData:
         self.cfg, self.process, self.tokenizer, self.broken = cfg, process, tokenizer, []
         self.episodes = Episodes(cfg)
         pairs = self.episodes.pairs
-        self.fingerprint, self.samples = (None, None) if pairs is None else (pairs.fingerprint, len(pairs))
+        shards = data.fingerprint("\n".join(self.episodes.shards).encode()) if pairs is None else None
+        self.fingerprint, self.samples = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
@@ -386,6 +387,7 @@ def main(cfg: Config) -> Path | None:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
+        check_settings(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     precision, per_episode = run.resolve_precision(cfg.precision, process.device), cfg.steps_per_episode()
@@ -408,12 +410,16 @@ def main(cfg: Config) -> Path | None:
     # Data
     episodes = EpisodicData(cfg, process, model, tokenizer)
     whole_image = image_transform(image_side(model), train=False, statistics=image_statistics(model))
-    if folder.state.get("data", episodes.fingerprint) != episodes.fingerprint:
+    if (folder.state.get("data") or episodes.fingerprint) != episodes.fingerprint:
         raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
+    teacher = None if episodes.teacher is None else episodes.teacher.digest()
+    if (folder.state.get("teacher") or teacher) != teacher:
+        raise ValueError(f"{folder.path} had another teacher than {cfg.external_teacher} now: choose another --out")
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
     total = per_episode * cfg.episodes
-    folder.start(per_episode * first + start, total, episodes.samples, data=episodes.fingerprint, name=cfg.out)
+    fixed = dict(data=episodes.fingerprint, teacher=teacher, name=cfg.out)
+    folder.start(per_episode * first + start, total, episodes.samples, **fixed)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
     for episode in range(first, cfg.episodes):

@@ -198,6 +198,9 @@ def cores() -> int:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
+KILLED = "a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again"
+
+
 def fail(sentence: str) -> None:
     """Print one sentence to stderr and exit with code 2."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
@@ -237,8 +240,14 @@ def command_line(main: Callable[[], Any]) -> None:
     except BrokenProcessPool:
         if os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
-        fail("a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again")
+        fail(KILLED)
+    except EOFError as error:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            raise
+        fail(f"a file ends too early ({error}): it is damaged, or was not written to its end")
     except RuntimeError as error:
+        if "DataLoader worker" in str(error) and not os.environ.get("PAPER_CLIPS_TRACEBACK"):
+            fail(KILLED)
         if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
             raise
         fail(f"the checkpoint holds weights of another model: {str(error)[:300]}")

@@ -16,6 +16,7 @@ it is read (broken image, empty caption, wrong encoding) is replaced by the next
 import array
 import codecs
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -80,14 +81,23 @@ def decode_image(data: bytes) -> Image.Image:
         raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
 
 
+# errno of an OSError which says that a file is not there; other faults (of a drive, too many open files) may pass
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
+
+
 def read_file(path: str | Path) -> bytes:
-    """Bytes of an image file. BrokenSample if it is not a regular file (a device or pipe) or larger than MAX_BYTES."""
+    """Bytes of an image file. BrokenSample if it is not a regular file (a device or pipe) or larger than MAX_BYTES.
+
+    OSError for faults that may pass, so that no sample is left out for good.
+    """
     try:
         if not os.path.isfile(path):
             raise BrokenSample("missing image")
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise OSError(f"{path} could not be read ({error.strerror}): run the command again") from error
         raise BrokenSample("missing image") from error
     if len(content) > MAX_BYTES:
         raise BrokenSample(f"file of more than {MAX_BYTES} bytes")

@@ -32,13 +32,23 @@ def code_of(paper: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def stamp(files: Iterable[Path]) -> str:
+    """Digest of the paths, sizes and times of files. A missing file has neither size nor time."""
+    digest = hashlib.sha256()
+    for file in files:
+        about = file.stat() if file.exists() else None
+        digest.update(f"{file} {about and (about.st_size, about.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def measured(paper: str, file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
     """Metrics from `measure()`, cached in `file`.
 
-    The cache is used if `file` is newer than `sources` and was written with the same `setting` and `code_of` the paper.
+    The cache is used if it was written with the same `setting`, `code_of` the paper, and `stamp` of the sources: a file
+    that an older one has replaced counts as changed, too.
     """
-    setting = json.loads(json.dumps(setting | {"code": code_of(paper)}))
-    if file.exists() and all(source.exists() and file.stat().st_mtime > source.stat().st_mtime for source in sources):
+    setting = json.loads(json.dumps(setting | {"code": code_of(paper), "sources": stamp(sources)}))
+    if file.exists():
         kept = read_json(file)
         if kept.get("setting") == setting:
             return kept["metrics"]
@@ -52,6 +62,15 @@ def named(path: str | Path) -> bool:
     return "@" in str(path) and not Path(path).exists()
 
 
+def check_names(option: str, folders: Iterable[str | Path]) -> None:
+    """ValueError if two folders of an option have the same name: metrics are named after it."""
+    known: dict[str, str | Path] = {}
+    for folder in folders:
+        if (name := Path(folder).name) in known:
+            raise ValueError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
+        known[name] = folder
+
+
 def check_own(path: str | Path, cfg: Any) -> None:
     """ValueError if `path` is a run of another paper than `cfg`."""
     if (paper := trained_by(path)) not in (None, paper_of(cfg)):
@@ -62,13 +81,16 @@ def results_folder(path: str | Path, cfg: Any) -> Path:
     """Folder of results.json and results.md for a run folder, a checkpoint file or MODEL@TAG.
 
     For a run folder: itself. For a file STEM.pt: STEM.eval/ beside it. For MODEL@TAG: runs/PAPER/MODEL@TAG/, where
-    PAPER is the folder of `cfg`'s class. For `local-dir:DIR`, and for another paper's run DIR, whose results must not
-    be overwritten: runs/PAPER/NAME/, where NAME is DIR's last part. With --prompts slip: its folder slip-prompts/.
+    PAPER is the folder of `cfg`'s class. For `local-dir:DIR`: runs/PAPER/NAME/, where NAME is DIR's last part. For
+    another paper's run, whose results must not be overwritten: runs/PAPER/OTHERPAPER-NAME/. With --prompts slip: its
+    folder slip-prompts/.
     """
     paper, folder = paper_of(cfg), Path(str(path).removeprefix("local-dir:"))
     if named(path):
         found = Path("runs", paper, str(path).replace("/", "-"))
-    elif str(folder) != str(path) or trained_by(folder) not in (None, paper):
+    elif (other := trained_by(folder)) not in (None, paper):
+        found = Path("runs", paper, f"{other}-{folder.resolve().name}")
+    elif str(folder) != str(path):
         found = Path("runs", paper, folder.resolve().name)
     else:
         found = folder if folder.is_dir() else folder.with_suffix(".eval")
@@ -101,12 +123,12 @@ def measured_run(
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
     if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
         setting["model"] = read_json(path / "config.json").get("model", setting["model"])
-    setting["weights"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights]
     sources = [*weights, *(file for each in sets if each for file in files_of(each)), *files]
 
     def measure_and_show() -> dict[str, float]:
+        lines = read_metrics(path, "seconds") if (path / "metrics.jsonl").is_file() else []  # first: one may be damaged
         metrics = measure(folder)
-        if lines := read_metrics(path, "seconds") if (path / "metrics.jsonl").is_file() else []:
+        if lines:
             metrics["seconds"] = lines[-1]["seconds"]
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]

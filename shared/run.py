@@ -304,8 +304,8 @@ class RunLog:
         self.file = lock(folder, process, "metrics.jsonl")
         write_json(folder / "config.json", dataclasses.asdict(config))
         self.file.seek(0)
-        kept = itertools.takewhile(lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step, self.file)
-        self.file.truncate(sum(len(line.encode()) for line in kept) if step else 0)
+        kept = itertools.takewhile(lambda line: line["step"] <= step, parsed(self.file, folder / "metrics.jsonl"))
+        self.file.truncate(sum(line["bytes"] for line in kept) if step else 0)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
 
     def write(self, step: int, **values: float) -> None:
@@ -531,14 +531,22 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
 
     ValueError names a line that is damaged.
     """
-    file, found = Path(folder) / "metrics.jsonl", []
-    for number, text in enumerate(file.read_text().splitlines(keepends=True), 1):
+    file = Path(folder) / "metrics.jsonl"
+    lines = [line for line in parsed(file.read_text().splitlines(keepends=True), file) if key in line]
+    for line in lines:
+        del line["bytes"]
+    return lines
+
+
+def parsed(lines: Iterable[str], file: Path) -> Iterator[dict]:
+    """The lines of a metrics.jsonl as dicts, with their number of bytes as "bytes". A last line that is not complete
+    (of a run that still writes, or was killed) is left out; ValueError names a damaged one."""
+    for number, text in enumerate(lines, 1):
+        if not text.endswith("\n"):
+            return
         try:
             line = json.loads(text)
-        except ValueError as error:
-            if not text.endswith("\n"):  # a run that still writes, or was killed
-                break
-            raise ValueError(f"{file}, line {number} is damaged: remove it") from error
-        if key in line:
-            found.append(line)
-    return found
+            line["step"], line["bytes"] = line["step"], len(text.encode())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number} is damaged: remove this line") from error
+        yield line

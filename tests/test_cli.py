@@ -98,6 +98,20 @@ def test_an_error_of_a_loader_worker_is_one_sentence_too(capsys):
     assert capsys.readouterr().err == "error: sample 0 is broken\n"
 
 
+class Killed(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row: int):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_loader_worker_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.command_line(lambda: list(torch.utils.data.DataLoader(Killed(), num_workers=1)))
+    assert stop.value.code == 2 and "a worker process was killed" in capsys.readouterr().err
+
+
 def killed(_):
     os.kill(os.getpid(), signal.SIGKILL)
 

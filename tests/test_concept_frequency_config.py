@@ -20,7 +20,7 @@ from concept_frequency.printed import CURVE_MODELS, TABLE9
     ({"total": 40, "batch_size": 64}, "less than one batch"),
     ({"misaligned": 2.0}, "share of 0 to 1"),
     ({"epochs": 0}, "--epochs must be at least 1"),
-    ({"exponent": -1.0}, "below 0"),
+    ({"exponent": -1.0}, "must be at least 0"),
     ({"law": "log-uniform", "exponent": 0.5}, "--law zipf"),
 ])  # fmt: skip
 def test_training_refuses(change, message):

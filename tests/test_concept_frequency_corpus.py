@@ -33,6 +33,14 @@ def write_shard(path: Path, rows: list[tuple[str, str, tuple[int, int, int]]]) -
                 tar.addfile(member, io.BytesIO(content))
 
 
+def test_a_folder_of_two_kinds_is_refused(tmp_path):
+    """img2dataset writes a table with the captions of each shard beside it; they would be counted twice."""
+    for name in ("00000.tar", "00000.parquet"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds .parquet and .tar files, which may have the same captions"):
+        corpus.expand([str(tmp_path)])
+
+
 def test_parts_of_a_parquet_file(tmp_path):
     captions = [str(i) for i in range(230)]
     path = write_captions(tmp_path, captions)["parquet"]

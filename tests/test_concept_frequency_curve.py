@@ -100,6 +100,8 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
     (files / "same.json").write_text(json.dumps(dict.fromkeys(NAMES, 7)))
     (files / "whole.json").write_text(json.dumps({"metrics": {"acc1": 0.5}, "task": "zeroshot_classification"}))
     (files / "empty.log").write_text("nothing here\n")
+    (files / "twice.csv").write_text("concept,count\nant,1\nant,2\n")
+    (files / "nan.json").write_text(json.dumps(dict.fromkeys(NAMES, float("nan"))))
     counts, given = files / "counts.json", files / "flat.json"
     for arguments, words in (
         (["--counts", counts], "--counts and --scores are both needed"),
@@ -107,6 +109,8 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
         (["--counts", counts, "--scores", files / "other.json"], "has a count in"),
         (["--counts", files / "same.json", "--scores", given], "have the count 7"),
         (["--counts", counts, "--scores", files / "whole.json"], "--dump_classnames | tee log.txt"),
+        (["--counts", files / "twice.csv", "--scores", given], "has two counts of ant"),
+        (["--counts", counts, "--scores", files / "nan.json"], "that is not finite"),
         (["--counts", counts, "--scores", files / "empty.log"], "holds no report by class"),
         (["--counts", files / "counts.csv", "--scores", given], "has no column integrated or count"),
         (["--counts", counts, "--scores", given, "--bins", "2"], "--bins is a slice such as 1:-1"),

@@ -1,6 +1,7 @@
 """shared/data.py: order, resume and workers; counts of all kinds of broken input; shard lists, remote shards, TSV."""
 
 import copy
+import errno
 import io
 import os
 import pickle
@@ -52,6 +53,20 @@ def read_all(pairs: data.Shards | data.TSV) -> tuple[list[data.Pair], list[data.
 
 
 # ------------------------------------------------------------------------------------------------------------ order
+
+
+def test_a_passing_fault_is_no_missing_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A drive that is gone for a moment ends the command; its images are not left out."""
+    (tmp_path / "a.png").write_bytes(png())
+    with pytest.raises(data.BrokenSample, match="missing image"):
+        data.read_file(tmp_path / "b.png")
+
+    def gone(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", gone)
+    with pytest.raises(OSError, match="a.png could not be read"):
+        data.read_file(tmp_path / "a.png")
 
 
 def test_order_is_a_function_of_the_seed():

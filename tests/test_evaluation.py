@@ -45,6 +45,22 @@ def test_a_run_is_measured_once_until_it_or_the_settings_change(tmp_path: Path):
     assert len(calls) == 3
 
 
+def test_a_set_that_an_older_one_replaces_has_changed(tmp_path: Path):
+    """As mv, rsync and tar leave it: the new file has the old time that it was made at."""
+    source, calls = tmp_path / "0.tar", []
+    for content, time in ((b"one", 9), (b"other", 3), (b"other", 3)):
+        source.write_bytes(content)
+        os.utime(source, (time, time))
+        evaluation.measured("paper", tmp_path / "results.json", {}, [source], lambda: calls.append(1) or {})
+    assert len(calls) == 2
+
+
+def test_folders_of_one_name_are_refused():
+    evaluation.check_names("sets", ["a/x", "a/y"])
+    with pytest.raises(ValueError, match="--sets a/x and b/x have the same name: evaluate one at a time"):
+        evaluation.check_names("sets", ["a/x", "b/x"])
+
+
 def test_a_run_is_measured_again_if_the_prompts_change(tmp_path: Path):
     """Class names and templates are files of a set; results with other prompts do not replace those with its own."""
 

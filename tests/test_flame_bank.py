@@ -44,6 +44,36 @@ def test_samples_of_the_same_captions_share_a_row(small_bank: Path, rows: torch.
         opened["aa"]
 
 
+def test_keys_that_occur_twice_are_refused(small_bank: Path):
+    """A bank finds captions by key: a second sample of a key would get the first one's."""
+    opened = Bank(small_bank)
+    with pytest.raises(ValueError, match="sample key a occurs twice in --data"):
+        opened.check(Strings.of(["a", "b", "a"]))
+    keys = Strings.of(["b", "a", "d", "a"])
+    np.save(small_bank / "keys.npy", keys.text)
+    np.save(small_bank / "ends.npy", keys.ends)
+    with pytest.raises(ValueError, match=f"sample key a occurs twice in {small_bank}"):
+        Bank(small_bank).check(Strings.of(["d", "b"]))
+
+
+@pytest.mark.parametrize("name", ["index.json", "00001.npy", "rows.npy", "keys.npy", "a shard of another width"])
+def test_damaged_banks_are_named(small_bank: Path, name: str):
+    if name.endswith("width"):
+        np.save(small_bank / "00001.npy", np.zeros((1, 11, 5), np.float16))
+        name = "00001.npy"
+    else:
+        (small_bank / name).write_bytes((small_bank / name).read_bytes()[:20])
+    with pytest.raises(ValueError, match=name):
+        Bank(small_bank)
+
+
+def test_another_bank_has_another_digest(small_bank: Path):
+    before = Bank(small_bank).digest
+    assert Bank(small_bank).digest == before
+    np.save(small_bank / "centres.npy", np.zeros((12, 4), np.float32))
+    assert Bank(small_bank).digest != before
+
+
 def test_older_banks_hold_arrays_of_strings(small_bank: Path, rows: torch.Tensor):
     np.save(small_bank / "keys.npy", np.array(["a", "b", "c", "long" * 9]))
     np.save(small_bank / "rows.npy", np.array([0, 2, 0, 1]))

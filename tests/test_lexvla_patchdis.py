@@ -206,8 +206,13 @@ def test_cocos_masks_are_read(tmp_path: Path):
 
 
 def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported: Path, vdr: Path, tmp_path: Path):
-    bad = tmp_path / "bad"
+    bad, resnet = tmp_path / "bad", tmp_path / "resnet"
     bad.mkdir()
+    resnet.mkdir()
+    about = json.loads((exported / "open_clip_config.json").read_text())
+    about["model_cfg"]["vision_cfg"] = dict(image_size=64, layers=[1, 1, 1, 1], width=8, head_width=16)
+    (resnet / "open_clip_config.json").write_text(json.dumps(about))
+    save_file(open_clip.CLIP(**about["model_cfg"]).state_dict(), resnet / "open_clip_model.safetensors")
     (bad / "config.json").write_text("{}")
     (bad / "classnames.txt").write_text("")
     (bad / "open_clip_config.json").write_text((exported / "open_clip_config.json").read_text())
@@ -220,7 +225,8 @@ def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported:
         ((f"local-dir:{exported}", "--folder", labelled, "--batch-size", "0"), "--batch-size must be at least 1"),
         ((f"vdr:{bad}", "--folder", labelled), "is no folder or hub name of VDR's"),
         ((f"local-dir:{bad}", "--folder", labelled), "is no MODEL@TAG that open_clip can load"),
-        (("RN50", "--folder", labelled), "PatchDis needs a ViT"),
+        (("RN50", "--folder", labelled), "RN50 names no weights: it takes MODEL@TAG"),
+        ((f"local-dir:{resnet}", "--folder", labelled), "PatchDis needs a ViT"),
         (("ViT-nothing@x", "--folder", labelled), "is no MODEL@TAG that open_clip can load"),
     ):
         result = in_process(*arguments, "--out", tmp_path / "out")

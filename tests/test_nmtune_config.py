@@ -22,6 +22,8 @@ ERRORS = {
     "unknown source": ("train", ["--encoder", "clip:RN50", "--data", "data/emoji:group:tune"], "is neither timm:NAME"),
     "wrong part": ("train", ["--encoder", "timm:resnet_emoji", "--data", "data/emoji:group:val"], "the emoji sets are"),
     "a test without name": ("train", ["emoji-lp", "--tests", "x"], "--tests takes NAME=PATH"),
+    "a test twice": ("train", ["emoji-lp", "--tests", "id=a", "id=b"], "--tests names id twice"),
+    "a test called features": ("train", ["emoji-lp", "--tests", "features=a"], "features has a meaning of its own"),
     "one view in a bank": ("train", ["emoji-mlp", "--bank", "1"], "--bank 1 must be 0"),
     "a choice without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--select"], "--select"),
     "zero-shot MLP": ("train", ["emoji-mlp", "--zero-shot"], "--zero-shot needs a linear probe of a CLIP"),

@@ -91,7 +91,26 @@ def test_groups_of_other_class_lists(tmp_path, images):
         datasets.open_test(str(images), ["class0", "class1"])
     (images / "groups.json").write_text("[[0, 1], [1], [0], [1]]")
     assert datasets.open_test(str(images), ["a", "b"])[1][0] == [0, 1]
+    for wrong in ("[[0], [1]]", "[[0], [1], [9], [0]]", "[[0], [1], [], [0]]", "{}"):
+        (images / "groups.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"groups.json should hold, for each of 4 classes"):
+            datasets.open_test(str(images), ["a", "b"])
     (images / "groups.json").unlink()
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree("data/emoji/eval/groups_id", folder)
+    (folder / "test/nshards.txt").write_text("3\n")
+    with pytest.raises(ValueError, match="nshards.txt says 3 shards, but there are 1"):
+        datasets.open_labelled(f"{folder}:test")
+
+
+def test_folders_that_are_no_classes_give_no_names(tmp_path, images):
+    pictures = sorted((images / "class0").iterdir())[:4]
+    (images / "list.txt").write_text("".join(f"class0/{p.name} {i % 2}\n" for i, p in enumerate(pictures)))
+    assert datasets.open_labelled(str(images / "list.txt")).classnames == ["0", "1"]
+    (images / "list.txt").unlink()
 
 
 def test_objectnet_and_vid_robust(tmp_path):

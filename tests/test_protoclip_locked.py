@@ -147,8 +147,12 @@ def test_what_cannot_be_locked_is_refused(in_process, tmp_path: Path, monkeypatc
 
 
 def test_dry_run_of_a_locked_trunk(in_process):
-    memory = {}
-    for name, options in {"features": [], "views": ["--no-keep-in-memory"], "all": ["--no-lock-image"]}.items():
+    memory, views = {}, ["--no-keep-in-memory", "--no-distinct-captions", "--crop", "0.7", "1"]
+    for name, options in {
+        "features": [],
+        "views": views,
+        "all": ["--no-lock-image"],
+    }.items():
         result = in_process("emoji-clip", "--lock-image", "--model", "Lite0-emoji", *options, "--dry-run")
         assert result.code == 0
         memory[name] = float(result.out.split("GiB a process")[0].split()[-1])

@@ -50,8 +50,23 @@ def test_row_aligned_teacher(cli, folder: Path):
     assert result.code == 2 and "has 350 rows, the data" in result.err and one_sentence(result.err)
 
 
+def test_teachers_that_do_not_fit_are_refused(tmp_path: Path):
+    def saved(features: np.ndarray) -> str:
+        np.save(tmp_path / "t.npy", features)
+        return str(tmp_path / "t.npy")
+
+    with pytest.raises(ValueError, match="a row of features for each sample"):
+        Teacher(saved(np.zeros(3)))
+    pairs = type("Pairs", (), {"broken": ["one"], "__len__": lambda self: 3})()
+    with pytest.raises(ValueError, match="features by row, but 1 samples of the data were left out"):
+        Teacher(saved(np.zeros((4, 2)))).find(pairs, np.arange(3))
+    with pytest.raises(ValueError, match="features that are not finite"):
+        Teacher(saved(np.full((4, 2), np.nan))).find(pairs, np.arange(3))
+
+
 def test_teacher_rows_of_repeated_keys(tmp_path: Path):
     class Pairs:
+        broken = ()
         keys = Strings.of(["a", "b", "a"])
 
         def __len__(self):
@@ -89,7 +104,7 @@ def test_features_stay_on_the_disk(tmp_path: Path, save, dtype: type):
 
 def keys_alone(keys: Strings):
     """Pairs with keys only; anything else cannot be read."""
-    return type("Pairs", (), {"keys": keys, "__len__": lambda self: len(keys)})()
+    return type("Pairs", (), {"keys": keys, "broken": (), "__len__": lambda self: len(keys)})()
 
 
 def test_files_that_are_none(tmp_path: Path):

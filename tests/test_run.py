@@ -58,6 +58,15 @@ def test_half_a_last_line_is_left_out_and_damage_is_named(tmp_path: Path):
         run.read_metrics(tmp_path)
 
 
+def test_a_damaged_log_is_not_cut(tmp_path: Path):
+    """A line in the middle that is no JSON is named when a run resumes; what follows it is not lost."""
+    text = '{"step": 1}\n\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is damaged"):
+        run.RunLog(tmp_path, Config(), ALONE, step=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
 def test_new_log_starts_empty(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # a run that was killed before its first checkpoint
     run.RunLog(tmp_path, Config(), ALONE).close()

@@ -1,6 +1,7 @@
 """Codes in the order of samples, and saved outputs of a reduction, of which only missing rows are computed."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from test_tldr_reduction_model import tiny_captioner
@@ -42,6 +43,20 @@ def test_saved_outputs_are_completed_and_repaired(tmp_path):
     for whole in (path.read_bytes()[:100], b""):
         path.write_bytes(whole)
         assert squares(rows) == [0, 1, 25, 81, 100, 121] and asked[-1] == [5, 9]
+
+
+def test_reductions_that_share_a_folder_keep_each_others_rows(tmp_path):
+    alone, evens, odds = run.Process(0, 1, torch.device("cpu")), np.array([0, 2, 4]), np.array([1, 3])
+
+    def slow(missing: np.ndarray) -> dict:  # another reduction writes while this one computes
+        if not (tmp_path / "000000.npz").exists():
+            cached_rows(tmp_path, odds, 10, alone, lambda rows: {"squares": rows**2})
+        return {"squares": missing**2}
+
+    cached_rows(tmp_path, evens, 10, alone, slow)
+    assert read_rows(tmp_path, np.arange(5), 10, "squares").tolist() == [0, 1, 4, 9, 16]
+    with pytest.raises(ValueError, match="lacks rows that were written"):
+        read_rows(tmp_path, np.array([4, 5]), 10, "squares")
 
 
 def test_reasons_take_little_memory(tmp_path):

@@ -396,6 +396,7 @@ def check(cfg: Common, world_size: int) -> None:
             )
     if isinstance(cfg, Config):
         cli.check_eval_set(cfg)
+        cli.check_zero_shot_set(cfg)
 
 
 def for_steps(cfg: Common, per_epoch: int) -> Common:
@@ -418,6 +419,7 @@ def total_steps(cfg: Common, per_epoch: int) -> int:
 def check_sizes(cfg: Common, world_size: int) -> None:
     """The checks of `check` that also apply to --dry-run, which has no data."""
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
+    cli.check_counts(cfg, "image_size", "patch_size", "layers", "heads", "text_heads", "dataset_size")
     if isinstance(cfg, Config):
         cli.check_counts(cfg, "steps")
     cli.check_batch(cfg, world_size)
@@ -433,7 +435,7 @@ def check_sizes(cfg: Common, world_size: int) -> None:
     if cfg.image_size % cfg.patch_size:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
     if isinstance(cfg, CaptionerConfig) or (isinstance(cfg, FinetuneConfig) and cfg.quantize):
-        cli.check_counts(cfg, "num_codes")
+        cli.check_counts(cfg, "num_codes", "code_dim")
         if cfg.width % cfg.code_dim:
             raise ValueError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
     for width, heads, what in ((cfg.width, cfg.heads, ""), (cfg.text_width, cfg.text_heads, "text-")):

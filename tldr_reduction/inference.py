@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import checkpoints, data, run
+from shared.index import locked
 from tldr_reduction.checkpoints import load_model, weights_of
 from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import eval_transform, no_pixels, ordered_loader
@@ -77,12 +78,20 @@ def cached_rows(
         if not len(missing):
             continue
         fresh = {"rows": missing, **compute(missing)}
-        if kept is not None:
-            fresh = {name: np.concatenate([kept[name], fresh[name]]) for name in fresh}
-        order = np.argsort(fresh["rows"])
-        with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:  # reductions may share the folder
-            np.savez(file, **{name: values[order] for name, values in fresh.items()})
+        with locked(path.with_suffix(".lock")):  # reductions may share the folder
+            merged = merge(load_file(path), fresh)
+            with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
+                np.savez(file, **merged)
     run.gather_lists([], process)  # until all ranks have written their chunks
+
+
+def merge(kept: dict[str, np.ndarray] | None, fresh: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of both, ascending by row; `kept` wins where both have a row."""
+    if kept is not None:
+        new = ~np.isin(fresh["rows"], kept["rows"])
+        fresh = {name: np.concatenate([kept[name], values[new]]) for name, values in fresh.items()}
+    order = np.argsort(fresh["rows"])
+    return {name: values[order] for name, values in fresh.items()}
 
 
 def rows_in(rows: np.ndarray, number: int, size: int) -> np.ndarray:
@@ -104,7 +113,10 @@ def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarra
     found = []
     for number in np.unique(rows // size):
         with np.load(folder / f"{number:06}.npz", allow_pickle=False) as file:
-            places = np.searchsorted(file["rows"], rows_in(rows, number, size))
+            kept, wanted = file["rows"], rows_in(rows, number, size)
+            places = np.searchsorted(kept, wanted).clip(max=len(kept) - 1)
+            if not np.array_equal(kept[places], wanted):  # another reduction replaced the file meanwhile
+                raise ValueError(f"{folder / f'{number:06}.npz'} lacks rows that were written: run the reduction again")
             found.append(file[name][places])
     return np.concatenate(found)
 

@@ -565,8 +565,11 @@ class Classes(Pictures):
         numbers = {label: number for number, label in enumerate(order)}
         if self.classnames:
             names = read_lines(self.classnames)
-            if set(labels) <= set(names):
+            odd = [label for label in labels if label not in names]
+            if not odd:
                 numbers = {label: names.index(label) for label in labels}
+            elif len(odd) < len(labels):
+                raise ValueError(f"{self.classnames} has no class {odd[0]!r}, but names of other labels")
             elif decimal and int(order[-1]) < len(names):
                 numbers = {label: int(label) for label in labels}
             elif len(names) != len(labels):

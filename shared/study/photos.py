@@ -189,10 +189,10 @@ def evaluated(
     paper: str, runs: Sequence[str], measure: Callable[[Path], dict[str, Any]], sets: Sequence[str] = (RETRIEVAL,)
 ) -> list[dict[str, Any]]:
     """`measure` of each run of the paper on these sets, cached beside its checkpoint."""
-    found, tars = [], [tar for folder in sets for tar in Path(folder).glob("*/*.tar")]
+    found, files = [], [file for folder in sets for file in evaluation.files_of(folder)]
     for folder in map(Path, runs):
         of_run = functools.partial(measure, folder)
-        sources = [folder / "checkpoint.pt", *tars]
+        sources = [folder / "checkpoint.pt", *files]
         found.append(evaluation.measured(paper, folder / "results.json", {"sets": list(sets)}, sources, of_run))
     return found
 
