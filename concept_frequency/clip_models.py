@@ -34,7 +34,9 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
         if open_clip.get_model_config(name) is None and not name.startswith("hf-hub:"):
             raise ValueError(f"model {name!r} is not an open_clip config, a model of the paper or a run folder")
         try:
-            model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
+            model, _, transform = open_clip.create_model_and_transforms(
+                name, pretrained=pretrained or None, force_quick_gelu=pretrained == "openai"
+            )
         except RuntimeError as error:
             raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
         tokenizer = open_clip.get_tokenizer(name)

@@ -229,7 +229,8 @@ def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
         raise ValueError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
     logging.disable(logging.WARNING)
     try:
-        model = open_clip.create_model(model_name, pretrained=tag or None).to(device).eval()
+        quick = tag == "openai"  # open_clip only warns if the name is that of a config with GELU
+        model = open_clip.create_model(model_name, pretrained=tag or None, force_quick_gelu=quick).to(device).eval()
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # open_clip, safetensors and pickle raise many kinds
         raise ValueError(f"{name} is no MODEL@TAG that open_clip can load: {error}") from error

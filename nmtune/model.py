@@ -365,7 +365,9 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
     """(open_clip model that returns a dict, training and evaluation transform); weights by tag, or random."""
     logging.disable(logging.WARNING)  # about random weights, which are intended or replaced later
     try:
-        return open_clip.create_model_and_transforms(name, pretrained=tag, output_dict=True)
+        return open_clip.create_model_and_transforms(
+            name, pretrained=tag, output_dict=True, force_quick_gelu=tag == "openai"
+        )
     finally:
         logging.disable(logging.NOTSET)
 

@@ -131,7 +131,10 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Modu
     if not folder and (not named(source) or tag not in open_clip.list_pretrained_tags_by_model(name)):
         raise ValueError(f"{source} is not a model that can be used here: name {KINDS}")
     try:
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
+        quick = tag == "openai"  # open_clip only warns if the name is that of a config with GELU
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=tag or None, force_quick_gelu=quick
+        )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
     return without_padding(model).to(device).eval(), transform, open_clip.get_tokenizer(name)

@@ -17,6 +17,9 @@ import torch
 from scripts import finished, forked_exports, one_sentence  # noqa: F401
 from short_runs import EVAL, SCRIPTS, commands, small_corpus
 
+from concept_frequency import clip_models
+from lexvla import patchdis
+from nmtune.model import create_clip
 from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.tokenizer import eval_tokenizer
@@ -216,3 +219,26 @@ def test_other_features_are_an_error(tmp_path: Path, exported: dict):
     config = json.loads((path / "open_clip_config.json").read_text())["model_cfg"] | {"quick_gelu": True}
     with pytest.raises(RuntimeError, match="differ from those of the exported model"):
         export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)
+
+
+def test_weights_of_openai_have_quick_gelu(monkeypatch: pytest.MonkeyPatch):
+    """Under the name of a config with GELU, too, of which open_clip only warns."""
+    asked = {}
+
+    def create(name: str, pretrained: str | None = None, force_quick_gelu: bool = False, **_):
+        asked[pretrained] = force_quick_gelu
+        raise OSError("offline")
+
+    for name in ("create_model", "create_model_and_transforms"):
+        monkeypatch.setattr(open_clip, name, create)
+    for tag, quick in (("openai", True), ("laion2b_e16", False)):
+        for load in (
+            lambda tag=tag: export.load_model(f"ViT-B-32@{tag}"),
+            lambda tag=tag: patchdis.open_clip_encoder(f"ViT-B-32@{tag}", "cpu"),
+            lambda tag=tag: clip_models.load_model("ViT-B-32", tag, "cpu"),
+            lambda tag=tag: create_clip("ViT-B-32", tag),
+        ):
+            asked.clear()
+            with pytest.raises((ValueError, OSError)):
+                load()
+            assert asked == {tag: quick}
