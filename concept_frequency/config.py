@@ -5,7 +5,6 @@ whether accuracy follows frequency when frequency is *assigned*, on the embedded
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -140,9 +139,7 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
     if cfg.total < cfg.batch_size:
         raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
-    for name in ("lr", "weight_decay", "exponent"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
+    cli.check_rates(cfg, "lr", "weight_decay", "exponent")
     if not cfg.max_grad_norm > 0:
         raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
     if not 0 <= cfg.misaligned <= 1:

@@ -166,9 +166,18 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
         raise ValueError(
             "--window-shards reads whole shards, but :pretrain selects some of their samples: leave it out"
         )
-    if not 0 <= cfg.noise <= 1:
-        raise ValueError(f"--noise {cfg.noise} is a share between 0 and 1")
-    cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every")
+    check_numbers(cfg, world_size)
+
+
+def check_numbers(cfg: "PretrainConfig | Config | FinetuneConfig", world_size: int) -> None:
+    """The checks of numbers, which a dry run needs, too. Raise ValueError."""
+    for name in ("noise", "label_noise", "label_smoothing"):
+        if not 0 <= getattr(cfg, name, 0) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
+    names = {field.name for field in dataclasses.fields(cfg)}
+    cli.check_counts(cfg, *names & {"epochs", "batch_size", "save_every", "log_every", "svd_k", "dataset_size"})
+    cli.check_counts(cfg, *names & {"warmup", "workers"}, least=0)
+    cli.check_rates(cfg, *names & {"lr", "weight_decay", "w_mse", "w_cov", "w_svd"})
     cli.check_batch(cfg, world_size)
 
 
@@ -358,8 +367,6 @@ def check(cfg: Config, world_size: int = 1) -> None:
         )
     if not 0 < cfg.train_fraction <= 1:
         raise ValueError(f"--train-fraction {cfg.train_fraction} is a share above 0, at most 1")
-    if not 0 <= cfg.label_noise <= 1:
-        raise ValueError(f"--label-noise {cfg.label_noise} is a share between 0 and 1")
     named_tests(cfg.tests)
     if cfg.zero_shot and (cfg.method != "lp" or cfg.features):
         raise ValueError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")
@@ -367,8 +374,7 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ValueError("--select needs features in memory: pass --features, --bank V or --views eval")
     if cfg.bank == 1 or cfg.bank < 0:
         raise ValueError(f"--bank {cfg.bank} must be 0, or at least 2, because each step draws two views")
-    cli.check_counts(cfg, "svd_k", "epochs", "batch_size", "save_every", "log_every")
-    cli.check_batch(cfg, world_size)
+    check_numbers(cfg, world_size)
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -462,7 +468,7 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
         raise ValueError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
     if bool(cfg.data) == bool(cfg.benchmark):
         raise ValueError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
-    cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "svd_k")
+    check_numbers(cfg, world_size)
 
 
 # --------------------------------------------------------------------------------------- studies of one encoder or head

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nmtune.config import FINETUNE_PRESETS, FinetuneConfig, check_finetune
+from nmtune.config import FINETUNE_PRESETS, FinetuneConfig, check_finetune, check_numbers
 from nmtune.datasets import LabelledImages, open_labelled, open_test
 from nmtune.eval import accuracies
 from nmtune.features import Views, collate, data_sets, encode_set, split_encoder
@@ -131,6 +131,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     """Tune to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
+        check_numbers(cfg, process.world_size)
         return dry_run(cfg)
     check_finetune(cfg, process.world_size)
     precision = run.resolve_precision(cfg.precision, process.device)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_pretrain
+from nmtune.config import PRETRAIN_PRESETS, PretrainConfig, check_numbers, check_pretrain
 from nmtune.datasets import LabelledImages, flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
@@ -361,6 +361,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
+        check_numbers(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check_pretrain(cfg, process.world_size)
     precision = run.resolve_precision(cfg.precision, process.device)

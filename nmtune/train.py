@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from nmtune.config import EMOJI, PRESETS, Config, FinetuneConfig, check
+from nmtune.config import EMOJI, PRESETS, Config, FinetuneConfig, check, check_numbers
 from nmtune.datasets import SIZES
 from nmtune.eval import accuracy, test_metrics
 from nmtune.features import (  # noqa: F401
@@ -232,6 +232,7 @@ def main(cfg: Config) -> Path | None:
     """Tune to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
+        check_numbers(cfg, process.world_size)
         return dry_run(cfg) if process.main else None
     check(cfg, process.world_size)
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)

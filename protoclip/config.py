@@ -241,9 +241,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
     cli.check_counts(cfg, "dataset_size", "image_size", "hidden_dim", "projection_dim")
     cli.check_counts(cfg, "num_layers", "text_start", "infonce_warmup", "warmup", "workers", least=0)
-    for name in ("lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external"):
-        if (value := getattr(cfg, name)) is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
+    cli.check_rates(cfg, "lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external")
     if not cfg.max_grad_norm > 0:
         raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
     if not math.isfinite(cfg.target_temperature):

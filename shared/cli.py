@@ -1,6 +1,7 @@
 """Command lines: check settings before work starts, print dry runs, report errors in one sentence with exit code 2."""
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -58,6 +59,13 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def check_rates(config: Any, *names: str) -> None:
+    """ValueError unless the fields `names` are finite numbers of at least 0. Fields set to None are skipped."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
 
 
 def check_batch(config: Any, world_size: int) -> None:

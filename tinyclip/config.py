@@ -311,9 +311,7 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
     cli.check_counts(cfg, "steps", "batch_size", "dataset_size", "accumulate", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", "warmup", "workers", "window_shards", least=0)
-    for name in ("lr", "weight_decay", "weight"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(cfg, name)}")
+    cli.check_rates(cfg, "lr", "weight_decay", "weight")
     if cfg.max_grad_norm is not None and not cfg.max_grad_norm > 0:
         raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
     if not 0 <= cfg.alpha <= 1:

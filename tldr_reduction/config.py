@@ -419,6 +419,7 @@ def total_steps(cfg: Common, per_epoch: int) -> int:
 def check_sizes(cfg: Common, world_size: int) -> None:
     """The checks of `check` that also apply to --dry-run, which has no data."""
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
+    cli.check_rates(cfg, "lr", "min_lr", "weight_decay")
     cli.check_counts(cfg, "image_size", "patch_size", "layers", "heads", "text_heads", "dataset_size")
     if isinstance(cfg, Config):
         cli.check_counts(cfg, "steps")
