@@ -155,6 +155,8 @@ def test_arms_are_added_to_results(study: Study):
         study,
         floors=(Floor("late floor", lambda: {"top1": 2.0}, arms=("late",)), Floor("chance", lambda: {"top1": 1.0})),
         plot_arms=lambda arms, out: drawn.append(list(arms)),
+        # measured once, and no metric of the arms
+        more_rows=lambda found: [] if "late" in found.arms else [not_testable("step time", "2x", "3x")],
     )
     options = runner.Options(seeds=(0, 1), results="there.json")
     runner.run(study, options)
@@ -165,6 +167,7 @@ def test_arms_are_added_to_results(study: Study):
     assert {arm: added["arms"][arm] for arm in first["arms"]} == first["arms"]
     assert added["floors"] == {"late floor": {"top1": 2.0}, "chance": {"top1": 1.0}} and added["seeds"] == [0, 1]
     assert set(added["settings"]) == set(drawn[1]) and added["claims"] == first["claims"]
+    assert added["claims"][-1]["claim"] == "step time"
     with pytest.raises(ValueError, match="there.json has seeds 0, 1 of base, method, late"):
         runner.run(study, dataclasses.replace(options, arms="late", extend=True))
 

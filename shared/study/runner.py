@@ -262,6 +262,12 @@ class Study:
         if more_seeds:
             print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
         rows = self.rows(found.arms, floors, more_seeds) + self.more_rows(found, **more)
+        known = {row["claim"] for row in rows}
+        rows += [  # such as step times, which are no metrics of the arms
+            row
+            for row in (earlier or {}).get("claims", ())
+            if row["verdict"] == "not testable here" and row["claim"] not in known
+        ]
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
         if earlier and earlier["machine"] != machine():
