@@ -287,7 +287,7 @@ def plot_scenes(arms: dict[str, list[dict]], out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     sizes = sorted((100 * side**2, name) for name, (side, clutter, _) in CORPORA.items() if clutter)
     clutter = sorted((count, name) for name, (side, count, _) in CORPORA.items() if side == CORPORA["one"][0])
-    labels = ("share of the scene that the object's box covers (%), two uncaptioned emoji", "uncaptioned emoji")
+    labels = ("object's box (% of the scene), with two uncaptioned emoji", "uncaptioned emoji")
     for axis, points, label in zip(axes, (sizes, clutter), labels, strict=True):
         for rule in RULES:
             values = [[run[ONLINE] for run in arms[rule if name == "one" else f"{rule}-{name}"]] for _, name in points]
@@ -317,7 +317,7 @@ STUDY = Study(
         Once(f"attentive_mask_clip.timing --model scenes --batch-size 64 --out {STEP_TIMES}"),
     ),
     arms=ARMS,
-    minutes={"core": 7, "all": 18},
+    minutes={"core": 7, "all": 25},
     evaluate=evaluate,
     alone=True,
     derive=derive,
