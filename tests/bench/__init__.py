@@ -91,12 +91,12 @@ def bench(
     measure: Callable[[argparse.Namespace], None],
     options: argparse.Namespace,
     left_out: str = "",
-    after: Callable[[argparse.Namespace], str] | None = None,
+    after: Callable[[argparse.Namespace], str | None] | None = None,
     to_the_floor: Callable[[int], None] | None = None,
 ) -> None:
     """Run `measure(options)` in one process per thread setting and print the table of its rows; then print what
-    `after(options)` measures in this process. --results gets both. `left_out` names the measurements that need
-    --upstream. `to_the_floor(seeds)` runs with one thread only.
+    `after(options)` measures in this process and returns. --results gets both. `left_out` names the measurements that
+    need --upstream. `to_the_floor(seeds)` runs with one thread only.
     """
     if SETTING in os.environ:
         set_up()
@@ -114,8 +114,9 @@ def bench(
     if after is not None:
         set_up()
         more = after(options)
-        print(f"\n{more}", flush=True)
-        if options.results is not None:
+        if more:
+            print(f"\n{more}", flush=True)
+        if more and options.results is not None:
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(f"\n{more}\n")
 
