@@ -369,8 +369,7 @@ def train(cfg: Config) -> Path | None:
 
     # Data of the arm
     arm = ArmData(cfg, process, tokenizer, image_side(model))
-    if folder.state.get("data", arm.fingerprint) != arm.fingerprint:
-        raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
+    folder.check_same("data", arm.fingerprint, f"on other data than {cfg.data} holds")
     if process.main:
         arm.write(folder.path)
     folder.start(first, cfg.epochs * steps, cfg.total, data=arm.fingerprint, name=cfg.out)

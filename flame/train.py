@@ -323,9 +323,7 @@ def main(cfg: Config) -> Path | None:
         raise ValueError(f"--cooldown {cfg.cooldown} is longer than the {total} steps of the run")
     curve = Curve(model, cfg, process.device, run.DTYPES[precision]) if cfg.eval_every and process.main else None
     first, start = folder.state["epoch"], folder.state["batch"]
-    bank = getattr(texts[0], "digest", None)
-    if (folder.state.get("bank") or bank) != bank:
-        raise ValueError(f"{folder.path} was trained with another bank than {cfg.bank} is now: choose another --out")
+    folder.check_same("bank", bank := getattr(texts[0], "digest", None), f"with another bank than {cfg.bank} is")
     folder.start(per_epoch * first + start, total, len(pairs), text_dim=text_dim, data=pairs.fingerprint, bank=bank)
     ddp = distributed(model, cfg) if process.world_size > 1 else model
     epochs = range(first, cfg.epochs)

@@ -103,6 +103,7 @@ def train_step(
 
 def dry_run(cfg: FinetuneConfig) -> None:
     """Print the plan of a run: parameters, steps, learning rates, memory of the step."""
+    check_numbers(cfg, 1)
     source, name = planned_encoder(cfg, ("open_clip", "ViT-B-16") if cfg.lora else ("timm", "resnet50"))
     encoder, dim, _, view = load_encoder(source, name)
     samples, classes, remark = planned_samples(cfg)
@@ -121,17 +122,10 @@ def dry_run(cfg: FinetuneConfig) -> None:
     )
 
 
-def check_same_data(folder: run.RunFolder, images: LabelledImages) -> None:
-    """ValueError if a run folder's checkpoint was trained on other images."""
-    if folder.state.get("data", images.fingerprint) != images.fingerprint:
-        raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
-
-
 def main(cfg: FinetuneConfig) -> Path | None:
     """Tune to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
-        check_numbers(cfg, process.world_size)
         return dry_run(cfg)
     check_finetune(cfg, process.world_size)
     precision = run.resolve_precision(cfg.precision, process.device)
@@ -143,7 +137,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     images.strict = cfg.strict
     for test in tests.values():  # errors in test sets are reported before training
         open_test(test, images.classnames)
-    check_same_data(folder, images)
+    folder.check_same("data", images.fingerprint, "on other data than there are")
 
     # Model and optimizer; from the checkpoint if there is one
     source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)

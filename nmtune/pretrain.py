@@ -383,8 +383,7 @@ def main(cfg: PretrainConfig) -> Path | None:
 
     # Data and its noise
     samples = open_samples(cfg, transform, side, process, images)
-    if folder.state.get("data", samples.fingerprint) != samples.fingerprint:
-        raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
+    folder.check_same("data", samples.fingerprint, f"on other data than {cfg.data} holds")
     noise = folder.state["noise"] if folder.resumed else samples.share()
     if process.main:
         what = "captions displaced" if cfg.kind == "clip" else "labels wrong"

@@ -241,8 +241,7 @@ def main(cfg: Config) -> Path | None:
 
     # Features, head, optimizer; the last two from the checkpoint if there is one
     source = RunFeatures(cfg, process, run.resolve_precision(cfg.precision, process.device))
-    if folder.state.get("data", source.fingerprint) != source.fingerprint:
-        raise ValueError(f"{folder.path} was trained on other data than there is now: choose another --out")
+    folder.check_same("data", source.fingerprint, "on other data or with another encoder than there are")
     chosen = folder.state.get("chosen", {})
     if cfg.select:
         source.encode_training_set()

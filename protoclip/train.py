@@ -240,6 +240,7 @@ def batch_statistics(output: ProtoCLIPOutput) -> dict[str, Tensor]:
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
+    check_settings(cfg, world_size)
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers, cfg.image_size)
     if cfg.lock_image:
         model.lock_trunk()
@@ -315,10 +316,11 @@ class EpisodicData:
         self.episodes = Episodes(cfg)
         pairs = self.episodes.pairs
         shards = data.fingerprint("\n".join(self.episodes.shards).encode()) if pairs is None else None
-        self.fingerprint, self.samples = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
+        fingerprint, self.samples = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
+        self.about = {"data": fingerprint, "teacher": self.teacher and self.teacher.digest()}  # kept in checkpoints
         if self.teacher is not None and pairs is not None and process.main:  # only rank 0 reads the teacher's features
             self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing sample before training starts
             if self.teacher.keys is None and not isinstance(pairs, data.TSV):
@@ -387,7 +389,6 @@ def main(cfg: Config) -> Path | None:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
-        check_settings(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     precision, per_episode = run.resolve_precision(cfg.precision, process.device), cfg.steps_per_episode()
@@ -410,16 +411,12 @@ def main(cfg: Config) -> Path | None:
     # Data
     episodes = EpisodicData(cfg, process, model, tokenizer)
     whole_image = image_transform(image_side(model), train=False, statistics=image_statistics(model))
-    if (folder.state.get("data") or episodes.fingerprint) != episodes.fingerprint:
-        raise ValueError(f"{folder.path} was trained on other data than {cfg.data} holds now: choose another --out")
-    teacher = None if episodes.teacher is None else episodes.teacher.digest()
-    if (folder.state.get("teacher") or teacher) != teacher:
-        raise ValueError(f"{folder.path} had another teacher than {cfg.external_teacher} now: choose another --out")
+    folder.check_same("data", episodes.about["data"], f"on other data than {cfg.data} holds")
+    folder.check_same("teacher", episodes.about["teacher"], f"with another teacher than {cfg.external_teacher} is")
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
     total = per_episode * cfg.episodes
-    fixed = dict(data=episodes.fingerprint, teacher=teacher, name=cfg.out)
-    folder.start(per_episode * first + start, total, episodes.samples, **fixed)
+    folder.start(per_episode * first + start, total, episodes.samples, **episodes.about, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
     for episode in range(first, cfg.episodes):

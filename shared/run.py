@@ -411,6 +411,11 @@ class RunFolder:
                 self.process,
             )
 
+    def check_same(self, name: str, value: str | None, than: str) -> None:
+        """ValueError if the checkpoint has another `name` than `value`; None: unknown. `than` says what is another."""
+        if None not in (before := self.state.get(name), value) and before != value:
+            raise ValueError(f"{self.path} was trained {than} now: choose another --out")
+
     def log(self, step: int, /, **values: Any) -> None:
         """Like `write`, but ValueError if a `loss` among the values is not finite."""
         self.write(step, **values)

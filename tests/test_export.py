@@ -112,7 +112,7 @@ def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_set
     finished(cli(*words, module="tinyclip.train"))
     plain = ["--sets", *sets, "--precision", "fp32"]
     said = finished(cli(theirs, "--language-sets", "--probe", "None", *plain, module="flame.eval")).out
-    assert "image_to_text_R@1" in said and "runs/flame/protoclip/results.md" in said
+    assert "image_to_text_R@1" in said and "runs/flame/protoclip-protoclip/results.md" in said
     said = finished(cli(f"local-dir:{theirs}/open_clip", *plain, "--patchdis", "None", module="lexvla.eval")).out
     assert "mean_recall" in said and "runs/lexvla/open_clip/results.md" in said
     out = folder / "scores"
