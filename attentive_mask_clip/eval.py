@@ -434,15 +434,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     transform = eval_transform(model.image_size)
-    sets = [EvalSet(folder, transform) for folder in cfg.sets]
+    sets = evaluation.open_sets("sets", cfg.sets, transform, "classification", "retrieval")
     resize = eval_transform(model.image_size, round(model.image_size * 8 / 7))
     probe = [EvalSet(cfg.probe, resize, split) for split in ("train", "test")] if cfg.probe else []
     masked = EvalSet(cfg.foreground, transform) if cfg.foreground else None
-    for i, eval_set in enumerate(sets):
-        if eval_set.kind == "multilabel":
-            raise ValueError(f"{eval_set.folder} is a multilabel set, but the paper's suite has only sets of one label")
-        if twin := next((other for other in sets[:i] if other.name == eval_set.name), None):
-            raise ValueError(f"--sets {twin.folder} and {eval_set.folder} have the same name: evaluate one at a time")
     labelled = [eval_set for eval_set in sets if eval_set.kind == "classification"]
     prompts = suite.read_prompts(cfg.slip, labelled) if cfg.prompts == "slip" else {}
     flat: dict[str, float] = {}

@@ -29,8 +29,7 @@ from concept_frequency.eval import concept_recall, per_class_accuracy
 from concept_frequency.joining import numbered
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, export, run
-from shared.evalsets import EvalSet
-from shared.evaluation import check_names, named
+from shared.evaluation import named, open_sets
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
 PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."], "ensemble80": list(TEMPLATES)}
@@ -126,11 +125,7 @@ def main(cfg: Config) -> None:
     label = cfg.label or label_of(cfg)
     key, out = model_key(label), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    check_names("sets", cfg.sets)
-    sets = [EvalSet(folder, transform) for folder in cfg.sets]  # all opened first, so that errors come early
-    if odd := next((each for each in sets if each.kind == "multilabel"), None):
-        raise ValueError(f"--sets {odd.folder} is a multilabel set; classification and retrieval sets are measured")
-    for evaluation in sets:
+    for evaluation in open_sets("sets", cfg.sets, transform, "classification", "retrieval"):
         tagger = load_spacy(cfg.spacy) if evaluation.kind == "retrieval" else None  # a missing one is an error at once
         loader = evaluation.batches(cfg.batch_size, cfg.workers, process.device)
         features, targets = extract_image_features(model.encode_image, loader, process.device, dtype, evaluation.name)

@@ -252,10 +252,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
     words = pieces(tokenizer, model.text.vocab_ids.tolist())
     flat: dict[str, float] = {}
-    evaluation.check_names("sets", cfg.sets)
-    sets = [EvalSet(folder, transform) for folder in cfg.sets]  # all opened first, so that errors come early
-    if odd := next((each for each in sets if each.kind == "multilabel"), None):
-        raise ValueError(f"{odd.folder} is a multilabel set; retrieval and classification sets are evaluated")
+    sets = evaluation.open_sets("sets", cfg.sets, transform, "retrieval", "classification")
     for folder, eval_set in zip(cfg.sets, sets, strict=True):
         name = eval_set.name
         if eval_set.kind == "retrieval":

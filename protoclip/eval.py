@@ -252,12 +252,6 @@ def export_run(path: str, folder: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------- one checkpoint
 
 
-def check_kind(option: str, eval_set: EvalSet, kind: str) -> None:
-    """ValueError if an evaluation set is of another kind."""
-    if eval_set.kind != kind:
-        raise ValueError(f"--{option} {eval_set.folder} is a {eval_set.kind} set: it must be a {kind} set")
-
-
 def evaluate_run(
     path: str, cfg: Config, process: run.Process
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, list] | None]:
@@ -267,12 +261,9 @@ def evaluate_run(
     """
     model, transform, tokenizer = load_any(path, cfg.model)
     model.to(process.device)
-    evaluation.check_names("probe", cfg.probe)
-    for folder in cfg.probe:  # opened first, so that errors come early
-        for split in ("train", "test"):
-            check_kind("probe", EvalSet(folder, transform, split), "classification")
-    if cfg.gap:
-        check_kind("gap", EvalSet(cfg.gap, transform), "retrieval")
+    for split in ("train", "test"):
+        evaluation.open_sets("probe", cfg.probe, transform, "classification", split=split)
+    evaluation.open_sets("gap", [cfg.gap] if cfg.gap else [], transform, "retrieval")
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     results = evaluate(model, tokenizer, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}

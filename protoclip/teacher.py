@@ -199,8 +199,7 @@ class Teacher:
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
         """(N,) dataset rows -> (N,) rows of `features`. ValueError if a sample has no row there, or two."""
-        some = self.features[np.linspace(0, len(self.features) - 1, min(len(self.features), 1000), dtype=int)]
-        if not np.isfinite(some).all():
+        if not np.isfinite(self.some).all():
             raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
             if pairs.broken:  # rows of later samples would be those of their predecessors
@@ -223,10 +222,15 @@ class Teacher:
             raise ValueError(f"{self.path} has no row for sample {key}: make it again from this --data")
         return places
 
-    def digest(self) -> str:
-        """Digest of the shape, and of a thousand evenly spaced rows."""
+    @functools.cached_property
+    def some(self) -> np.ndarray:
+        """A thousand evenly spaced rows of the features, or all."""
         rows = np.linspace(0, len(self.features) - 1, min(len(self.features), 1000), dtype=int)
-        return data.fingerprint(repr(self.features.shape).encode(), np.ascontiguousarray(self.features[rows]))
+        return np.ascontiguousarray(self.features[rows])
+
+    def digest(self) -> str:
+        """Digest of the shape and of some rows."""
+        return data.fingerprint(repr(self.features.shape).encode(), self.some)
 
     @functools.cached_property
     def lookup(self) -> Lookup:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoints import ROOT, read_json, trained_by, write_json
+from shared.evalsets import EvalSet
 from shared.run import paper_of, read_metrics
 
 
@@ -69,6 +70,18 @@ def check_names(option: str, folders: Iterable[str | Path]) -> None:
         if (name := Path(folder).name) in known:
             raise ValueError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
         known[name] = folder
+
+
+def open_sets(
+    option: str, folders: Iterable[str | Path], transform: Callable, *kinds: str, split: str = "test"
+) -> list[EvalSet]:
+    """Open all evaluation sets of an option, so that errors come early. ValueError if one is of none of these kinds, or
+    if two have the same name."""
+    check_names(option, folders)
+    sets = [EvalSet(folder, transform, split) for folder in folders]
+    if odd := next((each for each in sets if each.kind not in kinds), None):
+        raise ValueError(f"--{option} {odd.folder} is a {odd.kind} set: it must be a {' or '.join(kinds)} set")
+    return sets
 
 
 def check_own(path: str | Path, cfg: Any) -> None:

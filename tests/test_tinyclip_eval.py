@@ -112,7 +112,7 @@ def test_probes_of_a_run(small_run: Path, sets, in_process):
     result = in_process(small_run, "--probe", sets[1], module="tinyclip.eval")  # without classes to learn
     assert result.code == 2 and sets[1] in result.err and one_sentence(result.err)
     result = in_process(small_run, "--probe", sets[0], sets[0], module="tinyclip.eval")
-    assert result.code == 2 and "--probe needs sets with different folder names" in result.err
+    assert result.code == 2 and "have the same name: evaluate one at a time" in result.err
 
 
 def test_what_a_file_says_itself_is_not_overruled(small_run: Path, in_process):
@@ -167,7 +167,7 @@ def test_images_of_a_probe_come_from_the_device(monkeypatch):
             asked.append(place)
             yield torch.randn(20, 4), torch.arange(20) % 2
 
-    monkeypatch.setattr(evaluation, "EvalSet", Set)
+    monkeypatch.setattr(evaluation.evaluation, "EvalSet", Set)
     model, cfg = SimpleNamespace(encode_image=lambda images: images), evaluation.Config((), probe=("a set",))
     found = evaluation.probes(model, evaluation.probe_sets(cfg, None), cfg, device, torch.float32)
     assert asked == [device] * 2 and "a set/probe_top1" in found

@@ -189,13 +189,9 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
 
 def probe_sets(cfg: Config, transform: Callable) -> list[tuple[EvalSet, EvalSet]]:
     """Both splits of each set of --probe. ValueError for a set without classes, or for two sets of one name."""
-    found = [tuple(EvalSet(folder, transform, split) for split in ("train", "test")) for folder in cfg.probe]
-    for split in (split for splits in found for split in splits):
-        if split.kind != "classification":
-            raise ValueError(f"--probe {split.folder} is a {split.kind} set: a linear probe needs a classification set")
-    if len(names := [test.name for _, test in found]) > len(set(names)):
-        raise ValueError(f"--probe needs sets with different folder names, not {', '.join(names)}")
-    return found
+    both = ("train", "test")
+    splits = (evaluation.open_sets("probe", cfg.probe, transform, "classification", split=split) for split in both)
+    return list(zip(*splits, strict=True))
 
 
 def probes(

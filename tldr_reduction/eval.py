@@ -275,9 +275,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     transform = view_of(model, settings)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     tokens = eval_tokenizer(tokenizer, settings)
-    for folder in cfg.rerank if settings.stage != "clip" else ():  # opened first, so that errors come early
-        if (kind := EvalSet(folder, transform).kind) != "retrieval":
-            raise ValueError(f"--rerank {folder} is a {kind} set: it must be a retrieval set")
+    evaluation.open_sets("rerank", () if settings.stage == "clip" else cfg.rerank, transform, "retrieval")
     results = evaluate(model, tokens, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
     if settings.stage != "clip":
@@ -305,7 +303,6 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
-    evaluation.check_names("rerank", cfg.rerank)
     cli.check_counts(cfg, "k_test", "batch_size")
     cli.check_counts(cfg, "workers", least=0)
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
