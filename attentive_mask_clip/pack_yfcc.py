@@ -121,7 +121,7 @@ def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
     try:
         archive = zipfile.ZipFile(path)
     except ZIP_ERRORS as error:
-        check_damage(error, path)
+        data.check_absent(error, path, DAMAGE)
         reason = MISSING if isinstance(error, FileNotFoundError) else DAMAGED
         yield from [(b"", reason)] * len(names)
         return
@@ -136,17 +136,9 @@ def zipped(path: Path, names: Sequence[str]) -> Iterator[tuple[bytes, str]]:
             except KeyError:
                 reason = "missing image"
             except ZIP_ERRORS as error:
-                check_damage(error, path)
+                data.check_absent(error, path, DAMAGE)
                 reason = "damaged in its zip"
             yield content, reason
-
-
-def check_damage(error: Exception, path: Path) -> None:
-    """OSError that names the zip, if `error` is no damage of the zip itself."""
-    if isinstance(error, OSError) and error.errno not in DAMAGE:
-        raise OSError(
-            f"{path} could not be read ({error.strerror}): run the command again; to leave it out, remove it"
-        ) from error
 
 
 def fault(image: bytes) -> str:

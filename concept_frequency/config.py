@@ -140,8 +140,7 @@ def check(cfg: Config, world_size: int) -> None:
     if cfg.total < cfg.batch_size:
         raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
     cli.check_rates(cfg, "lr", "weight_decay", "exponent")
-    if not cfg.max_grad_norm > 0:
-        raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
+    cli.check_positive(cfg, "max_grad_norm")
     if not 0 <= cfg.misaligned <= 1:
         raise ValueError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
     if cfg.law != "zipf" and cfg.exponent != 1:

@@ -222,8 +222,7 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "max_length", least=3)  # start, a token, end
     cli.check_counts(cfg, "warmup", "cooldown", "eval_every", "keep_every", "workers", least=0)
     cli.check_rates(cfg, "lr", "weight_decay")
-    if cfg.lr == 0:
-        raise ValueError("--lr must be above 0, not 0")
+    cli.check_positive(cfg, "lr")
     cli.check_batch(cfg, world_size)
     if cfg.model not in TOWERS:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")

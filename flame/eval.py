@@ -257,21 +257,17 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     return model.eval(), train_cfg
 
 
-def open_sets(cfg: Config) -> None:
+def check_sets(cfg: Config) -> None:
     """Open all evaluation sets, so that errors come early. ValueError for another kind, or for two sets of one name."""
     nothing = lambda image: image  # noqa: E731
-    evaluation.check_names("sets", cfg.sets)
     languages = [Path(folder).name.rpartition("_")[2] for folder in cfg.language_sets]
     if len(set(languages)) < len(languages):
         raise ValueError(f"--language-sets need different languages, not {', '.join(languages)}")
-    for folder in cfg.sets:
-        open_set(folder, nothing, "classification", "retrieval")
-    for folder in cfg.language_sets:
-        open_set(folder, nothing, "retrieval")
-    for split in ("train", "test") if cfg.probe else ():
-        open_set(cfg.probe, nothing, "classification", split=split)
-    if cfg.few_shot:
-        open_set(cfg.few_shot, nothing, "classification")
+    evaluation.open_sets("sets", cfg.sets, nothing, "classification", "retrieval")
+    evaluation.open_sets("language-sets", cfg.language_sets, nothing, "retrieval")
+    for split in ("train", "test"):
+        evaluation.open_sets("probe", filter(None, [cfg.probe]), nothing, "classification", split=split)
+    evaluation.open_sets("few-shot", filter(None, [cfg.few_shot]), nothing, "classification")
     for entry in cfg.long_sets:
         name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
         read_set(LONG_SET_READERS[name], folder)
@@ -284,7 +280,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if not isinstance(model, TrainedText | DualEncoder) and not (cfg.bank or train_cfg.bank):
         raise ValueError(f"{path} names no bank: pass --bank, its LLM and prompts embed the texts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
-    open_sets(cfg)
+    check_sets(cfg)
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}
     for folder in cfg.sets:

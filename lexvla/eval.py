@@ -344,7 +344,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
-    files = sorted(file for file in Path(cfg.patchdis).rglob("*") if file.is_file()) if cfg.patchdis else []
+    files = [file for file in Path(cfg.patchdis).rglob("*") if file.is_file()] if cfg.patchdis else []
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), files)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.data import ABSENT, BrokenSample, decode_image, stable_hash
+from shared.data import BrokenSample, check_absent, decode_image, stable_hash
 from shared.index import Strings, fingerprint, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
@@ -78,8 +78,7 @@ class LabelledImages:
         try:
             image = decode_image(self._files.read(file, offset, size) if size >= 0 else _whole_file(self.files[file]))
         except OSError as error:
-            if error.errno not in ABSENT:
-                raise OSError(f"{self.files[file]} could not be read ({error.strerror}): run again") from error
+            check_absent(error, self.files[file])
             raise BrokenSample("missing image") from error
         if self.border:
             image = image.crop((self.border, self.border, image.width - self.border, image.height - self.border))

@@ -242,8 +242,7 @@ def check_settings(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "dataset_size", "image_size", "hidden_dim", "projection_dim")
     cli.check_counts(cfg, "num_layers", "text_start", "infonce_warmup", "warmup", "workers", least=0)
     cli.check_rates(cfg, "lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external")
-    if not cfg.max_grad_norm > 0:
-        raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
+    cli.check_positive(cfg, "max_grad_norm")
     if not math.isfinite(cfg.target_temperature):
         raise ValueError(f"--target-temperature must be finite, not {cfg.target_temperature}")
     cli.check_batch(cfg, world_size)

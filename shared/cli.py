@@ -68,6 +68,13 @@ def check_rates(config: Any, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """ValueError unless the fields `names` are numbers above 0. Fields set to None are skipped."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
 def check_batch(config: Any, world_size: int) -> None:
     """ValueError if the batch cannot be divided evenly over processes and micro-batches."""
     micro_batches = getattr(config, "accumulate", 1)
@@ -206,9 +213,6 @@ def cores() -> int:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-KILLED = "a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again"
-
-
 def fail(sentence: str) -> None:
     """Print one sentence to stderr and exit with code 2."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
@@ -222,6 +226,25 @@ def preset_cli(presets: dict[str, tuple[str, Any]]) -> Any:
         found = f"{words[0]!r} is no preset" if words and not words[0].startswith("-") else "a preset must come first"
         raise ValueError(f"{found}; presets are {', '.join(presets)}")
     return tyro.extras.overridable_config_cli(presets)
+
+
+def explained(error: Exception) -> str | None:
+    """What a user can do about an error; None for a bug, which keeps its traceback."""
+    text = str(error)
+    if isinstance(error, (ValueError, OSError)):
+        # from a loader worker: the message contains its traceback
+        return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+    if isinstance(error, BrokenProcessPool) or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
+        return "a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again"
+    if isinstance(error, EOFError):
+        return f"a file ends too early ({error}): it is damaged, or was not written to its end"
+    if isinstance(error, RuntimeError) and "loading state_dict" in text:
+        return f"the checkpoint holds weights of another model: {text[:300]}"
+    if isinstance(error, TypeError) and "MPS" in text:
+        return f"--device mps: Apple's GPUs do not support an operation of this script ({error}); use --device cpu"
+    if isinstance(error, MemoryError):
+        return "not enough memory for this data and these settings"
+    return None
 
 
 def command_line(main: Callable[[], Any]) -> None:
@@ -238,35 +261,10 @@ def command_line(main: Callable[[], Any]) -> None:
         if stop.code == 0 and {"--help", "-h"} & set(sys.argv):
             print("Every script also takes --quiet, which leaves out the lines about progress.")
         raise
-    except (ValueError, OSError) as error:
-        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("PAPER_CLIPS_TRACEBACK") or (text := explained(error)) is None:
             raise
-        text = str(error)
-        if text.startswith("Caught "):  # from a loader worker: the message contains its traceback
-            text = text.rstrip().splitlines()[-1].partition(": ")[2]
         fail(text)
-    except BrokenProcessPool:
-        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail(KILLED)
-    except EOFError as error:
-        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail(f"a file ends too early ({error}): it is damaged, or was not written to its end")
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error) and not os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            fail(KILLED)
-        if "loading state_dict" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail(f"the checkpoint holds weights of another model: {str(error)[:300]}")
-    except TypeError as error:
-        if "MPS" not in str(error) or os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail(f"--device mps: Apple's GPUs do not support an operation of this script ({error}); use --device cpu")
-    except MemoryError:
-        if os.environ.get("PAPER_CLIPS_TRACEBACK"):
-            raise
-        fail("not enough memory for this data and these settings")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

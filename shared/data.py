@@ -27,7 +27,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -85,6 +85,14 @@ def decode_image(data: bytes) -> Image.Image:
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 
+def check_absent(error: Exception, path: str | Path, absent: Container[int | None] = ABSENT) -> None:
+    """OSError that names `path`, if it could not be read by a fault that may pass: one with no errno in `absent`."""
+    if isinstance(error, OSError) and error.errno not in absent:
+        raise OSError(
+            f"{path} could not be read ({error.strerror}): run the command again; to leave it out, remove it"
+        ) from error
+
+
 def read_file(path: str | Path) -> bytes:
     """Bytes of an image file. BrokenSample if it is not a regular file (a device or pipe) or larger than MAX_BYTES.
 
@@ -96,8 +104,7 @@ def read_file(path: str | Path) -> bytes:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
-        if isinstance(error, OSError) and error.errno not in ABSENT:
-            raise OSError(f"{path} could not be read ({error.strerror}): run the command again") from error
+        check_absent(error, path)
         raise BrokenSample("missing image") from error
     if len(content) > MAX_BYTES:
         raise BrokenSample(f"file of more than {MAX_BYTES} bytes")

@@ -34,9 +34,9 @@ def code_of(paper: str) -> str:
 
 
 def stamp(files: Iterable[Path]) -> str:
-    """Digest of the paths, sizes and times of files. A missing file has neither size nor time."""
+    """Digest of the paths, sizes and times of files, in any order. A missing file has neither size nor time."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         about = file.stat() if file.exists() else None
         digest.update(f"{file} {about and (about.st_size, about.st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:16]
@@ -77,6 +77,7 @@ def open_sets(
 ) -> list[EvalSet]:
     """Open all evaluation sets of an option, so that errors come early. ValueError if one is of none of these kinds, or
     if two have the same name."""
+    folders = list(folders)
     check_names(option, folders)
     sets = [EvalSet(folder, transform, split) for folder in folders]
     if odd := next((each for each in sets if each.kind not in kinds), None):

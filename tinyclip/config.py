@@ -312,8 +312,7 @@ def check_stage(cfg: Config) -> None:
     cli.check_counts(cfg, "steps", "batch_size", "dataset_size", "accumulate", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", "warmup", "workers", "window_shards", least=0)
     cli.check_rates(cfg, "lr", "weight_decay", "weight")
-    if cfg.max_grad_norm is not None and not cfg.max_grad_norm > 0:
-        raise ValueError(f"--max-grad-norm must be above 0, not {cfg.max_grad_norm}")
+    cli.check_positive(cfg, "max_grad_norm")
     if not 0 <= cfg.alpha <= 1:
         raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
     if cfg.image_size is not None and cfg.image_size < 1:

@@ -264,9 +264,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed."""
-    sets, beside = (*cfg.sets, *cfg.probe), weights_file(Path(path))
-    files = [beside] if Path(path).is_dir() else []
-    files += [file for name in CONFIGURATIONS if (file := beside.with_name(name)).is_file()]
+    sets, files = (*cfg.sets, *cfg.probe), []
+    if not evaluation.named(path):
+        weights = weights_file(Path(path))
+        files = [weights, *(weights.with_name(name) for name in CONFIGURATIONS)]
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
 
 
