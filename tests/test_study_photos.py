@@ -51,7 +51,7 @@ def test_a_sample_has_all_captions_of_its_photograph_or_its_own(corpus: Path):
 def test_correlation_of_noise_is_chance():
     generator = torch.Generator().manual_seed(0)
     x, texts = torch.randn(400, 20, generator=generator), [WORDS[i % 6] for i in range(400)]
-    found = photos.correlate(x, texts, dim=5)
+    found = photos.correlate(x, texts)
     image, text = found.image(torch.randn(300, 20, generator=generator)), found.text(WORDS)
     hits = (torch.nn.functional.normalize(image, dim=-1) @ text.T).argmax(1) == torch.arange(300) % 6
     assert zeroshot.percent(hits) < 30

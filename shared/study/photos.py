@@ -91,13 +91,19 @@ def test_set(
 # ------------------------------------------------------------------------------- closed-form canonical correlation
 
 
+COMMON = 1500  # most common words that are correlated with features
+DIRECTIONS = 256  # directions of highest correlation that are kept
+RIDGE = 0.1  # of the mean variance, added to the diagonal of each covariance
+POWER = 4.0  # each direction is weighted by correlation ** POWER, half of the power in each map
+
+
 class Correlation(NamedTuple):
     """Linear maps of features x (N, D) and bags of words y (N, V) that maximise the correlation of their outputs."""
 
     x_mean: Tensor
-    x_map: Tensor  # (D, dim)
+    x_map: Tensor  # (D, at most DIRECTIONS)
     y_mean: Tensor
-    y_map: Tensor  # (V, dim)
+    y_map: Tensor  # (V, at most DIRECTIONS)
     vocabulary: dict[str, int]
 
     def image(self, features: Tensor) -> Tensor:
@@ -119,15 +125,9 @@ def bags(texts: Sequence[str], vocabulary: dict[str, int]) -> Tensor:
     return found
 
 
-def correlate(
-    x: Tensor, texts: Sequence[str], vocabulary_size: int = 1500, dim: int = 256, ridge: float = 0.1, power: float = 4.0
-) -> Correlation:
-    """Canonical correlation of features (N, D) with the most common words of N texts, in float64.
-
-    `ridge` times the mean variance is added to the diagonal of each covariance. Each direction is weighted by
-    correlation ** `power`, half of the power in each map.
-    """
-    common = Counter(word for text in texts for word in words(text)).most_common(vocabulary_size)
+def correlate(x: Tensor, texts: Sequence[str]) -> Correlation:
+    """Canonical correlation of features (N, D) with the COMMON most common words of N texts, in float64."""
+    common = Counter(word for text in texts for word in words(text)).most_common(COMMON)
     vocabulary = {word: column for column, (word, _) in enumerate(common)}
     x, y = x.double(), bags(texts, vocabulary).double()
     means = x.mean(0), y.mean(0)
@@ -135,12 +135,12 @@ def correlate(
     roots = []
     for each in (x, y):
         covariance = each.T @ each / len(each)
-        covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+        covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
         variance, directions = torch.linalg.eigh(covariance)
         roots.append(directions * variance.rsqrt() @ directions.T)
     u, correlations, vh = torch.linalg.svd(roots[0] @ (x.T @ y / len(x)) @ roots[1], full_matrices=False)
-    weights = correlations[:dim].clamp(0, 1) ** (power / 2)
-    x_map, y_map = roots[0] @ u[:, :dim] * weights, roots[1] @ vh[:dim].T * weights
+    weights = correlations[:DIRECTIONS].clamp(0, 1) ** (POWER / 2)
+    x_map, y_map = roots[0] @ u[:, :DIRECTIONS] * weights, roots[1] @ vh[:DIRECTIONS].T * weights
     return Correlation(means[0], x_map, means[1], y_map, vocabulary)
 
 
