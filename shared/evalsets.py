@@ -47,9 +47,9 @@ class EvalSet(IterableDataset):
         self.classnames: list[str] = []
         self.templates: list[str] = []
         if self.kind != "retrieval":
-            self.classnames = _lines(self.folder / "classnames.txt")
+            self.classnames = read_lines(self.folder / "classnames.txt")
             path = self.folder / "zeroshot_classification_templates.txt"
-            self.templates = _lines(path)
+            self.templates = read_lines(path)
             for template in self.templates:
                 if "{c}" not in template:
                     raise ValueError(f"{path} has the template {template!r}, which lacks {{c}} for the class name.")
@@ -221,14 +221,15 @@ def _image(sample: dict, where: str) -> Image.Image:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows editors begin UTF-8 files with a mark
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text.") from error
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Stripped lines of a file of class names or prompts. ValueError if a line is empty or not UTF-8."""
     lines = [line.strip() for line in _read(path).rstrip().splitlines()]
     if not lines or "" in lines:
         raise ValueError(f"{path} has an empty line where every line must hold one entry.")

@@ -370,7 +370,7 @@ WRONG = {  # what is called -> what is said
     "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out exclude each other",
     "classes twice.csv": r"twice\.csv, line 3: 0\.jpg has the label 'b' here, but 'a' before",
     "classes oneclass.csv": r"oneclass\.csv has one class, a: at least two",
-    "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt cannot be read",
+    "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt is missing",
     "classes header-labels.csv": r"header-labels\.csv has no picture left for test",
 }
 

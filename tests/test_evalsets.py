@@ -105,6 +105,15 @@ def test_wrong_text_file_is_named(classification_set, name, text, expected):
     assert str(classification_set / name) in message and expected in message
 
 
+def test_files_of_windows_editors_are_read(classification_set):
+    """They begin with a byte order mark, and their lines end in CR LF."""
+    names = EvalSet(classification_set, pil_to_tensor).classnames
+    for name in ("classnames.txt", "dataset_type.txt", "test/nshards.txt"):
+        text = (classification_set / name).read_text() if name != "dataset_type.txt" else "classification\n"
+        (classification_set / name).write_text(text, encoding="utf-8-sig", newline="\r\n")
+    assert EvalSet(classification_set, pil_to_tensor).classnames == names
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("files", "expected"),

@@ -36,7 +36,7 @@ from PIL import Image
 from shared import checkpoints, cli, data, run
 from shared.corpora import layout
 from shared.corpora.emoji import sha256
-from shared.evalsets import EvalSet
+from shared.evalsets import EvalSet, read_lines
 from shared.tars import Broken, write_split
 
 RECIPE = 1  # version; increased when the output for the same pictures and setting changes
@@ -178,19 +178,6 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
 def further(columns: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that go into the sample's .json."""
     return {name: value for name, value in columns.items() if name and name not in ("key", "caption")}
-
-
-def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a file. FileNotFoundError if it cannot be read; ValueError if a line is empty or not UTF-8."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as such") from error
-    except OSError as error:
-        raise FileNotFoundError(f"{path} cannot be read ({error.strerror})") from error
-    if "" in lines:
-        raise ValueError(f"{path} has an empty line where every line must hold one entry")
-    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
