@@ -177,7 +177,7 @@ def test_no_paper_imports_another(folder: str):
 
 @pytest.mark.parametrize("folder", folders())
 def test_the_paper_knows_nothing_of_its_study(folder: str):
-    """No file imports studies or builders of corpora except themselves: test_house.py deletes them."""
+    """No file imports studies or builders of corpora except themselves: test_without_studies.py deletes them."""
     for file in (ROOT / folder).glob("*.py"):
         if file.name not in EVIDENCE and f"{folder}/{file.name}" not in BUILDERS:
             evidence = {

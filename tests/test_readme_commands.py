@@ -1,77 +1,15 @@
-"""The papers run without studies and corpora, and the commands in the READMEs are valid."""
+"""The commands in the READMEs and in `make help` are valid."""
 
 import functools
-import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
-from graph import BUILDERS
 from scripts import ROOT, finished
-from short_runs import FOLDERS, small_corpus, small_set
+from short_runs import FOLDERS
 
-SCRIPT, SECONDS = "protoclip.train", 120
 PAGES = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("house")
-    yield path
-    shutil.rmtree(path)
-
-
-def test_papers_run_without_their_studies(folder: Path):
-    """In a copy without shared/study, shared/corpora and any study.py, all modules of the papers can be imported, and
-    one paper trains and evaluates. (test_consistency.py tests that no function imports.)"""
-    copy = folder / "copy"
-    for package in ("shared", *FOLDERS):
-        ignore = shutil.ignore_patterns("study", "corpora", "study.py", "photos_study.py", "__pycache__")
-        shutil.copytree(ROOT / package, copy / package, ignore=ignore)
-    (copy / "data").symlink_to(ROOT / "data")
-    corpus, out = small_corpus(folder / "corpus"), folder / "runs/protoclip"
-    tiny = "--image-size 16 --episodes 1 --episode-size 64 --batch-size 32 --k 8 --niter 5 --nredo 1 --warmup 2"
-    more = f"--w-external 0 --hidden-dim 32 --projection-dim 16 --workers 0 --eval-every 0 --precision fp32 {tiny}"
-    sets = ["--probe", "--gap", "None", "--sets", small_set("names_id", folder / "sets", every=40)]
-    modules = [
-        f"{package}.{path.stem}"
-        for package in ("shared", *FOLDERS)
-        for path in sorted((copy / package).glob("*.py"))
-        if path.stem != "__init__" and f"{package}/{path.name}" not in BUILDERS
-    ]
-    lines = [
-        ["protoclip.train", "emoji", "--data", str(corpus), *more.split(), "--out", str(out)],
-        ["protoclip.eval", str(out), *sets],
-        ["protoclip.eval", str(out), *sets, "--report", str(folder / "r.json")],
-    ]
-    driver = """
-        import importlib, importlib.util, json, runpy, sys
-        sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
-        assert importlib.util.find_spec("shared.study") is importlib.util.find_spec("protoclip.study") is None
-        modules, lines = json.load(open(sys.argv[1]))
-        for module in modules:
-            importlib.import_module(module)
-        for module, *words in lines:
-            sys.argv = [module, *words]
-            print(module, flush=True)
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-    """
-    (copy / "driver.py").write_text(textwrap.dedent(driver))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
-
-    (copy / "lines.json").write_text(json.dumps([modules, lines]))
-    command = [sys.executable, "-W", "ignore", "driver.py", "lines.json"]
-    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=200)
-    shown = result.stdout[-2000:] + result.stderr[-4000:]
-    assert [module for module, *_ in lines] == [line for line in result.stdout.splitlines() if line in modules], shown
-    assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
-    assert result.returncode == 2 and "protoclip/study.py, which could not be imported" in result.stderr, shown
 
 
 def texts() -> list[str]:
