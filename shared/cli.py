@@ -65,7 +65,8 @@ def check_rates(config: Any, *names: str) -> None:
     """ValueError unless the fields `names` are finite numbers of at least 0. Fields set to None are skipped."""
     for name in names:
         if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
+            finite = " and finite" * (value == math.inf)
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0{finite}, not {value}")
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -143,14 +144,14 @@ def memory_rows(
     samples: float,
     trained: int,
     other_bytes: float = 0,
-    kept: str = "gradients, AdamW",
+    included: str = "gradients, AdamW",
     checkpointed: nn.Module | None = None,
 ) -> list[tuple[str, str]]:
     """Rows with the memory of a training step of one process, in fp32, in GiB.
 
     `forward` runs the model on two samples; their activations are measured and scaled to `samples`. A trained
-    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` are added. `checkpointed`: see
-    `activation_bytes`.
+    parameter takes 16 bytes with its gradient and AdamW's two moments; `other_bytes` are added. `included` names what
+    is counted with the weights. `checkpointed`: see `activation_bytes`.
     """
     activations = activation_bytes(forward, checkpointed) / 2 * samples / 2**30
     weights = (16 * trained + other_bytes) / 2**30
@@ -159,7 +160,7 @@ def memory_rows(
             "memory estimate",
             f"{weights + activations:.1f} GiB a process in fp32 (autocast: up to half the activations):",
         ),
-        ("", f"{weights:.1f} weights, {kept}; {activations:.1f} activations"),
+        ("", f"{weights:.1f} weights, {included}; {activations:.1f} activations"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -171,16 +172,19 @@ def test_a_preset_comes_first(monkeypatch: pytest.MonkeyPatch):
             "--batch-size 8 cannot be divided evenly among 2 processes and 3 micro-batches in each; 12 can",
         ),
         ({"accumulate": 0}, "--accumulate must be at least 1, not 0"),
+        ({"lr": -0.1}, "--lr must be at least 0, not -0.1"),
+        ({"lr": math.inf}, "--lr must be at least 0 and finite, not inf"),
         ({"accumulate": 4}, None),
         ({}, None),
     ],
 )
 def test_configurations_that_are_refused(changed: dict, message: str | None):
-    usual = {"data": "x.tar", "eval_every": 0, "eval_set": "/nowhere", "save_every": 1, "batch_size": 8}
+    usual = {"data": "x.tar", "eval_every": 0, "eval_set": "/nowhere", "save_every": 1, "batch_size": 8, "lr": 0.1}
     config = types.SimpleNamespace(**(usual | changed))
     with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
         cli.check_data(config, "x.tar")
         cli.check_counts(config, "save_every", "batch_size")
+        cli.check_rates(config, "lr")
         cli.check_batch(config, 2)
 
 
@@ -195,7 +199,7 @@ def test_a_plan_is_a_line_for_each_row(capsys):
             cli.batch_row(types.SimpleNamespace(batch_size=64, accumulate=4), 2),
             cli.step_row(1200, 400),
             *cli.rate_rows(lambda step: f"{step / 1000:.1e}", warmup=5000, total=1200),
-            *cli.memory_rows(lambda: layer(torch.zeros(2, 256)), 2**20, 2**26, kept="AdamW"),
+            *cli.memory_rows(lambda: layer(torch.zeros(2, 256)), 2**20, 2**26, included="AdamW"),
         ]
     )
     assert capsys.readouterr().out.splitlines() == [
