@@ -81,12 +81,12 @@ def decode_image(data: bytes) -> Image.Image:
         raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
 
 
-# errno of an OSError which says that a file is not there; other faults (of a drive, too many open files) may pass
+# errno values that mean that a file is not there; faults with others (of a drive, too many open files) may pass
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 
 def check_absent(error: Exception, path: str | Path, absent: Container[int | None] = ABSENT) -> None:
-    """OSError that names `path`, if it could not be read by a fault that may pass: one with no errno in `absent`."""
+    """Raise an OSError that names `path` if `error` may pass: if it is an OSError whose errno is not in `absent`."""
     if isinstance(error, OSError) and error.errno not in absent:
         raise OSError(
             f"{path} could not be read ({error.strerror}): run the command again; to leave it out, remove it"
@@ -217,7 +217,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     urls = [url for part in ([spec] if isinstance(spec, str) else spec) for url in expand_urls(part)]
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url.removeprefix("file:")):
-            typed = "" if url == spec else f", which {spec!r} names"
+            typed = "" if url == spec else f" (expanded from {spec!r})"
             raise FileNotFoundError(
                 f"shard {url} does not exist{typed}; shards are tar files such as 'cc3m/{{00000..00331}}.tar'"
             )

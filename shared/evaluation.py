@@ -45,8 +45,8 @@ def stamp(files: Iterable[Path]) -> str:
 def measured(paper: str, file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
     """Metrics from `measure()`, cached in `file`.
 
-    The cache is used if it was written with the same `setting`, `code_of` the paper, and `stamp` of the sources: a file
-    that an older one has replaced counts as changed, too.
+    The cache is used if it was written with the same `setting`, `code_of` the paper, and `stamp` of the sources. So a
+    source that was replaced, even by an older file, is measured again.
     """
     setting = json.loads(json.dumps(setting | {"code": code_of(paper), "sources": stamp(sources)}))
     if file.exists():
@@ -64,7 +64,7 @@ def named(path: str | Path) -> bool:
 
 
 def check_names(option: str, folders: Iterable[str | Path]) -> None:
-    """ValueError if two folders of an option have the same name: metrics are named after it."""
+    """ValueError if two folders of an option have the same name, since metrics are named after it."""
     known: dict[str, str | Path] = {}
     for folder in folders:
         if (name := Path(folder).name) in known:
@@ -75,8 +75,8 @@ def check_names(option: str, folders: Iterable[str | Path]) -> None:
 def open_sets(
     option: str, folders: Iterable[str | Path], transform: Callable, *kinds: str, split: str = "test"
 ) -> list[EvalSet]:
-    """Open all evaluation sets of an option, so that errors come early. ValueError if one is of none of these kinds, or
-    if two have the same name."""
+    """Open all evaluation sets of an option, so that errors come early. ValueError if a set is of another kind than
+    `kinds`, or if two have the same name."""
     folders = list(folders)
     check_names(option, folders)
     sets = [EvalSet(folder, transform, split) for folder in folders]

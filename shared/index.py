@@ -219,7 +219,7 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
     return Index(keys, arrays["spans"], arrays["starts"], broken, about["digests"])
 
 
-# -------------------------------------------------------------------------------------- files written once a machine
+# ------------------------------------------------------------------------------------ files written once per machine
 
 
 def fingerprint(*parts: bytes) -> str:

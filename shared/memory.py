@@ -119,7 +119,7 @@ def resampling(start: Tensor, length: Tensor, source: int, target: int) -> Tenso
     This is PIL's antialiased bicubic filter: its unit is a target pixel if the image shrinks, else a source pixel.
     start, length (B,) are in source pixels. Positions beyond the line take the value at its nearest end.
     """
-    step = (length / target)[:, None, None]  # source pixels a target pixel
+    step = (length / target)[:, None, None]  # source pixels per target pixel
     centre = start[:, None, None] + (torch.arange(target, device=start.device)[None, :, None] + 0.5) * step
     centre = centre.clamp(0, source)
     distance = (torch.arange(source, device=start.device) + 0.5 - centre).abs()

@@ -412,7 +412,10 @@ class RunFolder:
             )
 
     def check_same(self, name: str, value: str | None, than: str) -> None:
-        """ValueError if the checkpoint has another `name` than `value`; None: unknown. `than` says what is another."""
+        """ValueError if the checkpoint's entry `name` is not `value`; None on either side is unknown, and passes.
+
+        `than` completes the message "PATH was trained ... now", as in "on other data than DATA holds".
+        """
         if None not in (before := self.state.get(name), value) and before != value:
             raise ValueError(f"{self.path} was trained {than} now: choose another --out")
 

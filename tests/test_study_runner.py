@@ -134,7 +134,7 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
     torch.save({"epoch": 2, "config": {"epochs": 2, "lr": 1.0}, "commit": "abc"}, "finished.pt")
     Path("other.json").write_text("{}")
     refused = {
-        "has seeds 0, 1, 2 of base, method: --extend adds other seeds of all these arms, or arms of all seeds": {},
+        "has seeds 0, 1, 2 of base, method: --extend adds seeds to all these arms, or arms with all these seeds": {},
         "there.json has seeds 0, 1, 2 of base": {"arms": "all", "seeds": (3,)},
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},

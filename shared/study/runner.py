@@ -68,9 +68,9 @@ class Arm(Stage):
 
 @dataclass(frozen=True)
 class Once:
-    """A command that runs once before all arms, on all cores, such as one that builds data or computes features.
+    """A command that runs before all arms, on all cores, such as one that builds data or computes features.
 
-    It does not repeat finished work.
+    It runs at every start of the study, and so must not repeat finished work.
 
     `command` is the text after `python -m `. With `arms`, it runs only if one of these arms is trained. `{photos}`
     stands for the value of --photos.
@@ -441,7 +441,7 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     if not more_seeds and not more_arms:
         has = f"seeds {', '.join(map(str, earlier['seeds']))} of {', '.join(earlier['arms'])}"
         raise ValueError(
-            f"{options.results} has {has}: --extend adds other seeds of all these arms, or arms of all seeds"
+            f"{options.results} has {has}: --extend adds seeds to all these arms, or arms with all these seeds"
         )
     return earlier
 
