@@ -139,7 +139,7 @@ def samples(shards: Iterable[str], extensions: Collection[str]) -> Iterator[tupl
         broken += [Broken(key, "a file is missing") for key, files in found.items() if len(files) < len(extensions)]
         if broken:
             raise ValueError(
-                f"{shard} is damaged, {broken[0].reason} ({broken[0].key}): remove its folder, and build it anew"
+                f"{shard} is damaged, {broken[0].reason} ({broken[0].key}): remove its folder and build it again"
             )
         yield from found.items()
 

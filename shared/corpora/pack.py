@@ -327,9 +327,9 @@ class Pictures:
             raise ValueError(f"--strict: {place}: {reason}")
         self.broken.append(Broken(place, reason))
 
-    def check_any(self, parts: Mapping[str, Mapping]) -> None:
+    def check_any(self, splits: Mapping[str, Mapping]) -> None:
         """ValueError if a split has no picture."""
-        if empty := [name for name, pictures in parts.items() if not pictures]:
+        if empty := [name for name, pictures in splits.items() if not pictures]:
             why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
             raise ValueError(f"{self.source} has no picture left for {empty[0]}{why}")
 
@@ -401,7 +401,7 @@ class Pictures:
             raise ValueError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
         plan = self.plan()
         self.check_any(plan)
-        listed = {name: [(p.name, size_of(p), what) for p, what in part.items()] for name, part in plan.items()}
+        listed = {name: [(p.name, size_of(p), what) for p, what in split.items()] for name, split in plan.items()}
         files = data.fingerprint(json.dumps([listed, self.classes, self.prompts]).encode())
 
         def write(folder: Path) -> dict:
@@ -520,28 +520,28 @@ class Classes(Pictures):
         """{split: {picture: (class index, further columns)}}; sets `classes` and `prompts`."""
         if self.train and self.hold_out:
             raise ValueError("--train and --hold-out exclude each other: pass only one")
-        parts = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
-        self.check_any(parts)
-        labels = sorted({label for part in parts.values() for label, _ in part.values()})
+        splits = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
+        self.check_any(splits)
+        labels = sorted({label for split in splits.values() for label, _ in split.values()})
         numbers, self.classes = self.number(labels)
         self.prompts = read_lines(self.templates) if self.templates else TEMPLATES
         if lacking := [prompt for prompt in self.prompts if "{c}" not in prompt]:
             raise ValueError(f"{self.templates} has the line {lacking[0]!r}, which lacks {{c}} for the class name")
         if self.hold_out:
-            whole, of_label = parts["test"], defaultdict(list)
+            whole, of_label = splits["test"], defaultdict(list)
             for picture, (label, _) in whole.items():
                 of_label[label].append(picture)
             kept = set().union(*(held_out(pictures, self.hold_out) for pictures in of_label.values()))
-            parts = {
+            splits = {
                 "test": {p: about for p, about in whole.items() if p in kept},
                 "train": {p: about for p, about in whole.items() if p not in kept},
             }
             if untested := [label for label in labels if kept.isdisjoint(of_label[label])]:
                 print(f"classes too small for a test split, all in the train split: {', '.join(untested[:5])}")
-        if both := parts["test"].keys() & parts.get("train", {}).keys():
+        if both := splits["test"].keys() & splits.get("train", {}).keys():
             raise ValueError(f"{min(both).name} is in both splits")
         return {
-            split: {p: (numbers[label], more) for p, (label, more) in part.items()} for split, part in parts.items()
+            name: {p: (numbers[label], more) for p, (label, more) in split.items()} for name, split in splits.items()
         }
 
     def number(self, labels: list[str]) -> tuple[dict[str, int], list[str]]:
@@ -556,7 +556,7 @@ class Classes(Pictures):
             if not odd:
                 numbers = {label: names.index(label) for label in labels}
             elif len(odd) < len(labels):
-                raise ValueError(f"{self.classnames} has no class {odd[0]!r}, but names of other labels")
+                raise ValueError(f"{self.classnames} names other labels, but not {odd[0]!r}: name all of them")
             elif decimal and int(order[-1]) < len(names):
                 numbers = {label: int(label) for label in labels}
             elif len(names) != len(labels):

@@ -289,17 +289,17 @@ class PACS(Labelled):
     def write(self, folder: Path, domains: dict[str, dict[str, list[Path]]]) -> dict[str, int]:
         counts = {}
         for domain, classes in domains.items():
-            names, parts = list(classes), {"test": [], "train": []}
+            names, splits = list(classes), {"test": [], "train": []}
             for label, files in enumerate(classes.values()):
                 order = random.Random(f"{domain} {label}").sample(files, len(files))
                 cut = len(files) // HELD_OUT
-                parts["test"] += [(file, label) for file in sorted(order[:cut])]
-                parts["train"] += [(file, label) for file in sorted(order[cut:])]
-            counts[f"train/{domain}"] = self.write_train(folder / "train", parts["train"], names, f"{domain}-")
+                splits["test"] += [(file, label) for file in sorted(order[:cut])]
+                splits["train"] += [(file, label) for file in sorted(order[cut:])]
+            counts[f"train/{domain}"] = self.write_train(folder / "train", splits["train"], names, f"{domain}-")
             for split in ("test", "train"):
-                counts[f"{domain}/{split}"] = self.write_labelled(folder / "eval" / domain / split, parts[split])
+                counts[f"{domain}/{split}"] = self.write_labelled(folder / "eval" / domain / split, splits[split])
             everything = folder / "eval" / f"{domain}_all"
-            counts[f"{domain}_all/test"] = self.write_labelled(everything / "test", parts["test"] + parts["train"])
+            counts[f"{domain}_all/test"] = self.write_labelled(everything / "test", splits["test"] + splits["train"])
             for home in (folder / "eval" / domain, everything):
                 layout.write_classes(home, [name.replace("_", " ") for name in names], self.templates)
         return counts
