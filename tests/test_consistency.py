@@ -389,6 +389,14 @@ def test_root_readme_and_packaging_know_all_papers():
     assert re.search(r"!\[.+\]\(results/\w+\.png\)", first_screen) and "make test" in first_screen
 
 
+def test_every_package_has_a_lowest_version():
+    """`make lowest test` installs and tests these."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = .*?(?=^\[project\.entry-points)", project, re.M | re.S)[0]
+    needs = [re.fullmatch(r"([\w-]+)(\[\w+\])?(.*)", need).group(1, 3) for need in re.findall(r'"([^"]+)"', listed)]
+    assert len(needs) > 30 and not {name for name, _ in needs} - {name for name, at in needs if re.match(">=|==", at)}
+
+
 def test_tests_of_a_file_are_found_by_its_name():
     """Test files have the names of tested files: shared/study/runner.py -> tests/test_study_runner.py,
     protoclip/train.py -> tests/test_protoclip_train.py."""
