@@ -224,6 +224,8 @@ def test_class_names_from_a_file(labelled: Path) -> None:
     assert named("a", "b", "c", labels="numbers.csv") == (["a", "b", "c"], [0, 2] * 4), "labels are numbers of lines"
     with pytest.raises(ValueError, match=r"names\.txt has 3 lines for 2 labels \(cat, red fox, \.\.\.\)"):
         named("a", "b", "c")
+    with pytest.raises(ValueError, match=r"names\.txt names other labels, but not 'red fox': name all of them"):
+        named("cat", "bear")
     with pytest.raises(ValueError, match="two classes are called 'a'"):
         named("a", "a")
     with pytest.raises(ValueError, match=r"names\.txt has an empty line"):
