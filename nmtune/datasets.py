@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -427,8 +428,9 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     """(test set, group of trained classes for each of its classes, or None if the classes are the same).
 
     Tries in this order: `groups.json` in the set's folder, a list of lists of trained class numbers; the mappings of
-    Vid-Robust or ObjectNet; the same number of classes; class names that all occur among the trained ones (ImageNet-A
-    and -R, by WordNet id in image folders and by name in webdatasets).
+    Vid-Robust or ObjectNet; the order of the classes, if their number is the same but they are named in another way
+    (words, WordNet ids or numbers, such as ImageNet-V2's folders); names that all occur among the trained ones
+    (ImageNet-A and -R, by WordNet id in image folders and by name in webdatasets). ValueError if none applies.
     """
     images = open_labelled(spec)
     folder = Path(spec.partition(":")[0])
@@ -448,8 +450,8 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     mappings = folder.parent / "mappings"
     if (mappings / "objectnet_to_imagenet_1k.json").is_file():
         return objectnet(images, mappings)
-    other_names = not set(trained) & set(images.classnames)  # such as ImageNet-V2's numbers: match by order
-    if list(trained) == images.classnames or (len(trained) == images.num_classes and other_names):
+    comparable = kind_of_names(trained) == kind_of_names(images.classnames)
+    if list(trained) == images.classnames or (len(trained) == images.num_classes and not comparable):
         return images, None
     index = {name: label for label, name in enumerate(trained)}
     unknown = [name for name in images.classnames if name not in index]
@@ -459,6 +461,12 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
         f"{spec} has the class {unknown[0]!r}, which was not trained; write {folder}/groups.json, "
         "a list with the corresponding trained class numbers for each of its classes"
     )
+
+
+def kind_of_names(names: Sequence[str]) -> str:
+    """How classes are named: by "numbers", by WordNet "ids" such as n01440764, or by "words"."""
+    patterns = {"numbers": r"\d+", "ids": r"n\d+"}
+    return next((kind for kind, form in patterns.items() if all(re.fullmatch(form, name) for name in names)), "words")
 
 
 def objectnet(images: LabelledImages, mappings: Path) -> tuple[LabelledImages, list[list[int]]]:
