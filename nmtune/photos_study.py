@@ -102,8 +102,8 @@ def measure_run(path: str) -> dict[str, float]:
         tops = {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", *SHIFTED)}
         return tops | {"blackbox/ood": averaged(found, "top1")}
     probe = folder / "lp"
-    heads = [folder / head / "checkpoint.pt" for head in ("lp", "mlp", "nmtune")]
-    sources = [*heads, *Path(PACS).glob("*/*/*.tar")]
+    weights = [folder / part / "checkpoint.pt" for part in ("", "lp", "mlp", "nmtune")]  # "": the encoder
+    sources = [*weights, *Path(PACS).glob("*/*/*.tar")]
     return measured(
         "nmtune", folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe)
     )
