@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 def list_parts(specs: Sequence[str], part_captions: int, cache: Path) -> list[Part]:
-    """Parts of the files of brace patterns, folders and URLs (http, gs, hf: webdataset's); tables in slices of rows.
+    """Parts of all files that brace patterns, folders and URLs (webdataset's: http, gs, hf) name; tables are sliced.
 
     A remote table is downloaded into `cache` and kept; remote tars are downloaded one by one, by the process that needs
     them.
@@ -187,7 +187,7 @@ def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
                 yield ""
 
 
-# ------------------------------------------------------------------------------- which row of the captions an image is
+# ------------------------------------------------------------------------------------------ the caption row of an image
 
 
 def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | None = None) -> int:
@@ -235,7 +235,7 @@ class RowTable(Mapping):
         return len(self.rows)
 
     def __iter__(self):
-        raise TypeError("only hashes are kept")
+        raise TypeError("only hashes are stored")
 
 
 def row_keys(file: str, corpus: str, keys: Sequence[str]) -> list[str]:
