@@ -149,7 +149,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the count
 
-CAPTION_BYTES = 2_000  # memory of a caption in an unfinished part: text, noun set, postings
+CAPTION_BYTES = 2_000  # memory of a caption while its part is indexed: text, noun set, postings
 DOC_BYTES = 100_000  # memory of a caption inside spaCy
 
 
@@ -177,8 +177,8 @@ class CountConfig:
     query_spacy: str = "en_core_web_sm"
     """Pipeline that lemmatises the words of concepts, one by one."""
     exact: bool = True
-    """Skip only the recognition of named entities, which does not change noun sets. --no-exact also skips the parser:
-    faster, but nouns that the parser's rules would turn into auxiliaries stay nouns."""
+    """Skip only the recognition of named entities, which does not change noun sets. --no-exact also skips the parser,
+    which is faster, but adds nouns that the parser's rules would make auxiliaries."""
     lemmatize: bool = True
     """Lemmatise the words of concepts. --no-lemmatize: use them in lower case (upstream's method `lowercased`)."""
     casefold: bool = False

@@ -302,7 +302,7 @@ def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
         places = [(ray.remote(work).remote, 2 * int(ray.cluster_resources().get("CPU", 1)))]
     else:  # long-lived processes that keep their GPU and model
         tagger = ray.remote(num_gpus=1, num_cpus=share, max_restarts=2, max_task_retries=2)(RayTagger)
-        count = min(int(ray.available_resources().get("GPU", 0)) or 1, len(jobs))  # other programs may hold some
+        count = min(int(ray.available_resources().get("GPU", 0)) or 1, len(jobs))  # other programs may use some
         taggers = [tagger.remote(share) for _ in range(count)]
         places = [(tagger.tag.remote, 1) for tagger in taggers]
 
@@ -351,7 +351,7 @@ def connect(address: str) -> None:
 
 
 def check_head(address: str) -> None:
-    """ValueError unless a gRPC server, as a Ray head is one, answers at [ray://]HOST:PORT."""
+    """ValueError unless a gRPC server answers at [ray://]HOST:PORT, as a Ray head does."""
     import grpc
 
     where = urlsplit(address if "://" in address else f"ray://{address}")

@@ -118,9 +118,12 @@ def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
         if not isinstance(found, dict):
             raise ValueError(f"{path} holds no counts, name -> number, but a {type(found).__name__}")
     try:
-        return {name: int(float(value)) for name, value in found.items()}
+        counts = {name: int(float(value)) for name, value in found.items()}
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{path} holds no counts: a value is no finite number") from None
+    if negative := [name for name, count in counts.items() if count < 0]:
+        raise ValueError(f"{path} holds no counts: {negative[0]} has {counts[negative[0]]}")
+    return counts
 
 
 def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
@@ -229,8 +232,18 @@ def described(joined: Joined, one_for_all: bool) -> dict:
 
 
 def pooled(rows: list[tuple[str, int, float, str]]) -> Pairs:
-    """Pairs of one model from (name, count, score, data set); ValueError if there is nothing to correlate."""
+    """Pairs of one model from (name, count, score, data set). ValueError if there is nothing to correlate, or if some
+    data sets have scores in percent and others fractions."""
     names, counts, scores, datasets = (list(each) for each in zip(*rows, strict=True))
+    largest: dict[str, float] = {}
+    for dataset, score in zip(datasets, scores, strict=True):
+        largest[dataset] = max(largest.get(dataset, 0.0), score)
+    fractions = [dataset for dataset, score in largest.items() if 0 < score <= 1]
+    if fractions and (percent := [dataset for dataset, score in largest.items() if score > 1]):
+        raise ValueError(
+            f"scores of {fractions[0]} are fractions (at most {largest[fractions[0]]:g}), those of {percent[0]} are in "
+            f"percent (up to {largest[percent[0]]:g}): pool data sets with one unit"
+        )
     if len(set(counts)) < 2:
         raise ValueError(f"all {len(counts)} concepts have the count {counts[0]}: a curve needs different counts")
     return Pairs(names, np.array(counts, dtype=np.int64), np.array(scores, dtype=np.float64), datasets)

@@ -185,6 +185,14 @@ class Config:
     """File of prompt templates, one per line, with `{c}` for the class; empty: ImageNet's 80, the paper's choice."""
 
 
+def checked_images(test: LabelledImages, root: Path) -> Iterator[tuple[int, bytes]]:
+    """The images of a set; ValueError for a label without a class name."""
+    for label, image in test.images:
+        if not 0 <= label < len(test.classnames):
+            raise ValueError(f"{root} has an image with label {label}, but {len(test.classnames)} class names")
+        yield label, image
+
+
 def main(cfg: Config) -> None:
     """Write the set; print its numbers of images and classes beside the authors'."""
     if cfg.name not in (*LAYOUTS, "let_it_wag"):
@@ -192,9 +200,9 @@ def main(cfg: Config) -> None:
     root, layout = Path(cfg.root), LAYOUTS.get(cfg.name, WAG)
     test = read_let_it_wag(root) if cfg.name == "let_it_wag" else read_split(root, cfg.name)
     templates = Path(cfg.templates).read_text(encoding="utf-8").splitlines() if cfg.templates else TEMPLATES
-    if wrong := [template for template in templates if "{c}" not in template]:
+    if wrong := [template for template in templates or [""] if "{c}" not in template]:
         raise ValueError(f"--templates {cfg.templates}: {wrong[0]!r} lacks {{c}} for the class")
-    images = ((label, encoded(image)) for label, image in test.images)
+    images = ((label, encoded(image)) for label, image in checked_images(test, root))
     number = write_set(Path(cfg.out), test.classnames, images, templates)
     print(
         f"{cfg.out}: {number:,} images of {len(test.classnames)} classes; "

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from scipy.fft import dct
 
-from concept_frequency.concepts import load_counts
+from concept_frequency.curve import read_counts
 from concept_frequency.datasets import png, write_set
 from shared import cli, data, tars
 from shared.evalsets import EvalSet
@@ -140,7 +140,8 @@ class Config:
     """Build a tail benchmark from counts and images."""
 
     counts: tuple[str, ...]
-    """Files of counts, name -> number, one for each pretraining set, all counted by the same method."""
+    """Files of counts, one for each pretraining set, all counted by the same method: JSON name -> number, or parquet or
+    CSV as for `concept_frequency.curve`."""
     images: tuple[str, ...]
     """Sources of images: folders with one subfolder per concept, or sets in the CLIP-benchmark layout."""
     out: str = "data/let_it_wag"
@@ -207,8 +208,16 @@ def clean(images: dict[str, list[Image.Image]], network: str, similarity: float)
 
 
 def build(cfg: Config) -> dict[str, int]:
-    """Write the benchmark. Returns {concept: number of its images without near-duplicates}."""
-    tail = select_tail([load_counts(path) for path in cfg.counts], cfg.n, cfg.zeros)
+    """Write the benchmark. Returns {concept: number of its images without near-duplicates}. ValueError for a number out
+    of range."""
+    cli.check_counts(cfg, "n", "per_class")
+    if not -1 <= cfg.similarity <= 1:
+        raise ValueError(f"--similarity {cfg.similarity} should be a cosine, from -1 to 1")
+    if not 0 <= cfg.max_distance <= 64:
+        raise ValueError(f"--max-distance {cfg.max_distance} should be a number of bits, from 0 to 64")
+    tail = select_tail([read_counts(path) for path in cfg.counts], cfg.n, cfg.zeros)
+    if len(tail) < cfg.n:
+        raise ValueError(f"--n {cfg.n} is more than the {len(tail)} concepts in all of --counts: lower it")
     images = collect(cfg.images, set(tail))
     if cfg.network:
         images = clean(images, cfg.network, cfg.similarity)

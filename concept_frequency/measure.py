@@ -5,14 +5,16 @@
     /data/wds_mscoco_captions
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:src/zero_shot_eval.py`, `U:src/retrieval_eval.py`.
-Writes JSON files like theirs: `<set>_<prompts>_results.json` in percent, `<set>_<t2i|i2t>_k=<k>_results.json` as
-fractions. Sets are in the CLIP-benchmark layout; datasets.py converts those of the authors' sets that are not published
-in it. `ensemble` are the templates of the set, `ensemble80` OpenAI's 80 for ImageNet, which the paper's text names for
-all sets. Classes with the same name are numbered in the results: `missile (1)`, `missile (2)`.
+Writes JSON files like theirs, with the paths of weights and set beside each result: `<set>_<prompts>_results.json` in
+percent, `<set>_<t2i|i2t>_k=<k>_results.json` as fractions. Sets are in the CLIP-benchmark layout; datasets.py converts
+those of the authors' sets that are not published in it. `ensemble` are the templates of the set, `ensemble80` OpenAI's
+80 for ImageNet, which the paper's text names for all sets. Classes with the same name are numbered in the results:
+`missile (1)`, `missile (2)`.
 """
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,14 +24,16 @@ import tyro
 from torch import Tensor, nn
 
 from concept_frequency.clip_models import known, load_model
-from concept_frequency.concepts import caption_concepts, load_json, model_key
+from concept_frequency.concepts import caption_concepts, model_key
 from concept_frequency.config import MODELS
 from concept_frequency.datasets import TEMPLATES
 from concept_frequency.eval import concept_recall, per_class_accuracy
 from concept_frequency.joining import numbered
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, export, run
+from shared.evalsets import EvalSet
 from shared.evaluation import named, open_sets
+from shared.index import locked
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
 PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."], "ensemble80": list(TEMPLATES)}
@@ -103,9 +107,21 @@ def label_of(cfg: Config) -> str:
 
 
 def write(folder: Path, title: str, key: str, result: dict) -> None:
-    """Add the result of a model to a file in the authors' layout."""
+    """Add the result of a model to a file in the authors' layout; processes take turns."""
     path = folder / f"{title}_results.json"
-    checkpoints.write_json(path, (load_json(path) if path.exists() else {}) | {key: result})
+    with locked(folder / ".lock"):
+        checkpoints.write_json(path, (checkpoints.read_json(path) if path.exists() else {}) | {key: result})
+
+
+def check_same(folder: Path, key: str, weights: str, sets: Sequence[EvalSet]) -> None:
+    """ValueError if `folder` has results of `key` from other weights, or on another set of the same name."""
+    places = {each.name: os.path.abspath(each.folder) for each in sets}
+    for path in sorted(folder.glob("*_results.json")):
+        result = checkpoints.read_json(path).get(key, {})
+        weights_then, set_then = result.get("weights", weights), result.get("set", "")
+        for then, now in ((weights_then, weights), (set_then, places.get(Path(set_then).name, set_then))):
+            if then != now:
+                raise ValueError(f"{path} has {key} of {then}, not of {now}: choose another --label or --out")
 
 
 def main(cfg: Config) -> None:
@@ -124,8 +140,13 @@ def main(cfg: Config) -> None:
     dtype = run.DTYPES[run.resolve_precision(precision, process.device)]
     label = cfg.label or label_of(cfg)
     key, out = model_key(label), Path(cfg.out)
+    sets = open_sets("sets", cfg.sets, transform, "classification", "retrieval")
+    weights = cfg.pretrained or tag or cfg.model
+    weights = os.path.abspath(weights) if Path(weights).exists() else weights
+    check_same(out, key, weights, sets)
     out.mkdir(parents=True, exist_ok=True)
-    for evaluation in open_sets("sets", cfg.sets, transform, "classification", "retrieval"):
+    for evaluation in sets:
+        about = {"weights": weights, "set": os.path.abspath(evaluation.folder)}
         tagger = load_spacy(cfg.spacy) if evaluation.kind == "retrieval" else None  # a missing one is an error at once
         loader = evaluation.batches(cfg.batch_size, cfg.workers, process.device)
         features, targets = extract_image_features(model.encode_image, loader, process.device, dtype, evaluation.name)
@@ -135,7 +156,7 @@ def main(cfg: Config) -> None:
             texts = encode_texts(model.encode_text, tokenizer, captions, cfg.batch_size, process.device, dtype)
             docs = [[(t.lemma_, t.pos_) for t in doc] for doc in tagger.pipe(captions, disable=["ner"])]
             for title, result in retrieve(features, texts, docs, cfg.k, cfg.min_images).items():
-                write(out, f"{evaluation.name}_{title}", key, result)
+                write(out, f"{evaluation.name}_{title}", key, result | about)
                 print(f"{evaluation.name} {title}: {result['full']:.3f}, {len(result['conceptwise'])} concepts")
             continue
         for prompts in cfg.prompts:
@@ -144,7 +165,7 @@ def main(cfg: Config) -> None:
                 model, tokenizer, features, targets, evaluation.classnames, templates, cfg.batch_size, process.device,
                 dtype,
             )  # fmt: skip
-            write(out, f"{evaluation.name}_{prompts}", key, result)
+            write(out, f"{evaluation.name}_{prompts}", key, result | about)
             print(f"{evaluation.name} {prompts}: {result['full']:.2f} %, {len(result['classwise'])} concepts")
     print(f"all results: {out}, under {key}")
 

@@ -58,7 +58,7 @@ class Config(locked_clip.Config):
 
     thin: float = 0.0
     """Share of the captions to drop among those with one of a random half of the nouns. An epoch has as many captions
-    as before, so the kept ones repeat more often."""
+    as before, so the others repeat more often."""
 
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:

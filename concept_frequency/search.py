@@ -233,7 +233,7 @@ def read_tags(path: str, threshold: float) -> NDArray[np.int64]:
 
 
 def parts_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
-    """Indices of the parts whose documents a file of tags has; job: (that file, first document of each part)."""
+    """Indices of the parts that a file of tags has documents of; job: (file of tags, first document of each part)."""
     path, bases = job
     with np.load(path, allow_pickle=False) as file:
         return set(np.unique(np.searchsorted(bases, file["document"], side="right") - 1).tolist())
@@ -245,7 +245,7 @@ class CountJob(NamedTuple):
     index: str  # file of a part's index
     base: int  # id of its first document in the corpus
     documents: int
-    tags: tuple[tuple[str, int], ...]  # (file of tags, its first document) that may have its documents
+    tags: tuple[tuple[str, int], ...]  # (file, id of its first document): may tag this part's documents
     queries: tuple[tuple[str, ...], ...]  # known terms
     threshold: float
 
@@ -259,7 +259,7 @@ class Counted(NamedTuple):
     with_text: int  # documents with a concept in the caption
     misaligned: int  # documents with concepts in caption and image, but none in both
     image: NDArray[np.int64]
-    kept: NDArray[np.int64]  # images that the similarity control keeps
+    kept: NDArray[np.int64]  # images in the similarity control
     with_image: int
     phrase: NDArray[np.int64] | int = 0  # captions with the literal name; 0 if not counted
     searched: tuple[tuple[str, ...], ...] = ()  # only in the total: search terms of each concept

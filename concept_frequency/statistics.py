@@ -106,8 +106,8 @@ def permutation_null(
     with np.errstate(invalid="ignore"):
         means = (drawn @ member / curve.size)[:, bins]  # (R, B)
     x = np.log(curve.position[bins])
-    held = ~np.isnan(means[0])
-    x, means = x[held] - x[held].mean(), means[:, held] - means[:, held].mean(axis=1, keepdims=True)
+    filled = ~np.isnan(means[0])
+    x, means = x[filled] - x[filled].mean(), means[:, filled] - means[:, filled].mean(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):  # constant means have no correlation: NaN
         return means @ x / np.sqrt((means**2).sum(axis=1) * (x @ x))
 

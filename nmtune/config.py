@@ -174,9 +174,13 @@ def check_numbers(cfg: "PretrainConfig | Config | FinetuneConfig", world_size: i
     for name in ("noise", "label_noise", "label_smoothing"):
         if not 0 <= getattr(cfg, name, 0) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
+    for name in ("train_fraction", "crop_scale"):
+        if not 0 < getattr(cfg, name, 1) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share above 0, at most 1")
     names = {field.name for field in dataclasses.fields(cfg)}
     cli.check_counts(cfg, *names & {"epochs", "batch_size", "save_every", "log_every", "svd_k", "dataset_size"})
-    cli.check_counts(cfg, *names & {"warmup", "workers"}, least=0)
+    cli.check_counts(cfg, *names & {"warmup", "workers", "layers", "window_shards", "keep_every"}, least=0)
+    cli.check_positive(cfg, *names & {"ratio"})
     cli.check_rates(cfg, *names & {"lr", "weight_decay", "w_mse", "w_cov", "w_svd"})
     cli.check_batch(cfg, world_size)
 
@@ -365,8 +369,6 @@ def check(cfg: Config, world_size: int = 1) -> None:
         raise ValueError(
             "--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of `python -m nmtune.pretrain`"
         )
-    if not 0 < cfg.train_fraction <= 1:
-        raise ValueError(f"--train-fraction {cfg.train_fraction} is a share above 0, at most 1")
     named_tests(cfg.tests)
     if cfg.zero_shot and (cfg.method != "lp" or cfg.features):
         raise ValueError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")

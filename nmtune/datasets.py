@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from shared.index import Strings, fingerprint, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
-LARGE_FOLDERS = 2**22  # total bytes of the class folders' own directory entries, from which the file list is cached
+LARGE_FOLDERS = 2**22  # if the class folders' directory entries have these bytes or more, the file list is cached
 LABEL_BYTES = 64  # bytes read of a .cls file
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees; the downstream tasks use them
 ID_TEST = 0.4  # share of the held-out emoji's drawings in known styles that is kept for testing
@@ -130,7 +131,7 @@ def flip_labels_per_sample(labels: np.ndarray, num_classes: int, p: float, rng: 
 
 
 def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
-    """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: the pair whose caption each pair gets.
+    """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: whose caption each pair gets.
 
     U0:open_clip/shuffle_data.py:24-34. Captions are permuted, none is lost. Since some pairs are drawn twice, a share
     of 1 - exp(-2 num_swaps/n) moves, a little less than 2 num_swaps/n.
@@ -294,9 +295,9 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
 
 
 def emoji(folder: Path, task: str, split: str) -> LabelledImages:
-    """A split of the embedded corpus: `pretrain` (half of the emoji, seven styles), or of the other half
-    `tune` and `id` (60 and 40 % of the drawings in the seven styles) or `ood` (the eighth style). `known` joins
-    `pretrain` and `tune`.
+    """A split of the embedded corpus. `pretrain` is half of the emoji, in seven styles. The other half has the splits
+    `tune` and `id`, 60 and 40 % of its drawings in these styles, and `ood`, its drawings in the eighth style. `known`
+    joins `pretrain` and `tune`.
 
     `task` is the kind of label: group (9), subgroup (98) or name. The classes of `name` are the emoji of tuning (or of
     pre-training); those of the other tasks are the same in all splits.
@@ -376,7 +377,7 @@ IMAGENET = {  # image folder, and CLIP-benchmark's webdataset that is used if th
 
 
 def training_split(folder: Path, name: str) -> str:
-    """The split of a webdataset to tune on: for VTAB's sets trainval, or else train and val; for others train."""
+    """The split of a webdataset to tune on: trainval, or else train and val, for VTAB's sets; train for others."""
     if name in VTAB and (folder / "trainval").is_dir():
         return "trainval"
     return "train+val" if name in VTAB and (folder / "val").is_dir() else "train"
@@ -427,8 +428,9 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     """(test set, group of trained classes for each of its classes, or None if the classes are the same).
 
     Tries in this order: `groups.json` in the set's folder, a list of lists of trained class numbers; the mappings of
-    Vid-Robust or ObjectNet; the same number of classes; class names that all occur among the trained ones (ImageNet-A
-    and -R, by WordNet id in image folders and by name in webdatasets).
+    Vid-Robust or ObjectNet; the order of the classes, if their number is the same but they are named in another way
+    (words, WordNet ids or numbers, such as ImageNet-V2's folders); names that all occur among the trained ones
+    (ImageNet-A and -R, by WordNet id in image folders and by name in webdatasets). ValueError if none applies.
     """
     images = open_labelled(spec)
     folder = Path(spec.partition(":")[0])
@@ -448,8 +450,8 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     mappings = folder.parent / "mappings"
     if (mappings / "objectnet_to_imagenet_1k.json").is_file():
         return objectnet(images, mappings)
-    other_names = not set(trained) & set(images.classnames)  # such as ImageNet-V2's numbers: match by order
-    if list(trained) == images.classnames or (len(trained) == images.num_classes and other_names):
+    comparable = kind_of_names(trained) == kind_of_names(images.classnames)
+    if list(trained) == images.classnames or (len(trained) == images.num_classes and not comparable):
         return images, None
     index = {name: label for label, name in enumerate(trained)}
     unknown = [name for name in images.classnames if name not in index]
@@ -459,6 +461,12 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
         f"{spec} has the class {unknown[0]!r}, which was not trained; write {folder}/groups.json, "
         "a list with the corresponding trained class numbers for each of its classes"
     )
+
+
+def kind_of_names(names: Sequence[str]) -> str:
+    """How classes are named: by "numbers", by WordNet "ids" such as n01440764, or by "words"."""
+    patterns = {"numbers": r"\d+", "ids": r"n\d+"}
+    return next((kind for kind, form in patterns.items() if all(re.fullmatch(form, name) for name in names)), "words")
 
 
 def objectnet(images: LabelledImages, mappings: Path) -> tuple[LabelledImages, list[list[int]]]:

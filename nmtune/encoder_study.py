@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from nmtune.config import PRESETS, StudyConfig
+from nmtune.config import PRESETS, PretrainConfig, StudyConfig
 from nmtune.datasets import LabelledImages, open_labelled
 from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
 from nmtune.features import Bank, BankLoader, encode_set, split_encoder
@@ -114,22 +114,25 @@ def study_task(
 
 
 def main(cfg: StudyConfig) -> None:
-    """Study a finished encoder, unless its study.json has the same checkpoint, settings and code."""
+    """Study a finished encoder, unless its study.json is from the same checkpoint, data, settings and code."""
     process = run.setup(0, cfg.device)
     folder = Path(cfg.encoder)
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
-    if state["epoch"] < state["config"]["epochs"]:
-        raise ValueError(f"{folder} is not finished: {state['epoch']} of {state['config']['epochs']} epochs")
-    unknown = [method for method in cfg.methods if method not in PRESETS]
-    if unknown or cfg.seeds < 1 or cfg.bank < 2:
-        what = f"--methods knows no {unknown[0]!r}" if unknown else "--seeds starts at 1, --bank at 2"
-        raise ValueError(f"{what}; methods are presets of nmtune.train")
+    pretrained = checkpoints.config_in(state, PretrainConfig, folder)
+    if state["epoch"] < pretrained.epochs:
+        raise ValueError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
+    if unknown := [method for method in cfg.methods if method not in PRESETS]:
+        raise ValueError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
+    cli.check_counts(cfg, "seeds", "epochs", "batch_size")
+    cli.check_counts(cfg, "bank", least=2)
     file = folder / "study.json"
-    setting = json.loads(json.dumps(dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune")}))
-    if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
-        if checkpoints.read_json(file)["setting"] == setting:
-            print(f"{file} exists for this checkpoint and these settings; nothing to do")
-            return
+    images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
+    sources = evaluation.stamp([folder / "checkpoint.pt", *images])
+    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune"), "sources": sources}
+    setting = json.loads(json.dumps(setting))
+    if file.exists() and checkpoints.read_json(file).get("setting") == setting:
+        print(f"{file} exists for this checkpoint, these data and these settings; nothing to do")
+        return
     start, tasks = time.perf_counter(), {}
     encoded = encode_splits(cfg, process)
     tests = {split: encoded.plain[split] for split in ("id", "ood")}
@@ -148,7 +151,7 @@ def main(cfg: StudyConfig) -> None:
         print(f"{folder.name}, {task}, top-1 ID / OOD in %: {line}", flush=True)
     with checkpoints.replaced(folder / "spectra.npz") as kept:
         np.savez(kept, **spectra)
-    about = {"setting": setting, "noise": state["noise"], "kind": state["config"]["kind"], "commit": state["commit"]}
+    about = {"setting": setting, "noise": state["noise"], "kind": pretrained.kind, "commit": state["commit"]}
     seconds = {"pretrain_seconds": state["seconds"], "study_seconds": time.perf_counter() - start}
     checkpoints.write_json(file, about | seconds | {"spectrum": spectrum, "tasks": tasks})
 

@@ -27,7 +27,7 @@ from nmtune.config import Config as TrainConfig
 from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
 from nmtune.features import RunFeatures
-from nmtune.model import create_model, head_from, split_upstream, transformed
+from nmtune.model import create_model, head_from, read_head, transformed
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 
 CENTRES = ("none", "sample", "sample+feature")
@@ -211,14 +211,14 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
         raise ValueError(
             f"{path} holds no head of nmtune.train; encoders are compared with --report, CLIPs take --sets"
         )
-    settings = state["config"] | {"tests": tuple(cfg.tests or state["config"]["tests"])}
-    settings |= {"workers": cfg.workers, "precision": cfg.precision}
+    settings = checkpoints.config_in(state, TrainConfig, path)
+    changed = {"tests": tuple(cfg.tests or settings.tests), "workers": cfg.workers, "precision": cfg.precision}
     precision = run.resolve_precision(cfg.precision, process.device)
-    source = RunFeatures(TrainConfig(**settings), process, precision, cfg.batch_size)
+    source = RunFeatures(dataclasses.replace(settings, **changed), process, precision, cfg.batch_size)
     if state["classnames"] != source.classnames or state.get("data", source.fingerprint) != source.fingerprint:
         raise ValueError(f"{path} was tuned on other data or on another encoder than there are now")
-    weights = split_upstream(checkpoints.load_checkpoint(cfg.head))[0] if cfg.head else state["head"]
-    head, results, spectra = head_from(weights), {}, {}
+    head = read_head(cfg.head, source.dim, len(source.classnames)) if cfg.head else head_from(state["head"])
+    results, spectra = {}, {}
     for name in source.tests:
         features, labels, groups = source.test_set(name)
         z, logits = transformed(head, features)
@@ -302,11 +302,11 @@ def pretrained_clip(path: str) -> tuple[PretrainConfig, nn.Module, Callable]:
     """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain. ValueError for other runs,
     which have no text tower."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
-    if state["config"].get("kind") != "clip":
+    settings = checkpoints.config_in(state, PretrainConfig, path)
+    if settings.kind != "clip":
         raise ValueError(
             f"{path} is no CLIP: it has no text tower, which zero-shot evaluation and a model of open_clip need"
         )
-    settings = PretrainConfig(**state["config"])
     model, _, side = create_model(settings)
     model.load_state_dict(state["state_dict"])
     model.output_dict = False

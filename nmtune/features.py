@@ -1,4 +1,4 @@
-"""From images, or from a features file, to batches of frozen features (rows = [view w; view s]).
+"""Turns images, or a features file, into batches of frozen features, with the rows [view w; view s].
 
 NMTune (arXiv 2309.17002) treats the encoder as a black box. Tuning takes the features of two views of each image
 (`TwoViews`, `Bank`), of one view (LP), or features that another program wrote to a file (`read_features`);
@@ -106,7 +106,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) fp32 and labels (N,) on the CPU of all (images, labels, ...) batches of a loader.
 
-    Runs once, where U:src/datasets/common.py:65-110 runs in every epoch.
+    Runs once; U:src/datasets/common.py:65-110 runs in every epoch.
     """
     training = encoder.training
     encoder.eval()

@@ -159,8 +159,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     views, epochs = Views(images, pixels, cfg.seed), range(first, cfg.epochs)
     loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
     for epoch in epochs:
-        broken: list[data.Broken] = []
-        label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
+        broken, label = [], f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
         batches = data.watch(run.progress(loader, steps - start, label, cfg.batch_size, process), broken)
         model.train()
         for done, (batch, labels, _) in enumerate(batches, steps * epoch + start + 1):
@@ -175,6 +174,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
                 folder.save(done, epoch=done // steps, batch=done % steps)
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         start = 0
+    folder.save(total, epoch=cfg.epochs - 1, batch=steps)  # a resumed run then only tests
     results = test_metrics(model, tests, images, eval_view, process, precision, cfg.workers)
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)

@@ -16,11 +16,12 @@ from nmtune.eval import test_metrics
 from nmtune.features import RunFeatures
 from nmtune.model import head_from
 from nmtune.train import tuned_head
-from shared import checkpoints, cli, run
+from shared import checkpoints, cli, evaluation, run
 
 
 def main(cfg: HeadStudyConfig) -> None:
-    """Write heads.json, {"seeds", "tests": {"TEST/METRIC": one number per seed}}, unless it has these seeds already."""
+    """Write heads.json, {"seeds", "sources", "tests": {"TEST/METRIC": one number per seed}}, unless it has these seeds
+    of the same head and features."""
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "heads")
     folder = Path(cfg.run)
@@ -29,11 +30,12 @@ def main(cfg: HeadStudyConfig) -> None:
     if state["epoch"] < first.epochs:
         raise ValueError(f"{folder} is not finished: {state['epoch']} of {first.epochs} epochs")
     seeds = list(range(first.seed, first.seed + cfg.heads))
-    file = folder / "heads.json"
-    if file.exists() and file.stat().st_mtime > (folder / "checkpoint.pt").stat().st_mtime:
-        if checkpoints.read_json(file)["seeds"] == seeds:
-            print(f"{file} exists for this checkpoint and these seeds; nothing to do")
-            return
+    file, encoder = folder / "heads.json", Path(first.encoder) / "checkpoint.pt"
+    weights = [folder / "checkpoint.pt", encoder, *map(Path, filter(None, (first.features, first.checkpoint)))]
+    made_of = {"seeds": seeds, "sources": evaluation.stamp(weights)}
+    if file.exists() and made_of.items() <= checkpoints.read_json(file).items():
+        print(f"{file} exists for this checkpoint and these seeds; nothing to do")
+        return
     source = RunFeatures(first, process, run.resolve_precision(first.precision, process.device))
     source.encode_training_set()
     if source.bank is None:
@@ -48,7 +50,7 @@ def main(cfg: HeadStudyConfig) -> None:
             head = tuned_head(dataclasses.replace(first, seed=seed), source.bank, source)
         for metric, value in test_metrics(head, source).items():
             tests.setdefault(metric, []).append(value)
-    checkpoints.write_json(file, {"seeds": seeds, "tests": tests})
+    checkpoints.write_json(file, made_of | {"tests": tests})
 
 
 if __name__ == "__main__":

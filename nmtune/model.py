@@ -372,11 +372,20 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
         logging.disable(logging.NOTSET)
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Weights by name in a checkpoint file, or in its `state_dict`, without prefixes `module.`. ValueError if it has
+    none."""
+    state = checkpoints.load_checkpoint(path)
+    weights = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+        raise ValueError(f"{path} holds no weights: it should be a state dict, or have one under `state_dict`")
+    return {key.removeprefix("module."): value for key, value in weights.items()}
+
+
 def encoder_weights(checkpoint: str) -> dict[str, Tensor]:
-    """Weights of a file or run folder with timm's or open_clip's names, without prefixes `module.`."""
+    """Weights of a file or run folder with timm's or open_clip's names."""
     path = Path(checkpoint)
-    state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
-    weights = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+    weights = read_weights(path / "checkpoint.pt" if path.is_dir() else path)
     return split_upstream(weights)[1] if any(key.startswith("image_encoder.") for key in weights) else weights
 
 
@@ -397,6 +406,16 @@ def split_upstream(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         elif key.startswith("classification_head."):
             head[key] = value
     return head, encoder
+
+
+def read_head(path: str, dim: int, num_classes: int) -> nn.Module:
+    """The head in a file for `split_upstream`. ValueError if it has none for `dim` features and `num_classes`."""
+    weights = split_upstream(read_weights(path))[0]
+    classifier = weights.get("classification_head.weight")
+    if classifier is None or classifier.shape != (num_classes, dim):
+        found = "no head" if classifier is None else "a head for {1} features and {0} classes".format(*classifier.shape)
+        raise ValueError(f"--head {path} holds {found}, but the run has {dim} features and {num_classes} classes")
+    return head_from(weights)
 
 
 def head_from(weights: dict[str, Tensor]) -> nn.Module:

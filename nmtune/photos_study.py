@@ -95,15 +95,15 @@ def measure_probe(folder: Path) -> dict[str, float]:
 
 
 def measure_run(path: str) -> dict[str, float]:
-    """Metrics of a run: of an encoder's linear probe, cached in results.json, or of a head on black-box features."""
+    """Metrics of a run: of an encoder, cached in its results.json, or of a head on black-box features."""
     folder = Path(path)
     if folder.name.startswith("lite0"):
         found = evaluation.head_accuracies(folder)
         tops = {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", *SHIFTED)}
         return tops | {"blackbox/ood": averaged(found, "top1")}
     probe = folder / "lp"
-    heads = [folder / head / "checkpoint.pt" for head in ("lp", "mlp", "nmtune")]
-    sources = [*heads, *Path(PACS).glob("*/*/*.tar")]
+    weights = [folder / name / "checkpoint.pt" for name in ("", "lp", "mlp", "nmtune")]  # "": the encoder
+    sources = [*weights, *Path(PACS).glob("*/*/*.tar")]
     return measured(
         "nmtune", folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe)
     )
@@ -122,7 +122,7 @@ def pixels() -> tuple[Features, dict[str, Features]]:
     return floors.read(f"{PACS}/photo", "train"), tests
 
 
-def by_part(name: str, tops: dict[str, float]) -> dict[str, float]:
+def by_domain(name: str, tops: dict[str, float]) -> dict[str, float]:
     """Top-1 of each test set -> {"NAME/id", "NAME/ood"}."""
     return {f"{name}/id": tops["id"], f"{name}/ood": float(np.mean([tops[each] for each in SHIFTED]))}
 
@@ -133,24 +133,24 @@ def neighbours(train: Features, tests: dict[str, Features]) -> dict[str, float]:
 
 def chance() -> dict[str, float]:
     top1 = dict.fromkeys(("id", *SHIFTED), floors.chance([f"{PACS}/photo"])["photo/top1"])
-    return by_part("lp", top1) | by_part("blackbox", top1)
+    return by_domain("lp", top1) | by_domain("blackbox", top1)
 
 
 def pixel_neighbour() -> dict[str, float]:
     found = neighbours(*pixels())
-    return by_part("lp", found) | by_part("blackbox", found)
+    return by_domain("lp", found) | by_domain("blackbox", found)
 
 
 def lite0_neighbour() -> dict[str, float]:
     """Nearest neighbours on the pretrained network's own features."""
     sets = read_features(FEATURES)
-    return by_part("blackbox", neighbours((sets.train.features[0], sets.train.labels), sets.tests))
+    return by_domain("blackbox", neighbours((sets.train.features[0], sets.train.labels), sets.tests))
 
 
 FLOORS = (
     Floor("chance", chance),
     Floor("nearest neighbour on raw pixels", pixel_neighbour),
-    Floor("linear probe on raw pixels", lambda: by_part("lp", linear_probe(*pixels()))),
+    Floor("linear probe on raw pixels", lambda: by_domain("lp", linear_probe(*pixels()))),
     Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=BLACK_BOX + VARIANTS),
 )
 

@@ -209,7 +209,7 @@ def memory_batches(
     (pixels, targets, noisy), labels = samples.decoded, cfg.kind == "supervised"
     scale = (cfg.crop_scale, 1.0) if labels else (0.9, 1.0)
     for epoch in epochs:
-        u = memory.uniforms((cfg.seed, epoch, 1), len(samples), 5)  # 1: not the stream that shuffles
+        u = memory.uniforms((cfg.seed, epoch, 1), len(samples), 5)  # (seed, epoch) seeds the shuffle
         own = batch_order(cfg, len(samples), epoch, process, start if epoch == epochs[0] else 0)
         for rows, weight in zip(*own, strict=True):
             rows = torch.from_numpy(rows)

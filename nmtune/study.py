@@ -5,9 +5,9 @@ Encoders are pre-trained on half of the embedded emoji, a stand-in for ImageNet-
 learn other labels of the other half, and are tested in the styles of pre-training (ID) and in an unseen style (OOD).
 LP, MLP and NMTune are also tuned on features of a black box, EfficientNet-Lite0.
 
-Why the effects can appear: an encoder that has to fit wrong labels spends directions of its features on them, which
-probes for other labels then lack; and an MLP on 1,280 correlated features with few labels overfits, so that a
-regulariser can help. The effects would vanish if pre-training were too short to tell correct from wrong labels, or if a
+Why the effects can appear: an encoder that has to fit wrong labels uses directions of its features for them, so fewer
+remain for other labels; and an MLP on 1,280 correlated features with few labels overfits, so that a regulariser can
+help. The effects would vanish if pre-training were too short to tell correct from wrong labels, or if a
 probe were near 100 %.
 """
 

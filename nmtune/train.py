@@ -273,6 +273,7 @@ def main(cfg: Config) -> Path | None:
                 folder.save(done, epoch=done // steps, batch=done % steps)
         data.report_broken(source.broken, process, f"epoch {epoch + 1}")
         start = 0
+    folder.save(total, epoch=cfg.epochs - 1, batch=steps)  # a resumed run then only tests
     results = test_metrics(head, source)
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)

@@ -101,6 +101,8 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
     (files / "whole.json").write_text(json.dumps({"metrics": {"acc1": 0.5}, "task": "zeroshot_classification"}))
     (files / "empty.log").write_text("nothing here\n")
     (files / "twice.csv").write_text("concept,count\nant,1\nant,2\n")
+    (files / "negative.json").write_text(json.dumps({"ant": 3, "bee": -1}))
+    (files / "recall.json").write_text(json.dumps({name: i / len(NAMES) for i, name in enumerate(NAMES)}))
     (files / "nan.json").write_text(json.dumps(dict.fromkeys(NAMES, float("nan"))))
     counts, given = files / "counts.json", files / "flat.json"
     for arguments, words in (
@@ -110,6 +112,8 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
         (["--counts", files / "same.json", "--scores", given], "have the count 7"),
         (["--counts", counts, "--scores", files / "whole.json"], "--dump_classnames | tee log.txt"),
         (["--counts", files / "twice.csv", "--scores", given], "has two counts of ant"),
+        (["--counts", files / "negative.json", "--scores", given], "holds no counts: bee has -1"),
+        (["--counts", counts, "--scores", given, files / "recall.json"], "recall are fractions (at most 0.99"),
         (["--counts", counts, "--scores", files / "nan.json"], "that is not finite"),
         (["--counts", counts, "--scores", files / "empty.log"], "holds no report by class"),
         (["--counts", files / "counts.csv", "--scores", given], "has no column integrated or count"),

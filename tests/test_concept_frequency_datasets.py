@@ -108,6 +108,19 @@ def test_let_it_wag_as_released(tmp_path, described):
     assert made.classnames == ["Zone_tailed_Hawk", "A300B4"] and labels(tmp_path / "wds") == [0, 1, 1, 1]
 
 
+def test_labels_without_a_class_name_and_empty_templates_are_refused(tmp_path):
+    write_release(tmp_path / "set/data", described=True)
+    (tmp_path / "none.txt").write_text("")
+    cfg = datasets.Config("let_it_wag", str(tmp_path / "set"), str(tmp_path / "out"), str(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match="none.txt: '' lacks {c}"):
+        datasets.main(cfg)
+    table = pa.table({"image": [{"bytes": picture(0), "path": "a.jpg"}], "label": [2]})
+    pq.write_table(table, tmp_path / "set/data/train-00009-of-00010.parquet")
+    with pytest.raises(ValueError, match="has an image with label 2, but 2 class names"):
+        datasets.main(datasets.Config("let_it_wag", str(tmp_path / "set"), str(tmp_path / "out")))
+    assert not (tmp_path / "out/classnames.txt").exists()
+
+
 def test_let_it_wag_in_folders(tmp_path):
     for name in ("B_bird", "A_food", "C"):  # sorted anew after the cut, B would be A's
         (tmp_path / "images" / name).mkdir(parents=True)

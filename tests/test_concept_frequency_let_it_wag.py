@@ -101,6 +101,24 @@ def test_tail_benchmark_from_folders(tmp_path):
         let_it_wag.build(dataclasses.replace(cfg, per_class=450))
 
 
+def test_numbers_out_of_range_are_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"rare": 1, "common": 50}))
+    (tmp_path / "words.json").write_text(json.dumps({"rare": "one"}))
+    cfg = let_it_wag.Config((str(tmp_path / "a.json"),), (str(tmp_path),), str(tmp_path / "out"), n=2, per_class=1)
+    for change, message in (
+        ({"n": 0}, "--n must be at least 1"),
+        ({"n": 3}, "--n 3 is more than the 2 concepts"),
+        ({"per_class": -1}, "--per-class must be at least 1"),
+        ({"similarity": float("nan")}, "--similarity nan"),
+        ({"max_distance": 65}, "--max-distance 65"),
+        ({"max_distance": -1}, "--max-distance -1"),
+        ({"counts": (str(tmp_path / "words.json"),)}, "words.json holds no counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            let_it_wag.build(dataclasses.replace(cfg, **change))
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_lines_end_in_one_sentence(in_process):
     result = in_process("--counts", "none.json", "--images", "none", module="concept_frequency.let_it_wag")
     assert result.code == 2 and "none.json" in result.err and one_sentence(result.err), result.err

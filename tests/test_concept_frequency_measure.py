@@ -1,11 +1,18 @@
 """Scores of concepts in the authors' layout."""
 
+import dataclasses
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
 from scripts import ROOT, one_sentence
 from short_runs import small_set
 from test_concept_frequency_train import EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
 from concept_frequency import eval, measure
 from concept_frequency.concepts import read_concepts
+from shared import checkpoints
 
 
 def test_measure_writes_the_authors_layout(arms, tmp_path):
@@ -25,8 +32,29 @@ def test_measure_writes_the_authors_layout(arms, tmp_path):
     for prompts in cfg.prompts:
         scores = eval.load_results(tmp_path / f"out/groups_id_{prompts}_results.json", "tiny|zipf")
         assert set(scores) <= set(read_concepts(sets[0])) and all(0 <= value <= 100 for value in scores.values())
+    kept = (tmp_path / "out/groups_id_class_results.json").read_bytes()
+    other = shutil.copytree(arms["zipf"], tmp_path / "other"), small_set("groups_id", tmp_path / "elsewhere")
+    for change in ({"model": str(other[0])}, {"sets": other[1:]}):  # with the same label or name
+        with pytest.raises(ValueError, match="has backbonetiny_pretrainedzipf of .*: choose another --label or --out"):
+            measure.main(dataclasses.replace(cfg, **change))
+    assert (tmp_path / "out/groups_id_class_results.json").read_bytes() == kept
     for title in ("t2i_k=1", "i2t_k=10"):
         assert eval.load_results(tmp_path / f"out/retrieval_xm_en_{title}_results.json", "tiny|zipf")
+
+
+def add(folder: Path, key: str) -> None:
+    for number in range(20):
+        measure.write(folder, "set_class", f"{key}{number}", {"full": 1.0})
+
+
+def test_processes_that_write_one_file_lose_no_result(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=add, args=(tmp_path, key)) for key in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(checkpoints.read_json(tmp_path / "set_class_results.json")) == 40
 
 
 def test_command_lines_end_in_one_sentence(in_process):

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -47,6 +48,19 @@ ERRORS = {
     "report of other runs": ("eval", ["/nowhere/x", "--report", "r.json"], "encoder folders such as sup-30-seed0"),
     "nothing to evaluate": ("eval", [], "name at least one run folder"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["train", "finetune", "pretrain"])
+def test_numbers_out_of_range_are_refused(script):
+    nan = float("nan")
+    least = {"epochs": -1, "w_mse": nan, "w_cov": -1.0, "w_svd": nan, "lr": nan, "weight_decay": -1.0, "ratio": nan,
+             "layers": -1, "train_fraction": nan, "crop_scale": -0.1, "noise": nan, "keep_every": -1,
+             "window_shards": -1}  # fmt: skip
+    settings = {"train": config.Config, "finetune": config.FinetuneConfig, "pretrain": config.PretrainConfig}[script]()
+    config.check_numbers(settings, 1)
+    for name in filter(lambda name: hasattr(settings, name), least):
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*{least[name]}"):
+            config.check_numbers(dataclasses.replace(settings, **{name: least[name]}), 1)
 
 
 @pytest.mark.parametrize("case", ERRORS)

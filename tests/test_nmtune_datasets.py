@@ -89,6 +89,11 @@ def test_groups_of_other_class_lists(tmp_path, images):
     assert datasets.open_test(str(images), trained)[1] == [[1], [2], [3], [4]]
     with pytest.raises(ValueError, match="was not trained; write"):
         datasets.open_test(str(images), ["class0", "class1"])
+    for trained in (list("abcd"), [f"class{i}" for i in (1, 2, 3, 4)]):  # as many other classes: the order says nothing
+        with pytest.raises(ValueError, match="has the class 'class0', which was not trained"):
+            datasets.open_test(str(images), trained)
+    for trained in ([f"n0{i}" for i in range(4)], list("0123")):  # names of another kind are in the same order
+        assert datasets.open_test(str(images), trained)[1] is None
     (images / "groups.json").write_text("[[0, 1], [1], [0], [1]]")
     assert datasets.open_test(str(images), ["a", "b"])[1][0] == [0, 1]
     for wrong in ("[[0], [1]]", "[[0], [1], [9], [0]]", "[[0], [1], [], [0]]", "{}"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -38,6 +39,12 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
             encoder_study.main(dataclasses.replace(small, device="cpu"))
     encoder_study.main(dataclasses.replace(small, device="cpu"))
     assert "nothing to do" in capsys.readouterr().out
+    os.utime(folder / "checkpoint.pt", ns=(1, 1))  # another checkpoint, older than the results
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="studied again"):
+        patch.setattr(encoder_study, "encode_splits", lambda *_: (_ for _ in ()).throw(RuntimeError("studied again")))
+        encoder_study.main(dataclasses.replace(small, device="cpu"))
+    with pytest.raises(ValueError, match="--epochs must be at least 1, not -1"):
+        encoder_study.main(dataclasses.replace(small, epochs=-1, device="cpu"))
     for arm in study.BLACK_BOX:  # heads that were tuned on a features file
         for seed in (0, 1):
             folder = tmp_path / f"{arm}-seed{seed}"

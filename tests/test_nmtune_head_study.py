@@ -1,6 +1,7 @@
 """One head with several seeds, and their mean in the comparison of heads."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -38,6 +39,9 @@ def test_heads_equal_those_of_training(in_process, features_file, tmp_path, pres
     for said in ("", "nothing to do"):
         code, out, err = in_process("nmtune.head_study", "--run", folder, "--heads", 3, "--device", "cpu")
         assert code == 0 and said in out, err
+    os.utime(features_file, ns=(1, 1))  # another file, older than the results
+    code, out, err = in_process("nmtune.head_study", "--run", folder, "--heads", 3, "--device", "cpu")
+    assert code == 0 and "nothing to do" not in out, err
     found = checkpoints.read_json(folder / "heads.json")
     assert found["seeds"] == [30, 31, 32]
     for name in ("id/top1", "ood/top1"):

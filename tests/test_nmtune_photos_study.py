@@ -86,6 +86,15 @@ def test_an_encoder_has_the_accuracies_of_all_heads(tmp_path: Path, monkeypatch:
     assert rows[claim]["difference"] == 2 and rows[claim]["verdict"] == "reproduced"
 
 
+def test_an_encoder_with_other_weights_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measured = []
+    monkeypatch.setattr(study, "measure_probe", lambda probe: measured.append(probe) or {"lp/id": 1.0})
+    for content, times in ((b"weights", 1), (b"weights", 1), (b"other", 2)):
+        if times > len(measured):
+            (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert study.measure_run(str(tmp_path)) == {"lp/id": 1.0} and len(measured) == times
+
+
 def test_claims_are_those_of_the_embedded_corpus():
     found = compared()
     study.STUDY.derive(found)

@@ -17,6 +17,7 @@ from scripts import ROOT, ended, finished, kill_at, metrics, same, start_two
 from test_nmtune_model import exact, head_of
 
 from nmtune import config, datasets, features, train
+from nmtune import eval as nmtune_eval
 from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
@@ -278,6 +279,29 @@ def test_fresh_views_kill_and_resume(in_process, start, tmp_path, images):
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
     assert all(same(states[0][part], states[1][part]) for part in ("head", "optimizer", "epoch"))
+
+
+@pytest.mark.parametrize("script", ["train mlp", "finetune full"])
+def test_a_failing_test_loses_no_training(in_process, tmp_path, images, monkeypatch, script):
+    module, *words = f"nmtune.{script}".split()
+    command = [module, *words, *TUNE, "--data", images, "--tests", f"id={images}", "--epochs", "1", "--out"]
+
+    def damaged(*arguments):
+        raise ValueError("a damaged test set")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nmtune_eval, "accuracies", damaged)
+        code, _, err = in_process(*command, tmp_path / "failed")
+    assert code == 2 and "a damaged test set" in err, err
+    for name in ("failed", "whole"):
+        if name == "failed":  # only tests are left to do
+            monkeypatch.setattr(torch.Tensor, "backward", damaged)
+        code, _, err = in_process(*command, tmp_path / name)
+        assert code == 0, err
+        monkeypatch.undo()
+    failed, whole = (checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("failed", "whole"))
+    assert metrics(tmp_path / "failed") == metrics(tmp_path / "whole")
+    assert all(same(failed[part], whole[part]) for part in ("optimizer", "epoch", "batch"))
 
 
 @pytest.mark.parametrize("preset", ["emoji-lp", "emoji-lp-views", "emoji-mlp"])
