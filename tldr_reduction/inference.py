@@ -160,6 +160,9 @@ class Inference:
         self.cfg, self.pairs, self.process = cfg, pairs, process
         self.rows = np.arange(len(pairs))
         self.work = Path(cfg.work or Path(cfg.out) / "work")
+        self.fingerprint = pairs.fingerprint  # of the data, in the names of the work folder's folders
+        if root := getattr(pairs, "root", None):  # the paths of an annotation file, below another folder: other images
+            self.fingerprint = data.fingerprint(f"{pairs.fingerprint} {os.path.abspath(root)}".encode())
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}
         self.fitted: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64)}  # codes that `encoder_codes` made
@@ -169,7 +172,7 @@ class Inference:
         """Folder for the outputs `what` of a model on the reduction's data; each pair of model and data has its own."""
         file = weights_of(model)
         stamp = file and file.stat().st_mtime_ns
-        marks = (self.pairs.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
+        marks = (self.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def model(self, path: str, stage: str) -> tuple[nn.Module, WordPiece, Callable]:
@@ -264,7 +267,7 @@ class Inference:
     def encoder_folder(self, what: str) -> Path:
         """Folder for the outputs `what` of --encoder with its codebook's settings, as `folder`."""
         cfg = self.cfg
-        marks = (self.pairs.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
+        marks = (self.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
         if (file := weights_of(cfg.encoder)) is not None:  # a file that may change
             marks += (file.stat().st_mtime_ns,)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
@@ -325,7 +328,7 @@ class Inference:
                     features.append(encoder.features(images).float().cpu() if encoder else small[-1][:, :0])
             return {"small": torch.cat(small).numpy(), "features": torch.cat(features).numpy()}
 
-        marks = self.pairs.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
+        marks = self.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
         folder = self.work / f"check-{data.stable_hash(*marks):016x}"
         size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few rows
         self.keep(folder, rows, "check", compute, size)
@@ -342,7 +345,7 @@ class Inference:
             pixels, reasons = (list(itertools.chain.from_iterable(each)) for each in zip(*batches, strict=True))
             return {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
-        return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)
+        return self.keep(self.work / f"images-{self.fingerprint}", self.rows, "images", compute)
 
     def features(self, captioner: str | None) -> Path:
         """Folder with continuous features of all images, for ablations: those of the captioner or encoder, or the
