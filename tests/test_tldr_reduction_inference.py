@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_faults import room
 from test_tldr_reduction_model import tiny_captioner
 
 from shared import data, run
@@ -13,7 +14,15 @@ from tldr_reduction import inference
 from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import eval_transform, open_pairs
 from tldr_reduction.encoders import Encoder
-from tldr_reduction.inference import Inference, cached_rows, extract_codes, read_reasons, read_rows, short
+from tldr_reduction.inference import (
+    Inference,
+    cached_rows,
+    extract_codes,
+    gathered_codes,
+    read_reasons,
+    read_rows,
+    short,
+)
 from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
 
 
@@ -59,6 +68,18 @@ def test_reductions_that_share_a_folder_keep_each_others_rows(tmp_path):
     assert read_rows(tmp_path, np.arange(5), 10, "squares").tolist() == [0, 1, 4, 9, 16]
     with pytest.raises(ValueError, match="lacks rows that were written"):
         read_rows(tmp_path, np.array([4, 5]), 10, "squares")
+
+
+def test_merged_codes_are_memory_mapped(tmp_path):
+    """A full disk is an error in a sentence; without room for the file, a write to the map would kill the process."""
+    codes = np.arange(60, dtype=np.uint16).reshape(20, 3)
+    alone, rows = run.Process(0, 1, torch.device("cpu")), np.delete(np.arange(20), 7)
+    cached_rows(tmp_path, np.arange(20), 6, alone, lambda missing: {"codes": codes[missing]})
+    with room(200), pytest.raises(OSError, match="codes.npy could not be written"):
+        gathered_codes(tmp_path, rows, 6)
+    merged = gathered_codes(tmp_path, rows, 6)
+    assert isinstance(merged, np.memmap) and merged.dtype == np.uint16 and np.array_equal(merged, codes[rows])
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_reasons_take_little_memory(tmp_path):

@@ -135,18 +135,12 @@ def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 
 def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     """Code vectors (N, L') of those rows as one memory-mapped array."""
-    path = folder / "codes.npy"
-    first = read_rows(folder, rows[:1], size, "codes")
-    shape = (len(rows), first.shape[1])
-    temporary = folder / f"codes.{os.getpid()}.tmp.npy"
-    merged = np.lib.format.open_memmap(temporary, "w+", first.dtype, shape)
-    done = 0
-    for number in np.unique(rows // size):
-        codes = read_rows(folder, rows_in(rows, number, size), size, "codes")
-        merged[done : done + len(codes)] = codes
-        done += len(codes)
-    merged.flush()
-    os.replace(temporary, path)
+    path, first = folder / "codes.npy", read_rows(folder, rows[:1], size, "codes")
+    header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(rows), first.shape[1])}
+    with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:  # not a memory map: a full disk would kill
+        np.lib.format.write_array_header_1_0(file, header)
+        for number in np.unique(rows // size):
+            file.write(read_rows(folder, rows_in(rows, number, size), size, "codes").tobytes())
     return np.load(path, mmap_mode="r")
 
 
