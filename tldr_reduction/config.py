@@ -5,13 +5,12 @@ TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, BLIP's 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from shared import cli, export
+from shared import checkpoints, cli, export
 from shared.presets import EMBEDDED, OWN, Row
 from shared.pretrained import LITE0
 
@@ -648,7 +647,7 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
     for name, folder in (("out", cfg.out), ("work", cfg.work)):
         if folder and Path(folder).exists() and not Path(folder).is_dir():
             raise NotADirectoryError(f"--{name} {folder} is a file: name a folder")
-    if Path(cfg.out).resolve() == Path(cfg.data).resolve():
+    if Path(cfg.data).resolve() in (Path(cfg.out).resolve(), Path(cfg.out, "annotation.json").resolve()):
         raise ValueError(f"--out {cfg.out} is the folder of the data: choose another")
     if cfg.extract_images and cfg.data.endswith(".json"):
         raise ValueError(f"--extract-images is for shards: the images of {cfg.data} are files already")
@@ -666,9 +665,10 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
 def kept_by(folder: str) -> int:
     """Samples that a finished reduction kept."""
     path = Path(folder) / "report.json"
-    if not path.is_file():
+    kept = checkpoints.read_json(path).get("kept") if path.is_file() else None
+    if kept is None:
         raise FileNotFoundError(f"--match {folder} holds no report.json of a finished reduction")
-    return json.loads(path.read_text())["kept"]
+    return kept
 
 
 # --------------------------------------------------------------------------------------------------- the paper's tables

@@ -143,13 +143,15 @@ def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | 
 def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process) -> None:
     """Write all files of the samples `kept` (row -> caption) to one new shard per input shard that has such samples.
 
-    Only the content of the .txt changes. The shards are distributed over ranks; existing ones are left as they are.
+    Only the content of the .txt changes. The shards are distributed over ranks; those of an interrupted run, which may
+    have selected other samples (with another version of a package, for example), are replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(process.rank, len(pairs.paths), process.world_size):
         captions = {str(pairs.keys[row]): kept[row] for row in pairs.rows_of(number) if row in kept}
         path = folder / f"{number:05}.tar"
-        if not captions or path.exists():
+        if not captions:
+            path.unlink(missing_ok=True)
             continue
         with checkpoints.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
@@ -240,8 +242,9 @@ def dry_run(cfg: ReduceConfig) -> None:
 def is_finished(out: Path, settings: dict) -> bool:
     """Whether `out` holds this reduction already, finished.
 
-    `settings["weights"]`: fingerprints of the files of weights and of predictions, by path. ValueError if `out` holds a
-    reduction with other settings, data or files, or shards that no reduction has written.
+    `settings["weights"]`: by path, fingerprints of the files of weights and of predictions, and the number of samples
+    that the reduction of --match kept. ValueError if `out` holds a reduction with other settings, data or files, or
+    shards that no reduction has written.
     """
     if not (out / "config.json").exists():
         if list((out / "shards").glob("*.tar")):
@@ -500,6 +503,8 @@ def main(cfg: ReduceConfig) -> None:
     if cfg.predictions:
         read_predictions(cfg.predictions, pairs.keys)  # an unusable file is reported before work starts
         weights[cfg.predictions] = data.fingerprint(Path(cfg.predictions).read_bytes())
+    if cfg.match:
+        weights[cfg.match] = kept_by(cfg.match)
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}
     if is_finished(out, settings):
