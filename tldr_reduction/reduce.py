@@ -44,7 +44,7 @@ from tldr_reduction.cluster import (
     whiten,  # noqa: F401  of this file's contract
 )
 from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
-from tldr_reduction.datasets import open_pairs
+from tldr_reduction.datasets import local_pairs, open_pairs
 from tldr_reduction.encoders import GRID
 from tldr_reduction.inference import (
     Inference,
@@ -214,13 +214,10 @@ def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]
 def dry_run(cfg: ReduceConfig) -> None:
     """Print how many samples would be kept and the resources needed, for the recipe's data set if `cfg.data` does not
     exist."""
-    try:
-        if any(map(data.is_remote, data.expand_shards(cfg.data))):
-            raise FileNotFoundError  # a dry run fetches nothing
-        n, what = len(open_pairs(cfg.data, cfg.image_root, None, False, cfg.cache)), cfg.data
-    except FileNotFoundError:
-        name = cfg.recipe if cfg.recipe in SETS else "cc3m"
-        n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
+    name = cfg.recipe if cfg.recipe in SETS else "cc3m"
+    n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
+    if (pairs := local_pairs(cfg.data, cfg.image_root, cache=cfg.cache)) is not None:
+        n, what = len(pairs), cfg.data
     cfg = check_reduction(cfg, n)
     kept = n if cfg.select == "all" else kept_by(cfg.match) if cfg.match else round(n * cfg.keep)
     more = f", and up to one more in each of {cfg.clusters:,} clusters" if cfg.clustered else ""
