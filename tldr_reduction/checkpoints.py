@@ -52,6 +52,8 @@ def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | op
     kept = state.get("config") if isinstance(state, dict) else None
     cfg = checkpoints.config_in(state, config.class_of(kept if isinstance(kept, dict) else {}), path)
     tokenizer = tokenizer_of(cfg)
+    if state.get("vocab") not in (None, getattr(tokenizer, "fingerprint", None)):
+        raise ValueError(f"{path} was trained with another vocabulary than {cfg.vocab} holds now: restore that file")
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
     return model.eval(), cfg, tokenizer

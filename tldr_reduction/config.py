@@ -388,7 +388,7 @@ def check(cfg: Common, world_size: int) -> None:
     if isinstance(cfg, CaptionerConfig) and cfg.keywords is not None and cfg.codebook_init == "keywords":
         if not Path(cfg.keywords).is_file():
             raise FileNotFoundError(f"--keywords {cfg.keywords} does not exist: a text file with one keyword a line")
-        lines = len(Path(cfg.keywords).read_text(encoding="utf-8").splitlines())
+        lines = len(read_lines(cfg.keywords, "--keywords"))
         if lines < cfg.num_codes:
             raise ValueError(
                 f"--keywords {cfg.keywords} holds {lines} keywords, fewer than --num-codes {cfg.num_codes}"
@@ -396,6 +396,14 @@ def check(cfg: Common, world_size: int) -> None:
     if isinstance(cfg, Config):
         cli.check_eval_set(cfg)
         cli.check_zero_shot_set(cfg)
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """Lines of a text file. ValueError that names the file, as `what`, if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is not UTF-8 text") from error
 
 
 def for_steps(cfg: Common, per_epoch: int) -> Common:

@@ -93,6 +93,14 @@ def optimizer_of(model: nn.Module, cfg: Common, precision: str, process: run.Pro
     return optimizer, torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
 
 
+def vocab_of(tokenizer, cfg: Common, folder: run.RunFolder) -> str | None:
+    """Fingerprint of the tokenizer's vocabulary for the checkpoint, None for open_clip's. ValueError if the run began
+    with another."""
+    vocab = getattr(tokenizer, "fingerprint", None)
+    folder.check_same("vocab", vocab, f"with another vocabulary than {cfg.vocab} holds")
+    return vocab
+
+
 def parallel(model: nn.Module, process: run.Process) -> nn.Module:
     """The model itself, or its wrapper that averages gradients over processes."""
     return DistributedDataParallel(model) if process.world_size > 1 else model
