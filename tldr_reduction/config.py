@@ -427,9 +427,17 @@ def check_sizes(cfg: Common, world_size: int) -> None:
     """The checks of `check` that also apply to --dry-run, which has no data."""
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
     cli.check_rates(cfg, "lr", "min_lr", "weight_decay")
-    cli.check_counts(cfg, "image_size", "patch_size", "layers", "heads", "text_heads", "dataset_size")
+    cli.check_counts(cfg, "image_size", "patch_size", "width", "layers", "heads", "text_width", "text_layers")
+    cli.check_counts(cfg, "text_heads", "dataset_size")
+    cli.check_counts(cfg, "workers", least=0)
+    if isinstance(cfg, Warm):
+        cli.check_counts(cfg, "warmup", least=0)
+        cli.check_rates(cfg, "warmup_lr", "lr_decay_rate")
     if isinstance(cfg, Config):
         cli.check_counts(cfg, "steps")
+    for name in ("dropout", "drop_path", "momentum", "alpha"):
+        if not 0 <= getattr(cfg, name, 0.0) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is not in [0, 1]")
     cli.check_batch(cfg, world_size)
     if isinstance(cfg, Config) and cfg.lock_image:
         check_lock(cfg)
