@@ -183,9 +183,8 @@ class TextTransformer(nn.Module):
         """Ids (B, T) -> states (B, T, C). With a `cache`, input_ids are only the new ids; attention_mask (B, T) also
         covers earlier ones."""
         end, device = attention_mask.shape[1], input_ids.device
-        if end > self.embeddings["position_embeddings"].num_embeddings:
-            limit = self.embeddings["position_embeddings"].num_embeddings
-            raise ValueError(f"a text of {end} tokens is longer than the {limit} positions of the text transformer")
+        if end > self.max_positions:
+            raise ValueError(f"a text of {end} tokens is longer than the model's {self.max_positions} positions")
         positions = torch.arange(end - input_ids.shape[1], end, device=device)
         x = self.embeddings["word_embeddings"](input_ids) + self.embeddings["position_embeddings"](positions)
         x = F.dropout(self.embeddings["LayerNorm"](x), self.dropout, self.training)
@@ -472,7 +471,11 @@ class BLIP(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Projection of [CLS], unit (B, E)."""
-        return F.normalize(self.vision_proj(self.visual_encoder(image)[:, 0]).float(), dim=-1)
+        return self.project(self.visual_encoder(image))
+
+    def project(self, image_embeds: Tensor) -> Tensor:
+        """`encode_image` of encoded images (B, L, D)."""
+        return F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projection of [CLS] of the text alone, unit (B, E); without a mask, id 0 is padding."""
@@ -513,9 +516,7 @@ class BLIP(nn.Module):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         image_embeds = self.visual_encoder(image)
-        image_features = F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
-        text_features = self.encode_text(input_ids, attention_mask)
-        features = image_features, text_features
+        features = self.project(image_embeds), self.encode_text(input_ids, attention_mask)
         loss_ita, sim_i2t, sim_t2i = self.contrast(*features, image, input_ids, attention_mask, alpha)
         if negatives is None:
             negatives = self.draw_negatives(sim_i2t, sim_t2i)
@@ -637,8 +638,7 @@ class RetrievalBLIP(BLIP):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         image_embeds = self.visual_encoder(image)
-        image_features = F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
-        features = image_features, self.encode_text(input_ids, attention_mask)
+        features = self.project(image_embeds), self.encode_text(input_ids, attention_mask)
         loss_ita, sim_i2t, sim_t2i = self.contrast(*features, image, input_ids, attention_mask, alpha, image_ids)
         if negatives is None:
             others = image_ids[:, None] != gather(image_ids)[None]

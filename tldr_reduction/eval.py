@@ -96,7 +96,7 @@ def rerank_scores(
     """
     device = next(blip.parameters()).device
     embeds = torch.cat([blip.visual_encoder(batch.to(device)) for batch in images.split(batch_size)])
-    image_features = torch.nn.functional.normalize(blip.vision_proj(embeds[:, 0]).float(), dim=-1)
+    image_features = blip.project(embeds)
     batches = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
     text_features = torch.cat([blip.encode_text(ids.to(device), mask.to(device)) for ids, mask in batches])
     ids, mask = input_ids.to(device).clone(), attention_mask.to(device)
