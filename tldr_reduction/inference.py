@@ -82,7 +82,7 @@ def cached_rows(
             merged = merge(load_file(path), fresh)
             with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
                 np.savez(file, **merged)
-    run.gather_lists([], process)  # until all ranks have written their chunks
+    run.wait()  # until all ranks have written their files
 
 
 def merge(kept: dict[str, np.ndarray] | None, fresh: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -288,7 +288,7 @@ class Inference:
             path.parent.mkdir(parents=True, exist_ok=True)
             with checkpoints.replaced(path) as file:
                 np.savez(file, **codebook.arrays())
-        run.gather_lists([], self.process)  # until it is written
+        run.wait()  # until it is written
         kept = load_file(path)
         codebook = Codebook(*(torch.from_numpy(kept[name]) for name in Codebook._fields))
 

@@ -57,6 +57,7 @@ from tldr_reduction.page import write_page
 from tldr_reduction.quality import caption_features, measured, sampled
 from tldr_reduction.report import (
     Outcome,
+    column,
     distinct_images,
     itm_summaries,
     notes_of,
@@ -196,7 +197,7 @@ def write_samples(cfg: ReduceConfig, pairs, kept: dict[int, str], process: run.P
     if not isinstance(pairs, data.Shards):
         return {row: str(pairs.keys[row]) for row in kept}
     write_shards(pairs, kept, Path(cfg.out) / "shards", process)
-    run.gather_lists([], process)  # until all ranks have written theirs
+    run.wait()  # until all ranks have written theirs
     return write_images(pairs, kept, Path(cfg.out), cfg.extract_images, process)
 
 
@@ -381,14 +382,9 @@ def write_tables(
     }
     if itm is not None:
         before, after, probabilities = itm
-        unreadable = (found.reasons != "").tolist()
-        columns["itm"] = [
-            "" if broken else round(score, 4) for score, broken in zip(before.tolist(), unreadable, strict=True)
-        ]
         report["itm"] = itm_summaries(before[found.good], after, probabilities)
-        columns["itm_after"] = [""] * len(pairs)
-        for row, score in zip(np.sort(found.kept).tolist(), after.tolist(), strict=True):
-            columns["itm_after"][row] = round(score, 4)
+        for name, shown, scores in (("itm", found.good, before[found.good]), ("itm_after", np.sort(found.kept), after)):
+            columns[name] = column(len(pairs), shown, [round(score, 4) for score in scores.tolist()])
     columns["caption"] = [captions.get(row, "") for row in rows]
     columns["generated"] = [generated.get(row, "") for row in rows]
     write_csv(out / "report.csv", columns)
