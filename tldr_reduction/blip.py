@@ -328,8 +328,8 @@ def beam_search(
     `next_logits(ids (B*n, t), order (B*n,))` returns logits (B*n, V) of the next token; `order` is, for each row of
     ids, the row of the previous call that it continues. Lengths include the prompt. Scores of finished captions are
     sums of log-probabilities divided by the length without [SEP]. A [SEP] ranked below the n best candidates is
-    ignored. A sample ends when it has n captions whose lowest score is at least the sum of this step's best candidate
-    divided by the present length. One beam is greedy search.
+    ignored. A sample ends when it has n captions, and the lowest of their scores is at least the sum of this step's
+    best candidate divided by the present length. One beam is greedy search.
     """
     n, device, length = num_beams, prompt_ids.device, len(prompt_ids)
     if not 0 < length < max_length:
@@ -425,7 +425,7 @@ def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
 
 
 def drawn(weights: Tensor) -> Tensor:
-    """Draw an index in 0..N-1 for each row of weights (B, N), with probabilities in their proportions: (B,).
+    """Draw an index in 0..N-1 for each row of weights (B, N), with probabilities proportional to them: (B,).
 
     Like `torch.multinomial`, but without its check of the weights, which waits for the GPU.
     """
@@ -435,9 +435,9 @@ def drawn(weights: Tensor) -> Tensor:
 class BLIP(nn.Module):
     """ITC with momentum queue, ITM with hard negatives, LM. B:models/blip_pretrain.py:20-245.
 
-    `negatives` are drawn from the batches of all processes, and the contrastive keys are the momentum features of all
-    plus the queue, so W processes equal one process with W times the batch (upstream: the process's own batch). Tokens
-    [DEC] and [ENC] have the last two ids of the vocabulary.
+    Negatives are drawn from the batches of all processes. The contrastive keys are the momentum features of these
+    batches and the queue. So W processes equal one process with W times the batch (upstream takes negatives and keys
+    from the process's own batch). Tokens [DEC] and [ENC] have the last two ids of the vocabulary.
     """
 
     def __init__(

@@ -504,11 +504,11 @@ class ReduceConfig:
     """Values for keep, clusters and itm_keep if these are not given: paper (CC3M), release_comment, release_script,
     cc12m, yfcc15m, laion40m, ratio-{10,25,50,100}, clusters-{100,1000,3000,5000,10000}."""
     keep: float | None = None
-    """Share of each cluster that is kept."""
+    """Share to keep of each cluster, or of all samples."""
     clusters: int | None = None
     """Clusters k. None: the recipe's number, but at most one per 30 samples."""
     itm_keep: float | None = None
-    """Keep only selected samples that are in this top share of all samples by score (of --scorer)."""
+    """Of the selected samples, keep only those that are in this top share of all samples by score (of --scorer)."""
     select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
     """By clusters: stride, every n-th member (paper); nearest or farthest from the centroid. Without clusters: random;
     first, the first samples of the file; itm, those with the highest scores; all."""
@@ -534,8 +534,8 @@ class ReduceConfig:
     code_dim: int = 64
     """Code dimension c of an encoder's codebook: number of principal axes of its tokens."""
     check: str = "auto"
-    """Encoder on whose features the selection is compared with a random one, in addition to thumbnails and captions; a
-    name as for --encoder. auto: efficientnet_lite0, unless it made the clusters. none: no comparison."""
+    """The selection is compared with a random one on thumbnails, on captions, and on features of this encoder (names as
+    for --encoder). auto: efficientnet_lite0, unless it made the clusters. none: no comparison."""
     caption_model: str | None = None
     """Model that writes T_g: a run folder of finetune.py, or transformers' BLIP, a folder or a name on the Hugging Face
     hub (Salesforce/blip-image-captioning-base)."""

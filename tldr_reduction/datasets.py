@@ -149,7 +149,7 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
 
 
 def local_pairs(spec: str, root: str | None = None, limit: int | None = None, cache: str = ""):
-    """`open_pairs` of data on this machine; None if they are missing or remote (nothing is fetched)."""
+    """`open_pairs` of data on this machine; None if the data are missing or remote (nothing is fetched)."""
     try:
         if not any(map(data.is_remote, data.expand_shards(spec))):
             return open_pairs(spec, root, limit, False, cache)

@@ -182,7 +182,7 @@ CHECKED_ON = {"images at 8 x 8 pixels": "pixels", "captions": "captions"}  # fea
 
 
 def quality_metrics(summary: dict) -> dict[str, float]:
-    """Cohesion and coverage of a reduction and of random ones, from its report.json, as cosines times 100."""
+    """Cohesion and coverage of a reduction and of random ones as cosines times 100; `summary` is its report.json."""
     metrics = {}
     for features, short in CHECKED_ON.items():
         for name, value in summary.get("checks", {}).get(features, {}).items():
@@ -208,8 +208,8 @@ def score_metrics(summary: dict, lines: Sequence[Mapping[str, str]]) -> dict[str
 
 
 def descriptions(spec: str) -> dict[str, dict]:
-    """{key: content of its .json} of the samples of shards; {}, and a line that says so, if the shards are remote,
-    missing or damaged."""
+    """{key: content of its .json} of the samples of shards. If the shards are remote, missing or damaged: {}, and the
+    reason is printed."""
     try:
         shards = data.expand_shards(spec)
         if any(map(data.is_remote, shards)):
@@ -267,8 +267,8 @@ def reduction_metrics(folder: Path) -> dict[str, float]:
 
 
 def training_metrics(folder: Path, cfg: Common) -> dict[str, float]:
-    """The `data_metrics` of a run, its number of steps, if its data are on this machine or --steps gave it, and the
-    mean contrastive loss of its first three epochs, if it has a log."""
+    """`data_metrics` of a run, its number of steps (without --steps, its data must be on this machine), and the mean
+    contrastive loss of its first three epochs, if it was logged."""
     metrics = data_metrics(cfg)
     pairs = cfg.dataset_size if cfg.window_shards else metrics.get("data/pairs", 0)
     if steps := total_steps(cfg, pairs // cfg.batch_size):

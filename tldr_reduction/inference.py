@@ -86,7 +86,7 @@ def cached_rows(
 
 
 def merge(kept: dict[str, np.ndarray] | None, fresh: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of both, ascending by row; `kept` wins where both have a row."""
+    """Arrays of both, ascending by row; of a row that both have, those of `kept`."""
     if kept is not None:
         new = ~np.isin(fresh["rows"], kept["rows"])
         fresh = {name: np.concatenate([kept[name], values[new]]) for name, values in fresh.items()}
@@ -124,7 +124,7 @@ def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarra
 def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     """(N,) why the images of those rows (ascending) are unreadable, "" if they are readable.
 
-    An object array in which equal strings are one object; a string array would store each at the width of the longest.
+    In the object array equal strings are one object; a string array would store each at the width of the longest.
     """
     found, known = [np.empty(0, dtype=object)], {}
     for number in np.unique(rows // size):
@@ -137,7 +137,8 @@ def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     """Code vectors (N, L') of those rows as one memory-mapped array."""
     path, first = folder / "codes.npy", read_rows(folder, rows[:1], size, "codes")
     header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(rows), first.shape[1])}
-    with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:  # not a memory map: a full disk would kill
+    # On a full disk, writing to a file is an error, but writing to a memory map kills the process
+    with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for number in np.unique(rows // size):
             file.write(read_rows(folder, rows_in(rows, number, size), size, "codes").tobytes())
@@ -154,8 +155,8 @@ class Inference:
         self.cfg, self.pairs, self.process = cfg, pairs, process
         self.rows = np.arange(len(pairs))
         self.work = Path(cfg.work or Path(cfg.out) / "work")
-        self.fingerprint = pairs.fingerprint  # of the data, in the names of the work folder's folders
-        if root := getattr(pairs, "root", None):  # the paths of an annotation file, below another folder: other images
+        self.fingerprint = pairs.fingerprint  # part of the names of the folders in the work folder
+        if root := getattr(pairs, "root", None):  # in another root, an annotation file names other images
             self.fingerprint = data.fingerprint(f"{pairs.fingerprint} {os.path.abspath(root)}".encode())
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}

@@ -94,8 +94,8 @@ def optimizer_of(model: nn.Module, cfg: Common, precision: str, process: run.Pro
 
 
 def vocab_of(tokenizer, cfg: Common, folder: run.RunFolder) -> str | None:
-    """Fingerprint of the tokenizer's vocabulary for the checkpoint, None for open_clip's. ValueError if the run began
-    with another."""
+    """Fingerprint of the tokenizer's vocabulary, which the checkpoint holds; None for open_clip's tokenizer. ValueError
+    if the run began with another vocabulary."""
     vocab = getattr(tokenizer, "fingerprint", None)
     folder.check_same("vocab", vocab, f"with another vocabulary than {cfg.vocab} holds")
     return vocab

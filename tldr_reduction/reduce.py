@@ -1,8 +1,8 @@
 """Reduce image-text shards: `python -m tldr_reduction.reduce SHARDS --keep 0.25 --out DIR`.
 
 TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, cited as `U:`. The paper's contribution:
-code vectors of all images (`extract_codes` in inference.py), clusters of them and a fixed share of each (cluster.py),
-refined captions (`refined`).
+code vectors of all images (`extract_codes` in inference.py), clusters of these vectors and the selection of a fixed
+share of each cluster (cluster.py), refined captions (`refined`).
 
 DIR will hold
   shards/            the kept samples, with their new captions; train.py, or any trainer, reads them
@@ -83,9 +83,9 @@ def refine_annotations(
     U:generate_train_json_w_caption.py:33-82.
 
     rows: [caption, key] of the source; generated: {"image_id": row number, "caption"}; annotations: {"image",
-    "caption"}. A row belongs to the annotation whose file name up to the first dot is the row's key after its last "_".
-    Annotations without a row keep their captions, and so do rows without a generated caption; if a row has several
-    generated captions, all are appended.
+    "caption"}. A row belongs to the annotation whose file name, up to its first dot, equals the end of the row's key,
+    after its last "_". Annotations without a row keep their captions, and so do rows without a generated caption; if a
+    row has several generated captions, all are appended.
     """
     captions = [row[0] for row in rows]
     for entry in generated:
@@ -144,8 +144,8 @@ def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | 
 def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process) -> None:
     """Write all files of the samples `kept` (row -> caption) to one new shard per input shard that has such samples.
 
-    Only the content of the .txt changes. The shards are distributed over ranks; those of an interrupted run, which may
-    have selected other samples (with another version of a package, for example), are replaced.
+    Only the content of the .txt changes. The shards are distributed over ranks. Shards of an interrupted run are
+    replaced, since it may have selected other samples (with another version of faiss, for example).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(process.rank, len(pairs.paths), process.world_size):
@@ -290,11 +290,11 @@ def check_selection(
     kept: np.ndarray,
     clusters: Clusters | None,
 ) -> tuple[dict[str, dict], str]:
-    """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}; and
-    a sentence about features that are missing, or "".
+    """Compare clusters and selection with random ones, on at most CHECKED samples. Returns {features:
+    `quality.measured`}, and a sentence about features that are missing, or "".
 
-    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared,
-    because each dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
+    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
+    a dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
     on ranks other than 0, with --check none, and for selections that are random or keep all samples.
     """
     compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
