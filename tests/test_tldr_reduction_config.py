@@ -30,6 +30,10 @@ WRONG = {
     "batch": (["emoji-clip", "--data", "x.tar", "--batch-size", "0"], "--batch-size must be at least 1"),
     "a BLIP in parts": (["emoji-blip", "--data", "x.tar", "--accumulate", "2"], "--accumulate is for --objective clip"),
     "a bag of words for a BLIP": (["emoji-blip", "--data", "x.tar", "--bag-of-words"], "is for --objective clip"),
+    "rate": (["emoji-clip", "--data", "x.tar", "--lr-decay-rate", "-1"], "--lr-decay-rate must be at least 0"),
+    "share": (["emoji-blip", "--data", "x.tar", "--momentum", "1.5"], "--momentum 1.5 is not in [0, 1]"),
+    "width": (["emoji-blip", "--data", "x.tar", "--text-width", "0"], "--text-width must be at least 1"),
+    "workers": (["emoji-blip", "--data", "x.tar", "--workers", "-1"], "--workers must be at least 0"),
     "uneven": (["emoji-clip", "--data", "x.tar", "--accumulate", "3"], "among 1 processes and 3 micro-batches in each"),
     "a lock without weights": (
         ["emoji-clip", "--data", "x.tar", "--eval-every", "0", "--lock-image"],

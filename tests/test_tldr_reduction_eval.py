@@ -1,5 +1,6 @@
 """python -m tldr_reduction.eval on trained arms; recall, re-ranking and histograms on known numbers."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,9 @@ from short_runs import small_set
 from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
 
+from shared import tars
 from shared.study import report
+from tldr_reduction import config
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, plain, rerank_scores, retrieval_recall
 from tldr_reduction.study import STUDY
@@ -70,6 +73,37 @@ def test_quality_of_a_reduction_is_in_percent_of_cosines():
         {"captions/coverage": 50, "captions/coverage_random": 42.5}
     )
     assert evaluation.quality_metrics({"checks": {}}) == {}
+
+
+def test_metrics_of_data_are_of_the_samples_that_a_run_reads(folder, tmp_path, capsys):
+    """Data may be a list of shards, of which --dataset-size uses the first samples; steps follow from their number."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')
+    cfg = config.Config(data=f"{folder}/pool/{{00000..00001}}.tar", batch_size=32, epochs=3)
+    for size, pairs in ((None, 128), (70, 70)):
+        found = evaluation.training_metrics(tmp_path, dataclasses.replace(cfg, dataset_size=size))
+        assert found["data/pairs"] == pairs >= found["data/emoji"] > 0 and found["data/named"] == 100
+        assert found["steps"] == 3 * (pairs // 32) and "early_loss_ita" not in found
+    assert evaluation.training_metrics(tmp_path, dataclasses.replace(cfg, data="gone/{0..9}.tar")) == {}
+    windows = dataclasses.replace(cfg, data="pipe:false {0..9}.tar", window_shards=1, dataset_size=320)
+    assert evaluation.training_metrics(tmp_path, windows) == {"steps": 30}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reduction_is_measured_without_the_data_that_it_reduced(folder, tmp_path, capsys):
+    """They may be gone by then; samples need no .json, either."""
+    shard = tmp_path / "shards/00000.tar"
+    tars.write_tar(shard, [{"__key__": key, "png": b"?", "txt": "a"} for key in ("b", "c")])
+    cfg = config.Config(data=str(tmp_path / "shards"))
+    assert evaluation.data_metrics(cfg) == {"data/pairs": 2}
+    checks = {"captions": {"samples": 9, "coverage": 0.5}}
+    (tmp_path / "report.json").write_text(json.dumps({"checks": checks}))
+    (tmp_path / "config.json").write_text('{"data": "gone.tar", "captions": "original"}')
+    (tmp_path / "report.csv").write_text("key,kept,cluster\nb,1,0\nc,1,1\n")
+    measured = {"data/pairs": 2, "captions/coverage": 50.0}
+    assert evaluation.data_metrics(cfg) == measured
+    assert "metrics of the samples in gone.tar are left out: shard gone.tar does not exist" in capsys.readouterr().out
+    tars.write_tar(tmp_path / "shards/00001.tar", [{"__key__": "d", "png": b"?", "txt": "a"}])
+    assert evaluation.data_metrics(dataclasses.replace(cfg, data=str(shard))) == {"data/pairs": 2}  # not of all shards
 
 
 def test_a_changed_rerank_set_is_measured_again(tmp_path, monkeypatch):

@@ -1,17 +1,28 @@
 """Codes in the order of samples, and saved outputs of a reduction, of which only missing rows are computed."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_faults import room
 from test_tldr_reduction_model import tiny_captioner
 
 from shared import data, run
 from tldr_reduction import inference
 from tldr_reduction.config import ReduceConfig
-from tldr_reduction.datasets import eval_transform
+from tldr_reduction.datasets import eval_transform, open_pairs
 from tldr_reduction.encoders import Encoder
-from tldr_reduction.inference import Inference, cached_rows, extract_codes, read_reasons, read_rows, short
+from tldr_reduction.inference import (
+    Inference,
+    cached_rows,
+    extract_codes,
+    gathered_codes,
+    read_reasons,
+    read_rows,
+    short,
+)
 from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
 
 
@@ -57,6 +68,18 @@ def test_reductions_that_share_a_folder_keep_each_others_rows(tmp_path):
     assert read_rows(tmp_path, np.arange(5), 10, "squares").tolist() == [0, 1, 4, 9, 16]
     with pytest.raises(ValueError, match="lacks rows that were written"):
         read_rows(tmp_path, np.array([4, 5]), 10, "squares")
+
+
+def test_merged_codes_are_memory_mapped(tmp_path):
+    """A full disk is an error in a sentence; without room for the file, a write to the map would kill the process."""
+    codes = np.arange(60, dtype=np.uint16).reshape(20, 3)
+    alone, rows = run.Process(0, 1, torch.device("cpu")), np.delete(np.arange(20), 7)
+    cached_rows(tmp_path, np.arange(20), 6, alone, lambda missing: {"codes": codes[missing]})
+    with room(200), pytest.raises(OSError, match="codes.npy could not be written"):
+        gathered_codes(tmp_path, rows, 6)
+    merged = gathered_codes(tmp_path, rows, 6)
+    assert isinstance(merged, np.memmap) and merged.dtype == np.uint16 and np.array_equal(merged, codes[rows])
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_reasons_take_little_memory(tmp_path):
@@ -116,3 +139,17 @@ def test_each_image_is_encoded_once(tmp_path, monkeypatch):
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(one, other)
     assert len(np.unique(first[0])) == 8 and first[2].tolist() == ["unreadable" if row == 4 else "" for row in rows]
+
+
+def test_the_same_annotations_of_other_images_have_their_own_outputs(tmp_path):
+    """Reductions that share a work folder may read an annotation file with different --image-root."""
+    (tmp_path / "all.json").write_text(json.dumps([{"image": "a.png", "caption": "a"}]))
+    hashes = []
+    for colour in ("red", "blue"):
+        (tmp_path / colour).mkdir()
+        Image.new("RGB", (4, 4), colour).save(tmp_path / colour / "a.png")
+        pairs = open_pairs(str(tmp_path / "all.json"), str(tmp_path / colour))
+        cfg = ReduceConfig(data="", out=str(tmp_path / "out"))
+        passes = Inference(cfg, pairs, run.Process(0, 1, torch.device("cpu")))
+        hashes += read_rows(passes.readable(), np.arange(1), cfg.chunk, "pixels").tolist()
+    assert len(set(hashes)) == 2

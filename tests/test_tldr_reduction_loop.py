@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from test_tldr_reduction_blip import tiny_blip
+from test_tldr_reduction_train import folder  # noqa: F401
 
 from tldr_reduction import config, loop
 
@@ -30,6 +31,15 @@ def test_a_blip_starts_with_equal_momentum_encoders(tmp_path, capsys):
     assert "which start at random" in capsys.readouterr().out
     for online, slow in zip(model.visual_encoder.parameters(), model.visual_encoder_m.parameters(), strict=True):
         assert torch.equal(online, slow)
+
+
+def test_a_plan_counts_the_pairs_of_a_list_of_shards(folder, capsys):
+    """Without them it plans for --dataset-size or the paper's number, and says so."""
+    model, pool = torch.nn.Linear(2, 2), f"{folder}/pool/{{00000..00001}}.tar"
+    for spec, words in ((pool, "128 an epoch, 640 in 5 epochs\n"), ("gone/{0..1}.tar", "{0..1}.tar is not here\n")):
+        cfg = dataclasses.replace(config.FINETUNE, data=spec, batch_size=64)
+        loop.show_plan(cfg, 1, model, lambda: model(torch.ones(2, 2)).sum())
+        assert words in capsys.readouterr().out
 
 
 def test_rows_of_a_plan_need_no_data(capsys):

@@ -28,7 +28,6 @@ from shared import checkpoints, export, run
 from tldr_reduction import cluster as clustering
 from tldr_reduction import inference, reduce, tokenizer
 from tldr_reduction.datasets import eval_transform, open_pairs
-from tldr_reduction.inference import gathered_codes
 from tldr_reduction.reduce import refine_annotations, write_shards
 from tldr_reduction.scorers import Scorer
 
@@ -46,7 +45,7 @@ def test_repeated_and_unknown_predictions():
 
 
 def test_only_the_caption_file_is_rewritten(tmp_path):
-    """Other text files of a sample are not changed."""
+    """Other text files of a sample are not changed; shards of an earlier selection are replaced."""
     png = io.BytesIO()
     Image.new("RGB", (4, 4)).save(png, "PNG")
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
@@ -58,6 +57,10 @@ def test_only_the_caption_file_is_rewritten(tmp_path):
     write_shards(pairs, {0: "new"}, tmp_path / "out", run.Process(0, 1, torch.device("cpu")))
     with tarfile.open(tmp_path / "out/00000.tar") as tar:
         assert [tar.extractfile(name).read() for name in ("a.txt", "a.alt.txt")] == [b"new", b"other"]
+    write_shards(pairs, {0: "newer"}, tmp_path / "out", run.Process(0, 1, torch.device("cpu")))
+    assert open_pairs(str(tmp_path / "out/00000.tar")).caption(0) == "newer"
+    write_shards(pairs, {}, tmp_path / "out", run.Process(0, 1, torch.device("cpu")))
+    assert not list((tmp_path / "out").iterdir())  # a later selection may keep nothing of the shard
 
 
 def test_names_of_the_contract_can_be_imported():
@@ -141,6 +144,21 @@ def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_p
     settings.pop("fingerprint")  # as in an older folder
     (out / "config.json").write_text(json.dumps(settings))
     assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
+
+
+def test_a_reduction_keeps_as_many_as_the_matched_one(folder, in_process, tmp_path):
+    """If that one is made anew and keeps another number, this one is not taken for finished."""
+    matched = tmp_path / "matched"
+    matched.mkdir()
+    command = [folder / "pool", "--select", "random", "--match", matched, "--out", tmp_path / "out"]
+    for report, words in ((b"{", "holds no JSON object"), (b"{}", "holds no report.json of a finished reduction")):
+        (matched / "report.json").write_bytes(report)
+        refused(in_process(*command, module=REDUCE), words)
+    (matched / "report.json").write_text('{"kept": 7}')
+    finished(in_process(*command, module=REDUCE))
+    assert len(open_pairs(str(tmp_path / "out/shards"))) == 7
+    (matched / "report.json").write_text('{"kept": 8}')
+    refused(in_process(*command, module=REDUCE), f"was made when {matched} had other content")
 
 
 def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path):
@@ -400,6 +418,8 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         shutil.rmtree(folder / "wrong", ignore_errors=True)
     refused(in_process(pool, "--out", pool / "00000.tar", module=REDUCE), "is a file")
     refused(in_process(pool, "--out", pool, module=REDUCE), "is the folder of the data")
+    shutil.copy(folder / "gone.json", folder / "annotation.json")  # it would be overwritten
+    refused(in_process(folder / "annotation.json", "--out", folder, module=REDUCE), "is the folder of the data")
     own = chain["reduced"].parent / "own"  # output shards would be mixed with those of the input
     shutil.copytree(chain["reduced"] / "shards", own / "shards")
     refused(in_process(own / "shards", "--out", own, module=REDUCE), "choose another --out")
@@ -417,9 +437,3 @@ def test_dry_run_of_a_reduction(in_process, folder):
     remote = f"pipe:touch {folder}/fetched-{{0..1}}"
     printed = finished(in_process(remote, "--dry-run", "--out", out, module=REDUCE)).out
     assert "(cc3m, as pipe:touch" in printed and not list(folder.glob("fetched-*"))
-
-
-def test_merged_codes_are_memory_mapped(chain):
-    codes_folder = next(path for path in (chain["reduced"] / "work").glob("codes-*"))
-    merged = gathered_codes(codes_folder, np.arange(160), 48)
-    assert isinstance(merged, np.memmap) and merged.shape == (160, 5 * 2) and merged.dtype == np.uint16

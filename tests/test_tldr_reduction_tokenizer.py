@@ -37,6 +37,24 @@ def test_word_pieces(tmp_path):
         WordPiece(tmp_path / "missing.txt")
 
 
+def test_a_vocabulary_is_checked(tmp_path):
+    path, pieces = tmp_path / "vocab.txt", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b"]
+    path.write_text("\n".join(pieces))
+    first = WordPiece(path).fingerprint
+    path.write_text("\n".join([*pieces[:-1], "c", ""]))
+    assert WordPiece(path).fingerprint != first
+    for lines in ([], pieces[1:], pieces[:3], [*pieces, "a"], [*pieces[:5], "", "", "b"]):
+        path.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=f"vocabulary {path} is not BERT's or one like it"):
+            WordPiece(path)
+    path.write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"vocabulary {path} is not UTF-8 text"):
+        WordPiece(path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        WordPiece(tmp_path)
+
+
 def test_captions_are_cut_later_in_retrieval_and_matching_than_in_training(tmp_path):
     """At 35 tokens as in BLIP, or where the model has no more positions."""
     path = tmp_path / "vocab.txt"

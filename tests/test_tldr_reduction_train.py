@@ -218,6 +218,22 @@ def test_broken_samples_are_counted(cli, folder, tiny, broken):
     refused(cli(*flags, "--strict", "--out", folder / "strict", module=PROGRAMS["captioner"][0]), "--strict")
 
 
+def test_a_run_needs_its_vocabulary(chain, in_process, tiny, tmp_path):
+    """One with as many other pieces would give other numbers without an error."""
+    vocab = tmp_path / "vocab.txt"
+    state = checkpoints.load_checkpoint(chain["finetune"] / "checkpoint.pt")
+    pieces = Path(state["config"]["vocab"]).read_text().splitlines()
+    vocab.write_text("\n".join([*pieces[:-2], pieces[-1], pieces[-2]]))
+    state["config"] |= {"vocab": str(vocab), "epochs": 4}
+    (tmp_path / "run").mkdir()
+    checkpoints.save_checkpoint(tmp_path / "run/checkpoint.pt", state)
+    with pytest.raises(ValueError, match=f"was trained with another vocabulary than {vocab} holds now: restore"):
+        load_run(tmp_path / "run")
+    flags = ["--vocab", vocab, "--epochs", "4", "--init", state["config"]["init"], "--out", tmp_path / "run"]
+    result = in_process(*command("finetune", tiny, *flags), module=PROGRAMS["finetune"][0])
+    refused(result, f"was trained with another vocabulary than {vocab} holds now: choose another --out")
+
+
 def test_a_run_does_not_resume_with_other_settings(chain, cli, tiny, folder):
     changed = [*command("captioner", tiny), "--lr", "2e-3", "--out", chain["captioner"]]
     refused(cli(*changed, module=PROGRAMS["captioner"][0]), "another configuration: lr")

@@ -183,9 +183,8 @@ class TextTransformer(nn.Module):
         """Ids (B, T) -> states (B, T, C). With a `cache`, input_ids are only the new ids; attention_mask (B, T) also
         covers earlier ones."""
         end, device = attention_mask.shape[1], input_ids.device
-        if end > self.embeddings["position_embeddings"].num_embeddings:
-            limit = self.embeddings["position_embeddings"].num_embeddings
-            raise ValueError(f"a text of {end} tokens is longer than the {limit} positions of the text transformer")
+        if end > self.max_positions:
+            raise ValueError(f"a text of {end} tokens is longer than the model's {self.max_positions} positions")
         positions = torch.arange(end - input_ids.shape[1], end, device=device)
         x = self.embeddings["word_embeddings"](input_ids) + self.embeddings["position_embeddings"](positions)
         x = F.dropout(self.embeddings["LayerNorm"](x), self.dropout, self.training)
@@ -329,8 +328,8 @@ def beam_search(
     `next_logits(ids (B*n, t), order (B*n,))` returns logits (B*n, V) of the next token; `order` is, for each row of
     ids, the row of the previous call that it continues. Lengths include the prompt. Scores of finished captions are
     sums of log-probabilities divided by the length without [SEP]. A [SEP] ranked below the n best candidates is
-    ignored. A sample ends when it has n captions whose lowest score is at least the sum of this step's best candidate
-    divided by the present length. One beam is greedy search.
+    ignored. A sample ends when it has n captions, and the lowest of their scores is at least the sum of this step's
+    best candidate divided by the present length. One beam is greedy search.
     """
     n, device, length = num_beams, prompt_ids.device, len(prompt_ids)
     if not 0 < length < max_length:
@@ -426,7 +425,7 @@ def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
 
 
 def drawn(weights: Tensor) -> Tensor:
-    """Draw an index in 0..N-1 for each row of weights (B, N), with probabilities in their proportions: (B,).
+    """Draw an index in 0..N-1 for each row of weights (B, N), with probabilities proportional to them: (B,).
 
     Like `torch.multinomial`, but without its check of the weights, which waits for the GPU.
     """
@@ -436,9 +435,9 @@ def drawn(weights: Tensor) -> Tensor:
 class BLIP(nn.Module):
     """ITC with momentum queue, ITM with hard negatives, LM. B:models/blip_pretrain.py:20-245.
 
-    `negatives` are drawn from the batches of all processes, and the contrastive keys are the momentum features of all
-    plus the queue, so W processes equal one process with W times the batch (upstream: the process's own batch). Tokens
-    [DEC] and [ENC] have the last two ids of the vocabulary.
+    Negatives are drawn from the batches of all processes. The contrastive keys are the momentum features of these
+    batches and the queue. So W processes equal one process with W times the batch (upstream takes negatives and keys
+    from the process's own batch). Tokens [DEC] and [ENC] have the last two ids of the vocabulary.
     """
 
     def __init__(
@@ -472,7 +471,11 @@ class BLIP(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Projection of [CLS], unit (B, E)."""
-        return F.normalize(self.vision_proj(self.visual_encoder(image)[:, 0]).float(), dim=-1)
+        return self.project(self.visual_encoder(image))
+
+    def project(self, image_embeds: Tensor) -> Tensor:
+        """`encode_image` of encoded images (B, L, D)."""
+        return F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projection of [CLS] of the text alone, unit (B, E); without a mask, id 0 is padding."""
@@ -513,9 +516,7 @@ class BLIP(nn.Module):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         image_embeds = self.visual_encoder(image)
-        image_features = F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
-        text_features = self.encode_text(input_ids, attention_mask)
-        features = image_features, text_features
+        features = self.project(image_embeds), self.encode_text(input_ids, attention_mask)
         loss_ita, sim_i2t, sim_t2i = self.contrast(*features, image, input_ids, attention_mask, alpha)
         if negatives is None:
             negatives = self.draw_negatives(sim_i2t, sim_t2i)
@@ -637,8 +638,7 @@ class RetrievalBLIP(BLIP):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         image_embeds = self.visual_encoder(image)
-        image_features = F.normalize(self.vision_proj(image_embeds[:, 0]).float(), dim=-1)
-        features = image_features, self.encode_text(input_ids, attention_mask)
+        features = self.project(image_embeds), self.encode_text(input_ids, attention_mask)
         loss_ita, sim_i2t, sim_t2i = self.contrast(*features, image, input_ids, attention_mask, alpha, image_ids)
         if negatives is None:
             others = image_ids[:, None] != gather(image_ids)[None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shared import cli, data, pretrained, run, windows
 from tldr_reduction import loop
-from tldr_reduction.config import CAPTIONERS, CaptionerConfig
+from tldr_reduction.config import CAPTIONERS, CaptionerConfig, read_lines
 from tldr_reduction.datasets import PairDataset, eval_transform
 from tldr_reduction.model import (
     CodebookCaptioner,
@@ -58,7 +58,7 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
     else:
         embed = text_embedder(cfg.keyword_model, cfg.code_dim)
         if cfg.keywords is not None:
-            codebook = embed(Path(cfg.keywords).read_text(encoding="utf-8").splitlines()[: cfg.num_codes]).float()
+            codebook = embed(read_lines(cfg.keywords, "--keywords")[: cfg.num_codes]).float()
         else:  # the first process reads all captions, the others wait
             found = keyword_codebook(windows.captions(pairs), cfg.num_codes, embed) if process.main else None
             codebook = run.broadcast(found, process)
@@ -148,7 +148,8 @@ def train(cfg: CaptionerConfig, process: run.Process) -> Path:
         loop.start_from_elsewhere(model, cfg)
         start_codebook(model, cfg, pairs, process)
     used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
-    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
+    fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), **fixed)
     ddp = loop.parallel(model, process)
     dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process)
 

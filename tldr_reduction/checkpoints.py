@@ -10,6 +10,7 @@ as --scorer, --caption-model or --captioner, the training programs as --init. `e
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,8 @@ def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | op
     kept = state.get("config") if isinstance(state, dict) else None
     cfg = checkpoints.config_in(state, config.class_of(kept if isinstance(kept, dict) else {}), path)
     tokenizer = tokenizer_of(cfg)
+    if state.get("vocab") not in (None, getattr(tokenizer, "fingerprint", None)):
+        raise ValueError(f"{path} was trained with another vocabulary than {cfg.vocab} holds now: restore that file")
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
     return model.eval(), cfg, tokenizer
@@ -144,18 +147,21 @@ def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, 
 # ------------------------------------------------------------------------------------------- BLIP's and the authors'
 
 
+def renamed(key: str, patterns: Iterable[tuple[str, str]]) -> str:
+    """The key, renamed by the first of the (pattern, replacement) that it matches."""
+    for pattern, replacement in patterns:
+        new, count = re.subn(pattern, replacement, key)
+        if count:
+            return new
+    return key
+
+
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of transformers' BLIP (Salesforce/blip-itm-base-coco, -image-captioning-base) under BLIP's names."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in HUGGING_FACE:
-            key, count = re.subn(pattern, replacement, key)
-            if count:
-                break
-        renamed[key] = value
-    if "visual_encoder.cls_token" in renamed:
-        renamed["visual_encoder.cls_token"] = renamed["visual_encoder.cls_token"].view(1, 1, -1)
-    return renamed
+    found = {renamed(key, HUGGING_FACE): value for key, value in state.items()}
+    if "visual_encoder.cls_token" in found:
+        found["visual_encoder.cls_token"] = found["visual_encoder.cls_token"].view(1, 1, -1)
+    return found
 
 
 def blip_state(source: str | Path | dict) -> dict[str, Tensor]:
@@ -205,15 +211,8 @@ EXPORTS = {  # folder of an export: transformers' class, and its modules besides
 
 def to_hugging_face(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Convert a state dict under BLIP's names to the names of transformers' BLIP of that kind (EXPORTS)."""
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith(("visual_encoder.", *EXPORTS[kind][1])):
-            for pattern, replacement in TO_HUGGING_FACE:
-                key, count = re.subn(pattern, replacement, key)
-                if count:
-                    break
-            renamed[key] = value
-    return renamed
+    wanted = ("visual_encoder.", *EXPORTS[kind][1])
+    return {renamed(key, TO_HUGGING_FACE): value for key, value in state.items() if key.startswith(wanted)}
 
 
 def hugging_face_config(cfg: config.Common, tokenizer: WordPiece):

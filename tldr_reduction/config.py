@@ -5,13 +5,12 @@ TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, BLIP's 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from shared import cli, export
+from shared import checkpoints, cli, export
 from shared.presets import EMBEDDED, OWN, Row
 from shared.pretrained import LITE0
 
@@ -389,7 +388,7 @@ def check(cfg: Common, world_size: int) -> None:
     if isinstance(cfg, CaptionerConfig) and cfg.keywords is not None and cfg.codebook_init == "keywords":
         if not Path(cfg.keywords).is_file():
             raise FileNotFoundError(f"--keywords {cfg.keywords} does not exist: a text file with one keyword a line")
-        lines = len(Path(cfg.keywords).read_text(encoding="utf-8").splitlines())
+        lines = len(read_lines(cfg.keywords, "--keywords"))
         if lines < cfg.num_codes:
             raise ValueError(
                 f"--keywords {cfg.keywords} holds {lines} keywords, fewer than --num-codes {cfg.num_codes}"
@@ -397,6 +396,14 @@ def check(cfg: Common, world_size: int) -> None:
     if isinstance(cfg, Config):
         cli.check_eval_set(cfg)
         cli.check_zero_shot_set(cfg)
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """Lines of a text file. ValueError that names the file, as `what`, if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is not UTF-8 text") from error
 
 
 def for_steps(cfg: Common, per_epoch: int) -> Common:
@@ -420,9 +427,17 @@ def check_sizes(cfg: Common, world_size: int) -> None:
     """The checks of `check` that also apply to --dry-run, which has no data."""
     cli.check_counts(cfg, "epochs", "batch_size", "save_every", "log_every", "max_words")
     cli.check_rates(cfg, "lr", "min_lr", "weight_decay")
-    cli.check_counts(cfg, "image_size", "patch_size", "layers", "heads", "text_heads", "dataset_size")
+    cli.check_counts(cfg, "image_size", "patch_size", "width", "layers", "heads", "text_width", "text_layers")
+    cli.check_counts(cfg, "text_heads", "dataset_size")
+    cli.check_counts(cfg, "workers", least=0)
+    if isinstance(cfg, Warm):
+        cli.check_counts(cfg, "warmup", least=0)
+        cli.check_rates(cfg, "warmup_lr", "lr_decay_rate")
     if isinstance(cfg, Config):
         cli.check_counts(cfg, "steps")
+    for name in ("dropout", "drop_path", "momentum", "alpha"):
+        if not 0 <= getattr(cfg, name, 0.0) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is not in [0, 1]")
     cli.check_batch(cfg, world_size)
     if isinstance(cfg, Config) and cfg.lock_image:
         check_lock(cfg)
@@ -489,11 +504,11 @@ class ReduceConfig:
     """Values for keep, clusters and itm_keep if these are not given: paper (CC3M), release_comment, release_script,
     cc12m, yfcc15m, laion40m, ratio-{10,25,50,100}, clusters-{100,1000,3000,5000,10000}."""
     keep: float | None = None
-    """Share of each cluster that is kept."""
+    """Share to keep of each cluster, or of all samples."""
     clusters: int | None = None
     """Clusters k. None: the recipe's number, but at most one per 30 samples."""
     itm_keep: float | None = None
-    """Keep only selected samples that are in this top share of all samples by score (of --scorer)."""
+    """Of the selected samples, keep only those that are in this top share of all samples by score (of --scorer)."""
     select: Literal["stride", "nearest", "farthest", "random", "first", "itm", "all"] = "stride"
     """By clusters: stride, every n-th member (paper); nearest or farthest from the centroid. Without clusters: random;
     first, the first samples of the file; itm, those with the highest scores; all."""
@@ -519,8 +534,8 @@ class ReduceConfig:
     code_dim: int = 64
     """Code dimension c of an encoder's codebook: number of principal axes of its tokens."""
     check: str = "auto"
-    """Encoder on whose features the selection is compared with a random one, in addition to thumbnails and captions; a
-    name as for --encoder. auto: efficientnet_lite0, unless it made the clusters. none: no comparison."""
+    """The selection is compared with a random one on thumbnails, on captions, and on features of this encoder (names as
+    for --encoder). auto: efficientnet_lite0, unless it made the clusters. none: no comparison."""
     caption_model: str | None = None
     """Model that writes T_g: a run folder of finetune.py, or transformers' BLIP, a folder or a name on the Hugging Face
     hub (Salesforce/blip-image-captioning-base)."""
@@ -648,7 +663,7 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
     for name, folder in (("out", cfg.out), ("work", cfg.work)):
         if folder and Path(folder).exists() and not Path(folder).is_dir():
             raise NotADirectoryError(f"--{name} {folder} is a file: name a folder")
-    if Path(cfg.out).resolve() == Path(cfg.data).resolve():
+    if Path(cfg.data).resolve() in (Path(cfg.out).resolve(), Path(cfg.out, "annotation.json").resolve()):
         raise ValueError(f"--out {cfg.out} is the folder of the data: choose another")
     if cfg.extract_images and cfg.data.endswith(".json"):
         raise ValueError(f"--extract-images is for shards: the images of {cfg.data} are files already")
@@ -666,9 +681,10 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
 def kept_by(folder: str) -> int:
     """Samples that a finished reduction kept."""
     path = Path(folder) / "report.json"
-    if not path.is_file():
+    kept = checkpoints.read_json(path).get("kept") if path.is_file() else None
+    if kept is None:
         raise FileNotFoundError(f"--match {folder} holds no report.json of a finished reduction")
-    return json.loads(path.read_text())["kept"]
+    return kept
 
 
 # --------------------------------------------------------------------------------------------------- the paper's tables

@@ -148,6 +148,16 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
     return data.open_pairs(spec, limit, strict, Path(cache or "data/cache"))
 
 
+def local_pairs(spec: str, root: str | None = None, limit: int | None = None, cache: str = ""):
+    """`open_pairs` of data on this machine; None if the data are missing or remote (nothing is fetched)."""
+    try:
+        if not any(map(data.is_remote, data.expand_shards(spec))):
+            return open_pairs(spec, root, limit, False, cache)
+    except FileNotFoundError:
+        pass
+    return None
+
+
 def pixel_hash(image: Image.Image) -> int:
     """A 64-bit hash that identifies images with equal pixels."""
     return int(data.fingerprint(repr(image.size).encode(), image.tobytes()), 16)

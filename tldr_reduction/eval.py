@@ -6,7 +6,6 @@ shared code, and what a reduction kept. salesforce/BLIP@056a169 is cited as `B:`
 
 import csv
 import dataclasses
-import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ import tyro
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 from torch import Tensor
 
-from shared import cli, data, evaluation, export, run, tars
+from shared import checkpoints, cli, data, evaluation, export, run, tars
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.checkpoints import export_blip, load_run
-from tldr_reduction.config import total_steps
-from tldr_reduction.datasets import view_of
+from tldr_reduction.config import Common, total_steps
+from tldr_reduction.datasets import local_pairs, view_of
 from tldr_reduction.model import BLIP
 from tldr_reduction.scorers import scored_tokens
 from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, save_tokenizer
@@ -97,7 +96,7 @@ def rerank_scores(
     """
     device = next(blip.parameters()).device
     embeds = torch.cat([blip.visual_encoder(batch.to(device)) for batch in images.split(batch_size)])
-    image_features = torch.nn.functional.normalize(blip.vision_proj(embeds[:, 0]).float(), dim=-1)
+    image_features = blip.project(embeds)
     batches = zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
     text_features = torch.cat([blip.encode_text(ids.to(device), mask.to(device)) for ids, mask in batches])
     ids, mask = input_ids.to(device).clone(), attention_mask.to(device)
@@ -183,7 +182,7 @@ CHECKED_ON = {"images at 8 x 8 pixels": "pixels", "captions": "captions"}  # fea
 
 
 def quality_metrics(summary: dict) -> dict[str, float]:
-    """Cohesion and coverage of a reduction and of random ones, from its report.json, as cosines times 100."""
+    """Cohesion and coverage of a reduction and of random ones as cosines times 100; `summary` is its report.json."""
     metrics = {}
     for features, short in CHECKED_ON.items():
         for name, value in summary.get("checks", {}).get(features, {}).items():
@@ -208,28 +207,49 @@ def score_metrics(summary: dict, lines: Sequence[Mapping[str, str]]) -> dict[str
     return {name: float(value) for name, value in metrics.items()}
 
 
-def data_metrics(spec: str) -> dict[str, float]:
+def descriptions(spec: str) -> dict[str, dict]:
+    """{key: content of its .json} of the samples of shards. If the shards are remote, missing or damaged: {}, and the
+    reason is printed."""
+    try:
+        shards = data.expand_shards(spec)
+        if any(map(data.is_remote, shards)):
+            raise ValueError("they are remote")
+        return dict(tars.descriptions(shards))
+    except (OSError, ValueError) as error:
+        print(f"metrics of the samples in {spec} are left out: {error}")
+        return {}
+
+
+def data_metrics(cfg: Common) -> dict[str, float]:
     """Metrics of a run's training data: pairs, distinct emoji, scores before and after, cohesion and coverage;
     agreement of clusters with scenes or subgroups, of generated captions with true names, and of scores with the kind
-    of caption."""
-    samples = dict(tars.descriptions(data.expand_shards(spec)))
-    metrics = {"data/pairs": len(samples)}
-    if emoji := {d["hexcode"] for d in samples.values() if "hexcode" in d}:  # otherwise it is another corpus
-        metrics["data/emoji"] = len(emoji)
-    if all("original" in d for d in samples.values()):
-        metrics["data/scenes"] = len({d["original"] for d in samples.values()})
-    if all("noise" in d for d in samples.values()):
-        metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples.values()) / len(samples)
-    folder = Path(spec).parent
-    if not (folder / "report.json").is_file():
+    of caption. {} if the data are not on this machine."""
+    limit = None if cfg.window_shards else cfg.dataset_size
+    pairs = local_pairs(cfg.data, cfg.image_root, limit, cfg.cache)
+    metrics = {} if pairs is None else {"data/pairs": len(pairs)}
+    if not isinstance(pairs, data.Shards):
         return metrics
-    summary = json.loads((folder / "report.json").read_text())
-    metrics |= quality_metrics(summary)
+    everything = descriptions(cfg.data)
+    samples = [everything[key] for key in pairs.keys if key in everything]
+    if emoji := {d["hexcode"] for d in samples if "hexcode" in d}:  # otherwise it is another corpus
+        metrics["data/emoji"] = len(emoji)
+    if samples and all("original" in d for d in samples):
+        metrics["data/scenes"] = len({d["original"] for d in samples})
+    if samples and all("noise" in d for d in samples):
+        metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples) / len(samples)
+    folder = Path(pairs.paths[0]).parent.parent
+    whole = list(map(Path, pairs.paths)) == sorted((folder / "shards").glob("*.tar"))
+    return metrics | reduction_metrics(folder) if whole and (folder / "report.json").is_file() else metrics
+
+
+def reduction_metrics(folder: Path) -> dict[str, float]:
+    """The `data_metrics` of a reduction, from its report.json, config.json and report.csv."""
+    summary, settings = (checkpoints.read_json(folder / name) for name in ("report.json", "config.json"))
+    metrics = quality_metrics(summary)
     metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
-    settings = json.loads((folder / "config.json").read_text())
-    everything = dict(tars.descriptions(data.expand_shards(settings["data"])))
+    everything = descriptions(settings["data"])
     with open(folder / "report.csv", newline="", encoding="utf-8") as file:
-        lines = [line | everything[line["key"]] for line in csv.DictReader(file)]
+        lines = [everything.get(line["key"], {}) | line for line in csv.DictReader(file)]
     metrics |= score_metrics(summary, lines)
     truth = "original" if "original" in lines[0] else "subgroup"  # scenes, or subgroups of emoji
     if clustered := [line for line in lines if line.get("cluster") and truth in line]:
@@ -243,6 +263,18 @@ def data_metrics(spec: str) -> dict[str, float]:
     if len({line["noise"] for line in scored}) == 2:  # do scores separate true names from those of other emoji?
         labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in scored), strict=True)
         metrics["itm/auc"] = 100 * roc_auc_score(labels, scores)
+    return metrics
+
+
+def training_metrics(folder: Path, cfg: Common) -> dict[str, float]:
+    """`data_metrics` of a run, its number of steps (without --steps, its data must be on this machine), and the mean
+    contrastive loss of its first three epochs, if it was logged."""
+    metrics = data_metrics(cfg)
+    pairs = cfg.dataset_size if cfg.window_shards else metrics.get("data/pairs", 0)
+    if steps := total_steps(cfg, pairs // cfg.batch_size):
+        metrics["steps"] = steps
+    if early := [line["loss_ita"] for line in run.read_metrics(folder, "loss_ita") if line["epoch"] < 3]:
+        metrics["early_loss_ita"] = sum(early) / len(early)
     return metrics
 
 
@@ -282,13 +314,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         for folder in cfg.rerank:
             recall = reranked(model, tokenizer, transform, folder, cfg)
             flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
-    if settings.data and Path(settings.data).is_dir():
-        flat |= data_metrics(settings.data)
-    flat["steps"] = total_steps(settings, flat.get("data/pairs", 0) // settings.batch_size)
-    lines = [line for line in run.read_metrics(Path(path)) if "loss_ita" in line]
-    early = [line["loss_ita"] for line in lines if line["epoch"] < 3]
-    flat["early_loss_ita"] = sum(early) / max(len(early), 1)
-    return flat
+    return flat | training_metrics(Path(path), settings)
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

@@ -37,7 +37,8 @@ def train(cfg: FinetuneConfig, process: run.Process) -> Path:
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if not folder.resumed:
         loop.start_from_elsewhere(model, cfg)
-    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
+    fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), **fixed)
     ddp = loop.parallel(model, process)
     dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process, PROMPT)
 

@@ -82,11 +82,11 @@ def cached_rows(
             merged = merge(load_file(path), fresh)
             with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
                 np.savez(file, **merged)
-    run.gather_lists([], process)  # until all ranks have written their chunks
+    run.wait()  # until all ranks have written their files
 
 
 def merge(kept: dict[str, np.ndarray] | None, fresh: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of both, ascending by row; `kept` wins where both have a row."""
+    """Arrays of both, ascending by row; of a row that both have, those of `kept`."""
     if kept is not None:
         new = ~np.isin(fresh["rows"], kept["rows"])
         fresh = {name: np.concatenate([kept[name], values[new]]) for name, values in fresh.items()}
@@ -124,7 +124,7 @@ def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarra
 def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     """(N,) why the images of those rows (ascending) are unreadable, "" if they are readable.
 
-    An object array in which equal strings are one object; a string array would store each at the width of the longest.
+    In the object array equal strings are one object; a string array would store each at the width of the longest.
     """
     found, known = [np.empty(0, dtype=object)], {}
     for number in np.unique(rows // size):
@@ -135,18 +135,13 @@ def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 
 def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
     """Code vectors (N, L') of those rows as one memory-mapped array."""
-    path = folder / "codes.npy"
-    first = read_rows(folder, rows[:1], size, "codes")
-    shape = (len(rows), first.shape[1])
-    temporary = folder / f"codes.{os.getpid()}.tmp.npy"
-    merged = np.lib.format.open_memmap(temporary, "w+", first.dtype, shape)
-    done = 0
-    for number in np.unique(rows // size):
-        codes = read_rows(folder, rows_in(rows, number, size), size, "codes")
-        merged[done : done + len(codes)] = codes
-        done += len(codes)
-    merged.flush()
-    os.replace(temporary, path)
+    path, first = folder / "codes.npy", read_rows(folder, rows[:1], size, "codes")
+    header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(rows), first.shape[1])}
+    # On a full disk, writing to a file is an error, but writing to a memory map kills the process
+    with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for number in np.unique(rows // size):
+            file.write(read_rows(folder, rows_in(rows, number, size), size, "codes").tobytes())
     return np.load(path, mmap_mode="r")
 
 
@@ -160,6 +155,9 @@ class Inference:
         self.cfg, self.pairs, self.process = cfg, pairs, process
         self.rows = np.arange(len(pairs))
         self.work = Path(cfg.work or Path(cfg.out) / "work")
+        self.fingerprint = pairs.fingerprint  # part of the names of the folders in the work folder
+        if root := getattr(pairs, "root", None):  # in another root, an annotation file names other images
+            self.fingerprint = data.fingerprint(f"{pairs.fingerprint} {os.path.abspath(root)}".encode())
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}
         self.fitted: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64)}  # codes that `encoder_codes` made
@@ -169,7 +167,7 @@ class Inference:
         """Folder for the outputs `what` of a model on the reduction's data; each pair of model and data has its own."""
         file = weights_of(model)
         stamp = file and file.stat().st_mtime_ns
-        marks = (self.pairs.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
+        marks = (self.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
 
     def model(self, path: str, stage: str) -> tuple[nn.Module, WordPiece, Callable]:
@@ -264,7 +262,7 @@ class Inference:
     def encoder_folder(self, what: str) -> Path:
         """Folder for the outputs `what` of --encoder with its codebook's settings, as `folder`."""
         cfg = self.cfg
-        marks = (self.pairs.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
+        marks = (self.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
         if (file := weights_of(cfg.encoder)) is not None:  # a file that may change
             marks += (file.stat().st_mtime_ns,)
         return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
@@ -291,7 +289,7 @@ class Inference:
             path.parent.mkdir(parents=True, exist_ok=True)
             with checkpoints.replaced(path) as file:
                 np.savez(file, **codebook.arrays())
-        run.gather_lists([], self.process)  # until it is written
+        run.wait()  # until it is written
         kept = load_file(path)
         codebook = Codebook(*(torch.from_numpy(kept[name]) for name in Codebook._fields))
 
@@ -325,7 +323,7 @@ class Inference:
                     features.append(encoder.features(images).float().cpu() if encoder else small[-1][:, :0])
             return {"small": torch.cat(small).numpy(), "features": torch.cat(features).numpy()}
 
-        marks = self.pairs.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
+        marks = self.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
         folder = self.work / f"check-{data.stable_hash(*marks):016x}"
         size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few rows
         self.keep(folder, rows, "check", compute, size)
@@ -342,7 +340,7 @@ class Inference:
             pixels, reasons = (list(itertools.chain.from_iterable(each)) for each in zip(*batches, strict=True))
             return {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
 
-        return self.keep(self.work / f"images-{self.pairs.fingerprint}", self.rows, "images", compute)
+        return self.keep(self.work / f"images-{self.fingerprint}", self.rows, "images", compute)
 
     def features(self, captioner: str | None) -> Path:
         """Folder with continuous features of all images, for ablations: those of the captioner or encoder, or the

@@ -19,7 +19,7 @@ from shared.pretrained import efficientnet_lite0
 from tldr_reduction.blip import target_places
 from tldr_reduction.checkpoints import init_text, init_vision, load_blip
 from tldr_reduction.config import Common, Warm, check, for_steps, total_steps
-from tldr_reduction.datasets import Collate, PairDataset, open_pairs, train_transform
+from tldr_reduction.datasets import Collate, PairDataset, local_pairs, open_pairs, train_transform
 from tldr_reduction.model import image_side
 from tldr_reduction.tokenizer import WordPiece
 
@@ -91,6 +91,14 @@ def optimizer_of(model: nn.Module, cfg: Common, precision: str, process: run.Pro
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
     return optimizer, torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
+
+
+def vocab_of(tokenizer, cfg: Common, folder: run.RunFolder) -> str | None:
+    """Fingerprint of the tokenizer's vocabulary, which the checkpoint holds; None for open_clip's tokenizer. ValueError
+    if the run began with another vocabulary."""
+    vocab = getattr(tokenizer, "fingerprint", None)
+    folder.check_same("vocab", vocab, f"with another vocabulary than {cfg.vocab} holds")
+    return vocab
 
 
 def parallel(model: nn.Module, process: run.Process) -> nn.Module:
@@ -186,13 +194,14 @@ def show_plan(
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    n = cfg.dataset_size or cfg.expected or 0
-    if cfg.data and Path(cfg.data).exists() and not cfg.window_shards:
-        n = len(open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache))
+    n, where = cfg.dataset_size or cfg.expected or 0, ""
+    if cfg.data and not cfg.window_shards:
+        pairs = local_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.cache)
+        n, where = (n, f"; {cfg.data} is not here") if pairs is None else (len(pairs), "")
     per_epoch = n // cfg.batch_size
     cfg = for_steps(cfg, per_epoch)
     steps = total_steps(cfg, per_epoch)
-    size = f"{n:,} an epoch, {steps * cfg.batch_size:,} in {cfg.epochs} epochs"
+    size = f"{n:,} an epoch, {steps * cfg.batch_size:,} in {cfg.epochs} epochs{where}"
     others = "locked" if getattr(cfg, "lock_image", False) else "momentum copies"
     rows = [("parameters", f"{trained:,} trained, {frozen:,} {others}"), *more]
     rows += [("samples", size if n else "unknown: pass --data or --dataset-size"), cli.batch_row(cfg, world_size)]

@@ -1,8 +1,8 @@
 """Reduce image-text shards: `python -m tldr_reduction.reduce SHARDS --keep 0.25 --out DIR`.
 
 TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, cited as `U:`. The paper's contribution:
-code vectors of all images (`extract_codes` in inference.py), clusters of them and a fixed share of each (cluster.py),
-refined captions (`refined`).
+code vectors of all images (`extract_codes` in inference.py), clusters of these vectors and the selection of a fixed
+share of each cluster (cluster.py), refined captions (`refined`).
 
 DIR will hold
   shards/            the kept samples, with their new captions; train.py, or any trainer, reads them
@@ -44,7 +44,7 @@ from tldr_reduction.cluster import (
     whiten,  # noqa: F401  of this file's contract
 )
 from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
-from tldr_reduction.datasets import open_pairs
+from tldr_reduction.datasets import local_pairs, open_pairs
 from tldr_reduction.encoders import GRID
 from tldr_reduction.inference import (
     Inference,
@@ -57,6 +57,7 @@ from tldr_reduction.page import write_page
 from tldr_reduction.quality import caption_features, measured, sampled
 from tldr_reduction.report import (
     Outcome,
+    column,
     distinct_images,
     itm_summaries,
     notes_of,
@@ -82,9 +83,9 @@ def refine_annotations(
     U:generate_train_json_w_caption.py:33-82.
 
     rows: [caption, key] of the source; generated: {"image_id": row number, "caption"}; annotations: {"image",
-    "caption"}. A row belongs to the annotation whose file name up to the first dot is the row's key after its last "_".
-    Annotations without a row keep their captions, and so do rows without a generated caption; if a row has several
-    generated captions, all are appended.
+    "caption"}. A row belongs to the annotation whose file name, up to its first dot, equals the end of the row's key,
+    after its last "_". Annotations without a row keep their captions, and so do rows without a generated caption; if a
+    row has several generated captions, all are appended.
     """
     captions = [row[0] for row in rows]
     for entry in generated:
@@ -143,13 +144,15 @@ def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | 
 def write_shards(pairs, kept: dict[int, str], folder: Path, process: run.Process) -> None:
     """Write all files of the samples `kept` (row -> caption) to one new shard per input shard that has such samples.
 
-    Only the content of the .txt changes. The shards are distributed over ranks; existing ones are left as they are.
+    Only the content of the .txt changes. The shards are distributed over ranks. Shards of an interrupted run are
+    replaced, since it may have selected other samples (with another version of faiss, for example).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(process.rank, len(pairs.paths), process.world_size):
         captions = {str(pairs.keys[row]): kept[row] for row in pairs.rows_of(number) if row in kept}
         path = folder / f"{number:05}.tar"
-        if not captions or path.exists():
+        if not captions:
+            path.unlink(missing_ok=True)
             continue
         with checkpoints.replaced(path) as file, tarfile.open(fileobj=file, mode="w") as target:
             for name, key, content in members(pairs.paths[number], captions.keys()):
@@ -194,7 +197,7 @@ def write_samples(cfg: ReduceConfig, pairs, kept: dict[int, str], process: run.P
     if not isinstance(pairs, data.Shards):
         return {row: str(pairs.keys[row]) for row in kept}
     write_shards(pairs, kept, Path(cfg.out) / "shards", process)
-    run.gather_lists([], process)  # until all ranks have written theirs
+    run.wait()  # until all ranks have written theirs
     return write_images(pairs, kept, Path(cfg.out), cfg.extract_images, process)
 
 
@@ -212,13 +215,10 @@ def members(path: str, keys: Container[str]) -> Iterator[tuple[str, str, bytes]]
 def dry_run(cfg: ReduceConfig) -> None:
     """Print how many samples would be kept and the resources needed, for the recipe's data set if `cfg.data` does not
     exist."""
-    try:
-        if any(map(data.is_remote, data.expand_shards(cfg.data))):
-            raise FileNotFoundError  # a dry run fetches nothing
-        n, what = len(open_pairs(cfg.data, cfg.image_root, None, False, cfg.cache)), cfg.data
-    except FileNotFoundError:
-        name = cfg.recipe if cfg.recipe in SETS else "cc3m"
-        n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
+    name = cfg.recipe if cfg.recipe in SETS else "cc3m"
+    n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
+    if (pairs := local_pairs(cfg.data, cfg.image_root, cache=cfg.cache)) is not None:
+        n, what = len(pairs), cfg.data
     cfg = check_reduction(cfg, n)
     kept = n if cfg.select == "all" else kept_by(cfg.match) if cfg.match else round(n * cfg.keep)
     more = f", and up to one more in each of {cfg.clusters:,} clusters" if cfg.clustered else ""
@@ -240,8 +240,9 @@ def dry_run(cfg: ReduceConfig) -> None:
 def is_finished(out: Path, settings: dict) -> bool:
     """Whether `out` holds this reduction already, finished.
 
-    `settings["weights"]`: fingerprints of the files of weights and of predictions, by path. ValueError if `out` holds a
-    reduction with other settings, data or files, or shards that no reduction has written.
+    `settings["weights"]`: by path, fingerprints of the files of weights and of predictions, and the number of samples
+    that the reduction of --match kept. ValueError if `out` holds a reduction with other settings, data or files, or
+    shards that no reduction has written.
     """
     if not (out / "config.json").exists():
         if list((out / "shards").glob("*.tar")):
@@ -289,11 +290,11 @@ def check_selection(
     kept: np.ndarray,
     clusters: Clusters | None,
 ) -> tuple[dict[str, dict], str]:
-    """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}; and
-    a sentence about features that are missing, or "".
+    """Compare clusters and selection with random ones, on at most CHECKED samples. Returns {features:
+    `quality.measured`}, and a sentence about features that are missing, or "".
 
-    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared,
-    because each dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
+    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
+    a dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
     on ranks other than 0, with --check none, and for selections that are random or keep all samples.
     """
     compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
@@ -381,14 +382,9 @@ def write_tables(
     }
     if itm is not None:
         before, after, probabilities = itm
-        unreadable = (found.reasons != "").tolist()
-        columns["itm"] = [
-            "" if broken else round(score, 4) for score, broken in zip(before.tolist(), unreadable, strict=True)
-        ]
         report["itm"] = itm_summaries(before[found.good], after, probabilities)
-        columns["itm_after"] = [""] * len(pairs)
-        for row, score in zip(np.sort(found.kept).tolist(), after.tolist(), strict=True):
-            columns["itm_after"][row] = round(score, 4)
+        for name, shown, scores in (("itm", found.good, before[found.good]), ("itm_after", np.sort(found.kept), after)):
+            columns[name] = column(len(pairs), shown, [round(score, 4) for score in scores.tolist()])
     columns["caption"] = [captions.get(row, "") for row in rows]
     columns["generated"] = [generated.get(row, "") for row in rows]
     write_csv(out / "report.csv", columns)
@@ -500,6 +496,8 @@ def main(cfg: ReduceConfig) -> None:
     if cfg.predictions:
         read_predictions(cfg.predictions, pairs.keys)  # an unusable file is reported before work starts
         weights[cfg.predictions] = data.fingerprint(Path(cfg.predictions).read_bytes())
+    if cfg.match:
+        weights[cfg.match] = kept_by(cfg.match)
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))
     settings |= {"fingerprint": pairs.fingerprint, "weights": weights}
     if is_finished(out, settings):

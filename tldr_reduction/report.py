@@ -92,15 +92,19 @@ def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, l
     columns["duplicate_of"] = duplicate_of.tolist()
     if found.clusters is not None:
         order, position, _ = in_cluster(found.clusters.assignment, cfg.clusters)
-        for name, values in (
-            ("cluster", found.clusters.assignment.tolist()),
-            ("distance", [round(d, 4) for d in found.clusters.dist2.clamp(min=0).sqrt().tolist()]),
-            ("position", position[torch.argsort(order)].tolist()),
-        ):
-            columns[name] = [""] * len(keys)
-            for row, value in zip(found.good.tolist(), values, strict=True):
-                columns[name][row] = value
+        distance = [round(d, 4) for d in found.clusters.dist2.clamp(min=0).sqrt().tolist()]
+        columns["cluster"] = column(len(keys), found.good, found.clusters.assignment.tolist())
+        columns["distance"] = column(len(keys), found.good, distance)
+        columns["position"] = column(len(keys), found.good, position[torch.argsort(order)].tolist())
     return columns
+
+
+def column(n: int, rows: np.ndarray, values: Sequence) -> list:
+    """A column of n entries: `values` in `rows`, elsewhere ""."""
+    entries: list = [""] * n
+    for row, value in zip(rows.tolist(), values, strict=True):
+        entries[row] = value
+    return entries
 
 
 def write_csv(path: Path, columns: dict[str, Sequence]) -> None:

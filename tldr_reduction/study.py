@@ -128,8 +128,8 @@ REDUCTIONS = {  # name: (pool, flags)
 }
 # There are more clusters than distinct scenes in the main pool, so that a cluster is a scene with its copies, a quarter
 # of which is kept, but at least one. The paper's shares for CC3M and YFCC15M (24 and 16.7 %) are not used: all pools
-# have the same share, so that they differ in captions or copies alone, and a smaller share would keep no fewer than one
-# sample of each cluster.
+# have the same share, so that they differ in captions or copies alone; a smaller one would still keep a sample of each
+# cluster.
 REDUCE = "reduce {pool} --keep 0.25 --clusters 1500 --work runs/tldr_reduction/work{name}-seed{{seed}}"
 
 

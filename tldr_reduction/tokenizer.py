@@ -14,7 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 from shared import checkpoints
-from tldr_reduction.config import Common
+from shared.index import fingerprint
+from tldr_reduction.config import Common, read_lines
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PROMPT = "a picture of "
@@ -66,9 +67,12 @@ class WordPiece:
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
             vocab = folder / "vocab.txt"
         if (folder / "tokenizer.json").is_file():
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            try:
+                self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # what tokenizers raises
+                raise ValueError(f"{folder}/tokenizer.json is damaged ({checkpoints.one_line(error, 120)})") from error
         elif Path(vocab).is_file():
-            lines = Path(vocab).read_text(encoding="utf-8").splitlines()
+            lines = read_lines(vocab, "vocabulary")
             model = models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]")
             self.tokenizer = Tokenizer(model)
             self.tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -85,8 +89,20 @@ class WordPiece:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         size = self.tokenizer.get_vocab_size(with_added_tokens=False)
-        self.pad, self.cls, self.sep = (self.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]"))
+        self.pad, unk, self.cls, self.sep = map(self.tokenizer.token_to_id, SPECIAL[:4])
         self.dec, self.enc = size, size + 1
+        last = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        if self.pad != 0 or None in (unk, self.cls, self.sep) or last >= size:
+            raise ValueError(
+                f"vocabulary {vocab} is not BERT's or one like it: it should begin with [PAD], have [UNK], [CLS] and "
+                "[SEP], and have no piece twice"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the pieces in the order of their ids."""
+        ids = self.tokenizer.get_vocab(with_added_tokens=False)
+        return fingerprint("\n".join(sorted(ids, key=ids.get)).encode())
 
     def __len__(self) -> int:
         return self.enc + 1

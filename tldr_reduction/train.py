@@ -113,7 +113,8 @@ def train(cfg: Config, process: run.Process) -> Path:
     if not folder.resumed:
         loop.start_from_elsewhere(model, cfg)
     total = total_steps(cfg, per_epoch)
-    folder.start(per_epoch * first + start, total, len(pairs), data=pairs.fingerprint)
+    fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
+    folder.start(per_epoch * first + start, total, len(pairs), **fixed)
     ddp = loop.parallel(model, process)
     locked = functools.partial(LockedPairs, cache=cfg.cache)
     read = dict(dataset_type=locked, view=view_of(model, cfg)) if cfg.lock_image else {}
