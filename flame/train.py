@@ -348,7 +348,7 @@ def main(cfg: Config) -> Path | None:
 
         done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         if curve is not None and ((epoch + 1) % cfg.eval_every == 0 or last):
-            with folder.clock.paused():
+            with folder.evaluation(done, epoch=epoch, batch=per_epoch):
                 top1 = curve.top1()
             folder.log(done, epoch=epoch, zero_shot_top1=top1)
         data.report_broken(broken, process, f"epoch {epoch + 1}")

@@ -396,11 +396,8 @@ def main(cfg: Config) -> Path | None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizer=optimizer, scaler=scaler)
     per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
-    kept = {
-        "vocab_ids": folder.state["vocab_ids"],
-        "bias": folder.state["bias"],
-        "backbone": backbone_fingerprint(model.image),
-    }
+    kept = {name: folder.state[name] for name in ("vocab_ids", "bias")}
+    kept["backbone"] = backbone_fingerprint(model.image)
     done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
     folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
@@ -428,7 +425,8 @@ def main(cfg: Config) -> Path | None:
 
         done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
-            with folder.clock.paused(), unknown_captions(read, lm, tokenizer):
+            position = {"epoch": epoch, "batch": per_epoch, "weights": trained_weights(model)}
+            with folder.evaluation(done, **position), unknown_captions(read, lm, tokenizer):
                 recall = quick_recall(model, read, transform, cfg, device, precision)
             folder.log(done, epoch=epoch, **recall)
         data.report_broken(broken, process, f"epoch {epoch + 1}")

@@ -422,6 +422,7 @@ def main(cfg: Config) -> Path | None:
     for episode in range(first, cfg.episodes):
         episodes.draw(episode, start, known=bool(prototypes))
         prototypes = Prototypes(**prototypes) if prototypes else episodes.prototypes(ddp, precision)
+        kept = prototypes and prototypes._asdict()
         loader = episodes.loader("train")
         steps = train_episode(ddp, loader, optimizer, prototypes, episode, cfg, process, start, scaler, precision)
         for step, losses in steps:
@@ -431,12 +432,11 @@ def main(cfg: Config) -> Path | None:
                 once = episodes.errors if batch == 1 else {}
                 folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **run.over_ranks(losses), **once)
             if folder.due(step + 1) and batch < per_episode:
-                kept = prototypes and prototypes._asdict()
                 folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)
 
         done, last, start, prototypes = per_episode * (episode + 1), episode + 1 == cfg.episodes, 0, None
         if process.main and cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or last):
-            with folder.clock.paused():
+            with folder.evaluation(done, episode=episode, epoch=episode, batch=per_episode, prototypes=kept):
                 dtype, workers = run.DTYPES[precision], windows.evaluation_workers(cfg)
                 top1 = quick_top1(model, tokenizer, whole_image, cfg.eval_set, process.device, dtype, workers)
             folder.log(done, episode=episode, zero_shot_top1=top1)
