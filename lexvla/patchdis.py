@@ -36,7 +36,7 @@ from torchvision import transforms
 
 from lexvla.model import lexical_map
 from lexvla.plots import ClassMap, plot_class_maps
-from shared import checkpoints, cli, data, evaluation, run
+from shared import checkpoints, cli, data, evaluation, export, run
 
 IGNORE = 65535  # value of unlabelled pixels in 16-bit masks; in 8-bit masks 255
 DRAWN = 6  # number of images with drawn predictions
@@ -229,7 +229,7 @@ def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
         raise ValueError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
     logging.disable(logging.WARNING)
     try:
-        quick = tag == "openai"  # open_clip only warns if the name is that of a config with GELU
+        quick = export.quick_gelu(model_name, tag)
         model = open_clip.create_model(model_name, pretrained=tag or None, force_quick_gelu=quick).to(device).eval()
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # open_clip, safetensors and pickle raise many kinds
