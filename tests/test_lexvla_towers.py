@@ -1,6 +1,7 @@
 """Towers by name: LoRA of a configuration, tokens of the frozen backbone."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -141,5 +142,22 @@ def test_clips_tower_has_the_activation_that_its_weights_were_trained_with():
             assert (width, side) == (768, 16)
             assert torch.allclose(image.frozen(pixels), tokens, rtol=1e-3, atol=1e-3) == agrees, name
     assert config.PRESETS["cc12m-clip"][1].backbone.endswith(".openai")
-    mean, _ = next(iter(towers.normalize(config.PRESETS["cc12m-clip"][1].backbone).values.values()))
-    assert mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+
+
+def test_images_have_the_statistics_of_the_backbones_own_configuration(tmp_path: Path):
+    clip, imagenet, half = (0.48145466, 0.4578275, 0.40821073), (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
+    for name in ("vit-clip", "vit", "mean"):
+        (tmp_path / name).mkdir()
+    made = {"image_processor_type": "ViTImageProcessor", "image_mean": half, "image_std": (0.2, 0.3, 0.4)}
+    (tmp_path / "mean/preprocessor_config.json").write_text(json.dumps(made))
+    for name, mean in (
+        (config.PRESETS["cc12m-clip"][1].backbone, clip),
+        ("vit_base_patch16_224", half),  # of timm's weights, unlike most others
+        ("vit_small_patch14_dinov2", imagenet),
+        (f"{tmp_path}/mean", half),
+        (f"{tmp_path}/vit-clip", clip),  # by the name, since these folders do not state any
+        (f"{tmp_path}/vit", imagenet),
+        ("backbone.pt", half),
+    ):
+        assert towers.statistics(name)[0] == pytest.approx(mean), name
+    assert towers.statistics(f"{tmp_path}/mean")[1] == [0.2, 0.3, 0.4]
