@@ -179,8 +179,7 @@ def statistics(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
         return LITE0_MEAN, LITE0_STD
     if backbone.endswith(".pt"):  # of backbone.py
         return (0.5,) * 3, (0.5,) * 3
-    if "/" not in backbone:
-        about = timm.models.get_pretrained_cfg(backbone)
+    if about := timm.models.get_pretrained_cfg(backbone):
         return about.mean, about.std
     from transformers.image_processing_utils import BaseImageProcessor
 
