@@ -21,7 +21,7 @@ from flame.bank import Bank, centred
 from flame.config import Config
 from flame.embed import evenly_spaced, read_images
 from flame.model import Convolutional
-from shared import checkpoints, data, memory, run
+from shared import checkpoints, data, evaluation, memory, run
 from shared.evalsets import EvalSet
 from shared.pretrained import fold_batch_norms
 
@@ -54,7 +54,7 @@ def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> 
     """Tokens (N, M, W) of all rows of --data, read from --cache or else computed by the first process."""
     pairs = data.open_pairs(cfg.data, None, cfg.strict, Path(cfg.cache))
     precision, side = run.resolve_precision(cfg.precision, process.device), tower.image_size[0]
-    path = Path(cfg.cache) / f"tokens-{pairs.fingerprint}-{side}-{precision}.npy"
+    path = Path(cfg.cache) / f"tokens-{evaluation.images_of(pairs)}-{side}-{precision}.npy"
     broken: list[data.Broken] = []
     if process.main and not path.exists():
         view = whole_image(side)

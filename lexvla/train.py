@@ -26,7 +26,7 @@ from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
 from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
-from shared import accumulate, checkpoints, cli, data, run, windows
+from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -161,7 +161,7 @@ def training_set(
 ) -> PairDataset | TokenDataset:
     """Random crops of the images, or with --encode-once the tokens of their evaluation views."""
     if cfg.encode_once:
-        sources = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
+        sources = evaluation.images_of(pairs), backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
         file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(source.encode() for source in sources))}.npy"
         return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, process, precision, file)
     return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)

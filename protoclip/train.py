@@ -44,7 +44,7 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import accumulate, checkpoints, cli, data, memory, run, windows
+from shared import accumulate, checkpoints, cli, data, evaluation, memory, run, windows
 from shared.clip import image_side, set_grad_checkpointing, trimmed
 from shared.pretrained import cached_lite0_features, efficientnet_lite0, lite0_features
 from shared.run import gather
@@ -290,7 +290,7 @@ def locked_features(
     to `size` pixels. The features are computed once and kept in --cache.
     """
     precision = run.resolve_precision(cfg.precision, process.device)
-    path = Path(cfg.cache) / f"lite0-{pairs.fingerprint}-{len(pairs)}-{size}-{precision}.npy"
+    path = Path(cfg.cache) / f"lite0-{evaluation.images_of(pairs)}-{len(pairs)}-{size}-{precision}.npy"
     if not path.exists():
         found = memory.read(pairs, size, tokenize, process)
         if process.device.type == "cpu" and cfg.precision == "auto":  # equal images are computed once

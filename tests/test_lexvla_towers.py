@@ -62,6 +62,19 @@ def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: 
     assert torch.equal(train.TokenDataset(pairs, transform, image, alone, "fp32", file)[7][0], encoded[7][0])
 
 
+def test_tokens_of_replaced_images_have_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Under the same names, as a .tsv has them."""
+    monkeypatch.setattr(train, "backbone_fingerprint", lambda image: "the same")
+    monkeypatch.setattr(train, "TokenDataset", lambda *given: given[-1])
+    (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
+    pairs, files = data.open_pairs(str(tmp_path / "pairs.tsv")), []
+    for content in (b"one", b"one", b"another"):
+        if not files or content != b"one":
+            (tmp_path / "a.png").write_bytes(content)
+        files.append(train.training_set(config.EMOJI, pairs, None, None, "fp32"))
+    assert files[0] == files[1] != files[2]
+
+
 def test_equal_images_are_encoded_once(backbone: Path, monkeypatch: pytest.MonkeyPatch):
     cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
