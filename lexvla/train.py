@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lexvla.checkpoints import backbone_fingerprint, load_weights, trained_weights
+from lexvla.checkpoints import backbone_fingerprint, check_lm, lm_sample, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
@@ -362,6 +362,7 @@ def prepare(
     On resuming, weights, vocabulary and bias are the checkpoint's; a new run takes the vocabulary from the captions.
     """
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
+    check_lm(lm, folder.state, folder.path)
     if not folder.resumed:
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
         folder.state["vocab_ids"], folder.state["bias"] = found
@@ -397,7 +398,7 @@ def main(cfg: Config) -> Path | None:
     folder.restore(optimizer=optimizer, scaler=scaler)
     per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
     kept = {name: folder.state[name] for name in ("vocab_ids", "bias")}
-    kept["backbone"] = backbone_fingerprint(model.image)
+    kept |= {"backbone": backbone_fingerprint(model.image), "lm": lm_sample(lm)}
     done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
     folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
