@@ -185,12 +185,14 @@ class Teacher:
     def __init__(self, path: str):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"teacher file {path} does not exist; make it with 'python -m protoclip.teacher'")
-        self.path = path
+        self.path, self.about = path, {}
         try:
             if path.endswith(".npy"):
                 self.features, self.keys = np.load(path, mmap_mode="r", allow_pickle=False), None
             else:
                 self.features, self.keys = mapped(path, "features"), keys_in(path)
+                with np.load(path, allow_pickle=False) as kept:
+                    self.about = {name: str(kept[name]) for name in ("made", "data") if name in kept.files}
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
         if self.features.ndim != 2 or (self.keys is not None and len(self.keys) != len(self.features)):
@@ -213,6 +215,9 @@ class Teacher:
                 )
             return rows
         if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
+            if self.about.get("data") not in (None, pairs.fingerprint):  # older files lack it
+                if json.loads(self.about["made"])["captions"] != fingerprint(all_captions(pairs)):
+                    raise ValueError(f"{self.path} was made from other captions: make it again from this --data")
             return rows
         if self.pairs is not pairs:
             self.pairs, self.places = pairs, self.lookup.find(pairs.keys)
@@ -248,6 +253,11 @@ class Teacher:
         return torch.from_numpy(found)
 
 
+def all_captions(pairs: data.Shards | data.TSV) -> Strings:
+    """The captions of all samples, with non-ASCII characters."""
+    return Strings.of(pairs.caption(row) for row in range(len(pairs)))
+
+
 def fingerprint(captions: Strings) -> str:
     """`data.fingerprint` of the captions, one per line, computed without joining them."""
     digest = hashlib.blake2b(digest_size=8)
@@ -281,15 +291,15 @@ def main(cfg: Config) -> Path:
         raise ValueError(f"--out {out} should end in .npz")
     cli.check_counts(cfg, "dim", "batch_size", "max_length", "dataset_size")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    captions = Strings.of(pairs.caption(row) for row in range(len(pairs)))  # non-ASCII characters included
+    captions = all_captions(pairs)
     setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
     if cfg.precision != "auto":
         setting["precision"] = cfg.precision
     made = json.dumps(setting | {"captions": fingerprint(captions)}, sort_keys=True)
     if out.exists():
-        Teacher(str(out)).find(pairs, np.arange(len(pairs)))
-        kept = np.load(out, allow_pickle=False)
-        if "made" not in kept.files or str(kept["made"]) != made:
+        teacher = Teacher(str(out))
+        teacher.find(pairs, np.arange(len(pairs)))
+        if teacher.about.get("made") != made:
             raise ValueError(
                 f"{out} was made from other captions or with other settings: remove it, or choose another --out"
             )
@@ -311,7 +321,8 @@ def main(cfg: Config) -> Path:
         features = pca(rows, cfg.dim)
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]
-        np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), made=np.array(made))
+        about = {"made": np.array(made), "data": np.array(pairs.fingerprint)}
+        np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), **about)
     data.say_left_out(pairs)
     print(f"{out}: {features.shape[0]:,} captions, {width} -> {features.shape[1]} dimensions")
     return out
