@@ -454,7 +454,6 @@ CAPTIONS, FACETS = 3, 11  # of an image: raw, short and long caption, whose prom
 
 
 def dry_run(cfg: Config) -> None:
-    cli.check_counts(cfg, "shard_size", "dataset_size")
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
@@ -470,13 +469,13 @@ def dry_run(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size", "gallery", "language_gallery")
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
     if not cfg.data:
         raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
-    cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
     sets = read_sets(cfg) if process.main else []  # before the bank, so that their errors show early
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     if cfg.llm == MINILM:

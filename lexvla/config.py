@@ -238,7 +238,10 @@ def check_model(cfg: Config) -> None:
     cli.check_counts(cfg, "max_vocabulary", least=2)
     cli.check_counts(cfg, "dataset_size")
     cli.check_counts(cfg, "lora_rank", "penalty_warmup", "warmup", "min_count", "workers", least=0)
-    cli.check_rates(cfg, "lr", "weight_decay", "lambda_image", "lambda_text")
+    cli.check_counts(cfg, "window_shards", "eval_every", least=0)
+    cli.check_rates(cfg, "lr", "weight_decay", "lora_alpha", "lambda_image", "lambda_text")
+    cli.check_finite(cfg, "bias")
+    cli.check_adam(cfg)
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):

@@ -337,6 +337,8 @@ def test_dry_run_of_embedding(in_process, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     result = in_process("yfcc15m-mistral-nemo", "--dry-run")
     assert result.code == 0 and "112,640 bytes an image" in result.out and "1,697 GB" in result.out, result
+    result = in_process("yfcc15m-mistral-nemo", "--dry-run", "--batch-size", "-1")
+    assert result.code == 2 and "--batch-size must be at least 1, not -1" in result.err, result
     for llm, rows in (("minilm", 3), ("smollm2", 11)):
         result = in_process("emoji", "--llm", llm, "--dry-run")
         assert result.code == 0 and f"{rows} embeddings of its width" in result.out, result
