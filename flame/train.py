@@ -270,7 +270,7 @@ def open_texts(
     bank = open_bank(cfg.bank)
     bank.check(keys)  # also sorts its keys, once before the loader processes fork and share them
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
-        raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
+        raise ValueError(f"{cfg.bank} has {bank.count} facets an image, too few for --rows and --facets")
     if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
         raise ValueError("--centre and --keep-in-memory need a bank made by 'python -m flame.embed'")
     return bank, [], None

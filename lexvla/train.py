@@ -135,8 +135,8 @@ def encoded(
 ) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
     """(number, tokens (B, n, D) in half precision, captions, broken samples) of each of this process' batches.
 
-    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. Equal images of a
-    batch, which have several captions, are encoded once.
+    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. An image that is
+    in a batch several times, with different captions, is encoded once.
     """
     batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
     own = range(process.rank, len(batches), process.world_size)

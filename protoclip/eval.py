@@ -339,9 +339,9 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
 
 
 def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, columns: int = 16, side: int = 48) -> None:
-    """Plot the images nearest to the largest K-means prototypes, one row per prototype. U:training/clustering.py:215.
+    """Plot the images nearest to the prototypes of the largest clusters, one row each. U:training/clustering.py:215.
 
-    features (N, E) are those of the set's test images, in order; K is the number of classes, at most N.
+    features (N, E) of the set's test images, in order, are clustered by K-means; K is the number of classes, at most N.
     """
     found, prototypes = kmeans(features, min(len(EvalSet(folder, None).classnames), len(features)))
     sheet = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
@@ -363,7 +363,8 @@ def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, col
 
 
 def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
-    """Plot curve.png of a run folder: METRICS of its kept checkpoints and its last one over training seconds."""
+    """Plot curve.png of a run folder: METRICS over training seconds, of its checkpoint-STEP.pt files and its last
+    checkpoint."""
     folder = Path(path)
     kept = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
     if not kept:

@@ -35,8 +35,8 @@ class Config:
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
     """File to write: features (N, dim), the concatenated bytes of the sample keys, and the end of each key (N,).
-    Until it is written, its folder also has a temporary file with the features before PCA: 61 GB for 15 M captions
-    of RoBERTa-large."""
+    Meanwhile its folder also has a temporary file with the features before PCA: 61 GB for 15 M captions and
+    RoBERTa-large."""
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data, as in training; None uses all."""
     model: str = "roberta-large"
@@ -46,7 +46,7 @@ class Config:
     max_length: int = 77
     """Token positions; longer captions are cut."""
     dim: int = 64
-    """Principal components kept."""
+    """Number of principal components."""
     batch_size: int = 256
     """Captions per forward pass."""
     device: str = "auto"
@@ -76,7 +76,7 @@ def embed_captions(
     batch_size: int = 256,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Captions -> unit vectors (N, H) fp32, a Hugging Face encoder's mean last hidden states, written to `rows`.
+    """Captions -> (N, H) fp32, unit mean of a Hugging Face encoder's last hidden states; written to `rows` if passed.
 
     With `attend_padding`, ids are padded to `length` with 0 (RoBERTa's `<s>`, not its `<pad>`) and every position is
     attended and averaged, as upstream (src/utils/RoBERTa.py:23,62). Ids beyond `length` are cut, the end token with
@@ -200,7 +200,7 @@ class Teacher:
         self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
-        """(N,) dataset rows -> (N,) rows of `features`. ValueError if a sample has no row there, or two."""
+        """Rows of samples in `pairs` (N,) -> their rows in `features` (N,). ValueError if a sample has none, or two."""
         if not np.isfinite(self.some).all():
             raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
@@ -303,7 +303,7 @@ def main(cfg: Config) -> Path:
             raise ValueError(
                 f"{out} was made from other captions or with other settings: remove it, or choose another --out"
             )
-        print(f"{out} holds {len(pairs):,} rows already; nothing to do")
+        print(f"{out} holds {len(pairs):,} samples already; nothing to do")
         return out
     model, tokenizer = load_encoder(cfg.model)
     precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size

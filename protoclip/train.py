@@ -152,9 +152,10 @@ def share_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
 def extract_features(
     model: nn.Module, loader: Iterable, episode_size: int, device: torch.device | str, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """h_I, h_T (N, P) fp32 on the CPU, row i for episodic index i; eval mode, no gradient. U:training/train.py:288.
+    """h_I, h_T (N, P) fp32 on the CPU, where row i is sample i of the episode. U:training/train.py:288.
 
-    `loader` yields this rank's (index, images, tokens, ...). Every rank returns the features of all ranks.
+    Eval mode, no gradient. `loader` yields this rank's (index, images, tokens, ...). Every rank returns the features of
+    all ranks.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     device = torch.device(device)
@@ -248,7 +249,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
     total, samples = cfg.steps_per_episode() * cfg.episodes, cfg.episode_size * cfg.episodes
-    rows = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
+    pairs = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
     episodes = sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1})
     size = image_side(model)
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
@@ -257,7 +258,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     cli.show_plan(
         [
             ("parameters", f"{parameters:,} (projection heads {heads:,})"),
-            ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows"),
+            ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {pairs} pairs"),
             cli.disk_row(cfg.dataset_size, trained, parameters - trained),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, cfg.steps_per_episode(), "episode"),
@@ -286,8 +287,8 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def locked_features(
     cfg: Config, pairs: data.Shards, size: int, tokenize: Callable, process: run.Process
 ) -> memory.InMemory:
-    """Like `memory.read`, but with features (N, C) instead of pixels: a locked trunk's, of the uncropped images resized
-    to `size` pixels. The features are computed once and kept in --cache.
+    """Like `memory.read`, but with a locked trunk's features (N, C) of the uncropped images at `size` pixels in place
+    of pixels. They are computed once and stored in --cache.
     """
     precision = run.resolve_precision(cfg.precision, process.device)
     path = Path(cfg.cache) / f"lite0-{evaluation.images_of(pairs)}-{len(pairs)}-{size}-{precision}.npy"

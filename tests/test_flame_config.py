@@ -35,7 +35,7 @@ ERRORS = {
     "unknown model": (["emoji", "--model", "RN50"], "--model is one of ViT-B-16"),
     "image that patches do not tile": (["emoji", "--image-size", "41"], "patches of 8 pixels do not tile"),
     "more facets than rows": (["emoji", "--rows", "0", "1", "--facets", "3"], "--facets 3 cannot be drawn from 2"),
-    "rows beyond the bank": (["emoji", "--rows", "11", "--facets", "1"], "has 11 rows an image"),
+    "rows beyond the bank": (["emoji", "--rows", "11", "--facets", "1"], "has 11 facets an image"),
     "rows twice": (["emoji", "--rows", "1", "1", "--facets", "1"], "should be different numbers"),
     "cooldown without its schedule": (["emoji", "--cooldown", "5"], "must be passed together"),
     "less than a batch": (["emoji", "--batch-size", "161"], "less than one batch of 161"),

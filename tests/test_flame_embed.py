@@ -272,7 +272,7 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
     _, found = embed.captions_of(cfg)
     raw, short, long = zip(*found, strict=True)
     assert list(short) == [*(entry["caption"] for entry in entries), raw[3]] and long == raw
-    assert f"lacks 1 of 4 samples, such as {keys[3]}: they keep raw captions" in capsys.readouterr().out
+    assert f"lacks 1 of 4 samples, such as {keys[3]}: raw captions are used" in capsys.readouterr().out
 
 
 def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process, folder: Path, monkeypatch):
