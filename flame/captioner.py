@@ -17,7 +17,7 @@ import torch
 import tyro
 from PIL import Image
 
-from shared import checkpoints, cli, data, run
+from shared import checkpoints, cli, data, evaluation, run
 
 
 @dataclasses.dataclass
@@ -110,7 +110,8 @@ def main(cfg: Config) -> None:
     if not cfg.data:
         raise ValueError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    out, parts, setting = Path(cfg.out), Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg) | {"data": pairs.fingerprint}
+    out, parts, setting = Path(cfg.out), Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg)
+    setting["data"] = evaluation.images_of(pairs)
     for name in ("out", "device", "batch_size", "dataset_size"):
         del setting[name]
     finished, made = out.exists(), Path(f"{out}.about.json")
