@@ -53,7 +53,7 @@ class Bank:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of the settings and of the centres: another bank has another one."""
+        """Digest of the settings and of the centres: it tells banks apart."""
         return fingerprint((self.root / "index.json").read_bytes(), (self.root / "centres.npy").read_bytes())
 
     @staticmethod

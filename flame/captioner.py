@@ -4,7 +4,7 @@ The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every ima
 not published. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
 {"__key__": sample, "caption": text}. `flame.embed` reads it as --short or --long: run this script twice, with one
 instruction for each. Captions are first written in parts of --part-size images: an interrupted run resumes at the first
-missing part, and torchrun distributes the parts.
+missing part, and torchrun distributes the parts. OUT.about.json holds the settings of a finished file.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 import tyro
 from PIL import Image
 
-from shared import checkpoints, cli, data, run
+from shared import checkpoints, cli, data, evaluation, run
 
 
 @dataclasses.dataclass
@@ -109,18 +109,20 @@ def main(cfg: Config) -> None:
     cli.check_counts(cfg, "batch_size", "part_size", "max_length", "dataset_size")
     if not cfg.data:
         raise ValueError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
-    if Path(cfg.out).exists():
-        return print(f"{cfg.out} is there already; nothing to do") if process.main else None
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    if process.main:
-        data.say_left_out(pairs)
-    parts, setting = Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg) | {"data": pairs.fingerprint}
+    out, parts, setting = Path(cfg.out), Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg)
+    setting["data"] = evaluation.images_of(pairs)
     for name in ("out", "device", "batch_size", "dataset_size"):
         del setting[name]
+    finished, made = out.exists(), Path(f"{out}.about.json")
+    about = made if finished else parts / "about.json"
+    if process.main and about.exists() and checkpoints.read_json(about) != setting:
+        there = out if finished else parts
+        raise ValueError(f"{there} holds captions of other settings or data: remove it, or choose another --out")
+    if finished:
+        return print(f"{out} is there already; nothing to do") if process.main else None
     if process.main:
-        parts.mkdir(parents=True, exist_ok=True)
-        if (about := parts / "about.json").exists() and checkpoints.read_json(about) != setting:
-            raise ValueError(f"{parts} holds captions of other settings or data: remove it, or choose another --out")
+        data.say_left_out(pairs)
         checkpoints.write_json(about, setting)
     run.wait()
     starts = range(0, len(pairs), cfg.part_size)
@@ -134,7 +136,8 @@ def main(cfg: Config) -> None:
     if process.main:
         of_parts = (checkpoints.read_json(parts / f"{start}.json")["captions"] for start in starts)
         entries = [entry for part in of_parts for entry in part]
-        checkpoints.write_json(Path(cfg.out), entries)
+        checkpoints.write_json(made, setting)
+        checkpoints.write_json(out, entries)
         shutil.rmtree(parts)
         empty = sum(not entry["caption"] for entry in entries)
         print(f"{cfg.out}: {len(entries):,} captions" + (f", {empty:,} of them empty" if empty else ""))

@@ -220,9 +220,11 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "epochs", "batch_size", "facets", "save_every", "log_every", "dataset_size", "image_size")
     cli.check_counts(cfg, "hidden_dim", "text_width", "text_layers", "embed_dim")
     cli.check_counts(cfg, "max_length", least=3)  # start, a token, end
-    cli.check_counts(cfg, "warmup", "cooldown", "eval_every", "keep_every", "workers", least=0)
+    cli.check_counts(cfg, "warmup", "cooldown", "eval_every", "keep_every", "workers", "window_shards", least=0)
     cli.check_rates(cfg, "lr", "weight_decay")
     cli.check_positive(cfg, "lr")
+    cli.check_finite(cfg, "logit_bias")
+    cli.check_adam(cfg)
     cli.check_batch(cfg, world_size)
     if cfg.model not in TOWERS:
         raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")

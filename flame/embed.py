@@ -78,9 +78,9 @@ class Config:
     language_sets: tuple[str, ...] = ()
     """Retrieval sets in several languages; the first caption of each image is also embedded (single prompt)."""
     gallery: int | None = None
-    """Images kept of each retrieval set, evenly spaced; None keeps all."""
+    """Number of images of each retrieval set, evenly spaced; None: all."""
     language_gallery: int | None = None
-    """Images kept of each language."""
+    """Number of images of each language; None: all."""
     dry_run: bool = False
     """Print sizes and stop; needs no data."""
     device: str = "auto"
@@ -257,7 +257,7 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
             raise ValueError(f"{path} has no caption of sample {missing[0]}, which is in {cfg.data}")
         if missing:
             print(
-                f"{path} lacks {len(missing):,} of {len(keys):,} samples, such as {missing[0]}: they keep raw captions"
+                f"{path} lacks {len(missing):,} of {len(keys):,} samples, such as {missing[0]}: raw captions are used"
             )
         columns.append([found.get(key, raw) for key, raw in zip(keys, columns[0] if columns else keys, strict=True)])
         if empty := sum(not caption.strip() for caption in columns[-1]):
@@ -328,7 +328,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
 
 
 class Texts:
-    """Embeddings of evaluation texts, kept in files. The LLM is loaded only if a text is missing.
+    """Embeddings of evaluation texts, stored in files. The LLM is loaded only if a text is missing.
 
     `texts(["a dog", ...])` -> (n, D) unit rows, float32, by the raw caption's prompt (class names, Crossmodal-3600).
     With `multi=True` they are the normalised mean of the long prompt's unnormalised facets (long captions, COCO;
@@ -454,7 +454,6 @@ CAPTIONS, FACETS = 3, 11  # of an image: raw, short and long caption, whose prom
 
 
 def dry_run(cfg: Config) -> None:
-    cli.check_counts(cfg, "shard_size", "dataset_size")
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
@@ -470,13 +469,13 @@ def dry_run(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
+    cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size", "gallery", "language_gallery")
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
     if not cfg.data:
         raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
     if cfg.mask not in ("decoupled", "causal"):
         raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
-    cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size")
     sets = read_sets(cfg) if process.main else []  # before the bank, so that their errors show early
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     if cfg.llm == MINILM:

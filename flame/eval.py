@@ -84,9 +84,9 @@ class Config:
     crossmodal: str | None = None
     """Folder of Crossmodal-3600 (captions.jsonl, images/): its 36 languages replace `language_sets`."""
     gallery: int | None = None
-    """Images kept of each retrieval set, evenly spaced; None keeps all."""
+    """Number of images of each retrieval set, evenly spaced; None: all."""
     language_gallery: int | None = None
-    """Images kept of each language; None keeps all."""
+    """Number of images of each language; None: all."""
     centre: bool = False
     """Subtract each language's mean from its captions, since this mean also encodes the language (not in the paper)."""
     probe: str | None = None

@@ -1,7 +1,7 @@
 """Small corpora in memory: all images and texts are loaded once, and whole batches are made at a time.
 
-Images are pixels, or the tokens of a locked trunk for whole images, which --cache keeps for later runs. Order, crops
-and drawn facets are functions of (seed, epoch, row), so they depend neither on the number of processes nor on a resume.
+Images are pixels, or a locked trunk's tokens of whole images, which are stored in --cache for later runs. Order, crops
+and drawn facets are functions of (seed, epoch, sample): neither the number of processes nor a resume changes them.
 Letters: N images, T bank rows per image, C captions per image, M tokens per image.
 """
 
@@ -21,7 +21,7 @@ from flame.bank import Bank, centred
 from flame.config import Config
 from flame.embed import evenly_spaced, read_images
 from flame.model import Convolutional
-from shared import checkpoints, data, memory, run
+from shared import checkpoints, data, evaluation, memory, run
 from shared.evalsets import EvalSet
 from shared.pretrained import fold_batch_norms
 
@@ -51,10 +51,10 @@ def whole_image(side: int) -> Callable[[Image.Image], Tensor]:
 
 
 def training_tokens(cfg: Config, tower: Convolutional, process: run.Process) -> Tensor:
-    """Tokens (N, M, W) of all rows of --data, read from --cache or else computed by the first process."""
+    """Tokens (N, M, W) of all samples of --data, from --cache; if it has none, the first process computes them."""
     pairs = data.open_pairs(cfg.data, None, cfg.strict, Path(cfg.cache))
     precision, side = run.resolve_precision(cfg.precision, process.device), tower.image_size[0]
-    path = Path(cfg.cache) / f"tokens-{pairs.fingerprint}-{side}-{precision}.npy"
+    path = Path(cfg.cache) / f"tokens-{evaluation.images_of(pairs)}-{side}-{precision}.npy"
     broken: list[data.Broken] = []
     if process.main and not path.exists():
         view = whole_image(side)

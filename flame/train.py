@@ -270,7 +270,7 @@ def open_texts(
     bank = open_bank(cfg.bank)
     bank.check(keys)  # also sorts its keys, once before the loader processes fork and share them
     if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
-        raise ValueError(f"{cfg.bank} has {bank.count} rows an image, too few for --rows and --facets")
+        raise ValueError(f"{cfg.bank} has {bank.count} facets an image, too few for --rows and --facets")
     if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
         raise ValueError("--centre and --keep-in-memory need a bank made by 'python -m flame.embed'")
     return bank, [], None
@@ -348,7 +348,7 @@ def main(cfg: Config) -> Path | None:
 
         done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         if curve is not None and ((epoch + 1) % cfg.eval_every == 0 or last):
-            with folder.clock.paused():
+            with folder.evaluation(done, epoch=epoch, batch=per_epoch):
                 top1 = curve.top1()
             folder.log(done, epoch=epoch, zero_shot_top1=top1)
         data.report_broken(broken, process, f"epoch {epoch + 1}")

@@ -187,6 +187,8 @@ def main(cfg: Config) -> None:
         check_made(out, cfg)
         return print(f"{out} is there already")
     cli.check_counts(cfg, "batch_size", "epochs", "dataset_size", "image_size")
+    cli.check_rates(cfg, "lr", "weight_decay", "temperature")
+    cli.check_positive(cfg, "temperature")
     if cfg.image_size % 8:
         raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")
     process, work = run.setup(cfg.seed, cfg.device), out.with_suffix(".work")

@@ -1,13 +1,13 @@
 """Save and load the trained weights of LexVLA; the frozen models are loaded from their own sources.
 
-`weights` are `adapter.*`, `image.codebook`, `lora.<module>.A|B` and `logit_scale`; beside them are `vocab_ids`, `bias`
-and a fingerprint of the image backbone.
+`weights` are `adapter.*`, `image.codebook`, `lora.<module>.A|B` and `logit_scale`; beside them are `vocab_ids`, `bias`,
+a fingerprint of the image backbone and a sample of the language model's weights.
 """
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexvla.config import Config
 from lexvla.model import ImageEncoder, LexVLA
@@ -34,6 +34,19 @@ def backbone_fingerprint(image: ImageEncoder) -> str:
     return data.fingerprint(*(x.cpu().numpy().tobytes() for x in image.backbone.state_dict().values()))
 
 
+def lm_sample(lm: nn.Module) -> Tensor:
+    """A thousand evenly spaced weights of the LM's head, by which a checkpoint recognises the LM that it names."""
+    weights = lm.get_output_embeddings().weight.detach().flatten()
+    return weights[:: max(len(weights) // 1000, 1)].float().cpu()
+
+
+def check_lm(lm: nn.Module, state: dict, folder: str | Path) -> None:
+    """ValueError if `lm` is another LM than the checkpoint's, up to the rounding of its number type."""
+    now, then = lm_sample(lm), state.get("lm")  # older checkpoints lack it
+    if then is not None and (then.shape != now.shape or not torch.allclose(then, now, rtol=0.02, atol=1e-4)):
+        raise ValueError(f"{folder} was trained with another language model than {state['config']['lm']} holds now")
+
+
 def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
     """Copy a checkpoint's weights into the model; ValueError if they belong to another model or backbone."""
     if backbone_fingerprint(model.image) != state["backbone"]:
@@ -56,6 +69,7 @@ def load_run(
         raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
     cfg = Config(**state["config"])
     lm, tokenizer = load_lm(cfg.lm, dtype)
+    check_lm(lm, state, folder)
     model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
     load_weights(model, state, folder)
     read = text_input(cfg, tokenizer, state["vocab_ids"])

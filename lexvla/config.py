@@ -82,10 +82,10 @@ class Config:
     """Minimum number of occurrences in the captions for a piece of the vocabulary. The rule is not stated in the
     paper."""
     max_vocabulary: int | None = 17_149
-    """Number of the most frequent pieces to keep; None: no limit. The paper has 17,149."""
+    """Number of pieces, the most frequent ones; None: no limit. The paper has 17,149."""
     pattern: str | None = None
-    """Regular expression that the whole of a kept piece matches; a leading space is the start of a word. Not stated in
-    the paper."""
+    """Regular expression that a piece must match as a whole to be in the vocabulary; a leading space is the start of a
+    word. Not stated in the paper."""
     centre_codebook: bool = False
     """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
     bias: float | None = 0.0
@@ -238,7 +238,10 @@ def check_model(cfg: Config) -> None:
     cli.check_counts(cfg, "max_vocabulary", least=2)
     cli.check_counts(cfg, "dataset_size")
     cli.check_counts(cfg, "lora_rank", "penalty_warmup", "warmup", "min_count", "workers", least=0)
-    cli.check_rates(cfg, "lr", "weight_decay", "lambda_image", "lambda_text")
+    cli.check_counts(cfg, "window_shards", "eval_every", least=0)
+    cli.check_rates(cfg, "lr", "weight_decay", "lora_alpha", "lambda_image", "lambda_text")
+    cli.check_finite(cfg, "bias")
+    cli.check_adam(cfg)
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):

@@ -27,7 +27,7 @@ from torch import Tensor
 from lexvla.checkpoints import load_run
 from lexvla.config import NO_EXPORT
 from lexvla.model import DenseImageEncoder, LexVLA, sparsify
-from lexvla.patchdis import DRAWN, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
+from lexvla.patchdis import DRAWN, check_folder, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
 from lexvla.patchdis import Config as Dual
 from lexvla.patchdis import main as measure_encoders
 from lexvla.plots import PairWords, plot_class_maps, plot_patches, plot_words
@@ -243,6 +243,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             raise ValueError(
                 f"--patchdis-side {cfg.patchdis_side} is no multiple of {step}, which the backbone of {path} needs"
             )
+        check_folder(cfg.patchdis)
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
 

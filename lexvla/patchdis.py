@@ -36,7 +36,7 @@ from torchvision import transforms
 
 from lexvla.model import lexical_map
 from lexvla.plots import ClassMap, plot_class_maps
-from shared import checkpoints, cli, data, evaluation, run
+from shared import checkpoints, cli, data, evaluation, export, run
 
 IGNORE = 65535  # value of unlabelled pixels in 16-bit masks; in 8-bit masks 255
 DRAWN = 6  # number of images with drawn predictions
@@ -152,14 +152,13 @@ def classnames(folder: str | Path) -> list[str]:
     return found
 
 
-def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder.
+def labelled_files(folder: str | Path) -> Iterator[tuple[Path, np.ndarray, int]]:
+    """(image file, mask (H, W), value to ignore) of each mask of a PatchDis folder.
 
-    Errors: FileNotFoundError if a mask has no image; ValueError if a file cannot be read or a class is out of range.
+    Errors: FileNotFoundError if a mask has no image; ValueError if a file cannot be read, a class is out of range, or
+    image and mask differ in size.
     """
-    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform, classes = transforms.Compose([resize, normalise]), len(classnames(folder))
-    masks = sorted((Path(folder) / "masks").glob("*.png"))
+    classes, masks = len(classnames(folder)), sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:
         raise FileNotFoundError(f"{folder}/masks holds no .png")
     pictures = {image.stem: image for image in sorted((Path(folder) / "images").glob("*.*"))}
@@ -172,6 +171,26 @@ def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) 
         ignore = 255 if mask.dtype == np.uint8 else IGNORE
         if (largest := mask[mask != ignore].max(initial=0)) >= classes:
             raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
+        if (size := image_size(image)) != mask.shape[::-1]:
+            sizes = "{}x{} pixels, but {} {}x{}".format(*mask.shape[::-1], image, *size)
+            raise ValueError(f"{file} has {sizes}: make masks of their images' size")
+        yield image, mask, ignore
+
+
+def check_folder(folder: str | Path) -> None:
+    """Read all masks of a PatchDis folder, so that the errors of `labelled_files` come before other measurements."""
+    for _ in labelled_files(folder):
+        pass
+
+
+def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder.
+
+    Errors: as `labelled_files`.
+    """
+    resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
+    transform = transforms.Compose([resize, normalise])
+    for image, mask, ignore in labelled_files(folder):
         try:
             picture = data.decode_image(data.read_file(image))
         except data.BrokenSample as error:
@@ -188,6 +207,14 @@ def read_mask(file: Path) -> np.ndarray:
         return np.asarray(image)
     except Exception as error:  # PIL raises many kinds
         raise ValueError(f"{file} cannot be read as a mask: {error}") from error
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """(width, height) of an image that is not decoded. ValueError if the file cannot be read."""
+    try:
+        return Image.open(io.BytesIO(data.read_file(file)), formats=data.FORMATS).size
+    except Exception as error:  # PIL raises many kinds
+        raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
 
 @torch.no_grad()
@@ -229,7 +256,7 @@ def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
         raise ValueError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
     logging.disable(logging.WARNING)
     try:
-        quick = tag == "openai"  # open_clip only warns if the name is that of a config with GELU
+        quick = export.quick_gelu(model_name, tag)
         model = open_clip.create_model(model_name, pretrained=tag or None, force_quick_gelu=quick).to(device).eval()
         tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # open_clip, safetensors and pickle raise many kinds
@@ -371,6 +398,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
     if "{}" not in cfg.template:
         raise ValueError(f"--template {cfg.template!r} has no {{}} for the class's name")
     cli.check_counts(cfg, "batch_size")
+    check_folder(cfg.folder)
     device, names = run.setup(0, cfg.device).device, classnames(cfg.folder)
     found: dict[str, dict[str, float]] = {}
     Path(cfg.out).mkdir(parents=True, exist_ok=True)

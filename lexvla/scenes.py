@@ -99,7 +99,7 @@ def caption(scenes: Scenes, scene: Scene, index: int, way: str, seed: int) -> st
 
 
 def with_words(sprites: Sprites) -> Sprites:
-    """The drawings of emoji that have a training word beside their name, and so at least one new word."""
+    """The drawings of emoji that have a training word besides their name, and so at least one new word."""
     kept = [i for i, emoji in enumerate(sprites.emoji) if len(words_of(emoji)[0]) > 1]
     return Sprites(*([field[i] for i in kept] for field in sprites))
 

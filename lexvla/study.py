@@ -113,8 +113,8 @@ def derive(found: Comparison) -> None:
     share with FLOPs at the recall of overuse.
 
     equal/max_document_frequency: for `overuse` its own; for `flops` the value at the recall of `overuse`, interpolated
-    linearly between all FLOPs arms, of which the arm without penalty is the one of weight 0. Beyond their range it is
-    the value of the arm with the nearest recall.
+    linearly between all FLOPs arms (the arm without penalty counts as weight 0). Outside of their range, it is the
+    value of the arm with the nearest recall.
     """
     arms = found.arms
     for values in arms.get("dense-64", ()):
@@ -189,7 +189,7 @@ class Unit(torch.nn.Module):
 def nearest_caption(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> dict[str, float]:
     """Recall when an image is replaced by the caption of the nearest training scene, scored by common words.
 
-    The nearest scene is the one with the highest cosine of the features that `tower` computes of transformed images.
+    Nearest by the cosine of `tower`'s features of transformed images.
     """
     pairs = data.open_pairs(TRAIN)
     rows = torch.arange(len(pairs)).split(256)

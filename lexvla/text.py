@@ -147,7 +147,7 @@ class Bags:
 
 
 def made_with(lm_name: str, max_length: int, end: str) -> dict[str, str | int]:
-    """The settings on which states depend, beside the captions; `States` compares them with those of its file."""
+    """The settings on which states depend, besides the captions; `States` compares them with those of its file."""
     prompt = data.stable_hash(EXAMPLE, FOCUS + end)
     return {"lm": lm_name, "prompt": f"{prompt:016x}", "max_length": max_length}
 

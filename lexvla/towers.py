@@ -1,6 +1,8 @@
 """Towers by name: frozen backbone and adapter, language model with LoRA, and the transforms of their images."""
 
+import contextlib
 import functools
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -168,15 +170,29 @@ def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | St
 # -------------------------------------------------------------------------------------------------------------- images
 
 
-def normalize(backbone: str) -> data.ToNormalizedTensor:
-    """Mean and standard deviation of the backbone's training: EfficientNet-Lite0's, CLIP's, ImageNet's, or 1/2 for
-    backbone.py's."""
+def statistics(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
+    """(mean, standard deviation) of a backbone's images, by its own configuration.
+
+    If a transformers folder has no preprocessor_config.json: CLIP's if its name contains "clip", else ImageNet's.
+    """
     if backbone == LITE0:
-        return data.ToNormalizedTensor(LITE0_MEAN, LITE0_STD)
-    if backbone.endswith(".pt"):
-        return data.ToNormalizedTensor((0.5,) * 3, (0.5,) * 3)
-    clip = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    return data.ToNormalizedTensor(*(clip if "clip" in backbone else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)))
+        return LITE0_MEAN, LITE0_STD
+    if backbone.endswith(".pt"):  # of backbone.py
+        return (0.5,) * 3, (0.5,) * 3
+    if about := timm.models.get_pretrained_cfg(backbone):
+        return about.mean, about.std
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    with contextlib.suppress(OSError, KeyError):
+        about, _ = BaseImageProcessor.get_image_processor_dict(backbone)
+        return about["image_mean"], about["image_std"]
+    clip = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    return clip if "clip" in backbone else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def normalize(backbone: str) -> data.ToNormalizedTensor:
+    """Images normalised by the backbone's `statistics`."""
+    return data.ToNormalizedTensor(*statistics(backbone))
 
 
 @functools.cache

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lexvla.checkpoints import backbone_fingerprint, load_weights, trained_weights
+from lexvla.checkpoints import backbone_fingerprint, check_lm, lm_sample, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
 from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
-from shared import accumulate, checkpoints, cli, data, run, windows
+from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -135,8 +135,8 @@ def encoded(
 ) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
     """(number, tokens (B, n, D) in half precision, captions, broken samples) of each of this process' batches.
 
-    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. Equal images of a
-    batch, which have several captions, are encoded once.
+    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. An image that is
+    in a batch several times, with different captions, is encoded once.
     """
     batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
     own = range(process.rank, len(batches), process.world_size)
@@ -161,7 +161,7 @@ def training_set(
 ) -> PairDataset | TokenDataset:
     """Random crops of the images, or with --encode-once the tokens of their evaluation views."""
     if cfg.encode_once:
-        sources = pairs.fingerprint, backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
+        sources = evaluation.images_of(pairs), backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
         file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(source.encode() for source in sources))}.npy"
         return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, process, precision, file)
     return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
@@ -362,6 +362,7 @@ def prepare(
     On resuming, weights, vocabulary and bias are the checkpoint's; a new run takes the vocabulary from the captions.
     """
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
+    check_lm(lm, folder.state, folder.path)
     if not folder.resumed:
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
         folder.state["vocab_ids"], folder.state["bias"] = found
@@ -396,11 +397,8 @@ def main(cfg: Config) -> Path | None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizer=optimizer, scaler=scaler)
     per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
-    kept = {
-        "vocab_ids": folder.state["vocab_ids"],
-        "bias": folder.state["bias"],
-        "backbone": backbone_fingerprint(model.image),
-    }
+    kept = {name: folder.state[name] for name in ("vocab_ids", "bias")}
+    kept |= {"backbone": backbone_fingerprint(model.image), "lm": lm_sample(lm)}
     done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
     folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
@@ -428,7 +426,8 @@ def main(cfg: Config) -> Path | None:
 
         done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
-            with folder.clock.paused(), unknown_captions(read, lm, tokenizer):
+            position = {"epoch": epoch, "batch": per_epoch, "weights": trained_weights(model)}
+            with folder.evaluation(done, **position), unknown_captions(read, lm, tokenizer):
                 recall = quick_recall(model, read, transform, cfg, device, precision)
             folder.log(done, epoch=epoch, **recall)
         data.report_broken(broken, process, f"epoch {epoch + 1}")

@@ -240,11 +240,12 @@ def check_settings(cfg: Config, world_size: int) -> None:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
     cli.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
     cli.check_counts(cfg, "dataset_size", "image_size", "hidden_dim", "projection_dim")
-    cli.check_counts(cfg, "num_layers", "text_start", "infonce_warmup", "warmup", "workers", least=0)
+    cli.check_counts(cfg, "num_layers", "text_start", "text_end", "infonce_warmup", "warmup", "workers", least=0)
+    cli.check_counts(cfg, "episode_shards", "keep_every", "eval_every", least=0)
     cli.check_rates(cfg, "lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external")
     cli.check_positive(cfg, "max_grad_norm")
-    if not math.isfinite(cfg.target_temperature):
-        raise ValueError(f"--target-temperature must be finite, not {cfg.target_temperature}")
+    cli.check_finite(cfg, "target_temperature")
+    cli.check_adam(cfg)
     cli.check_batch(cfg, world_size)
     if cfg.episode_size < cfg.batch_size:
         raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")

@@ -70,6 +70,9 @@ class Config:
     """Run folders, checkpoint files in upstream's layout, or MODEL@PRETRAINED of open_clip, such as RN50@openai."""
     model: str = "RN50"
     """open_clip config of checkpoint files that do not contain its name."""
+    quick_gelu: bool | None = None
+    """Activation (True: QuickGELU, False: GELU) of checkpoint files without projection heads. True for CLIPs of the
+    authors' trainer."""
     sets: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "bare_names_ood", PAIRS)
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     probe: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
@@ -177,11 +180,12 @@ def clustering_scores(features: Tensor, labels: Tensor) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
+def load_model(path: str | Path, name: str = "RN50", quick_gelu: bool | None = None) -> tuple[ProtoCLIP, str]:
     """(model in eval mode, open_clip config name) of a run folder, or of a checkpoint file in upstream's layout.
 
-    Keys may have DistributedDataParallel's prefix `module.`; the heads' shape is read from the weights. ValueError if
-    the weights do not fit the config.
+    Keys may have DistributedDataParallel's prefix `module.`; the heads' shape is read from the weights. `name` and
+    `quick_gelu` are for files that do not state them. ValueError if the weights do not fit the config, or if the
+    activation is unknown: a file without heads may be of open_clip's trainer, where it depends on the config.
     """
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
@@ -198,8 +202,14 @@ def load_model(path: str | Path, name: str = "RN50") -> tuple[ProtoCLIP, str]:
     # `sorted` is by name, so the last Linear is found by its index
     last = max((int(k.split(".")[1]) for k in weights if k.startswith("text_projection_head.")), default=0)
     projection = weights[f"text_projection_head.{last}.weight"].shape[0] if linears else 0
+    if quick_gelu is None and not (config or linears or "quickgelu" in name):
+        raise ValueError(
+            f"{path} does not say whether its activation is QuickGELU: pass --quick-gelu True, right for CLIPs of "
+            "the authors' trainer, or False"
+        )
+    quick_gelu, size = None if config or linears else quick_gelu, config.get("image_size")
     try:
-        model = create_model(name, bool(linears), hidden, projection, len(linears) - 1, config.get("image_size"))
+        model = create_model(name, bool(linears), hidden, projection, len(linears) - 1, size, quick_gelu)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         first = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()[:200]
@@ -217,29 +227,27 @@ def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "nothing"
         raise ValueError(f"open_clip knows no weights {tag!r} of {model}, but {known}: see open_clip.list_pretrained()")
     try:
-        quick_gelu = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)
         network, _, transform = open_clip.create_model_and_transforms(
-            model, pretrained=tag, force_quick_gelu=quick_gelu
+            model, pretrained=tag, force_quick_gelu=export.quick_gelu(model, tag)
         )
     except Exception as error:  # the hub and the network raise many types
         raise ValueError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
     return network.eval(), transform, open_clip.get_tokenizer(model)
 
 
-def load_any(path: str, name: str) -> tuple[nn.Module, Callable, Callable]:
+def load_any(path: str, name: str, quick_gelu: bool | None = None) -> tuple[nn.Module, Callable, Callable]:
     """(model, image transform, tokenizer) of a run folder, a checkpoint file, or open_clip's MODEL@PRETRAINED."""
     if evaluation.named(path):
         return load_pretrained(path)
-    model, name = load_model(path, name)
+    model, name = load_model(path, name, quick_gelu)
     transform = image_transform(image_side(model), train=False, statistics=image_statistics(model))
     return model, transform, open_clip.get_tokenizer(name, context_length=model.context_length)
 
 
-def export_run(path: str, folder: str, name: str) -> None:
+def export_run(path: str, folder: str, name: str, quick_gelu: bool | None = None) -> None:
     """Write the towers as an open_clip model, without the projection heads, since evaluation uses z."""
-    model, name = load_model(path, name)
-    quick_gelu = "timm_model_name" not in export.open_clip_config(name)["vision_cfg"]  # see `create_model`
-    config = export.named_config(name, image_side(model), quick_gelu=quick_gelu)
+    model, name = load_model(path, name, quick_gelu)
+    config = export.named_config(name, image_side(model), quick_gelu=model.quick_gelu)
     extra = ("text_projection_head.", "image_projection_head.", "logit_scale_proto")
     towers = {key: value for key, value in model.state_dict().items() if not key.startswith(extra)}
     mean, std = image_statistics(model)
@@ -259,7 +267,7 @@ def evaluate_run(
 
     Also returns (unit image features, labels, class names) of the last probe set, for `plot_features`.
     """
-    model, transform, tokenizer = load_any(path, cfg.model)
+    model, transform, tokenizer = load_any(path, cfg.model, cfg.quick_gelu)
     model.to(process.device)
     for split in ("train", "test"):
         evaluation.open_sets("probe", cfg.probe, transform, "classification", split=split)
@@ -331,9 +339,9 @@ def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) ->
 
 
 def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, columns: int = 16, side: int = 48) -> None:
-    """Plot the images nearest to the largest K-means prototypes, one row per prototype. U:training/clustering.py:215.
+    """Plot the images nearest to the prototypes of the largest clusters, one row each. U:training/clustering.py:215.
 
-    features (N, E) are those of the set's test images, in order; K is the number of classes, at most N.
+    features (N, E) of the set's test images, in order, are clustered by K-means; K is the number of classes, at most N.
     """
     found, prototypes = kmeans(features, min(len(EvalSet(folder, None).classnames), len(features)))
     sheet = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
@@ -355,7 +363,8 @@ def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, col
 
 
 def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
-    """Plot curve.png of a run folder: METRICS of its kept checkpoints and its last one over training seconds."""
+    """Plot curve.png of a run folder: METRICS over training seconds, of its checkpoint-STEP.pt files and its last
+    checkpoint."""
     folder = Path(path)
     kept = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
     if not kept:
@@ -404,7 +413,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        return export_run(export.single(cfg), cfg.export, cfg.model)
+        return export_run(export.single(cfg), cfg.export, cfg.model, cfg.quick_gelu)
     kinds = "run folder, checkpoint file or MODEL@PRETRAINED"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
     if cfg.curve:

@@ -72,6 +72,7 @@ class ProtoCLIP(open_clip.CLIP):
         num_layers: int = 1,
     ):
         super().__init__(embed_dim, vision_cfg, text_cfg, quick_gelu=quick_gelu)
+        self.quick_gelu = quick_gelu
         self.text_projection_head = self.image_projection_head = self.logit_scale_proto = None
         if heads:
             self.text_projection_head = projection_head(embed_dim, hidden_dim, projection_dim, num_layers)
@@ -127,11 +128,13 @@ def create_model(
     projection_dim: int = 128,
     num_layers: int = 1,
     image_size: int | None = None,
+    quick_gelu: bool | None = None,
 ) -> ProtoCLIP:
     """A ProtoCLIP with the towers of an open_clip config (`open_clip.list_models()`), randomly initialised.
 
-    QuickGELU is forced on, RN50 included, whatever the config says (as upstream, U:open_clip/model.py:347); only with a
-    timm image tower the text tower keeps GELU (:359). ValueError for a config with a custom text tower.
+    If `quick_gelu` is None, QuickGELU is forced on, RN50 included, whatever the config says (as upstream,
+    U:open_clip/model.py:347); only with a timm image tower the text tower keeps GELU (:359). ValueError for a config
+    with a custom text tower.
     """
     config = export.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
@@ -139,7 +142,7 @@ def create_model(
         raise ValueError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")
     if image_size is not None:
         vision["image_size"] = image_size
-    quick_gelu = "timm_model_name" not in vision
+    quick_gelu = "timm_model_name" not in vision if quick_gelu is None else quick_gelu
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
     lite0 = vision.get("timm_model_name") == LITE0
     model.visual.image_mean, model.visual.image_std = (LITE0_MEAN, LITE0_STD) if lite0 else CLIP_STATISTICS

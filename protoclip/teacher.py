@@ -35,8 +35,8 @@ class Config:
     """Captions: the training shards (or .tsv) that the student will see."""
     out: str = "teacher.npz"
     """File to write: features (N, dim), the concatenated bytes of the sample keys, and the end of each key (N,).
-    Until it is written, its folder also has a temporary file with the features before PCA: 61 GB for 15 M captions
-    of RoBERTa-large."""
+    Meanwhile its folder also has a temporary file with the features before PCA: 61 GB for 15 M captions and
+    RoBERTa-large."""
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data, as in training; None uses all."""
     model: str = "roberta-large"
@@ -46,7 +46,7 @@ class Config:
     max_length: int = 77
     """Token positions; longer captions are cut."""
     dim: int = 64
-    """Principal components kept."""
+    """Number of principal components."""
     batch_size: int = 256
     """Captions per forward pass."""
     device: str = "auto"
@@ -76,7 +76,7 @@ def embed_captions(
     batch_size: int = 256,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Captions -> unit vectors (N, H) fp32, a Hugging Face encoder's mean last hidden states, written to `rows`.
+    """Captions -> (N, H) fp32, unit mean of a Hugging Face encoder's last hidden states; written to `rows` if passed.
 
     With `attend_padding`, ids are padded to `length` with 0 (RoBERTa's `<s>`, not its `<pad>`) and every position is
     attended and averaged, as upstream (src/utils/RoBERTa.py:23,62). Ids beyond `length` are cut, the end token with
@@ -185,12 +185,14 @@ class Teacher:
     def __init__(self, path: str):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"teacher file {path} does not exist; make it with 'python -m protoclip.teacher'")
-        self.path = path
+        self.path, self.about = path, {}
         try:
             if path.endswith(".npy"):
                 self.features, self.keys = np.load(path, mmap_mode="r", allow_pickle=False), None
             else:
                 self.features, self.keys = mapped(path, "features"), keys_in(path)
+                with np.load(path, allow_pickle=False) as kept:
+                    self.about = {name: str(kept[name]) for name in ("made", "data") if name in kept.files}
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
         if self.features.ndim != 2 or (self.keys is not None and len(self.keys) != len(self.features)):
@@ -198,7 +200,7 @@ class Teacher:
         self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
 
     def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
-        """(N,) dataset rows -> (N,) rows of `features`. ValueError if a sample has no row there, or two."""
+        """Rows of samples in `pairs` (N,) -> their rows in `features` (N,). ValueError if a sample has none, or two."""
         if not np.isfinite(self.some).all():
             raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
@@ -213,6 +215,9 @@ class Teacher:
                 )
             return rows
         if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
+            if self.about.get("data") not in (None, pairs.fingerprint):  # older files lack it
+                if json.loads(self.about["made"])["captions"] != fingerprint(all_captions(pairs)):
+                    raise ValueError(f"{self.path} was made from other captions: make it again from this --data")
             return rows
         if self.pairs is not pairs:
             self.pairs, self.places = pairs, self.lookup.find(pairs.keys)
@@ -248,6 +253,11 @@ class Teacher:
         return torch.from_numpy(found)
 
 
+def all_captions(pairs: data.Shards | data.TSV) -> Strings:
+    """The captions of all samples, with non-ASCII characters."""
+    return Strings.of(pairs.caption(row) for row in range(len(pairs)))
+
+
 def fingerprint(captions: Strings) -> str:
     """`data.fingerprint` of the captions, one per line, computed without joining them."""
     digest = hashlib.blake2b(digest_size=8)
@@ -281,19 +291,19 @@ def main(cfg: Config) -> Path:
         raise ValueError(f"--out {out} should end in .npz")
     cli.check_counts(cfg, "dim", "batch_size", "max_length", "dataset_size")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    captions = Strings.of(pairs.caption(row) for row in range(len(pairs)))  # non-ASCII characters included
+    captions = all_captions(pairs)
     setting = {name: getattr(cfg, name) for name in ("model", "attend_padding", "dim")} | {"length": cfg.max_length}
     if cfg.precision != "auto":
         setting["precision"] = cfg.precision
     made = json.dumps(setting | {"captions": fingerprint(captions)}, sort_keys=True)
     if out.exists():
-        Teacher(str(out)).find(pairs, np.arange(len(pairs)))
-        kept = np.load(out, allow_pickle=False)
-        if "made" not in kept.files or str(kept["made"]) != made:
+        teacher = Teacher(str(out))
+        teacher.find(pairs, np.arange(len(pairs)))
+        if teacher.about.get("made") != made:
             raise ValueError(
                 f"{out} was made from other captions or with other settings: remove it, or choose another --out"
             )
-        print(f"{out} holds {len(pairs):,} rows already; nothing to do")
+        print(f"{out} holds {len(pairs):,} samples already; nothing to do")
         return out
     model, tokenizer = load_encoder(cfg.model)
     precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size
@@ -311,7 +321,8 @@ def main(cfg: Config) -> Path:
         features = pca(rows, cfg.dim)
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]
-        np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), made=np.array(made))
+        about = {"made": np.array(made), "data": np.array(pairs.fingerprint)}
+        np.savez(file, keys=keys, ends=pairs.keys.ends, features=features.numpy(), **about)
     data.say_left_out(pairs)
     print(f"{out}: {features.shape[0]:,} captions, {width} -> {features.shape[1]} dimensions")
     return out

@@ -44,7 +44,7 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher import Teacher
-from shared import accumulate, checkpoints, cli, data, memory, run, windows
+from shared import accumulate, checkpoints, cli, data, evaluation, memory, run, windows
 from shared.clip import image_side, set_grad_checkpointing, trimmed
 from shared.pretrained import cached_lite0_features, efficientnet_lite0, lite0_features
 from shared.run import gather
@@ -152,9 +152,10 @@ def share_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
 def extract_features(
     model: nn.Module, loader: Iterable, episode_size: int, device: torch.device | str, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """h_I, h_T (N, P) fp32 on the CPU, row i for episodic index i; eval mode, no gradient. U:training/train.py:288.
+    """h_I, h_T (N, P) fp32 on the CPU, where row i is sample i of the episode. U:training/train.py:288.
 
-    `loader` yields this rank's (index, images, tokens, ...). Every rank returns the features of all ranks.
+    Eval mode, no gradient. `loader` yields this rank's (index, images, tokens, ...). Every rank returns the features of
+    all ranks.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
     device = torch.device(device)
@@ -248,7 +249,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     heads = sum(p.numel() for n, p in model.named_parameters() if "projection_head" in n)
     total, samples = cfg.steps_per_episode() * cfg.episodes, cfg.episode_size * cfg.episodes
-    rows = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
+    pairs = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all"
     episodes = sorted({0, min(cfg.infonce_warmup, cfg.episodes - 1), cfg.episodes - 1})
     size = image_side(model)
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
@@ -257,7 +258,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     cli.show_plan(
         [
             ("parameters", f"{parameters:,} (projection heads {heads:,})"),
-            ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {rows} rows"),
+            ("samples", f"{samples:,} in {cfg.episodes} episodes of {cfg.episode_size:,}, drawn from {pairs} pairs"),
             cli.disk_row(cfg.dataset_size, trained, parameters - trained),
             cli.batch_row(cfg, world_size),
             cli.step_row(total, cfg.steps_per_episode(), "episode"),
@@ -286,11 +287,11 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def locked_features(
     cfg: Config, pairs: data.Shards, size: int, tokenize: Callable, process: run.Process
 ) -> memory.InMemory:
-    """Like `memory.read`, but with features (N, C) instead of pixels: a locked trunk's, of the uncropped images resized
-    to `size` pixels. The features are computed once and kept in --cache.
+    """Like `memory.read`, but with a locked trunk's features (N, C) of the uncropped images at `size` pixels in place
+    of pixels. They are computed once and stored in --cache.
     """
     precision = run.resolve_precision(cfg.precision, process.device)
-    path = Path(cfg.cache) / f"lite0-{pairs.fingerprint}-{len(pairs)}-{size}-{precision}.npy"
+    path = Path(cfg.cache) / f"lite0-{evaluation.images_of(pairs)}-{len(pairs)}-{size}-{precision}.npy"
     if not path.exists():
         found = memory.read(pairs, size, tokenize, process)
         if process.device.type == "cpu" and cfg.precision == "auto":  # equal images are computed once
@@ -422,6 +423,7 @@ def main(cfg: Config) -> Path | None:
     for episode in range(first, cfg.episodes):
         episodes.draw(episode, start, known=bool(prototypes))
         prototypes = Prototypes(**prototypes) if prototypes else episodes.prototypes(ddp, precision)
+        kept = prototypes and prototypes._asdict()
         loader = episodes.loader("train")
         steps = train_episode(ddp, loader, optimizer, prototypes, episode, cfg, process, start, scaler, precision)
         for step, losses in steps:
@@ -431,12 +433,11 @@ def main(cfg: Config) -> Path | None:
                 once = episodes.errors if batch == 1 else {}
                 folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **run.over_ranks(losses), **once)
             if folder.due(step + 1) and batch < per_episode:
-                kept = prototypes and prototypes._asdict()
                 folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)
 
         done, last, start, prototypes = per_episode * (episode + 1), episode + 1 == cfg.episodes, 0, None
         if process.main and cfg.eval_every and ((episode + 1) % cfg.eval_every == 0 or last):
-            with folder.clock.paused():
+            with folder.evaluation(done, episode=episode, epoch=episode, batch=per_episode, prototypes=kept):
                 dtype, workers = run.DTYPES[precision], windows.evaluation_workers(cfg)
                 top1 = quick_top1(model, tokenizer, whole_image, cfg.eval_set, process.device, dtype, workers)
             folder.log(done, episode=episode, zero_shot_top1=top1)

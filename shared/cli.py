@@ -76,6 +76,21 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
 
 
+def check_finite(config: Any, *names: str) -> None:
+    """ValueError unless the fields `names` are finite numbers. Fields set to None are skipped."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be finite, not {value}")
+
+
+def check_adam(config: Any) -> None:
+    """ValueError unless beta1 and beta2 are at least 0 and below 1, and eps is at least 0. None is skipped."""
+    check_rates(config, "beta1", "beta2", "eps")
+    for name in ("beta1", "beta2"):
+        if (value := getattr(config, name)) is not None and value >= 1:
+            raise ValueError(f"--{name} must be below 1, not {value}")
+
+
 def check_batch(config: Any, world_size: int) -> None:
     """ValueError if the batch cannot be divided evenly over processes and micro-batches."""
     micro_batches = getattr(config, "accumulate", 1)

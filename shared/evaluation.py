@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.checkpoints import ROOT, read_json, trained_by, write_json
+from shared.data import TSV, Shards
 from shared.evalsets import EvalSet
 from shared.run import paper_of, read_metrics
 
@@ -40,6 +41,12 @@ def stamp(files: Iterable[Path]) -> str:
         about = file.stat() if file.exists() else None
         digest.update(f"{file} {about and (about.st_size, about.st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def images_of(pairs: Shards | TSV) -> str:
+    """Digest of training pairs for caches of what is computed from their images: `fingerprint`, and of a .tsv, which
+    only names its image files, also their `stamp`."""
+    return f"{pairs.fingerprint}-{stamp(map(Path, pairs.keys))}" if isinstance(pairs, TSV) else pairs.fingerprint
 
 
 def measured(paper: str, file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:

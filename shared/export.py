@@ -122,6 +122,11 @@ def exported(run: str | Path) -> Path:
     return folder
 
 
+def quick_gelu(name: str, tag: str) -> bool:
+    """Whether open_clip's weights NAME@TAG were trained with QuickGELU; if NAME's config has GELU, it only warns."""
+    return bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+
+
 def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable, Callable]:
     """(model in eval mode, image transform, tokenizer) of `source`, one of KINDS. ValueError if it cannot be loaded."""
     folder = local_folder(source)
@@ -131,9 +136,8 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Modu
     if not folder and (not named(source) or tag not in open_clip.list_pretrained_tags_by_model(name)):
         raise ValueError(f"{source} is not a model that can be used here: name {KINDS}")
     try:
-        quick = tag == "openai"  # open_clip only warns if the name is that of a config with GELU
         model, _, transform = open_clip.create_model_and_transforms(
-            name, pretrained=tag or None, force_quick_gelu=quick
+            name, pretrained=tag or None, force_quick_gelu=quick_gelu(name, tag)
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error

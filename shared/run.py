@@ -342,8 +342,10 @@ class Stopwatch:
     @contextlib.contextmanager
     def paused(self):
         self.seconds = self.read()
-        yield
-        self._start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start = time.perf_counter()
 
 
 class RunFolder:
@@ -454,6 +456,16 @@ class RunFolder:
         if self.total and silent(EVERY - 10):  # earlier than the progress bar of the same loop
             self.say(step, {})
         return step - self.saved >= self.cfg.save_every or self.stays(step)
+
+    @contextlib.contextmanager
+    def evaluation(self, step: int, /, **values: Any) -> Iterator[None]:
+        """Stop the clock during an evaluation. If it fails, `save` with `values`, from which a run repeats it alone."""
+        try:
+            with self.clock.paused():
+                yield
+        except Exception:
+            self.save(step, **values)
+            raise
 
     def stays(self, step: int) -> bool:
         """Whether the checkpoint of this step is also kept as checkpoint-STEP.pt."""

@@ -188,6 +188,24 @@ def test_configurations_that_are_refused(changed: dict, message: str | None):
         cli.check_batch(config, 2)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"beta2": None, "eps": None, "bias": None}, None),
+        ({"beta1": 1.0}, "--beta1 must be below 1, not 1.0"),
+        ({"beta2": math.nan}, "--beta2 must be at least 0, not nan"),
+        ({"eps": -1e-6}, "--eps must be at least 0, not -1e-06"),
+        ({"bias": -math.inf}, "--bias must be finite, not -inf"),
+    ],
+)
+def test_numbers_that_are_refused(changed: dict, message: str | None):
+    config = types.SimpleNamespace(**({"beta1": 0.0, "beta2": 0.98, "eps": 0.0, "bias": -5.0} | changed))
+    with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=re.escape(message)):
+        cli.check_adam(config)
+        cli.check_finite(config, "bias")
+
+
 def test_a_plan_is_a_line_for_each_row(capsys):
     cfg = types.SimpleNamespace(batch_size=64)
     layer = nn.Linear(256, 256, bias=False)

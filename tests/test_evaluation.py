@@ -4,11 +4,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from shared import evaluation, export
+from shared import data, evaluation, export
 
 
 def test_tables_are_markdown():
@@ -53,6 +54,18 @@ def test_a_set_that_an_older_one_replaces_has_changed(tmp_path: Path):
         os.utime(source, (time, time))
         evaluation.measured("paper", tmp_path / "results.json", {}, [source], lambda: calls.append(1) or {})
     assert len(calls) == 2
+
+
+def test_images_of_a_table_change_with_their_files(tmp_path: Path):
+    """Its fingerprint has names and captions only; shards are compared by their own."""
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
+    pairs = data.open_pairs(str(tmp_path / "pairs.tsv"))
+    first = evaluation.images_of(pairs)
+    assert first == evaluation.images_of(pairs) and first.startswith(pairs.fingerprint)
+    (tmp_path / "a.png").write_bytes(b"another")
+    assert evaluation.images_of(pairs) != first
+    assert evaluation.images_of(SimpleNamespace(fingerprint="abc")) == "abc"
 
 
 def test_folders_of_one_name_are_refused():

@@ -221,6 +221,12 @@ def test_other_features_are_an_error(tmp_path: Path, exported: dict):
         export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)
 
 
+def test_weights_have_the_activation_of_their_training():
+    for source, quick in (("ViT-B-32@openai", True), ("ViT-B-32@metaclip_400m", True), ("ViT-B-32@laion2b_e16", False)):
+        assert export.quick_gelu(*source.split("@")) == quick
+    assert not export.quick_gelu("local-dir:exported", "")
+
+
 def test_weights_of_openai_have_quick_gelu(monkeypatch: pytest.MonkeyPatch):
     """Under the name of a config with GELU, too, of which open_clip only warns."""
     asked = {}

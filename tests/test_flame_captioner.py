@@ -117,11 +117,14 @@ def test_captioner_command_line_errors(in_process, tiny_blip: Path, tmp_path: Pa
     (tmp_path / "short.json.parts").mkdir()
     (tmp_path / "short.json.parts/about.json").write_text('{"model": "another"}')
     shards, out = ["--data", SHARDS / "00000.tar", "--dataset-size", "4"], tmp_path / "short.json"
+    (tmp_path / "long.json").write_text("[]")
+    (tmp_path / "long.json.about.json").write_text('{"instruction": "another"}')
     cases = {
+        "long.json holds captions of other settings": [*shards, "--model", tiny_blip, "--out", tmp_path / "long.json"],
         "--data is missing": ["--out", tmp_path / "x.json"],
         "--part-size must be at least 1": [*shards, "--part-size", "0", "--out", tmp_path / "x.json"],
         "could not be loaded as an image-to-text model": [*shards, "--model", tmp_path, "--out", tmp_path / "x.json"],
-        "holds captions of other settings or data": [*shards, "--model", tiny_blip, "--out", out],
+        "short.json.parts holds captions of other settings or data": [*shards, "--model", tiny_blip, "--out", out],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, module=SCRIPT)

@@ -272,7 +272,7 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
     _, found = embed.captions_of(cfg)
     raw, short, long = zip(*found, strict=True)
     assert list(short) == [*(entry["caption"] for entry in entries), raw[3]] and long == raw
-    assert f"lacks 1 of 4 samples, such as {keys[3]}: they keep raw captions" in capsys.readouterr().out
+    assert f"lacks 1 of 4 samples, such as {keys[3]}: raw captions are used" in capsys.readouterr().out
 
 
 def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process, folder: Path, monkeypatch):
@@ -337,6 +337,8 @@ def test_dry_run_of_embedding(in_process, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     result = in_process("yfcc15m-mistral-nemo", "--dry-run")
     assert result.code == 0 and "112,640 bytes an image" in result.out and "1,697 GB" in result.out, result
+    result = in_process("yfcc15m-mistral-nemo", "--dry-run", "--batch-size", "-1")
+    assert result.code == 2 and "--batch-size must be at least 1, not -1" in result.err, result
     for llm, rows in (("minilm", 3), ("smollm2", 11)):
         result = in_process("emoji", "--llm", llm, "--dry-run")
         assert result.code == 0 and f"{rows} embeddings of its width" in result.out, result

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scripts import finished, kill_at, metrics, same
 from short_runs import small_set
 from test_flame_embed import (  # noqa: F401
@@ -78,6 +80,18 @@ def test_tokens_of_a_locked_trunk_are_its_own(settings: config.Config):
     fewer = opened(dataclasses.replace(settings, dataset_size=40))  # the first rows of the same file
     assert file.stat().st_mtime_ns == began and torch.equal(fewer.images, corpus.images[:40])
     torch.testing.assert_close(tower(expected), expected)  # tokens stand in for images
+
+
+def test_tokens_of_replaced_images_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Under the same names, as a .tsv has them."""
+    monkeypatch.setattr(inmemory, "trunk_tokens", lambda images, *_: torch.stack([*images]).float().mean((2, 3)))
+    (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
+    cfg = dataclasses.replace(config.LITE0, data=f"{tmp_path}/pairs.tsv", cache=str(tmp_path / "cache"))
+    tower, found = SimpleNamespace(image_size=(8, 8)), []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
+        found.append(inmemory.training_tokens(cfg, tower, CPU).tolist())
+    assert found == [[[255, 0, 0]], [[0, 0, 255]]]
 
 
 def test_batches_are_a_function_of_seed_epoch_and_row(settings: config.Config):

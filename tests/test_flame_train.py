@@ -183,6 +183,34 @@ def test_training_never_loads_the_language_model(tiny: list, folder: Path, bank:
     assert len(top1) == 2 and top1[-1] == measured["groups_ood/top1"]
 
 
+def test_a_failed_evaluation_costs_no_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    answers = iter([ValueError("broken set"), 1.0])
+
+    class Curve:
+        def __init__(self, *_):
+            pass
+
+        def top1(self) -> float:
+            if isinstance(answer := next(answers), ValueError):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(train, "Curve", Curve)
+    cfg = dataclasses.replace(
+        config.EMOJI, method="clip", captions=(), data=f"{SHARDS}/00000.tar", dataset_size=64,
+        out=str(folder / "failed"), epochs=1, batch_size=32, hidden_dim=16, image_size=16, text_width=16,
+        precision="fp32", eval_every=1, eval_set=str(EVAL / "groups_ood"), log_every=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="broken set"):
+        train.main(cfg)
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (0, 2)
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was repeated"))
+    train.main(cfg)
+    lines = metrics(folder / "failed")
+    assert [line["step"] for line in lines] == [1, 2, 2] and lines[-1]["zero_shot_top1"] == 1.0
+
+
 def test_facets_change_from_visit_to_visit_and_images_do_not_depend_on_them(bank: Path):
     pairs = data.open_pairs(str(SHARDS / "00000.tar"), IMAGES)
     cfg = dataclasses.replace(config.EMOJI, bank=str(bank), centre=False)

@@ -107,6 +107,8 @@ def test_drawings_are_grouped_by_emoji_and_attract_each_other(folder: Path):
         backbone.main(backbone.Config(out="backbone"))
     with pytest.raises(ValueError, match="--image-size 20 cannot be cut into patches of 8 pixels"):
         backbone.main(backbone.Config(out=str(folder / "other.pt"), image_size=20))
+    with pytest.raises(ValueError, match="--temperature must be at least 0, not nan"):
+        backbone.main(backbone.Config(out=str(folder / "other.pt"), temperature=float("nan")))
     assert backbone.drawings(f"{SHARDS}/00000.tar", ["another", "one"]) == [[0], [1]]  # each its own positive
     keys = list(data.open_pairs(f"{SHARDS}/00000.tar").keys)
     groups = backbone.drawings(f"{SHARDS}/00000.tar", keys, same="group")

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from scripts import same
+from test_lexvla_model import tiny_lm
 from test_lexvla_train import ARMS, SCRIPT, SECONDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
 
 from lexvla import checkpoints as run_checkpoints
@@ -18,7 +19,7 @@ def test_load_run_restores_the_trained_weights(arms: dict[str, Path]):
     model, cfg, tokenizer, read = run_checkpoints.load_run(arms["overuse"])
     state = checkpoints.load_checkpoint(arms["overuse"] / "checkpoint.pt")
     weights = state["weights"]
-    assert same(run_checkpoints.trained_weights(model), weights) and not model.training
+    assert same(run_checkpoints.trained_weights(model), weights) and not model.training and len(state["lm"]) > 900
     with pytest.raises(ValueError, match="does not hold the weights"):
         run_checkpoints.load_weights(
             model, state | {"weights": {k: v for k, v in weights.items() if "lora" not in k}}, "RUN"
@@ -26,6 +27,17 @@ def test_load_run_restores_the_trained_weights(arms: dict[str, Path]):
     model.image.backbone.cls_token.data.add_(1)
     with pytest.raises(ValueError, match="RUN was trained on another backbone than"):
         run_checkpoints.load_weights(model, state, "RUN")
+
+
+def test_another_language_model_of_the_same_name_is_refused():
+    lm, other = tiny_lm(), tiny_lm()
+    other.get_output_embeddings().weight.data.neg_()
+    state = {"lm": run_checkpoints.lm_sample(lm), "config": {"lm": "data/lm"}}
+    for same_lm in (lm, lm.bfloat16()):
+        run_checkpoints.check_lm(same_lm, state, "RUN")
+    with pytest.raises(ValueError, match="RUN was trained with another language model than data/lm holds now"):
+        run_checkpoints.check_lm(other, state, "RUN")
+    run_checkpoints.check_lm(other, {"config": {"lm": "data/lm"}}, "RUN")  # an older checkpoint
 
 
 def test_timm_and_transformers_load_the_weights(arms: dict[str, Path], lm: Path, backbone: Path):

@@ -170,7 +170,7 @@ def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
         ((arms["none"], "--topk", "0"), "--topk must be at least 1"),
         ((arms["none"], "--batch-size", "0"), "--batch-size must be at least 1"),
         ((arms["none"], "--patchdis", few, "--patchdis-side", "97"), "no multiple of"),
-        ((arms["none"], "--patchdis", few, "--sets", "--precision", "fp32"), "has class 1, but classnames.txt has 1"),
+        ((arms["none"], "--patchdis", few, "--sets", tmp_path), "has class 1, but classnames.txt has 1"),  # before sets
         ((), "name at least one run folder"),
     ):
         result = in_process(*arguments, module="lexvla.eval")

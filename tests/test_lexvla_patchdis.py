@@ -1,6 +1,7 @@
 """PatchDis of any dual encoder: open_clip's ViTs and VDR's weights; folders of images and masks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,21 @@ def test_a_masks_image_has_the_same_name(tmp_path: Path):
         Image.new("L", (8, 8), i).save(tmp_path / f"masks/{name}.png")
     for pixels, mask, _ in patchdis.labelled_images(str(tmp_path), 8, lambda image: torch.tensor(np.asarray(image))):
         assert (pixels[0, ..., 0] == mask[0]).all()
+
+
+def test_all_masks_are_checked_first(labelled: Path, tmp_path: Path):
+    """Also for what is no error while images are resized: a mask of another size than its image."""
+    folder = shutil.copytree(labelled, tmp_path / "labelled")
+    patchdis.check_folder(folder)
+    Image.new("L", (30, 20)).save(folder / "masks/2.png")
+    with pytest.raises(ValueError, match=r"masks/2.png has 30x20 pixels, but .*images/2.png 64x16"):
+        patchdis.check_folder(folder)
+    (folder / "images/2.png").write_bytes(b"?")
+    with pytest.raises(ValueError, match="images/2.png cannot be read as an image"):
+        patchdis.check_folder(folder)
+    (folder / "images/2.png").unlink()
+    with pytest.raises(FileNotFoundError, match="images has no picture for masks/2.png"):
+        patchdis.check_folder(folder)
 
 
 def test_an_image_without_classes_has_no_candidates():

@@ -1,6 +1,7 @@
 """Towers by name: LoRA of a configuration, tokens of the frozen backbone."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,19 @@ def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: 
     file.unlink()
     file.write_bytes(b"no array")
     assert torch.equal(train.TokenDataset(pairs, transform, image, alone, "fp32", file)[7][0], encoded[7][0])
+
+
+def test_tokens_of_replaced_images_have_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Under the same names, as a .tsv has them."""
+    monkeypatch.setattr(train, "backbone_fingerprint", lambda image: "the same")
+    monkeypatch.setattr(train, "TokenDataset", lambda *given: given[-1])
+    (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
+    pairs, files = data.open_pairs(str(tmp_path / "pairs.tsv")), []
+    for content in (b"one", b"one", b"another"):
+        if not files or content != b"one":
+            (tmp_path / "a.png").write_bytes(content)
+        files.append(train.training_set(config.EMOJI, pairs, None, None, "fp32"))
+    assert files[0] == files[1] != files[2]
 
 
 def test_equal_images_are_encoded_once(backbone: Path, monkeypatch: pytest.MonkeyPatch):
@@ -141,5 +155,22 @@ def test_clips_tower_has_the_activation_that_its_weights_were_trained_with():
             assert (width, side) == (768, 16)
             assert torch.allclose(image.frozen(pixels), tokens, rtol=1e-3, atol=1e-3) == agrees, name
     assert config.PRESETS["cc12m-clip"][1].backbone.endswith(".openai")
-    mean, _ = next(iter(towers.normalize(config.PRESETS["cc12m-clip"][1].backbone).values.values()))
-    assert mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+
+
+def test_images_have_the_statistics_of_the_backbones_own_configuration(tmp_path: Path):
+    clip, imagenet, half = (0.48145466, 0.4578275, 0.40821073), (0.485, 0.456, 0.406), (0.5, 0.5, 0.5)
+    for name in ("vit-clip", "vit", "mean"):
+        (tmp_path / name).mkdir()
+    made = {"image_processor_type": "ViTImageProcessor", "image_mean": half, "image_std": (0.2, 0.3, 0.4)}
+    (tmp_path / "mean/preprocessor_config.json").write_text(json.dumps(made))
+    for name, mean in (
+        (config.PRESETS["cc12m-clip"][1].backbone, clip),
+        ("vit_base_patch16_224", half),  # of timm's weights, unlike most others
+        ("vit_small_patch14_dinov2", imagenet),
+        (f"{tmp_path}/mean", half),
+        (f"{tmp_path}/vit-clip", clip),  # by the name, since these folders do not state any
+        (f"{tmp_path}/vit", imagenet),
+        ("backbone.pt", half),
+    ):
+        assert towers.statistics(name)[0] == pytest.approx(mean), name
+    assert towers.statistics(f"{tmp_path}/mean")[1] == [0.2, 0.3, 0.4]

@@ -251,6 +251,24 @@ def test_evaluation_during_training(cli, folder: Path, tiny: list[str], small_se
     assert last["step"] == PER_EPOCH and 0 <= last["text_to_image_R@1"] <= 100
 
 
+def test_a_failed_evaluation_costs_no_epoch(
+    in_process, folder: Path, tiny: list[str], small_set: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The resumed run repeats the evaluation alone."""
+    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", small_set, "--out", folder / "failed"]
+    shard, content = small_set / "test/0.tar", (small_set / "test/0.tar").read_bytes()
+    shard.write_bytes(content[:5000])
+    result = in_process("emoji", *tiny, *options)
+    shard.write_bytes(content)
+    assert result.code == 2 and str(shard) in result.err and one_sentence(result.err), result.err
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (0, PER_EPOCH)
+    losses = metrics(folder / "failed")
+    result = in_process("emoji", *tiny, *options)
+    assert result.code == 0, result.err
+    assert metrics(folder / "failed")[:-1] == losses and "text_to_image_R@1" in metrics(folder / "failed")[-1]
+
+
 @pytest.mark.golden("lexvla", "schedules")
 def test_schedules(case):
     if "lambda_t" in case:

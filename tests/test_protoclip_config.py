@@ -24,6 +24,9 @@ ERRORS = {
     "gradients that ascend": (["emoji", "--max-grad-norm", "-1"], "--max-grad-norm must be above 0, not -1"),
     "no heads' width": (["emoji", "--projection-dim", "0"], "--projection-dim must be at least 1, not 0"),
     "no batch to plan": (["emoji", "--dry-run", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+    "no decay to plan": (["emoji", "--dry-run", "--beta2", "nan"], "--beta2 must be at least 0, not nan"),
+    "an end before the start": (["emoji", "--dry-run", "--text-end", "-1"], "--text-end must be at least 0, not -1"),
+    "nothing to keep": (["emoji", "--dry-run", "--keep-every", "-1"], "--keep-every must be at least 0, not -1"),
     "captions to classify": (
         ["emoji", "--eval-every", "1", "--eval-set", str(SHARDS.parent / "eval/retrieval_id")],
         "is a retrieval set: it must be a classification set",

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
+from open_clip.transformer import QuickGELU
 from short_runs import small_set
 
 from protoclip import config, train
 from protoclip import eval as evaluation
 from protoclip.eval import clustering_scores, feature_statistics, linear_probe, retrieval_metrics
+from protoclip.model import create_model
 from shared import cli
 from shared.zeroshot import classification_metrics, zeroshot_classifier
 
@@ -93,6 +95,18 @@ def test_checkpoint_in_the_authors_layout(tmp_path: Path, prefix: str):
     assert model.state_dict()["visual.conv1.weight"].unique().item() == pytest.approx(0.01)
     with pytest.raises(ValueError, match="another --model"):
         evaluation.load_model(path, "ViT-emoji")
+
+
+def test_a_file_without_heads_has_the_activation_of_the_flag(tmp_path: Path):
+    """Weights fit QuickGELU and GELU; only files with heads are certainly ProtoCLIP's."""
+    path = tmp_path / "epoch_32.pt"
+    torch.save({"state_dict": create_model("ViT-test", heads=False).state_dict()}, path)
+    with pytest.raises(ValueError, match="epoch_32.pt does not say whether its activation is QuickGELU"):
+        evaluation.load_model(path, "ViT-test")
+    for quick_gelu in (True, False):
+        model, _ = evaluation.load_model(path, "ViT-test", quick_gelu)
+        found = {isinstance(module, QuickGELU) for module in model.modules() if "GELU" in type(module).__name__}
+        assert found == {quick_gelu} == {model.quick_gelu}
 
 
 def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

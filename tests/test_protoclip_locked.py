@@ -72,6 +72,17 @@ def test_features_of_a_locked_trunk_are_computed_once(cfg: config.Config, monkey
     assert torch.equal(first.tokens, again.tokens) and (first.labels == again.labels).all()
 
 
+def test_features_of_replaced_images_are_computed_again(cfg: config.Config, tmp_path: Path, monkeypatch):
+    """Under the same names, as a .tsv has them."""
+    monkeypatch.setattr(train, "lite0_features", lambda pixels, **_: pixels.float().mean((2, 3)))
+    (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
+    pairs, found = data.open_pairs(str(tmp_path / "pairs.tsv")), []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "a.png")
+        found.append(train.locked_features(cfg, pairs, 32, lambda captions: torch.ones(len(captions), 4), CPU).pixels)
+    assert [features.tolist() for features in found] == [[[255, 0, 0]], [[0, 0, 255]]]
+
+
 def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):
     model = create_model(cfg.model, cfg.heads, image_size=cfg.image_size)
     model.visual.trunk.load_state_dict(pretrained.efficientnet_lite0().state_dict())

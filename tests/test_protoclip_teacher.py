@@ -1,5 +1,6 @@
 """The external teacher: its features, its file, its command line."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from scripts import finished, metrics, one_sentence
 from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
 
-from protoclip.teacher import Teacher, embed_captions, on_disk, pca
+from protoclip.teacher import Teacher, all_captions, embed_captions, fingerprint, on_disk, pca
 from shared import data
 from shared.index import Strings
 
@@ -80,6 +81,25 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
     other.keys = Strings.of(["b", "a", "a"])
     with pytest.raises(ValueError, match="two rows for sample a"):
         teacher.rows(other, np.array([0]))
+
+
+def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
+    """Captions that have changed under the same keys; data that have changed otherwise are not refused."""
+
+    def pairs_of(*captions: str) -> data.TSV:
+        rows = "".join(f"{caption}\t{i}.png\n" for i, caption in enumerate(captions))
+        (tmp_path / "pairs.tsv").write_text("title\tfilepath\n" + rows)
+        return data.open_pairs(str(tmp_path / "pairs.tsv"))
+
+    pairs = pairs_of("a cat", "a dog")
+    made, about = {"captions": fingerprint(all_captions(pairs))}, {"keys": pairs.keys.text, "ends": pairs.keys.ends}
+    for data_of_file in (pairs.fingerprint, "another"):
+        about |= {"made": np.array(json.dumps(made)), "data": np.array(data_of_file)}
+        np.savez(tmp_path / "t.npz", features=np.ones((2, 3), np.float32), **about)
+        teacher = Teacher(str(tmp_path / "t.npz"))
+        assert teacher.find(pairs_of("a cat", "a dog"), np.arange(2)).tolist() == [0, 1]
+        with pytest.raises(ValueError, match="t.npz was made from other captions: make it again"):
+            teacher.find(pairs_of("a cat", "a fox"), np.arange(2))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -125,6 +125,32 @@ def test_evaluation_during_training(cli, folder: Path):
     assert last["step"] == 2 and 0 <= last["zero_shot_top1"] <= 100
 
 
+def test_a_failed_evaluation_costs_no_episode(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The resumed run repeats the evaluation, neither training nor clustering."""
+    calls, extract, answers = [], train.extract_features, iter([ValueError("broken set"), 1.0, 2.0])
+
+    def top1(*_) -> float:
+        if isinstance(answer := next(answers), ValueError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(train, "extract_features", lambda *args: calls.append(args[2]) or extract(*args))
+    monkeypatch.setattr(train, "quick_top1", top1)
+    cfg = dataclasses.replace(
+        config.EMOJI, model="ResNet-test", data=f"{SHARDS}/00000.tar", out=str(folder / "failed"), w_external=0.0, k=4,
+        precision="fp32", image_size=16, episodes=2, episode_size=32, batch_size=16, infonce_warmup=0, eval_every=1,
+        eval_set=str(ROOT / "data/emoji/eval/groups_ood"), warmup=1, log_every=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="broken set"):
+        train.main(cfg)
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["episode"], state["batch"]) == (0, 2) and state["prototypes"] is not None
+    train.main(cfg)
+    lines = metrics(folder / "failed")
+    assert calls == [32, 32] and [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
+    assert [line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line] == [1.0, 2.0]
+
+
 def test_warm_up_and_lit_episodes_are_not_extracted(folder: Path, monkeypatch: pytest.MonkeyPatch):
     calls, extract = [], train.extract_features
     monkeypatch.setattr(train, "extract_features", lambda *args: calls.append(args[2]) or extract(*args))

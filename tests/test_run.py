@@ -1,5 +1,6 @@
 """Process start-up, precision, logs that resume, and progress."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -268,6 +269,10 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch):
         now[0] += 50
     now[0] += 1
     assert watch.read() == 8.0
+    with contextlib.suppress(ValueError), watch.paused():  # an evaluation that fails
+        now[0] += 50
+        raise ValueError
+    assert watch.read() == 8.0
 
 
 @dataclasses.dataclass
@@ -281,6 +286,22 @@ def parts(seed: int) -> dict:
     model = nn.Linear(2, 1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     return {"state_dict": model, "optimizer": torch.optim.SGD(model.parameters(), momentum=0.9), "scaler": scaler}
+
+
+def test_a_failed_evaluation_costs_no_training(tmp_path: Path):
+    """The run is saved where it repeats the evaluation; an evaluation that does not fail saves nothing."""
+    cfg = Settings(out=str(tmp_path / "run"))
+    folder = run.RunFolder(cfg, ALONE, epoch=0, batch=0)
+    folder.restore(**parts(0))
+    folder.start(0)
+    with folder.evaluation(2, epoch=0, batch=2):
+        pass
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="broken set"), folder.evaluation(2, epoch=0, batch=2):
+        raise ValueError("broken set")
+    folder.close()
+    again = run.RunFolder(cfg, ALONE, epoch=0, batch=0)
+    assert (again.state["epoch"], again.state["batch"]) == (0, 2) and not again.finished(epoch=3)
 
 
 def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
