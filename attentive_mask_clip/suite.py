@@ -154,7 +154,8 @@ def rows(measured: Mapping[str, float]) -> list[dict[str, str]]:
         value = measured.get(folders.get(name, ""), math.nan)
         if not math.isnan(value):
             found.append({"set": name, "reported": reported(name), "%": f"{value:.1f}"})
+    mean = f"mean of {len(found)} sets"
     for name in ("average_measured", "average_26"):
         if name in measured:
-            found.append({"set": name, "reported": f"mean of {len(found)} sets", "%": f"{measured[name]:.1f}"})
+            found.append({"set": name, "reported": mean, "%": f"{measured[name]:.1f}"})
     return found
