@@ -139,6 +139,7 @@ def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, pr
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
     check_model(cfg)
+    cli.check_batch(cfg, world_size)
     model = create_model(cfg.method, cfg.model, **cfg.model_settings())
     n = data.planned_size(cfg)
     per_epoch = n // cfg.batch_size
@@ -180,14 +181,16 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 
 
 def blank_batch(model: CLIP, cfg: Config) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(images, boxes, tokens) of two blank samples, in the shapes of a training step."""
+    """(images, boxes, tokens) of two blank samples with captions of full length, in the shapes of a training step."""
     size = model.image_size
     images = [torch.zeros(2, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
     if isinstance(model, ACLIP) and model.needs_ema_view:
         side = cfg.ema_image_size or size
         images.append(torch.zeros(2, 3, side, side))
     boxes = torch.tensor([[[0, 0, size, size]] * (cfg.views + 1)] * 2)
-    return images, boxes, torch.ones(2, model.context_length, dtype=torch.long)
+    tokens = torch.ones(2, model.context_length, dtype=torch.long)
+    tokens[:, -1] = 2  # the end token, at the end
+    return images, boxes, tokens
 
 
 def main(cfg: Config) -> Path | None:
