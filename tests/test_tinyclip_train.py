@@ -706,3 +706,27 @@ def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     shutil.copy(SHARDS / "00001.tar", shard)
     result = in_process("emoji-teacher", *options)
     assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
+
+
+@pytest.mark.usefixtures("embedded_corpus")
+def test_a_run_does_not_go_on_with_another_teacher(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor does a new run keep the model.pt of an earlier one, whose checkpoint was removed."""
+    teacher, out = tmp_path / "teacher.pt", tmp_path / "run"
+
+    def write_teacher(seed: int) -> None:
+        torch.manual_seed(seed)
+        model = CLIP(**CONFIGS["test-25"])
+        torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, teacher)
+
+    write_teacher(0)
+    options = [*preset("emoji"), *TINY, "--teacher", teacher, "--init", "None", "--steps", "2", "--out", out]
+    assert in_process(*options).code == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"step": 1}, out / "checkpoint.pt")  # as if it had stopped early
+    write_teacher(1)
+    result = in_process(*options)
+    assert result.code == 2 and f"was trained with another teacher than {teacher} is now" in result.err
+    (out / "checkpoint.pt").unlink()
+    assert (out / "model.pt").exists()
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *_: sys.exit(7))  # stops before the new model.pt
+    assert in_process(*options).code == 7 and not (out / "model.pt").exists()

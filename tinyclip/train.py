@@ -44,7 +44,7 @@ from tinyclip.masks import (
     too_little,
 )
 from tinyclip.model import CLIP, Student, distillation_loss, equal_captions, parameter_counts
-from tinyclip.teacher import Teacher, first_source, fitted, load_teacher
+from tinyclip.teacher import Teacher, digest_of, first_source, fitted, load_teacher
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -457,12 +457,20 @@ class Corpus:
         boxes = memory.random_crops(u, self.cfg.crop, self.cfg.crop_ratio)
         return memory.normalized(memory.crop_and_resize(pixels, boxes, self.size))
 
+    def zero_shot_top1(self, student: Student, precision: str) -> float:
+        """Top-1 on `eval_set` in percent, with class names as prompts."""
+        where = self.whole_image, self.cfg.eval_set, self.process.device
+        workers = windows.evaluation_workers(self.cfg)
+        return quick_top1(student, self.tokenizer, *where, run.DTYPES[precision], workers)
+
 
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
+    check_stage(cfg)
+    cli.check_batch(cfg, world_size)
     cfg = planned(cfg)
     shape = copy.deepcopy(CONFIGS[cfg.model])
     shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
@@ -585,8 +593,6 @@ def main(cfg: Config) -> Path | None:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
-        check_stage(cfg)
-        cli.check_batch(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
@@ -605,7 +611,10 @@ def main(cfg: Config) -> Path | None:
     folder.restore(optimizers=optimizers, scaler=scaler)
     corpus = Corpus(cfg, process, student.clip, folder.state)
     cfg = corpus.cfg  # in steps
-    folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint)
+    folder.check_same("teacher", digest := digest_of(teacher), f"with another teacher than {cfg.teacher} is")
+    folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint, teacher=digest)
+    if process.main and not folder.resumed:  # it may be of an earlier run, whose checkpoint.pt was removed
+        (folder.path / "model.pt").unlink(missing_ok=True)
     if cfg.keep_in_memory:  # after the start of the clock: the seconds of a run contain its teacher's forward passes
         corpus.remember(teacher, precision)
 
@@ -627,8 +636,7 @@ def main(cfg: Config) -> Path | None:
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
                 with folder.clock.paused():
-                    view, dtype, workers = corpus.whole_image, run.DTYPES[precision], windows.evaluation_workers(cfg)
-                    top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype, workers)
+                    top1 = corpus.zero_shot_top1(student, precision)
                 folder.log(done, epoch=epoch, zero_shot_top1=top1)
             run.wait()
         if done % corpus.steps_per_epoch == 0 or last:
