@@ -256,10 +256,22 @@ def object_masks(eval_set: EvalSet) -> Tensor | None:
     return torch.stack(masks).float() if masks else None
 
 
+def pixel_values(images: Tensor) -> Tensor:
+    """Normalised images (B, 3, S, S) -> values from 0 to 1."""
+    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
+    return images * std + mean
+
+
 def foreground(images: Tensor) -> Tensor:
     """(B, S, S) 1 where a normalised image (B, 3, S, S) is not white: the drawing of an emoji."""
-    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
-    return ((images * std + mean) < 0.98).any(dim=1).float()
+    return (pixel_values(images) < 0.98).any(dim=1).float()
+
+
+@torch.no_grad()
+def attention_scores(model: CLIP, images: Tensor) -> Tensor:
+    """(B, N) scores of all patches of images (B, 3, S, S), by the tower that scores them in training; CLIP: its own."""
+    tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
+    return torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
 
 
 def images_and_objects(folder: str, model: CLIP, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -294,8 +306,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     """
     was_training, block = model.training, model.block
     model.eval()
-    tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
-    scores = torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
+    scores = attention_scores(model, images)
     model.train(was_training)
     pixels = F.avg_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N), share of each patch
     patches = (pixels > 0).float()
@@ -325,22 +336,15 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
 def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio: float = 0.5) -> None:
     """Plot one row per image (B, 3, S, S): the image; patches kept by attention and by high-drop, each before and after
     training; random patches. Dropped patches are grey."""
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    pixels, block = (images * std + mean).clamp(0, 1), after.block
-    noise = torch.rand(
-        len(images), (images.shape[2] // after.patch_size) ** 2, generator=torch.Generator().manual_seed(0)
-    )
-
-    def scores(model: CLIP) -> Tensor:
-        with torch.no_grad():
-            return (model.visual_ema if isinstance(model, ACLIP) else model.visual)(images, return_scores=True)[1]
-
+    pixels, side = pixel_values(images).clamp(0, 1), images.shape[2] // after.patch_size
+    noise = torch.rand(len(images), side**2, generator=torch.Generator().manual_seed(0))
+    untrained, trained = (attention_scores(model, images) for model in (before, after))
     columns = {
         "image": None,
-        "attentive,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block),
-        "attentive": attentive_keep_ids(scores(after), keep_ratio, block),
-        "high drop,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block, "high"),
-        "high drop": attentive_keep_ids(scores(after), keep_ratio, block, "high"),
+        "attentive,\nuntrained": attentive_keep_ids(untrained, keep_ratio, after.block),
+        "attentive": attentive_keep_ids(trained, keep_ratio, after.block),
+        "high drop,\nuntrained": attentive_keep_ids(untrained, keep_ratio, after.block, "high"),
+        "high drop": attentive_keep_ids(trained, keep_ratio, after.block, "high"),
     }
     columns["random"] = noise.argsort(dim=1)[:, : columns["attentive"].shape[1]]
     figure, axes = plt.subplots(len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images) + 0.4))
@@ -348,7 +352,6 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
         shown = pixels
         if ids is not None:
             kept = torch.zeros_like(noise).scatter_(1, ids, 1.0)
-            side = images.shape[2] // after.patch_size
             mask = F.interpolate(kept.view(-1, 1, side, side), scale_factor=after.patch_size)
             shown = pixels * mask + (0.25 * pixels + 0.55) * (1 - mask)
         for i, image in enumerate(shown):

@@ -110,11 +110,13 @@ def train_step(
         bare.update_ema(momentum)  # before the forward pass, once per step for any number of micro-batches
     optimizer.zero_grad()
     total: dict[str, Tensor] = {}
-    for part in range(cfg.accumulate):
-        rows = slice(part * len(tokens) // cfg.accumulate, (part + 1) * len(tokens) // cfg.accumulate)
-        alone = isinstance(model, DistributedDataParallel) and part + 1 < cfg.accumulate  # synchronise gradients once
+    size = len(tokens) // cfg.accumulate
+    for i in range(cfg.accumulate):
+        micro = slice(i * size, (i + 1) * size)
+        alone = isinstance(model, DistributedDataParallel) and i + 1 < cfg.accumulate  # synchronise gradients once
         with model.no_sync() if alone else contextlib.nullcontext():
-            losses = forward_losses(model, [view[rows] for view in images], boxes[rows], tokens[rows], cfg, precision)
+            views = [view[micro] for view in images]
+            losses = forward_losses(model, views, boxes[micro], tokens[micro], cfg, precision)
             scaler.scale(losses["loss"] / cfg.accumulate).backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + value.detach() / cfg.accumulate
@@ -180,15 +182,15 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     )
 
 
-def blank_batch(model: CLIP, cfg: Config) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(images, boxes, tokens) of two blank samples with captions of full length, in the shapes of a training step."""
+def blank_batch(model: CLIP, cfg: Config, samples: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(images, boxes, tokens) of blank samples with captions of full length, in the shapes of a training step."""
     size = model.image_size
-    images = [torch.zeros(2, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
+    images = [torch.zeros(samples, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
     if isinstance(model, ACLIP) and model.needs_ema_view:
         side = cfg.ema_image_size or size
-        images.append(torch.zeros(2, 3, side, side))
-    boxes = torch.tensor([[[0, 0, size, size]] * (cfg.views + 1)] * 2)
-    tokens = torch.ones(2, model.context_length, dtype=torch.long)
+        images.append(torch.zeros(samples, 3, side, side))
+    boxes = torch.tensor([[[0, 0, size, size]] * (cfg.views + 1)] * samples)
+    tokens = torch.ones(samples, model.context_length, dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
     return images, boxes, tokens
 
