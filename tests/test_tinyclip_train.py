@@ -375,7 +375,8 @@ def test_crops_in_memory_are_a_function_of_epoch_and_row(embedded_corpus: None, 
             assert torch.equal(images, expected[0]) and torch.equal(tokens, expected[1]) and answer is None
     assert not torch.equal(whole[0][0], whole[3][0])
     plain = in_memory([*words, "--crop", "1", "1", "--crop-ratio", "1", "1"])
-    images = train.whole_views(in_memory([*words, "--augmentation", "none"]).memory.pixels)
+    unchanged = in_memory([*words, "--augmentation", "none"])
+    images = unchanged.dataset.normalise(unchanged.memory.pixels)
     index = plain.order(0, 0)[0]
     shown = next(iter(plain.batches(0, None, "fp32")))[0]
     assert 4 * (shown - images[index]).abs().mean() < (whole[0][0] - images[index]).abs().mean()

@@ -118,6 +118,13 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
 # ------------------------------------------------------------------------------------------ the student's first weights
 
 
+def student_shape(cfg: Config) -> dict:
+    """The geometry of --model, with --image-size."""
+    shape = copy.deepcopy(CONFIGS[cfg.model])
+    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
+    return shape
+
+
 def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
     """Fully open masks for the image and text tower of a geometry; none if the stage learns no masks."""
     return [L0Mask.of(shape[tower], stage.mask_types) for tower in ("vision", "text")] if stage.masks else []
@@ -126,9 +133,7 @@ def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
 def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     """The student before its first step, and its masks. Its weights are random, inherited (by hand or at random), all
     of the teacher's with open masks, or those of a pruned stage, expanded, with closed masks for the removed slots."""
-    shape = copy.deepcopy(CONFIGS[cfg.model])
-    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
-    clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
+    clip = CLIP(**student_shape(cfg), quick_gelu=cfg.quick_gelu)
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
@@ -352,12 +357,6 @@ def image_transform(
     return transforms.Compose([*steps, normalise])
 
 
-def whole_views(pixels: Tensor, u: Tensor | None = None) -> Tensor:
-    """`image_transform` of decoded images (B, 3, R, R) uint8 that already have its size; u is not used."""
-    mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
-    return pixels.float().div_(255).sub_(mean).div_(std)
-
-
 class PairDataset(Dataset):
     """Item i of a run -> (uint8 image (3, R, R), tokens (S,), list of skipped broken samples).
 
@@ -407,7 +406,7 @@ class Corpus:
         self.broken.clear()
         if teacher is not None and not self.crops:
             parts = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
-            inputs = ((whole_views(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
+            inputs = ((self.dataset.normalise(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
             answers = [ask_teacher(teacher, *batch, self.cfg, precision) for batch in inputs]
             image, text, scales = zip(*answers, strict=True)
             self.answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
@@ -434,9 +433,8 @@ class Corpus:
 
     def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """The same batches from memory, with the teacher's features if there are no crops."""
-        rows, answer, (view, count) = np.arange(len(self.pairs)), self.answer, (whole_views, 0)
-        if self.crops:
-            view, count = self.random_views, 4
+        rows, answer = np.arange(len(self.pairs)), self.answer
+        view, count = (self.random_views, 4) if self.crops else (lambda pixels, _: self.dataset.normalise(pixels), 0)
         for epoch in epochs:
             order = self.order(epoch, first if epoch == epochs[0] else 0)
             for index, images, tokens, _ in memory.Views(self.memory, rows, view, count, (self.cfg.seed, epoch), order):
@@ -471,18 +469,14 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
     check_stage(cfg)
     cli.check_batch(cfg, world_size)
-    cfg = planned(cfg)
-    shape = copy.deepcopy(CONFIGS[cfg.model])
-    shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
+    cfg, shape = planned(cfg), student_shape(cfg)
     with torch.device("meta"):
         student = Student(CLIP(**shape), *open_masks(shape, cfg))
     counts = parameter_counts(student.to_empty(device="cpu").clip)  # memory, but no initial weights, which take a while
-    images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, shape["text"]["context_length"], dtype=torch.long)
+    size, context = image_and_context(student.clip)
+    images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, context, dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
-    checkpointed = student.clip if cfg.grad_checkpointing else None
-    activations = cli.activation_bytes(lambda: student(images, tokens), checkpointed) / 2 / 2**30
-    activations *= cfg.batch_size / world_size / cfg.accumulate
-    weights = 16 * sum(p.numel() for p in student.parameters()) / 2**30
+    trained = sum(p.numel() for p in student.parameters())
     cli.show_plan(
         [
             ("parameters", "{total:,} (image {image:,}, text {text:,} without tokens)".format(**counts)),
@@ -491,9 +485,14 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
             cli.batch_row(cfg, world_size),
             *schedule_rows(cfg),
-            cli.disk_row(cfg.dataset_size, sum(p.numel() for p in student.parameters())),
-            ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32, without the teacher:"),
-            ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
+            cli.disk_row(cfg.dataset_size, trained),
+            *cli.memory_rows(
+                lambda: student(images, tokens),
+                cfg.batch_size / world_size / cfg.accumulate,
+                trained,
+                kept="gradients, AdamW, no teacher",
+                checkpointed=student.clip if cfg.grad_checkpointing else None,
+            ),
         ]
     )
 
