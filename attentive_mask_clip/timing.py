@@ -20,7 +20,7 @@ from attentive_mask_clip.model import create_model
 from attentive_mask_clip.train import blank_batch, param_groups, train_step
 from shared import checkpoints, cli, evaluation, run
 
-ARMS = {  # overrides of the training settings; `step_times` also halves the EMA view of aclip-eff
+ARMS = {  # changed training settings; `step_times` also halves the EMA view of aclip-eff
     "clip": dict(method="clip"),
     "random": dict(mask="random", views=1, ssl=False),
     "attentive": dict(views=1, ssl=False),

@@ -60,7 +60,7 @@ def param_groups(model: nn.Module, weight_decay: float, text_lr: float = 1.0) ->
         found |= {(scale, False): [], (scale, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or any(part in name for part in ("bias", "ln", "bn"))
+            plain = parameter.ndim < 2 or any(word in name for word in ("bias", "ln", "bn"))
             found[text_lr if name.startswith(TEXT_TOWER) else 1.0, plain].append(parameter)
     return [
         {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}

@@ -680,7 +680,7 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     result = in_process(
         *preset("emoji"), *given, *TINY, "--image-size", "24", "--use-teacher-text", "--out", tmp_path / "a"
     )
-    assert result.code == 2 and "it sees 16 pixels" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "the teacher sees 16 pixels" in result.err and one_sentence(result.err)
     result = in_process(
         *preset("emoji"), "--teacher", runs["teacher"], *TINY, "--model", "test-100", "--init", runs["auto"]
     )

@@ -288,7 +288,7 @@ def check(cfg: Config, world_size: int) -> None:
         path = Path(source.removeprefix(export.LOCAL))
         own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
         if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
-            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; finish it first")
+            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
         if own and path.is_dir() and weights_file(path) == path:
             raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
         if not path.exists():

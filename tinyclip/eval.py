@@ -41,7 +41,7 @@ METRICS = {
     "pairs_per_second": "pairs/s",
 }
 EMOJI = "data/emoji/eval/"
-# Files beside weights that say what shapes do not
+# Files beside weights with activation, head width and image statistics, which shapes do not give
 CONFIGURATIONS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 

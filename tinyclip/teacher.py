@@ -21,7 +21,8 @@ VOCABULARY = 49408  # tokens of CLIP's tokenizer
 
 
 def as_clip(source: str) -> str | Path | None:
-    """`load_clip` of a source; None if it has other towers than `CLIP`. Another paper's run is exported first."""
+    """What `load_clip` can load for a source: itself, or the export of another paper's run, which is written first.
+    None if its towers are not those of `CLIP`."""
     folder = export.local_folder(source)
     if folder is None and export.trained_by(source) not in (None, "tinyclip"):
         folder = export.exported(source)

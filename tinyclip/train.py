@@ -1,7 +1,7 @@
 """Train one TinyCLIP stage, or a small teacher: `python -m tinyclip.train PRESET [--overrides]`.
 
 TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution
-in this file is the course of a stage:
+in this file is what happens in a stage:
   1. the student starts from the teacher's weights, or from the stage before it     `first_weights`
   2. with masks: learn them together with the weights, then cut                     `train_step`, `cut_masks`
   3. continue distillation with a new optimizer                                     `train_step`
@@ -131,8 +131,11 @@ def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
 
 
 def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student before its first step, and its masks. Its weights are random, inherited (by hand or at random), all
-    of the teacher's with open masks, or those of a pruned stage, expanded, with closed masks for the removed slots."""
+    """The student before its first step, and its masks.
+
+    Without --init its weights are random. Otherwise they are inherited, by hand or at random. With masks they are all
+    of the source's, and the masks are open; a pruned source is expanded, with closed masks for the removed slots.
+    """
     clip = CLIP(**student_shape(cfg), quick_gelu=cfg.quick_gelu)
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
@@ -158,7 +161,9 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         clip = inherit_at_random(source, clip.geometry, generator)
         shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (clip.state_dict(), own))
         if shapes != wanted or source.geometry["quick_gelu"] != cfg.quick_gelu:
-            raise ValueError(f"--inherit random cannot cut {cfg.model} out of {cfg.init} with these flags")
+            raise ValueError(
+                f"--inherit random cannot cut {cfg.model} out of {cfg.init}: their sizes or activations do not fit"
+            )
         clip.logit_scale.data.copy_(own["logit_scale"])
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
@@ -172,8 +177,8 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
-    """The student of a stage: with --use-teacher-* the teacher's tower replaces its own; this tower, or a locked one,
-    has no gradients. U:open_clip/model.py:947, 1015.
+    """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. This tower, or one that
+    is locked, has no gradients. U:open_clip/model.py:947, 1015.
 
     ValueError if the teacher's tower does not fit the student's other tower.
     """
@@ -212,7 +217,7 @@ def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 class TeacherOutput(NamedTuple):
-    image: Tensor  # (B, D') unit rows
+    image: Tensor  # (B, D') unit features
     text: Tensor  # (B, D')
     scale: Tensor | float
 
@@ -360,9 +365,7 @@ def image_transform(
 class PairDataset(Dataset):
     """Item i of a run -> (uint8 image (3, R, R), tokens (S,), list of skipped broken samples).
 
-    `normalise` normalises a batch of images.
-
-    A crop is a function of seed, epoch and row.
+    `normalise` normalises a batch of images. A crop depends on seed, epoch and sample only.
     """
 
     def __init__(self, pairs: data.Shards | data.TSV | windows.Windowed, transform, tokenizer, seed: int = 0):
@@ -442,7 +445,7 @@ class Corpus:
                 yield images, tokens, found
 
     def order(self, epoch: int, start: int) -> list[np.ndarray]:
-        """This process's batches of rows in an epoch, from batch `start` on."""
+        """This process's batches of samples in an epoch, as indices, from batch `start` on."""
         (rank, world_size, _), n, batch = self.process, len(self.pairs), self.cfg.batch_size
         size, seed = batch // world_size, (self.cfg.seed, epoch)
         if not self.cfg.distinct_captions:
@@ -551,9 +554,11 @@ def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | T
     if isinstance(teacher, Teacher):
         sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
         if borrowed and (teacher.side, teacher.context) == (side, context):
-            raise ValueError("--use-teacher-* need a teacher with towers of this script's layout and CLIP's statistics")
+            raise ValueError(
+                "--use-teacher-* need a teacher with towers like tinyclip.model.CLIP's, and CLIP's image statistics"
+            )
         if borrowed:
-            raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: it sees {sizes}")
+            raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: the teacher sees {sizes}")
         if (teacher.side, teacher.context) != (side, context):
             run.say(f"the teacher sees {sizes}: its images are resized, its captions cut", process)
     return teacher.to(process.device).requires_grad_(False)
@@ -565,7 +570,7 @@ def distributed(student: Student, process: run.Process) -> nn.Module:
 
 
 def check_skipped(skipped: Tensor, step: int, last: bool) -> None:
-    """ValueError if more than 100 steps in a row were skipped, or all steps of a run up to its last."""
+    """ValueError if more than 100 steps in a row were skipped, or all steps of a run."""
     if skipped > 100 or (last and skipped > step):
         text = f"gradients were not finite {int(skipped)} times in a row up to step {step}"
         raise ValueError(f"{text}: lower --lr, or use --precision fp32")
