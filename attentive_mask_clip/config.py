@@ -65,13 +65,13 @@ class Config:
     simclr_pair: Literal["cross", "same"] = "cross"
     """cross: SimCLR between the two views. same: view 1 with itself, as in the released code."""
     released_boxes: bool = False
-    """EMA boxes by the released formula, which may miss parts of the views; off: they cover both views."""
+    """Compute EMA boxes by the released formula, so that views may extend beyond them; off: they cover both views."""
     crop_scale: float = 0.5
     """Smallest share of the image's area in a crop, except SLIP's crops for SimCLR."""
     ssl_crop_scale: float | None = None
     """SLIP's crops for SimCLR: their smallest share of the image's area; None: 0.08."""
     augmentation: Literal["paper", "crop"] = "paper"
-    """paper: each method's own. crop: only crops, for all methods (emoji differ in colour and direction)."""
+    """paper: each method's own. crop: only crops, for classes that differ in colour or direction, as emoji do."""
 
     epochs: int = 25
     """Passes over the data."""
@@ -184,7 +184,7 @@ SCENES = dataclasses.replace(
 
 
 def _preset(about: str, base: Config = YFCC, **settings) -> tuple[str, Config]:
-    """A preset: what it is, and `base` with other `settings`."""
+    """(description, `base` with these `settings` replaced) of a preset."""
     return about, dataclasses.replace(base, **settings)
 
 
@@ -243,7 +243,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_model(cfg: Config) -> None:
-    """The checks of model, masks and schedule, which a dry run needs, too. Raise ValueError."""
+    """Raise ValueError on invalid settings of model, masks and schedule; reads no files, as a dry run needs."""
     cli.check_counts(cfg, "epochs", "batch_size", "dataset_size", "accumulate", "image_size", "ema_image_size")
     if cfg.model not in MODELS:
         raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
@@ -255,7 +255,7 @@ def check_model(cfg: Config) -> None:
         scale = getattr(cfg, name)
         if scale is not None and not 0 < scale <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
-    cli.check_rates(cfg, "lr", "text_lr", "warmup_lr", "min_lr", "weight_decay", "simclr_weight", "byol_weight")
+    cli.check_rates(cfg, "lr", "text_lr", "warmup_lr", "min_lr", "weight_decay", "eps", "simclr_weight", "byol_weight")
     if not 0 < cfg.temperature < math.inf:
         raise ValueError(f"--temperature must be above 0, not {cfg.temperature}")
     if not 0 <= cfg.ema_momentum <= 1:
@@ -288,7 +288,7 @@ SLIP_README = "SLIP's README, additional data sets, "
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "main table, MaskCLIP": "neither code nor setting is released",
     "SimSiam in SimCLR's place (second hand)": "neither code nor setting is released",
-    "the mixed rule of selection": "nothing of it could be read",
+    "the mixed rule of selection": "we found no description of it",
     "26 zero-shot sets": "an evaluation of the same runs: `attentive_mask_clip.eval --prompts slip`",
     "main table, training time": "`attentive_mask_clip.timing` times the steps of all arms but MaskCLIP",
     "main table, GPU memory": "not a run of its own: `attentive_mask_clip.train PRESET --dry-run` estimates it",

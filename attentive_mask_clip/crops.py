@@ -133,8 +133,8 @@ class ViewDataset(Dataset):
     """Item i: (the method's views, boxes (V+1, 4), tokens (T,), broken samples that were skipped to read it).
 
     aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view.
-    Views are uint8; `normalise` normalises a batch of them. A view is a function of seed, epoch and row alone, and the
-    first crop is the same for all methods.
+    Views are uint8; `normalise` normalises a batch of them. A view depends on seed, epoch and sample only; the first
+    crop is the same for all methods.
     """
 
     def __init__(self, pairs, cfg, size: int, tokenizer, seed: int, ema_view: bool):

@@ -239,19 +239,59 @@ def linear_probe(
 
 
 def object_masks(eval_set: EvalSet) -> Tensor | None:
-    """(N, S, S) 1 where a sample's `mask.png` marks an object (sets of scenes have it); None if a set has no masks."""
+    """(N, S, S) 1 where a sample's `mask.png` marks an object (sets of scenes have it); None if a set has no masks.
+
+    ValueError if a mask cannot be read, or if masks differ in size.
+    """
     masks = []
     for shard in eval_set.shards:
-        for _, content in read_tar(shard, [], {"mask.png"}):
-            mask = np.array(Image.open(io.BytesIO(content), formats=["PNG"]))
-            masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
+        for name, content in read_tar(shard, [], {"mask.png"}):
+            try:
+                mask = np.array(Image.open(io.BytesIO(content), formats=["PNG"]))
+                masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
+            except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ...
+                raise ValueError(f"{name} in {shard} is no mask: {checkpoints.one_line(error, 100)}") from error
+            if mask.shape != masks[0].shape:
+                raise ValueError(f"{name} in {shard} is {mask.shape}, but other masks are {tuple(masks[0].shape)}")
     return torch.stack(masks).float() if masks else None
+
+
+def pixel_values(images: Tensor) -> Tensor:
+    """Normalised images (B, 3, S, S) -> values from 0 to 1."""
+    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
+    return images * std + mean
 
 
 def foreground(images: Tensor) -> Tensor:
     """(B, S, S) 1 where a normalised image (B, 3, S, S) is not white: the drawing of an emoji."""
-    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
-    return ((images * std + mean) < 0.98).any(dim=1).float()
+    return (pixel_values(images) < 0.98).any(dim=1).float()
+
+
+@torch.no_grad()
+def attention_scores(model: CLIP, images: Tensor) -> Tensor:
+    """(B, N) scores of all patches of images (B, 3, S, S), by the tower that scores them in training; CLIP: its own."""
+    tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
+    return torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
+
+
+def images_and_objects(folder: str, model: CLIP, batch_size: int) -> tuple[Tensor, Tensor]:
+    """A set's images (N, 3, S, S) for the model, and (N, S, S) 1 where they show an object, by masks or `foreground`.
+
+    ValueError if the masks do not have the size of the images, or if blocks do not tile the model's patches.
+    """
+    eval_set, side = EvalSet(folder, eval_transform(model.image_size)), model.image_size // model.patch_size
+    if side % model.block:
+        raise ValueError(
+            f"--foreground {folder}: blocks of {model.block}x{model.block} patches do not tile this model's {side} "
+            "patches a side; pass --foreground None"
+        )
+    images, masks = torch.cat([batch for batch, _ in eval_set.batches(batch_size)]), object_masks(eval_set)
+    if masks is not None and masks.shape != images[:, 0].shape:
+        raise ValueError(
+            f"--foreground {folder} has masks of shape {tuple(masks.shape)} for images of shape "
+            f"{tuple(images[:, 0].shape)}: it must have a mask of the model's image size for each image"
+        )
+    return images, foreground(images) if masks is None else masks
 
 
 @torch.no_grad()
@@ -266,8 +306,7 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
     """
     was_training, block = model.training, model.block
     model.eval()
-    tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
-    scores = torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
+    scores = attention_scores(model, images)
     model.train(was_training)
     pixels = F.avg_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N), share of each patch
     patches = (pixels > 0).float()
@@ -297,22 +336,15 @@ def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: floa
 def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio: float = 0.5) -> None:
     """Plot one row per image (B, 3, S, S): the image; patches kept by attention and by high-drop, each before and after
     training; random patches. Dropped patches are grey."""
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    pixels, block = (images * std + mean).clamp(0, 1), after.block
-    noise = torch.rand(
-        len(images), (images.shape[2] // after.patch_size) ** 2, generator=torch.Generator().manual_seed(0)
-    )
-
-    def scores(model: CLIP) -> Tensor:
-        with torch.no_grad():
-            return (model.visual_ema if isinstance(model, ACLIP) else model.visual)(images, return_scores=True)[1]
-
+    pixels, side = pixel_values(images).clamp(0, 1), images.shape[2] // after.patch_size
+    noise = torch.rand(len(images), side**2, generator=torch.Generator().manual_seed(0))
+    untrained, trained = (attention_scores(model, images) for model in (before, after))
     columns = {
         "image": None,
-        "attentive,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block),
-        "attentive": attentive_keep_ids(scores(after), keep_ratio, block),
-        "high drop,\nuntrained": attentive_keep_ids(scores(before), keep_ratio, block, "high"),
-        "high drop": attentive_keep_ids(scores(after), keep_ratio, block, "high"),
+        "attentive,\nuntrained": attentive_keep_ids(untrained, keep_ratio, after.block),
+        "attentive": attentive_keep_ids(trained, keep_ratio, after.block),
+        "high drop,\nuntrained": attentive_keep_ids(untrained, keep_ratio, after.block, "high"),
+        "high drop": attentive_keep_ids(trained, keep_ratio, after.block, "high"),
     }
     columns["random"] = noise.argsort(dim=1)[:, : columns["attentive"].shape[1]]
     figure, axes = plt.subplots(len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images) + 0.4))
@@ -320,7 +352,6 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
         shown = pixels
         if ids is not None:
             kept = torch.zeros_like(noise).scatter_(1, ids, 1.0)
-            side = images.shape[2] // after.patch_size
             mask = F.interpolate(kept.view(-1, 1, side, side), scale_factor=after.patch_size)
             shown = pixels * mask + (0.25 * pixels + 0.55) * (1 - mask)
         for i, image in enumerate(shown):
@@ -336,13 +367,18 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
 
 
 def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16") -> CLIP:
-    """Model in eval mode from a run folder, from our checkpoint file, or from the authors' (`method`, `preset`)."""
+    """Model in eval mode from a run folder, from our checkpoint file, or from the authors' (`method`, `preset`).
+
+    ValueError if a weight is not finite.
+    """
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no weights")
     model = untrained(state, path) if path.is_dir() or "config" in state else create_model(method, preset)
     load_checkpoint(model, state)
+    if odd := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None):
+        raise ValueError(f"{path} holds {odd} with numbers that are not finite: its training had diverged")
     return model.eval()
 
 
@@ -428,7 +464,8 @@ def same_shape(shape: dict, preset: dict) -> bool:
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """All metrics of one checkpoint: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}.
 
-    All sets are opened first. ValueError if one is multilabel, or if two have the same name.
+    All sets are opened first. ValueError if one is of a wrong kind, if two have the same name, or if the masks of
+    --foreground do not fit.
     """
     model = load_model(path, cfg.method, cfg.model).to(process.device)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
@@ -436,8 +473,11 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     transform = eval_transform(model.image_size)
     sets = evaluation.open_sets("sets", cfg.sets, transform, "classification", "retrieval")
     resize = eval_transform(model.image_size, round(model.image_size * 8 / 7))
-    probe = [EvalSet(cfg.probe, resize, split) for split in ("train", "test")] if cfg.probe else []
-    masked = EvalSet(cfg.foreground, transform) if cfg.foreground else None
+    probe = [
+        evaluation.open_sets("probe", (cfg.probe,), resize, "classification", split=split)[0]
+        for split in (("train", "test") if cfg.probe else ())
+    ]
+    shown = images_and_objects(cfg.foreground, model, cfg.batch_size) if cfg.foreground else None
     labelled = [eval_set for eval_set in sets if eval_set.kind == "classification"]
     prompts = suite.read_prompts(cfg.slip, labelled) if cfg.prompts == "slip" else {}
     flat: dict[str, float] = {}
@@ -465,10 +505,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             model, loaders, lr=cfg.probe_lr, device=process.device, precision=dtype
         ).items():
             flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
-    if masked:
-        images = torch.cat([images for images, _ in masked.batches(cfg.batch_size)]).to(process.device)
-        alpha = object_masks(masked)
-        alpha = foreground(images) if alpha is None else alpha.to(process.device)
+    if shown:
+        images, alpha = (tensor.to(process.device) for tensor in shown)
         kept = kept_foreground(model, images, alpha, cfg.keep_ratio)
         flat |= {f"kept/{key}": value for key, value in kept.items()}
         if Path(path).is_dir():
@@ -495,6 +533,7 @@ def main(cfg: Config) -> list[dict] | None:
         raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
     cli.check_counts(cfg, "batch_size")
     cli.check_counts(cfg, "workers", least=0)
+    cli.check_rates(cfg, "probe_lr")
     if not 0 < cfg.keep_ratio <= 1:
         raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if not (cfg.sets or cfg.probe or cfg.foreground or cfg.export):

@@ -39,7 +39,7 @@ from shared import checkpoints, cli, data, run, tars
 TAGS = re.compile(r"<a.*?>|</a>|</?[bi]>")  # S:make_dataset.py:15
 URLS = re.compile(r"(?:http|www)\S+")  # S:make_dataset.py:16
 MISSING, DAMAGED = "missing zip", "damaged zip"
-DAMAGE = (None, errno.EINVAL, errno.ENOENT, errno.EISDIR)  # errno of an OSError that is no passing fault
+DAMAGE = (None, errno.EINVAL, errno.ENOENT, errno.EISDIR)  # errno of an OSError for damage; other faults may pass
 ZIP_ERRORS = (  # what zipfile raises for damaged, encrypted and unsupported archives
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, OverflowError, RuntimeError,
     ValueError,
@@ -57,7 +57,7 @@ class Config:
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data; None uses all."""
     shard_size: int = 10_000
-    """Rows of the metadata per shard; the shard has fewer pairs if some are skipped."""
+    """Images of the metadata per shard; the shard has fewer pairs if some are skipped."""
     workers: int = 0
     """Processes; 0: one per core."""
 
@@ -162,7 +162,7 @@ def shard_file(out: str, shard: int) -> Path:
 
 
 def shard_stats(out: str, shard: int) -> dict | None:
-    """What a shard's _stats.json holds; None if there is no such file. ValueError if this script did not write it."""
+    """The content of a shard's _stats.json; None without the file. ValueError if this script did not write it."""
     path = stats_file(out, shard)
     if not path.exists():
         return None

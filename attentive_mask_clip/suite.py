@@ -87,8 +87,8 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     """SLIP's `entries`, each a class with its synonyms, in the order of a set's own `classnames`.
 
     Label numbers differ: SLIP's pets start with the cats, CLIP-benchmark's are alphabetical. If every class is found by
-    name, classes are matched by name. Else, if at least half are found and each of these has the same position in both
-    lists, the two orders are taken as equal: the other names are worded differently, or occur twice (ImageNet's
+    name, classes are matched by name. Otherwise both orders are assumed to be equal if at least half of the names are
+    found, each at the same position in both lists; the others are worded differently, or occur twice (ImageNet's
     missile). ValueError in any other case.
     """
     if len(classnames) != len(entries):
@@ -154,7 +154,8 @@ def rows(measured: Mapping[str, float]) -> list[dict[str, str]]:
         value = measured.get(folders.get(name, ""), math.nan)
         if not math.isnan(value):
             found.append({"set": name, "reported": reported(name), "%": f"{value:.1f}"})
+    mean = f"mean of {len(found)} sets"
     for name in ("average_measured", "average_26"):
         if name in measured:
-            found.append({"set": name, "reported": f"mean of {len(found)} sets", "%": f"{measured[name]:.1f}"})
+            found.append({"set": name, "reported": mean, "%": f"{measured[name]:.1f}"})
     return found

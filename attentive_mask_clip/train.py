@@ -60,7 +60,7 @@ def param_groups(model: nn.Module, weight_decay: float, text_lr: float = 1.0) ->
         found |= {(scale, False): [], (scale, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or any(part in name for part in ("bias", "ln", "bn"))
+            plain = parameter.ndim < 2 or any(word in name for word in ("bias", "ln", "bn"))
             found[text_lr if name.startswith(TEXT_TOWER) else 1.0, plain].append(parameter)
     return [
         {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
@@ -110,11 +110,13 @@ def train_step(
         bare.update_ema(momentum)  # before the forward pass, once per step for any number of micro-batches
     optimizer.zero_grad()
     total: dict[str, Tensor] = {}
-    for part in range(cfg.accumulate):
-        rows = slice(part * len(tokens) // cfg.accumulate, (part + 1) * len(tokens) // cfg.accumulate)
-        alone = isinstance(model, DistributedDataParallel) and part + 1 < cfg.accumulate  # synchronise gradients once
+    size = len(tokens) // cfg.accumulate
+    for i in range(cfg.accumulate):
+        micro = slice(i * size, (i + 1) * size)
+        alone = isinstance(model, DistributedDataParallel) and i + 1 < cfg.accumulate  # synchronise gradients once
         with model.no_sync() if alone else contextlib.nullcontext():
-            losses = forward_losses(model, [view[rows] for view in images], boxes[rows], tokens[rows], cfg, precision)
+            views = [view[micro] for view in images]
+            losses = forward_losses(model, views, boxes[micro], tokens[micro], cfg, precision)
             scaler.scale(losses["loss"] / cfg.accumulate).backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + value.detach() / cfg.accumulate
@@ -139,6 +141,7 @@ def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, pr
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
     check_model(cfg)
+    cli.check_batch(cfg, world_size)
     model = create_model(cfg.method, cfg.model, **cfg.model_settings())
     n = data.planned_size(cfg)
     per_epoch = n // cfg.batch_size
@@ -179,15 +182,17 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     )
 
 
-def blank_batch(model: CLIP, cfg: Config) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(images, boxes, tokens) of two blank samples, in the shapes of a training step."""
+def blank_batch(model: CLIP, cfg: Config, samples: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
+    """(images, boxes, tokens) of blank samples with captions of full length, in the shapes of a training step."""
     size = model.image_size
-    images = [torch.zeros(2, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
+    images = [torch.zeros(samples, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
     if isinstance(model, ACLIP) and model.needs_ema_view:
         side = cfg.ema_image_size or size
-        images.append(torch.zeros(2, 3, side, side))
-    boxes = torch.tensor([[[0, 0, size, size]] * (cfg.views + 1)] * 2)
-    return images, boxes, torch.ones(2, model.context_length, dtype=torch.long)
+        images.append(torch.zeros(samples, 3, side, side))
+    boxes = torch.tensor([[[0, 0, size, size]] * (cfg.views + 1)] * samples)
+    tokens = torch.ones(samples, model.context_length, dtype=torch.long)
+    tokens[:, -1] = 2  # the end token, at the end
+    return images, boxes, tokens
 
 
 def main(cfg: Config) -> Path | None:

@@ -9,7 +9,7 @@ import torch
 from scripts import ROOT, one_sentence
 from test_attentive_mask_clip_train import SCRIPT, TINY  # noqa: F401
 
-from attentive_mask_clip import config
+from attentive_mask_clip import config, train
 from attentive_mask_clip.model import ACLIP, create_model
 
 ERRORS = {
@@ -29,6 +29,8 @@ ERRORS = {
     "less than no data": (["emoji", "--dataset-size", "-7"], "--dataset-size must be at least 1, not -7"),
     "fewer than no workers": (["emoji", "--workers", "-1"], "--workers must be at least 0, not -1"),
     "no batch": (["emoji", "--dry-run", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+    "an uneven plan": (["emoji", "--dry-run", "--accumulate", "3"], "--batch-size 32 cannot be divided evenly"),
+    "steps of no length": (["emoji", "--eps", "inf"], "--eps must be at least 0, not inf"),
     "no pixels": (["emoji", "--dry-run", "--image-size", "0"], "--image-size must be at least 1, not 0"),
     "no crop for SimCLR": (["emoji", "--ssl-crop-scale", "0"], "--ssl-crop-scale must be above 0 and at most 1, not 0"),
     "momentum above 1": (["emoji", "--ema-momentum", "1.1"], "--ema-momentum must be in 0..1"),
@@ -90,6 +92,12 @@ def test_dry_run(embedded_corpus: None, in_process, preset: str, tmp_path: Path,
         masked = cfg.method == "aclip"
         kept = {"random": 98, "attentive": 100, "high": 100}[cfg.mask]
         assert (f"patches            196, {kept} kept in each of {cfg.views} views" in result.out) == masked
+
+
+def test_a_dry_run_plans_for_captions_of_full_length():
+    model = create_model("aclip", "test")
+    images, boxes, tokens = train.blank_batch(model, config.Config(model="test", views=1))
+    assert (len(images), boxes.shape) == (2, (2, 2, 4)) and (tokens.argmax(dim=1) == model.context_length - 1).all()
 
 
 def test_dry_run_without_a_number_of_samples(in_process, monkeypatch: pytest.MonkeyPatch):

@@ -1,17 +1,30 @@
 """Zero-shot classification, measurements, tokens and the linear probe's learning rate against the authors' numbers."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
+import small_models  # noqa: F401  (the models named test)
 import torch
+from PIL import Image
 from test_attentive_mask_clip_model import attention_as_in_training, model_of  # noqa: F401
 from test_corpora_scenes import SETTING, bank, built, config, corpus  # noqa: F401
 
-from attentive_mask_clip.eval import linear_probe_lr, mean_per_class, object_masks, roc_auc, zero_shot
+from attentive_mask_clip.eval import (
+    images_and_objects,
+    linear_probe_lr,
+    load_model,
+    mean_per_class,
+    object_masks,
+    roc_auc,
+    zero_shot,
+)
+from attentive_mask_clip.model import create_model
+from shared import tars
 from shared.corpora import scenes
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, label_ranks
@@ -71,3 +84,41 @@ def test_masks_of_scenes(built: Path, bank):  # noqa: F811
     for index, (mask, (_, pixels, _)) in enumerate(zip(masks, eval_set, strict=True)):
         scene = shown.draw(index, (index % 10,))
         assert np.array_equal(pixels, scene.pixels) and np.array_equal(mask.numpy() > 0, scene.labels >= 0)
+
+
+def test_masks_that_do_not_fit_are_refused(tmp_path: Path):
+    """One size for each sample, in pixels of the images; 0: the file is damaged, None: there is none."""
+    model = create_model("aclip", "test")
+
+    def png(side: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("L", (side, side), 255).save(file, "PNG")
+        return file.getvalue()
+
+    def shown(*sides: int | None, model=model) -> tuple[torch.Tensor, torch.Tensor]:
+        masks = [{} if side is None else {"mask.png": png(side) if side else b"?"} for side in sides]
+        tars.write_split(tmp_path / "test", [{"png": png(40), "cls": "0"} | mask for mask in masks])
+        return images_and_objects(str(tmp_path), model, 2)
+
+    (tmp_path / "classnames.txt").write_text("a\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    assert [each.shape for each in shown(40, 40)] == [(2, 3, 40, 40), (2, 40, 40)]
+    assert shown(None, None)[1].shape == (2, 40, 40)
+    for sides, message in {
+        (48, 48): r"has masks of shape \(2, 48, 48\) for images of shape \(2, 40, 40\)",
+        (40, None): r"has masks of shape \(1, 40, 40\) for images of shape \(2, 40, 40\)",
+        (40, 48): r"mask.png in .*0.tar is \(48, 48\), but other masks are \(40, 40\)",
+        (40, 0): "mask.png in .*0.tar is no mask",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            shown(*sides)
+    with pytest.raises(ValueError, match="blocks of 2x2 patches do not tile this model's 5 patches a side"):
+        shown(40, model=create_model("clip", "test", image_size=25))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+    model = create_model("clip", "test")
+    model.logit_scale.data.fill_(float("nan"))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match="nan.pt holds logit_scale with numbers that are not finite"):
+        load_model(tmp_path / "nan.pt", "clip", "test")

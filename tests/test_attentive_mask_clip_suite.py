@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,7 @@ def test_the_average_of_26_is_that_of_each_sets_own_metric(checkpoint: Path, tmp
         assert measured[f"{prefix}average_26"] == measured[f"{prefix}average_measured"]
         assert math.isclose(measured[f"{prefix}average_26"], sum(values.values()) / 26)
     shown = capsys.readouterr().out
-    assert all(f"| {name} " in shown for name in (*SUITE, "average_26")) and "mean of 26 sets" in shown
+    assert all(f"| {name} " in shown for name in (*SUITE, "average_26")) and shown.count("mean of 26 sets") == 2
 
     few = evaluation.evaluate_run(str(checkpoint), evaluation.Config(**options | {"sets": options["sets"][:3]}), ALONE)
     assert "average_26" not in few and few["food101/metric"] == measured["food101/metric"]
@@ -196,11 +197,13 @@ def test_sets_are_opened_before_any_is_evaluated(checkpoint: Path, tmp_path: Pat
     first, twin = (make_set(tmp_path / name / "cifar10", ["a", "b"], [0, 1]) for name in ("one", "other"))
     kinds = make_set(tmp_path / "kinds", ["a", "b"], [0, 1])
     (kinds / "dataset_type.txt").write_text("multilabel")
+    shutil.copytree(kinds / "test", kinds / "train")
     monkeypatch.setattr(evaluation, "zero_shot", lambda *_: pytest.fail("evaluated"))
     wrong = {
         "have the same name": dict(sets=(str(first), str(twin))),
         "is a multilabel set": dict(sets=(str(first), str(kinds))),
         "absent does not exist": dict(sets=(str(first),), probe=str(tmp_path / "absent")),
+        "--probe .*kinds is a multilabel set": dict(sets=(str(first),), probe=str(kinds)),
         "gone does not exist": dict(sets=(str(first),), foreground=str(tmp_path / "gone")),
     }
     for message, options in wrong.items():
@@ -213,6 +216,7 @@ def test_other_options_that_are_refused(in_process, tmp_path: Path):
     wrong = {
         "--keep-ratio must be above 0": ["--keep-ratio", "-0.3"],
         "--batch-size must be at least 1": ["--batch-size", "0"],
+        "--probe-lr must be at least 0, not nan": ["--probe-lr", "nan"],
         "nothing to evaluate": ["--sets", "--probe", "None", "--foreground", "None"],
     }
     for message, flags in wrong.items():

@@ -142,12 +142,23 @@ def test_an_exported_folder_is_measured_like_its_run(small_run: Path, sets, fold
     assert values == {name: of_run[name] for name in values} and (exported / "results.md").exists()
 
 
+def test_weights_that_are_not_finite_are_refused(small_run: Path, tmp_path: Path, in_process):
+    state = torch.load(small_run / "model.pt", weights_only=True)
+    state["state_dict"]["logit_scale"] = torch.tensor(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    for words in ([], ["--export", tmp_path / "exported"]):
+        result = in_process(tmp_path / "nan.pt", *words, module="tinyclip.eval")
+        assert result.code == 2 and "nan.pt holds logit_scale with numbers that are not finite" in result.err
+
+
 def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):
     for arguments, words in (
         ((tmp_path / "nowhere",), "no checkpoint"),
         ((small_run, "--sets", tmp_path), str(tmp_path)),
         ((), "name at least one run folder"),
         ((f"{SHARDS}/00000.tar",), "is not a checkpoint"),
+        ((small_run, "--batch-size", "0"), "--batch-size must be at least 1"),
+        ((small_run, "--probe-c", "nan"), "--probe-c must be above 0, not nan"),
     ):
         result = in_process(*arguments, module="tinyclip.eval")
         assert result.code == 2 and words in result.err and one_sentence(result.err)

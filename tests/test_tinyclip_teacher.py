@@ -5,8 +5,10 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import small_models  # noqa: F401  (the models named test)
 import torch
 import torch.nn.functional as F
+from test_tinyclip_model import tiny
 from torch import nn
 
 from shared import checkpoints, data, export
@@ -95,7 +97,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
             load()
 
 
-def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    model = tiny()
+    torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, tmp_path / "tiny.pt")
+    with pytest.raises(ValueError, match="--init .*tiny.pt has a vocabulary of 30 tokens, and CLIP's tokenizer 49,408"):
+        teacher.first_source(str(tmp_path / "tiny.pt"), 8, False)
     tokenizer = types.SimpleNamespace(vocab_size=32_000)
     monkeypatch.setattr(export, "load_model", lambda source: (nn.Identity(), None, tokenizer))
     with pytest.raises(ValueError, match="--teacher ViT-B-16-SigLIP@webli uses another tokenizer than the student"):

@@ -375,7 +375,8 @@ def test_crops_in_memory_are_a_function_of_epoch_and_row(embedded_corpus: None, 
             assert torch.equal(images, expected[0]) and torch.equal(tokens, expected[1]) and answer is None
     assert not torch.equal(whole[0][0], whole[3][0])
     plain = in_memory([*words, "--crop", "1", "1", "--crop-ratio", "1", "1"])
-    images = train.whole_views(in_memory([*words, "--augmentation", "none"]).memory.pixels)
+    unchanged = in_memory([*words, "--augmentation", "none"])
+    images = unchanged.dataset.normalise(unchanged.memory.pixels)
     index = plain.order(0, 0)[0]
     shown = next(iter(plain.batches(0, None, "fp32")))[0]
     assert 4 * (shown - images[index]).abs().mean() < (whole[0][0] - images[index]).abs().mean()
@@ -679,7 +680,7 @@ def test_runs_that_do_not_fit_are_refused(in_process, runs: dict[str, Path], tmp
     result = in_process(
         *preset("emoji"), *given, *TINY, "--image-size", "24", "--use-teacher-text", "--out", tmp_path / "a"
     )
-    assert result.code == 2 and "it sees 16 pixels" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "the teacher sees 16 pixels" in result.err and one_sentence(result.err)
     result = in_process(
         *preset("emoji"), "--teacher", runs["teacher"], *TINY, "--model", "test-100", "--init", runs["auto"]
     )
@@ -706,3 +707,27 @@ def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     shutil.copy(SHARDS / "00001.tar", shard)
     result = in_process("emoji-teacher", *options)
     assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
+
+
+@pytest.mark.usefixtures("embedded_corpus")
+def test_a_run_does_not_go_on_with_another_teacher(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor does a new run keep the model.pt of an earlier one, whose checkpoint was removed."""
+    teacher, out = tmp_path / "teacher.pt", tmp_path / "run"
+
+    def write_teacher(seed: int) -> None:
+        torch.manual_seed(seed)
+        model = CLIP(**CONFIGS["test-25"])
+        torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, teacher)
+
+    write_teacher(0)
+    options = [*preset("emoji"), *TINY, "--teacher", teacher, "--init", "None", "--steps", "2", "--out", out]
+    assert in_process(*options).code == 0
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"step": 1}, out / "checkpoint.pt")  # as if it had stopped early
+    write_teacher(1)
+    result = in_process(*options)
+    assert result.code == 2 and f"was trained with another teacher than {teacher} is now" in result.err
+    (out / "checkpoint.pt").unlink()
+    assert (out / "model.pt").exists()
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *_: sys.exit(7))  # stops before the new model.pt
+    assert in_process(*options).code == 7 and not (out / "model.pt").exists()

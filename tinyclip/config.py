@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import cli, export
+from shared.evaluation import named
 from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
 from tinyclip.geometry import CONFIGS, WEIGHTS, weights_file
 
@@ -282,12 +283,12 @@ def check(cfg: Config, world_size: int) -> None:
     asked = cfg.alpha > 0 or cfg.use_teacher_image or cfg.use_teacher_text
     for name in ("teacher", "init") if asked else ("init",):
         source = getattr(cfg, name)
-        if source is None or "@" in source or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
+        if source is None or named(source) or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
             continue
         path = Path(source.removeprefix(export.LOCAL))
         own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
         if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
-            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; finish it first")
+            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
         if own and path.is_dir() and weights_file(path) == path:
             raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
         if not path.exists():
@@ -311,7 +312,7 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
     cli.check_counts(cfg, "steps", "batch_size", "dataset_size", "accumulate", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", "warmup", "workers", "window_shards", least=0)
-    cli.check_rates(cfg, "lr", "weight_decay", "weight")
+    cli.check_rates(cfg, "lr", "weight_decay", "eps", "weight")
     cli.check_positive(cfg, "max_grad_norm")
     if not 0 <= cfg.alpha <= 1:
         raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
@@ -324,6 +325,8 @@ def check_stage(cfg: Config) -> None:
     check_locked(cfg)
     if cfg.inherit_only is not None and (cfg.masks or cfg.inherit != "manual" or cfg.init is None):
         raise ValueError("--inherit-only is a control of manual inheritance: it needs --init without --masks")
+    if cfg.inherit == "random" and cfg.init is None:
+        raise ValueError("--inherit random takes random channels of --init: pass that, or --inherit manual")
     if convolutional and "block" not in vision and cfg.image_size is not None and cfg.image_size < 32:
         raise ValueError(f"--image-size {cfg.image_size} is too small for the ResNet of {cfg.model}: at least 32")
     if not cfg.masks:

@@ -25,7 +25,8 @@ from shared.evalsets import EvalSet
 from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import open_clip_config, statistics_beside, weights_file
 from tinyclip.masks import too_little
-from tinyclip.model import CLIP, load_clip, parameter_counts
+from tinyclip.model import CLIP, parameter_counts
+from tinyclip.teacher import checked_clip
 from tinyclip.train import image_transform
 
 METRICS = {
@@ -40,7 +41,7 @@ METRICS = {
     "pairs_per_second": "pairs/s",
 }
 EMOJI = "data/emoji/eval/"
-# Files beside weights that say what shapes do not
+# Files beside weights with activation, head width and image statistics, which shapes do not give
 CONFIGURATIONS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
 
@@ -175,7 +176,7 @@ def throughput(
 
 def export_run(path: str, folder: str, cfg: Config) -> None:
     """Write the run as an open_clip model. ValueError if open_clip has no such towers."""
-    model = load_clip(path, cfg.head_width, cfg.quick_gelu)
+    model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path)
     config = open_clip_config(model.geometry)
     if config is None:
         has = (
@@ -228,7 +229,7 @@ def sparsities(folder: Path) -> dict[str, float]:
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """All metrics of one checkpoint: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
-    model = load_clip(path, cfg.head_width, cfg.quick_gelu).to(process.device)
+    model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path).to(process.device)
     geometry = model.geometry
     if cfg.quick_gelu not in (None, geometry["quick_gelu"]):
         raise ValueError(f"{path} says itself that QuickGELU is {geometry['quick_gelu']}: leave out --quick-gelu")
@@ -274,6 +275,9 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
+    cli.check_counts(cfg, "batch_size")
+    cli.check_counts(cfg, "workers", least=0)
+    cli.check_positive(cfg, "probe_c")
     cfg.runs = tuple(path.removeprefix(export.LOCAL) for path in cfg.runs)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export, cfg)

@@ -160,7 +160,7 @@ def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
 
 
 def too_little(reached: float, asked: float) -> str | None:
-    """A warning if masks have closed much less than the target, else None."""
+    """A warning if the reached sparsity is far below the target `asked`, else None."""
     if asked - reached < 0.05:
         return None
     return f"the masks reached a sparsity of {reached:.3f}, where {asked:.3f} was asked for"

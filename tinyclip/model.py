@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints, run
+from shared.evaluation import named
 from shared.resnet import resnet7_small
 from tinyclip.geometry import (
     CONFIGS,
@@ -43,6 +44,7 @@ from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
 from tinyclip.masks import L0Mask, Masks, expand_pruned, prune, sparsity_loss, target_sparsity  # noqa: F401
 
 Gather = Callable[[Tensor], Tensor]
+OPEN_CLIP = ("ViT-B-32", "ViT-B-16", "RN50")  # open_clip's models that `load_clip` loads by name
 GROUPS = 4  # of texts of similar length; used on a CPU, where time is proportional to the number of tokens
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -470,7 +472,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
     `head_width` and `quick_gelu` are for files that do not state them. ValueError if `source` has no CLIP, or if its
     activation is unknown.
     """
-    if "@" in str(source) and not Path(source).exists():
+    if named(source):
         state, shape = open_clip_weights(str(source))
     else:
         state, shape = checkpoint_weights(Path(source), head_width)
@@ -496,7 +498,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
 def open_clip_weights(source: str) -> tuple[dict[str, Tensor], dict]:
     """(state dict, arguments of `CLIP`) of MODEL@WEIGHTS. ValueError if open_clip lacks them or cannot download."""
     name, _, tag = source.partition("@")
-    tags = {known: open_clip.list_pretrained_tags_by_model(known) for known in ("ViT-B-32", "ViT-B-16", "RN50")}
+    tags = {known: open_clip.list_pretrained_tags_by_model(known) for known in OPEN_CLIP}
     if tag not in tags.get(name, ()):
         known = "; ".join(f"{model}@ {', '.join(weights)}" for model, weights in tags.items())
         raise ValueError(f"{source} is not among the weights of open_clip that fit here: {known}")

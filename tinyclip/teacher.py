@@ -10,23 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import checkpoints, export
+from shared import checkpoints, data, export
 from shared.clip import cuts, image_side
 from shared.evaluation import named
 from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import statistics_beside, weights_file
-from tinyclip.model import CLIP, load_clip
+from tinyclip.model import CLIP, OPEN_CLIP, load_clip
 
-MODELS = ("ViT-B-32", "ViT-B-16", "RN50")  # open_clip models that `load_clip` loads by name
+VOCABULARY = 49408  # tokens of CLIP's tokenizer
 
 
 def as_clip(source: str) -> str | Path | None:
-    """`load_clip` of a source; None if it has other towers than `CLIP`. Another paper's run is exported first."""
+    """What `load_clip` can load for a source: itself, or the export of another paper's run, which is written first.
+    None if its towers are not those of `CLIP`."""
     folder = export.local_folder(source)
     if folder is None and export.trained_by(source) not in (None, "tinyclip"):
         folder = export.exported(source)
     if folder is None:
-        return source if not named(source) or source.partition("@")[0] in MODELS else None
+        return source if not named(source) or source.partition("@")[0] in OPEN_CLIP else None
     config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
@@ -38,12 +39,20 @@ def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
     """The model that initial weights come from. ValueError if its towers cannot be cut."""
     path = as_clip(source)
     if path is None and named(source):
-        raise ValueError(f"--init {source}: of open_clip's models, only {', '.join(MODELS)} are loaded by name")
+        raise ValueError(f"--init {source}: of open_clip's models, only {', '.join(OPEN_CLIP)} are loaded by name")
     if path is None:
         raise ValueError(
             f"--init {source} has towers without inheritable weights: it must be a CLIP with transformers or a ResNet"
         )
-    return finite(load_clip(path, head_width, quick_gelu), f"--init {source}")
+    return checked_clip(path, head_width, quick_gelu, f"--init {source}")
+
+
+def checked_clip(path: str | Path, head_width: int, quick_gelu: bool | None, source: str) -> CLIP:
+    """`load_clip(path)`; ValueError that names `source` if a weight is not finite, or the vocabulary is not CLIP's."""
+    model = finite(load_clip(path, head_width, quick_gelu), source)
+    if (size := model.geometry["text"]["vocab_size"]) != VOCABULARY:
+        raise ValueError(f"{source} has a vocabulary of {size:,} tokens, and CLIP's tokenizer {VOCABULARY:,}")
+    return model
 
 
 def finite(model: nn.Module, source: str) -> nn.Module:
@@ -52,6 +61,11 @@ def finite(model: nn.Module, source: str) -> nn.Module:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{source} holds {name} with numbers that are not finite: its training had diverged")
     return model
+
+
+def digest_of(model: nn.Module | None) -> str | None:
+    """Hash of a model's weights; None without a model."""
+    return model and data.fingerprint(*(value.flatten().cpu().numpy() for value in model.state_dict().values()))
 
 
 class Teacher(nn.Module):
@@ -94,16 +108,17 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     statistics are equal, else wrapped in `Teacher`. ValueError if it has another tokenizer, or is not finite."""
     path = as_clip(source)
     if path is not None:
-        model = load_clip(path, head_width, quick_gelu)
+        model = checked_clip(path, head_width, quick_gelu, f"--teacher {source}")
         model.cuts_padding = False  # `train.Corpus` has cut it from the tokens
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
         statistics, whole = CLIP_STATISTICS if named(str(path)) else statistics_beside(weights_file(Path(path))), False
         if (own, statistics) == ((side, context), CLIP_STATISTICS):
-            return finite(model, f"--teacher {source}")
+            return model
     else:
         model, _, tokenizer = export.load_model(source)
-        if getattr(tokenizer, "vocab_size", 49408) != 49408:
+        if getattr(tokenizer, "vocab_size", VOCABULARY) != VOCABULARY:
             raise ValueError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
         own, whole = (image_side(model), model.context_length), not cuts(model)
         statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
-    return Teacher(finite(model, f"--teacher {source}"), *own, statistics, whole)
+        finite(model, f"--teacher {source}")
+    return Teacher(model, *own, statistics, whole)

@@ -1,7 +1,7 @@
 """Train one TinyCLIP stage, or a small teacher: `python -m tinyclip.train PRESET [--overrides]`.
 
 TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` (its `src/`). The paper's contribution
-in this file is the course of a stage:
+in this file is what happens in a stage:
   1. the student starts from the teacher's weights, or from the stage before it     `first_weights`
   2. with masks: learn them together with the weights, then cut                     `train_step`, `cut_masks`
   3. continue distillation with a new optimizer                                     `train_step`
@@ -44,7 +44,7 @@ from tinyclip.masks import (
     too_little,
 )
 from tinyclip.model import CLIP, Student, distillation_loss, equal_captions, parameter_counts
-from tinyclip.teacher import Teacher, first_source, fitted, load_teacher
+from tinyclip.teacher import Teacher, digest_of, first_source, fitted, load_teacher
 
 # -------------------------------------------------------------------------------------------- schedules and optimizers
 
@@ -118,17 +118,25 @@ def make_optimizers(student: Student, stage: Stage) -> Optimizers:
 # ------------------------------------------------------------------------------------------ the student's first weights
 
 
+def student_shape(cfg: Config) -> dict:
+    """The geometry of --model, with --image-size."""
+    shape = copy.deepcopy(CONFIGS[cfg.model])
+    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
+    return shape
+
+
 def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
     """Fully open masks for the image and text tower of a geometry; none if the stage learns no masks."""
     return [L0Mask.of(shape[tower], stage.mask_types) for tower in ("vision", "text")] if stage.masks else []
 
 
 def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
-    """The student before its first step, and its masks. Its weights are random, inherited (by hand or at random), all
-    of the teacher's with open masks, or those of a pruned stage, expanded, with closed masks for the removed slots."""
-    shape = copy.deepcopy(CONFIGS[cfg.model])
-    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
-    clip = CLIP(**shape, quick_gelu=cfg.quick_gelu)
+    """The student before its first step, and its masks.
+
+    Without --init its weights are random. Otherwise they are inherited, by hand or at random. With masks they are all
+    of the source's, and the masks are open; a pruned source is expanded, with closed masks for the removed slots.
+    """
+    clip = CLIP(**student_shape(cfg), quick_gelu=cfg.quick_gelu)
     masks = open_masks(clip.geometry, cfg)
     if cfg.init is None:
         return clip, masks
@@ -153,7 +161,9 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         clip = inherit_at_random(source, clip.geometry, generator)
         shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (clip.state_dict(), own))
         if shapes != wanted or source.geometry["quick_gelu"] != cfg.quick_gelu:
-            raise ValueError(f"--inherit random cannot cut {cfg.model} out of {cfg.init} with these flags")
+            raise ValueError(
+                f"--inherit random cannot cut {cfg.model} out of {cfg.init}: their sizes or activations do not fit"
+            )
         clip.logit_scale.data.copy_(own["logit_scale"])
     else:
         head_width = clip.geometry["text"]["width"] // clip.geometry["text"]["heads"]
@@ -167,8 +177,8 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
-    """The student of a stage: with --use-teacher-* the teacher's tower replaces its own; this tower, or a locked one,
-    has no gradients. U:open_clip/model.py:947, 1015.
+    """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. This tower, or one that
+    is locked, has no gradients. U:open_clip/model.py:947, 1015.
 
     ValueError if the teacher's tower does not fit the student's other tower.
     """
@@ -207,7 +217,7 @@ def restored(state: dict, cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 class TeacherOutput(NamedTuple):
-    image: Tensor  # (B, D') unit rows
+    image: Tensor  # (B, D') unit features
     text: Tensor  # (B, D')
     scale: Tensor | float
 
@@ -352,18 +362,10 @@ def image_transform(
     return transforms.Compose([*steps, normalise])
 
 
-def whole_views(pixels: Tensor, u: Tensor | None = None) -> Tensor:
-    """`image_transform` of decoded images (B, 3, R, R) uint8 that already have its size; u is not used."""
-    mean, std = memory.statistics_on(pixels.device, *memory.CLIP_STATISTICS)
-    return pixels.float().div_(255).sub_(mean).div_(std)
-
-
 class PairDataset(Dataset):
     """Item i of a run -> (uint8 image (3, R, R), tokens (S,), list of skipped broken samples).
 
-    `normalise` normalises a batch of images.
-
-    A crop is a function of seed, epoch and row.
+    `normalise` normalises a batch of images. A crop depends on seed, epoch and sample only.
     """
 
     def __init__(self, pairs: data.Shards | data.TSV | windows.Windowed, transform, tokenizer, seed: int = 0):
@@ -407,7 +409,7 @@ class Corpus:
         self.broken.clear()
         if teacher is not None and not self.crops:
             parts = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
-            inputs = ((whole_views(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
+            inputs = ((self.dataset.normalise(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
             answers = [ask_teacher(teacher, *batch, self.cfg, precision) for batch in inputs]
             image, text, scales = zip(*answers, strict=True)
             self.answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
@@ -434,9 +436,8 @@ class Corpus:
 
     def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """The same batches from memory, with the teacher's features if there are no crops."""
-        rows, answer, (view, count) = np.arange(len(self.pairs)), self.answer, (whole_views, 0)
-        if self.crops:
-            view, count = self.random_views, 4
+        rows, answer = np.arange(len(self.pairs)), self.answer
+        view, count = (self.random_views, 4) if self.crops else (lambda pixels, _: self.dataset.normalise(pixels), 0)
         for epoch in epochs:
             order = self.order(epoch, first if epoch == epochs[0] else 0)
             for index, images, tokens, _ in memory.Views(self.memory, rows, view, count, (self.cfg.seed, epoch), order):
@@ -444,7 +445,7 @@ class Corpus:
                 yield images, tokens, found
 
     def order(self, epoch: int, start: int) -> list[np.ndarray]:
-        """This process's batches of rows in an epoch, from batch `start` on."""
+        """This process's batches of samples in an epoch, as indices, from batch `start` on."""
         (rank, world_size, _), n, batch = self.process, len(self.pairs), self.cfg.batch_size
         size, seed = batch // world_size, (self.cfg.seed, epoch)
         if not self.cfg.distinct_captions:
@@ -457,24 +458,28 @@ class Corpus:
         boxes = memory.random_crops(u, self.cfg.crop, self.cfg.crop_ratio)
         return memory.normalized(memory.crop_and_resize(pixels, boxes, self.size))
 
+    def zero_shot_top1(self, student: Student, precision: str) -> float:
+        """Top-1 on `eval_set` in percent, with class names as prompts."""
+        where = self.whole_image, self.cfg.eval_set, self.process.device
+        workers = windows.evaluation_workers(self.cfg)
+        return quick_top1(student, self.tokenizer, *where, run.DTYPES[precision], workers)
+
 
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: parameters, steps, learning rates, samples, memory of the training step."""
-    cfg = planned(cfg)
-    shape = copy.deepcopy(CONFIGS[cfg.model])
-    shape["vision"]["image_size"] = size = cfg.image_size or shape["vision"]["image_size"]
+    check_stage(cfg)
+    cli.check_batch(cfg, world_size)
+    cfg, shape = planned(cfg), student_shape(cfg)
     with torch.device("meta"):
         student = Student(CLIP(**shape), *open_masks(shape, cfg))
     counts = parameter_counts(student.to_empty(device="cpu").clip)  # memory, but no initial weights, which take a while
-    images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, shape["text"]["context_length"], dtype=torch.long)
+    size, context = image_and_context(student.clip)
+    images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, context, dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
-    checkpointed = student.clip if cfg.grad_checkpointing else None
-    activations = cli.activation_bytes(lambda: student(images, tokens), checkpointed) / 2 / 2**30
-    activations *= cfg.batch_size / world_size / cfg.accumulate
-    weights = 16 * sum(p.numel() for p in student.parameters()) / 2**30
+    trained = sum(p.numel() for p in student.parameters())
     cli.show_plan(
         [
             ("parameters", "{total:,} (image {image:,}, text {text:,} without tokens)".format(**counts)),
@@ -483,9 +488,14 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
             ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
             cli.batch_row(cfg, world_size),
             *schedule_rows(cfg),
-            cli.disk_row(cfg.dataset_size, sum(p.numel() for p in student.parameters())),
-            ("memory estimate", f"{weights + activations:.1f} GiB a process in fp32, without the teacher:"),
-            ("", f"{weights:.1f} weights, gradients, AdamW; {activations:.1f} activations"),
+            cli.disk_row(cfg.dataset_size, trained),
+            *cli.memory_rows(
+                lambda: student(images, tokens),
+                cfg.batch_size / world_size / cfg.accumulate,
+                trained,
+                kept="gradients, AdamW, no teacher",
+                checkpointed=student.clip if cfg.grad_checkpointing else None,
+            ),
         ]
     )
 
@@ -544,9 +554,11 @@ def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | T
     if isinstance(teacher, Teacher):
         sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
         if borrowed and (teacher.side, teacher.context) == (side, context):
-            raise ValueError("--use-teacher-* need a teacher with towers of this script's layout and CLIP's statistics")
+            raise ValueError(
+                "--use-teacher-* need a teacher with towers like tinyclip.model.CLIP's, and CLIP's image statistics"
+            )
         if borrowed:
-            raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: it sees {sizes}")
+            raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: the teacher sees {sizes}")
         if (teacher.side, teacher.context) != (side, context):
             run.say(f"the teacher sees {sizes}: its images are resized, its captions cut", process)
     return teacher.to(process.device).requires_grad_(False)
@@ -558,7 +570,7 @@ def distributed(student: Student, process: run.Process) -> nn.Module:
 
 
 def check_skipped(skipped: Tensor, step: int, last: bool) -> None:
-    """ValueError if more than 100 steps in a row were skipped, or all steps of a run up to its last."""
+    """ValueError if more than 100 steps in a row were skipped, or all steps of a run."""
     if skipped > 100 or (last and skipped > step):
         text = f"gradients were not finite {int(skipped)} times in a row up to step {step}"
         raise ValueError(f"{text}: lower --lr, or use --precision fp32")
@@ -585,8 +597,6 @@ def main(cfg: Config) -> Path | None:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
-        check_stage(cfg)
-        cli.check_batch(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
@@ -605,7 +615,10 @@ def main(cfg: Config) -> Path | None:
     folder.restore(optimizers=optimizers, scaler=scaler)
     corpus = Corpus(cfg, process, student.clip, folder.state)
     cfg = corpus.cfg  # in steps
-    folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint)
+    folder.check_same("teacher", digest := digest_of(teacher), f"with another teacher than {cfg.teacher} is")
+    folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint, teacher=digest)
+    if process.main and not folder.resumed:  # it may be of an earlier run, whose checkpoint.pt was removed
+        (folder.path / "model.pt").unlink(missing_ok=True)
     if cfg.keep_in_memory:  # after the start of the clock: the seconds of a run contain its teacher's forward passes
         corpus.remember(teacher, precision)
 
@@ -627,8 +640,7 @@ def main(cfg: Config) -> Path | None:
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
             if process.main:
                 with folder.clock.paused():
-                    view, dtype, workers = corpus.whole_image, run.DTYPES[precision], windows.evaluation_workers(cfg)
-                    top1 = quick_top1(student, corpus.tokenizer, view, cfg.eval_set, device, dtype, workers)
+                    top1 = corpus.zero_shot_top1(student, precision)
                 folder.log(done, epoch=epoch, zero_shot_top1=top1)
             run.wait()
         if done % corpus.steps_per_epoch == 0 or last:
