@@ -218,7 +218,7 @@ PRESETS = {
     "emoji": ("half a ViT by hand, inherited, affinity mimicking, on scenes; a minute on a CPU core", EMOJI),
     "emoji-teacher": (
         "its teacher: a CLIP trained from scratch with the contrastive loss",
-        replace(SMALL_TEACHER, **SCENES),
+        replace(SMALL_TEACHER, **SCENES, steps=1200, warmup=90),
     ),
     "emoji-contrastive": ("the same student and weights, contrastive loss", replace(EMOJI, **CONTRASTIVE)),
     "emoji-auto": ("as small as `emoji`, by learned masks", EMOJI_AUTO),
