@@ -397,9 +397,12 @@ def plot(found: Comparison, out: Path) -> None:
 def plot_curves(found: Comparison, path: Path) -> None:
     """Accuracy over steps, over seconds and against parameters; means over seeds; a row for each corpus. Arms that the
     default run leaves out are dashed."""
-    figure, axes = plt.subplots(2, 4, figsize=(21, 9), width_ratios=[1, 1, 1, 0.7])
-    for row, arms, metric in zip(axes, (VITS, RESNETS), (TOP1_SCENES, TOP1), strict=True):
-        trained = [arm for arm in arms if arm.name in found.arms]
+    corpora = ((VITS, TOP1_SCENES), (RESNETS, TOP1))
+    corpora = [([arm for arm in arms if arm.name in found.arms], metric) for arms, metric in corpora]
+    corpora = [(trained, metric) for trained, metric in corpora if trained]
+    size = (21, 4.5 * len(corpora))
+    figure, axes = plt.subplots(len(corpora), 4, figsize=size, width_ratios=[1, 1, 1, 0.7], squeeze=False)
+    for row, (trained, metric) in zip(axes, corpora, strict=True):
         for color, arm in zip(itertools.cycle(plt.get_cmap("tab20").colors), trained, strict=False):
             style = dict(color=color, ls="-" if arm.core else "--", marker="o")
             curves = np.array([learning_curve(folder) for folder in found.folders[arm.name]])  # (seeds, points, 3)
