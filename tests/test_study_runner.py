@@ -172,6 +172,17 @@ def test_arms_are_added_to_results(study: Study):
         runner.run(study, dataclasses.replace(options, arms="late", extend=True))
 
 
+def test_floors_in_results_are_not_measured_again_for_added_arms(study: Study):
+    measured: list[int] = []
+    floors = (Floor("chance", lambda: measured.append(1) or {"top1": 1.0}),)
+    study = dataclasses.replace(study, floors=floors, more_rows=lambda found: [])
+    options = runner.Options(seeds=(0, 1), arms="base", results="there.json")
+    runner.run(study, options)
+    Path("runs/paper/floors.json").unlink()
+    runner.run(study, dataclasses.replace(options, arms="late", extend=True))
+    assert measured == [1] and json.loads(Path("there.json").read_text())["floors"] == {"chance": {"top1": 1.0}}
+
+
 def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
     assert [arm.name for arm in study.chosen("core")] == ["base", "method"]
     assert [arm.name for arm in study.chosen("late base")] == ["base", "late"]

@@ -254,7 +254,9 @@ class Study:
         earlier: results that are part of `found`, and whose floors are kept.
         """
         floors = earlier["floors"] if earlier else {}
-        if new := set(found.arms) - set((earlier or {}).get("arms", ())):
+        new = set(found.arms) - set((earlier or {}).get("arms", ()))
+        applies = [floor for floor in self.floors if not floor.arms or new & set(floor.arms)]
+        if new and any(floor.name not in floors for floor in applies):
             floors = self.measured_floors(path, new) | floors
         floors = {floor.name: floors[floor.name] for floor in self.floors if floor.name in floors}
         committed = Path(f"results/{self.home}.json")
