@@ -215,7 +215,7 @@ class Teacher:
                 )
             return rows
         if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
-            if self.about.get("data") not in (None, pairs.fingerprint):  # older files lack it
+            if (made_from := self.about.get("data")) and made_from != pairs.fingerprint:  # older files lack it
                 if json.loads(self.about["made"])["captions"] != fingerprint(all_captions(pairs)):
                     raise ValueError(f"{self.path} was made from other captions: make it again from this --data")
             return rows

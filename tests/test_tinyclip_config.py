@@ -47,7 +47,7 @@ ERRORS = {
     "one tower of none": (["emoji-teacher", "--inherit-only", "image"], "--inherit-only is a control of manual"),
     "one tower under masks": (["emoji-auto", *MASKS, "--inherit-only", "text"], "it needs --init without --masks"),
     "random channels of nothing": (["emoji-teacher", "--inherit", "random"], "takes random channels of --init"),
-    "steps of no length": (["emoji-teacher", "--eps", "inf"], "--eps must be at least 0, not inf"),
+    "steps of no length": (["emoji-teacher", "--eps", "inf"], "--eps must be at least 0 and finite, not inf"),
     "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is not a multiple of patch_size 8"),
     "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     "a rate that is no number": (["emoji-teacher", "--lr", "nan"], "--lr must be at least 0, not nan"),

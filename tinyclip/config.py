@@ -194,7 +194,7 @@ SMALL_AUTO = replace(
     lambda_lr=-0.2,
 )  # fmt: skip
 # a CLIP trained from scratch
-SMALL_TEACHER = replace(SMALL, model="emoji-100", alpha=0.0, augmentation="crop", epochs=20, steps=400)
+SMALL_TEACHER = replace(SMALL, model="emoji-100", alpha=0.0, augmentation="crop", epochs=20, steps=1200, warmup=90)
 # Scenes are plentiful: students see them without crops, so that the teacher's features are computed once. A batch holds
 # each of their thirty captions several times.
 SCENES = dict(
@@ -218,7 +218,7 @@ PRESETS = {
     "emoji": ("half a ViT by hand, inherited, affinity mimicking, on scenes; a minute on a CPU core", EMOJI),
     "emoji-teacher": (
         "its teacher: a CLIP trained from scratch with the contrastive loss",
-        replace(SMALL_TEACHER, **SCENES, steps=1200, warmup=90),
+        replace(SMALL_TEACHER, **SCENES),
     ),
     "emoji-contrastive": ("the same student and weights, contrastive loss", replace(EMOJI, **CONTRASTIVE)),
     "emoji-auto": ("as small as `emoji`, by learned masks", EMOJI_AUTO),

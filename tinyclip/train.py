@@ -493,7 +493,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
                 lambda: student(images, tokens),
                 cfg.batch_size / world_size / cfg.accumulate,
                 trained,
-                kept="gradients, AdamW, no teacher",
+                included="gradients, AdamW, no teacher",
                 checkpointed=student.clip if cfg.grad_checkpointing else None,
             ),
         ]
