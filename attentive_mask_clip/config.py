@@ -255,7 +255,8 @@ def check_model(cfg: Config) -> None:
         scale = getattr(cfg, name)
         if scale is not None and not 0 < scale <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
-    cli.check_rates(cfg, "lr", "text_lr", "warmup_lr", "min_lr", "weight_decay", "eps", "simclr_weight", "byol_weight")
+    cli.check_rates(cfg, "lr", "text_lr", "warmup_lr", "min_lr", "weight_decay", "simclr_weight", "byol_weight")
+    cli.check_adam(cfg)
     if not 0 < cfg.temperature < math.inf:
         raise ValueError(f"--temperature must be above 0, not {cfg.temperature}")
     if not 0 <= cfg.ema_momentum <= 1:

@@ -30,6 +30,7 @@ ERRORS = {
     "fewer than no workers": (["emoji", "--workers", "-1"], "--workers must be at least 0, not -1"),
     "no batch": (["emoji", "--dry-run", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
     "an uneven plan": (["emoji", "--dry-run", "--accumulate", "3"], "--batch-size 32 cannot be divided evenly"),
+    "a beta that forgets nothing": (["emoji", "--beta2", "1"], "--beta2 must be below 1, not 1"),
     "steps of no length": (["emoji", "--eps", "inf"], "--eps must be at least 0 and finite, not inf"),
     "no pixels": (["emoji", "--dry-run", "--image-size", "0"], "--image-size must be at least 1, not 0"),
     "no crop for SimCLR": (["emoji", "--ssl-crop-scale", "0"], "--ssl-crop-scale must be above 0 and at most 1, not 0"),

@@ -47,6 +47,7 @@ ERRORS = {
     "one tower of none": (["emoji-teacher", "--inherit-only", "image"], "--inherit-only is a control of manual"),
     "one tower under masks": (["emoji-auto", *MASKS, "--inherit-only", "text"], "it needs --init without --masks"),
     "random channels of nothing": (["emoji-teacher", "--inherit", "random"], "takes random channels of --init"),
+    "a beta that forgets nothing": (["emoji-teacher", "--beta2", "1"], "--beta2 must be below 1, not 1"),
     "steps of no length": (["emoji-teacher", "--eps", "inf"], "--eps must be at least 0 and finite, not inf"),
     "patches that do not fit": (["emoji-teacher", "--image-size", "20"], "is not a multiple of patch_size 8"),
     "fp16 on a CPU": (["emoji-teacher", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),

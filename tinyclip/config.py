@@ -312,7 +312,8 @@ def check_stage(cfg: Config) -> None:
         raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
     cli.check_counts(cfg, "steps", "batch_size", "dataset_size", "accumulate", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", "warmup", "workers", "window_shards", least=0)
-    cli.check_rates(cfg, "lr", "weight_decay", "eps", "weight")
+    cli.check_rates(cfg, "lr", "weight_decay", "weight")
+    cli.check_adam(cfg)
     cli.check_positive(cfg, "max_grad_norm")
     if not 0 <= cfg.alpha <= 1:
         raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")

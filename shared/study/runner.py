@@ -214,8 +214,8 @@ class Study:
             self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
-    def measured_floors(self, path: Path, arms: Container[str]) -> dict[str, dict[str, float]]:
-        """{floor: {metric: value}} of the floors for these arms, cached in floors.json beside the runs.
+    def measured_floors(self, path: Path, arms: Container[str], there: Container[str]) -> dict[str, dict[str, float]]:
+        """{floor: {metric: value}} of the floors for these arms, without those in `there`; cached in floors.json.
 
         Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
         `path` replaces these.
@@ -223,6 +223,9 @@ class Study:
         committed, kept = Path(f"results/{self.home}.json"), Path(f"runs/{self.home}/floors.json")
         known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
         floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
+        floors = [floor for floor in floors if floor.name not in there]
+        if not floors:
+            return {}
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
         measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
         sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files()]
@@ -254,10 +257,8 @@ class Study:
         earlier: results that are part of `found`, and whose floors are kept.
         """
         floors = earlier["floors"] if earlier else {}
-        new = set(found.arms) - set((earlier or {}).get("arms", ()))
-        applies = [floor for floor in self.floors if not floor.arms or new & set(floor.arms)]
-        if new and any(floor.name not in floors for floor in applies):
-            floors = self.measured_floors(path, new) | floors
+        if new := set(found.arms) - set((earlier or {}).get("arms", ())):
+            floors = self.measured_floors(path, new, floors) | floors
         floors = {floor.name: floors[floor.name] for floor in self.floors if floor.name in floors}
         committed = Path(f"results/{self.home}.json")
         more_seeds = report.earlier_arms(committed, found)
