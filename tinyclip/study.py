@@ -43,7 +43,7 @@ QUARTER = "--target-sparsity 0.745 --mask-lr 0.5 --lambda-lr -0.5"
 TENTH = "train emoji-auto --teacher {vit-teacher} --target-sparsity 0.9"
 SECOND = f"{TENTH} --init {{auto-quarter}} --start-sparsity 0.745 --steps 200 --prune-step 80 --sparsity-warmup 40"
 ONE = f"{TENTH} --init {{vit-teacher}} --steps 500 --prune-step 200 --sparsity-warmup 100"
-TEACHERS = (40, 100, 200, 400)  # steps of worse teachers; the teacher has 1,200
+TEACHERS = (40, 100, 200, 400, 600)  # steps of worse teachers; the teacher has 1,200
 SCENES = "data/scenes-near"
 DRAWN = "--image-size 40 --captioned-size 0.5 0.7 --concepts 30"
 MAKE_SCENES = f"shared.corpora.scenes --out {SCENES} {DRAWN}"
@@ -362,9 +362,9 @@ def tower(model: str) -> ceiling.Tower:
 
 
 def on_labels() -> dict[str, float]:
-    """The ceiling: the teachers' image towers, trained on the names as labels."""
+    """The ceiling: the teachers' image towers, trained on the names as labels, on scenes for twice the teacher's steps."""
     names = ceiling.trained_on_labels(lambda: tower("emoji-resnet-100"), NAMES, epochs=30)
-    scenes = dict(epochs=15, lr=2e-3, weight_decay=0.1, crop=(0.9, 1.0), shards=f"{SCENES}/train", stored=1)
+    scenes = dict(epochs=30, lr=2e-3, weight_decay=0.1, crop=(0.9, 1.0), shards=f"{SCENES}/train", stored=1)
     return with_means(names | ceiling.trained_on_labels(lambda: tower("emoji-100"), SCENE_SETS, **scenes), STYLES)
 
 
