@@ -214,7 +214,7 @@ def test_each_student_of_the_curve_has_the_teacher_it_is_drawn_against():
         ((_, *words),) = study.STUDY.words(arms[teacher], 0)
         made[teacher] = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
     best = made["vit-teacher"]
-    assert [cfg.steps for cfg in made.values()] == [40, 100, 200, 400, 1200]
+    assert [cfg.steps for cfg in made.values()] == [40, 100, 200, 400, 600, 1200]
     for cfg in made.values():
         assert abs(cfg.warmup - best.warmup * cfg.steps / best.steps) < 1
         assert dataclasses.replace(cfg, steps=best.steps, warmup=best.warmup, out=best.out) == best
