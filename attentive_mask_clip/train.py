@@ -253,7 +253,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
 
         done, start, is_best = per_epoch * (epoch + 1), 0, False
         if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
-            with folder.clock.paused():
+            with folder.evaluation(done, epoch=epoch, batch=per_epoch, best=best):
                 measured = zero_shot_top1(model, tokenizer, cfg, process.device, precision)
             folder.log(done, epoch=epoch, **measured)
             is_best = cfg.keep_best and measured["zero_shot_top1"] > best.get(cfg.eval_set, -math.inf)

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from concept_frequency.printed import CURVE_MODELS, DERIVED, PRINTED, TABLE9
+from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, PRINTED, TABLE9
 from shared import cli
 from shared.presets import EMBEDDED, OWN, Row
 

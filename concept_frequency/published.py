@@ -2,7 +2,7 @@
 
 `Results` reads search_counts, zero_shot_evaluations, retrieval_evaluations, t2i_evaluations, misalignment_metrics,
 let_it_wag_datasets, the curves and figures in notebooks/plots, and the judgements of the people study from a clone.
-This project contains none of these files. printed.py has the numbers of the paper's tables and figures.
+This project contains none of these files. paper_numbers.py has the numbers of the paper's tables and figures.
 """
 
 import pickle
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from concept_frequency import statistics
 from concept_frequency.concepts import load_counts, load_json, mean_scores, scores_of
 from concept_frequency.config import COUNT_PRESETS
-from concept_frequency.printed import TABLE9
+from concept_frequency.paper_numbers import TABLE9
 
 # ------------------------------------------------------------------------------------------------ names in the files
 

@@ -57,7 +57,7 @@ RISE, RHO = "accuracy rises with log frequency (points a decade)", "ρ of the bi
 LEAST_RHO = 0.83  # in the legends of the paper's main figure
 CLAIMS = (
     claim(RISE, "log-linear", "slope", "even", "0", primary=True),
-    claim("... more than at equal frequency", "implied", "slope_on_even", "even", "uniform", primary=True),
+    claim("slope above that at equal frequency", "implied", "slope_on_even", "even", "uniform", primary=True),
     claim("log frequency explains more than frequency (r)", "implied", "r_log", "even", "even:r_linear", primary=True),
     claim(RHO, "0.83 to 0.97", "rho", "even", "even:rho_null", effect=LEAST_RHO, primary=True),
     claim("rare concepts worse than at equal frequency", "up to 20", "tail", "zipf", "uniform", -1, primary=True),

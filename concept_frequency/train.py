@@ -361,9 +361,9 @@ def train(cfg: Config) -> Path | None:
     groups = parameter_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
-    folder = run.RunFolder(cfg, process, step=0)
+    folder = run.RunFolder(cfg, process, step=0, epoch=0)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
-    if folder.finished(step=cfg.epochs * steps):
+    if folder.finished(epoch=cfg.epochs):
         return folder.path
     first = folder.state["step"]
 
@@ -376,7 +376,7 @@ def train(cfg: Config) -> Path | None:
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
 
-    for epoch in range(first // steps, cfg.epochs):
+    for epoch in range(folder.state["epoch"], cfg.epochs):
         start = max(first, epoch * steps)
         for step, (images, tokens) in enumerate(arm.batches(epoch, start - epoch * steps), start):
             values = train_step(ddp, images, tokens, optimizer, scaler, step, cfg, process, precision)
@@ -388,7 +388,7 @@ def train(cfg: Config) -> Path | None:
         done, last = (epoch + 1) * steps, epoch + 1 == cfg.epochs
         if last or (cfg.eval_every and (epoch + 1) % cfg.eval_every == 0):
             if process.main:
-                with folder.clock.paused():
+                with folder.evaluation(done, epoch=epoch, step=done):
                     accuracy = zero_shot(model, tokenizer, arm.test, arm.names, 1, process.device, precision)
                 folder.log(done, epoch=epoch, zero_shot_top1=accuracy.nanmean().item())
             run.wait()

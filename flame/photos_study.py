@@ -87,7 +87,7 @@ LANGUAGE_CLAIMS = (
 )
 CLAIMS = (  # `negligible` is as in study.py; a claim that both studies test has the same text
     Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
-    Claim("the same, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1),
+    Claim("above a text tower, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1),
     Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
     Claim("several facets per caption above one", "its design", CIFAR10_TOP1, "flame", "summary", 1, None, True, 1.0),
     Claim("long captions, image to text", URBAN[0], LONG_TO_TEXT, "flame", "clip", 1, 54.6, False, 2.0),

@@ -347,7 +347,7 @@ def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text, image = about["encoder_q"], about["encoder_p"]
         files = [folder / file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()]
-        state = read_weights(files[0])
+        state = checkpoints.load_checkpoint(files[0])
         own = folder if (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file() else None
         tokenizer = AutoTokenizer.from_pretrained(own or text.get("model_id", "bert-base-uncased"))
         kept = vdr_vocabulary(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
@@ -376,15 +376,6 @@ def from_hub(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"])
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or .bin file."""
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return checkpoints.load_checkpoint(file)
 
 
 # ---------------------------------------------------------------------------------------------------------- the script

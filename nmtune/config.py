@@ -551,7 +551,7 @@ def pretraining_row(name: str) -> Row:
 
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "GLUE and GLUE-X, BERT-L, RoBERTa-L, GPT-2": "any encoder: `nmtune.extract texts` and the head presets",
-    "GLUE and GLUE-X, text-ada-002": "an API: `nmtune.extract answers` and the head presets",
+    "GLUE and GLUE-X, text-ada-002": "a commercial API: `nmtune.extract answers` reads its answers; head presets",
     "few-shot ImageNet, WiSE-FT, Country211, STL10, DMLab, iWildCam": (
         "loaders or scripts; whether the tables have rows could not be read"
     ),

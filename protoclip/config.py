@@ -274,8 +274,8 @@ README = "authors' README, results: "
 CC3M, ONE, EIGHT = "CC3M, 2.5M pairs", "1", "8 x 2080 Ti"
 NUMBERS = "ImageNet zero-shot {}, linear probe {} %; COCO mean recall {} %"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "abstract, YFCC-15M": "no command is published; `--data` and `--dataset-size` on a cc3m preset",
-    "ablations of components, K, temperatures, teacher": "no settings are published; `--help` has a flag for each",
+    "abstract, YFCC-15M": "no command is published: use a cc3m preset with `--data` and `--dataset-size`",
+    "ablations of components, K, temperatures, teacher": "the paper's body was not read; `--help` has a flag for each",
     "modality gap": "an evaluation of the same runs: `protoclip.eval`",
     "authors' README, mean of 10 zero-shot sets": "an evaluation of the same runs: `protoclip.eval --sets`",
 }

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent  # folder of the project
 
@@ -89,7 +91,8 @@ AUTHORS_GLOBALS = [
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
-    """Load a checkpoint, ours or the authors', without running code from it (`weights_only=True`).
+    """Load a checkpoint, ours or the authors', without running code from it (`weights_only=True`), or the tensors of a
+    .safetensors file by name.
 
     FileNotFoundError if there is no file; ValueError if it cannot be read, or holds types other than tensors, plain
     values and AUTHORS_GLOBALS.
@@ -97,8 +100,12 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path, device=str(map_location))
         with torch.serialization.safe_globals(AUTHORS_GLOBALS):
             return torch.load(path, map_location=map_location, weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"

@@ -197,6 +197,18 @@ def start_two(start, *arguments, count: int = 2, **options) -> list:
     return [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **peers, **options) for rank in range(count)]
 
 
+def in_turn(*answers) -> Callable:
+    """A function that returns the next answer at each call, or raises it if it is an exception."""
+    left = iter(answers)
+
+    def answer(*_, **__):
+        if isinstance(value := next(left), Exception):
+            raise value
+        return value
+
+    return answer
+
+
 def metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl without values that may differ from run to run."""
     return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]

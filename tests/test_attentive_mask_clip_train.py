@@ -9,6 +9,7 @@ import io
 import random
 import re
 import shutil
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from scripts import (
     ended,
     finished,
     in_ranks,
+    in_turn,
     kill_at,
     metrics,
     one_sentence,
@@ -39,6 +41,7 @@ from attentive_mask_clip.config import Config
 from attentive_mask_clip.model import aclip_loss, create_model
 from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, train_step
 from shared import checkpoints, data
+from shared import cli as command_line
 from shared.clip import set_grad_checkpointing
 
 SCRIPT, SECONDS = "attentive_mask_clip.train", 120
@@ -358,6 +361,24 @@ def test_evaluation_during_training_changes_nothing(arms: dict[str, Path], cli, 
     assert [line["step"] for line in accuracies] == [2 * PER_EPOCH, STEPS]  # after two epochs, and at the end
     assert all(0 <= line["zero_shot_top1"] <= 100 for line in accuracies)
     assert [line for line in metrics(out) if "loss" in line] == metrics(arms["clip"])
+
+
+def test_a_failed_evaluation_costs_no_epoch(folder: Path, groups: str, monkeypatch: pytest.MonkeyPatch):
+    """The resumed run repeats the evaluation alone, and still knows its best epoch."""
+    found = [{"zero_shot_top1": value} for value in (3.0, 2.0)]
+    monkeypatch.setattr(train, "zero_shot_top1", in_turn(found[0], ValueError("broken set"), found[1]))
+    flags = [*TINY, "--epochs", "2", "--eval-every", "1", "--eval-set", groups, "--keep-best"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "emoji-clip", *flags, "--out", str(folder / "failed")])
+    cfg = command_line.preset_cli(config.PRESETS)
+    with pytest.raises(ValueError, match="broken set"):
+        train.main(cfg)
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["epoch"], state["batch"], state["best"]) == (1, PER_EPOCH, {groups: 3.0})
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was repeated"))
+    train.main(cfg)
+    points = {line["step"]: line["zero_shot_top1"] for line in metrics(folder / "failed") if "zero_shot_top1" in line}
+    assert points == {PER_EPOCH: 3.0, 2 * PER_EPOCH: 2.0}
+    assert checkpoints.load_checkpoint(folder / "failed/checkpoint-best.pt")["epoch"] == 1
 
 
 # -------------------------------------------------------------------------------------------------- kill and resume

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from shared import checkpoints
@@ -31,6 +32,18 @@ def test_checkpoint_round_trip(tmp_path: Path):
     assert torch.equal(loaded["state_dict"]["weight"], state["state_dict"]["weight"])
     assert loaded["step"] == 7 and loaded["nothing"] is None
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_weights_in_a_safetensors_file(tmp_path: Path):
+    file, state = tmp_path / "model.safetensors", nn.Linear(2, 3).state_dict()
+    save_file(state, file)
+    loaded = checkpoints.load_checkpoint(file)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file"):
+        checkpoints.load_checkpoint(file)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        checkpoints.load_checkpoint(tmp_path / "none.safetensors")
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from scripts import one_sentence
 from test_concept_frequency_statistics import as_upstream
 
 from concept_frequency import replay, statistics
-from concept_frequency.printed import TABLE3, TABLE9
+from concept_frequency.paper_numbers import TABLE3, TABLE9
 from concept_frequency.published import BINS, CLASSIFICATION, METHODS, RETRIEVAL, Results
 from concept_frequency.statistics import correlation, frequency_agreement, log_linear_curve, long_tail
 

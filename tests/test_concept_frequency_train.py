@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_models  # noqa: F401  (the models named test)
 import torch
-from scripts import ROOT, SHARDS, Lazily, ended, kill_when, start_two
+from scripts import ROOT, SHARDS, Lazily, ended, in_turn, kill_when, start_two
 
 from concept_frequency import train
 from concept_frequency.concepts import load_counts
@@ -101,6 +101,21 @@ def test_killed_run_ends_with_the_same_weights(arms, start, folder):
     assert code == 0, err
     torch.testing.assert_close(weights(out), weights(arms["zipf"]), rtol=0, atol=0)
     assert [line["step"] for line in run.read_metrics(out)] == [*range(1, STEPS + 1), STEPS]
+
+
+def test_a_failed_evaluation_costs_no_epoch(folder, monkeypatch):
+    """The resumed run repeats the evaluation alone, also after the last epoch."""
+    found = torch.tensor([1.0])
+    monkeypatch.setattr(train, "zero_shot", in_turn(found, ValueError("broken set"), found))
+    cfg = dataclasses.replace(TINY, out=str(folder / "failed"), epochs=2, total=64, num_concepts=8, eval_every=1)
+    with pytest.raises(ValueError, match="broken set"):
+        train.train(cfg)
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["epoch"], state["step"]) == (1, 4)
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was repeated"))
+    train.train(cfg)
+    lines = run.read_metrics(folder / "failed")
+    assert [line["step"] for line in lines if "zero_shot_top1" in line] == [2, 4]
 
 
 def test_two_processes_equal_one(arms, start, folder):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import Lazily, ended, finished, in_turn, kill_at, metrics, one_sentence, same, start_two
 from short_runs import small_set
 from test_flame_embed import (  # noqa: F401
     EVAL,
@@ -184,18 +184,7 @@ def test_training_never_loads_the_language_model(tiny: list, folder: Path, bank:
 
 
 def test_a_failed_evaluation_costs_no_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    answers = iter([ValueError("broken set"), 1.0])
-
-    class Curve:
-        def __init__(self, *_):
-            pass
-
-        def top1(self) -> float:
-            if isinstance(answer := next(answers), ValueError):
-                raise answer
-            return answer
-
-    monkeypatch.setattr(train, "Curve", Curve)
+    monkeypatch.setattr(train.Curve, "top1", in_turn(ValueError("broken set"), 1.0))
     cfg = dataclasses.replace(
         config.EMOJI, method="clip", captions=(), data=f"{SHARDS}/00000.tar", dataset_size=64,
         out=str(folder / "failed"), epochs=1, batch_size=32, hidden_dim=16, image_size=16, text_width=16,

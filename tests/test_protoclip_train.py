@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, in_turn, kill_at, metrics, one_sentence, same, start_two
 from short_runs import small_set
 from test_protoclip_model import linears, model_of, tiny_model  # noqa: F401
 
@@ -127,15 +127,9 @@ def test_evaluation_during_training(cli, folder: Path):
 
 def test_a_failed_evaluation_costs_no_episode(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The resumed run repeats the evaluation, neither training nor clustering."""
-    calls, extract, answers = [], train.extract_features, iter([ValueError("broken set"), 1.0, 2.0])
-
-    def top1(*_) -> float:
-        if isinstance(answer := next(answers), ValueError):
-            raise answer
-        return answer
-
+    calls, extract = [], train.extract_features
     monkeypatch.setattr(train, "extract_features", lambda *args: calls.append(args[2]) or extract(*args))
-    monkeypatch.setattr(train, "quick_top1", top1)
+    monkeypatch.setattr(train, "quick_top1", in_turn(ValueError("broken set"), 1.0, 2.0))
     cfg = dataclasses.replace(
         config.EMOJI, model="ResNet-test", data=f"{SHARDS}/00000.tar", out=str(folder / "failed"), w_external=0.0, k=4,
         precision="fp32", image_size=16, episodes=2, episode_size=32, batch_size=16, infonce_warmup=0, eval_every=1,

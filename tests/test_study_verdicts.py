@@ -162,6 +162,7 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
         "difference",
         "interval",
         "resolves",
+        "negligible",
         "seeds_needed",
         "verdict",
     }
@@ -207,6 +208,7 @@ def test_tables_star_primary_claims():
         "paper": "55.22",
         "here": "needs CC3M",
         "resolves": "-",
+        "d": "-",
         "verdict": "not testable here",
     }
     assert lines[2] == {
@@ -214,6 +216,7 @@ def test_tables_star_primary_claims():
         "paper": "+4",
         "here": "+40.00",
         "resolves": "-",
+        "d": "1",
         "verdict": "not resolved",
     }
 

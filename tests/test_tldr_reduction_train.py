@@ -7,18 +7,20 @@ broken shards, schedules. Scripts start in forks of a server that has imported t
 import io
 import random
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scripts import SHARDS, Ended, Lazily, ended, finished, kill_at, metrics, same, start_two
+from scripts import SHARDS, Ended, Lazily, ended, finished, in_turn, kill_at, metrics, same, start_two
 from test_tldr_reduction_model import exact
 
 from shared import checkpoints
+from shared import cli as command_line
 from shared.pretrained import efficientnet_lite0
-from tldr_reduction import corpus
+from tldr_reduction import corpus, train
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.datasets import LockedPairs, open_pairs, view_of
 from tldr_reduction.tokenizer import build_vocab
@@ -208,6 +210,22 @@ def test_a_locked_trunk_keeps_its_weights(chain, folder):
     assert close.min() > 0.99 and dataset[43][2] == dataset[3][2] and len(dataset) == 40
     assert torch.equal(dataset[43][1], dataset[3][1]) and dataset[43][0] == 43
     assert not model.visual.train().trunk.training and not any(p.requires_grad for p in model.visual.trunk.parameters())
+
+
+def test_a_failed_evaluation_costs_no_epoch(folder, tiny, monkeypatch):
+    """The resumed run repeats the evaluation alone, also where --steps ends a run within an epoch."""
+    monkeypatch.setattr(train, "zero_shot", in_turn(1.0, ValueError("broken set"), 2.0))
+    flags = [*command("clip", tiny), "--eval-every", "1", "--epochs", "2", "--steps", str(PER_EPOCH + 1)]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, flags), "--out", str(folder / "failed")])
+    cfg = command_line.preset_cli(train.PRESETS)
+    with pytest.raises(ValueError, match="broken set"):
+        train.main(cfg)
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (1, PER_EPOCH)
+    monkeypatch.setattr(train, "losses_of", lambda *_: pytest.fail("a step was repeated"))
+    train.main(cfg)
+    top1 = {line["step"]: line["zero_shot_top1"] for line in metrics(folder / "failed") if "zero_shot_top1" in line}
+    assert top1 == {PER_EPOCH: 1.0, PER_EPOCH + 1: 2.0}
 
 
 def test_broken_samples_are_counted(cli, folder, tiny, broken):

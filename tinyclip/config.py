@@ -385,9 +385,11 @@ def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") 
 
 BOTH = "LAION+YFCC-400M"
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "ablations of affinity, inheritance, stages; from scratch": "no setting is published; flags, and arms of the study",
+    "ablations of affinity, inheritance, stages; from scratch": (
+        "the paper's body could not be read; there are flags, and arms of the study"
+    ),
     "retrieval, transfer, robustness and linear probe": "no command is published; `tinyclip.eval --sets`, `--probe`",
-    "fig. 1 and abstract, ViT-B/32, RN50, ViT-B/16": "models of others",
+    "fig. 1 and abstract, ViT-B/32, RN50, ViT-B/16": "models of other papers, not trained by the authors",
     "model zoo, MACs and throughput": "measured by `tinyclip.eval`",
 }
 PAPER_ROWS = {

@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -511,23 +509,13 @@ def open_clip_weights(source: str) -> tuple[dict[str, Tensor], dict]:
     return state, {"quick_gelu": quick_gelu} | CONFIGS[name]
 
 
-def read_weights(file: Path) -> dict:
-    """The content of a checkpoint, or the tensors of a .safetensors file by name. ValueError if it cannot be read."""
-    if file.suffix != ".safetensors" or not file.is_file():
-        return checkpoints.load_checkpoint(file)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-
-
 def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], dict]:
     """(state dict in OpenAI's layout, arguments of `CLIP`) of a folder or file. ValueError if it has none.
 
     The arguments lack quick_gelu if the source does not state it.
     """
     file = weights_file(path)
-    content = read_weights(file)
+    content = checkpoints.load_checkpoint(file)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(

@@ -362,7 +362,7 @@ def tower(model: str) -> ceiling.Tower:
 
 
 def on_labels() -> dict[str, float]:
-    """The ceiling: the teachers' image towers, trained on the names as labels, on scenes for twice the teacher's steps."""
+    """The ceiling: the teachers' image towers, trained on names as labels; on scenes for twice the teacher's steps."""
     names = ceiling.trained_on_labels(lambda: tower("emoji-resnet-100"), NAMES, epochs=30)
     scenes = dict(epochs=30, lr=2e-3, weight_decay=0.1, crop=(0.9, 1.0), shards=f"{SCENES}/train", stored=1)
     return with_means(names | ceiling.trained_on_labels(lambda: tower("emoji-100"), SCENE_SETS, **scenes), STYLES)

@@ -18,7 +18,6 @@ import open_clip
 import timm
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, export
@@ -136,8 +135,7 @@ def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, 
         settings = config.RetrievalConfig(embed_dim=theirs.image_text_hidden_size, queue_size=1, batch_size=1, **sizes)
     tokenizer = WordPiece(folder)
     model = build(settings, text.vocab_size, tokenizer.sep)
-    state = load_file(file) if file.suffix == ".safetensors" else checkpoints.load_checkpoint(file)
-    missing = load_blip(model, state)
+    missing = load_blip(model, checkpoints.load_checkpoint(file))
     if lost := [name for name in missing if name.startswith(NEEDED[stage]) and "_m." not in name]:
         what = "write captions" if stage == "finetune" else "score matching"
         raise ValueError(f"{path} cannot {what}: it lacks {lost[0]}")

@@ -704,7 +704,7 @@ LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablation of components": "flags of `reduce`: `--select random`, `--captions original`",
     "ablation of the clustered feature": "flag of `reduce`: `--features image`, `blip` or `text`",
     "selection by the largest distance": "flag of `reduce`: `--select farthest`",
-    "selection by gradient and hard samples": "a few words in the paper, no code",
+    "selection by gradient and hard samples": "the paper has only a few words about it, and no code",
     "other data sets, random": "flag of `reduce`: `--select random`",
     "fig. 1, deletion at random or by ITM score": "flags of `reduce`: `--select random` or `itm`, with `--keep`",
     "loss curves of T_o, T_g and both": "flag of `reduce`: `--captions original`, `generated` or `refined`",

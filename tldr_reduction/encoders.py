@@ -14,7 +14,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -103,7 +102,7 @@ def load_timm(name: str, file: str = "") -> nn.Module:
     if file:
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file}, the weights of timm:{name}, does not exist")
-        state = load_file(file) if file.endswith(".safetensors") else checkpoints.load_checkpoint(file)
+        state = checkpoints.load_checkpoint(file)
         state = state.get("state_dict", state.get("model", state))
         missing, _ = model.load_state_dict(state, strict=False)
         if missing:

@@ -114,7 +114,7 @@ def train(cfg: Config, process: run.Process) -> Path:
         loop.start_from_elsewhere(model, cfg)
     total = total_steps(cfg, per_epoch)
     fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
-    folder.start(per_epoch * first + start, total, len(pairs), **fixed)
+    folder.start(min(per_epoch * first + start, total), total, len(pairs), **fixed)
     ddp = loop.parallel(model, process)
     locked = functools.partial(LockedPairs, cache=cfg.cache)
     read = dict(dataset_type=locked, view=view_of(model, cfg)) if cfg.lock_image else {}
@@ -141,7 +141,7 @@ def train(cfg: Config, process: run.Process) -> Path:
 
         done, last, start = min(per_epoch * (epoch + 1), total), epoch + 1 == cfg.epochs, 0
         if process.main and evaluates(cfg, epoch):
-            with folder.clock.paused():
+            with folder.evaluation(done, epoch=epoch, batch=per_epoch):
                 top1 = zero_shot(model, tokenizer, cfg, process.device, precision)
             folder.log(done, epoch=epoch, zero_shot_top1=top1)
         data.report_broken(broken, process, f"epoch {epoch + 1}")

@@ -25,10 +25,17 @@ INTRODUCTION = (
     "public sets of photographs. They can show an effect at this scale, but not reproduce a paper's number. "
     "Differences are paired by seed, unless a row names another unit (encoders, concepts)."
 )
-BESIDE = (
-    "Some claims were also tested on photographs. In the section of such a paper, the table of claims on photographs "
-    "repeats the verdict on emoji in its last column."
+FLOOR = (
+    "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "
+    "a pretrained tower's features. Claims about a slope, a ratio, a spectrum, word usage, rare concepts or a "
+    "change with fewer pairs have none: another metric, in the tables below, shows whether their arms have learned."
 )
+BESIDE = (
+    "Claims that were also tested on photographs. With fewer than five seeds, their intervals are not widened by "
+    "Holm's rule. In the section of such a paper, the table of claims on photographs repeats the verdict on emoji or "
+    "scenes."
+)
+UNRESOLVED = ("not testable here", "has not learned", "not resolved")
 
 
 def command(study: Study, summary: dict) -> str:
@@ -77,21 +84,21 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
             about = {"paper": folder, "pictures": pictures_of(summary)}
             about |= {"claim": row["claim"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
-            rows.append(about | {"difference": line["here"], "seeds": len(summary["seeds"]), "verdict": row["verdict"]})
+            about |= {"difference": line["here"], "d": line["d"], "seeds": len(summary["seeds"])}
+            rows.append(about | {"verdict": row["verdict"]})
     return rows
 
 
 def settled(rows: list[dict[str, Any]]) -> str:
-    """Sentence with the number of primary claims that have a resolved verdict."""
-    n = sum(row["verdict"] not in ("not testable here", "has not learned", "not resolved") for row in rows)
+    """Sentences with the number of primary claims that have each verdict."""
+    found = {verdict: n for verdict, n in counts(rows).items() if n}
+    n = sum(number for verdict, number in found.items() if verdict not in UNRESOLVED)
+    resolved_first = sorted(found.items(), key=lambda each: each[0] in UNRESOLVED)
+    numbers = [f"{number} {verdict}" for verdict, number in resolved_first]
     return (
-        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}). The others are not "
-        "testable here or not resolved, or their arms have not learned. The number after ± is half of the 95 % "
-        "interval: the smallest difference that the seeds of a row can resolve. The list of verdicts below defines "
-        "each of them; d is the largest difference that counts as none. Floor: the best score in the row's metric that "
-        "needs no trained arm, such as that of chance, of raw pixels or of a pretrained tower's features. "
-        "Claims about a slope, a ratio, a spectrum, word usage, rare concepts or fewer pairs have no floor here: "
-        "another metric, in the tables below, shows whether their arms have learned."
+        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}): {', '.join(numbers)}. "
+        "± is half of the 95 % interval: the smallest difference that the seeds of a row can resolve. d is the largest "
+        "difference that counts as none. Verdicts are defined below the tables."
     )
 
 
@@ -101,7 +108,7 @@ def asked_twice(summaries: dict[str, dict], photographs: dict[str, dict]) -> lis
     for folder, summary in photographs.items():
         first = {row["claim"]: row["verdict"] for row in summaries.get(folder, {"claims": ()})["claims"]}
         for row in summary["claims"]:
-            if first.get(row["claim"], "no claim") not in ("no claim", "not testable here"):
+            if not {first.get(row["claim"], "no claim"), row["verdict"]} & {"no claim", "not testable here"}:
                 verdicts = {"on emoji or scenes": first[row["claim"]], "on photographs": row["verdict"]}
                 rows.append({"paper": folder, "claim": row["claim"]} | verdicts)
     return rows
@@ -130,11 +137,12 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     """Text of RESULTS.md: claims of abstracts, counts of verdicts by paper, photographs, a section for each paper."""
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
-    page += [settled(primary), table(primary)] if primary else []
+    page += [settled(primary), table(primary), FLOOR] if primary else []
     page += ["## All claims", overview_table(summaries)]
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
     both = asked_twice(summaries, photographs)
     page += [agreement(both), table(both)] if both else []
+    page.append("## Verdicts")
     page.append(
         "The verdict on a claim of the paper is the first of these that applies; on other differences it is *no claim*:"
     )
@@ -226,7 +234,7 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
     primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page += [f"<p>{settled(primary)}</p>{html_table(primary)}"] if primary else []
+    page += [f"<p>{settled(primary)}</p>{html_table(primary)}<p>{FLOOR}</p>"] if primary else []
     page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")

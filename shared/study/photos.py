@@ -36,7 +36,7 @@ RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
 # Computes the features of all these images before parallel runs read them
 FEATURES = Once(f"shared.study.photos data/photos-captions/train {RETRIEVAL}/test")
-RESIZED = "photographs (in results/photos of 128 x 128 pixels, squeezed to squares)"
+RESIZED = "photographs that (in results/photos) had been squeezed to 128 x 128 pixels"
 
 # ----------------------------------------------------------------------------------------------- features of pictures
 

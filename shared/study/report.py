@@ -20,7 +20,8 @@ STARS = (
     " ★ marks claims of the paper's abstract; with at least five seeds, their intervals are widened by Holm's "
     "step-down rule, so that all their verdicts hold together at 95 %. Resolves: the smallest difference that these "
     "seeds can resolve, from the standard deviation of the pair's differences or, if that has more degrees of freedom, "
-    "from one pooled over the arms that claims of the paper connect with the pair."
+    "from one pooled over the arms that claims of the paper connect with the pair. d: the largest difference that "
+    "counts as none."
 )
 
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
@@ -187,8 +188,11 @@ def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison
     before, new = by_seed(earlier), found.arms
     if found.seeds == earlier["seeds"]:
         arms, seeds = new | before, found.seeds
-    else:
-        arms, seeds = {arm: before[arm] + runs for arm, runs in new.items()}, earlier["seeds"] + found.seeds
+    else:  # in order of seeds, as results that are trained at once
+        unsorted = earlier["seeds"] + found.seeds
+        order_of_seeds = sorted(range(len(unsorted)), key=unsorted.__getitem__)
+        arms = {arm: [(before[arm] + runs)[i] for i in order_of_seeds] for arm, runs in new.items()}
+        seeds = sorted(unsorted)
     return found._replace(
         arms={arm: arms[arm] for arm in order if arm in arms},
         seeds=seeds,
@@ -216,14 +220,15 @@ def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]
         return rows
     verdicts = {claim["claim"]: claim["verdict"] for claim in other["claims"]}
     both = zip(summary["claims"], rows, strict=True)
-    return [row | {"on emoji": verdicts.get(claim["claim"], "-")} for claim, row in both]
+    return [row | {"on emoji or scenes": verdicts.get(claim["claim"], "-")} for claim, row in both]
 
 
 def block(summary: dict, study: Any, other: dict | None = None) -> str:
     """The text for one results file in a README."""
     seeds = ", ".join(map(str, summary["seeds"]))
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
-    measured = f"Measured {summary['date']} at commit `{summary['commit']}` on {summary['machine']}."
+    changed = " (+: with changes that were not committed)" if "+" in summary["commit"] else ""
+    measured = f"Measured {summary['date']} at commit `{summary['commit']}`{changed} on {summary['machine']}."
     if "core_minutes" in summary:
         measured += f" A seed took {summary['core_minutes']:.0f} minutes of one core."
     return (

@@ -17,8 +17,8 @@ VERDICTS = {  # in this precedence
     "has not learned": "the stronger of the two arms is not above its floors, which need no training (chance, raw "
     "pixels, the nearest neighbour by its pretrained tower)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
-    "reproduced": "the whole interval lies on the paper's side, and it reaches the paper's difference if that has the "
-    "same unit",
+    "reproduced": "the whole interval lies on the paper's side; if the paper's difference has the same unit, the "
+    "interval (before Holm's correction) reaches it",
     "same direction": "the whole interval lies on the paper's side, but it does not reach the paper's difference",
     "not reproduced": "the whole interval lies on the other side",
     "not resolved": "the interval contains zero, or there is no interval",
@@ -248,6 +248,7 @@ def judged(
                 "difference": mean,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
+                "negligible": claim.negligible,
                 "seeds_needed": seeds_needed(scatter, claim),
                 "verdict": verdict(claim, mean, half, strongest, floor, half_width(scatter, n)),
             }
@@ -257,15 +258,16 @@ def judged(
 
 def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dict[str, Any]:
     """A row for a claim that cannot be tested here."""
-    numbers = dict.fromkeys(("metric", "floor", "method", "baseline", "difference", "interval", "resolves"))
-    return {"claim": claim, "primary": primary, "paper": paper} | numbers | {"verdict": "not testable here", "why": why}
+    numbers = ("metric", "floor", "method", "baseline", "difference", "interval", "resolves", "negligible")
+    row = {"claim": claim, "primary": primary, "paper": paper} | dict.fromkeys(numbers)
+    return row | {"verdict": "not testable here", "why": why}
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
     """Rows formatted for tables: primary claims are starred; narrow intervals and their means get a third digit."""
     lines = []
     for row in rows:
-        here, resolves = row.get("why", ""), "-"
+        here, resolves, negligible = row.get("why", ""), "-", row.get("negligible")
         if row["difference"] is not None:
             half = row["resolves"]  # with two digits at least, since rounding could make it seem to contain 0
             digits = 3 if half is not None and 0.0005 < half < 0.0995 else 2
@@ -278,6 +280,7 @@ def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
                 "paper": row["paper"],
                 "here": here,
                 "resolves": resolves,
+                "d": "-" if negligible is None else f"{negligible:g}",
                 "verdict": row["verdict"],
             }
         )

@@ -3,8 +3,8 @@
 import pytest
 from test_concept_frequency_replay import write_published
 
-from concept_frequency import panels
-from concept_frequency.printed import CURVE_MODELS
+from concept_frequency import published_curves
+from concept_frequency.paper_numbers import CURVE_MODELS
 from concept_frequency.published import Results
 
 
@@ -16,35 +16,36 @@ def published(tmp_path_factory) -> Results:
 
 
 def test_keys_cover_all_figures():
-    keys = panels.keys()
+    keys = published_curves.keys()
     assert len(keys) == 3 * 3 + 3 * 6 and keys[0] == ("classification", "integrated", "class")
-    assert {key for _, of in panels.CLAIMS for key in of} <= set(keys)
+    assert {key for _, of in published_curves.CLAIMS for key in of} <= set(keys)
 
 
 def test_panels_have_legend_and_saved_curve(published):
     key = ("classification", "integrated", "class")
-    found = panels.figure_panels(published, key)
+    found = published_curves.figure_panels(published, key)
     assert [p.model for p in found] == list(CURVE_MODELS[:4])
     first = found[0]
     assert first.printed == 0.97 and first.gap == 0 and first.saved == pytest.approx(first.about.rho)
     assert found[1].saved is None and first.about.rho > 0.98 and abs(first.about.across) < 0.2
     near = [p._replace(about=p.about._replace(rho=p.printed)) for p in found]
-    rows = {row["claim"]: row for row in panels.legend_claims({key: near})}
+    rows = {row["claim"]: row for row in published_curves.legend_claims({key: near})}
     assert rows["published files: rho, classification, matched counts (fig. 2)"]["verdict"] == "reproduced"
     assert rows["published files: bins of the curves that the authors saved"]["here"] == "1 of 1 equal to 1e-6"
-    off = panels.legend_claims({key: [p._replace(gap=0.1) for p in found]})
+    off = published_curves.legend_claims({key: [p._replace(gap=0.1) for p in found]})
     assert {row["verdict"] for row in off} == {"not reproduced"}
 
 
 def test_tables_of_what_the_paper_leaves_out(published):
-    assert len(panels.data_sets(published)) == 4 and len(panels.left_out(published)) == 2
-    rows, (claim,) = panels.with_zeros(published)
+    assert len(published_curves.data_sets(published)) == 4 and len(published_curves.left_out(published)) == 2
+    rows, (claim,) = published_curves.with_zeros(published)
     assert len(rows) == 4 and claim["verdict"] == "reproduced"
-    rows, (claim,) = panels.table6(published)
+    rows, (claim,) = published_curves.table6(published)
     assert rows[0]["2 to 9"].endswith("(13.89)") and claim["verdict"] != "reproduced"
-    rows, (claim,) = panels.by_count(published)
+    rows, (claim,) = published_curves.by_count(published)
     assert claim["paper"].endswith("8 of 10 in table 6") and claim["verdict"] == "reproduced"
-    assert panels.as_printed(5.109, "5.11") and panels.as_printed(5.109, "5.10") and not panels.as_printed(5.1, "5.11")
-    rows, (_, significant) = panels.thresholds(published)
+    as_printed = published_curves.as_printed
+    assert as_printed(5.109, "5.11") and as_printed(5.109, "5.10") and not as_printed(5.1, "5.11")
+    rows, (_, significant) = published_curves.thresholds(published)
     assert rows[0]["0.7"].endswith("**") and rows[0]["0.5"] == "-" and rows[0]["legend, 0.5"] == "0.94"
     assert significant["here"].startswith("4 of 4")

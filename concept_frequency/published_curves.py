@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concept_frequency import statistics
-from concept_frequency.printed import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
+from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
 from concept_frequency.published import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
 from concept_frequency.statistics import Curve, Diagnostics
 
