@@ -62,7 +62,7 @@ CLAIMS = (
     claim(RHO, "0.83 to 0.97", "rho", "even", "even:rho_null", effect=LEAST_RHO, primary=True),
     claim("rare concepts worse than at equal frequency", "up to 20", "tail", "zipf", "uniform", -1, primary=True),
     claim(f"Zipf's law: {RISE}", "log-linear", "slope", "zipf", "0"),
-    claim("Zipf's law: more than at equal frequency", "implied", "slope_on_zipf", "zipf", "uniform"),
+    claim("Zipf's law: slope above that at equal frequency", "implied", "slope_on_zipf", "zipf", "uniform"),
     claim("Zipf's law: log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear"),
     claim(f"Zipf's law: {RHO}", "0.83 to 0.97", "rho", "zipf", "zipf:rho_null", effect=LEAST_RHO),
     claim(f"Zipf's law, assigned again: {RISE}", "log-linear", "slope", "reassigned", "0"),

@@ -290,9 +290,10 @@ def chance() -> dict[str, float]:
     """Chance in the galleries used, not in whole retrieval sets."""
     sizes = {"retrieval_long_ood/": GALLERY, "scenes/": GALLERY, "languages/": LANGUAGE_GALLERY}
     sizes |= dict.fromkeys(("language_en/", "languages/other_", *by_script()), LANGUAGE_GALLERY)
-    return floors.chance((*NEW_SETS, *NAMES, *SUBGROUPS)) | {
+    found = floors.chance((*NEW_SETS, *NAMES, *SUBGROUPS)) | {
         name + way: 100 / n for name, n in sizes.items() for way in evaluation.BOTH_WAYS
     }
+    return found | {metric: found[NEW_ID] for metric in AT.values()}
 
 
 def lite0_neighbour() -> dict[str, float]:

@@ -84,7 +84,7 @@ def judged(effect: float, seeds: int, floor: float = 0.0) -> dict[str, str]:
 
 def test_claims_follow_the_effect():
     planted, none, one = judged(8.0, 6), judged(0.0, 6), judged(8.0, 1)
-    of_frequency = [name for name in planted if "decade" in name or "more than at equal" in name]
+    of_frequency = [name for name in planted if "decade" in name or "above that at equal" in name]
     assert len(of_frequency) == 7 and len(planted) == len(study.CLAIMS)
     assert {planted[name] for name in of_frequency} == {"reproduced"}
     assert "reproduced" not in {none[name] for name in of_frequency}

@@ -58,7 +58,8 @@ def test_claims_of_abstracts_come_first_and_are_counted():
     assert [found[0][key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
     assert found[0]["difference"] == "+1.50 ± 0.50" and found[0]["seeds"] == 3 and found[1]["floor"] == "-"
     assert found[2]["floor"] == "-" and found[2]["method"] == "0.20"  # its floor is in another metric
-    assert overview.settled(found).startswith("Of 3 claims of abstracts, 2 have a resolved verdict (67%).")
+    first = "Of 3 claims of abstracts, 2 have a resolved verdict (67%): 2 reproduced, 1 not testable here. "
+    assert overview.settled(found).startswith(first)
 
 
 def test_the_first_table_says_which_pictures_a_study_has():

@@ -28,7 +28,7 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
             assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
     row_of = {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
     for row in summary["claims"]:
-        assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline"} == row_of
+        assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline", "negligible"} == row_of
     assert {row["verdict"] for row in summary["claims"]} <= set(VERDICTS)
     again = importlib.import_module(f"{file.stem}.study").STUDY.judged_again(summary)["claims"]
     assert [(row["claim"], row["verdict"]) for row in again] == [
