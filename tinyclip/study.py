@@ -471,7 +471,7 @@ STUDY = Study(
     corpus="Scenes of 30 emoji for ViTs, emoji with their names as captions for ResNets; all teachers from scratch",
     before=(Once(MAKE_SCENES), Once(MAKE_MORE_SCENES, arms=("vit-random-affinity-new",))),
     arms=VITS + RESNETS,
-    minutes={"core": 10, "all": 23},
+    minutes={"core": 16, "all": 39},
     passes="step",
     evaluate=evaluate,
     alone=True,
