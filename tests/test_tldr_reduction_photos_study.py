@@ -95,7 +95,7 @@ def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, mon
     monkeypatch.setattr(
         photos, "by_correlation", lambda sets, train, own: seen.append((train, own)) or {"r": float(len(train))}
     )
-    found = study.correlation_on("codes")
+    found = study.correlation_of("codes")
     kept = [f"{study.RUNS}/reduced/codes-seed{seed}/shards" for seed in (12, 3)]
     assert seen == [(path, True) for path in kept] and found == {"r": sum(map(len, kept)) / 2}
     assert len(study.STUDY.floor_files()) == 3  # floors are measured again when a reduction changes

@@ -167,20 +167,19 @@ CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and 
 CHANCE, CORRELATION = photos.floors_on(photos.RETRIEVAL)
 
 
-def correlation_on(reduction: str) -> dict[str, float]:
-    """The floor of an arm on reduced data: canonical correlation of its photographs with its captions, refined or not;
-    mean over seeds."""
-    kept = [str(table.parent / "shards") for table in study.reduced(reduction, RUNS)]
-    found = [photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True) for shards in kept]
+def correlation_of(arm: str) -> dict[str, float]:
+    """The floor of an arm: canonical correlation of its photographs with its captions, refined or not; mean over
+    seeds."""
+    trained_on = [str(table.parent / "shards") for table in study.reduced(arm, RUNS)] if arm in HEADINGS else [POOL]
+    found = [photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True) for shards in trained_on]
     return {metric: float(np.mean([numbers[metric] for numbers in found])) for metric in found[0]}
 
 
 FLOORS = (
     CHANCE,
-    dataclasses.replace(CORRELATION, arms=("full",)),
     *(
-        Floor(f"{CORRELATION.name}, {heading}", functools.partial(correlation_on, name), arms=(name,))
-        for name, heading in HEADINGS.items()
+        Floor(f"{CORRELATION.name}, {arm.heading}", functools.partial(correlation_of, arm.name), arms=(arm.name,))
+        for arm in ARMS
     ),
 )
 

@@ -69,10 +69,15 @@ def features_of(files: Sequence[Path], pixels: bool = False, side: int | None = 
 def training_set(
     folder: str | Path, pixels: bool = False, side: int | None = None, own: bool = False
 ) -> tuple[Tensor, list[list[str]]]:
-    """`features_of` training shards, and all captions of each sample's photograph; with `own`, the sample's only."""
+    """`features_of` training shards, and all captions of each sample's photograph; with `own`, only the text that the
+    sample is trained with."""
     files = sorted(Path(folder).glob("*.tar"))
-    about = [about for _, about in descriptions(map(str, files))]
-    return features_of(files, pixels, side), [[each["caption"]] if own else each["captions"] for each in about]
+    if own:
+        pairs = data.open_pairs(str(folder))
+        captions = [[pairs.caption(row)] for row in range(len(pairs))]
+    else:
+        captions = [about["captions"] for _, about in descriptions(map(str, files))]
+    return features_of(files, pixels, side), captions
 
 
 def test_set(
