@@ -50,11 +50,6 @@ def command(study: Study, summary: dict) -> str:
     return f'make reproduce-{name} SEEDS="{seeds}"{every} RESULTS=results/{study.home}.json'
 
 
-def provenance(summary: dict) -> str:
-    seeds = ", ".join(map(str, summary["seeds"]))
-    return f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']} on {summary['machine']}."
-
-
 def counts(rows: Iterable[dict]) -> dict[str, int]:
     """{verdict: number of rows that have it}."""
     found = Counter(row["verdict"] for row in rows)
@@ -185,7 +180,7 @@ def section(study: Study, summary: dict, other: dict | None) -> list[str]:
     """Paragraphs and tables of one results file; `other`: results of the same paper on emoji."""
     folder = study.folder
     return [
-        f"{provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Command:",
+        f"{report.provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Command:",
         f"    {command(study, summary)}",
         f"{summary['corpus']}.",
         arms_table(study, summary),
@@ -254,7 +249,7 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
 def html_section(study: Study, summary: dict, other: dict | None, pictures: Path) -> list[str]:
     """HTML of `section`, with the plots of the study."""
     folder = study.folder
-    page = [f"<p>{html.escape(text)}</p>" for text in (provenance(summary), f"{summary['corpus']}.")]
+    page = [f"<p>{html.escape(text)}</p>" for text in (report.provenance(summary), f"{summary['corpus']}.")]
     claims = html_table(report.claim_rows(summary, other))
     page.append(f"<p><code>{html.escape(command(study, summary))}</code></p>{claims}")
     page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"])))

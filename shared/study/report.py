@@ -189,10 +189,10 @@ def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison
     if found.seeds == earlier["seeds"]:
         arms, seeds = new | before, found.seeds
     else:  # in order of seeds, as results that are trained at once
-        unsorted = earlier["seeds"] + found.seeds
-        order_of_seeds = sorted(range(len(unsorted)), key=unsorted.__getitem__)
-        arms = {arm: [(before[arm] + runs)[i] for i in order_of_seeds] for arm, runs in new.items()}
-        seeds = sorted(unsorted)
+        all_seeds = earlier["seeds"] + found.seeds
+        of_seed = {arm: dict(zip(all_seeds, before[arm] + runs, strict=True)) for arm, runs in new.items()}
+        seeds = sorted(all_seeds)
+        arms = {arm: [runs[seed] for seed in seeds] for arm, runs in of_seed.items()}
     return found._replace(
         arms={arm: arms[arm] for arm in order if arm in arms},
         seeds=seeds,
@@ -223,17 +223,21 @@ def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]
     return [row | {"on emoji or scenes": verdicts.get(claim["claim"], "-")} for claim, row in both]
 
 
+def provenance(summary: dict) -> str:
+    """Sentence with the seeds, date, commit and machine of results."""
+    seeds = ", ".join(map(str, summary["seeds"]))
+    changed = " (+: with changes that were not committed)" if "+" in summary["commit"] else ""
+    return f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']}{changed} on {summary['machine']}."
+
+
 def block(summary: dict, study: Any, other: dict | None = None) -> str:
     """The text for one results file in a README."""
-    seeds = ", ".join(map(str, summary["seeds"]))
     named = {study.headings.get(arm, arm): metrics for arm, metrics in summary["arms"].items()}
-    changed = " (+: with changes that were not committed)" if "+" in summary["commit"] else ""
-    measured = f"Measured {summary['date']} at commit `{summary['commit']}`{changed} on {summary['machine']}."
-    if "core_minutes" in summary:
-        measured += f" A seed took {summary['core_minutes']:.0f} minutes of one core."
+    minutes = summary.get("core_minutes")
+    took = "" if minutes is None else f" A seed took {minutes:.0f} minutes of one core."
     return (
-        f"{summary['corpus']}. Seeds {seeds}; percent unless said otherwise; mean ± standard deviation over seeds. "
-        f"{measured}\n\n"
+        f"{summary['corpus']}. {provenance(summary)}{took} "
+        "Percent unless said otherwise; mean ± standard deviation over seeds.\n\n"
         f"{table(arms_rows(named, study.metrics, summary['floors']))}\n\n"
         "Differences are paired by seed, unless the row names another unit; ± is half the 95 % interval."
         f"{STARS}\n\n{table(claim_rows(summary, other))}\n"
