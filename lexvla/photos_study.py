@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from lexvla import eval as evaluation
 from lexvla.config import PRESETS
 from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, patches_by_labels, random_patches, rarer
-from shared.study import floors, photos, verdicts
+from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 
-DATA, STATES = "data/photos-captions/train", "data/lexvla/photos-states.pt"
+DATA, STATES = photos.SINGLE, "data/lexvla/photos-states.pt"
 COCO, COCO_TRAIN = (f"data/photos-coco/eval/patchdis_{split}" for split in ("val", "train"))
 LENGTH = f"--data {DATA} --epochs 2 --min-count 50"  # 30,000 captions twice; some hundred pieces occur this often
 WITH_LM = f"{LENGTH} --states {STATES}"
@@ -109,11 +109,7 @@ STUDY = Study(
     },
     sets=(photos.RETRIEVAL,),
     floors=(
-        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
-        Floor(
-            f"canonical correlation of EfficientNet-Lite0 at {SIDE} pixels, as in the arms, with words",
-            lambda: photos.by_correlation([photos.RETRIEVAL], side=SIDE),
-        ),
+        *photos.floors_on(photos.RETRIEVAL, of=f"EfficientNet-Lite0 at {SIDE} pixels, as in the arms,", side=SIDE),
         Floor(
             f"canonical correlation of EfficientNet-Lite0 at {photos.SIDE} pixels with words",
             lambda: photos.by_correlation([photos.RETRIEVAL]),

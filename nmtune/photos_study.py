@@ -1,6 +1,6 @@
 """The study of NMTune on photographs: `python -m nmtune.study --corpus photos --photos DIR`.
 
-Encoders are pre-trained on 10,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
+Encoders are pre-trained on the 50,000 photographs of CIFAR-10 with 0 to 30 % wrong labels, a stand-in for ImageNet-1K.
 LP, MLP and NMTune are tuned on the photographs of PACS and tested on held-out photographs (ID), and on paintings,
 cartoons and sketches of the same classes (OOD), a stand-in for DomainNet. The same heads are also tuned and tested on
 features of these images from a black box, EfficientNet-Lite0.
@@ -28,7 +28,7 @@ from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 
-PACS = "data/photos-pacs/eval"
+CIFAR10, PACS = "data/photos-cifar10/eval/cifar10", "data/photos-pacs/eval"
 SHIFTED = ("art_painting", "cartoon", "sketch")
 TRAIN = f"--data {PACS}/photo:train"
 TESTS = f"--tests id={PACS}/photo:test " + " ".join(f"{name}={PACS}/{name}_all:test" for name in SHIFTED)
@@ -41,7 +41,7 @@ ARMS = (
         Arm(
             f"sup-{level:02d}",
             (
-                f"pretrain small-sup --data data/photos-cifar10/eval/cifar10:test --noise {level / 100:g}",
+                f"pretrain small-sup --data {CIFAR10}:train --epochs 5 --noise {level / 100:g}",
                 f"train lp {TUNED} --seed {{seed}} --out {{out}}/lp",
                 *(f"train {head} {TUNED} --bank 4 --seed {{seed}} --out {{out}}/{head}" for head in ("mlp", "nmtune")),
             ),
@@ -176,7 +176,7 @@ STUDY = Study(
     stands_for="ImageNet-1K and DomainNet",
     before=(photos.CIFAR10, photos.PACS, ENCODE),
     arms=ARMS,
-    corpus="Encoders from scratch on 10,000 photographs of CIFAR-10 (32 pixels), probed on PACS (in results/photos its "
+    corpus="Encoders from scratch on 50,000 photographs of CIFAR-10 (32 pixels), probed on PACS (in results/photos its "
     "pictures had a shorter side of 112 pixels); the black box is EfficientNet-Lite0, pretrained on ImageNet-1k, each "
     f"number the mean of {TUNINGS} heads with different seeds",
     minutes={"core": 5, "all": 8},

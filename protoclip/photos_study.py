@@ -30,7 +30,7 @@ from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 
-DATA, TEACHER = "data/photos-captions/train", "data/protoclip/photos-teacher.npz"
+DATA, TEACHER = photos.SINGLE, "data/protoclip/photos-teacher.npz"
 LOCKED = (
     f"--data {DATA} --lock-image --model Lite0-emoji --image-size {photos.SIDE} --lr 2e-3 --episodes 20 "
     "--episode-size 12000 --eval-every 0"

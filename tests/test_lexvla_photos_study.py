@@ -20,10 +20,11 @@ def test_arms_read_the_same_captions():
 
 def test_arms_and_their_floor_see_photographs_at_one_size(monkeypatch: pytest.MonkeyPatch):
     sides = []
-    monkeypatch.setattr(study.photos, "by_correlation", lambda sets, side=None: sides.append(side) or {})
-    for floor in study.STUDY.floors[1:3]:
+    monkeypatch.setattr(study.photos, "by_correlation", lambda *_, side=None, **__: sides.append(side) or {})
+    found = study.STUDY.floors[1:4]
+    for floor in found:
         floor.measure()
-    assert sides == [study.SIDE, None] and [floor.ceiling for floor in study.STUDY.floors[1:3]] == [False, True]
+    assert sides == [study.SIDE, study.SIDE, None] and [floor.ceiling for floor in found] == [False, False, True]
     for arm in study.ARMS:
         _, preset, *words = study.STUDY.words(arm, 0)[0]
         assert study.PRESETS[preset][1].image_size == study.SIDE and "--image-size" not in words

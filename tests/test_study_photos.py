@@ -48,6 +48,22 @@ def test_a_sample_has_all_captions_of_its_photograph_or_its_own(corpus: Path):
     assert found["names/top1"] > 90
 
 
+def test_floors_have_words_of_all_captions_and_of_each_alone(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(
+        photos,
+        "by_correlation",
+        lambda sets, pixels, train=photos.JOINED, side=None, own=False: (
+            seen.append((sets, pixels, train, side, own)) or {}
+        ),
+    )
+    _, joined, single = photos.floors_on("a", "b", of="raw pixels", pixels=True, side=64)
+    joined.measure()
+    single.measure()
+    assert seen == [(("a", "b"), True, photos.JOINED, 64, False), (("a", "b"), True, photos.SINGLE, 64, True)]
+    assert joined.name == "canonical correlation of raw pixels with words" and single.name.startswith(joined.name)
+
+
 def test_correlation_of_noise_is_chance():
     generator = torch.Generator().manual_seed(0)
     x, texts = torch.randn(400, 20, generator=generator), [WORDS[i % 6] for i in range(400)]

@@ -10,7 +10,7 @@ is small and has few pairs. If it retrieves little better than raw pixels, stude
 
 from collections.abc import Sequence
 
-from shared.study import floors, photos, verdicts
+from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Study
@@ -21,7 +21,7 @@ from tinyclip.study import IA, IC, RA, RC, macs_in_millions
 
 # Unlike on emoji, crops do not extend beyond the image; equal captions are too rare to be kept apart. Photographs are
 # decoded once and kept in memory. The teacher sees the crops, so its features are computed in each step.
-DATA = "--data data/photos-captions/train --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
+DATA = f"--data {photos.SINGLE} --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
 STUDENT = f"{DATA} --model emoji-resnet-25 --steps 232"  # four epochs
 AFFINITY = f"train emoji-resnet {STUDENT} --teacher {{teacher}}"
 CONTRASTIVE = f"train emoji-resnet-contrastive {STUDENT}"
@@ -89,10 +89,7 @@ STUDY = Study(
     },
     sets=(photos.RETRIEVAL,),
     floors=(
-        Floor("chance", lambda: floors.chance([photos.RETRIEVAL])),
-        Floor(
-            "canonical correlation of raw pixels with words", lambda: photos.by_correlation([photos.RETRIEVAL], True)
-        ),
+        *photos.floors_on(photos.RETRIEVAL, of="raw pixels", pixels=True),
         Floor(
             "canonical correlation of EfficientNet-Lite0, pretrained, with words",
             lambda: photos.by_correlation([photos.RETRIEVAL]),

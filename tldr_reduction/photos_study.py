@@ -36,7 +36,7 @@ from tldr_reduction import study
 from tldr_reduction.config import Config as TrainConfig
 from tldr_reduction.model import BagOfWords, build
 
-POOL, PREDICTIONS = "data/photos-captions/train", "data/tldr-photos/captions.json"
+POOL, PREDICTIONS = photos.SINGLE, "data/tldr-photos/captions.json"
 RUNS = "runs/photos/tldr_reduction"
 REDUCE = f"reduce {POOL} --check none --work {RUNS}/work-seed{{seed}}"
 CLUSTERED = "--clusters 300 --no-drop-duplicates"  # a cluster holds some twenty photographs with all their copies
@@ -164,7 +164,7 @@ CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and 
 )
 
 
-CHANCE, CORRELATION = photos.floors_on(photos.RETRIEVAL)
+CHANCE, CORRELATION, _ = photos.floors_on(photos.RETRIEVAL)
 
 
 def correlation_of(arm: str) -> dict[str, float]:

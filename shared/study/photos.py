@@ -33,9 +33,10 @@ PACS = Once(f"{BUILD} pacs --root {{photos}}/pacs --out data/photos-pacs")
 CIFAR10 = Once(f"{BUILD} cifar10 --root {{photos}}/cifar10 --out data/photos-cifar10")
 SETS = "data/photos-flickr8k/eval"
 RETRIEVAL = f"{SETS}/retrieval_en"  # 1,000 photographs, five captions each
+JOINED, SINGLE = "data/photos-flickr8k/train", "data/photos-captions/train"  # shards that FLICKR8K and CAPTIONS write
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
 # Computes the features of all these images before parallel runs read them
-FEATURES = Once(f"shared.study.photos data/photos-captions/train {RETRIEVAL}/test")
+FEATURES = Once(f"shared.study.photos {SINGLE} {RETRIEVAL}/test")
 RESIZED = "photographs that (in results/photos) had been squeezed to 128 x 128 pixels"
 
 # ----------------------------------------------------------------------------------------------- features of pictures
@@ -152,7 +153,7 @@ def correlate(x: Tensor, texts: Sequence[str]) -> Correlation:
 def by_correlation(
     sets: Sequence[str],
     pixels: bool = False,
-    train: str = "data/photos-flickr8k/train",
+    train: str = JOINED,
     side: int | None = None,
     own: bool = False,
 ) -> dict[str, float]:
@@ -182,11 +183,18 @@ def by_correlation(
     return numbers
 
 
-def floors_on(*sets: str) -> tuple[Floor, Floor]:
-    """Chance, and canonical correlation on EfficientNet-Lite0's features, on these sets."""
+def floors_on(
+    *sets: str, of: str = "EfficientNet-Lite0", pixels: bool = False, side: int | None = None
+) -> tuple[Floor, Floor, Floor]:
+    """Chance, and two canonical correlations on these sets, with all captions of a photograph and with single captions.
+
+    of: name of the features in the table; `pixels` and `side` are those of `by_correlation`.
+    """
+    name = f"canonical correlation of {of} with words"
     return (
         Floor("chance", lambda: floors.chance(sets)),
-        Floor("canonical correlation of EfficientNet-Lite0 with words", lambda: by_correlation(sets)),
+        Floor(name, lambda: by_correlation(sets, pixels, side=side)),
+        Floor(f"{name}, each caption alone", lambda: by_correlation(sets, pixels, SINGLE, side=side, own=True)),
     )
 
 
