@@ -40,7 +40,7 @@ def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():
     pretraining, probing, *tuning = study.STUDY.words(study.ARMS[2], 1)
     out = "runs/photos/nmtune/sup-10-seed1"
     assert pretraining[:2] == ["nmtune.pretrain", "small-sup"] and pretraining[-2:] == ["--out", out]
-    assert "data/photos-cifar10/eval/cifar10:test" in pretraining and "0.1" in pretraining
+    assert "data/photos-cifar10/eval/cifar10:train" in pretraining and "0.1" in pretraining
     assert probing[:4] == ["nmtune.train", "lp", "--encoder", out] and probing[-1] == f"{out}/lp"
     for head, words in zip(("mlp", "nmtune"), tuning, strict=True):
         assert words[:4] == ["nmtune.train", head, "--encoder", out] and words[-1] == f"{out}/{head}"
