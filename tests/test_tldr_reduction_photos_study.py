@@ -1,5 +1,6 @@
 """The study on photographs: captions T_g, measurements, and the order of reductions."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,12 +33,46 @@ def pool(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
-def test_predictions_are_what_others_said(pool: Path, tmp_path: Path):
-    for _ in range(2):  # the second call finds the file
+@pytest.fixture
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """MiniLM replaced by bags of words; returns the texts of each call."""
+    calls: list[list[str]] = []
+    words = sorted({"a", "dog", "brown", "it", "runs", "red", *WORDS})
+    vocabulary = {word: column for column, word in enumerate(words)}
+
+    def bag(texts: list[str]) -> torch.Tensor:
+        calls.append(texts)
+        return photos.bags(texts, vocabulary)
+
+    monkeypatch.setattr(study, "text_embedder", lambda name, dim: bag)
+    monkeypatch.setattr(study, "MINILM", len(vocabulary))
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_predictions_are_what_others_said(pool: Path, tmp_path: Path, embedded: list[list[str]]):
+    for _ in range(2):  # the second call finds the file and the features
         study.main(study.Config(data=str(pool), predictions=str(tmp_path / "said.json")))
     said = json.loads((tmp_path / "said.json").read_text())
     assert [each["caption"] for each in said[:3]] == ["A brown dog .", "It runs .", "A dog ."]
     assert said[3]["image_id"] == "000000003"
+    assert [sorted(texts) for texts in embedded] == [
+        [
+            "A brown dog .",
+            "A brown dog .; It runs .",
+            "A dog .",
+            "A dog .; A brown dog .",
+            "It runs .",
+            "It runs .; A dog .",
+        ]
+    ]
+
+
+def test_features_of_texts_are_in_their_order(embedded: list[list[str]]):
+    texts = ["a brown dog runs", "dog", "a dog"]
+    found = study.minilm_features(texts)
+    assert found.sum(1).tolist() == [4, 1, 2] and embedded == [["dog", "a dog", "a brown dog runs"]]
+    assert study.minilm_features(["a dog", "red"]).sum(1).tolist() == [2, 1] and embedded[1:] == [["red"]]
 
 
 def test_measurements_count_photographs(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -83,7 +118,7 @@ def test_arms_are_named_by_what_they_keep():
     core = [arm.name for arm in study.STUDY.chosen("core")]
     assert sorted(core) == sorted(("full", *study.CORE))
     bounded = [arm for floor in study.FLOORS for arm in floor.arms]
-    assert sorted(bounded) == sorted(arm.name for arm in study.ARMS)  # each by a correlation on its own data
+    assert sorted(bounded) == sorted(["full"] * 2 + [arm.name for arm in study.ARMS])  # each by its own data
 
 
 def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -93,7 +128,7 @@ def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, mon
         (tmp_path / study.RUNS / "reduced" / name / "report.csv").touch()
     seen = []
     monkeypatch.setattr(
-        photos, "by_correlation", lambda sets, train, own: seen.append((train, own)) or {"r": float(len(train))}
+        photos, "by_correlation", lambda sets, train, own, of_texts: seen.append((train, own)) or {"r": len(train)}
     )
     found = study.correlation_of("codes")
     kept = [f"{study.RUNS}/reduced/codes-seed{seed}/shards" for seed in (12, 3)]
@@ -101,12 +136,12 @@ def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, mon
     assert len(study.STUDY.floor_files()) == 3  # floors are measured again when a reduction changes
 
 
-def test_a_bag_of_words_learns_what_captions_say(cfg: locked_clip.Config):  # noqa: F811
-    run = locked_clip.train(cfg, create=study.create_model)
+def test_mlps_on_locked_towers_learn_what_captions_say(cfg: locked_clip.Config, embedded: list[list[str]]):  # noqa: F811
+    settings = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(locked_clip.Settings)}
+    run = locked_clip.train(study.Config(**settings), towers=study.TOWERS)
     features, _, _ = photos.test_set("retrieval")
-    image, text = locked_clip.encode(run, features, [f"a {word} ." for word in WORDS], study.create_model)
+    image, text = locked_clip.encode(run, features, [f"a {word} ." for word in WORDS], study.TOWERS)
     hits = (image @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1) == torch.arange(12) % 6
     assert zeroshot.percent(hits) > 60
-    orders = ("red dog", "dog red")
-    first, second = (locked_clip.encode(run, features, [each], study.create_model)[1] for each in orders)
-    torch.testing.assert_close(first, second)
+    with pytest.raises(ValueError, match="holds other towers"):
+        locked_clip.load(run, study.TOWERS._replace(create=lambda settings: torch.nn.Linear(2, 2)))

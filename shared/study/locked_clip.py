@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -22,17 +23,13 @@ from shared.study import photos
 
 
 @dataclasses.dataclass
-class Config:
-    """Settings of a CLIP trained on human-written captions."""
+class Settings:
+    """Settings of a CLIP trained on human-written captions, with any towers."""
 
     out: str = "runs/photos/locked"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt."""
     data: str = "data/photos-captions/train"
     """Shards of photographs, with one sample per caption."""
-    model: str = "Lite0-emoji"
-    """open_clip config with EfficientNet-Lite0 as image tower."""
-    max_length: int = 24
-    """Maximum tokens of a caption, with start and end; longer captions are cut."""
     total: int = 30_000
     """Captions per epoch; if the data have fewer, they are repeated."""
     epochs: int = 6
@@ -57,31 +54,54 @@ class Config:
     """Steps between lines of metrics.jsonl."""
 
 
-Create = Callable[[str, int], nn.Module]  # `create_model`, or another function with the same arguments
+@dataclasses.dataclass
+class Config(Settings):
+    """Those of a CLIP whose text tower is a transformer from scratch."""
+
+    model: str = "Lite0-emoji"
+    """open_clip config with EfficientNet-Lite0 as image tower."""
+    max_length: int = 24
+    """Maximum tokens of a caption, with start and end; longer captions are cut."""
 
 
-def create_model(name: str, max_length: int) -> nn.Module:
+class Towers(NamedTuple):
+    """Functions of a run's settings, the fields of its config."""
+
+    create: Callable[[dict], nn.Module]  # a model of features (B, 1280) and of inputs of its text tower
+    texts: Callable[[dict], Callable[[list[str]], Tensor]]  # the function from captions to these inputs
+
+
+def create_model(settings: dict) -> nn.Module:
     """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images."""
     logging.disable(logging.WARNING)  # hides the warning that the weights are random
-    model = without_padding(open_clip.create_model(name, load_weights=False, force_context_length=max_length))
+    length = settings["max_length"]
+    model = without_padding(open_clip.create_model(settings["model"], load_weights=False, force_context_length=length))
     logging.disable(logging.NOTSET)
     model.visual.trunk = nn.Identity()
     return model
 
 
-def learning_rate(step: int, cfg: Config) -> float:
+def tokenizer(settings: dict) -> Callable[[list[str]], Tensor]:
+    return open_clip.get_tokenizer(settings["model"], context_length=settings["max_length"])
+
+
+OPEN_CLIP = Towers(create_model, tokenizer)
+
+
+def learning_rate(step: int, cfg: Settings) -> float:
     total = cfg.epochs * (cfg.total // cfg.batch_size)
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - cfg.warmup) / max(total - cfg.warmup, 1)))
 
 
-def train(cfg: Config, rows: Sequence[int] | None = None, create: Create = create_model) -> Path:
+def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPEN_CLIP) -> Path:
     """Train on all or some rows of the data, from the last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
-    model = create(cfg.model, cfg.max_length).to(process.device)
+    settings = dataclasses.asdict(cfg)
+    model = towers.create(settings).to(process.device)
     matrices, others = ([p for p in model.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -94,7 +114,7 @@ def train(cfg: Config, rows: Sequence[int] | None = None, create: Create = creat
     pairs = data.open_pairs(cfg.data)
     rows = np.arange(len(pairs)) if rows is None else np.asarray(rows)
     features, captions = photos.features_of(list(map(Path, pairs.paths))), [pairs.caption(i) for i in range(len(pairs))]
-    tokens = open_clip.get_tokenizer(cfg.model, context_length=cfg.max_length)(captions)
+    texts = towers.texts(settings)(captions)
     loss_of = open_clip.ClipLoss()
     folder.start(first * steps, cfg.epochs * steps, len(rows), data=pairs.fingerprint)
     for epoch in range(first, cfg.epochs):
@@ -105,8 +125,8 @@ def train(cfg: Config, rows: Sequence[int] | None = None, create: Create = creat
                 group["lr"] = learning_rate(step, cfg)
             model.train()
             with run.autocast(precision, process.device):
-                texts = trimmed(tokens[chosen], model, process.device)
-                image, text, scale = model(features[chosen].to(process.device), texts)[:3]
+                inputs = features[chosen].to(process.device), trimmed(texts[chosen], model, process.device)
+                image, text, scale = model(*inputs)[:3]
             loss = loss_of(image.float(), text.float(), scale.float())
             optimizer.zero_grad()
             loss.backward()
@@ -122,16 +142,15 @@ def train(cfg: Config, rows: Sequence[int] | None = None, create: Create = creat
     return folder.path
 
 
-def load(folder: str | Path, create: Create = create_model) -> tuple[nn.Module, Callable]:
-    """A run's model in eval mode, and its tokenizer."""
+def load(folder: str | Path, towers: Towers = OPEN_CLIP) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    """A run's model in eval mode, and the function from captions to inputs of its text tower."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
-    name, length = (state["config"][key] for key in ("model", "max_length"))
-    model = create(name, length)
+    model = towers.create(state["config"])
     try:
         model.load_state_dict(state["state_dict"])
     except RuntimeError as error:
-        raise ValueError(f"{folder} holds other towers than `{create.__name__}` makes of {name}") from error
-    return model.eval(), open_clip.get_tokenizer(name, context_length=length)
+        raise ValueError(f"{folder} holds other towers than `{towers.create.__name__}` makes") from error
+    return model.eval(), towers.texts(state["config"])
 
 
 def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
@@ -154,11 +173,11 @@ def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
 
 @torch.no_grad()
 def encode(
-    folder: str | Path, features: Tensor, captions: Sequence[str], create: Create = create_model
+    folder: str | Path, features: Tensor, captions: Sequence[str], towers: Towers = OPEN_CLIP
 ) -> tuple[Tensor, Tensor]:
     """A run's embeddings (N, E) of images, from EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
-    model, tokenizer = load(folder, create)
-    return model.encode_image(features), zeroshot.encode_texts(model.encode_text, tokenizer, captions)
+    model, texts = load(folder, towers)
+    return model.encode_image(features), zeroshot.encode_texts(model.encode_text, texts, captions)
 
 
 def main(run_folder: tyro.conf.Positional[str], export: str) -> None:

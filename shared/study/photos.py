@@ -104,19 +104,19 @@ POWER = 4.0  # each direction is weighted by correlation ** POWER, half of the p
 
 
 class Correlation(NamedTuple):
-    """Linear maps of features x (N, D) and bags of words y (N, V) that maximise the correlation of their outputs."""
+    """Linear maps of features (N, D) of images and (N, V) of texts that maximise the correlation of their outputs."""
 
     x_mean: Tensor
     x_map: Tensor  # (D, at most DIRECTIONS)
     y_mean: Tensor
     y_map: Tensor  # (V, at most DIRECTIONS)
-    vocabulary: dict[str, int]
+    of_texts: Callable[[Sequence[str]], Tensor]
 
     def image(self, features: Tensor) -> Tensor:
         return ((features.double() - self.x_mean) @ self.x_map).float()
 
     def text(self, texts: Sequence[str]) -> Tensor:
-        return ((bags(texts, self.vocabulary).double() - self.y_mean) @ self.y_map).float()
+        return ((self.of_texts(texts).double() - self.y_mean) @ self.y_map).float()
 
 
 def words(text: str) -> set[str]:
@@ -131,11 +131,18 @@ def bags(texts: Sequence[str], vocabulary: dict[str, int]) -> Tensor:
     return found
 
 
-def correlate(x: Tensor, texts: Sequence[str]) -> Correlation:
-    """Canonical correlation of features (N, D) with the COMMON most common words of N texts, in float64."""
+def bags_of_common(texts: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
+    """The function from texts to bags of the COMMON words that most of these texts have."""
     common = Counter(word for text in texts for word in words(text)).most_common(COMMON)
-    vocabulary = {word: column for column, (word, _) in enumerate(common)}
-    x, y = x.double(), bags(texts, vocabulary).double()
+    return functools.partial(bags, vocabulary={word: column for column, (word, _) in enumerate(common)})
+
+
+def correlate(
+    x: Tensor, texts: Sequence[str], of_texts: Callable[[Sequence[str]], Tensor] | None = None
+) -> Correlation:
+    """Canonical correlation of features (N, D) with those of N texts, by default bags of common words, in float64."""
+    of_texts = of_texts or bags_of_common(texts)
+    x, y = x.double(), of_texts(texts).double()
     means = x.mean(0), y.mean(0)
     x, y = x - means[0], y - means[1]
     roots = []
@@ -147,7 +154,7 @@ def correlate(x: Tensor, texts: Sequence[str]) -> Correlation:
     u, correlations, vh = torch.linalg.svd(roots[0] @ (x.T @ y / len(x)) @ roots[1], full_matrices=False)
     weights = correlations[:DIRECTIONS].clamp(0, 1) ** (POWER / 2)
     x_map, y_map = roots[0] @ u[:, :DIRECTIONS] * weights, roots[1] @ vh[:DIRECTIONS].T * weights
-    return Correlation(means[0], x_map, means[1], y_map, vocabulary)
+    return Correlation(means[0], x_map, means[1], y_map, of_texts)
 
 
 def by_correlation(
@@ -156,15 +163,16 @@ def by_correlation(
     train: str = JOINED,
     side: int | None = None,
     own: bool = False,
+    of_texts: Callable[[Sequence[str]], Tensor] | None = None,
 ) -> dict[str, float]:
     """{"SET/METRIC": percent} of the canonical correlation of EfficientNet-Lite0's features (with `pixels`, of raw
-    pixels) with bags of words. `side`: pixels of the images for EfficientNet-Lite0.
+    pixels) with `of_texts`, by default with bags of words. `side`: pixels of the images for EfficientNet-Lite0.
 
-    A training sample has the words of all captions of its photograph; with `own`, of its own caption. No gradient step
-    is taken. Retrieval sets give recalls, classification sets zero-shot accuracy with their templates.
+    The text of a training sample is all captions of its photograph, joined; with `own`, its own caption. No gradient
+    step is taken. Retrieval sets give recalls, classification sets zero-shot accuracy with their templates.
     """
     features, captions = training_set(train, pixels, side, own)
-    found = correlate(features, [" ".join(texts) for texts in captions])
+    found = correlate(features, [" ".join(texts) for texts in captions], of_texts)
     numbers: dict[str, float] = {}
     for folder in sets:
         features, targets, of_set = test_set(folder, pixels, side=side)
