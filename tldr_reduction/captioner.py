@@ -73,13 +73,14 @@ def text_embedder(name: str, dim: int) -> Callable[[list[str]], Tensor]:
     name = str(pretrained.minilm()) if name == "minilm" else name
     tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
 
+    @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:
         means = []
         for first in range(0, len(texts), 256):
             batch = tokenizer(texts[first : first + 256], padding=True, return_tensors="pt")
             mask = batch["attention_mask"][..., None]
             means.append((encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-        embedded = torch.cat(means).detach()
+        embedded = torch.cat(means)
         if embedded.shape[1] != dim:
             random = torch.randn(max(embedded.shape[1], dim), dim, generator=torch.Generator().manual_seed(0))
             embedded = embedded @ torch.linalg.qr(random).Q[: embedded.shape[1]]
