@@ -147,13 +147,17 @@ class LockedTowers(nn.Module):
         return *normalised, self.logit_scale.exp()
 
 
-def minilm_features(texts: Sequence[str], store: Path = Path("data/cache/minilm.npz")) -> Tensor:
-    """MiniLM's features (N, 384) of texts, the means of its last hidden states; computed once and kept in `store`."""
+def minilm_features(texts: Sequence[str]) -> Tensor:
+    """MiniLM's features (N, 384) of texts, the means of its last hidden states; computed once and kept in data/cache."""
+    cpu = torch.device("cpu")
+    precision = run.resolve_precision("auto", cpu)
+    store = Path(f"data/cache/minilm-{precision}.npz")
     order, known = [data.file_hash(text.encode()) for text in texts], known_features(store)
     unseen = {digest: text for digest, text in zip(order, texts, strict=True) if digest not in known}
     by_length = sorted(unseen, key=lambda digest: len(unseen[digest]))  # batches then need little padding
     if unseen:
-        features = text_embedder("minilm", MINILM)([unseen[digest] for digest in by_length])
+        with run.autocast(precision, cpu):
+            features = text_embedder("minilm", MINILM)([unseen[digest] for digest in by_length]).float()
         keep_features(store, new := dict(zip(by_length, features.numpy(), strict=True)))
         known |= new
     return in_order(order, known)
