@@ -36,9 +36,6 @@ class Config:
     """Freeze the pretrained image trunk and train only its projection; only for EfficientNet-Lite0 (--model
     Lite0-emoji). With --keep-in-memory the trunk's features of the uncropped images are computed once and stored in
     `cache`."""
-    feature_noise: float = 0.0
-    """With --lock-image and --keep-in-memory, in place of crops: standard deviation of Gaussian noise on the features
-    in training, as a share of each feature's own."""
     image_size: int | None = None
     """Image side in pixels; None is the model's own."""
     hidden_dim: int = 2048
@@ -239,15 +236,13 @@ def check_settings(cfg: Config, world_size: int) -> None:
     """The checks that read no files, which a dry run needs, too. Raise ValueError."""
     if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
         raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
-    if cfg.feature_noise and not (cfg.lock_image and cfg.keep_in_memory):
-        raise ValueError("--feature-noise is for features in memory: pass --lock-image and --keep-in-memory, too")
     if cfg.w_external != 0 and not cfg.back_translate:
         raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
     cli.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
     cli.check_counts(cfg, "dataset_size", "image_size", "hidden_dim", "projection_dim")
     cli.check_counts(cfg, "num_layers", "text_start", "text_end", "infonce_warmup", "warmup", "workers", least=0)
     cli.check_counts(cfg, "episode_shards", "keep_every", "eval_every", least=0)
-    cli.check_rates(cfg, "lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external", "feature_noise")
+    cli.check_rates(cfg, "lr", "lr_text", "weight_decay", "w_clip", "w_proto", "w_external")
     cli.check_positive(cfg, "max_grad_norm")
     cli.check_finite(cfg, "target_temperature")
     cli.check_adam(cfg)

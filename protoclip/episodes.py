@@ -69,21 +69,8 @@ class BatchTransform:
 
 
 def as_it_is(features: Tensor, u: Tensor) -> Tensor:
-    """Return the features (B, C) of a locked trunk unchanged."""
+    """Return the features (B, C) of a locked trunk unchanged: features are not augmented."""
     return features
-
-
-class Noise:
-    """The training view of a locked trunk's features, which cannot be cropped: takes features (B, C) and (B, COUNT)
-    numbers in [0, 1), and adds Gaussian noise. `share`: its standard deviation, as a share of each feature's own."""
-
-    def __init__(self, features: Tensor, share: float):
-        self.std = share * features.std(dim=0)
-
-    def __call__(self, features: Tensor, u: Tensor) -> Tensor:
-        seeds, generator = (u[:, 0].double() * 2**32).long().tolist(), torch.Generator()
-        noise = [torch.randn(features.shape[1], generator=generator.manual_seed(seed)) for seed in seeds]
-        return features + self.std * torch.stack(noise).to(features.device)
 
 
 def light_colours(images: Tensor, u: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from protoclip.episodes import (  # noqa: F401
     BatchTransform,
     EpisodeDataset,
     Episodes,
-    Noise,
     as_it_is,
     ascii_caption,
     episode_batches,
@@ -336,8 +335,6 @@ class EpisodicData:
             if cfg.lock_image:
                 self.remembered = locked_features(cfg, pairs, size, tokenize, process)
                 self.train_view = self.eval_view = as_it_is
-                if cfg.feature_noise:
-                    self.train_view = Noise(self.remembered.pixels, cfg.feature_noise)
             else:
                 self.remembered = memory.read(pairs, 2 * size, tokenize, process)
             self.remembered = self.remembered.to(process.device)

@@ -14,7 +14,7 @@ from test_protoclip_train import SCRIPT, SHARDS, TEACHER, TINY, corpus  # noqa: 
 
 from protoclip import config, train
 from protoclip import eval as evaluation
-from protoclip.episodes import Noise, image_transform
+from protoclip.episodes import image_transform
 from protoclip.model import create_model, image_statistics
 from protoclip.train import parameter_groups, train_episode
 from shared import checkpoints, data, pretrained, run
@@ -99,22 +99,6 @@ def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):
             images = torch.stack([view(data.read_or_next(episodes.pairs, row, []).image) for row in rows])
             with torch.no_grad():
                 torch.testing.assert_close(features, model.visual.trunk(images), atol=1e-4, rtol=1e-4)
-
-
-def test_noise_on_features_depends_on_the_numbers_of_an_item_alone(cfg: config.Config):
-    features, u = torch.arange(12.0).reshape(6, 2) * torch.tensor([1.0, 100.0]), torch.rand(6, 13)
-    noise = Noise(features, 0.5)
-    whole = noise(features, u)
-    torch.testing.assert_close(noise(features[4:], u[4:]), whole[4:])
-    many = noise(torch.zeros(2000, 2), torch.rand(2000, 13)).std(0)
-    torch.testing.assert_close(many, 0.5 * features.std(0), rtol=0.1, atol=0)
-    assert not torch.equal(whole, noise(features, torch.rand(6, 13)))
-
-    runs = [dataclasses.replace(cfg, out=f"{cfg.out}-{share}", feature_noise=share) for share in (0.0, 2.0)]
-    losses = [metrics(train.main(each))[0]["loss"] for each in runs]
-    assert losses[0] != losses[1]
-    with pytest.raises(ValueError, match="--lock-image and --keep-in-memory"):
-        config.check_settings(config.Config(feature_noise=0.5), 1)
 
 
 def test_a_trunk_that_sees_every_view_stays_as_it_is(cfg: config.Config):

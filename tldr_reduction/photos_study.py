@@ -148,7 +148,7 @@ class LockedTowers(nn.Module):
 
 
 def minilm_features(texts: Sequence[str]) -> Tensor:
-    """MiniLM's features (N, 384) of texts, the means of its last hidden states; computed once and kept in data/cache."""
+    """MiniLM's features (N, 384) of texts, means of its last hidden states; computed once and kept in data/cache."""
     cpu = torch.device("cpu")
     precision = run.resolve_precision("auto", cpu)
     store = Path(f"data/cache/minilm-{precision}.npz")
