@@ -16,7 +16,7 @@ import tyro
 from PIL import Image
 from torch import Tensor, nn
 
-from shared import checkpoints, cli, data, export, run, zeroshot
+from shared import checkpoints, cli, data, export, run
 from shared.clip import trimmed, without_padding
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 from shared.study import photos
@@ -177,7 +177,8 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """A run's embeddings (N, E) of images, from EfficientNet-Lite0's features (N, 1280), and (M, E) of captions."""
     model, texts = load(folder, towers)
-    return model.encode_image(features), zeroshot.encode_texts(model.encode_text, texts, captions)
+    inputs = texts(list(captions)).split(256)
+    return model.encode_image(features), torch.cat([model.encode_text(batch) for batch in inputs])
 
 
 def main(run_folder: tyro.conf.Positional[str], export: str) -> None:
