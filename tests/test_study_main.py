@@ -30,13 +30,17 @@ def test_remaining_papers_are_those_without_all_seeds_and_arms(tmp_path: Path):
     assert everything.remaining(two, papers, tmp_path) == {"protoclip": 24, "tinyclip": 40, "flame": 8}
     for folder, seeds, arms in (("protoclip", [0, 1, 2], ("clip", "protoclip")), ("tinyclip", [0], ("auto",))):
         (tmp_path / folder).mkdir()
-        summary = {"paper": folder, "seeds": seeds, "arms": dict.fromkeys(arms, {}), "claims": []}
+        of_arm = {"top1": {"values": seeds}}
+        summary = {"paper": folder, "seeds": seeds, "arms": dict.fromkeys(arms, of_arm), "claims": []}
         (tmp_path / folder / "results.json").write_text(json.dumps(summary))
     left = everything.remaining(two, papers, tmp_path)
     assert left == {"tinyclip": 40.0, "flame": 8.0}  # tinyclip lacks seed 1
     text = everything.sentence(left, 3)
     assert text == "2 of 3 papers left: tinyclip (40 min), flame (8 min); about 0 h 48 min on two cores"
     assert everything.sentence({}, 3) == "all 3 papers are done"
+    summary["arms"] = {"clip": of_arm, "protoclip": {"top1": {"values": [0]}}}  # protoclip has the first seed only
+    (tmp_path / "protoclip/results.json").write_text(json.dumps(summary | {"seeds": [0, 1]}))
+    assert list(everything.remaining(two, papers, tmp_path)) == ["protoclip", "tinyclip", "flame"]
     (tmp_path / "protoclip/results.json").write_text('{"seeds": [0, 1], "arms"')  # damaged
     assert list(everything.remaining(two, papers, tmp_path)) == ["protoclip", "tinyclip", "flame"]
     assert everything.remaining(everything.Options(seeds=(0,), arms="all"), PAPERS, tmp_path) == {"protoclip": 24}

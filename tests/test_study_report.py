@@ -25,12 +25,15 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     assert set(summary) == about and len(summary["seeds"]) >= 5
     for metrics in summary["arms"].values():
         for value in metrics.values():
-            assert set(value) == {"mean", "std", "values"} and len(value["values"]) == len(summary["seeds"])
+            assert set(value) == {"mean", "std", "values"} and 5 <= len(value["values"]) <= len(summary["seeds"])
+        assert len({len(value["values"]) for value in metrics.values()}) == 1
     row_of = {"claim", "primary", "paper", "metric", "difference", "interval", "resolves", "verdict"}
     for row in summary["claims"]:
-        assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline", "negligible"} == row_of
+        assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline", "seeds", "negligible"} == row_of
     assert {row["verdict"] for row in summary["claims"]} <= set(VERDICTS)
-    again = importlib.import_module(f"{file.stem}.study").STUDY.judged_again(summary)["claims"]
+    study = importlib.import_module(f"{file.stem}.study").STUDY
+    assert set(summary["floors"]) <= {floor.name for floor in study.floors}
+    again = study.judged_again(summary)["claims"]
     assert [(row["claim"], row["verdict"]) for row in again] == [
         (row["claim"], row["verdict"]) for row in summary["claims"]
     ], "run `make readme`"

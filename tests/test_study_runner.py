@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.study import runner
+from shared.study import overview, report, runner
 from shared.study.floors import Floor
 from shared.study.runner import Arm, Once, Stage, Study
 from shared.study.verdicts import Claim, not_testable
@@ -134,8 +134,8 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
     torch.save({"epoch": 2, "config": {"epochs": 2, "lr": 1.0}, "commit": "abc"}, "finished.pt")
     Path("other.json").write_text("{}")
     refused = {
-        "has seeds 0, 1, 2 of base, method: --extend adds seeds to all these arms, or arms with all these seeds": {},
-        "there.json has seeds 0, 1, 2 of base": {"arms": "all", "seeds": (3,)},
+        "there.json has these seeds of base, method already": {},
+        "arm late would have seeds \\[3\\] of \\[0, 1, 2, 3\\]": {"arms": "all", "seeds": (3,)},
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},
         "other.json holds no results of a study": {"results": "other.json"},
@@ -168,8 +168,33 @@ def test_arms_are_added_to_results(study: Study):
     assert added["floors"] == {"late floor": {"top1": 2.0}, "chance": {"top1": 1.0}} and added["seeds"] == [0, 1]
     assert set(added["settings"]) == set(drawn[1]) and added["claims"] == first["claims"]
     assert added["claims"][-1]["claim"] == "step time"
-    with pytest.raises(ValueError, match="there.json has seeds 0, 1 of base, method, late"):
+    with pytest.raises(ValueError, match="there.json has these seeds of method, late already"):
         runner.run(study, dataclasses.replace(options, arms="late", extend=True))
+
+
+def test_some_arms_get_more_seeds(study: Study, capsys: pytest.CaptureFixture):
+    """Claims compare the seeds that both arms have; later the other arms may get the same seeds."""
+    options = runner.Options(seeds=(5, 6), arms="all", results="there.json")
+    runner.run(study, options)
+    more = dataclasses.replace(options, seeds=(1,), extend=True, arms="core")
+    runner.run(study, more)
+    assert "seeds 5, 6, 2 of 3 arms also 1;" in capsys.readouterr().out
+    added = json.loads(Path("there.json").read_text())
+    assert added["seeds"] == [5, 6, 1] and report.provenance(added).startswith("Seeds 5, 6, 2 of 3 arms also 1;")
+    runs = report.by_seed(added)
+    assert {arm: len(each) for arm, each in runs.items()} == {"base": 3, "method": 3, "late": 2}
+    assert [row["seeds"] for row in added["claims"] if row["method"] is not None] == [3]
+    assert overview.command(study, added) == (
+        'make reproduce-paper SEEDS="5 6" ARMS=all RESULTS=results/paper.json && '
+        'make reproduce-paper EXTEND=1 SEEDS="1" RESULTS=results/paper.json'
+    )
+    with pytest.raises(ValueError, match="arm late would have seeds .4, 5, 6. of .5, 6, 1, 4."):
+        runner.run(study, dataclasses.replace(more, seeds=(4,), arms="all"))
+    runner.run(study, dataclasses.replace(more, arms="late"))
+    runner.run(study, dataclasses.replace(options, seeds=(1, 5, 6), results="all.json"))
+    every, together = (json.loads(Path(f"{name}.json").read_text()) for name in ("there", "all"))
+    assert every["seeds"] == [1, 5, 6] and every["arms"] == together["arms"]
+    assert overview.command(study, every) == ('make reproduce-paper SEEDS="1 5 6" ARMS=all RESULTS=results/paper.json')
 
 
 def test_floors_in_results_are_not_measured_again_for_added_arms(study: Study):
@@ -405,3 +430,15 @@ def test_what_names_nothing_is_refused(study: Study, wrong: dict, said: str):
     with pytest.raises(ValueError, match=said):
         runner.run(study, runner.Options(**wrong))
     assert not Path("order.txt").exists()
+
+
+def test_results_with_floors_that_the_study_has_not_are_not_judged_again(study: Study):
+    """Without these floors their claims would be judged more kindly."""
+    study = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 50.0}),))
+    runner.run(study, runner.Options(seeds=(0, 1), results="there.json"))
+    summary = json.loads(Path("there.json").read_text())
+    assert summary["claims"][0]["verdict"] == "has not learned"
+    renamed = dataclasses.replace(study, floors=(Floor("raw pixels", lambda: {"top1": 50.0}),))
+    assert renamed.judged_again(summary) is summary
+    easy = study.judged_again(summary | {"floors": {"pixels": {"top1": 1.0}}})
+    assert easy["claims"][0]["verdict"] == "reproduced"

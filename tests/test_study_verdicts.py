@@ -162,6 +162,7 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
         "difference",
         "interval",
         "resolves",
+        "seeds",
         "negligible",
         "seeds_needed",
         "verdict",
@@ -285,3 +286,15 @@ def test_a_claim_within_an_arm_or_against_zero_scatters_by_itself():
         assert row["difference"] == pytest.approx(np.mean(differences)) and row["resolves"] == pytest.approx(half)
     floors = [((), {"seen": 60.0})]
     assert [row["verdict"] for row in judged([within], found, floors, together=False)] == ["has not learned"]
+
+
+def test_an_arm_with_more_seeds_is_compared_in_those_that_both_have():
+    found = arms([40.0, 41.0, 42.0, 90.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
+    (row,) = judged([CLAIM], found, FLOORS, together=False)
+    same = judged([CLAIM], {arm: runs[:3] for arm, runs in found.items()}, FLOORS, together=False)
+    assert [row] == same and row["seeds"] == 3
+    few = {"a": [{"m": float(i)} for i in range(9)], "b": [{"m": 2.0 * i} for i in range(9)], "c": [{"m": 1.0}] * 2}
+    assert pooled(few, "m") == pooled({arm: few[arm] for arm in "ab"}, "m")  # 8 degrees of freedom, not 2
+    constant = CLAIM._replace(method="c", baseline="0")
+    rows = judged([constant, constant._replace(claim="nine", method="a")], few, [], together=False)
+    assert [row["seeds"] for row in rows] == [2, 9]

@@ -16,6 +16,7 @@ import tyro
 
 from shared import cli, presets, run
 from shared.checkpoints import read_json
+from shared.study.report import by_seed
 from shared.study.runner import Study, checked_seeds
 
 
@@ -36,8 +37,9 @@ def done(file: Path, seeds: set[int], arms: set[str]) -> bool:
     """Whether a results file has all `seeds` and `arms`."""
     try:
         found = read_json(file)
-        return seeds <= set(found["seeds"]) and arms <= set(found["arms"])
-    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
+        runs = by_seed(found)
+        return all(seeds <= set(found["seeds"][: len(runs.get(arm, ()))]) for arm in arms)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing or damaged
         return False
 
 

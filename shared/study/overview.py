@@ -9,7 +9,7 @@ import base64
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,24 @@ UNRESOLVED = ("not testable here", "has not learned", "not resolved")
 
 
 def command(study: Study, summary: dict) -> str:
-    """The command that reproduces a study's results."""
-    seeds, core = " ".join(map(str, summary["seeds"])), {arm.name for arm in study.chosen("core")}
-    more = [arm.name for arm in study.arms if arm.name in summary["arms"] and not arm.core]
-    first = ["core"] if core <= set(summary["arms"]) else [arm for arm in summary["arms"] if arm in core]
-    names = "all" if len(summary["arms"]) == len(study.arms) else f'"{" ".join([*first, *more])}"'
-    every = "" if [*first, *more] == ["core"] else f" ARMS={names}"
-    every += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
-    name = study.folder.replace("_", "-")
-    return f'make reproduce-{name} SEEDS="{seeds}"{every} RESULTS=results/{study.home}.json'
+    """The command that reproduces a study's results; a second one adds the seeds that only some arms have."""
+    runs = {arm: len(each) for arm, each in report.by_seed(summary).items()}
+    few, name = min(runs.values()), study.folder.replace("_", "-")
+    where = "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
+
+    def line(seeds: Sequence[int], arms: Collection[str], extend: str = "") -> str:
+        core = {arm.name for arm in study.chosen("core")}
+        more = [arm.name for arm in study.arms if arm.name in arms and not arm.core]
+        words = [*(["core"] if core <= set(arms) else [arm for arm in arms if arm in core]), *more]
+        names = "all" if len(arms) == len(study.arms) else f'"{" ".join(words)}"'
+        chosen = ("" if words == ["core"] else f" ARMS={names}") + where
+        values = " ".join(map(str, seeds))
+        return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS=results/{study.home}.json'
+
+    lines = [line(summary["seeds"][:few], list(runs))]
+    if more := summary["seeds"][few:]:
+        lines.append(line(more, [arm for arm, n in runs.items() if n > few], " EXTEND=1"))
+    return " && ".join(lines)
 
 
 def counts(rows: Iterable[dict]) -> dict[str, int]:
@@ -79,7 +88,7 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
             about = {"paper": folder, "pictures": pictures_of(summary)}
             about |= {"claim": row["claim"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
-            about |= {"difference": line["here"], "d": line["d"], "seeds": len(summary["seeds"])}
+            about |= {"difference": line["here"], "d": line["d"], "seeds": row.get("seeds", len(summary["seeds"]))}
             rows.append(about | {"verdict": row["verdict"]})
     return rows
 

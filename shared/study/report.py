@@ -65,8 +65,7 @@ def arms_rows(
 
 def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:
     """Print the tables of arms, with `metrics` (key -> heading), and of claims of a `results` dict saved in `path`."""
-    seeds = ", ".join(map(str, summary["seeds"]))
-    print(f"\n{summary['corpus']}, a stand-in for {stand_in_for}; seeds {seeds}; percent; mean ± std\n")
+    print(f"\n{summary['corpus']}, a stand-in for {stand_in_for}; seeds {seeds_of(summary)}; percent; mean ± std\n")
     print(table(arms_rows(summary["arms"], metrics, summary["floors"])))
     claims = table(shown(summary["claims"])) if summary["claims"] else "No claim compares these arms."
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims}\n\nwritten to {path}")
@@ -169,30 +168,54 @@ def write_packages(path: Path, keep: bool = False) -> None:
 
 
 def by_seed(summary: dict) -> dict[str, list[dict]]:
-    """{arm: metrics of each seed} of a results file."""
-    return {
-        arm: [{metric: values["values"][i] for metric, values in metrics.items()} for i in range(len(summary["seeds"]))]
-        for arm, metrics in summary["arms"].items()
+    """{arm: metrics of each seed} of a results file. An arm with n runs has the first n of its `seeds`."""
+    runs = {
+        arm: max((len(of["values"]) for of in metrics.values()), default=0) for arm, metrics in summary["arms"].items()
     }
+    return {
+        arm: [{metric: of["values"][i] for metric, of in summary["arms"][arm].items()} for i in range(n)]
+        for arm, n in runs.items()
+    }
+
+
+def extended_seeds(known: Sequence[int], have: dict[str, int], arms: Iterable[str], seeds: Sequence[int]) -> list[int]:
+    """The seeds of results after runs of these `arms` with these `seeds` are added to them.
+
+    The results have the seeds `known`, and each arm the first `have[arm]` of them. ValueError if an arm would then have
+    seeds that are not the first ones, since claims compare the seeds that both arms have.
+    """
+    merged = [*known, *(seed for seed in seeds if seed not in known)]
+    for arm in arms:
+        of_arm = {*known[: have.get(arm, 0)], *seeds}
+        if of_arm != set(merged[: len(of_arm)]):
+            raise ValueError(
+                f"arm {arm} would have seeds {sorted(of_arm)} of {merged}: it must have the first ones, in this order"
+            )
+    return merged
 
 
 def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison:
     """`found` with earlier results added, which have other seeds of the same arms, or the same seeds of other arms.
 
-    An arm that both have with the same seeds is taken from the earlier results. Arms are in `order`; `folders` are
-    those of `found`. ValueError if an arm has other settings there.
+    A run that both have is taken from the earlier results. Arms are in `order`, and seeds too if all arms have all of
+    them; `folders` are those of `found`. ValueError if an arm has other settings or metrics there.
     """
-    for arm, setting in found.settings.items():
-        if earlier["settings"].get(arm, setting) != setting:
+    before, known = by_seed(earlier), earlier["seeds"]
+    seeds = extended_seeds(known, {arm: len(runs) for arm, runs in before.items()}, found.arms, found.seeds)
+    arms = dict(before)
+    for arm, runs in found.arms.items():
+        if earlier["settings"].get(arm, found.settings.get(arm)) != found.settings.get(arm):
             raise ValueError(f"arm {arm} of the earlier results has other settings: train all seeds again")
-    before, new = by_seed(earlier), found.arms
-    if found.seeds == earlier["seeds"]:
-        arms, seeds = new | before, found.seeds
-    else:  # in order of seeds, as results that are trained at once
-        all_seeds = earlier["seeds"] + found.seeds
-        of_seed = {arm: dict(zip(all_seeds, before[arm] + runs, strict=True)) for arm, runs in new.items()}
-        seeds = sorted(all_seeds)
-        arms = {arm: [runs[seed] for seed in seeds] for arm, runs in of_seed.items()}
+        if missing := {metric for run in before.get(arm, ())[:1] for metric in run} - set(runs[0]):
+            raise ValueError(
+                f"arm {arm} has no {sorted(missing)[0]}, which it has in the earlier results: if this compares arms, "
+                "add the seeds to all arms"
+            )
+        of_seed = dict(zip(found.seeds, runs, strict=True)) | dict(zip(known, before.get(arm, ()), strict=False))
+        arms[arm] = [of_seed[seed] for seed in seeds if seed in of_seed]
+    if all(len(runs) == len(seeds) for runs in arms.values()):
+        places = sorted(range(len(seeds)), key=seeds.__getitem__)
+        seeds, arms = sorted(seeds), {arm: [runs[i] for i in places] for arm, runs in arms.items()}
     return found._replace(
         arms={arm: arms[arm] for arm in order if arm in arms},
         seeds=seeds,
@@ -223,9 +246,20 @@ def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]
     return [row | {"on emoji or scenes": verdicts.get(claim["claim"], "-")} for claim, row in both]
 
 
+def seeds_of(summary: dict) -> str:
+    """The seeds of results in words, with those that only some arms have."""
+    runs = [len(each) for each in by_seed(summary).values()]
+    few = min(runs, default=len(summary["seeds"]))
+    text = ", ".join(map(str, summary["seeds"][:few]))
+    if more := summary["seeds"][few:]:
+        some = sum(n > few for n in runs)
+        text += f", {some} of {len(runs)} arms also {', '.join(map(str, more))}"
+    return text
+
+
 def provenance(summary: dict) -> str:
     """Sentence with the seeds, date, commit and machine of results."""
-    seeds = ", ".join(map(str, summary["seeds"]))
+    seeds = seeds_of(summary)
     changed = " (+: with changes that were not committed)" if "+" in summary["commit"] else ""
     return f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']}{changed} on {summary['machine']}."
 

@@ -237,14 +237,17 @@ class Study:
     ) -> list[dict]:
         """Rows of this study's claims about the metrics of arms by seed, with these measured floors."""
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
-        together = len(next(iter(arms.values()))) >= COMMITTED
+        together = min(map(len, arms.values())) >= COMMITTED
         return verdicts.judged(self.claims, arms, bars, together, earlier)
 
     def judged_again(self, summary: dict) -> dict:
         """Results, judged again from their numbers by the study's current claims and rules.
 
-        Rows of other claims are kept, since judging them may need the runs.
+        Rows of other claims are kept, since judging them may need the runs. So are all rows if a floor has another name
+        in the study: judging without it would be too kind.
         """
+        if not set(summary["floors"]) <= {floor.name for floor in self.floors}:
+            return summary
         claims = self.claims_of(summary) if self.claims_of else self.claims
         study, known = dataclasses.replace(self, claims=claims), {claim.claim for claim in claims}
         rows = study.rows(report.by_seed(summary), summary["floors"])
@@ -289,8 +292,8 @@ class Options:
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
     extend: bool = False
-    """Add to the file of --results instead of replacing it: other seeds of the same arms and settings, or other arms
-    with the same seeds."""
+    """Add to the file of --results instead of replacing it: more seeds of all or some of its arms, with the same
+    settings, or more arms with its first seeds or all of them."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
@@ -438,14 +441,11 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     earlier = read_json(options.results)
     if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
         raise ValueError(f"{options.results} holds no results of a study")
-    compared = {job.name for job in study.jobs(arms) if isinstance(job, Arm)}
-    more_seeds = compared == set(earlier["arms"]) and not set(seeds) & set(earlier["seeds"])
-    more_arms = sorted(seeds) == earlier["seeds"] and not compared <= set(earlier["arms"])
-    if not more_seeds and not more_arms:
-        has = f"seeds {', '.join(map(str, earlier['seeds']))} of {', '.join(earlier['arms'])}"
-        raise ValueError(
-            f"{options.results} has {has}: --extend adds seeds to all these arms, or arms with all these seeds"
-        )
+    compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
+    have = {arm: len(runs) for arm, runs in report.by_seed(earlier).items()}
+    extended_by = report.extended_seeds(earlier["seeds"], have, compared, seeds)
+    if extended_by == earlier["seeds"] and all(have.get(arm, 0) == len(extended_by) for arm in compared):
+        raise ValueError(f"{options.results} has these seeds of {', '.join(compared)} already")
     return earlier
 
 

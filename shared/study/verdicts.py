@@ -68,12 +68,15 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
     """The scatter of a difference between two of A arms with n seeds; a seed has the same effect on all arms.
 
     Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
-    variance 2 v. None if fewer than two arms or seeds have the metric.
+    variance 2 v. If arms have more or fewer seeds, arms and seeds are left out so that most degrees of freedom remain.
+    None if fewer than two arms or seeds have the metric.
     """
     values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
-    if len(values) < 2 or len(values[0]) < 2:
+    tables = [[each[:n] for each in values if len(each) >= n] for n in {len(each) for each in values}]
+    most = max(tables, key=lambda table: (len(table) - 1) * (len(table[0]) - 1), default=[])
+    if len(most) < 2 or len(most[0]) < 2:
         return None
-    x = np.array(values)
+    x = np.array(most)
     residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
     df = (x.shape[0] - 1) * (x.shape[1] - 1)
     return Scatter(math.sqrt(2 * float((residual**2).sum()) / df), df)
@@ -182,17 +185,20 @@ def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dic
 
     For "arm:metric" they include the arm's `learned_by`. All claims share the baseline "0", which has zeros only.
     """
+    longest = max(arms.values(), key=len)
     found: dict[str, list[dict]] = {}
     for claim in claims:
         arm, _, metric = claim.baseline.partition(":")
-        if claim.baseline == "0":
-            arm, metric = claim.method, None
+        if claim.baseline == "0" and claim.method in arms:
+            for stand_in in found.setdefault("0", [{} for _ in longest]):
+                stand_in[claim.metric] = 0.0
+            continue
         if arm not in arms or metric == "" or any(metric and metric not in run for run in arms[arm]):
             continue
         stand_ins = found.setdefault(claim.baseline, [{} for _ in arms[arm]])
         for stand_in, run in zip(stand_ins, arms[arm], strict=True):
-            stand_in[claim.metric] = run[metric] if metric else 0.0
-            if metric and claim.learned_by in run:
+            stand_in[claim.metric] = run[metric]
+            if claim.learned_by in run:
                 stand_in[claim.learned_by] = run[claim.learned_by]
     return found
 
@@ -206,6 +212,8 @@ def judged(
 ) -> list[dict[str, Any]]:
     """A row of the table of claims for each claim that was `measured`, primary claims first.
 
+    An arm may have more seeds than another: a claim compares the first ones, which both have.
+
     together: whether intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier
     results with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a
     claim's `negligible` is more than half of its effect.
@@ -217,7 +225,8 @@ def judged(
     for claim in chosen:
         if claim.negligible is not None and claim.effect is not None and claim.negligible > abs(claim.effect) / 2:
             raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
-        sides = [[run[claim.metric] for run in arms[arm]] for arm in (claim.method, claim.baseline)]
+        n = min(len(arms[arm]) for arm in (claim.method, claim.baseline))
+        sides = [[run[claim.metric] for run in arms[arm][:n]] for arm in (claim.method, claim.baseline)]
         differences = [a - b for a, b in zip(*sides, strict=True)]
         scatters = [own(differences)]
         if claim.baseline in real and (len(set(sides[1])) > 1 or len(differences) == 1):
@@ -227,7 +236,7 @@ def judged(
                 few = {arm: runs for arm, runs in source.items() if arm in comparable}
                 scatters.append(pooled(few, claim.metric))
         scatter = max((each for each in scatters if each), key=lambda each: each.df, default=None)
-        found.append((float(np.mean(differences)), scatter, len(differences)))
+        found.append((float(np.mean(differences)), scatter, n))
         means.append({"method": float(np.mean(sides[0])), "baseline": float(np.mean(sides[1]))})
     levels = [LEVEL] * len(chosen)
     if together:
@@ -235,7 +244,7 @@ def judged(
         levels[: len(primary)] = holm(primary)
     rows = []
     for claim, sides, (mean, scatter, n), level in zip(chosen, means, found, levels, strict=True):
-        stronger, strongest = stronger_arm(claim, arms)
+        stronger, strongest = stronger_arm(claim, {arm: runs[:n] for arm, runs in arms.items()})
         half, floor = half_width(scatter, n, level), floor_of(claim, floors, stronger)
         rows.append(
             {
@@ -248,6 +257,7 @@ def judged(
                 "difference": mean,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
+                "seeds": n,
                 "negligible": claim.negligible,
                 "seeds_needed": seeds_needed(scatter, claim),
                 "verdict": verdict(claim, mean, half, strongest, floor, half_width(scatter, n)),
