@@ -206,7 +206,10 @@ def derive(found: Comparison) -> None:
 def more_rows(found: Comparison, **_: Any) -> list[dict[str, Any]]:
     """Claims rows: the slope within nouns over all seeds together, and what this scale cannot show."""
     rows = []
-    if {"captions", "thinned"} <= set(found.arms):
+    both = [found.arms.get(arm, ()) for arm in ("captions", "thinned")]
+    if all(both) and all(
+        "concepts" in measured for runs in both for measured in runs
+    ):  # results that are extended lack it
         tables = ([measured["concepts"] for measured in found.arms[arm]] for arm in ("captions", "thinned"))
         rows.append(pooled_within(*tables))
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
@@ -220,7 +223,7 @@ def chance() -> dict[str, float]:
 
 def correlation_floor() -> dict[str, float]:
     """Metrics of canonical correlation with words, which takes no gradient step, and its curve over the same counts."""
-    features, of_image = photos.training_set("data/photos-flickr8k/train")
+    features, of_image = photos.training_set(photos.JOINED)
     found, test = photos.correlate(features, [" ".join(texts) for texts in of_image]), test_set()
     counts = nouns_of_captions(Config.data).sum(0)
     numbers = curve_of(found.image(test.features), found.text(test.captions), counts)
@@ -263,6 +266,7 @@ STUDY = Study(
     minutes={"core": 2, "all": 2},
     evaluate=evaluate,
     derive=derive,
+    derived_from={"thinned": ("captions",)},
     metrics={
         RECALL: f"text to image R@{K}",
         "retrieval_en/text_to_image_R@1": "R@1",

@@ -189,7 +189,10 @@ def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> lis
     if "zipf" not in found.arms:
         raise ValueError("--report needs the arm zipf among the runs")
     rows = []
-    if "reassigned" in found.arms:
+    both = (found.arms["zipf"], found.arms.get("reassigned", ()))
+    if all(both) and all(
+        "concepts" in measured for runs in both for measured in runs
+    ):  # results that are extended lack it
         rows.append(pooled_within(tables_of(found.arms["zipf"]), tables_of(found.arms["reassigned"])))
     files = verdicts.not_testable("published files: all correlations", "0.83 to 1.00", "name UPSTREAM=CLONE")
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
@@ -270,6 +273,7 @@ STUDY = Study(
     minutes={"core": 4.5, "all": 7.5},
     evaluate=evaluate,
     derive=derive,
+    derived_from={"uniform": ("even",)} | {arm.name: ("zipf",) for arm in ARMS if arm.name not in ("zipf", "uniform")},
     metrics=evaluation.METRICS | {LEARNED: "frequent tenth"},
     sets=(PRESETS["emoji"][1].eval_set,),
     floors=FLOORS,

@@ -31,7 +31,7 @@ from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
 
-DATA, HOME = "data/photos-flickr8k/train", "data/flame/photos"
+DATA, HOME = photos.JOINED, "data/flame/photos"
 MULTI30K = ("en", "de", "fr", "cs")
 LANGUAGE_SETS = (*(f"{photos.SETS}/retrieval_multi30k_{each}" for each in MULTI30K), f"{photos.SETS}/retrieval_ar")
 OTHER_LANGUAGES = {"de": "German", "fr": "French", "cs": "Czech", "ar": "Arabic"}
@@ -176,6 +176,7 @@ def study(llm: str) -> Study:
         minutes={"core": 5, "all": 6},
         evaluate=evaluate,
         derive=derive,
+        derived_from={arm: (f"{arm}-4",) for arm in ("clip", "flame")},
         metrics={
             CIFAR10_TOP1: "CIFAR-10",
             PACS_TOP1: "PACS photographs",

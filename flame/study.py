@@ -575,6 +575,7 @@ def study(llm: str) -> Study:
         minutes={"core": 4, "all": 11},
         evaluate=evaluate,
         derive=derive,
+        derived_from={arm: tuple(f"{arm}-{share}" for share in AT) for arm in ("clip", "flame")},
         metrics=METRICS,
         sets=(*NEW_SETS, *ZERO_SHOT_SETS, *LONG_SETS),
         floors=FLOORS,

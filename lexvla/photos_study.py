@@ -3,7 +3,7 @@
 Arms train on the 30,000 English captions of Flickr8k, a stand-in for CC12M. They are compared by retrieval on the usual
 1,000 test photographs, and by PatchDis on COCO photographs with instance masks.
 
-Arms and their floor, a canonical correlation with words, see photographs at the size of the preset. Another row, which
+Arms and their floors, canonical correlations with words, see photographs at the size of the preset. Another row, which
 no verdict uses, shows this correlation at the size of the other studies' photographs.
 
 Why the effects can appear: for the same reasons as in study.py, except for new words: test captions use the words of

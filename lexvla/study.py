@@ -356,6 +356,7 @@ STUDY = Study(
     evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
     alone=True,
     derive=derive,
+    derived_from=dict.fromkeys(("overuse", "flops"), ("none", "overuse", *PENALTIES["FLOPs"])),
     metrics=METRICS,
     sets=SETS,
     floors=FLOORS,

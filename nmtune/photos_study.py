@@ -187,6 +187,7 @@ STUDY = Study(
     floors=FLOORS,
     claims=(*CLAIMS, *VARIANT_CLAIMS),
     derive=lambda found: over_levels(found.arms),
+    derived_from={"sup-00": tuple(arm.name for arm in ARMS if arm.name.startswith("sup-"))},
     more_rows=more_rows,
     plot_arms=plot_noise,
 )

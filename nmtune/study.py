@@ -327,7 +327,7 @@ def differences(arms: dict[str, list[dict]], kind: str, metric: str) -> dict[int
     scatter, found = verdicts.pooled({str(level): runs for level, runs in of.items()}, metric), {0: (0.0, 0.0)}
     for level, runs in of.items():
         if level:
-            each = [run[metric] - clean[metric] for run, clean in zip(runs, of[0], strict=True)]
+            each = [run[metric] - clean[metric] for run, clean in zip(runs, of[0], strict=False)]
             found[level] = float(np.mean(each)), verdicts.half_width(scatter, len(each)) or 0.0
     return found
 
@@ -371,7 +371,7 @@ def plot_heads(arms: dict[str, list[dict]], axes: np.ndarray) -> None:
         metric = f"blackbox/{split}"
         scatter = verdicts.pooled({arm: arms[arm] for arm in BLACK_BOX}, metric)
         for i, arm in enumerate(BLACK_BOX[1:]):
-            each = [run[metric] - lp[metric] for run, lp in zip(arms[arm], arms[BLACK_BOX[0]], strict=True)]
+            each = [run[metric] - lp[metric] for run, lp in zip(arms[arm], arms[BLACK_BOX[0]], strict=False)]
             half = verdicts.half_width(scatter, len(each)) or 0.0
             axis.bar(i, np.mean(each), yerr=half, capsize=6, width=0.6, color=f"C{i + 1}")
         axis.set(title=f"EfficientNet-Lite0, {split.upper()}", ylabel="points above LP", xlim=(-0.8, 1.8))
@@ -426,6 +426,7 @@ STUDY = Study(
     minutes={"core": 6, "all": 18},
     evaluate=lambda runs: [evaluation.compared_metrics(run) for run in runs],
     derive=derive,
+    derived_from={"sup-00": tuple(arm.name for arm in ARMS if arm.name.startswith("sup-"))},
     metrics=evaluation.METRICS,
     sets=SUBGROUPS,
     floors=FLOORS,

@@ -236,6 +236,7 @@ STUDY = Study(
     evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs))),
     alone=True,
     derive=derive,
+    derived_from={arm.name: ("clip",) for arm in ARMS if arm.name not in ("clip", *LITE0)},
     metrics=evaluation.METRICS,
     sets=(*NAMES, *SUBGROUPS, evaluation.PAIRS),
     floors=FLOORS,

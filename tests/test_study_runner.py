@@ -135,7 +135,7 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
     Path("other.json").write_text("{}")
     refused = {
         "there.json has these seeds of base, method already": {},
-        "arm late would have seeds \\[3\\] of \\[0, 1, 2, 3\\]": {"arms": "all", "seeds": (3,)},
+        "arm late would have seeds \\[3\\] without \\[0\\], which other arms have": {"arms": "all", "seeds": (3,)},
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},
         "other.json holds no results of a study": {"results": "other.json"},
@@ -178,9 +178,9 @@ def test_some_arms_get_more_seeds(study: Study, capsys: pytest.CaptureFixture):
     runner.run(study, options)
     more = dataclasses.replace(options, seeds=(1,), extend=True, arms="core")
     runner.run(study, more)
-    assert "seeds 5, 6, 2 of 3 arms also 1;" in capsys.readouterr().out
+    assert "seeds 5, 6 (2 of 3 arms also 1);" in capsys.readouterr().out
     added = json.loads(Path("there.json").read_text())
-    assert added["seeds"] == [5, 6, 1] and report.provenance(added).startswith("Seeds 5, 6, 2 of 3 arms also 1;")
+    assert added["seeds"] == [5, 6, 1] and report.provenance(added).startswith("Seeds 5, 6 (2 of 3 arms also 1);")
     runs = report.by_seed(added)
     assert {arm: len(each) for arm, each in runs.items()} == {"base": 3, "method": 3, "late": 2}
     assert [row["seeds"] for row in added["claims"] if row["method"] is not None] == [3]
@@ -188,8 +188,22 @@ def test_some_arms_get_more_seeds(study: Study, capsys: pytest.CaptureFixture):
         'make reproduce-paper SEEDS="5 6" ARMS=all RESULTS=results/paper.json && '
         'make reproduce-paper EXTEND=1 SEEDS="1" RESULTS=results/paper.json'
     )
-    with pytest.raises(ValueError, match="arm late would have seeds .4, 5, 6. of .5, 6, 1, 4."):
+    with pytest.raises(ValueError, match="arm late would have seeds .4, 5, 6. without .1., which"):
         runner.run(study, dataclasses.replace(more, seeds=(4,), arms="all"))
+    tied = dataclasses.replace(study, derived_from={"base": ("late",), "late": ("none",)})
+    with pytest.raises(ValueError, match="metrics of base are computed from late: name it in --arms, too"):
+        runner.run(tied, dataclasses.replace(more, seeds=(7,)))
+    fewer = dataclasses.replace(study, floors=(Floor("pixels", dict),))
+    Path("floored.json").write_text(json.dumps(added | {"floors": {"raw pixels": {"top1": 1.0}}}))
+    with pytest.raises(ValueError, match="floored.json has another floor, raw pixels"):
+        runner.run(fewer, dataclasses.replace(more, seeds=(7,), results="floored.json"))
+
+    runner.run(study, dataclasses.replace(more, seeds=(7,), arms="base"))  # arms with two, three and four seeds
+    three = json.loads(Path("there.json").read_text())
+    assert report.seeds_of(three) == "5, 6 (2 of 3 arms also 1) (1 of 3 arms also 7)"
+    assert overview.command(study, three).count("EXTEND=1") == 2
+    Path("there.json").write_text(json.dumps(added))
+
     runner.run(study, dataclasses.replace(more, arms="late"))
     runner.run(study, dataclasses.replace(options, seeds=(1, 5, 6), results="all.json"))
     every, together = (json.loads(Path(f"{name}.json").read_text()) for name in ("there", "all"))

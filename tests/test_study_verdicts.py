@@ -297,4 +297,5 @@ def test_an_arm_with_more_seeds_is_compared_in_those_that_both_have():
     assert pooled(few, "m") == pooled({arm: few[arm] for arm in "ab"}, "m")  # 8 degrees of freedom, not 2
     constant = CLAIM._replace(method="c", baseline="0")
     rows = judged([constant, constant._replace(claim="nine", method="a")], few, [], together=False)
-    assert [row["seeds"] for row in rows] == [2, 9]
+    assert [row["seeds"] for row in rows] == [2, 9] == [row["seeds"] for row in shown(rows)]
+    assert "seeds" not in shown(same)[0]

@@ -429,7 +429,7 @@ def plot_teachers(arms: dict[str, list[dict]], out: Path) -> None:
     figure, axis = plt.subplots(figsize=(5.5, 4))
     for teacher, student in CURVE.items():
         x = spread([values[TOP1_SCENES] for values in arms[teacher]])
-        pairs = zip(arms[student], arms[VIT_RC], strict=True)
+        pairs = zip(arms[student], arms[VIT_RC], strict=False)
         y = spread([mimicking[TOP1_SCENES] - contrastive[TOP1_SCENES] for mimicking, contrastive in pairs])
         axis.errorbar(x["mean"], y["mean"], y["std"], x["std"], marker="o", capsize=3, label=STUDY.headings[teacher])
     axis.axhline(0, color="black", lw=0.8)
@@ -476,6 +476,7 @@ STUDY = Study(
     evaluate=evaluate,
     alone=True,
     derive=derive,
+    derived_from={arm.name: (long,) for arms, long in ((VITS, VIT_LONG), (RESNETS, LONG)) for arm in arms},
     metrics=METRICS,
     sets=(*SCENE_SETS, *NAMES, PAIRS),
     floors=FLOORS,

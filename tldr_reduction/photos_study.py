@@ -229,7 +229,7 @@ WITH_MINILM = "canonical correlation of EfficientNet-Lite0 with MiniLM"
 CHANCE, *WITH_WORDS = photos.floors_on(photos.RETRIEVAL)
 FLOORS = (
     CHANCE,
-    *(dataclasses.replace(floor, arms=("full",)) for floor in WITH_WORDS),
+    *(dataclasses.replace(floor, arms=("full", "full-refined")) for floor in WITH_WORDS),
     *(
         Floor(f"{WITH_MINILM}, {arm.heading}", functools.partial(correlation_of, arm.name), arms=(arm.name,))
         for arm in ARMS

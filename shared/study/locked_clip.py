@@ -28,7 +28,7 @@ class Settings:
 
     out: str = "runs/photos/locked"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt."""
-    data: str = "data/photos-captions/train"
+    data: str = photos.SINGLE
     """Shards of photographs, with one sample per caption."""
     total: int = 30_000
     """Captions per epoch; if the data have fewer, they are repeated."""
@@ -56,7 +56,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Config(Settings):
-    """Those of a CLIP whose text tower is a transformer from scratch."""
+    """Settings of a CLIP whose text tower is a transformer from scratch."""
 
     model: str = "Lite0-emoji"
     """open_clip config with EfficientNet-Lite0 as image tower."""
@@ -149,7 +149,7 @@ def load(folder: str | Path, towers: Towers = OPEN_CLIP) -> tuple[nn.Module, Cal
     try:
         model.load_state_dict(state["state_dict"])
     except RuntimeError as error:
-        raise ValueError(f"{folder} holds other towers than `{towers.create.__name__}` makes") from error
+        raise ValueError(f"{folder} holds other towers than those of this study") from error
     return model.eval(), towers.texts(state["config"])
 
 

@@ -39,9 +39,8 @@ UNRESOLVED = ("not testable here", "has not learned", "not resolved")
 
 
 def command(study: Study, summary: dict) -> str:
-    """The command that reproduces a study's results; a second one adds the seeds that only some arms have."""
-    runs = {arm: len(each) for arm, each in report.by_seed(summary).items()}
-    few, name = min(runs.values()), study.folder.replace("_", "-")
+    """The command that reproduces a study's results; further ones add the seeds that only some arms have."""
+    runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
     where = "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
 
     def line(seeds: Sequence[int], arms: Collection[str], extend: str = "") -> str:
@@ -53,9 +52,11 @@ def command(study: Study, summary: dict) -> str:
         values = " ".join(map(str, seeds))
         return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS=results/{study.home}.json'
 
-    lines = [line(summary["seeds"][:few], list(runs))]
-    if more := summary["seeds"][few:]:
-        lines.append(line(more, [arm for arm, n in runs.items() if n > few], " EXTEND=1"))
+    lines, few = [], 0
+    for many in sorted(set(runs.values())):
+        arms = [arm for arm, n in runs.items() if n > few]
+        lines.append(line(summary["seeds"][few:many], arms, " EXTEND=1" if few else ""))
+        few = many
     return " && ".join(lines)
 
 
@@ -88,7 +89,7 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
             about = {"paper": folder, "pictures": pictures_of(summary)}
             about |= {"claim": row["claim"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
-            about |= {"difference": line["here"], "d": line["d"], "seeds": row.get("seeds", len(summary["seeds"]))}
+            about |= {"difference": line["here"], "d": line["d"], "seeds": row.get("seeds", "-")}
             rows.append(about | {"verdict": row["verdict"]})
     return rows
 

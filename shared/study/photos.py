@@ -132,7 +132,7 @@ def bags(texts: Sequence[str], vocabulary: dict[str, int]) -> Tensor:
 
 
 def bags_of_common(texts: Sequence[str]) -> Callable[[Sequence[str]], Tensor]:
-    """The function from texts to bags of the COMMON words that most of these texts have."""
+    """The function from texts to bags of COMMON words, those that occur in most of these texts."""
     common = Counter(word for text in texts for word in words(text)).most_common(COMMON)
     return functools.partial(bags, vocabulary={word: column for column, (word, _) in enumerate(common)})
 

@@ -169,12 +169,11 @@ def write_packages(path: Path, keep: bool = False) -> None:
 
 def by_seed(summary: dict) -> dict[str, list[dict]]:
     """{arm: metrics of each seed} of a results file. An arm with n runs has the first n of its `seeds`."""
-    runs = {
-        arm: max((len(of["values"]) for of in metrics.values()), default=0) for arm, metrics in summary["arms"].items()
-    }
     return {
-        arm: [{metric: of["values"][i] for metric, of in summary["arms"][arm].items()} for i in range(n)]
-        for arm, n in runs.items()
+        arm: [
+            dict(zip(of_arm, run, strict=True)) for run in zip(*(of["values"] for of in of_arm.values()), strict=True)
+        ]
+        for arm, of_arm in summary["arms"].items()
     }
 
 
@@ -188,14 +187,15 @@ def extended_seeds(known: Sequence[int], have: dict[str, int], arms: Iterable[st
     for arm in arms:
         of_arm = {*known[: have.get(arm, 0)], *seeds}
         if of_arm != set(merged[: len(of_arm)]):
+            lacks = [seed for seed in merged[: len(of_arm)] if seed not in of_arm]
             raise ValueError(
-                f"arm {arm} would have seeds {sorted(of_arm)} of {merged}: it must have the first ones, in this order"
+                f"arm {arm} would have seeds {sorted(of_arm)} without {lacks}, which other arms have: add them"
             )
     return merged
 
 
 def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison:
-    """`found` with earlier results added, which have other seeds of the same arms, or the same seeds of other arms.
+    """`found` with earlier results added: more seeds of all or some of their arms, or more arms.
 
     A run that both have is taken from the earlier results. Arms are in `order`, and seeds too if all arms have all of
     them; `folders` are those of `found`. ValueError if an arm has other settings or metrics there.
@@ -207,10 +207,7 @@ def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison
         if earlier["settings"].get(arm, found.settings.get(arm)) != found.settings.get(arm):
             raise ValueError(f"arm {arm} of the earlier results has other settings: train all seeds again")
         if missing := {metric for run in before.get(arm, ())[:1] for metric in run} - set(runs[0]):
-            raise ValueError(
-                f"arm {arm} has no {sorted(missing)[0]}, which it has in the earlier results: if this compares arms, "
-                "add the seeds to all arms"
-            )
+            raise ValueError(f"arm {arm} has no {sorted(missing)[0]}, which it has in the earlier results")
         of_seed = dict(zip(found.seeds, runs, strict=True)) | dict(zip(known, before.get(arm, ()), strict=False))
         arms[arm] = [of_seed[seed] for seed in seeds if seed in of_seed]
     if all(len(runs) == len(seeds) for runs in arms.values()):
@@ -249,11 +246,11 @@ def claim_rows(summary: dict, other: dict | None = None) -> list[dict[str, str]]
 def seeds_of(summary: dict) -> str:
     """The seeds of results in words, with those that only some arms have."""
     runs = [len(each) for each in by_seed(summary).values()]
-    few = min(runs, default=len(summary["seeds"]))
-    text = ", ".join(map(str, summary["seeds"][:few]))
-    if more := summary["seeds"][few:]:
-        some = sum(n > few for n in runs)
-        text += f", {some} of {len(runs)} arms also {', '.join(map(str, more))}"
+    first, *more = sorted(set(runs)) or [len(summary["seeds"])]
+    text = ", ".join(map(str, summary["seeds"][:first]))
+    for few, many in zip([first, *more], more, strict=False):
+        added = ", ".join(map(str, summary["seeds"][few:many]))
+        text += f" ({sum(n > few for n in runs)} of {len(runs)} arms also {added})"
     return text
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +100,8 @@ class Study:
     """Whether `evaluate` measures each run independently and caches the result; runs are then measured in parallel."""
     derive: Callable[[report.Comparison], None] = lambda found: None
     """Adds metrics that need several runs to `found.arms`, before claims are judged."""
+    derived_from: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """{arm: other arms from whose runs `derive` computes metrics of this arm}."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
@@ -237,7 +239,8 @@ class Study:
     ) -> list[dict]:
         """Rows of this study's claims about the metrics of arms by seed, with these measured floors."""
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
-        together = min(map(len, arms.values())) >= COMMITTED
+        primary = {arm for claim in self.claims if claim.primary for arm in (claim.method, claim.baseline)} & set(arms)
+        together = min((len(arms[arm]) for arm in primary), default=0) >= COMMITTED
         return verdicts.judged(self.claims, arms, bars, together, earlier)
 
     def judged_again(self, summary: dict) -> dict:
@@ -260,8 +263,7 @@ class Study:
         earlier: results that are part of `found`, and whose floors are kept.
         """
         floors = earlier["floors"] if earlier else {}
-        if new := set(found.arms) - set((earlier or {}).get("arms", ())):
-            floors = self.measured_floors(path, new, floors) | floors
+        floors = self.measured_floors(path, found.arms, floors) | floors
         floors = {floor.name: floors[floor.name] for floor in self.floors if floor.name in floors}
         committed = Path(f"results/{self.home}.json")
         more_seeds = report.earlier_arms(committed, found)
@@ -269,11 +271,9 @@ class Study:
             print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
         rows = self.rows(found.arms, floors, more_seeds) + self.more_rows(found, **more)
         known = {row["claim"] for row in rows}
-        rows += [  # such as step times, which are no metrics of the arms
-            row
-            for row in (earlier or {}).get("claims", ())
-            if row["verdict"] == "not testable here" and row["claim"] not in known
-        ]
+        known |= {claim.claim for claim in self.claims}
+        # such as step times, which are no metrics of the arms
+        rows += [row for row in (earlier or {}).get("claims", ()) if row["claim"] not in known]
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
         if earlier and earlier["machine"] != machine():
@@ -441,7 +441,12 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     earlier = read_json(options.results)
     if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
         raise ValueError(f"{options.results} holds no results of a study")
+    if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
+        raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
+    for arm in compared if set(seeds) - set(earlier["seeds"]) else ():
+        if missing := (set(study.derived_from.get(arm, ())) & set(earlier["arms"])) - set(compared):
+            raise ValueError(f"metrics of {arm} are computed from {sorted(missing)[0]}: name it in --arms, too")
     have = {arm: len(runs) for arm, runs in report.by_seed(earlier).items()}
     extended_by = report.extended_seeds(earlier["seeds"], have, compared, seeds)
     if extended_by == earlier["seeds"] and all(have.get(arm, 0) == len(extended_by) for arm in compared):

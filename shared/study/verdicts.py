@@ -68,7 +68,8 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
     """The scatter of a difference between two of A arms with n seeds; a seed has the same effect on all arms.
 
     Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
-    variance 2 v. If arms have more or fewer seeds, arms and seeds are left out so that most degrees of freedom remain.
+    variance 2 v. If arms have different numbers of seeds, arms or seeds are left out so that most degrees of freedom
+    remain; the pair that is compared may be among them.
     None if fewer than two arms or seeds have the metric.
     """
     values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
@@ -274,7 +275,10 @@ def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dic
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows formatted for tables: primary claims are starred; narrow intervals and their means get a third digit."""
+    """Rows formatted for tables: primary claims are starred; narrow intervals and their means get a third digit. If
+    rows compare different numbers of seeds, a column says how many."""
+    rows = list(rows)
+    some_more = len({row["seeds"] for row in rows if "seeds" in row}) > 1
     lines = []
     for row in rows:
         here, resolves, negligible = row.get("why", ""), "-", row.get("negligible")
@@ -291,6 +295,7 @@ def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
                 "here": here,
                 "resolves": resolves,
                 "d": "-" if negligible is None else f"{negligible:g}",
+                **({"seeds": row.get("seeds", "-")} if some_more else {}),
                 "verdict": row["verdict"],
             }
         )
