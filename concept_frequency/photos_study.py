@@ -216,14 +216,20 @@ def more_rows(found: Comparison, **_: Any) -> list[dict[str, Any]]:
     return [*rows, corpora]
 
 
+CORRELATION = "canonical correlation of EfficientNet-Lite0 with words"
+
+
 def chance() -> dict[str, float]:
     found = floors.chance([photos.RETRIEVAL])
     return found | {"slope": 0.0, "slope_i2t": 0.0}
 
 
-def correlation_floor() -> dict[str, float]:
-    """Metrics of canonical correlation with words, which takes no gradient step, and its curve over the same counts."""
-    features, of_image = photos.training_set(photos.JOINED)
+def correlation_floor(shards: str, own: bool) -> dict[str, float]:
+    """Metrics of canonical correlation with words, which takes no gradient step, and its curve over the same counts.
+
+    `shards` and `own` are those of `photos.training_set`.
+    """
+    features, of_image = photos.training_set(shards, own=own)
     found, test = photos.correlate(features, [" ".join(texts) for texts in of_image]), test_set()
     counts = nouns_of_captions(Config.data).sum(0)
     numbers = curve_of(found.image(test.features), found.text(test.captions), counts)
@@ -283,7 +289,8 @@ STUDY = Study(
     sets=(photos.RETRIEVAL,),
     floors=(
         Floor("chance", chance),
-        Floor("canonical correlation of EfficientNet-Lite0 with words", correlation_floor),
+        Floor(CORRELATION, functools.partial(correlation_floor, photos.JOINED, own=False)),
+        Floor(f"{CORRELATION}, each caption alone", functools.partial(correlation_floor, photos.SINGLE, own=True)),
     ),
     claims=CLAIMS,
     more_rows=more_rows,
