@@ -105,12 +105,8 @@ class Config(locked_clip.Settings):
 
     data: str = POOL
     """Shards of photographs with one caption per sample."""
-    epochs: int = 4
-    """Passes over `total` captions."""
-    batch_size: int = 256
-    """Captions per step."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.2
+    """AdamW's decay of matrices."""
     predictions: str | None = None
     """Write this file of T_g for --data and MiniLM's features of T_o and T_o; T_g, and train nothing."""
 

@@ -32,16 +32,17 @@ class Settings:
     """Shards of photographs, with one sample per caption."""
     total: int = 30_000
     """Captions per epoch; if the data have fewer, they are repeated."""
-    epochs: int = 6
+    epochs: int = 4
     """Passes over `total` captions."""
-    batch_size: int = 512
+    batch_size: int = 256
     """Captions per step."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup: int = 50
     """Steps of linear warm-up, before half a cosine to 0."""
-    weight_decay: float = 0.2
-    """AdamW's decay of matrices."""
+    weight_decay: float = 3.0
+    """AdamW's decay of matrices. The defaults of these four were chosen by recall of Flickr8k's development photographs,
+    on another seed."""
     seed: int = 0
     """Seed of initial weights and order."""
     device: str = "auto"
