@@ -117,7 +117,7 @@ def lite0_features(
 
 
 def known_features(store: Path) -> dict[bytes, np.ndarray]:
-    """{hash: feature (1280,)} of a file of features; empty if it is missing or cannot be read."""
+    """{hash: feature (D,)} of a file of features; empty if it is missing or cannot be read."""
     try:
         with np.load(store, allow_pickle=False) as file:
             return dict(zip((row.tobytes() for row in file["digests"]), file["features"], strict=True))
@@ -138,7 +138,7 @@ def keep_features(store: Path, new: dict[bytes, np.ndarray]) -> None:
 
 
 def in_order(digests: Sequence[bytes], known: dict[bytes, np.ndarray]) -> Tensor:
-    """Features (N, 1280) for N hashes, in their order."""
+    """Features (N, D) for N hashes, in their order; (0, 1280) for none."""
     return torch.from_numpy(np.stack([known[digest] for digest in digests])) if digests else torch.empty(0, 1280)
 
 

@@ -41,6 +41,27 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     assert report.update_readme(file.stem, write=False), "run `make readme`"
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/photos/*.json")), ids=lambda file: file.stem)
+def test_committed_results_on_photographs(file: Path):
+    """At least three seeds, judged by the study's claims and floors."""
+    summary, study = checkpoints.read_json(file), importlib.import_module(f"{file.stem}.photos_study").STUDY
+    assert min(map(len, report.by_seed(summary).values())) >= 3
+    assert set(summary["floors"]) <= {floor.name for floor in study.floors}
+    again = study.judged_again(summary)["claims"]
+    assert [row["verdict"] for row in again] == [row["verdict"] for row in summary["claims"]], "run `make readme`"
+
+
+def test_what_cannot_be_joined():
+    """Arms whose metrics another arm's runs would change are named before training; this is the last resort."""
+    earlier = {"seeds": [0, 1], "commit": "a", "settings": {"x": "s"}, "arms": {"x": {"m": report.spread([1.0, 2.0])}}}
+    new = report.Comparison({"x": [{"k": 3.0}]}, [2], {}, {"b"}, {"x": "s"})
+    with pytest.raises(ValueError, match="arm x has no m, which it has in the earlier results"):
+        report.joined(earlier, new, ["x"])
+    first = report.joined(earlier, report.Comparison({"y": [{"m": 5.0}]}, [0], {}, {"b"}, {"y": "t"}), ["x", "y"])
+    assert first.seeds == [0, 1] and first.arms == {"x": [{"m": 1.0}, {"m": 2.0}], "y": [{"m": 5.0}]}
+    assert first.settings == {"x": "s", "y": "t"} and first.commits == {"a", "b"}
+
+
 def sentences(page: str) -> str:
     """Text of a README below its tables of results, without code, pictures and commands."""
     text = page.split("<!-- /results -->\n", 1)[1].split("\n## ", 1)[0]

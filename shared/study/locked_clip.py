@@ -41,8 +41,8 @@ class Settings:
     warmup: int = 50
     """Steps of linear warm-up, before half a cosine to 0."""
     weight_decay: float = 3.0
-    """AdamW's decay of matrices. The defaults of these four were chosen by recall of Flickr8k's development photographs,
-    on another seed."""
+    """AdamW's decay of matrices. The defaults of epochs, batch, rate and decay were chosen by recall of Flickr8k's
+    development photographs, on another seed."""
     seed: int = 0
     """Seed of initial weights and order."""
     device: str = "auto"
