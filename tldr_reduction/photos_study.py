@@ -258,7 +258,7 @@ STUDY = Study(
     ),
     stages=tuple(reductions()),
     arms=ARMS,
-    minutes={"core": 4, "all": 6},
+    minutes={"core": 5, "all": 8},
     evaluate=evaluate,
     alone=True,
     metrics={
