@@ -45,7 +45,7 @@ def test_the_page_with_plots_needs_nothing_else():
 def test_claims_of_abstracts_come_first_and_are_counted():
     rows = [
         {"claim": "up", "primary": True, "paper": "+2", "metric": "m", "floor": 30.0, "method": 42.0, "baseline": 40.5}
-        | {"difference": 1.5, "interval": [1.0, 2.0], "resolves": 0.5, "verdict": "reproduced"},
+        | {"difference": 1.5, "interval": [1.0, 2.0], "resolves": 0.5, "seeds": 3, "verdict": "reproduced"},
         verdicts.not_testable("absolute", "70", "needs data", primary=True),
         {"claim": "slope", "primary": True, "paper": "+2", "metric": "s", "floor": 30.0, "method": 0.2, "baseline": 0.0}
         | {"difference": 0.2, "interval": [0.1, 0.3], "resolves": 0.1, "verdict": "reproduced"},
