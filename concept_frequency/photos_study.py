@@ -53,8 +53,13 @@ RECALL = f"retrieval_en/text_to_image_R@{K}"
 
 
 @dataclasses.dataclass
-class Config(locked_clip.Config):
-    """Settings of a CLIP that is trained on captions of photographs."""
+class Config(locked_clip.Settings):
+    """Settings of a CLIP that is trained on captions of photographs; its text tower is from scratch."""
+
+    model: str = "Lite0-emoji"
+    """open_clip config with EfficientNet-Lite0 as image tower."""
+    max_length: int = 24
+    """Maximum tokens of a caption, with start and end; longer captions are cut."""
 
     thin: float = 0.0
     """Share of the captions to drop among those with one of a random half of the nouns. An epoch has as many captions

@@ -13,13 +13,14 @@ import torch
 from test_pretrained import lite0  # noqa: F401
 from test_study_photos import WORDS, corpus, picture  # noqa: F401
 
+from concept_frequency.photos_study import Config
 from shared import checkpoints, data, zeroshot
 from shared.corpora import layout
 from shared.study import locked_clip, photos
 
 
 @pytest.fixture
-def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> locked_clip.Config:  # noqa: F811
+def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Config:  # noqa: F811
     def pixels(files, side):
         batch = torch.stack([photos.view(data.decode_image(content)) for content in files]).float()
         small = torch.nn.functional.interpolate(batch, (24, 20)).mean(1).flatten(1)
@@ -27,19 +28,19 @@ def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> locked_clip.Config:  #
 
     monkeypatch.setattr(photos, "lite0_features_of_files", pixels)
     monkeypatch.chdir(corpus)
-    return locked_clip.Config(
+    return Config(
         out="run", data="train", total=60, epochs=20, batch_size=12, lr=3e-3, warmup=5, device="cpu", precision="fp32"
     )
 
 
-def test_it_learns_what_captions_say(cfg: locked_clip.Config):
+def test_it_learns_what_captions_say(cfg: Config):
     features, captions, _ = photos.test_set("retrieval")
     image, text = locked_clip.encode(locked_clip.train(cfg), features, [f"a {word} ." for word in WORDS])
     hits = (image @ torch.nn.functional.normalize(text, dim=-1).T).argmax(1) == torch.arange(12) % 6
     assert zeroshot.percent(hits) > 60 and len(captions) == 12
 
 
-def test_a_stopped_run_goes_on(cfg: locked_clip.Config, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_run_goes_on(cfg: Config, monkeypatch: pytest.MonkeyPatch):
     whole = locked_clip.train(dataclasses.replace(cfg, epochs=3, out="whole"))
     save, stopped = locked_clip.run.RunFolder.save, dataclasses.replace(cfg, epochs=3, out="stopped", save_every=1)
 
@@ -58,7 +59,7 @@ def test_a_stopped_run_goes_on(cfg: locked_clip.Config, monkeypatch: pytest.Monk
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
 
 
-def test_few_rows_come_more_often(cfg: locked_clip.Config, monkeypatch: pytest.MonkeyPatch):
+def test_few_rows_come_more_often(cfg: Config, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr(
         locked_clip.np, "resize", lambda rows, total: seen.append(sorted(rows)) or locked_clip.np.tile(rows, 10)[:total]
@@ -82,9 +83,7 @@ def test_the_command_of_the_readme_gives_the_numbers_of_the_study(
     ]  # no ties
     pairs = ({"png": picture(i, i % 6), "txt": "\n".join(both)} for i, both in enumerate(texts))
     layout.write_retrieval(corpus / "retrieval_en", pairs)
-    cfg = locked_clip.Config(
-        out="run", data="train", total=60, epochs=2, batch_size=12, warmup=5, device="cpu", precision="fp32"
-    )
+    cfg = Config(out="run", data="train", total=60, epochs=2, batch_size=12, warmup=5, device="cpu", precision="fp32")
     exported = locked_clip.export_run(locked_clip.train(cfg), "exported")
     assert max(exported.values()) < 1e-5
     features, captions, _ = photos.test_set("retrieval_en")

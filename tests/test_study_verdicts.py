@@ -210,6 +210,7 @@ def test_tables_star_primary_claims():
         "here": "needs CC3M",
         "resolves": "-",
         "d": "-",
+        "seeds": "-",
         "verdict": "not testable here",
     }
     assert lines[2] == {
@@ -218,6 +219,7 @@ def test_tables_star_primary_claims():
         "here": "+40.00",
         "resolves": "-",
         "d": "1",
+        "seeds": 1,
         "verdict": "not resolved",
     }
 

@@ -136,7 +136,7 @@ def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, mon
     assert len(study.STUDY.floor_files()) == 3  # floors are measured again when a reduction changes
 
 
-def test_mlps_on_locked_towers_learn_what_captions_say(cfg: locked_clip.Config, embedded: list[list[str]]):  # noqa: F811
+def test_mlps_on_locked_towers_learn_what_captions_say(cfg: locked_clip.Settings, embedded: list[list[str]]):  # noqa: F811
     settings = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(locked_clip.Settings)}
     run = locked_clip.train(study.Config(**settings), towers=study.TOWERS)
     features, _, _ = photos.test_set("retrieval")

@@ -55,16 +55,6 @@ class Settings:
     """Steps between lines of metrics.jsonl."""
 
 
-@dataclasses.dataclass
-class Config(Settings):
-    """Settings of a CLIP whose text tower is a transformer from scratch."""
-
-    model: str = "Lite0-emoji"
-    """open_clip config with EfficientNet-Lite0 as image tower."""
-    max_length: int = 24
-    """Maximum tokens of a caption, with start and end; longer captions are cut."""
-
-
 class Towers(NamedTuple):
     """Functions of a run's settings, the fields of its config."""
 
@@ -73,7 +63,10 @@ class Towers(NamedTuple):
 
 
 def create_model(settings: dict) -> nn.Module:
-    """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images."""
+    """A randomly initialised open_clip model that takes EfficientNet-Lite0's features (B, 1280) as images.
+
+    The settings are `model`, the name of its open_clip config, and `max_length`, the most tokens of a caption.
+    """
     logging.disable(logging.WARNING)  # hides the warning that the weights are random
     length = settings["max_length"]
     model = without_padding(open_clip.create_model(settings["model"], load_weights=False, force_context_length=length))
