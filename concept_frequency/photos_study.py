@@ -34,7 +34,7 @@ from concept_frequency.statistics import (
     unbinned,
     within_slope,
 )
-from concept_frequency.study import COLORS, plot_changes, pooled_within
+from concept_frequency.study import COLORS, plot_changes, pooled_rows
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, data, run, zeroshot
 from shared.study import floors, locked_clip, photos, verdicts
@@ -210,18 +210,8 @@ def derive(found: Comparison) -> None:
 
 def more_rows(found: Comparison, **_: Any) -> list[dict[str, Any]]:
     """Claims rows: the slope within nouns over all seeds together, and what this scale cannot show."""
-    rows = []
-    both = [found.arms.get(arm, ()) for arm in ("captions", "thinned")]
-    if all(both) and all(
-        "concepts" in measured for runs in both for measured in runs
-    ):  # results that are extended lack it
-        tables = ([measured["concepts"] for measured in found.arms[arm]] for arm in ("captions", "thinned"))
-        rows.append(pooled_within(*tables))
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
-    return [*rows, corpora]
-
-
-CORRELATION = "canonical correlation of EfficientNet-Lite0 with words"
+    return [*pooled_rows(found, "captions", "thinned"), corpora]
 
 
 def chance() -> dict[str, float]:
@@ -239,6 +229,14 @@ def correlation_floor(shards: str, own: bool) -> dict[str, float]:
     counts = nouns_of_captions(Config.data).sum(0)
     numbers = curve_of(found.image(test.features), found.text(test.captions), counts)
     return {key: value for key, value in numbers.items() if key != "concepts"}
+
+
+_, JOINED, SINGLE = photos.floors_on(photos.RETRIEVAL)
+FLOORS = (
+    Floor("chance", chance),
+    dataclasses.replace(JOINED, measure=functools.partial(correlation_floor, photos.JOINED, own=False)),
+    dataclasses.replace(SINGLE, measure=functools.partial(correlation_floor, photos.SINGLE, own=True)),
+)
 
 
 def plot(found: Comparison, out: Path) -> None:
@@ -292,11 +290,7 @@ STUDY = Study(
         "seconds": "seconds",
     },
     sets=(photos.RETRIEVAL,),
-    floors=(
-        Floor("chance", chance),
-        Floor(CORRELATION, functools.partial(correlation_floor, photos.JOINED, own=False)),
-        Floor(f"{CORRELATION}, each caption alone", functools.partial(correlation_floor, photos.SINGLE, own=True)),
-    ),
+    floors=FLOORS,
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,

@@ -184,16 +184,19 @@ def pooled_within(zipf: list[Table], reassigned: list[Table]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pooled_rows(found: Comparison, reference: str, other: str) -> list[dict[str, Any]]:
+    """`pooled_within` of two arms; no row if one is missing or a run has no table, as in results that are extended."""
+    arms = [found.arms.get(arm, []) for arm in (reference, other)]
+    if not all(arms) or not all("concepts" in measured for runs in arms for measured in runs):
+        return []
+    return [pooled_within(*map(tables_of, arms))]
+
+
 def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> list[dict[str, Any]]:
     """Rows for all seeds together, for the published files, and for claims that cannot be tested at this scale."""
     if "zipf" not in found.arms:
         raise ValueError("--report needs the arm zipf among the runs")
-    rows = []
-    both = (found.arms["zipf"], found.arms.get("reassigned", ()))
-    if all(both) and all(
-        "concepts" in measured for runs in both for measured in runs
-    ):  # results that are extended lack it
-        rows.append(pooled_within(tables_of(found.arms["zipf"]), tables_of(found.arms["reassigned"])))
+    rows = pooled_rows(found, "zipf", "reassigned")
     files = verdicts.not_testable("published files: all correlations", "0.83 to 1.00", "name UPSTREAM=CLONE")
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
     return [*rows, *(map(as_row, replayed) if replayed else [files]), corpora]

@@ -3,8 +3,9 @@
 The pool is Flickr8k with one sample per caption: 30,000 pairs of 6,000 photographs, a stand-in for CC3M. MLPs on two
 pretrained, locked networks, EfficientNet-Lite0 and the sentence encoder MiniLM, are trained as a CLIP on the whole pool
 or on a quarter of it (the paper keeps 24 %), for equal steps. Two more arms train on half. T_g is another person's
-caption of the same photograph, so it is never wrong. MiniLM is there because text towers from scratch, a transformer or
-the bag of words of study.py, retrieved worse than a canonical correlation, which takes no training step.
+caption of the same photograph, so it is never wrong. MiniLM is there because text towers from scratch retrieved worse
+than a canonical correlation, which takes no training step: the bag of words of study.py after training on all pairs, a
+transformer after training on a quarter.
 `python -m tldr_reduction.photos_study --data SHARDS --out RUN` trains one such model.
 
 Copies of a photograph stay in the pool when it is reduced (`--no-drop-duplicates`, as upstream). If they were dropped,
@@ -164,17 +165,16 @@ TOWERS = locked_clip.Towers(lambda settings: LockedTowers(), lambda settings: mi
 
 def write_predictions(source: str, path: str) -> None:
     """Write T_g for `source`: for each sample, another caption of the same photograph."""
-    spoken = []
+    spoken, texts = [], []
     for key, about in descriptions(data.expand_shards(source)):
         others = [text for text in about["captions"] if text != about["caption"]] or about["captions"]
         place = about["captions"].index(about["caption"]) if about["caption"] in about["captions"] else 0
         spoken.append({"image_id": key, "caption": others[place % len(others)]})
+        texts += [about["caption"], refined(about["caption"], spoken[-1]["caption"])]
     if not Path(path).is_file() or json.loads(Path(path).read_text(encoding="utf-8")) != spoken:
         checkpoints.write_json(path, spoken)
     print(f"{path}: {len(spoken):,} captions")
-    original = [about["caption"] for _, about in descriptions(data.expand_shards(source))]
-    both = [refined(of_sample, other["caption"]) for of_sample, other in zip(original, spoken, strict=True)]
-    print(f"MiniLM's features of {len(minilm_features([*original, *both])):,} texts are in data/cache")
+    print(f"MiniLM's features of {len(minilm_features(texts)):,} texts are in data/cache")
 
 
 def measure_run(folder: Path) -> dict[str, float]:

@@ -177,15 +177,16 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
     }
 
 
-def extended_seeds(known: Sequence[int], have: dict[str, int], arms: Iterable[str], seeds: Sequence[int]) -> list[int]:
+def extended_seeds(earlier: dict, arms: Iterable[str], seeds: Sequence[int]) -> list[int]:
     """The seeds of results after runs of these `arms` with these `seeds` are added to them.
 
-    The results have the seeds `known`, and each arm the first `have[arm]` of them. ValueError if an arm would then have
-    seeds that are not the first ones, since claims compare the seeds that both arms have.
+    ValueError if an arm would then have seeds that are not the first ones, since claims compare the seeds that both
+    arms have.
     """
+    known, before = earlier["seeds"], by_seed(earlier)
     merged = [*known, *(seed for seed in seeds if seed not in known)]
     for arm in arms:
-        of_arm = {*known[: have.get(arm, 0)], *seeds}
+        of_arm = {*known[: len(before.get(arm, ()))], *seeds}
         if of_arm != set(merged[: len(of_arm)]):
             lacks = [seed for seed in merged[: len(of_arm)] if seed not in of_arm]
             raise ValueError(
@@ -201,7 +202,7 @@ def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison
     them; `folders` are those of `found`. ValueError if an arm has other settings or metrics there.
     """
     before, known = by_seed(earlier), earlier["seeds"]
-    seeds = extended_seeds(known, {arm: len(runs) for arm, runs in before.items()}, found.arms, found.seeds)
+    seeds = extended_seeds(earlier, found.arms, found.seeds)
     arms = dict(before)
     for arm, runs in found.arms.items():
         if earlier["settings"].get(arm, found.settings.get(arm)) != found.settings.get(arm):

@@ -447,9 +447,8 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     for arm in compared if set(seeds) - set(earlier["seeds"]) else ():
         if missing := (set(study.derived_from.get(arm, ())) & set(earlier["arms"])) - set(compared):
             raise ValueError(f"metrics of {arm} are computed from {sorted(missing)[0]}: name it in --arms, too")
-    have = {arm: len(runs) for arm, runs in report.by_seed(earlier).items()}
-    extended_by = report.extended_seeds(earlier["seeds"], have, compared, seeds)
-    if extended_by == earlier["seeds"] and all(have.get(arm, 0) == len(extended_by) for arm in compared):
+    merged, runs = report.extended_seeds(earlier, compared, seeds), report.by_seed(earlier)
+    if merged == earlier["seeds"] and all(len(runs.get(arm, ())) == len(merged) for arm in compared):
         raise ValueError(f"{options.results} has these seeds of {', '.join(compared)} already")
     return earlier
 

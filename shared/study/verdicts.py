@@ -69,8 +69,7 @@ def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
 
     Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
     variance 2 v. If arms have different numbers of seeds, arms or seeds are left out so that most degrees of freedom
-    remain; the pair that is compared may be among them.
-    None if fewer than two arms or seeds have the metric.
+    remain; the pair that is compared may be among them. None if fewer than two arms or seeds have the metric.
     """
     values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
     tables = [[each[:n] for each in values if len(each) >= n] for n in {len(each) for each in values}]
@@ -194,7 +193,7 @@ def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dic
             for stand_in in found.setdefault("0", [{} for _ in longest]):
                 stand_in[claim.metric] = 0.0
             continue
-        if arm not in arms or metric == "" or any(metric and metric not in run for run in arms[arm]):
+        if arm not in arms or metric == "" or any(metric not in run for run in arms[arm]):
             continue
         stand_ins = found.setdefault(claim.baseline, [{} for _ in arms[arm]])
         for stand_in, run in zip(stand_ins, arms[arm], strict=True):
