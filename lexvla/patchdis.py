@@ -155,8 +155,9 @@ def classnames(folder: str | Path) -> list[str]:
 def labelled_files(folder: str | Path) -> Iterator[tuple[Path, np.ndarray, int]]:
     """(image file, mask (H, W), value to ignore) of each mask of a PatchDis folder.
 
-    Errors: FileNotFoundError if a mask has no image; ValueError if a file cannot be read, a class is out of range, or
-    image and mask differ in size.
+    The image may be a smaller or larger copy of what the mask was drawn on. Errors: FileNotFoundError if a mask has no
+    image; ValueError if a file cannot be read, a class is out of range, or the aspect ratios of image and mask differ
+    by more than the rounding of a side.
     """
     classes, masks = len(classnames(folder)), sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:
@@ -171,9 +172,12 @@ def labelled_files(folder: str | Path) -> Iterator[tuple[Path, np.ndarray, int]]
         ignore = 255 if mask.dtype == np.uint8 else IGNORE
         if (largest := mask[mask != ignore].max(initial=0)) >= classes:
             raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
-        if (size := image_size(image)) != mask.shape[::-1]:
-            sizes = "{}x{} pixels, but {} {}x{}".format(*mask.shape[::-1], image, *size)
-            raise ValueError(f"{file} has {sizes}: make masks of their images' size")
+        (height, width), (of_image, by) = mask.shape, image_size(image)
+        if abs(of_image * height - width * by) > max(width, height, of_image, by):
+            raise ValueError(
+                f"{file} has {width}x{height} pixels, but {image} {of_image}x{by}, which is another aspect ratio: make"
+                " masks of their images' size"
+            )
         yield image, mask, ignore
 
 

@@ -175,9 +175,14 @@ def test_a_masks_image_has_the_same_name(tmp_path: Path):
 
 
 def test_all_masks_are_checked_first(labelled: Path, tmp_path: Path):
-    """Also for what is no error while images are resized: a mask of another size than its image."""
+    """Also for what is no error while images are resized: a mask of another shape than its image. A photograph may be a
+    smaller copy of that on which its mask was drawn."""
     folder = shutil.copytree(labelled, tmp_path / "labelled")
     patchdis.check_folder(folder)
+    Image.new("RGB", (385, 256)).save(folder / "images/2.png")
+    Image.new("L", (640, 426)).save(folder / "masks/2.png")
+    patchdis.check_folder(folder)
+    Image.new("RGB", (64, 16)).save(folder / "images/2.png")
     Image.new("L", (30, 20)).save(folder / "masks/2.png")
     with pytest.raises(ValueError, match=r"masks/2.png has 30x20 pixels, but .*images/2.png 64x16"):
         patchdis.check_folder(folder)
