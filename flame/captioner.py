@@ -86,22 +86,22 @@ def load_captioner(cfg: Config, device: torch.device) -> Captioner:
 
 
 def described(
-    pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config,
+    pairs: data.Shards | data.TSV, samples: range, captioner: Captioner, cfg: Config,
     tick: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Entries of the caption file for these samples. An unreadable image gets an empty caption."""
     found = {}
-    for first in range(rows.start, rows.stop, cfg.batch_size):
+    for first in range(samples.start, samples.stop, cfg.batch_size):
         images = {}
-        for row in range(first, min(first + cfg.batch_size, rows.stop)):
+        for i in range(first, min(first + cfg.batch_size, samples.stop)):
             try:
-                images[row] = pairs.read(row).image
+                images[i] = pairs.read(i).image
             except data.BrokenSample:
-                found[row] = ""
+                found[i] = ""
         if images:
             found |= dict(zip(images, captioner(list(images.values())), strict=True))
-        tick(min(cfg.batch_size, rows.stop - first))
-    return [{"__key__": str(pairs.keys[row]), "caption": found[row]} for row in rows]
+        tick(min(cfg.batch_size, samples.stop - first))
+    return [{"__key__": str(pairs.keys[i]), "caption": found[i]} for i in samples]
 
 
 def main(cfg: Config) -> None:
@@ -128,10 +128,11 @@ def main(cfg: Config) -> None:
     starts = range(0, len(pairs), cfg.part_size)
     mine = [start for start in starts[process.rank :: process.world_size] if not (parts / f"{start}.json").exists()]
     captioner = load_captioner(cfg, process.device) if mine else None
-    rows_of = {start: range(start, min(start + cfg.part_size, len(pairs))) for start in mine}
-    with run.counting(sum(map(len, rows_of.values())), cfg.out, "image", process) as tick:
-        for start, rows in rows_of.items():
-            checkpoints.write_json(parts / f"{start}.json", {"captions": described(pairs, rows, captioner, cfg, tick)})
+    samples_of = {start: range(start, min(start + cfg.part_size, len(pairs))) for start in mine}
+    with run.counting(sum(map(len, samples_of.values())), cfg.out, "image", process) as tick:
+        for start, samples in samples_of.items():
+            captions = described(pairs, samples, captioner, cfg, tick)
+            checkpoints.write_json(parts / f"{start}.json", {"captions": captions})
     run.wait()
     if process.main:
         of_parts = (checkpoints.read_json(parts / f"{start}.json")["captions"] for start in starts)
