@@ -149,7 +149,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the count
 
-CAPTION_BYTES = 2_000  # memory of a caption while its part is indexed: text, noun set, postings
+CAPTION_BYTES = 2_000  # memory of a caption while its partition is indexed: text, noun set, postings
 DOC_BYTES = 100_000  # memory of a caption inside spaCy
 
 
@@ -163,7 +163,7 @@ class CountConfig:
     concepts: tuple[str, ...] = ()
     """Lists of concepts: folders with classnames.txt, .txt (one a line), .json. Each gets its own files of counts."""
     out: str = "runs/count"
-    """Folder of the parts and of the counts."""
+    """Folder of the partitions and of the counts."""
     corpus: str = "corpus"
     """Name of the corpus in file names."""
     caption_column: str = "caption"
@@ -227,16 +227,16 @@ class CountConfig:
     address: str = ""
     """Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for Ray on this machine; the extra `ray`."""
     memory: int = 256
-    """MiB a worker may use for captions and postings, in addition to its spaCy pipeline; sets the size of parts and
-    batches. A tar is not split."""
+    """MiB a worker may use for captions and postings, in addition to its spaCy pipeline; sets the size of partitions
+    and batches. A tar is not split."""
     merge: bool = False
     """Also write one index of all captions, index.npz; it must fit in memory (8 bytes a posting)."""
     strict: bool = False
     """Stop at the first broken sample instead of counting and skipping it."""
 
     @property
-    def part_captions(self) -> int:
-        """Captions of a part, within `memory`."""
+    def partition_captions(self) -> int:
+        """Captions of a partition, within `memory`."""
         return max(self.memory * 2**20 // CAPTION_BYTES, 1)
 
     @property

@@ -1,6 +1,6 @@
-"""A corpus on disk or behind URLs: its parts, their captions, and the caption row of each image.
+"""A corpus on disk or behind URLs: its partitions, their captions, and the caption row of each image.
 
-A part is a tar or a slice of a table; its rows are the documents. Rows are numbered in file order, including empty
+A partition is a tar or a slice of a table; its rows are the documents. Rows are numbered in file order, including empty
 captions; with `also`, rows without a caption or a value in that column are dropped first, as for LAION upstream.
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
 """
@@ -23,8 +23,8 @@ from shared import checkpoints, data, tars
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
 
 
-class Part(NamedTuple):
-    """Rows start..stop of a file; a tar is one part."""
+class Partition(NamedTuple):
+    """Rows start..stop of a file; a tar is one partition."""
 
     path: str  # as given; may be a URL
     kind: str  # one of KINDS
@@ -35,7 +35,7 @@ class Part(NamedTuple):
     offset: int = 0  # position of row `start` in a text file, for seek()
 
     def name(self) -> str:
-        """Name of this part's results; it changes with the content (except behind a URL)."""
+        """Name of this partition's results; it changes with the content (except behind a URL)."""
         if data.is_remote(self.path):
             identity = data.stable_hash(self.path, self.start, self.stop)
         else:
@@ -53,28 +53,28 @@ class Part(NamedTuple):
             yield self.file
 
 
-def list_parts(specs: Sequence[str], part_captions: int, cache: Path) -> list[Part]:
-    """Parts of all files that brace patterns, folders and URLs (webdataset's: http, gs, hf) name; tables are sliced.
+def list_partitions(specs: Sequence[str], partition_captions: int, cache: Path) -> list[Partition]:
+    """Partitions of all files that brace patterns, folders and URLs (webdataset's: http, gs, hf) name.
 
-    A remote table is downloaded into `cache` and kept; remote tars are downloaded one by one, by the process that needs
-    them.
+    partition_captions: rows of a slice of a table. A remote table is downloaded into `cache` and kept; remote tars are
+    downloaded one by one, by the process that needs them.
     """
-    parts: list[Part] = []
+    partitions: list[Partition] = []
     for number, path in enumerate(expand(specs)):
         kind = Path(urlsplit(path).path).suffix if data.is_remote(path) else Path(path).suffix
         if kind not in KINDS:
             raise ValueError(f"{path} is none of {', '.join(KINDS)}")
         if kind == ".tar":
             file = path if data.is_remote(path) else os.path.abspath(path.removeprefix("file:"))
-            parts.append(Part(path, kind, file, number))
+            partitions.append(Partition(path, kind, file, number))
             continue
         file = os.path.abspath(data.fetch(path, cache))
-        bounds = list(row_positions(file, kind, part_captions))
-        parts += [
-            Part(path, kind, file, number, start, stop, offset)
+        bounds = list(row_positions(file, kind, partition_captions))
+        partitions += [
+            Partition(path, kind, file, number, start, stop, offset)
             for (start, offset), (stop, _) in itertools.pairwise(bounds)
         ]
-    return parts
+    return partitions
 
 
 def expand(specs: Sequence[str]) -> list[str]:
@@ -123,53 +123,55 @@ def rows_of(text: TextIO, kind: str) -> Iterator[list[str]]:
     return (line.split("\t") if kind == ".tsv" else [line] for line in lines)
 
 
-def read_columns(part: Part, names: Sequence[str]) -> Iterator[tuple]:
-    """Some columns of a parquet part's rows, read in batches."""
-    file, row = pq.ParquetFile(part.file), 0
+def read_columns(partition: Partition, names: Sequence[str]) -> Iterator[tuple]:
+    """Some columns of a parquet partition's rows, read in batches."""
+    file, row = pq.ParquetFile(partition.file), 0
     missing = [name for name in names if name not in file.schema_arrow.names]
     if missing:
-        raise ValueError(f"{part.path} has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
+        raise ValueError(f"{partition.path} has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
     for group in range(file.num_row_groups):
         length = file.metadata.row_group(group).num_rows
-        if row + length > part.start and row < part.stop:
+        if row + length > partition.start and row < partition.stop:
             at = row
             for batch in file.iter_batches(4096, row_groups=[group], columns=list(names)):
                 rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-                yield from (r for i, r in enumerate(rows, at) if part.start <= i < part.stop)
+                yield from (r for i, r in enumerate(rows, at) if partition.start <= i < partition.stop)
                 at += batch.num_rows
         row += length
 
 
-def read_cells(part: Part, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Rows of a part of a tsv file, columns by number, or the lines of a text file; missing cells are empty."""
-    if part.kind == ".txt":
+def read_cells(partition: Partition, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Rows of a partition of a tsv file, columns by number, or the lines of a text file; missing cells are empty."""
+    if partition.kind == ".txt":
         columns = ["0"]
     elif not all(column.isdecimal() for column in columns):
-        raise ValueError(f"columns of {part.path} are numbers from 0, not {', '.join(columns)}: name --caption-column")
+        raise ValueError(
+            f"columns of {partition.path} are numbers from 0, not {', '.join(columns)}: name --caption-column"
+        )
     places = [int(column) for column in columns]
-    with open_text(part.file) as text:
-        text.seek(part.offset)
-        for row in itertools.islice(rows_of(text, part.kind), part.stop - part.start):
+    with open_text(partition.file) as text:
+        text.seek(partition.offset)
+        for row in itertools.islice(rows_of(text, partition.kind), partition.stop - partition.start):
             yield tuple(row[place] if place < len(row) else "" for place in places)
 
 
-def read_captions(part: Part, column: str, also: str, broken: list[data.Broken]) -> Iterator[str]:
-    """Yield the captions of a part, "" for a missing one; broken samples are appended to `broken`."""
-    if part.kind == ".tar":
-        with part.local() as file:
+def read_captions(partition: Partition, column: str, also: str, broken: list[data.Broken]) -> Iterator[str]:
+    """Yield the captions of a partition, "" for a missing one; broken samples are appended to `broken`."""
+    if partition.kind == ".tar":
+        with partition.local() as file:
             yield from read_tar_captions(file, broken)
         return
-    if also and part.kind == ".txt":
+    if also and partition.kind == ".txt":
         raise ValueError(
-            f"{part.path} has no column {also!r} because it holds lines of text: pass --also '', or preset shards"
+            f"{partition.path} has no column {also!r} because it holds lines of text: pass --also '', or preset shards"
         )
     columns = [column, also] if also else [column]
-    rows = read_columns(part, columns) if part.kind == ".parquet" else read_cells(part, columns)
-    for i, (caption, *others) in enumerate(rows, part.start):
+    rows = read_columns(partition, columns) if partition.kind == ".parquet" else read_cells(partition, columns)
+    for i, (caption, *others) in enumerate(rows, partition.start):
         if also and not (caption and others[0]):
             continue
         if not caption:
-            broken.append(data.Broken(f"{part.path} row {i}", "empty caption"))
+            broken.append(data.Broken(f"{partition.path} row {i}", "empty caption"))
         yield caption or ""
 
 

@@ -4,10 +4,10 @@
     python -m concept_frequency.count shards --data '/data/cc3m/{00000..00331}.tar' --concepts b.json --tagger clip
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Read in this order:
-  corpus.py    files to parts (a tar, or a slice of a table), their captions, ids of images
+  corpus.py    files to partitions (a tar, or a slice of a table), their captions, ids of images
   tagging.py   captions to nouns, images to concepts
-  search.py    the work on one part, in any process
-  this file    all parts: index and tag the missing ones, collect the terms that any of them has, sum their counts
+  search.py    the work on one partition, in any process
+  this file    all partitions: index and tag the missing ones, collect the terms that any of them has, sum their counts
 An index of the whole corpus is built only with --merge, and machines exchange only a few thousand words and numbers.
 """
 
@@ -32,7 +32,7 @@ import torch
 
 from concept_frequency.concepts import read_concepts
 from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
-from concept_frequency.corpus import Part, RowTable, list_parts, read_captions, sample_id  # noqa: F401
+from concept_frequency.corpus import Partition, RowTable, list_partitions, read_captions, sample_id  # noqa: F401
 from concept_frequency.model import InvertedIndex, clean, query_terms
 from concept_frequency.search import (
     Counted,
@@ -41,16 +41,16 @@ from concept_frequency.search import (
     Job,
     RayTagger,
     TagJob,
-    count_part,
+    count_partition,
     count_tags,
     done_before,
-    index_part,
+    index_partition,
     known_terms,
-    label_part,
-    parts_of_tags,
-    phrase_part,
+    label_partition,
+    partitions_of_tags,
+    phrase_partition,
     read_phrases,
-    tag_part,
+    tag_partition,
 )
 from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
 from shared import checkpoints, cli, data, evaluation, run, tars
@@ -59,40 +59,42 @@ CONNECT_SECONDS = 5.0  # time limit for a Ray head to answer
 
 
 def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
-    """Counts of the concepts `names` in the corpus of `cfg`; finished parts are not repeated."""
+    """Counts of the concepts `names` in the corpus of `cfg`; finished partitions are not repeated."""
     cfg, names = absolute(cfg), tuple(names)
     if cfg.address:
         connect(cfg.address)
     out = Path(cfg.out)
-    parts = list_parts(cfg.data, cfg.part_captions, out / "cache")
-    phrases = phrase_files(cfg, names, parts, out)
-    texts = text_stage(cfg, parts, out, names, phrases)
+    if (out / "parts").is_dir() and not (out / "partitions").exists():  # the folder's name in older counts
+        (out / "parts").rename(out / "partitions")
+    partitions = list_partitions(cfg.data, cfg.partition_captions, out / "cache")
+    phrases = phrase_files(cfg, names, partitions, out)
+    texts = text_stage(cfg, partitions, out, names, phrases)
     broken = [b for done in texts for b in done.broken]
     if not sum(done.documents for done in texts):
         why = f": {broken[0].reason} ({broken[0].key})" if broken else ""
         raise ValueError(f"{', '.join(cfg.data)} holds no caption{why}")
-    data.say_damaged(damaged_tars(parts, texts))
-    tags, broken_images = tag_stage(cfg, names, parts, out)
+    data.say_damaged(damaged_tars(partitions, texts))
+    tags, broken_images = tag_stage(cfg, names, partitions, out)
     broken += broken_images
     if line := data.broken_report(broken, "kept as documents without concepts"):
         print(line)
     total = add_up(cfg, names, texts, tags)
     if cfg.phrases:
-        jobs = [Job(part, cfg, file, names) for part, file in zip(parts, phrases, strict=True)]
-        found = stage(phrase_part, jobs, cfg, "captions")
+        jobs = [Job(partition, cfg, file, names) for partition, file in zip(partitions, phrases, strict=True)]
+        found = stage(phrase_partition, jobs, cfg, "captions")
         total = total._replace(phrase=sum(read_phrases(done.target) for done in found))
     if cfg.merge:
         InvertedIndex.merge([InvertedIndex.load(done.target) for done in texts]).save(out / "index.npz")
     return total
 
 
-def damaged_tars(parts: list[Part], texts: list[Done]) -> list[str]:
+def damaged_tars(partitions: list[Partition], texts: list[Done]) -> list[str]:
     """A sentence for each damaged local tar: bytes and captions that could be read, and the expected number."""
     found, whole = [], []
-    for part, done in zip(parts, texts, strict=True):
-        if part.kind == ".tar" and part.file in {broken.key for broken in done.broken}:
-            found.append((part.file, done.documents))
-        elif part.kind == ".tar":
+    for partition, done in zip(partitions, texts, strict=True):
+        if partition.kind == ".tar" and partition.file in {broken.key for broken in done.broken}:
+            found.append((partition.file, done.documents))
+        elif partition.kind == ".tar":
             whole.append(done.documents)
     return [data.damaged_shard(file, count, tars.index_shard(file).spans, whole) for file, count in found]
 
@@ -106,32 +108,32 @@ def absolute(cfg: CountConfig) -> CountConfig:
     return dataclasses.replace(cfg, out=os.path.abspath(cfg.out), **found)
 
 
-def phrase_files(cfg: CountConfig, names: tuple[str, ...], parts: list[Part], out: Path) -> list[str]:
-    """The file of each part's phrase counts; "" without --phrases."""
+def phrase_files(cfg: CountConfig, names: tuple[str, ...], partitions: list[Partition], out: Path) -> list[str]:
+    """The file of each partition's phrase counts; "" without --phrases."""
     if not cfg.phrases:
-        return [""] * len(parts)
-    folder = out / "parts" / f"phrases-{data.stable_hash(cfg.caption_column, cfg.also, *names):016x}"
-    return [str(folder / f"{part.name()}.npz") for part in parts]
+        return [""] * len(partitions)
+    folder = out / "partitions" / f"phrases-{data.stable_hash(cfg.caption_column, cfg.also, *names):016x}"
+    return [str(folder / f"{partition.name()}.npz") for partition in partitions]
 
 
 def text_stage(
-    cfg: CountConfig, parts: list[Part], out: Path, names: tuple[str, ...] = (), phrases: Sequence[str] = ()
+    cfg: CountConfig, partitions: list[Partition], out: Path, names: tuple[str, ...] = (), phrases: Sequence[str] = ()
 ) -> list[Done]:
-    """Index the nouns of every part. Parts that are indexed now also get phrase counts of the names."""
+    """Index the nouns of every partition. Partitions that are indexed now also get phrase counts of the names."""
     settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.exact, cfg.casefold)
-    folder = out / "parts" / f"text-{data.stable_hash(*map(str, settings)):016x}"
-    files = phrases or [""] * len(parts)
+    folder = out / "partitions" / f"text-{data.stable_hash(*map(str, settings)):016x}"
+    files = phrases or [""] * len(partitions)
     jobs = [
-        Job(part, cfg, str(folder / f"{part.name()}.npz"), names if file else (), phrases=file)
-        for part, file in zip(parts, files, strict=True)
+        Job(partition, cfg, str(folder / f"{partition.name()}.npz"), names if file else (), phrases=file)
+        for partition, file in zip(partitions, files, strict=True)
     ]
-    return stage(index_part, jobs, cfg, "captions")
+    return stage(index_partition, jobs, cfg, "captions")
 
 
 def tag_stage(
-    cfg: CountConfig, names: tuple[str, ...], parts: list[Part], out: Path
+    cfg: CountConfig, names: tuple[str, ...], partitions: list[Partition], out: Path
 ) -> tuple[list[Done], list[data.Broken]]:
-    """(tags of every part or image shard, broken samples); nothing without a tagger or labels."""
+    """(tags of every partition or image shard, broken samples); nothing without a tagger or labels."""
     if not (cfg.tagger or cfg.label_column):
         return [], []
     files = (cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions)
@@ -140,18 +142,19 @@ def tag_stage(
     weights = (os.path.join(path, "checkpoint.pt") if path and os.path.isdir(path) else path for path in files)
     settings += tuple(stamp(path) for path in weights if path and os.path.isfile(path))
     if cfg.ids in ("cc12m", "yfcc15m"):  # an image's row depends on all captions
-        settings += tuple(part.name() for part in parts)
-    folder = out / "parts" / f"images-{data.stable_hash(*map(str, settings)):016x}"
+        settings += tuple(partition.name() for partition in partitions)
+    folder = out / "partitions" / f"images-{data.stable_hash(*map(str, settings)):016x}"
     table = ""
     if cfg.ids in ("cc12m", "yfcc15m"):
         table = str(folder / "rows.npz")
         if not Path(table).exists():
             folder.mkdir(parents=True, exist_ok=True)
             column = cfg.caption_column if cfg.ids == "cc12m" else "0"
-            RowTable.build(text.strip() for part in parts for text in read_captions(part, column, "", [])).save(table)
-    shards = list_parts(cfg.images, cfg.part_captions, out / "cache") if cfg.images else parts
-    jobs = [Job(part, cfg, str(folder / f"{part.name()}.npz"), names, table) for part in shards]
-    done = stage(tag_part if cfg.tagger else label_part, jobs, cfg, "images")
+            captions = (text for partition in partitions for text in read_captions(partition, column, "", []))
+            RowTable.build(map(str.strip, captions)).save(table)
+    shards = list_partitions(cfg.images, cfg.partition_captions, out / "cache") if cfg.images else partitions
+    jobs = [Job(partition, cfg, str(folder / f"{partition.name()}.npz"), names, table) for partition in shards]
+    done = stage(tag_partition if cfg.tagger else label_partition, jobs, cfg, "images")
     return done, [b for each in done for b in each.broken]
 
 
@@ -161,7 +164,7 @@ def stamp(path: str) -> str:
 
 
 def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list[Done]:
-    """Run the jobs whose results are missing; return all results, in order. Shows parts, rate and time left."""
+    """Run the jobs whose results are missing; return all results, in order. Shows partitions, rate and time left."""
     done = {i: done_before(job.target) for i, job in enumerate(jobs) if Path(job.target).exists()}
     for result in done.values():
         refuse_broken(result, cfg)
@@ -169,7 +172,7 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
     for folder in {Path(job.target).parent for job in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     start, seen = time.perf_counter(), 0
-    with run.counting(len(todo), label, "part") as tick:
+    with run.counting(len(todo), label, "partition") as tick:
         for i, result in spread(work, [jobs[i] for i in todo], cfg):
             done[todo[i]] = result
             seen += result.documents
@@ -179,7 +182,7 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
 
 
 def refuse_broken(result: Done, cfg: CountConfig) -> None:
-    """With --strict, raise ValueError if a part has a broken sample, even if an earlier run read it."""
+    """With --strict, raise ValueError if a partition has a broken sample, even if an earlier run read it."""
     if cfg.strict and result.broken:
         raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
@@ -187,11 +190,11 @@ def refuse_broken(result: Done, cfg: CountConfig) -> None:
 def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
     """Results in order of completion, under a progress bar."""
     results = (result for _, result in spread(work, jobs, cfg))
-    return run.progress(results, len(jobs), label, unit="part")
+    return run.progress(results, len(jobs), label, unit="partition")
 
 
 def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:
-    """Sums over parts; each part is counted alone, with the terms that occur in any part."""
+    """Sums over partitions; each is counted alone, with the terms that occur in any partition."""
     lemmas = lemmas_of(cfg.query_spacy) if cfg.lemmatize else None
     queries = [query_terms(name, lemmas, cfg.last_token, cfg.clean_terms) for name in names]
     wanted = frozenset(term for terms in queries for term in terms)
@@ -202,17 +205,17 @@ def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: li
     frozen = tuple(map(tuple, queries))
 
     bases = np.cumsum([0] + [done.documents for done in texts]).tolist()
-    if cfg.images:  # a file of tags can contain documents of any part
-        of_part: list[list[tuple[str, int]]] = [[] for _ in texts]
+    if cfg.images:  # a file of tags can contain documents of any partition
+        of_partition: list[list[tuple[str, int]]] = [[] for _ in texts]
         asked = [(done.target, tuple(bases[:-1])) for done in tags]
-        for i, numbers in spread(parts_of_tags, asked, cfg):
+        for i, numbers in spread(partitions_of_tags, asked, cfg):
             for number in numbers:
-                of_part[number].append((tags[i].target, 0))
-    else:  # the tags of part i belong to part i
-        of_part = [[(done.target, base)] for done, base in zip(tags, bases, strict=False)] or [[] for _ in texts]
+                of_partition[number].append((tags[i].target, 0))
+    else:  # the tags of partition i belong to partition i
+        of_partition = [[(done.target, base)] for done, base in zip(tags, bases, strict=False)] or [[] for _ in texts]
     jobs = [
         CountJob(done.target, base, done.documents, tuple(sorted(files)), frozen, cfg.threshold)
-        for done, base, files in zip(texts, bases, of_part, strict=False)
+        for done, base, files in zip(texts, bases, of_partition, strict=False)
     ]
     tag_jobs = [
         TagJob(done.target, base, len(names), cfg.threshold, cfg.keep)
@@ -220,7 +223,7 @@ def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: li
     ]
     zero = np.zeros(len(names), dtype=np.int64)
     total = Counted(zero, zero, 0, 0, 0, zero, zero, 0, searched=frozen, missing=missing)
-    for work, todo, label in ((count_part, jobs, "counts"), (count_tags, tag_jobs, "image counts")):
+    for work, todo, label in ((count_partition, jobs, "counts"), (count_tags, tag_jobs, "image counts")):
         for counted in shown(work, todo, cfg, label):
             total = Counted(*(a + b for a, b in zip(total, counted, strict=True)))
     return total
@@ -259,7 +262,7 @@ def processes(work: Callable, workers: int, jobs: int) -> list[tuple[int, Callab
     Images are tagged by one process per GPU, with its share of the `workers` as decoders. Everything else, and images
     without a GPU, is done by as many processes as there are workers.
     """
-    devices = gpus()[: min(workers, jobs)] if work is tag_part else []
+    devices = gpus()[: min(workers, jobs)] if work is tag_partition else []
     if not devices:
         return [(min(workers, jobs), work)]
     decoders = workers // len(devices) if workers > len(devices) else 0
@@ -297,7 +300,7 @@ def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
     """`spread` on the connected Ray cluster: one process per processor, for images one per GPU."""
     import ray
 
-    taggers, share = [], cores_of_a_gpu(ray.nodes()) if work is tag_part else None
+    taggers, share = [], cores_of_a_gpu(ray.nodes()) if work is tag_partition else None
     if share is None:
         places = [(ray.remote(work).remote, 2 * int(ray.cluster_resources().get("CPU", 1)))]
     else:  # long-lived processes that keep their GPU and model

@@ -42,11 +42,11 @@ def unit(features: ArrayLike) -> NDArray[np.float32]:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def nearest(features: ArrayLike, rows: int = 1024) -> NDArray[np.float32]:
-    """(n,) cosine similarity of each image to the most similar other one, from features (n, D), `rows` at a time."""
+def nearest(features: ArrayLike, batch_size: int = 1024) -> NDArray[np.float32]:
+    """(n,) cosine similarity of each image to the most similar other one, from features (n, D)."""
     x, found = unit(features), []
-    for start in range(0, len(x), rows):
-        similarity = x[start : start + rows] @ x.T
+    for start in range(0, len(x), batch_size):
+        similarity = x[start : start + batch_size] @ x.T
         similarity[np.arange(len(similarity)), start + np.arange(len(similarity))] = -1  # itself
         found.append(similarity.max(axis=1))
     return np.concatenate(found)

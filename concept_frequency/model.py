@@ -110,23 +110,23 @@ class InvertedIndex:
 
     @classmethod
     def merge(cls, parts: Sequence["InvertedIndex"]) -> "InvertedIndex":
-        """Merge the indexes of consecutive parts of a corpus; ids are shifted by the numbers of earlier documents.
+        """Merge the indexes of consecutive partitions of a corpus; ids are shifted by the numbers of earlier documents.
 
         Source: U:src/text_search_inverted_index_combine_dictionaries.py:22.
         """
-        terms = sorted(set().union(*(part.terms for part in parts)))
+        terms = sorted(set().union(*(index.terms for index in parts)))
         place = {term: v for v, term in enumerate(terms)}
-        ranks = [np.array([place[term] for term in part.terms], dtype=np.int64) for part in parts]
+        ranks = [np.array([place[term] for term in index.terms], dtype=np.int64) for index in parts]
         lengths = np.zeros(len(terms), dtype=np.int64)
-        for part, rank in zip(parts, ranks, strict=True):
-            lengths[rank] += np.diff(part.offsets)
+        for index, rank in zip(parts, ranks, strict=True):
+            lengths[rank] += np.diff(index.offsets)
         offsets = np.concatenate([[0], lengths.cumsum()])
         ids, free, documents = np.empty(offsets[-1], dtype=np.int64), offsets[:-1].copy(), 0
-        for part, rank in zip(parts, ranks, strict=True):
-            length = np.diff(part.offsets)
-            ids[np.repeat(free[rank] - part.offsets[:-1], length) + np.arange(len(part.ids))] = part.ids + documents
+        for index, rank in zip(parts, ranks, strict=True):
+            length = np.diff(index.offsets)
+            ids[np.repeat(free[rank] - index.offsets[:-1], length) + np.arange(len(index.ids))] = index.ids + documents
             free[rank] += length
-            documents += part.num_documents
+            documents += index.num_documents
         return cls(terms, offsets, ids, documents)
 
     def postings(self, term: str) -> Ids:
@@ -177,16 +177,16 @@ class InvertedIndex:
 def count_partitioned(
     parts: Sequence[InvertedIndex], queries: Sequence[Sequence[str]], unknown: Literal["drop", "zero"] = "drop"
 ) -> Ids:
-    """Counts of all queries, (Q,), from indexes of disjoint parts of the documents; equal to those of one merged index.
+    """Counts of all queries, (Q,), from indexes of disjoint partitions; equal to those of one merged index.
 
     c matches i <=> K_c is not empty and a subset of N_i, with K_c = the terms of c that *some* document of the whole
-    corpus has. So the known terms are first collected over all parts, and a part without one of them has no match.
-    (Upstream run on parts drops the terms that are unknown in each part, so its sums are too large.)
+    corpus has. So the known terms are first collected over all partitions, and one that lacks a term has no match.
+    (Upstream run on partitions drops the terms that are unknown in each of them, so its sums are too large.)
     """
-    vocabulary = set().union(*(part.place for part in parts))
+    vocabulary = set().union(*(index.place for index in parts))
     if unknown == "drop":
         queries = [[term for term in terms if term in vocabulary] for terms in queries]
-    return sum((part.counts(queries, unknown="zero") for part in parts), np.zeros(len(queries), dtype=np.int64))
+    return sum((index.counts(queries, unknown="zero") for index in parts), np.zeros(len(queries), dtype=np.int64))
 
 
 # -------------------------------------------------------------------------------------------------- image tagger's head

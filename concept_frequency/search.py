@@ -1,7 +1,7 @@
-"""Search one part of a corpus (a tar or a slice of a table): index its captions, tag its images, count its concepts.
+"""Search one partition of a corpus (a tar, or a slice of a table): index captions, tag images, count concepts.
 
 Each function takes a job that can be pickled, so any process or machine can run it; count.py distributes the jobs. Each
-part gets a file with the index of the nouns in its captions, and a file with the concepts in its images. Files are
+partition gets a file with the index of the nouns in its captions, and a file with the concepts in its images. Files are
 written atomically: a count that is restarted computes only the missing ones, and a count of other concepts reuses the
 index of captions.
 """
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from concept_frequency.concepts import load_json
 from concept_frequency.config import CountConfig
-from concept_frequency.corpus import Part, RowTable, read_captions, read_columns, row_keys, sample_id
+from concept_frequency.corpus import Partition, RowTable, read_captions, read_columns, row_keys, sample_id
 from concept_frequency.model import InvertedIndex, controlled_counts, matched_counts, tag_presence
 from concept_frequency.statistics import misalignment
 from concept_frequency.tagging import Tagger, load_tagger, tag_captions, tag_images
@@ -32,13 +32,13 @@ from shared import checkpoints, data, tars
 
 BATCH = 64  # images per forward pass
 
-# ------------------------------------------------------------------------------------------- index and tags of one part
+# -------------------------------------------------------------------------------------- index and tags of one partition
 
 
 class Job(NamedTuple):
-    """A job that writes the index, the tags or the phrase counts of a part."""
+    """A job that writes the index, the tags or the phrase counts of a partition."""
 
-    part: Part
+    partition: Partition
     cfg: CountConfig
     target: str  # file to write
     names: tuple[str, ...] = ()
@@ -54,10 +54,10 @@ class Done(NamedTuple):
     broken: list[data.Broken]
 
 
-def index_part(job: Job) -> Done:
-    """Tag the captions of a part and write their index; with `job.phrases`, also write their phrase counts."""
+def index_partition(job: Job) -> Done:
+    """Tag the captions of a partition and write their index; with `job.phrases`, also write their phrase counts."""
     cfg, broken, phrases = job.cfg, [], Phrases(job.names if job.phrases else ())
-    captions = phrases.watch(read_captions(job.part, cfg.caption_column, cfg.also, broken))
+    captions = phrases.watch(read_captions(job.partition, cfg.caption_column, cfg.also, broken))
     index = InvertedIndex.build(tag_captions(captions, cfg.spacy, cfg.exact, cfg.casefold, cfg.batch_captions))
     if job.phrases:
         Path(job.phrases).parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +65,10 @@ def index_part(job: Job) -> Done:
     return finish(job.target, index.save, index.num_documents, broken)
 
 
-def phrase_part(job: Job) -> Done:
-    """Write the phrase counts of a part that has an index already."""
+def phrase_partition(job: Job) -> Done:
+    """Write the phrase counts of a partition that has an index already."""
     phrases = Phrases(job.names)
-    captions = phrases.watch(read_captions(job.part, job.cfg.caption_column, job.cfg.also, []))
+    captions = phrases.watch(read_captions(job.partition, job.cfg.caption_column, job.cfg.also, []))
     return finish(job.target, phrases.save, sum(1 for _ in captions), [])
 
 
@@ -122,11 +122,11 @@ def done_before(target: str) -> Done:
     return Done(target, about["documents"], [data.Broken(*each) for each in about["broken"]])
 
 
-def label_part(job: Job) -> Done:
+def label_partition(job: Job) -> Done:
     """Write tags (document, concept, probability 1) from the label column instead of from images."""
     cfg, place = job.cfg, {name: c for c, name in enumerate(job.names)}
     columns = [cfg.caption_column, cfg.label_column] + ([cfg.also] if cfg.also else [])
-    rows = (row for row in read_columns(job.part, columns) if not cfg.also or (row[0] and row[2]))
+    rows = (row for row in read_columns(job.partition, columns) if not cfg.also or (row[0] and row[2]))
     concepts = np.array([place.get(row[1], -1) for row in rows], dtype=np.int64)
     documents = np.flatnonzero(concepts >= 0)
     save = tags_writer(documents, concepts[documents], np.ones(len(documents)))
@@ -144,19 +144,19 @@ def tagger_of(settings: str, names: tuple[str, ...], device: str) -> Tagger:
     )
 
 
-def tag_part(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
+def tag_partition(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
     """Tag the images of a shard and write (document, concept, probability) above 0.5, or above a lower threshold.
 
     `decoders` processes decode the images and send uint8 to this process; with 0 this process decodes them.
     """
     cfg, broken, found = job.cfg, [], [(np.zeros(0),) * 3]
-    if job.part.kind != ".tar":
-        raise ValueError(f"--tagger needs image shards, but {job.part.path} is not a .tar")
+    if job.partition.kind != ".tar":
+        raise ValueError(f"--tagger needs image shards, but {job.partition.path} is not a .tar")
     tagger = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names, device)
     table = RowTable.load(job.table) if job.table else None
     pixels, normalise = data.in_two(tagger.transform)
-    with job.part.local() as file, open(file, "rb", buffering=0) as tar:
-        shard = ShardImages(tar, job.part.number, cfg.ids, table, pixels)
+    with job.partition.local() as file, open(file, "rb", buffering=0) as tar:
+        shard = ShardImages(tar, job.partition.number, cfg.ids, table, pixels)
         loader = DataLoader(
             shard, BATCH, num_workers=decoders, collate_fn=collate, pin_memory=device.startswith("cuda"),
             multiprocessing_context="fork" if decoders else None,
@@ -203,13 +203,13 @@ def collate(items: list) -> tuple[NDArray[np.int64], Tensor | None, list[data.Br
 
 
 class RayTagger:
-    """A Ray actor that tags parts on the GPU that Ray assigns to it."""
+    """A Ray actor that tags partitions on the GPU that Ray assigns to it."""
 
     def __init__(self, decoders: int):
         self.device, self.decoders = "cuda:0" if torch.cuda.is_available() else "cpu", decoders
 
     def tag(self, job: Job) -> Done:
-        return tag_part(job, self.device, self.decoders)
+        return tag_partition(job, self.device, self.decoders)
 
 
 def tags_writer(documents: NDArray, concepts: NDArray, probabilities: NDArray) -> Callable[[BinaryIO], None]:
@@ -229,29 +229,30 @@ def read_tags(path: str, threshold: float) -> NDArray[np.int64]:
         return np.stack([file["document"][rows], file["concept"][rows]], axis=1).astype(np.int64)
 
 
-# --------------------------------------------------------------------------------------------------- counts of one part
+# ---------------------------------------------------------------------------------------------- counts of one partition
 
 
-def parts_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
-    """Indices of the parts that a file of tags has documents of; job: (file of tags, first document of each part)."""
+def partitions_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
+    """Indices of the partitions whose documents are in a file of tags; job: (this file, first document of each
+    partition)."""
     path, bases = job
     with np.load(path, allow_pickle=False) as file:
         return set(np.unique(np.searchsorted(bases, file["document"], side="right") - 1).tolist())
 
 
 class CountJob(NamedTuple):
-    """A job that counts the concepts of a part in captions, and in both caption and image."""
+    """A job that counts the concepts of a partition in captions, and in both caption and image."""
 
-    index: str  # file of a part's index
+    index: str  # file of a partition's index
     base: int  # id of its first document in the corpus
     documents: int
-    tags: tuple[tuple[str, int], ...]  # (file, id of its first document): may tag this part's documents
+    tags: tuple[tuple[str, int], ...]  # (file, id of its first document): may tag this partition's documents
     queries: tuple[tuple[str, ...], ...]  # known terms
     threshold: float
 
 
 class Counted(NamedTuple):
-    """Counts, summed over parts. Arrays are (K,)."""
+    """Counts, summed over partitions. Arrays are (K,)."""
 
     text: NDArray[np.int64]
     both: NDArray[np.int64]
@@ -271,8 +272,8 @@ def known_terms(job: tuple[str, frozenset[str]]) -> set[str]:
     return job[1] & InvertedIndex.load(job[0]).place.keys()
 
 
-def count_part(job: CountJob) -> Counted:
-    """Count the concepts of one part; a document has a concept if it has all of the concept's known terms."""
+def count_partition(job: CountJob) -> Counted:
+    """Count the concepts of one partition; a document has a concept if it has all of the concept's known terms."""
     index, k = InvertedIndex.load(job.index), len(job.queries)
     hits = [index.search(terms, unknown="zero") for terms in job.queries]
     text = np.stack([np.concatenate(hits), np.repeat(np.arange(k), [len(rows) for rows in hits])], axis=1)

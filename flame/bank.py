@@ -2,10 +2,10 @@
 
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The authors write
 one .pth file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and
-`ends.npy` (the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the row of its embeddings;
+`ends.npy` (the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the index of its embeddings;
 samples with the same captions share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D)
 float16. An image has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one (with
-MiniLM, 1 of each).
+MiniLM, 1 of each). `index.json` calls T "rows".
 """
 
 import functools
@@ -38,16 +38,20 @@ class Bank:
                 raise ValueError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
         if not (self.root / "centres.npy").is_file():
             raise ValueError(f"{root} is not finished; run 'python -m flame.embed' again")
-        self.dim, self.count = self.index["dim"], self.index["rows"]
-        self.keys, self.rows = read_keys(self.root), mapped(self.root / "rows.npy")
+        self.dim, self.facets = self.index["dim"], self.index["rows"]
+        self.keys, self.embedding_ids = read_keys(self.root), mapped(self.root / "rows.npy")
         held = sum(len(self.checked(shard)) for shard in range(self.index["shards"]))
-        if len(self.rows) != len(self.keys) or (len(self.rows) and int(self.rows.max()) >= held):
-            raise ValueError(f"{root} is damaged: it has {held:,} embeddings for rows up to {int(self.rows.max()):,}")
+        if len(self.embedding_ids) != len(self.keys):
+            raise ValueError(
+                f"{root} is damaged: rows.npy is of {len(self.embedding_ids):,} samples, keys.npy of {len(self.keys):,}"
+            )
+        if (needed := int(self.embedding_ids.max(initial=-1)) + 1) > held:
+            raise ValueError(f"{root} is damaged: it has {held:,} embeddings, and rows.npy needs {needed:,}")
 
     def checked(self, shard: int) -> np.ndarray:
         """A shard of the bank; ValueError if it is damaged."""
         found = self.shard(shard)
-        if found.shape[1:] != (self.count, self.dim):
+        if found.shape[1:] != (self.facets, self.dim):
             raise ValueError(f"{self.shard_path(self.root, shard)} is damaged: its shape is {found.shape}")
         return found
 
@@ -79,7 +83,7 @@ class Bank:
 
     def lacks(self, key: str) -> NoReturn:
         """ValueError about a sample that is not in the bank."""
-        raise ValueError(f"{self.root} has no row for sample {key}: embed the captions of this --data")
+        raise ValueError(f"{self.root} has no embeddings of sample {key}: embed the captions of this --data")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
     def shard(self, number: int) -> np.ndarray:
@@ -87,10 +91,10 @@ class Bank:
         return mapped(self.shard_path(self.root, number))
 
     def __getitem__(self, key: str) -> Tensor:
-        if (place := self.lookup.row(key)) < 0:
+        if (row := self.lookup.row(key)) < 0:
             self.lacks(key)
-        shard, row = divmod(int(self.rows[place]), self.index["shard_size"])
-        return torch.from_numpy(self.shard(shard)[row].astype(np.float32))
+        shard, offset = divmod(int(self.embedding_ids[row]), self.index["shard_size"])
+        return torch.from_numpy(self.shard(shard)[offset].astype(np.float32))
 
     @functools.cached_property
     def centres(self) -> Tensor:
@@ -113,16 +117,16 @@ def mapped(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is damaged: make the bank again with 'python -m flame.embed'") from error
 
 
-def sums(rows: np.ndarray, multi: slice) -> np.ndarray:
+def sums(embeddings: np.ndarray, multi: slice) -> np.ndarray:
     """(n, T, D) embeddings of images -> (T + 1, D) float64: their sums, for `centres`; `multi`: the long facets."""
-    mean = rows[:, multi].astype(np.float32).mean(1)
+    mean = embeddings[:, multi].astype(np.float32).mean(1)
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
-    return np.concatenate([rows.sum(0, dtype=np.float64), mean.sum(0, dtype=np.float64)[None]])
+    return np.concatenate([embeddings.sum(0, dtype=np.float64), mean.sum(0, dtype=np.float64)[None]])
 
 
-def centred(rows: Tensor, centre: Tensor) -> Tensor:
-    """Unit rows (..., D) minus their centre (..., D), normalised again."""
-    return F.normalize(rows - centre.to(rows.device), dim=-1)
+def centred(embeddings: Tensor, centre: Tensor) -> Tensor:
+    """Unit embeddings (..., D) minus their centre (..., D), normalised again."""
+    return F.normalize(embeddings - centre.to(embeddings.device), dim=-1)
 
 
 class AuthorsBank:
@@ -132,7 +136,7 @@ class AuthorsBank:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         first = next(self.root.glob("*/*.pth"))
-        self.count, self.dim = read_tensor(first).shape
+        self.facets, self.dim = read_tensor(first).shape
 
     def path(self, key: str) -> Path:
         return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"

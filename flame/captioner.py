@@ -3,8 +3,8 @@
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption of every image; the instructions given to it are
 not published. Here any model that transformers loads by `AutoModelForImageTextToText` writes such a file, a list of
 {"__key__": sample, "caption": text}. `flame.embed` reads it as --short or --long: run this script twice, with one
-instruction for each. Captions are first written in parts of --part-size images: an interrupted run resumes at the first
-missing part, and torchrun distributes the parts. OUT.about.json holds the settings of a finished file.
+instruction for each. Captions are first written in shards of --shard-size images: an interrupted run resumes at the
+first missing shard, and torchrun distributes the shards. OUT.about.json holds the settings of a finished file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Config:
     data: str = ""
     """Shards, or one .tsv, whose images are described; their keys name the captions."""
     out: str = "data/flame/own/short.json"
-    """Caption file to write. Its parts lie in OUT.parts until it is complete."""
+    """Caption file to write. Its shards lie in OUT.shards until it is complete."""
     dataset_size: int | None = None
     """Number of samples to use, from the start of the data; None uses all."""
     model: str = "Salesforce/blip-image-captioning-base"
@@ -37,8 +37,8 @@ class Config:
     """Maximum number of tokens generated for a caption."""
     batch_size: int = 16
     """Images per forward pass."""
-    part_size: int = 1024
-    """Images per part; an interrupted run resumes at the next part."""
+    shard_size: int = 1024
+    """Images per shard of captions; an interrupted run resumes at the next shard."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "auto"
@@ -86,38 +86,46 @@ def load_captioner(cfg: Config, device: torch.device) -> Captioner:
 
 
 def described(
-    pairs: data.Shards | data.TSV, rows: range, captioner: Captioner, cfg: Config,
+    pairs: data.Shards | data.TSV, samples: range, captioner: Captioner, cfg: Config,
     tick: Callable[[int], object] = lambda count: None,
 ) -> list[dict[str, str]]:  # fmt: skip
     """Entries of the caption file for these samples. An unreadable image gets an empty caption."""
     found = {}
-    for first in range(rows.start, rows.stop, cfg.batch_size):
+    for first in range(samples.start, samples.stop, cfg.batch_size):
         images = {}
-        for row in range(first, min(first + cfg.batch_size, rows.stop)):
+        for i in range(first, min(first + cfg.batch_size, samples.stop)):
             try:
-                images[row] = pairs.read(row).image
+                images[i] = pairs.read(i).image
             except data.BrokenSample:
-                found[row] = ""
+                found[i] = ""
         if images:
             found |= dict(zip(images, captioner(list(images.values())), strict=True))
-        tick(min(cfg.batch_size, rows.stop - first))
-    return [{"__key__": str(pairs.keys[row]), "caption": found[row]} for row in rows]
+        tick(min(cfg.batch_size, samples.stop - first))
+    return [{"__key__": str(pairs.keys[i]), "caption": found[i]} for i in samples]
+
+
+def renamed(setting: dict) -> dict:
+    """The settings of a caption file, with the present name of --shard-size in older files."""
+    return {"shard_size" if name == "part_size" else name: value for name, value in setting.items()}
 
 
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "batch_size", "part_size", "max_length", "dataset_size")
+    cli.check_counts(cfg, "batch_size", "shard_size", "max_length", "dataset_size")
     if not cfg.data:
         raise ValueError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
-    out, parts, setting = Path(cfg.out), Path(f"{cfg.out}.parts"), dataclasses.asdict(cfg)
+    out, shards, setting = Path(cfg.out), Path(f"{cfg.out}.shards"), dataclasses.asdict(cfg)
+    older = Path(f"{cfg.out}.parts")  # the folder's former name
+    if process.main and older.is_dir() and not shards.exists():
+        older.rename(shards)
     setting["data"] = evaluation.images_of(pairs)
     for name in ("out", "device", "batch_size", "dataset_size"):
         del setting[name]
     finished, made = out.exists(), Path(f"{out}.about.json")
-    about = made if finished else parts / "about.json"
-    if process.main and about.exists() and checkpoints.read_json(about) != setting:
-        there = out if finished else parts
+    about = made if finished else shards / "about.json"
+    if process.main and about.exists() and renamed(checkpoints.read_json(about)) != setting:
+        there = out if finished else shards
         raise ValueError(f"{there} holds captions of other settings or data: remove it, or choose another --out")
     if finished:
         return print(f"{out} is there already; nothing to do") if process.main else None
@@ -125,20 +133,21 @@ def main(cfg: Config) -> None:
         data.say_left_out(pairs)
         checkpoints.write_json(about, setting)
     run.wait()
-    starts = range(0, len(pairs), cfg.part_size)
-    mine = [start for start in starts[process.rank :: process.world_size] if not (parts / f"{start}.json").exists()]
+    starts = range(0, len(pairs), cfg.shard_size)
+    mine = [start for start in starts[process.rank :: process.world_size] if not (shards / f"{start}.json").exists()]
     captioner = load_captioner(cfg, process.device) if mine else None
-    rows_of = {start: range(start, min(start + cfg.part_size, len(pairs))) for start in mine}
-    with run.counting(sum(map(len, rows_of.values())), cfg.out, "image", process) as tick:
-        for start, rows in rows_of.items():
-            checkpoints.write_json(parts / f"{start}.json", {"captions": described(pairs, rows, captioner, cfg, tick)})
+    samples_of = {start: range(start, min(start + cfg.shard_size, len(pairs))) for start in mine}
+    with run.counting(sum(map(len, samples_of.values())), cfg.out, "image", process) as tick:
+        for start, samples in samples_of.items():
+            captions = described(pairs, samples, captioner, cfg, tick)
+            checkpoints.write_json(shards / f"{start}.json", {"captions": captions})
     run.wait()
     if process.main:
-        of_parts = (checkpoints.read_json(parts / f"{start}.json")["captions"] for start in starts)
-        entries = [entry for part in of_parts for entry in part]
+        of_shards = (checkpoints.read_json(shards / f"{start}.json")["captions"] for start in starts)
+        entries = [entry for of_shard in of_shards for entry in of_shard]
         checkpoints.write_json(made, setting)
         checkpoints.write_json(out, entries)
-        shutil.rmtree(parts)
+        shutil.rmtree(shards)
         empty = sum(not entry["caption"] for entry in entries)
         print(f"{cfg.out}: {len(entries):,} captions" + (f", {empty:,} of them empty" if empty else ""))
 

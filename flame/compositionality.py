@@ -73,8 +73,8 @@ def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
 def caption_selection(images: Tensor, captions: Tensor) -> dict[str, float]:
     """Percent of instances whose captions and images are matched correctly, by cosine.
 
-    images (N, I, D), captions (N, C, D) unit rows. text_acc: each of the first min(I, C) images is nearest to its own
-    caption; image_acc: each of these captions is nearest to its own image; acc: both.
+    images (N, I, D), captions (N, C, D), of unit length. text_acc: each of the first min(I, C) images is nearest to its
+    own caption; image_acc: each of these captions is nearest to its own image; acc: both.
     B:metrics/image_caption_selection.py. Ties count as wrong.
     """
     scores = images @ captions.transpose(1, 2)  # (N, I, C)

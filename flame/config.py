@@ -45,13 +45,13 @@ class Config:
 
     method: Literal["flame", "clip"] = "flame"
     """flame, or clip: the same image tower and captions, with a trained text transformer. Only flame uses --bank,
-    --rows, --facets, --loss and --centre; only clip uses --captions, --text-width, --text-layers, --max-length and
+    --facet-ids, --facets, --loss and --centre; only clip uses --captions, --text-width, --text-layers, --max-length and
     --embed-dim."""
-    rows: tuple[int, ...] = ()
-    """Facets of the bank to draw from: 0 raw, 1-3 short, 4-10 long; none given: all. Facets 0, 1 and 4 ask for a word
-    about the whole image, one for each caption."""
+    facet_ids: tuple[int, ...] = ()
+    """Facets of the bank to draw from: 0 of the raw caption, 1-3 of the short, 4-10 of the long one; none given: all.
+    Facets 0, 1 and 4 ask for a word about the whole image, one for each caption."""
     facets: int = 6
-    """Facets drawn each time an image is loaded, without replacement: K."""
+    """Number of facets drawn each time an image is loaded, without replacement: K."""
     loss: Literal["mp-sigmoid", "mp-nce"] = "mp-sigmoid"
     """Sigmoid loss on every pair, or InfoNCE over the batch; both with K texts per image."""
     logit_scale: float = 10.0
@@ -203,8 +203,8 @@ PRESETS = {
     "emoji-lite0-clip": _preset("its baseline: a trained text encoder", LITE0, method="clip"),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the previous best", CC3M),
     "cc3m-vitb16-nce": _preset("with InfoNCE over several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
-    "cc3m-vitb16-raw": _preset("raw captions, one facet", CC3M, rows=(0,), facets=1),
-    "cc3m-vitb16-summary": _preset("three captions, one facet each", CC3M, rows=(0, 1, 4), facets=3),
+    "cc3m-vitb16-raw": _preset("raw captions, one facet", CC3M, facet_ids=(0,), facets=1),
+    "cc3m-vitb16-summary": _preset("three captions, one facet each", CC3M, facet_ids=(0, 1, 4), facets=3),
     "cc3m-vitb16-clip": _preset("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),
     "cc3m-vitl14": _preset("FLAME, ViT-L/14 (a released config)", CC3M, model="ViT-L-14"),
     "cc3m-vitl16": _preset("FLAME, ViT-L/16", CC3M, model="ViT-L-16"),
@@ -235,10 +235,10 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--logit-scale must be in 1..100, its range during training, not {cfg.logit_scale}")
     if not 0 < cfg.crop_scale <= 1:
         raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
-    if len(set(cfg.rows)) < len(cfg.rows) or min(cfg.rows, default=0) < 0:
-        raise ValueError(f"--rows {' '.join(map(str, cfg.rows))} should be different numbers from 0 on")
-    if cfg.rows and cfg.facets > len(cfg.rows):
-        raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.rows)} --rows")
+    if len(set(cfg.facet_ids)) < len(cfg.facet_ids) or min(cfg.facet_ids, default=0) < 0:
+        raise ValueError(f"--facet-ids {' '.join(map(str, cfg.facet_ids))} should be different numbers from 0 on")
+    if cfg.facet_ids and cfg.facets > len(cfg.facet_ids):
+        raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.facet_ids)} --facet-ids")
     if (cfg.cooldown > 0) != (cfg.schedule == "const-cooldown"):
         raise ValueError("--cooldown and --schedule const-cooldown must be passed together")
 

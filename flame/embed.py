@@ -209,14 +209,14 @@ def embed_batches(
 
     Equal captions are embedded once; a batch has captions of similar length.
     """
-    counts, parts = Counter(captions), []
+    counts, embeddings = Counter(captions), []
     distinct = sorted(counts, key=lambda caption: len(caption.encode()))
     row = {caption: i for i, caption in enumerate(distinct)}
     for start in range(0, len(distinct), batch_size):
         batch = distinct[start : start + batch_size]
-        parts.append(llm(batch, prompt).float().cpu())
+        embeddings.append(llm(batch, prompt).float().cpu())
         tick(sum(counts[caption] for caption in batch))
-    return torch.cat(parts)[[row[caption] for caption in captions]]
+    return torch.cat(embeddings)[[row[caption] for caption in captions]]
 
 
 def embed_captions(
@@ -229,11 +229,11 @@ def embed_captions(
     tick: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """Captions -> unit embeddings (B, 11, D): raw 1, short 3, long 7 facets. U:training/embed_cc3m_mask.py:237-276."""
-    rows = [
+    embeddings = [
         embed_batches(llm, captions, prompt, batch_size, tick)
         for captions, prompt in zip((raw, short, long), prompts, strict=True)
     ]
-    return F.normalize(torch.cat(rows, dim=1), dim=-1)
+    return F.normalize(torch.cat(embeddings, dim=1), dim=-1)
 
 
 def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
@@ -275,8 +275,8 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     """Write the missing shards of the bank."""
     out = Path(cfg.out)
     keys, triples = captions_of(cfg)
-    distinct = list(dict.fromkeys(triples))  # samples with the same captions share their rows
-    row_of = {triple: row for row, triple in enumerate(distinct)}
+    distinct = list(dict.fromkeys(triples))  # samples with the same captions share their embeddings
+    id_of = {triple: number for number, triple in enumerate(distinct)}
     made = json.loads(json.dumps(settings_of(cfg, prompts)))
     made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode())}
     shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
@@ -299,7 +299,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
         if process.main and missing:
             checkpoints.save_array(out / "keys.npy", keys.text[: int(keys.ends[-1])])
             checkpoints.save_array(out / "ends.npy", keys.ends)
-            checkpoints.save_array(out / "rows.npy", np.array([row_of[triple] for triple in triples], dtype=np.int64))
+            checkpoints.save_array(out / "rows.npy", np.array([id_of[triple] for triple in triples], dtype=np.int64))
             index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
             checkpoints.write_json(out / "index.json", index)
@@ -309,8 +309,8 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
         start = time.perf_counter()
         with run.counting(total, str(out), "caption", process) as tick:
             for shard in mine:
-                rows = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
-                bank = embed_captions(llm(), *zip(*rows, strict=True), prompts, cfg.batch_size, tick)
+                captions = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
+                bank = embed_captions(llm(), *zip(*captions, strict=True), prompts, cfg.batch_size, tick)
                 if not bank.isfinite().all():
                     raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
                 checkpoints.save_array(Bank.shard_path(out, shard), bank.half().numpy())
@@ -330,9 +330,9 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
 class Texts:
     """Embeddings of evaluation texts, stored in files. The LLM is loaded only if a text is missing.
 
-    `texts(["a dog", ...])` -> (n, D) unit rows, float32, by the raw caption's prompt (class names, Crossmodal-3600).
-    With `multi=True` they are the normalised mean of the long prompt's unnormalised facets (long captions, COCO;
-    U:open_clip/multiprompteol_embeddings.py:123-125).
+    `texts(["a dog", ...])` -> (n, D), float32, of unit length, by the raw caption's prompt (class names,
+    Crossmodal-3600). With `multi=True` they are the normalised mean of the long prompt's unnormalised facets (long
+    captions, COCO; U:open_clip/multiprompteol_embeddings.py:123-125).
     """
 
     def __init__(self, folder: Path, made: dict, prompts: Prompts, llm: Callable[[], FrozenLLM]):
@@ -457,8 +457,8 @@ def dry_run(cfg: Config) -> None:
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
-        rows = CAPTIONS if cfg.llm == MINILM else FACETS
-        print(f"language model {cfg.llm}: per image, {rows} embeddings of its width in fp16")
+        facets = CAPTIONS if cfg.llm == MINILM else FACETS
+        print(f"language model {cfg.llm}: per image, {facets} embeddings of its width in fp16")
         return
     size = FACETS * 2 * dims[cfg.llm]
     print(f"images         {images:,}, {CAPTIONS} captions each, {FACETS} facets")

@@ -228,6 +228,9 @@ def retrieval(
     return named | {"chance": 100 / len(features)}
 
 
+OLD_NAMES = {"rows": "facet_ids"}  # fields of TrainConfig in older checkpoints -> their present names
+
+
 def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, TrainConfig]:
     """Load model (in eval mode) and configuration from a run folder, an authors' checkpoint file, or another model."""
     if export.foreign(path, "flame"):
@@ -237,7 +240,8 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     if path.is_dir() or (isinstance(state, dict) and {"config", "text_dim"} <= set(state)):
         try:
             settings, text_dim = state["config"], state["text_dim"]
-            train_cfg = TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+            settings = {OLD_NAMES.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+            train_cfg = TrainConfig(**settings)
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path} is no run of flame.train") from error
         index = Path(train_cfg.bank or "", "index.json")

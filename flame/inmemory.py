@@ -2,7 +2,7 @@
 
 Images are pixels, or a locked trunk's tokens of whole images, which are stored in --cache for later runs. Order, crops
 and drawn facets are functions of (seed, epoch, sample): neither the number of processes nor a resume changes them.
-Letters: N images, T bank rows per image, C captions per image, M tokens per image.
+Letters: N images, T facets per image in the bank, C captions per image, M tokens per image.
 """
 
 import copy
@@ -102,21 +102,21 @@ def set_tokens(
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def bank_rows(bank: Bank, keys: Iterable[str], cfg: Config) -> tuple[Tensor, np.ndarray]:
-    """Distinct texts (U, T, D), centred if `cfg.centre` is set, and each sample's index into them (N,)."""
-    places = [bank.rows[bank.lookup.row(key)] for key in keys]
-    _, firsts, row_of = np.unique(places, return_index=True, return_inverse=True)
-    names = list(keys)
-    texts = torch.stack([bank[names[first]] for first in firsts])
-    texts = centred(texts, bank.centres[: bank.count]) if cfg.centre else texts
-    return texts[:, list(cfg.rows)] if cfg.rows else texts, row_of
+def distinct_texts(bank: Bank, keys: Sequence[str], cfg: Config) -> tuple[Tensor, np.ndarray]:
+    """Distinct embeddings (U, T, D) of these samples, centred if `cfg.centre` is set, and each sample's index into them
+    (N,)."""
+    ids = [bank.embedding_ids[bank.lookup.row(key)] for key in keys]
+    _, firsts, text_ids = np.unique(ids, return_index=True, return_inverse=True)
+    texts = torch.stack([bank[keys[first]] for first in firsts])
+    texts = centred(texts, bank.centres[: bank.facets]) if cfg.centre else texts
+    return texts[:, list(cfg.facet_ids)] if cfg.facet_ids else texts, text_ids
 
 
 class InMemory:
     """The training data, read in whole batches, with the same settings as `train.FacetDataset`.
 
     `images` are pixels (N, 3, H, H) uint8 or tokens (N, M, W) float16. `texts` are embeddings (U, T, D) of the bank,
-    where image i has texts[row_of[i]], or for the clip method CLIP tokens (N, C, L).
+    where image i has texts[text_ids[i]], or for the clip method CLIP tokens (N, C, L).
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class InMemory:
             self.images = read.pixels
             pairs.broken = [*pairs.broken, *read.broken]
         if bank is not None:
-            self.texts, self.row_of = bank_rows(bank, keys, cfg)
-            self.labels, self.draws = self.row_of, self.texts.shape[1]
+            self.texts, self.text_ids = distinct_texts(bank, keys, cfg)
+            self.labels, self.draws = self.text_ids, self.texts.shape[1]
         else:
             read = [[found[key] for found in captions] for key in keys] if captions else [
                 [pairs.caption(row)] for row in range(len(pairs))
@@ -166,20 +166,20 @@ class InMemory:
                 cut = [order[i : i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
             u = memory.uniforms((cfg.seed, epoch, 1), len(order), 4 + self.draws)
             for batch in cut[start if epoch == epochs[0] else 0 : len(order) // cfg.batch_size]:
-                rows = torch.from_numpy(batch[own])
-                inputs = self.pictures(rows, u[rows, :4]), self.drawn(rows, u[rows, 4:])
+                samples = torch.from_numpy(batch[own])
+                inputs = self.pictures(samples, u[samples, :4]), self.drawn(samples, u[samples, 4:])
                 yield *(run.pinned(x, self.process.device) for x in inputs), []
 
-    def pictures(self, rows: Tensor, u: Tensor) -> Tensor:
+    def pictures(self, samples: Tensor, u: Tensor) -> Tensor:
         """Tokens (B, M, W), or random crops (B, 3, S, S), normalised; u (B, 4) random numbers."""
         if self.cfg.lock_image:
-            return self.images[rows].float()
+            return self.images[samples].float()
         boxes = memory.random_crops(u, (self.cfg.crop_scale, 1.0))
-        return memory.normalized(memory.crop_and_resize(self.images[rows], boxes, self.side), self.statistics)
+        return memory.normalized(memory.crop_and_resize(self.images[samples], boxes, self.side), self.statistics)
 
-    def drawn(self, rows: Tensor, u: Tensor) -> Tensor:
+    def drawn(self, samples: Tensor, u: Tensor) -> Tensor:
         """K facets (B, K, D) without replacement, or the tokens of one caption (B, L); u (B, T) random numbers."""
         if self.cfg.method == "clip":
-            return self.texts[rows, (u[:, 0] * self.draws).long()]
+            return self.texts[samples, (u[:, 0] * self.draws).long()]
         chosen = u.argsort(dim=1)[:, : self.cfg.facets]
-        return self.texts[torch.from_numpy(self.row_of)[rows][:, None], chosen]
+        return self.texts[torch.from_numpy(self.text_ids)[samples][:, None], chosen]

@@ -43,8 +43,8 @@ def dci(root: Path) -> Pairs:
         for name in files:
             about = json.loads(_text(home / "annotations" / name))
             text = f"{about['short_caption']}\n{about['extra_caption']}"
-            parts = (part.strip() for part in re.split(r"\n|</s>|[.]", text))
-            pairs.append((home / "photos" / about["image"], ". ".join(part for part in parts if part)))
+            sentences = (sentence.strip() for sentence in re.split(r"\n|</s>|[.]", text))
+            pairs.append((home / "photos" / about["image"], ". ".join(filter(None, sentences))))
     return pairs
 
 

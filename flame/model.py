@@ -374,10 +374,10 @@ class TrainedText(FLAME):
         waits = not (tokens.is_cuda and self.training)
         embedded, _ = self.text._embeds(tokens[:, : int(ends.max()) + 1] if waits else tokens)
         order, groups = ends.argsort(), []
-        for rows in order.chunk(4 if waits else 1):
-            length = int(ends[rows].max()) + 1 if waits else tokens.shape[1]
-            hidden = self.text.transformer(embedded[rows, :length], attn_mask=self.text.attn_mask[:length, :length])
-            groups.append(hidden[torch.arange(len(rows), device=rows.device), ends[rows]])
+        for group in order.chunk(4 if waits else 1):
+            length = int(ends[group].max()) + 1 if waits else tokens.shape[1]
+            hidden = self.text.transformer(embedded[group, :length], attn_mask=self.text.attn_mask[:length, :length])
+            groups.append(hidden[torch.arange(len(group), device=group.device), ends[group]])
         return self.text.ln_final(torch.cat(groups)[order.argsort()]) @ self.text.text_projection
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -409,27 +409,27 @@ def mp_sigmoid_loss(
 ) -> Tensor:
     """L = -1/(N K) sum_ij log sigmoid(s_ij (t x_i . y_j + b)), s_ij = 1 if text j is of image i, else -1.
 
-    image (N, D) and text (N*K, D) unit rows; row i*K + k is facet k of image i. K = 1 is SigLIP. With several
+    image (N, D) and text (N*K, D) have unit length; text i*K + k is facet k of image i. K = 1 is SigLIP. With several
     processes, each compares its own images with all processes' texts and divides by its own N K: the mean over
     processes equals the loss of one process. `negative_only`: all pairs are negative, and nothing is gathered.
     U:open_clip/loss.py:417-545.
     """
-    rows, facets = len(text), len(text) // len(image)
+    texts, facets = len(text), len(text) // len(image)
     everyone = text if negative_only else gather(text)
     logits = logit_scale * image.float() @ everyone.float().T + logit_bias
     sign = torch.full_like(logits, -1.0)
     if not negative_only:
-        first = dist.get_rank() * rows if dist.is_initialized() else 0
-        sign[:, first : first + rows].unflatten(1, (len(image), facets)).diagonal().fill_(1.0)
-    return -F.logsigmoid(sign * logits).sum() / rows
+        first = dist.get_rank() * texts if dist.is_initialized() else 0
+        sign[:, first : first + texts].unflatten(1, (len(image), facets)).diagonal().fill_(1.0)
+    return -F.logsigmoid(sign * logits).sum() / texts
 
 
 def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """Mean of two cross-entropies: (a) image to text, among the k-th texts of all images, averaged over k; (b) text to
     image.
 
-    image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process computes its own rows against all
-    processes' columns (P processes). U:open_clip/loss.py:548-635.
+    image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process compares its own images and texts with
+    those of all P processes. U:open_clip/loss.py:548-635.
     """
     n, facets = len(image), len(text) // len(image)
     image, text = image.float(), text.float()

@@ -49,8 +49,8 @@ def arms(llm: str) -> tuple[Arm, ...]:
     return (
         Arm("clip", clip, heading="CLIP: trained text tower"),
         Arm("clip-4", f"{clip} {FEWER}", heading="CLIP: trained text tower, 1/4 of the photographs"),
-        Arm("raw", f"{flame} --rows 0 --facets 1", heading="frozen LLM, raw caption, 1 facet", core=False),
-        Arm("summary", f"{flame} --rows 0 1 4 --facets 3", heading="frozen LLM, 3 captions, 1 facet each"),
+        Arm("raw", f"{flame} --facet-ids 0 --facets 1", heading="frozen LLM, raw caption, 1 facet", core=False),
+        Arm("summary", f"{flame} --facet-ids 0 1 4 --facets 3", heading="frozen LLM, 3 captions, 1 facet each"),
         Arm("flame", flame, heading="FLAME: 3 captions, 11 facets, decoupled"),
         Arm("flame-4", f"{flame} {FEWER}", heading="FLAME: 3 captions, 11 facets, decoupled, 1/4 of the photographs"),
     )

@@ -105,8 +105,13 @@ def arms(llm: str) -> tuple[Arm, ...]:
             "train emoji-lite0 --bank data/flame/bank-minilm --facets 3",
             heading="frozen MiniLM, 3 captions",
         ),
-        Arm("raw", f"{flame} --rows 0 --facets 1", heading="frozen LLM, raw caption, 1 facet", core=False),
-        Arm("summary", f"{flame} --rows 0 1 4 --facets 3", heading="frozen LLM, 3 captions, 1 facet each", core=False),
+        Arm("raw", f"{flame} --facet-ids 0 --facets 1", heading="frozen LLM, raw caption, 1 facet", core=False),
+        Arm(
+            "summary",
+            f"{flame} --facet-ids 0 1 4 --facets 3",
+            heading="frozen LLM, 3 captions, 1 facet each",
+            core=False,
+        ),
         Arm("causal", f"{flame}-causal", heading="FLAME with a plain causal mask", core=False),
         Arm("flame", flame, heading="FLAME: 3 captions, 11 facets, decoupled"),
         *few[2:],
@@ -307,7 +312,7 @@ def training_features(shards: str, view: Callable[[Image.Image], Tensor]) -> Ten
     `floors.raw_pixels`, the pixels."""
     pairs = data.open_pairs(shards)
     batches = (
-        torch.stack([view(pairs.read(int(row)).image) for row in rows]) for rows in torch.arange(len(pairs)).split(256)
+        torch.stack([view(pairs.read(int(i)).image) for i in batch]) for batch in torch.arange(len(pairs)).split(256)
     )
     return floors.join(batches) if view is floors.raw_pixels else cached_lite0_features(batches)
 
@@ -397,9 +402,9 @@ def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict
     for step in range(epochs * steps):
         if step % steps == 0:
             order = torch.randperm(len(labels))
-        rows = order[step % steps * batch_size :][:batch_size]
+        batch = order[step % steps * batch_size :][:batch_size]
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / (epochs * steps))) / 2
-        loss = F.cross_entropy(network(tokens[rows].float()).mean(1), labels[rows])
+        loss = F.cross_entropy(network(tokens[batch].float()).mean(1), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -526,7 +531,7 @@ def plot_facets(bank: Bank, out: Path, images: int = 500) -> None:
     """flame_facets.png: mean cosines between an image's facets, for images of the first shard; left: as stored, right:
     after subtracting each facet's mean."""
     facets = torch.from_numpy(bank.shard(0)[:images].astype("float32"))
-    less = centred(facets, bank.centres[: bank.count])
+    less = centred(facets, bank.centres[: bank.facets])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
     for axis, shown, title in zip(axes, (facets, less), ("facets of an image", "each less its mean"), strict=True):

@@ -100,7 +100,7 @@ class FacetDataset(Dataset):
     """Item i of a run: uint8 image (3, H, H), its texts, and the broken samples skipped; `normalise` is for batches.
 
     Texts are K facets (K, D) of the bank, or the CLIP tokens (L,) of one caption. U:training/data.py:393-435. An item
-    depends only on seed, epoch and row.
+    depends only on seed, epoch and sample.
     """
 
     def __init__(
@@ -117,15 +117,16 @@ class FacetDataset(Dataset):
         self.pairs, self.cfg, self.seed, self.bank = pairs, cfg, seed, bank
         self.captions, self.tokenizer = captions, tokenizer
         self.view, self.normalise = data.in_two(view(size, True, cfg.crop_scale, statistics))
-        self.centres = bank.centres[: bank.count] if cfg.centre and bank is not None else None
+        self.centres = bank.centres[: bank.facets] if cfg.centre and bank is not None else None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def facets(self, key: str) -> Tensor:
-        """(K, D), drawn from the facets in `cfg.rows`."""
-        rows = self.bank[key] if self.centres is None else centred(self.bank[key], self.centres)
-        return sample_facets(rows[list(self.cfg.rows)] if self.cfg.rows else rows, self.cfg.facets)
+        """(K, D), drawn from `cfg.facet_ids`."""
+        embeddings = self.bank[key] if self.centres is None else centred(self.bank[key], self.centres)
+        ids = list(self.cfg.facet_ids)
+        return sample_facets(embeddings[ids] if ids else embeddings, self.cfg.facets)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[data.Broken]]:
         pair, broken = data.read_item(self.pairs, i, self.seed)
@@ -216,7 +217,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
         texts = torch.zeros(2, cfg.facets, text_dim)
         gigabytes = samples * 11 * text_dim * 2 / 1e9
         about_texts = [
-            ("texts", f"{cfg.facets} of {len(cfg.rows) or 11} facets an image, each of {text_dim} numbers"),
+            ("texts", f"{cfg.facets} of {len(cfg.facet_ids) or 11} facets an image, each of {text_dim} numbers"),
             *([("bank", f"{gigabytes:,.1f} GB if every image has captions of its own")] if samples else []),
         ]
     inputs, checkpointed = model_inputs(images, texts, cfg), model.visual if cfg.grad_checkpointing else None
@@ -269,8 +270,8 @@ def open_texts(
         return None, captions, data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     bank = open_bank(cfg.bank)
     bank.check(keys)  # also sorts its keys, once before the loader processes fork and share them
-    if max(cfg.rows, default=0) >= bank.count or cfg.facets > bank.count:
-        raise ValueError(f"{cfg.bank} has {bank.count} facets an image, too few for --rows and --facets")
+    if max(cfg.facet_ids, default=0) >= bank.facets or cfg.facets > bank.facets:
+        raise ValueError(f"{cfg.bank} has {bank.facets} facets an image, too few for --facet-ids and --facets")
     if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
         raise ValueError("--centre and --keep-in-memory need a bank made by 'python -m flame.embed'")
     return bank, [], None

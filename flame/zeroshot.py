@@ -30,7 +30,7 @@ class DualEncoder(nn.Module):
         self.model, self.transform, self.tokenizer = model, transform, tokenizer
 
     def encode_image(self, images: Tensor, visual_only: bool = False) -> Tensor:
-        """(B, D) unit rows; not normalised for probes (`visual_only`)."""
+        """(B, D), unit length; not normalised for probes (`visual_only`)."""
         features = self.model.encode_image(images)
         return features if visual_only else F.normalize(features.float(), dim=-1)
 
@@ -38,7 +38,7 @@ class DualEncoder(nn.Module):
         return self.model.encode_text(tokens)
 
 
-TextFeatures = Callable[[Sequence[str], bool], Tensor]  # (texts, use the long prompt) -> (n, D) unit rows
+TextFeatures = Callable[[Sequence[str], bool], Tensor]  # (texts, use the long prompt) -> (n, D), unit length
 
 
 def text_features(
@@ -64,7 +64,7 @@ def text_features(
     bank = bank or cfg.bank
     frozen = texts_of_bank(bank, device, load)
     centres = open_bank(bank).centres if cfg.centre else None
-    single_only = bool(cfg.rows) and set(cfg.rows) <= {0, 1, 4}
+    single_only = bool(cfg.facet_ids) and set(cfg.facet_ids) <= {0, 1, 4}
 
     def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
         multi = multi and not single_only

@@ -192,8 +192,8 @@ def nearest_caption(tower: torch.nn.Module, transform: Callable[[Image.Image], T
     Nearest by the cosine of `tower`'s features of transformed images.
     """
     pairs = data.open_pairs(TRAIN)
-    rows = torch.arange(len(pairs)).split(256)
-    seen = [tower(torch.stack([transform(pairs.read(int(i)).image) for i in part])) for part in rows]
+    batches = torch.arange(len(pairs)).split(256)
+    seen = [tower(torch.stack([transform(pairs.read(int(i)).image) for i in batch])) for batch in batches]
     train, captions = torch.cat(seen), [pairs.caption(row) for row in range(len(pairs))]
     bags, found = CountVectorizer(stop_words="english", binary=True).fit(captions), {}
     for folder in SETS:

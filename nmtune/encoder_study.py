@@ -38,9 +38,9 @@ class Encoded(NamedTuple):
     views: Tensor
     """Features (V, N, D) of training views of the split tune."""
 
-    def rows(self, split: str, images: LabelledImages) -> Tensor:
-        """Positions (M,) in a split's features of the drawings in `images`, a subset of the split."""
-        known = {key: row for row, key in enumerate(self.images[split].keys.tolist())}
+    def indices(self, split: str, images: LabelledImages) -> Tensor:
+        """Indices (M,) of the drawings `images`, a subset of the split, in the split's features."""
+        known = {key: i for i, key in enumerate(self.images[split].keys.tolist())}
         return torch.tensor([known[key] for key in images.keys.tolist()])
 
 
@@ -86,11 +86,11 @@ def study_task(
     """Results of one task: {"METHOD/METRIC": one number per seed, "nearest/SPLIT": [top-1 of the nearest neighbour]},
     and {"METHOD/SPLIT": singular values of z}."""
     sets = {split: open_labelled(f"data/emoji:{task}:{split}") for split in encoded.images}
-    rows = {split: encoded.rows(split, images) for split, images in sets.items()}
+    indices = {split: encoded.indices(split, images) for split, images in sets.items()}
     labels = {split: torch.from_numpy(images.labels) for split, images in sets.items()}
-    tests = {split: (encoded.plain[split][rows[split]], labels[split]) for split in ("id", "ood")}
-    views = Bank(encoded.views[:, rows["tune"]], labels["tune"])
-    plain = Bank(encoded.plain["tune"][None, rows["tune"]], labels["tune"])
+    tests = {split: (encoded.plain[split][indices[split]], labels[split]) for split in ("id", "ood")}
+    views = Bank(encoded.views[:, indices["tune"]], labels["tune"])
+    plain = Bank(encoded.plain["tune"][None, indices["tune"]], labels["tune"])
     found = {split: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for split, test in tests.items()}
     numbers: dict[str, list[float]] = {f"nearest/{split}": [top1] for split, top1 in found.items()}
     spectra: dict[str, np.ndarray] = {}

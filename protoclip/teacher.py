@@ -199,8 +199,8 @@ class Teacher:
             raise ValueError(f"{path} is no teacher file: it should hold a row of features for each sample")
         self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
 
-    def find(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> np.ndarray:
-        """Rows of samples in `pairs` (N,) -> their rows in `features` (N,). ValueError if a sample has none, or two."""
+    def find(self, pairs: data.Shards | data.TSV, samples: np.ndarray) -> np.ndarray:
+        """Indices of samples in `pairs` (N,) -> rows of `features` (N,). ValueError if a sample has none, or two."""
         if not np.isfinite(self.some).all():
             raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
@@ -213,18 +213,18 @@ class Teacher:
                 raise ValueError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
-            return rows
+            return samples
         if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
             if (made_from := self.about.get("data")) and made_from != pairs.fingerprint:  # older files lack it
                 if json.loads(self.about["made"])["captions"] != fingerprint(all_captions(pairs)):
                     raise ValueError(f"{self.path} was made from other captions: make it again from this --data")
-            return rows
+            return samples
         if self.pairs is not pairs:
             self.pairs, self.places = pairs, self.lookup.find(pairs.keys)
-        places = self.places[rows]
+        places = self.places[samples]
         if (missing := np.flatnonzero(places < 0)).size:
-            key = pairs.keys[int(rows[missing[0]])]
-            raise ValueError(f"{self.path} has no row for sample {key}: make it again from this --data")
+            key = pairs.keys[int(samples[missing[0]])]
+            raise ValueError(f"{self.path} has no features of sample {key}: make it again from this --data")
         return places
 
     @functools.cached_property
@@ -242,12 +242,14 @@ class Teacher:
         """Row of each key; ValueError if a key has two rows."""
         lookup = Lookup(self.keys)
         if (row := lookup.twice()) is not None:
-            raise ValueError(f"{self.path} has two rows for sample {self.keys[row]}; make it again from this --data")
+            raise ValueError(
+                f"{self.path} has features of sample {self.keys[row]} twice; make it again from this --data"
+            )
         return lookup
 
-    def rows(self, pairs: data.Shards | data.TSV, rows: np.ndarray) -> Tensor:
-        """(N,) dataset rows -> (N, X) float32."""
-        places = self.find(pairs, rows)
+    def features_of(self, pairs: data.Shards | data.TSV, samples: np.ndarray) -> Tensor:
+        """Indices (N,) of samples in `pairs` -> their features (N, X) float32."""
+        places = self.find(pairs, samples)
         order, found = np.argsort(places), np.empty((len(places), *self.features.shape[1:]), dtype=np.float32)
         found[order] = self.features[places[order]]  # read in file order, which is fastest
         return torch.from_numpy(found)

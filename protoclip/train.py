@@ -379,7 +379,7 @@ class EpisodicData:
             model, self.loader("extract"), len(self.rows), self.process.device, precision
         )
         if self.process.main:
-            external = self.teacher.rows(self.pairs, self.rows) if weights[2] != 0 else None
+            external = self.teacher.features_of(self.pairs, self.rows) if weights[2] != 0 else None
             found = build_prototypes(h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo)
             kinds = ("image", h_image, found.image_labels, found.image), ("text", h_text, found.text_labels, found.text)
             self.errors = {f"kmeans_error_{kind}": kmeans_error(*of_kind) for kind, *of_kind in kinds}

@@ -55,11 +55,11 @@ def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -
         for batch in batches:
             states.append(random_state(device))
             outputs.append(embed(bare, batch))
-    leaves = [leaf(parts) for parts in zip(*map(values, outputs), strict=True)]
+    leaves = [leaf(of_batches) for of_batches in zip(*map(values, outputs), strict=True)]
 
     def backward(loss: Tensor, others: Tensor | None = None) -> None:
         loss.backward()
-        gradients = [parts_of_gradient(x, cfg.accumulate, len(batches)) for x in leaves]
+        gradients = [split_gradient(x, cfg.accumulate, len(batches)) for x in leaves]
         for batch, state, *of_outputs in zip(batches, states, *gradients, strict=True):
             last = batch is batches[-1]
             set_random_state(state, device)
@@ -102,25 +102,27 @@ def values(output: Any) -> list[Any]:
     return list(output.values() if isinstance(output, dict) else output)
 
 
-def like(output: Any, parts: list[Any]) -> Any:
-    """Put the values `parts` into the container type of `output` (tensor, tuple, named tuple or dict)."""
+def like(output: Any, found: list[Any]) -> Any:
+    """Put a list of values into the container type of `output` (tensor, tuple, named tuple or dict)."""
     if torch.is_tensor(output):
-        return parts[0]
+        return found[0]
     if isinstance(output, dict):
-        return dict(zip(output, parts, strict=True))
-    return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+        return dict(zip(output, found, strict=True))
+    return type(output)(*found) if hasattr(output, "_fields") else tuple(found)
 
 
-def leaf(parts: Sequence[Any]) -> Any:
-    """An output of all micro-batches as a leaf tensor: samples are concatenated; a parameter is that of the first."""
-    if not torch.is_tensor(parts[0]):
-        return parts[0]
-    whole = torch.cat(parts) if parts[0].ndim > 1 else parts[0].detach()
+def leaf(of_batches: Sequence[Any]) -> Any:
+    """An output of each micro-batch -> a leaf tensor of the batch: features are concatenated; a parameter of the loss
+    is the same in all of them, and taken from the first."""
+    first = of_batches[0]
+    if not torch.is_tensor(first):
+        return first
+    whole = torch.cat(of_batches) if first.ndim > 1 else first.detach()
     return whole.requires_grad_(whole.is_floating_point())
 
 
-def parts_of_gradient(whole: Any, chunks: int, count: int) -> Sequence[Tensor | None]:
-    """Split a `leaf`'s gradient by samples, one part per micro-batch; a parameter's gradient goes to the last one."""
+def split_gradient(whole: Any, chunks: int, count: int) -> Sequence[Tensor | None]:
+    """Split a `leaf`'s gradient into those of the micro-batches; a parameter's gradient goes to the last of them."""
     gradient = whole.grad if torch.is_tensor(whole) else None
     if gradient is not None and whole.ndim > 1:
         return gradient.chunk(chunks)

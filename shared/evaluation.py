@@ -176,13 +176,13 @@ def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Containe
     alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}  # metrics -> sets with these metrics
     for where, found in of_sets.items():
         alike.setdefault(tuple(found), {})[where] = found
-    parts = [rows] if rows else []
+    tables = [rows] if rows else []
     for names, sets in alike.items():
         if len(sets) > len(names):
-            parts.append([{"set": where} | found for where, found in sets.items()])
+            tables.append([{"set": where} | found for where, found in sets.items()])
         else:
-            parts.append([{"metric": name} | {where: found[name] for where, found in sets.items()} for name in names])
-    return "\n\n".join(map(table, parts))
+            tables.append([{"metric": name} | {where: found[name] for where, found in sets.items()} for name in names])
+    return "\n\n".join(map(table, tables))
 
 
 def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:

@@ -369,7 +369,7 @@ class RunFolder:
         self.cfg, self.process, self.path = cfg, process, Path(cfg.out)
         found = resume(self.path, cfg)
         self.resumed, self.state = found is not None, first if found is None else found
-        self.parts: dict[str, Any] = {}
+        self.objects: dict[str, Any] = {}
 
     def finished(self, **totals: int) -> bool:
         """Whether the checkpoint has reached a total, as in `epoch=cfg.epochs`; if so, prints that it is finished."""
@@ -379,15 +379,15 @@ class RunFolder:
             print(f"{self.path} is finished ({total} {name}s); nothing to do")
         return done
 
-    def restore(self, **parts: Any) -> None:
+    def restore(self, **objects: Any) -> None:
         """Load objects with a state_dict from the checkpoint, by name, and include them in later checkpoints.
 
         Loaded values are removed from `state` to free their memory.
         """
-        self.parts = parts
-        for name, part in parts.items() if self.resumed else ():
-            if not disabled(part):
-                part.load_state_dict(self.state[name])
+        self.objects = objects
+        for name, one in objects.items() if self.resumed else ():
+            if not disabled(one):
+                one.load_state_dict(self.state[name])
                 del self.state[name]
 
     def start(self, step: int, total: int = 0, samples: int | None = None, **fixed: Any) -> None:
@@ -479,11 +479,11 @@ class RunFolder:
         """
         self.saved = step
         if self.process.main:
-            parts = {name: part.state_dict() for name, part in self.parts.items() if not disabled(part)}
+            states = {name: one.state_dict() for name, one in self.objects.items() if not disabled(one)}
             about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
             about["paper"] = paper_of(self.cfg)
             for name in ["checkpoint-best.pt"] * is_best + ["checkpoint.pt"]:
-                save_checkpoint(self.path / name, parts | values | self.fixed | about)
+                save_checkpoint(self.path / name, states | values | self.fixed | about)
             if self.stays(step):
                 with replaced(self.path / f"checkpoint-{step}.pt") as file:
                     file.write((self.path / "checkpoint.pt").read_bytes())
@@ -510,9 +510,9 @@ def paper_of(cfg: Any) -> str:
     return Path(inspect.getfile(type(cfg))).parent.name
 
 
-def disabled(part: Any) -> bool:
-    """Whether `part` is a disabled gradient scaler, which has no state."""
-    return isinstance(part, GradScaler) and not part.is_enabled()
+def disabled(one: Any) -> bool:
+    """Whether this object is a disabled gradient scaler, which has no state."""
+    return isinstance(one, GradScaler) and not one.is_enabled()
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""Counting a corpus: all kinds of files and parts, processes, machines, kill and resume."""
+"""Counting a corpus: all kinds of files and partitions, processes, machines, kill and resume."""
 
 import dataclasses
 import functools
@@ -52,13 +52,13 @@ def counted(folder: Path, name: str, **settings) -> count.Counted:
     return count.count_corpus(CountConfig(**base | settings), NAMES)
 
 
-def test_count_is_the_same_from_any_file_in_any_parts(tmp_path):
+def test_count_is_the_same_from_any_file_in_any_partitions(tmp_path):
     files = write_captions(tmp_path, CAPTIONS)
     index = InvertedIndex.build(count.tag_captions(CAPTIONS, PIPELINE))
     truth = index.counts([query_terms(name, tagging.lemmas_of(PIPELINE)) for name in NAMES])
     assert truth[0] == truth[3] == 90 and truth[1] == 60 and truth[-1] == 0  # `unicorn` is dropped
     for kind, column in (("parquet", "caption"), ("tsv", "1"), ("txt", "0")):
-        for memory in (256, 1):  # 1 MiB: parts of 524 captions
+        for memory in (256, 1):  # 1 MiB: partitions of 524 captions
             found = counted(tmp_path, f"{kind}{memory}", data=(files[kind],), caption_column=column, memory=memory)
             assert found.text.tolist() == truth.tolist() and found.documents == len(CAPTIONS)
     whole = counted(tmp_path, "merged", data=(files["txt"], files["txt"]), merge=True)
@@ -179,7 +179,12 @@ def test_remote_files_are_counted(tmp_path, server, monkeypatch):
 
 def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
     shown = io.StringIO()
-    monkeypatch.setattr(run, "tqdm", lambda *a, **o: tqdm(*a, **o | {"disable": False, "file": shown, "ncols": 120}))
+
+    class Shown(tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"disable": False, "file": shown, "ncols": 120})
+
+    monkeypatch.setattr(run, "tqdm", Shown)
     files = write_captions(tmp_path, CAPTIONS * 4)
     counted(tmp_path, "out", data=(files["txt"],), memory=1)
     lines = re.split(r"[\r\n]", shown.getvalue())
@@ -210,13 +215,13 @@ def test_images_are_tagged_by_one_process_per_gpu(monkeypatch):
 
     monkeypatch.setattr(count, "gpus", lambda: ["cuda:0", "cuda:1"])
     zero, one = ({"device": f"cuda:{i}", "decoders": 4} for i in (0, 1))
-    assert laid_out(search.tag_part, 8, 100) == [(1, zero), (1, one)]
-    assert laid_out(search.tag_part, 8, 1) == [(1, {"device": "cuda:0", "decoders": 8})]
-    assert [about["decoders"] for _, about in laid_out(search.tag_part, 2, 100)] == [0, 0]
-    assert laid_out(search.tag_part, 1, 100) == [(1, {"device": "cuda:0", "decoders": 0})]
-    assert laid_out(search.index_part, 8, 100) == [(8, {})] and laid_out(search.index_part, 8, 3) == [(3, {})]
+    assert laid_out(search.tag_partition, 8, 100) == [(1, zero), (1, one)]
+    assert laid_out(search.tag_partition, 8, 1) == [(1, {"device": "cuda:0", "decoders": 8})]
+    assert [about["decoders"] for _, about in laid_out(search.tag_partition, 2, 100)] == [0, 0]
+    assert laid_out(search.tag_partition, 1, 100) == [(1, {"device": "cuda:0", "decoders": 0})]
+    assert laid_out(search.index_partition, 8, 100) == [(8, {})] and laid_out(search.index_partition, 8, 3) == [(3, {})]
     monkeypatch.setattr(count, "gpus", list)
-    assert laid_out(search.tag_part, 8, 100) == [(8, {})]
+    assert laid_out(search.tag_partition, 8, 100) == [(8, {})]
     node = lambda cpu, gpu, alive=True: {"Alive": alive, "Resources": {"CPU": cpu} | ({"GPU": gpu} if gpu else {})}  # noqa: E731
     assert count.cores_of_a_gpu([node(64.0, 8.0), node(96.0, 4.0), node(128.0, 0), node(1.0, 8.0, False)]) == 8
     assert count.cores_of_a_gpu([node(64.0, 0)]) is None
@@ -260,23 +265,23 @@ def test_two_devices_tag_like_one_and_resume(tmp_path, forks, monkeypatch):
         write_shard(tmp_path / f"{i}.tar", [(f"{row:03}", "a dog", color) for row, color in enumerate(colors)])
     (tmp_path / "colours.py").write_text(COLOURS)
     monkeypatch.syspath_prepend(tmp_path)
-    parts = corpus.list_parts([str(tmp_path / "{0..5}.tar")], 1000, tmp_path)
+    partitions = corpus.list_partitions([str(tmp_path / "{0..5}.tar")], 1000, tmp_path)
     cfg = CountConfig(out=str(tmp_path / "one"), tagger="colours:red_blue", workers=1)
 
     def tags(done) -> list[dict]:
         return [{name: values.tolist() for name, values in np.load(each.target).items()} for each in done]
 
-    truth, _ = count.tag_stage(cfg, ("red", "blue"), parts, Path(cfg.out))
+    truth, _ = count.tag_stage(cfg, ("red", "blue"), partitions, Path(cfg.out))
     assert sum(map(len, (each["document"] for each in tags(truth)))) == 5 * 12 + 6
     monkeypatch.setattr(count, "gpus", lambda: ["cpu", "cpu"])
     two = dataclasses.replace(cfg, out=str(tmp_path / "two"), workers=4)
     (tmp_path / "stop").touch()
     with pytest.raises(BrokenProcessPool):
-        count.tag_stage(two, ("red", "blue"), parts, Path(two.out))
-    finished = {path: path.stat().st_mtime_ns for path in Path(two.out).glob("parts/*/*.npz")}
+        count.tag_stage(two, ("red", "blue"), partitions, Path(two.out))
+    finished = {path: path.stat().st_mtime_ns for path in Path(two.out).glob("partitions/*/*.npz")}
     assert len(finished) < 6 and not [path for path in finished if path.name.startswith("3-")]
     (tmp_path / "stop").unlink()
-    found, _ = count.tag_stage(two, ("red", "blue"), parts, Path(two.out))
+    found, _ = count.tag_stage(two, ("red", "blue"), partitions, Path(two.out))
     assert tags(found) == tags(truth) and [each[1:] for each in found] == [each[1:] for each in truth]
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 
@@ -345,11 +350,14 @@ def test_a_killed_count_resumes(tmp_path, start):
     corpus, out = small_corpus(tmp_path / "corpus", pairs=900, shards=9), tmp_path / "out"
     arguments = ["shards", "--data", corpus, "--concepts", listed, "--out", out, "--workers", 1]
     arguments += ["--spacy", PIPELINE, "--query-spacy", PIPELINE]
-    kill_when(start(*arguments), lambda: list(out.glob("parts/text-*/*.npz")), timeout=100)
+    kill_when(start(*arguments), lambda: list(out.glob("partitions/text-*/*.npz")), timeout=100)
     finished = {
-        path: path.stat().st_mtime_ns for path in out.glob("parts/text-*/*.json") if path.with_suffix(".npz").exists()
+        path: path.stat().st_mtime_ns
+        for path in out.glob("partitions/text-*/*.json")
+        if path.with_suffix(".npz").exists()
     }
     assert 0 < len(finished) < 9
+    (out / "partitions").rename(out / "parts")  # the folder's name in older counts
     code, printed, err = ended(start(*arguments))
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in finished} == finished

@@ -59,7 +59,7 @@ def test_outliers_and_duplicates_by_features():
     crowd = np.array([1.0, 0, 0]) + generator.normal(0, 0.05, (39, 3))
     features = np.concatenate([crowd, [[0, 0, 1.0]]])
     assert let_it_wag.outliers(features, 0.05)[-1] == 39 and len(let_it_wag.outliers(features, 0.05)) == 2
-    assert let_it_wag.nearest(features, rows=7) == pytest.approx(let_it_wag.nearest(features))
+    assert let_it_wag.nearest(features, batch_size=7) == pytest.approx(let_it_wag.nearest(features))
     line = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1.0]])
     assert let_it_wag.feature_duplicates(line, 0.99) == [1]  # the third is close to one that went
     assert let_it_wag.feature_duplicates(line, 0.9) == [1, 2]

@@ -73,11 +73,11 @@ def test_partitioned_counting(case):
     docs = [set(map(str, terms)) for terms in ragged(case["doc_terms"], case["doc_offsets"])]
     queries = [list(map(str, terms)) for terms in ragged(case["query_terms"], case["query_offsets"])]
     shards = case["partition"].tolist()
-    parts = [InvertedIndex.build(d for d, s in zip(docs, shards, strict=True) if s == part) for part in set(shards)]
+    indexes = [InvertedIndex.build(d for d, s in zip(docs, shards, strict=True) if s == i) for i in set(shards)]
     case.close("counts", InvertedIndex.build(docs).counts(queries))
-    case.close("counts", InvertedIndex.merge(parts).counts(queries))
-    case.close("counts", count_partitioned(parts, queries))
-    case.close("counts_with_partition_local_vocabulary", sum(part.counts(queries) for part in parts))
+    case.close("counts", InvertedIndex.merge(indexes).counts(queries))
+    case.close("counts", count_partitioned(indexes, queries))
+    case.close("counts_with_partition_local_vocabulary", sum(index.counts(queries) for index in indexes))
 
 
 @pytest.mark.golden("concept_frequency", "case_variants")

@@ -1,4 +1,4 @@
-"""Searching one part of a corpus: memory and image tags."""
+"""Searching one partition of a corpus: memory and image tags."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from shared import data
 
 
 def test_memory_is_bounded_by_the_flag(tmp_path, monkeypatch):
-    """Memory of reading and indexing a table of 120,000 captions depends on the size of parts; spaCy is replaced."""
+    """Memory of reading and indexing 120,000 captions depends on the size of partitions; spaCy is replaced."""
     path = tmp_path / "a.tsv"
     path.write_text(
         "".join(f"word{i % 5000} thing{i % 7} place{i % 900} of captions number {i}\n" for i in range(120_000))
@@ -28,11 +28,11 @@ def test_memory_is_bounded_by_the_flag(tmp_path, monkeypatch):
 
     def peak(memory: int) -> tuple[int, int]:
         cfg = CountConfig(data=(str(path),), caption_column="0", memory=memory)
-        jobs = corpus.list_parts(cfg.data, cfg.part_captions, tmp_path)
+        jobs = corpus.list_partitions(cfg.data, cfg.partition_captions, tmp_path)
         largest = 0
-        for part in jobs:
+        for partition in jobs:
             tracemalloc.start()
-            search.index_part(search.Job(part, cfg, str(tmp_path / f"{memory}-{part.start}.npz")))
+            search.index_partition(search.Job(partition, cfg, str(tmp_path / f"{memory}-{partition.start}.npz")))
             largest = max(largest, tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         return len(jobs), largest
@@ -80,8 +80,8 @@ def test_images_are_counted(tmp_path, monkeypatch):
     assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]
 
 
-def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
-    """Captions in several parts and images in shards of another order: a part reads only the tags of its documents."""
+def test_images_of_any_partition_of_the_captions(tmp_path, monkeypatch):
+    """Captions in partitions, images in shards of another order: only tags of a partition's documents are read."""
     rng = np.random.default_rng(0)
     texts = [("a dog", "a cat", "a dog and a cat", "")[i] for i in rng.integers(4, size=1300)]
     (tmp_path / "captions.tsv").write_text("".join(f"{text}\n" for text in texts))
@@ -91,9 +91,9 @@ def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
         write_shard(tmp_path / f"{i}.tar", [(f"{row:05}", "?", colors[row]) for row in shard])
     monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
     read: dict[int, set[str]] = {}
-    whole = search.count_part
+    whole = search.count_partition
     monkeypatch.setattr(
-        count, "count_part",
+        count, "count_partition",
         lambda job: read.update({job.base: {Path(path).stem[0] for path, _ in job.tags}}) or whole(job),
     )  # fmt: skip
     cfg = CountConfig(
@@ -101,7 +101,7 @@ def test_images_of_any_part_of_the_captions(tmp_path, monkeypatch):
         spacy=PIPELINE, query_spacy=PIPELINE, out=str(tmp_path / "out"), workers=1, tagger="colours:red_blue", memory=1,
     )  # fmt: skip
     found = count.count_corpus(cfg, ["dog", "cat"])
-    assert read == {0: {"0", "2"}, 524: {"1", "2"}, 1048: {"1", "2"}}  # 9999 is beyond the end, in the last part
+    assert read == {0: {"0", "2"}, 524: {"1", "2"}, 1048: {"1", "2"}}  # 9999 is beyond the end, in the last partition
     both = [
         sum(word in texts[row] and colors[row][channel] > 0 for row in colors if row < 1300)
         for word, channel in (("dog", 0), ("cat", 2))
@@ -121,12 +121,14 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
             tar.addfile(member, io.BytesIO(content))
     monkeypatch.setitem(sys.modules, "colours", sys.modules[__name__])
     monkeypatch.setattr(search, "BATCH", 32)
-    (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
+    (partition,) = corpus.list_partitions([str(tmp_path / "0.tar")], 1000, tmp_path)
     cfg = CountConfig(images=(str(tmp_path / "0.tar"),), ids="cc3m", tagger="colours:red_blue")
     done, tags = [], []
     for decoders in (0, 1, 2):
         done.append(
-            search.tag_part(search.Job(part, cfg, str(tmp_path / f"{decoders}.npz"), ("dog", "cat")), "cpu", decoders)
+            search.tag_partition(
+                search.Job(partition, cfg, str(tmp_path / f"{decoders}.npz"), ("dog", "cat")), "cpu", decoders
+            )
         )
         with np.load(done[-1].target) as file:
             tags.append({name: file[name].tolist() for name in file.files})
@@ -141,7 +143,7 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
 def test_decoders_give_uint8(tmp_path, monkeypatch):
     """If a transform ends in normalising, decoders give uint8, and the tags are the same."""
     write_shard(tmp_path / "0.tar", [(f"{row:05}", "?", (row, 0, 255 - row)) for row in range(0, 256, 4)])
-    (part,) = corpus.list_parts([str(tmp_path / "0.tar")], 1000, tmp_path)
+    (partition,) = corpus.list_partitions([str(tmp_path / "0.tar")], 1000, tmp_path)
     seen, whole = set(), search.collate
     monkeypatch.setattr(search, "collate", lambda items: seen.add(items[0][1].dtype) or whole(items))
     plain, probabilities = red_blue((), None)
@@ -152,7 +154,7 @@ def test_decoders_give_uint8(tmp_path, monkeypatch):
     tags = []
     for tagger in ("red_blue", "other"):
         cfg = CountConfig(images=(str(tmp_path / "0.tar"),), tagger=f"colours:{tagger}")
-        done = search.tag_part(search.Job(part, cfg, str(tmp_path / f"{tagger}.npz"), ("dog", "cat")))
+        done = search.tag_partition(search.Job(partition, cfg, str(tmp_path / f"{tagger}.npz"), ("dog", "cat")))
         with np.load(done.target) as file:
             tags.append({name: file[name].tolist() for name in file.files})
     assert seen == {torch.float32, torch.uint8} and tags[0] == tags[1] and len(tags[0]["document"]) == 64

@@ -1,4 +1,4 @@
-"""Banks of caption embeddings: ours with a few rows, and the authors' format with one file per image."""
+"""Banks of caption embeddings: ours with a few embeddings, and the authors' format with one file per image."""
 
 from pathlib import Path
 
@@ -13,34 +13,34 @@ from shared.index import Strings
 
 
 @pytest.fixture
-def rows() -> torch.Tensor:
+def embeddings() -> torch.Tensor:
     """(3, 11, 4): facets of three images."""
     return F.normalize(torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)), dim=-1).half()
 
 
 @pytest.fixture
-def small_bank(rows: torch.Tensor, tmp_path: Path) -> Path:
-    """Four samples; a and c have the same captions. Two rows are in the first shard, one is in the second."""
+def small_bank(embeddings: torch.Tensor, tmp_path: Path) -> Path:
+    """Four samples; a and c have the same captions. The first shard holds two embeddings, the second one."""
     checkpoints.write_json(tmp_path / "index.json", {"shards": 2, "shard_size": 2, "rows": 11, "dim": 4})
     keys = Strings.of(["b", "a", "d", "c"])
     np.save(tmp_path / "keys.npy", keys.text)
     np.save(tmp_path / "ends.npy", keys.ends)
     np.save(tmp_path / "rows.npy", np.array([2, 0, 1, 0]))
-    for shard, part in enumerate(rows.split(2)):
+    for shard, part in enumerate(embeddings.split(2)):
         np.save(tmp_path / f"{shard:05d}.npy", part.numpy())
-    np.save(tmp_path / "centres.npy", (sums(rows.numpy(), slice(4, 11)) / 3).astype(np.float32))
+    np.save(tmp_path / "centres.npy", (sums(embeddings.numpy(), slice(4, 11)) / 3).astype(np.float32))
     return tmp_path
 
 
-def test_samples_of_the_same_captions_share_a_row(small_bank: Path, rows: torch.Tensor):
+def test_samples_of_the_same_captions_share_embeddings(small_bank: Path, embeddings: torch.Tensor):
     opened = open_bank(small_bank)
-    assert isinstance(opened, Bank) and (opened.count, opened.dim) == (11, 4)
-    for key, row in zip("abcd", (0, 2, 0, 1), strict=True):
-        assert opened[key].dtype == torch.float32 and torch.equal(opened[key], rows[row].float())
+    assert isinstance(opened, Bank) and (opened.facets, opened.dim) == (11, 4)
+    for key, i in zip("abcd", (0, 2, 0, 1), strict=True):
+        assert opened[key].dtype == torch.float32 and torch.equal(opened[key], embeddings[i].float())
     opened.check(Strings.of(["d", "a"]))
-    with pytest.raises(ValueError, match="no row for sample e"):
+    with pytest.raises(ValueError, match="no embeddings of sample e"):
         opened.check(Strings.of(["a", "e"]))
-    with pytest.raises(ValueError, match="no row for sample aa"):
+    with pytest.raises(ValueError, match="no embeddings of sample aa"):
         opened["aa"]
 
 
@@ -67,6 +67,15 @@ def test_damaged_banks_are_named(small_bank: Path, name: str):
         Bank(small_bank)
 
 
+def test_a_bank_with_too_few_embeddings_is_named(small_bank: Path):
+    np.save(small_bank / "rows.npy", np.array([2, 0, 3, 0]))
+    with pytest.raises(ValueError, match="is damaged: it has 3 embeddings, and rows.npy needs 4"):
+        Bank(small_bank)
+    np.save(small_bank / "rows.npy", np.array([2, 0, 1]))
+    with pytest.raises(ValueError, match="is damaged: rows.npy is of 3 samples, keys.npy of 4"):
+        Bank(small_bank)
+
+
 def test_another_bank_has_another_digest(small_bank: Path):
     before = Bank(small_bank).digest
     assert Bank(small_bank).digest == before
@@ -74,22 +83,22 @@ def test_another_bank_has_another_digest(small_bank: Path):
     assert Bank(small_bank).digest != before
 
 
-def test_older_banks_hold_arrays_of_strings(small_bank: Path, rows: torch.Tensor):
+def test_older_banks_hold_arrays_of_strings(small_bank: Path, embeddings: torch.Tensor):
     np.save(small_bank / "keys.npy", np.array(["a", "b", "c", "long" * 9]))
     np.save(small_bank / "rows.npy", np.array([0, 2, 0, 1]))
     (small_bank / "ends.npy").unlink()
     opened = Bank(small_bank)
-    assert torch.equal(opened["b"], rows[2].float()) and torch.equal(opened["long" * 9], rows[1].float())
+    assert torch.equal(opened["b"], embeddings[2].float()) and torch.equal(opened["long" * 9], embeddings[1].float())
 
 
-def test_centres_are_means_over_images(small_bank: Path, rows: torch.Tensor):
+def test_centres_are_means_over_images(small_bank: Path, embeddings: torch.Tensor):
     centres = Bank(small_bank).centres
-    torch.testing.assert_close(centres[:11], rows.float().mean(0), rtol=0, atol=1e-6)
-    of_long = F.normalize(rows[:, 4:].float().mean(1), dim=-1)  # what stands for a long caption in evaluation
+    torch.testing.assert_close(centres[:11], embeddings.float().mean(0), rtol=0, atol=1e-6)
+    of_long = F.normalize(embeddings[:, 4:].float().mean(1), dim=-1)  # what stands for a long caption in evaluation
     torch.testing.assert_close(centres[11], of_long.mean(0), rtol=0, atol=1e-6)
-    without = centred(rows.float(), centres[:11])
+    without = centred(embeddings.float(), centres[:11])
     torch.testing.assert_close(without.norm(dim=-1), torch.ones(3, 11))
-    torch.testing.assert_close(without, F.normalize(rows.float() - centres[:11], dim=-1))
+    torch.testing.assert_close(without, F.normalize(embeddings.float() - centres[:11], dim=-1))
 
 
 def test_a_bank_that_was_only_begun(tmp_path: Path):
@@ -115,7 +124,7 @@ def test_authors_banks_are_read(tmp_path: Path):
         (tmp_path / home).mkdir()
         torch.save(torch.arange(22.0).view(11, 2).half(), tmp_path / home / f"{key}.pth")
     theirs = open_bank(tmp_path)
-    assert isinstance(theirs, AuthorsBank) and (theirs.count, theirs.dim) == (11, 2)
+    assert isinstance(theirs, AuthorsBank) and (theirs.facets, theirs.dim) == (11, 2)
     assert theirs["000001234"].dtype == torch.float32 and torch.equal(theirs["123_456"][10], torch.tensor([20.0, 21.0]))
     with pytest.raises(ValueError, match="000009.pth is missing"):
         theirs["000009"]

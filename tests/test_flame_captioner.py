@@ -49,15 +49,17 @@ def tiny_blip(folder: Path) -> Path:
 
 def test_captions_of_shards_are_a_file_that_embedding_reads(tiny_blip: Path, cli, folder: Path):
     out = folder / "captions/short.json"
-    flags = f"--data {SHARDS}/00000.tar --dataset-size 10 --precision fp32 --max-length 5 --batch-size 4 --part-size 4"
+    flags = f"--data {SHARDS}/00000.tar --dataset-size 10 --precision fp32 --max-length 5 --batch-size 4 --shard-size 4"
     flags = [*flags.split(), "--model", tiny_blip, "--out", out]
     result = finished(cli(*flags))
-    assert "10 captions" in result.out and not Path(f"{out}.parts").exists()
+    assert "10 captions" in result.out and not Path(f"{out}.shards").exists()
     found, keys = read_captions(str(out)), data.open_pairs(f"{SHARDS}/00000.tar", 10).keys.tolist()
     assert list(found) == keys and all(isinstance(text, str) for text in found.values())
+    about = Path(f"{out}.about.json")
+    about.write_text(about.read_text().replace("shard_size", "part_size"))  # the option's name in older files
     assert "nothing to do" in finished(cli(*flags)).out
-    (again := folder / "again").mkdir()  # a part that is there is not made again, others are the same
-    (again / "short.json.parts").mkdir()
+    (again := folder / "again").mkdir()  # a shard that is there is not made again, others are the same
+    (again / "short.json.parts").mkdir()  # the folder's former name
     kept = [{"__key__": key, "caption": "kept"} for key in keys[:4]]
     (again / "short.json.parts/0.json").write_text(json.dumps({"captions": kept}))
     finished(cli(*flags[:-1], again / "short.json"))
@@ -114,17 +116,17 @@ def test_broken_images_have_empty_captions():
 
 
 def test_captioner_command_line_errors(in_process, tiny_blip: Path, tmp_path: Path):
-    (tmp_path / "short.json.parts").mkdir()
-    (tmp_path / "short.json.parts/about.json").write_text('{"model": "another"}')
+    (tmp_path / "short.json.shards").mkdir()
+    (tmp_path / "short.json.shards/about.json").write_text('{"model": "another"}')
     shards, out = ["--data", SHARDS / "00000.tar", "--dataset-size", "4"], tmp_path / "short.json"
     (tmp_path / "long.json").write_text("[]")
     (tmp_path / "long.json.about.json").write_text('{"instruction": "another"}')
     cases = {
         "long.json holds captions of other settings": [*shards, "--model", tiny_blip, "--out", tmp_path / "long.json"],
         "--data is missing": ["--out", tmp_path / "x.json"],
-        "--part-size must be at least 1": [*shards, "--part-size", "0", "--out", tmp_path / "x.json"],
+        "--shard-size must be at least 1": [*shards, "--shard-size", "0", "--out", tmp_path / "x.json"],
         "could not be loaded as an image-to-text model": [*shards, "--model", tmp_path, "--out", tmp_path / "x.json"],
-        "short.json.parts holds captions of other settings or data": [*shards, "--model", tiny_blip, "--out", out],
+        "short.json.shards holds captions of other settings or data": [*shards, "--model", tiny_blip, "--out", out],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, module=SCRIPT)

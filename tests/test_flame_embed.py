@@ -154,8 +154,8 @@ def test_equal_captions_are_embedded_once():
         return torch.tensor([[[float(len(caption))]] for caption in captions])
 
     captions = ["a dog", "two brown dogs", "a dog", "a cat on a mat", "a dog", "two brown dogs"]
-    rows = embed.embed_batches(lengths, captions, embed.SHORT, batch_size=2, tick=ticks.append)
-    assert rows.flatten().tolist() == [len(caption) for caption in captions]
+    embeddings = embed.embed_batches(lengths, captions, embed.SHORT, batch_size=2, tick=ticks.append)
+    assert embeddings.flatten().tolist() == [len(caption) for caption in captions]
     assert sorted(asked) == sorted(set(captions)) and sum(ticks) == len(captions)
 
 
@@ -166,14 +166,14 @@ def test_bank_holds_the_embeddings_of_each_sample(bank: Path, captions: Path, ti
     llm = embed.load_llm(embed.Config(llm=str(tiny_llm), precision="fp32"))
     lists = [read_captions(captions / f"{kind}.json") for kind in ("raw", "short", "long")]
     for key in pairs.keys[[0, 7, IMAGES - 1]].tolist():
-        rows = embed_captions(llm, *[[found[key]] for found in lists])[0]
-        torch.testing.assert_close(opened[key], rows, rtol=1e-3, atol=1e-3)
-    assert opened.count == 11 and opened.dim == 16 and opened.index["images"] < IMAGES
+        embeddings = embed_captions(llm, *[[found[key]] for found in lists])[0]
+        torch.testing.assert_close(opened[key], embeddings, rtol=1e-3, atol=1e-3)
+    assert opened.facets == 11 and opened.dim == 16 and opened.index["images"] < IMAGES
     assert np.load(bank / "00000.npy").dtype == np.float16
     stored = torch.cat([torch.from_numpy(np.load(file)).float() for file in sorted(bank.glob("0*.npy"))])
     multi = F.normalize(stored[:, 4:].mean(1), dim=-1).mean(0)
     torch.testing.assert_close(opened.centres, torch.cat([stored.mean(0), multi[None]]), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="no row for sample nobody"):
+    with pytest.raises(ValueError, match="no embeddings of sample nobody"):
         opened["nobody"]
 
 
@@ -276,7 +276,7 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
 
 
 def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process, folder: Path, monkeypatch):
-    """minilm: three rows per image, embeddings of its captions without prompts; the same for texts of evaluations."""
+    """minilm: three embeddings per image, of its captions without prompts; the same for texts of evaluations."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     (home := folder / "minilm").mkdir()
@@ -289,7 +289,7 @@ def test_a_sentence_encoder_has_one_row_a_caption(embed_flags: list, in_process,
     monkeypatch.setattr(embed.pretrained, "minilm", lambda: home)
     finished(in_process(*embed_flags, "--llm", "minilm", "--out", folder / "sentences/bank"))
     found = Bank(folder / "sentences/bank")
-    assert (found.count, found.dim) == (3, 16) and found.centres.shape == (4, 16)
+    assert (found.facets, found.dim) == (3, 16) and found.centres.shape == (4, 16)
     texts = embed.texts_of_bank(folder / "sentences/bank", load=False)
     pairs = data.open_pairs(f"{SHARDS}/00000.tar", 1)
     assert torch.allclose(found[pairs.keys[0]].norm(dim=1), torch.ones(3), atol=1e-3)
@@ -339,6 +339,6 @@ def test_dry_run_of_embedding(in_process, tmp_path: Path, monkeypatch: pytest.Mo
     assert result.code == 0 and "112,640 bytes an image" in result.out and "1,697 GB" in result.out, result
     result = in_process("yfcc15m-mistral-nemo", "--dry-run", "--batch-size", "-1")
     assert result.code == 2 and "--batch-size must be at least 1, not -1" in result.err, result
-    for llm, rows in (("minilm", 3), ("smollm2", 11)):
+    for llm, facets in (("minilm", 3), ("smollm2", 11)):
         result = in_process("emoji", "--llm", llm, "--dry-run")
-        assert result.code == 0 and f"{rows} embeddings of its width" in result.out, result
+        assert result.code == 0 and f"{facets} embeddings of its width" in result.out, result

@@ -208,6 +208,13 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], in_process, fo
     assert f" {flat['retrieval_long_ood/text_to_image_R@1']['mean']:.2f} " in cfg_error.out
 
 
+def test_runs_of_the_former_name_of_an_option_load(arms: dict[str, Path], tmp_path: Path):
+    state = torch.load(arms["summary"] / "checkpoint.pt", weights_only=True)
+    state["config"] = {{"facet_ids": "rows"}.get(name, name): value for name, value in state["config"].items()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert evaluation.load_model(tmp_path, evaluation.Config(runs=()))[1].facet_ids == (0, 1, 4)
+
+
 def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_path: Path):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     (tmp_path / "other").mkdir()

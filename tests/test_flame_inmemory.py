@@ -77,7 +77,7 @@ def test_tokens_of_a_locked_trunk_are_its_own(settings: config.Config):
     torch.testing.assert_close(corpus.images[:3].float(), expected, rtol=1e-2, atol=2e-2)
     (file,) = Path(settings.cache).glob("tokens-*-64-fp32.npy")
     began = file.stat().st_mtime_ns
-    fewer = opened(dataclasses.replace(settings, dataset_size=40))  # the first rows of the same file
+    fewer = opened(dataclasses.replace(settings, dataset_size=40))  # the first samples of the same file
     assert file.stat().st_mtime_ns == began and torch.equal(fewer.images, corpus.images[:40])
     torch.testing.assert_close(tower(expected), expected)  # tokens stand in for images
 
@@ -112,17 +112,18 @@ def test_batches_are_a_function_of_seed_epoch_and_row(settings: config.Config):
 
 def test_facets_are_drawn_as_from_the_bank(settings: config.Config, bank: Path):
     corpus, found = opened(settings), Bank(bank)
-    rows = torch.arange(20)
+    samples = torch.arange(20)
     u = memory.uniforms((0, 0, 1), len(corpus.images), 4 + corpus.draws)
-    facets = corpus.drawn(rows, u[rows, 4:])
+    facets = corpus.drawn(samples, u[samples, 4:])
     assert facets.shape == (20, 6, 16)
     keys = corpus.pairs.keys.tolist()
     for i in range(20):
-        of_image = F.normalize(found[keys[i]] - found.centres[: found.count], dim=-1)
+        of_image = F.normalize(found[keys[i]] - found.centres[: found.facets], dim=-1)
         distances = torch.cdist(facets[i], of_image)
         assert distances.min(1).values.max() < 1e-3 and len(set(distances.argmin(1).tolist())) == 6
-    raw = opened(dataclasses.replace(settings, rows=(0,), facets=1, centre=False))
-    torch.testing.assert_close(raw.drawn(rows, u[rows, 4:5])[:, 0], torch.stack([found[key][0] for key in keys[:20]]))
+    raw = opened(dataclasses.replace(settings, facet_ids=(0,), facets=1, centre=False))
+    drawn = raw.drawn(samples, u[samples, 4:5])[:, 0]
+    torch.testing.assert_close(drawn, torch.stack([found[key][0] for key in keys[:20]]))
 
 
 def test_both_methods_see_the_same_images_and_no_caption_twice(settings: config.Config, captions: Path):

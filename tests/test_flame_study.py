@@ -31,7 +31,7 @@ def test_arms_are_flags_of_one_preset_each():
     assert words(GEMMA, "flame") == f"{small} {bank} --seed 3 --out runs/flame/flame-seed3"
     assert words(SMOLLM2, "flame") == f"{small} --bank data/flame/bank --seed 3 --out runs/flame/flame-seed3"
     assert words(GEMMA, "causal").startswith(f"{small} {bank}-causal ")
-    assert words(GEMMA, "summary").startswith(f"{small} {bank} --rows 0 1 4 --facets 3 ")
+    assert words(GEMMA, "summary").startswith(f"{small} {bank} --facet-ids 0 1 4 --facets 3 ")
     assert words(GEMMA, "clip").startswith("flame.train emoji-lite0-clip --seed")
     assert words(GEMMA, "flame-english") == words(SMOLLM2, "flame").replace("flame-seed3", "flame-english-seed3")
     core = ["clip", "clip-4", "clip-16", "minilm", "flame", "flame-4", "flame-16"]

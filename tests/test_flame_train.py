@@ -140,8 +140,8 @@ def tiny(bank: Path, captions: Path) -> list:
 ARMS = {
     "clip": ["emoji-clip"],
     "flame": ["emoji"],
-    "raw": ["emoji", "--rows", "0", "--facets", "1"],
-    "summary": ["emoji", "--rows", "0", "1", "4", "--facets", "3"],
+    "raw": ["emoji", "--facet-ids", "0", "--facets", "1"],
+    "summary": ["emoji", "--facet-ids", "0", "1", "4", "--facets", "3"],
     "nce": ["emoji", "--loss", "mp-nce"],
 }
 
@@ -207,12 +207,12 @@ def test_facets_change_from_visit_to_visit_and_images_do_not_depend_on_them(bank
     dataset = train.FacetDataset(pairs, cfg, 16, 0, opened)
     (image, facets, _), again, in_the_next_epoch = dataset[3], dataset[3], dataset[3 + IMAGES]
     assert facets.shape == (6, 16) and torch.equal(facets, again[1]) and not torch.equal(facets, in_the_next_epoch[1])
-    rows = opened[str(pairs.keys[3])]
-    assert all((rows == facet).all(1).any() for facet in facets)
-    raw = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1), 16, 0, opened)
-    assert torch.equal(raw[3][0], image) and torch.equal(raw[3][1], rows[:1])
-    centred = train.FacetDataset(pairs, dataclasses.replace(cfg, rows=(0,), facets=1, centre=True), 16, 0, opened)
-    torch.testing.assert_close(centred[3][1], F.normalize(rows[:1] - opened.centres[:1], dim=-1))
+    embeddings = opened[str(pairs.keys[3])]
+    assert all((embeddings == facet).all(1).any() for facet in facets)
+    raw = train.FacetDataset(pairs, dataclasses.replace(cfg, facet_ids=(0,), facets=1), 16, 0, opened)
+    assert torch.equal(raw[3][0], image) and torch.equal(raw[3][1], embeddings[:1])
+    centred = train.FacetDataset(pairs, dataclasses.replace(cfg, facet_ids=(0,), facets=1, centre=True), 16, 0, opened)
+    torch.testing.assert_close(centred[3][1], F.normalize(embeddings[:1] - opened.centres[:1], dim=-1))
 
 
 def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli):

@@ -22,10 +22,10 @@ def test_zero_shot_classifier(case):
     case.close("top5", metrics["top5"] / 100, atol=1e-6)
 
 
-@pytest.mark.parametrize("rows, centre_of_long", [((), 2), ((0, 1, 4), 0), ((0, 2), 2)], ids=["all", "summary", "two"])
-def test_texts_are_centred_as_their_prompt(rows: tuple[int, ...], centre_of_long: int, monkeypatch):
-    """Texts of the single prompt are centred with row 0, of the long prompt with the last row; runs on summary facets
-    only have the single prompt."""
+@pytest.mark.parametrize("facet_ids, of_long", [((), 2), ((0, 1, 4), 0), ((0, 2), 2)], ids=["all", "summary", "two"])
+def test_texts_are_centred_as_their_prompt(facet_ids: tuple[int, ...], of_long: int, monkeypatch):
+    """Texts of the single prompt are centred with the first centre, of the long prompt with the last; runs on summary
+    facets only have the single prompt."""
     features, asked = torch.tensor([[0.6, 0.0, 0.8]]), []
 
     def frozen(texts, multi):
@@ -36,11 +36,11 @@ def test_texts_are_centred_as_their_prompt(rows: tuple[int, ...], centre_of_long
     monkeypatch.setattr(zeroshot, "open_bank", lambda bank: SimpleNamespace(centres=0.5 * torch.eye(3)))
     model = FLAME(vit("emoji"), 128, 3, 16)
     for centre in (False, True):
-        texts = zeroshot.text_features(model, config.Config(bank="bank", rows=rows, centre=centre))
-        for multi, row in ((False, 0), (True, centre_of_long)):
+        texts = zeroshot.text_features(model, config.Config(bank="bank", facet_ids=facet_ids, centre=centre))
+        for multi, row in ((False, 0), (True, of_long)):
             expected = F.normalize(features - 0.5 * torch.eye(3)[row], dim=-1) if centre else features
             torch.testing.assert_close(texts(["a", "b"], multi), expected.expand(2, 3))
-    assert asked == 2 * [False, centre_of_long == 2]
+    assert asked == 2 * [False, of_long == 2]
 
 
 def test_images_are_encoded_in_eval_mode_and_training_goes_on():

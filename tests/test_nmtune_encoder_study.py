@@ -76,12 +76,12 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
 
 
 def test_tasks_share_features_of_the_same_drawings():
-    """The labels of a task belong to the rows of its drawings in the features of all drawings."""
-    images = {part: encoder_study.open_labelled(f"data/emoji:group:{part}") for part in ("tune", "id", "ood")}
-    plain = {part: torch.arange(len(each))[:, None] for part, each in images.items()}
+    """The labels of a task belong to the features of its drawings among those of all drawings."""
+    images = {split: encoder_study.open_labelled(f"data/emoji:group:{split}") for split in ("tune", "id", "ood")}
+    plain = {split: torch.arange(len(each))[:, None] for split, each in images.items()}
     encoded = encoder_study.Encoded(images, plain, torch.zeros(2, len(images["tune"]), 1))
-    for part in images:
-        names = encoder_study.open_labelled(f"data/emoji:name:{part}")
-        rows = encoded.rows(part, names)
-        assert names.keys[:].tolist() == images[part].keys[rows.numpy()].tolist()
-        assert (names.spans == images[part].spans[rows]).all()
+    for split in images:
+        names = encoder_study.open_labelled(f"data/emoji:name:{split}")
+        indices = encoded.indices(split, names)
+        assert names.keys[:].tolist() == images[split].keys[indices.numpy()].tolist()
+        assert (names.spans == images[split].spans[indices]).all()

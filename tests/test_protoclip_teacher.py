@@ -30,15 +30,15 @@ def test_teacher_script(cli, folder: Path):
     assert "nothing to do" in finished(cli(*command, module="protoclip.teacher")).out
     assert out.stat().st_mtime_ns == before
     pairs = data.open_pairs(str(SHARDS / "00000.tar"), 200)
-    rows = Teacher(str(out)).rows(pairs, np.array([3, 3, 199]))
+    rows = Teacher(str(out)).features_of(pairs, np.array([3, 3, 199]))
     assert rows.shape == (3, 8) and torch.equal(rows[0], rows[1])
     grown = cli(*command[:3], "--dataset-size", "201", "--out", out, module="protoclip.teacher")
-    assert grown.code == 2 and "has no row for sample" in grown.err and one_sentence(grown.err)
+    assert grown.code == 2 and "has no features of sample" in grown.err and one_sentence(grown.err)
 
 
 def test_row_aligned_teacher(cli, folder: Path):
     pairs = data.open_pairs(str(SHARDS / "00000.tar"), 300)
-    features = Teacher(str(TEACHER)).rows(pairs, np.arange(300)).numpy()
+    features = Teacher(str(TEACHER)).features_of(pairs, np.arange(300)).numpy()
     np.save(folder / "upstream.npy", np.concatenate([features, features[:50] + 1]))  # of the whole CSV: the first count
     np.savez(folder / "by_key.npz", keys=pairs.keys[::-1], features=features[::-1])
     options = [*TINY, "--episodes", "2", "--dataset-size", "300", "--episode-size", "64"]
@@ -76,11 +76,11 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
     features = np.arange(3.0)[:, None]
     np.savez(tmp_path / "t.npz", keys=Pairs.keys.text, ends=Pairs.keys.ends, features=features)
     teacher = Teacher(str(tmp_path / "t.npz"))
-    assert teacher.rows(Pairs(), np.array([2, 0, 1])).flatten().tolist() == [2, 0, 1]  # same rows, same order
+    assert teacher.features_of(Pairs(), np.array([2, 0, 1])).flatten().tolist() == [2, 0, 1]  # same rows, same order
     other = Pairs()
     other.keys = Strings.of(["b", "a", "a"])
-    with pytest.raises(ValueError, match="two rows for sample a"):
-        teacher.rows(other, np.array([0]))
+    with pytest.raises(ValueError, match="has features of sample a twice"):
+        teacher.features_of(other, np.array([0]))
 
 
 def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
@@ -116,10 +116,10 @@ def test_features_stay_on_the_disk(tmp_path: Path, save, dtype: type):
         pairs = keys_alone(keys)
         teacher = Teacher(str(tmp_path / name))
         assert isinstance(teacher.features, np.memmap) == (name == "t.npy" or save is np.savez)
-        found = teacher.rows(pairs, rows)
+        found = teacher.features_of(pairs, rows)
         assert found.dtype == torch.float32 and np.array_equal(found.numpy(), features[rows])
     shuffled = keys_alone(Strings.of(f"key{i}" for i in reversed(range(300))))
-    assert np.array_equal(Teacher(str(tmp_path / "t.npz")).rows(shuffled, rows).numpy(), features[::-1][rows])
+    assert np.array_equal(Teacher(str(tmp_path / "t.npz")).features_of(shuffled, rows).numpy(), features[::-1][rows])
 
 
 def keys_alone(keys: Strings):
@@ -182,7 +182,7 @@ def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):
     pairs = data.open_pairs(f"{SHARDS}/00000.tar")
     np.savez(tmp_path / "t.npz", keys=pairs.keys[:-1], features=np.zeros((len(pairs) - 1, 4), np.float32))
     result = in_process("emoji", *TINY, "--external-teacher", tmp_path / "t.npz", "--out", tmp_path / "run")
-    assert result.code == 2 and f"has no row for sample {pairs.keys[-1]}" in result.err and one_sentence(result.err)
+    assert result.code == 2 and f"has no features of sample {pairs.keys[-1]}" in result.err and one_sentence(result.err)
     assert not (tmp_path / "run").exists()  # before the first episode, not after it
 
 

@@ -228,7 +228,7 @@ def test_signs_of_life_of_a_run(clock: list[float], tmp_path: Path, capsys, monk
 
     def life(folder: str) -> list[str]:
         life = run.RunFolder(Lively(out=str(tmp_path / folder)), ALONE, epoch=0)
-        life.restore(**parts(0))
+        life.restore(**objects(0))
         life.start(0, 9, 640, data="abc")
         for step in range(1, 10):
             clock[0] += 20
@@ -281,7 +281,7 @@ class Settings(Config):
     epochs: int = 3
 
 
-def parts(seed: int) -> dict:
+def objects(seed: int) -> dict:
     torch.manual_seed(seed)
     model = nn.Linear(2, 1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -292,7 +292,7 @@ def test_a_failed_evaluation_costs_no_training(tmp_path: Path):
     """The run is saved where it repeats the evaluation; an evaluation that does not fail saves nothing."""
     cfg = Settings(out=str(tmp_path / "run"))
     folder = run.RunFolder(cfg, ALONE, epoch=0, batch=0)
-    folder.restore(**parts(0))
+    folder.restore(**objects(0))
     folder.start(0)
     with folder.evaluation(2, epoch=0, batch=2):
         pass
@@ -306,7 +306,7 @@ def test_a_failed_evaluation_costs_no_training(tmp_path: Path):
 
 def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
     cfg = Settings(out=str(tmp_path / "run"))
-    folder, mine = run.RunFolder(cfg, ALONE, epoch=0, batch=0), parts(0)
+    folder, mine = run.RunFolder(cfg, ALONE, epoch=0, batch=0), objects(0)
     assert folder.state == {"epoch": 0, "batch": 0} and not folder.finished(epoch=3)
     folder.restore(**mine)
     folder.start(0, data="abc")
@@ -320,7 +320,7 @@ def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
     assert set(state) == {"state_dict", "optimizer", "epoch", "batch", "data"} | about
     assert state["batch"] == 4 and state["data"] == "abc" and state["config"] == dataclasses.asdict(cfg)
 
-    again, others = run.RunFolder(cfg, ALONE, epoch=0, batch=0), parts(1)
+    again, others = run.RunFolder(cfg, ALONE, epoch=0, batch=0), objects(1)
     assert again.state["batch"] == 4 and not again.finished(epoch=3)
     again.restore(**others)
     assert torch.equal(others["state_dict"].weight, mine["state_dict"].weight)
@@ -339,12 +339,12 @@ def test_a_checkpoint_without_a_part_is_refused(tmp_path: Path):
     cfg = Settings(out=str(tmp_path))
     checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"config": dataclasses.asdict(cfg)})
     with pytest.raises(ValueError, match="the checkpoint has no 'state_dict'"):
-        run.RunFolder(cfg, ALONE).restore(**parts(0))
+        run.RunFolder(cfg, ALONE).restore(**objects(0))
 
 
 def test_other_ranks_save_nothing(tmp_path: Path):
     folder = run.RunFolder(Settings(out=str(tmp_path / "run")), run.Process(1, 2, CPU), epoch=0)
-    folder.restore(**parts(0))
+    folder.restore(**objects(0))
     folder.start(0)
     folder.log(1, epoch=0)
     folder.save(2, epoch=1)
@@ -358,7 +358,7 @@ class Kept(Settings):
 
 
 def test_chosen_checkpoints_stay(tmp_path: Path):
-    folder, mine = run.RunFolder(Kept(out=str(tmp_path / "run")), ALONE, epoch=0), parts(0)
+    folder, mine = run.RunFolder(Kept(out=str(tmp_path / "run")), ALONE, epoch=0), objects(0)
     folder.restore(**mine)
     folder.start(0)
     for step in range(1, 8):
@@ -376,7 +376,7 @@ def test_chosen_checkpoints_stay(tmp_path: Path):
 
 def test_the_best_checkpoint_is_written_before_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder, written = run.RunFolder(Settings(out=str(tmp_path / "run")), ALONE, epoch=0), []
-    folder.restore(**parts(0))
+    folder.restore(**objects(0))
     folder.start(0)
     monkeypatch.setattr(run, "save_checkpoint", lambda path, state: written.append((path.name, state["epoch"])))
     folder.save(2, True, epoch=1)

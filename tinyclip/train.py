@@ -628,7 +628,7 @@ def main(cfg: Config) -> Path | None:
         epoch, done, last = step // corpus.steps_per_epoch, step + 1, step + 1 == cfg.steps
         if student.masks and step == cfg.prune_step:
             student = cut_masks(student, cfg, folder, epoch)
-            optimizers = folder.parts["optimizers"] = make_optimizers(student, cfg)
+            optimizers = folder.objects["optimizers"] = make_optimizers(student, cfg)
             network = distributed(student, process)
         images, tokens, answer = batch
         torch.manual_seed(data.stable_hash(cfg.seed, step))  # equal mask samples in all processes and after a resume

@@ -99,14 +99,14 @@ def trained_on_labels(
 
     for epoch in range(epochs):
         order = torch.randperm(len(labels)).split(batch_size)[:steps]
-        for step, rows in enumerate(order, epoch * steps):
+        for step, batch in enumerate(order, epoch * steps):
             rate = (step + 1) / steps if step < steps else (1 + math.cos(math.pi * step / (epochs * steps))) / 2
             optimizer.param_groups[0]["lr"] = lr * rate
-            boxes = memory.random_crops(torch.rand(len(rows), 4), crop, (0.85, 1.18))
+            boxes = memory.random_crops(torch.rand(len(batch), 4), crop, (0.85, 1.18))
             with run.autocast(precision, cpu):
-                logits = network(views(pixels[rows], boxes))
+                logits = network(views(pixels[batch], boxes))
             optimizer.zero_grad()
-            F.cross_entropy(logits.float(), labels[rows]).backward()
+            F.cross_entropy(logits.float(), labels[batch]).backward()
             optimizer.step()
 
     network.eval()
@@ -115,7 +115,7 @@ def trained_on_labels(
         images, truth = asked(*read(folder, "test", stored * size))
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(len(images), 4)
         with torch.no_grad(), run.autocast(precision, cpu):
-            parts = [network(views(x, b)) for x, b in zip(images.split(256), whole.split(256), strict=True)]
-        top1 = percent(torch.cat(parts).argmax(dim=1) == truth)
+            logits = [network(views(x, b)) for x, b in zip(images.split(256), whole.split(256), strict=True)]
+        top1 = percent(torch.cat(logits).argmax(dim=1) == truth)
         found |= {f"{Path(folder).name}/{metric}": top1 for metric in metrics}
     return found

@@ -23,10 +23,10 @@ import torch
 
 from concept_frequency import study, train
 from concept_frequency.config import COUNT_PRESETS, PRESETS, CountConfig
-from concept_frequency.corpus import list_parts
+from concept_frequency.corpus import list_partitions
 from concept_frequency.count import spread
 from concept_frequency.model import InvertedIndex, noun_set
-from concept_frequency.search import Job, index_part
+from concept_frequency.search import Job, index_partition
 from concept_frequency.tagging import load_spacy, tag_captions
 from shared import cli, data, run
 
@@ -108,21 +108,21 @@ def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions:
         print_row(name, seconds, target, f"{len(set().union(*differ))} noun sets differ")
 
 
-def counting(captions: list[str], pipeline: str, parts: int = 16, size: int = 500) -> None:
+def counting(captions: list[str], pipeline: str, partitions: int = 16, size: int = 500) -> None:
     """Seconds for 1,000 captions with `--workers` equal to the number of cores; hours for LAION-400M as a note.
 
-    There are `parts` files of `size` captions for each worker. Only the second half of the files is timed: by then all
-    workers have loaded the pipeline.
+    There are `partitions` files of `size` captions for each worker. Only the second half of the files is timed: by then
+    all workers have loaded the pipeline.
     """
     cores, total = cli.cores(), COUNT_PRESETS["laion400m"][1].size
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(parts * cores):
+        for i in range(partitions * cores):
             start = i * size % len(captions)
             Path(folder, f"{i:05}.txt").write_text("\n".join(captions[start : start + size]), encoding="utf-8")
         cfg = CountConfig((folder,), spacy=pipeline, workers=cores)
-        files = list_parts(cfg.data, cfg.part_captions, Path(folder))
-        jobs = [Job(part, cfg, f"{folder}/{part.name()}.npz") for part in files]
-        ended = [(time.perf_counter(), done.documents) for _, done in spread(index_part, jobs, cfg)]
+        files = list_partitions(cfg.data, cfg.partition_captions, Path(folder))
+        jobs = [Job(partition, cfg, f"{folder}/{partition.name()}.npz") for partition in files]
+        ended = [(time.perf_counter(), done.documents) for _, done in spread(index_partition, jobs, cfg)]
     (start, _), *timed = ended[len(ended) // 2 - 1 :]
     rate = sum(documents for _, documents in timed) / (timed[-1][0] - start)
     words = sum(len(caption.split()) for caption in captions) / len(captions)

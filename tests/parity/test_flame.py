@@ -169,7 +169,7 @@ def test_text_encoder(up, table):
     rows = [torch.cat([encode(caption, prompt, False) for caption in CAPTIONS]) for prompt in prompts]
     theirs_bank = F.normalize(torch.cat(rows, dim=1), dim=-1)
     ours_bank = embed.embed_captions(ours, CAPTIONS, CAPTIONS, CAPTIONS, prompts, batch_size=2)
-    table.compare("bank of 11 rows", "training/embed_cc3m_mask.py:237", "embed.embed_captions", theirs_bank, ours_bank)
+    table.compare("bank, 11 facets", "training/embed_cc3m_mask.py:237", "embed.embed_captions", theirs_bank, ours_bank)
 
 
 def test_drawing_facets(up, table):

@@ -410,7 +410,7 @@ def test_trajectory(up, table, tmp_path):
     file = trajectory.ROOT / "data/emoji/teacher.npz"
     if not file.is_file():
         pytest.skip(f"needs {file}: `python -m protoclip.teacher minilm` makes it")
-    external = teacher.Teacher(str(file)).rows(pairs_, np.arange(len(pairs_)))
+    external = teacher.Teacher(str(file)).features_of(pairs_, np.arange(len(pairs_)))
     np.save(tmp_path / "teacher.npy", external.numpy())
     args = SimpleNamespace(**{
         **TRAIN, **flags, "episode_size": size, "batch_size": batch_size, "epochs": episodes_,
