@@ -121,19 +121,21 @@ def test_arms_are_named_by_what_they_keep():
     assert own == [(arm.name,) for arm in study.ARMS]  # each by a correlation on its own data
 
 
-def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_floor_of_a_reduction_is_of_the_seeds_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("codes-seed3", "codes-seed12", "codes-half-seed3"):
+    for name in ("codes-seed3", "codes-seed12", "codes-seed5", "codes-half-seed3"):
         (tmp_path / study.RUNS / "reduced" / name).mkdir(parents=True)
         (tmp_path / study.RUNS / "reduced" / name / "report.csv").touch()
     seen = []
     monkeypatch.setattr(
         photos, "by_correlation", lambda sets, train, own, of_texts: seen.append((train, own)) or {"r": len(train)}
     )
-    found = study.correlation_of("codes")
+    floors = {floor.arms: floor for floor in study.FLOORS}
+    found = floors["codes",].values([12, 3])
     kept = [f"{study.RUNS}/reduced/codes-seed{seed}/shards" for seed in (12, 3)]
     assert seen == [(path, True) for path in kept] and found == {"r": sum(map(len, kept)) / 2}
-    assert len(study.STUDY.floor_files()) == 3  # floors are measured again when a reduction changes
+    assert floors["full",].values([12, 3]) == {"r": len(study.POOL)} and seen[2:] == [(study.POOL, True)]
+    assert len(study.STUDY.floor_files([12, 3])) == 3  # floors are measured again when a reduction changes
 
 
 def test_mlps_on_locked_towers_learn_what_captions_say(cfg: locked_clip.Settings, embedded: list[list[str]]):  # noqa: F811

@@ -24,7 +24,6 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -210,15 +209,11 @@ CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and 
 )
 
 
-def correlation_of(arm: str) -> dict[str, float]:
+def correlation_of(arm: str, seed: int | None = None) -> dict[str, float]:
     """The floor of an arm: canonical correlation of its photographs with MiniLM's features of its captions, refined or
-    not; mean over seeds."""
-    trained_on = [str(table.parent / "shards") for table in study.reduced(arm, RUNS)] if arm in HEADINGS else [POOL]
-    found = [
-        photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True, of_texts=minilm_features)
-        for shards in trained_on
-    ]
-    return {metric: float(np.mean([numbers[metric] for numbers in found])) for metric in found[0]}
+    not. Without a seed, the arm is trained on the whole pool."""
+    shards = POOL if seed is None else f"{STUDY.out(f'reduced/{arm}', seed)}/shards"
+    return photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True, of_texts=minilm_features)
 
 
 WITH_MINILM = "canonical correlation of EfficientNet-Lite0 with MiniLM"
@@ -227,7 +222,12 @@ FLOORS = (
     CHANCE,
     *(dataclasses.replace(floor, arms=("full", "full-refined")) for floor in WITH_WORDS),
     *(
-        Floor(f"{WITH_MINILM}, {arm.heading}", functools.partial(correlation_of, arm.name), arms=(arm.name,))
+        Floor(
+            f"{WITH_MINILM}, {arm.heading}",
+            functools.partial(correlation_of, arm.name),
+            arms=(arm.name,),
+            by_seed=arm.name in REDUCTIONS,
+        )
         for arm in ARMS
     ),
 )
