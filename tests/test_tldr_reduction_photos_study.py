@@ -11,7 +11,7 @@ from test_study_photos import WORDS, corpus  # noqa: F401
 
 from shared import zeroshot
 from shared.corpora import layout
-from shared.study import locked_clip, photos
+from shared.study import locked_clip, photos, report
 from shared.study.runner import in_order
 from tldr_reduction import photos_study as study
 from tldr_reduction.cluster import random_subset, select_fraction
@@ -136,6 +136,16 @@ def test_the_floor_of_a_reduction_is_of_the_seeds_of_the_results(tmp_path: Path,
     assert seen == [(path, True) for path in kept] and found == {"r": sum(map(len, kept)) / 2}
     assert floors["full",].values([12, 3]) == {"r": len(study.POOL)} and seen[2:] == [(study.POOL, True)]
     assert len(study.STUDY.floor_files([12, 3])) == 3  # floors are measured again when a reduction changes
+
+
+def test_runs_with_other_mlps_have_other_settings():
+    """So results are not extended by them."""
+    usual = dataclasses.asdict(study.Config())
+    others = {"hidden_dim": 512, "embed_dim": 128, "dropout": 0.1, "noise": 0.0, "weight_decay": 0.1}
+    found = {report.setting_of(usual | {name: value}) for name, value in others.items()}
+    assert len(found | {report.setting_of(usual)}) == 6
+    towers = study.create_towers(usual | {"hidden_dim": 8, "embed_dim": 4})
+    assert towers.image[-1].weight.shape == (4, 8) and towers.text[1].std == 0.5
 
 
 def test_mlps_on_locked_towers_learn_what_captions_say(cfg: locked_clip.Settings, embedded: list[list[str]]):  # noqa: F811
