@@ -389,6 +389,15 @@ def test_root_readme_and_packaging_know_all_papers():
     assert re.search(r"!\[.+\]\(results/\w+\.png\)", first_screen) and "make test" in first_screen
 
 
+def test_the_citation_names_all_papers():
+    citation, project = (ROOT / "CITATION.cff").read_text(), (ROOT / "pyproject.toml").read_text()
+    papers = [
+        re.search(r"\[arXiv (\d{4}\.\d{5})\]", (ROOT / folder / "README.md").read_text())[1] for folder in folders()
+    ]
+    assert sorted(re.findall(r"value: arXiv:(\S+)", citation)) == sorted(papers)
+    assert re.search(r"^version: (.+)$", citation, re.M)[1] == re.search(r'^version = "(.+)"$', project, re.M)[1]
+
+
 def test_every_package_has_a_lowest_version():
     """`make lowest test` installs and tests these."""
     project = (ROOT / "pyproject.toml").read_text()
