@@ -1,6 +1,7 @@
 """The import graph of the project's modules: `python tests/graph.py` (`make readme`) draws it into CONTRIBUTING.md."""
 
 import ast
+import functools
 from pathlib import Path
 
 from shared.presets import folders
@@ -16,19 +17,29 @@ BUILDERS = {  # of papers' corpora; like studies, they may use shared.corpora
 BEGIN, END = "<!-- imports -->\n", "<!-- /imports -->"
 
 
-def files() -> list[Path]:
+@functools.cache
+def files() -> tuple[Path, ...]:
     """All modules of the project except tests."""
-    return sorted(path for package in PACKAGES for path in (ROOT / package.replace(".", "/")).glob("*.py"))
+    found = (path for package in PACKAGES for path in (ROOT / package.replace(".", "/")).glob("*.py"))
+    return tuple(sorted(found))
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree; parsing and walking take most of the time of tests that read the code."""
+    return tuple(ast.walk(tree(path)))
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules that a file imports; `from package import module` gives `package.module`, too."""
     found = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

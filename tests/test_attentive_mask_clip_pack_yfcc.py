@@ -3,11 +3,13 @@
 import errno
 import io
 import json
+import multiprocessing
 import pickle
 import random
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,10 +222,15 @@ def test_packing_goes_on_and_makes_what_is_missing(in_process, large: Path, fold
     assert len(data.open_pairs(str(out), cache=folder / "cache")) == 300
 
 
-def test_several_processes_make_the_same_shards(cli, large: Path, folder: Path):
+def test_several_processes_make_the_same_shards(large: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The processes are forks of the tests' server, which start fast; jobs are still pickled."""
+    contexts = {"spawn": multiprocessing.get_context("forkserver")}
+    monkeypatch.setattr(pack_yfcc, "multiprocessing", SimpleNamespace(get_context=contexts.get))
     outs = [folder / f"workers-{n}" for n in (1, 2)]
     for workers, out in enumerate(outs, 1):
-        finished(cli(*command(large, out, size=75, workers=workers)))
+        pack_yfcc.main(
+            pack_yfcc.Config(str(large / "yfcc15m.pkl"), str(large), str(out), shard_size=75, workers=workers)
+        )
     assert files(outs[0]) == files(outs[1]) and len(list(outs[0].glob("*.tar"))) == 4
 
 

@@ -14,7 +14,21 @@ from pathlib import Path
 
 import pytest
 import tyro
-from graph import BUILDERS, EVIDENCE, GRAPH, PACKAGES, drawn, files, imports, name_of, of_project, page, reached, tree
+from graph import (
+    BUILDERS,
+    EVIDENCE,
+    GRAPH,
+    PACKAGES,
+    drawn,
+    files,
+    imports,
+    name_of,
+    nodes,
+    of_project,
+    page,
+    reached,
+    tree,
+)
 from scripts import one_sentence
 
 from shared.presets import folders
@@ -131,12 +145,12 @@ def used(path: Path, own: str | None = None, package: str = "shared") -> set[tup
     """(module, name) of everything that a file uses from a package; with `own`, also the file's own names, of that
     module."""
     alias, found = {}, set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module == package:
             alias |= {name.asname or name.name: name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
             found |= {(node.module.removeprefix(f"{package}."), name.name) for name in node.names}
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in alias:
             found.add((alias[node.value.id], node.attr))
         elif own and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -200,7 +214,7 @@ def test_the_drawn_graph_is_the_graph():
 
 @pytest.mark.parametrize("file", files(), ids=name_of)
 def test_no_import_of_the_project_inside_a_function(file: Path):
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.ImportFrom):
@@ -387,6 +401,15 @@ def test_root_readme_and_packaging_know_all_papers():
         assert f'"{folder}"' in project and re.search(rf"^{folder.replace('_', '-')} = \[", project, re.M)
     first_screen = readme.split("| folder |")[0]
     assert re.search(r"!\[.+\]\(results/\w+\.png\)", first_screen) and "make test" in first_screen
+
+
+def test_the_citation_names_all_papers():
+    citation, project = (ROOT / "CITATION.cff").read_text(), (ROOT / "pyproject.toml").read_text()
+    papers = [
+        re.search(r"\[arXiv (\d{4}\.\d{5})\]", (ROOT / folder / "README.md").read_text())[1] for folder in folders()
+    ]
+    assert sorted(re.findall(r"value: arXiv:(\S+)", citation)) == sorted(papers)
+    assert re.search(r"^version: (.+)$", citation, re.M)[1] == re.search(r'^version = "(.+)"$', project, re.M)[1]
 
 
 def test_every_package_has_a_lowest_version():

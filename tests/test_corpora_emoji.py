@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ IMAGES = ["webp", "png", "jpg", "jpeg"]  # what CLIP-benchmark's reader accepts
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn by threads, which start at once; `test_two_builds_give_the_same_bytes` compares it with processes."""
     out = tmp_path_factory.mktemp("emoji") / "corpus"
-    emoji.main(out, limit=LIMIT, npm=NPM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+        emoji.main(out, limit=LIMIT, npm=NPM)
     return out
 
 
@@ -69,6 +73,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def interrupted(*_) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(emoji, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
     monkeypatch.setattr(emoji, "write_eval", interrupted)
     with pytest.raises(KeyboardInterrupt):
         emoji.main(tmp_path / "corpus", limit=2, npm=NPM)

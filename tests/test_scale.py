@@ -1,5 +1,5 @@
-"""Training scripts on large data and several processes: by windows of shards, killed on the way; and two and three
-processes against one, with a short last batch of each epoch."""
+"""Training scripts on large data and several processes: by windows of shards, killed on the way; and three processes
+against one, with a short last batch of each epoch. (test_<paper>_train.py compares two processes with one.)"""
 
 import dataclasses
 import http.server
@@ -142,12 +142,12 @@ def alone(cli, short, folder: Path) -> Lazily:
     return Lazily(make)
 
 
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", [*SCRIPTS, "nmtune-supervised"])
-def test_processes_with_a_short_last_batch_equal_one(name: str, count: int, short, alone, start, folder: Path):
-    out = folder / "ranks" / name / f"{count}"
+def test_processes_with_a_short_last_batch_equal_one(name: str, short, alone, start, folder: Path):
+    """Of the last 16 pairs, the processes have 6, 5 and 5."""
+    out = folder / "ranks" / name / "3"
     module = SCRIPTS.get(name, "nmtune.pretrain")
-    for process in start_two(start, *short[name], "--out", out, count=count, module=module):
+    for process in start_two(start, *short[name], "--out", out, count=3, module=module):
         finished(ended(process))
     ours, theirs = metrics(out), metrics(alone[name])
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]

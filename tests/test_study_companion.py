@@ -205,7 +205,7 @@ def test_authors_lines_lie_in_definitions(folder: str, upstream: Path, monkeypat
         pytest.skip(f"{upstream} is no clone that {folder}/README.md names, nor a folder of such")
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, in_process):
     monkeypatch.chdir(ROOT)
     companion.main(("lexvla",), out=tmp_path)
     assert f"{tmp_path}/lexvla.html: " in capsys.readouterr().out and (tmp_path / "lexvla.html").is_file()
@@ -217,9 +217,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     companion.main(("lexvla",), upstream=Path("~"), out=tmp_path)
     printed = capsys.readouterr().out
     assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
-    command = [sys.executable, "-m", "shared.study.companion", "lexvlo"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "lexvlo is not a paper's folder; those are" in result.stderr
+    result = in_process("lexvlo", module="shared.study.companion")
+    assert result.code == 2 and "lexvlo is not a paper's folder; those are" in result.err
 
 
 def test_the_command_without_its_extra():

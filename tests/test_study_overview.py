@@ -58,8 +58,12 @@ def test_claims_of_abstracts_come_first_and_are_counted():
     assert [found[0][key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
     assert found[0]["difference"] == "+1.50 ± 0.50" and found[0]["seeds"] == 3 and found[1]["floor"] == "-"
     assert found[2]["floor"] == "-" and found[2]["method"] == "0.20"  # its floor is in another metric
-    first = "Of 3 claims of abstracts, 2 have a resolved verdict (67%): 2 reproduced, 1 not testable here. "
+    first = (
+        "Of 3 claims of abstracts, 2 have a resolved verdict (67%). Hold here: 2 reproduced; open: 1 not testable here."
+    )
     assert overview.settled(found).startswith(first)
+    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute."
+    assert overview.by_paper(found) == expected
 
 
 def test_the_first_table_says_which_pictures_a_study_has():

@@ -340,7 +340,7 @@ def test_floors_are_measured_again_after_their_files_change(study: Study):
     measured, file = [], Path("selected.csv")
     file.write_text("")
     floors = (Floor("chance", lambda: measured.append(1) or {"top1": 1.0}),)
-    study = dataclasses.replace(study, floors=floors, floor_files=lambda: [file], more_rows=lambda found: [])
+    study = dataclasses.replace(study, floors=floors, floor_files=lambda seeds: [file], more_rows=lambda found: [])
     for _ in range(2):
         runner.run(study, runner.Options(seeds=(0, 1), jobs=1))
     assert len(measured) == 1
@@ -348,6 +348,23 @@ def test_floors_are_measured_again_after_their_files_change(study: Study):
     os.utime(file, (later, later))
     runner.run(study, runner.Options(seeds=(0, 1), jobs=1))
     assert len(measured) == 2
+
+
+def test_floors_by_seed_are_of_the_seeds_of_their_arms(study: Study):
+    """Those of an arm that is added later are of its seeds; the others stay those of the first results."""
+    by_seed = lambda arm: Floor(f"of {arm}", lambda seed: {"top1": float(seed)}, arms=(arm,), by_seed=True)  # noqa: E731
+    floors = (Floor("chance", lambda: {"top1": 1.0}), by_seed("base"), by_seed("late"))
+    study = dataclasses.replace(study, floors=floors)
+    options = runner.Options(seeds=(0, 3), jobs=1, results="there.json")
+    runner.run(study, options)
+    first = json.loads(Path("there.json").read_text())
+    assert first["floors"] == {"chance": {"top1": 1.0}, "of base": {"top1": 1.5}}
+    assert first["floor_seeds"] == {"of base": [0, 3]}
+    assert report.provenance(first).endswith("Floors of what an arm is trained on are means over seeds 0, 3.")
+    runner.run(study, dataclasses.replace(options, seeds=(0,), arms="late", extend=True))
+    added = json.loads(Path("there.json").read_text())
+    assert added["floors"] == first["floors"] | {"of late": {"top1": 0.0}}
+    assert added["floor_seeds"] == {"of base": [0, 3], "of late": [0]}
 
 
 def test_metrics_of_several_runs_can_be_claimed(study: Study):

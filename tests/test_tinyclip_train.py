@@ -10,11 +10,9 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 import tyro
 from conftest import Case, Watch
 from PIL import Image
-from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ROOT, SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from short_runs import small_set
 from test_tinyclip_masks import masks_of
 from test_tinyclip_model import clip_of, example, pooling_widths, tiny
@@ -585,7 +583,7 @@ def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, fold
 
 @pytest.mark.parametrize("arm", ["auto", "inherited-affinity", "text-alone"])
 def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
-    """The processes get torchrun's environment variables."""
+    """The processes get torchrun's environment variables; test_protoclip_train.py has a real torchrun."""
     out, teacher = folder / f"two-{arm}", runs["teacher"]
     words = [*preset("emoji-auto"), *MASKS] if arm == "auto" else preset("emoji")
     words += ["--use-teacher-image"] if arm == "text-alone" else []
@@ -602,18 +600,6 @@ def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_torchrun(cli, folder: Path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = [*TINY, "--steps", "2", "--model", "test-25"]
-    command = [*torchrun, "-m", "small_models", SCRIPT, "emoji-teacher", *options, "--out", folder / "torchrun"]
-    environment = os.environ | ENVIRONMENT
-    result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert checkpoints.load_checkpoint(folder / "torchrun/checkpoint.pt")["step"] == 2
 
 
 # -------------------------------------------------------------------------------------------------------- broken shards

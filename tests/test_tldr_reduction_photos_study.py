@@ -11,7 +11,7 @@ from test_study_photos import WORDS, corpus  # noqa: F401
 
 from shared import zeroshot
 from shared.corpora import layout
-from shared.study import locked_clip, photos
+from shared.study import locked_clip, photos, report
 from shared.study.runner import in_order
 from tldr_reduction import photos_study as study
 from tldr_reduction.cluster import random_subset, select_fraction
@@ -121,19 +121,31 @@ def test_arms_are_named_by_what_they_keep():
     assert own == [(arm.name,) for arm in study.ARMS]  # each by a correlation on its own data
 
 
-def test_the_floor_of_a_reduction_is_the_mean_over_its_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_floor_of_a_reduction_is_of_the_seeds_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("codes-seed3", "codes-seed12", "codes-half-seed3"):
+    for name in ("codes-seed3", "codes-seed12", "codes-seed5", "codes-half-seed3"):
         (tmp_path / study.RUNS / "reduced" / name).mkdir(parents=True)
         (tmp_path / study.RUNS / "reduced" / name / "report.csv").touch()
     seen = []
     monkeypatch.setattr(
         photos, "by_correlation", lambda sets, train, own, of_texts: seen.append((train, own)) or {"r": len(train)}
     )
-    found = study.correlation_of("codes")
+    floors = {floor.arms: floor for floor in study.FLOORS}
+    found = floors["codes",].values([12, 3])
     kept = [f"{study.RUNS}/reduced/codes-seed{seed}/shards" for seed in (12, 3)]
     assert seen == [(path, True) for path in kept] and found == {"r": sum(map(len, kept)) / 2}
-    assert len(study.STUDY.floor_files()) == 3  # floors are measured again when a reduction changes
+    assert floors["full",].values([12, 3]) == {"r": len(study.POOL)} and seen[2:] == [(study.POOL, True)]
+    assert len(study.STUDY.floor_files([12, 3])) == 3  # floors are measured again when a reduction changes
+
+
+def test_runs_with_other_mlps_have_other_settings():
+    """So results are not extended by them."""
+    usual = dataclasses.asdict(study.Config())
+    others = {"hidden_dim": 512, "embed_dim": 128, "dropout": 0.1, "noise": 0.0, "weight_decay": 0.1}
+    found = {report.setting_of(usual | {name: value}) for name, value in others.items()}
+    assert len(found | {report.setting_of(usual)}) == 6
+    towers = study.create_towers(usual | {"hidden_dim": 8, "embed_dim": 4})
+    assert towers.image[-1].weight.shape == (4, 8) and towers.text[1].std == 0.5
 
 
 def test_mlps_on_locked_towers_learn_what_captions_say(cfg: locked_clip.Settings, embedded: list[list[str]]):  # noqa: F811

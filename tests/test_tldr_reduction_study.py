@@ -119,13 +119,13 @@ def test_the_nearest_caption_is_of_the_samples_that_a_reduction_keeps(monkeypatc
         folder = tmp_path / f"runs/tldr_reduction/reduced/codes-seed{seed}"
         folder.mkdir(parents=True)
         (folder / "report.csv").write_text(f"key,kept\n{lines}")
-    assert [rows.tolist() for rows in study.kept("codes")] == [[0], [1]]
-    assert [path.parent.name for path in STUDY.floor_files()] == ["codes-seed0", "codes-seed1"]
+    assert [study.kept("codes", seed).tolist() for seed in (0, 1)] == [[0], [1]]
+    assert [path.parent.name for path in STUDY.floor_files([1, 2])] == ["codes-seed1"]
     pictures = torch.eye(2)
     monkeypatch.setattr(study, "pool_features", lambda pool: (pictures, ["a", "b"], ["a", "a"], ["a", "b"]))
     monkeypatch.setattr(study, "EvalSet", lambda path, transform: SimpleNamespace(classnames=["a", "b"]))
     monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
     assert study.nearest_caption(refined=True)["names_ood/top1"] == 100
-    assert study.nearest_caption("codes", refined=True)["names_ood/top1"] == 50
-    with pytest.raises(FileNotFoundError, match="no finished reduction image"):
-        study.kept("image")
+    assert study.nearest_caption("codes", seed=0, refined=True)["names_ood/top1"] == 50
+    with pytest.raises(FileNotFoundError, match="reduced/image-seed0/report.csv"):
+        study.kept("image", 0)

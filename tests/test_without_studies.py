@@ -1,21 +1,29 @@
 """The papers run without their studies and the builders of corpora."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from graph import BUILDERS
-from scripts import ROOT
+from scripts import ROOT, ended
 from short_runs import FOLDERS, small_corpus, small_set
 
+SCRIPT, SECONDS = "driver", 200
 
-def test_papers_run_without_their_studies(embedded_corpus: None, tmp_path: Path):
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("without")
+
+
+def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path: Path, monkeypatch):
     """In a copy without shared/study, shared/corpora and any study.py, all modules of the papers can be imported, and
-    one paper trains and evaluates. (test_consistency.py tests that no import is hidden in a function.)"""
+    one paper trains and evaluates. (test_consistency.py tests that no import is hidden in a function.)
+
+    The process is a fork of the tests' server, which has imported the other libraries. It drops the project's modules.
+    """
     copy = tmp_path / "copy"
     for package in ("shared", *FOLDERS):
         ignore = shutil.ignore_patterns("study", "corpora", "study.py", "photos_study.py", "__pycache__")
@@ -37,24 +45,27 @@ def test_papers_run_without_their_studies(embedded_corpus: None, tmp_path: Path)
         ["protoclip.eval", str(out), *sets, "--report", str(tmp_path / "r.json")],
     ]
     driver = """
-        import importlib, importlib.util, json, runpy, sys
+        import importlib, importlib.util, json, os, runpy, sys
+        root, modules, lines = json.load(open(sys.argv[1]))
         sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+        sys.path[:] = [path for path in sys.path if os.path.abspath(path) not in (root, f"{root}/tests")]
+        packages = {module.partition(".")[0] for module in modules}
+        for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+            del sys.modules[name]
         assert importlib.util.find_spec("shared.study") is importlib.util.find_spec("protoclip.study") is None
-        modules, lines = json.load(open(sys.argv[1]))
         for module in modules:
-            importlib.import_module(module)
+            assert importlib.import_module(module).__file__.startswith(os.getcwd()), module
         for module, *words in lines:
             sys.argv = [module, *words]
             print(module, flush=True)
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     """
     (copy / "driver.py").write_text(textwrap.dedent(driver))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
 
-    (copy / "lines.json").write_text(json.dumps([modules, lines]))
-    command = [sys.executable, "-W", "ignore", "driver.py", "lines.json"]
-    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=200)
-    shown = result.stdout[-2000:] + result.stderr[-4000:]
-    assert [module for module, *_ in lines] == [line for line in result.stdout.splitlines() if line in modules], shown
+    (copy / "lines.json").write_text(json.dumps([str(ROOT), modules, lines]))
+    monkeypatch.chdir(copy)
+    result = ended(start("lines.json", PYTHONPATH=str(copy)))
+    shown = result.out[-2000:] + result.err[-4000:]
+    assert [module for module, *_ in lines] == [line for line in result.out.splitlines() if line in modules], shown
     assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
-    assert result.returncode == 2 and "protoclip/study.py, which could not be imported" in result.stderr, shown
+    assert result.code == 2 and "protoclip/study.py, which could not be imported" in result.err, shown

@@ -24,7 +24,6 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -96,8 +95,7 @@ ARMS = (
 # ----------------------------------------------------------------------------------------------- training, measurement
 
 
-MINILM, HIDDEN, JOINT = 384, 1024, 256  # widths of the MLPs
-DROP, NOISE = 0.3, 0.5  # dropout of hidden units; standard deviation of the noise on standardised features
+MINILM = 384  # width of its features
 
 
 @dataclasses.dataclass
@@ -108,6 +106,14 @@ class Config(locked_clip.Settings):
     """Shards of photographs with one caption per sample."""
     weight_decay: float = 0.2
     """AdamW's decay of matrices."""
+    hidden_dim: int = 1024
+    """Hidden units of each MLP."""
+    embed_dim: int = 256
+    """Dimensions of the joint space."""
+    dropout: float = 0.3
+    """Dropout of hidden units."""
+    noise: float = 0.5
+    """Standard deviation of the noise that training adds to standardised features."""
     predictions: str | None = None
     """Write this file of T_g for --data and MiniLM's features of T_o and T_o; T_g, and train nothing."""
 
@@ -115,23 +121,27 @@ class Config(locked_clip.Settings):
 class Noise(nn.Module):
     """Adds Gaussian noise in training: the augmentation of features that are computed once."""
 
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + NOISE * torch.randn_like(x) if self.training else x
+        return x + self.std * torch.randn_like(x) if self.training else x
 
 
 class LockedTowers(nn.Module):
-    """MLPs from features of EfficientNet-Lite0 (B, 1280) and of MiniLM (B, 384) to a joint space (B, JOINT)."""
+    """MLPs from features of EfficientNet-Lite0 (B, 1280) and of MiniLM (B, 384) to a joint space (B, E)."""
 
-    def __init__(self):
+    def __init__(self, hidden_dim: int, embed_dim: int, dropout: float, noise: float):
         super().__init__()
-        self.image, self.text = self.mlp(1280), self.mlp(MINILM)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    @staticmethod
-    def mlp(inputs: int) -> nn.Module:
-        standardised = nn.BatchNorm1d(inputs, affine=False)
-        hidden = nn.Linear(inputs, HIDDEN), nn.GELU(), nn.Dropout(DROP)
-        return nn.Sequential(standardised, Noise(), *hidden, nn.Linear(HIDDEN, JOINT))
+        def mlp(inputs: int) -> nn.Module:
+            standardised = nn.BatchNorm1d(inputs, affine=False)
+            hidden = nn.Linear(inputs, hidden_dim), nn.GELU(), nn.Dropout(dropout)
+            return nn.Sequential(standardised, Noise(noise), *hidden, nn.Linear(hidden_dim, embed_dim))
+
+        self.image, self.text = mlp(1280), mlp(MINILM)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, features: Tensor) -> Tensor:
         return self.image(features)
@@ -160,7 +170,11 @@ def minilm_features(texts: Sequence[str]) -> Tensor:
     return in_order(order, known)
 
 
-TOWERS = locked_clip.Towers(lambda settings: LockedTowers(), lambda settings: minilm_features)
+def create_towers(settings: dict) -> LockedTowers:
+    return LockedTowers(*(settings[name] for name in ("hidden_dim", "embed_dim", "dropout", "noise")))
+
+
+TOWERS = locked_clip.Towers(create_towers, lambda settings: minilm_features)
 
 
 def write_predictions(source: str, path: str) -> None:
@@ -210,15 +224,11 @@ CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and 
 )
 
 
-def correlation_of(arm: str) -> dict[str, float]:
+def correlation_of(arm: str, seed: int | None = None) -> dict[str, float]:
     """The floor of an arm: canonical correlation of its photographs with MiniLM's features of its captions, refined or
-    not; mean over seeds."""
-    trained_on = [str(table.parent / "shards") for table in study.reduced(arm, RUNS)] if arm in HEADINGS else [POOL]
-    found = [
-        photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True, of_texts=minilm_features)
-        for shards in trained_on
-    ]
-    return {metric: float(np.mean([numbers[metric] for numbers in found])) for metric in found[0]}
+    not. Without a seed, the arm is trained on the whole pool."""
+    shards = POOL if seed is None else f"{STUDY.out(f'reduced/{arm}', seed)}/shards"
+    return photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True, of_texts=minilm_features)
 
 
 WITH_MINILM = "canonical correlation of EfficientNet-Lite0 with MiniLM"
@@ -227,7 +237,12 @@ FLOORS = (
     CHANCE,
     *(dataclasses.replace(floor, arms=("full", "full-refined")) for floor in WITH_WORDS),
     *(
-        Floor(f"{WITH_MINILM}, {arm.heading}", functools.partial(correlation_of, arm.name), arms=(arm.name,))
+        Floor(
+            f"{WITH_MINILM}, {arm.heading}",
+            functools.partial(correlation_of, arm.name),
+            arms=(arm.name,),
+            by_seed=arm.name in REDUCTIONS,
+        )
         for arm in ARMS
     ),
 )

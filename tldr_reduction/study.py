@@ -15,7 +15,7 @@ import csv
 import functools
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -289,36 +289,33 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     )
 
 
-def reduced(name: str = "*", runs: str = "runs/tldr_reduction") -> list[Path]:
-    """Tables of the finished reductions of that name, one a seed."""
-    return sorted(Path(runs, "reduced").glob(f"{name}-seed[0-9]*/report.csv"))
+def reduced(seeds: Sequence[int], runs: str = "runs/tldr_reduction") -> list[Path]:
+    """Tables of the finished reductions with these seeds."""
+    return sorted(table for seed in seeds for table in Path(runs, "reduced").glob(f"*-seed{seed}/report.csv"))
 
 
-def kept(reduction: str) -> list[Tensor]:
-    """Indices of the samples that a reduction keeps, for each seed that has been reduced."""
-    found = []
-    for path in reduced(reduction):
-        with path.open(encoding="utf-8", newline="") as file:
-            found.append(torch.tensor([line["kept"] == "1" for line in csv.DictReader(file)]).nonzero()[:, 0])
-    if not found:
-        raise FileNotFoundError(f"runs/tldr_reduction/reduced holds no finished reduction {reduction}")
-    return found
+def kept(reduction: str, seed: int) -> Tensor:
+    """Indices of the samples that a finished reduction keeps."""
+    path = Path("runs/tldr_reduction/reduced", f"{reduction}-seed{seed}", "report.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        return torch.tensor([line["kept"] == "1" for line in csv.DictReader(file)]).nonzero()[:, 0]
 
 
-def nearest_caption(reduction: str | None = None, pool: str = "", refined: bool = False) -> dict[str, float]:
+def nearest_caption(
+    reduction: str | None = None, pool: str = "", seed: int | None = None, refined: bool = False
+) -> dict[str, float]:
     """Top-1 in percent, by set, of naming each test picture by the caption of the nearest picture that a reduction
-    keeps, or of the whole pool; the mean over the seeds of the reduction.
+    with this seed keeps, or of the whole pool.
 
     `refined`: the name in T_g is used, which is true more often than the name in T_o.
     """
     features, _, called, generated = pool_features(pool)
     names = EvalSet(SETS[0], None).classnames
     labels = torch.tensor([names.index(name) if name else -1 for name in (generated if refined else called)])
-    subsets, found = kept(reduction) if reduction else [torch.arange(len(labels))], {}
+    rows, found = kept(reduction, seed) if reduction else torch.arange(len(labels)), {}
     for path in SETS:
         test = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
-        top1 = [probes.nearest_neighbour(features[rows], labels[rows], *test) for rows in subsets]
-        found[f"{Path(path).name}/top1"] = float(np.mean(top1))
+        found[f"{Path(path).name}/top1"] = probes.nearest_neighbour(features[rows], labels[rows], *test)
     return found
 
 
@@ -356,7 +353,7 @@ def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:
             if arms and (not pool or reduction in ("", "codes")):
                 kept_by = f"{reduction}{pool}" if reduction else None
                 measure = functools.partial(nearest_caption, kept_by, pool, refined=refined)
-                yield Floor(f"{name}, {which}{where}", measure, arms=arms)
+                yield Floor(f"{name}, {which}{where}", measure, arms=arms, by_seed=bool(reduction))
 
 
 FLOORS = (

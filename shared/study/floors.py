@@ -30,11 +30,21 @@ class Floor:
     exceed."""
 
     name: str
-    measure: Callable[[], dict[str, float]]
+    measure: Callable[..., dict[str, float]]
+    """() -> {metric: value}; with `by_seed`, it takes a seed."""
     ceiling: bool = False
     arms: tuple[str, ...] = ()
     """Arms that the floor applies to, such as those with a pretrained tower; empty: all arms. It counts for claims
     whose stronger arm is one of these, and is measured if one of these is compared."""
+    by_seed: bool = False
+    """Whether it is computed from what a stage made with a seed. It is then the mean over the seeds of its arms."""
+
+    def values(self, seeds: Sequence[int]) -> dict[str, float]:
+        """{metric: value}, of these seeds if the floor depends on them."""
+        if not self.by_seed:
+            return self.measure()
+        found = [self.measure(seed) for seed in seeds]
+        return {metric: float(np.mean([numbers[metric] for numbers in found])) for metric in found[0]}
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:

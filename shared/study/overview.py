@@ -22,8 +22,14 @@ from shared.study.verdicts import VERDICTS, shown
 
 INTRODUCTION = (
     "Measured on corpora that fit on a laptop and stand in for the papers' data: emoji, scenes made of them, and small "
-    "public sets of photographs. They can show an effect at this scale, but not reproduce a paper's number. "
-    "Differences are paired by seed, unless a row names another unit (encoders, concepts)."
+    "public sets of photographs. They can show an effect at this scale, but not reproduce a paper's number."
+)
+COLUMNS = (
+    "One row per claim. In the paper: its own number, on its data (IN: ImageNet), or its words. Difference: method "
+    "minus baseline, paired by seed unless the row names another unit (encoders, concepts), ± half of the 95 % "
+    "interval, which is the smallest difference that these seeds can resolve. d: the largest difference that counts as "
+    "none. Scores are percent and differences points, unless the claim names another unit (a slope, a ratio, r, ρ, a "
+    "spectrum)."
 )
 FLOOR = (
     "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "
@@ -35,7 +41,13 @@ BESIDE = (
     "Holm's rule. In the section of such a paper, the table of claims on photographs repeats the verdict on emoji or "
     "scenes."
 )
-UNRESOLVED = ("not testable here", "has not learned", "not resolved")
+GROUPS = {  # in the order in which verdicts are counted
+    "hold here": ("reproduced", "same direction"),
+    "do not hold": ("not reproduced",),
+    "no difference": ("no difference above d",),
+    "open": ("not resolved", "has not learned", "not testable here"),
+}
+ORDER = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
 
 
 def command(study: Study, summary: dict) -> str:
@@ -58,6 +70,12 @@ def command(study: Study, summary: dict) -> str:
         lines.append(line(summary["seeds"][few:many], arms, " EXTEND=1" if few else ""))
         few = many
     return " && ".join(lines)
+
+
+def in_words(rows: Sequence[dict], verdicts: Iterable[str]) -> str:
+    """The number of rows with each of these verdicts, such as "2 reproduced, 1 not resolved"."""
+    found = counts(rows)
+    return ", ".join(f"{found[verdict]} {verdict}" for verdict in verdicts if found[verdict])
 
 
 def counts(rows: Iterable[dict]) -> dict[str, int]:
@@ -86,25 +104,36 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
             numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
             if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
                 numbers["floor"] = None
-            about = {"paper": folder, "pictures": pictures_of(summary)}
-            about |= {"claim": row["claim"], "in the paper": row["paper"]}
+            about = {"paper": folder, "claim": row["claim"], "verdict": row["verdict"]}
+            about |= {"difference": line["here"], "d": line["d"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
-            about |= {"difference": line["here"], "d": line["d"], "seeds": row.get("seeds", "-")}
-            rows.append(about | {"verdict": row["verdict"]})
+            rows.append(about | {"seeds": row.get("seeds", "-"), "pictures": pictures_of(summary)})
     return rows
 
 
 def settled(rows: list[dict[str, Any]]) -> str:
-    """Sentences with the number of primary claims that have each verdict."""
-    found = {verdict: n for verdict, n in counts(rows).items() if n}
-    n = sum(number for verdict, number in found.items() if verdict not in UNRESOLVED)
-    resolved_first = sorted(found.items(), key=lambda each: each[0] in UNRESOLVED)
-    numbers = [f"{number} {verdict}" for verdict, number in resolved_first]
+    """Sentences with the number of primary claims that hold, that do not, and that are open, and how sure this is."""
+    found = {group: in_words(rows, verdicts) for group, verdicts in GROUPS.items()}
+    resolved = sum(row["verdict"] not in GROUPS["open"] for row in rows)
+    numbers = "; ".join(f"{group}: {words}" for group, words in found.items() if words)
     return (
-        f"Of {len(rows)} claims of abstracts, {n} have a resolved verdict ({n / len(rows):.0%}): {', '.join(numbers)}. "
-        "± is half of the 95 % interval: the smallest difference that the seeds of a row can resolve. d is the largest "
-        "difference that counts as none. Verdicts are defined below the tables."
+        f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict ({resolved / len(rows):.0%}). "
+        f"{numbers[0].upper()}{numbers[1:]}. A verdict is resolved if the 95 % interval of the difference lies on one "
+        "side of zero, or within a range fixed beforehand. With five or more seeds, intervals are widened so that all "
+        "verdicts on a paper's abstract hold together at 95 %."
     )
+
+
+def by_paper(rows: list[dict[str, Any]]) -> str:
+    """A list with an item for each paper: its primary claims by verdict."""
+    items: dict[str, dict[str, list[str]]] = {}
+    for row in sorted(rows, key=lambda row: (row["paper"], ORDER.index(row["verdict"]))):
+        items.setdefault(row["paper"], {}).setdefault(row["verdict"], []).append(row["claim"])
+    lines = []
+    for paper, claims in items.items():
+        text = ". ".join(f"**{verdict.capitalize()}**: {'; '.join(names)}" for verdict, names in claims.items())
+        lines.append(f"- [{paper}](#{paper}). {text}.")
+    return "\n".join(lines)
 
 
 def asked_twice(summaries: dict[str, dict], photographs: dict[str, dict]) -> list[dict[str, str]]:
@@ -142,7 +171,9 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     """Text of RESULTS.md: claims of abstracts, counts of verdicts by paper, photographs, a section for each paper."""
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
-    page += [settled(primary), table(primary), FLOOR] if primary else []
+    if primary:
+        page += [f"{settled(primary)} [Verdicts](#verdicts) are defined below.", by_paper(primary)]
+        page += ["## Claims of abstracts", COLUMNS, FLOOR, table(primary)]
     page += ["## All claims", overview_table(summaries)]
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
     both = asked_twice(summaries, photographs)
@@ -166,8 +197,7 @@ def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
     """The root README, with the last two cells of each paper's table row filled: minutes of the default study on two
     cores, and the counts of verdicts on the paper's primary claims."""
     for folder, summary in summaries.items():
-        found = counts(row for row in summary["claims"] if row["primary"])
-        words = ", ".join(f"{n} {verdict}" for verdict, n in found.items() if n)
+        words = in_words([row for row in summary["claims"] if row["primary"]], ORDER)
         cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
         readme = re.sub(
             rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$", rf"\g<1> {cells} |", readme, flags=re.MULTILINE
@@ -239,7 +269,7 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
     primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page += [f"<p>{settled(primary)}</p>{html_table(primary)}<p>{FLOOR}</p>"] if primary else []
+    page += [f"<p>{settled(primary)}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"] if primary else []
     page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")

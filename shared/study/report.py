@@ -256,10 +256,13 @@ def seeds_of(summary: dict) -> str:
 
 
 def provenance(summary: dict) -> str:
-    """Sentence with the seeds, date, commit and machine of results."""
+    """Sentences with the seeds, date, commit and machine of results, and the seeds of floors that depend on seeds."""
     seeds = seeds_of(summary)
     changed = " (+: with changes that were not committed)" if "+" in summary["commit"] else ""
-    return f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']}{changed} on {summary['machine']}."
+    text = f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']}{changed} on {summary['machine']}."
+    if of_floors := {", ".join(map(str, each)) for each in summary.get("floor_seeds", {}).values()}:
+        text += f" Floors of what an arm is trained on are means over seeds {' or '.join(sorted(of_floors))}."
+    return text
 
 
 def block(summary: dict, study: Any, other: dict | None = None) -> str:

@@ -118,8 +118,8 @@ class Study:
     """The training data of the arms, and the data on which their pretrained models were trained."""
     sets: tuple[str, ...] = ()
     """Evaluation sets of the floors. Floors are measured again if a set or one of `floor_files` has changed."""
-    floor_files: Callable[[], Sequence[Path]] = tuple
-    """Further files that floors are computed from."""
+    floor_files: Callable[[Sequence[int]], Sequence[Path]] = lambda seeds: ()
+    """Seeds -> further files that floors are computed from."""
     floors: tuple[Floor, ...] = ()
     """Floors, which the stronger arm of a claim must exceed, and ceilings."""
     passes: str = "epoch"
@@ -216,8 +216,21 @@ class Study:
             self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
-    def measured_floors(self, path: Path, arms: Container[str], there: Container[str]) -> dict[str, dict[str, float]]:
+    def floor_seeds(self, found: report.Comparison, there: Container[str]) -> dict[str, list[int]]:
+        """{floor: seeds of its arms}, of the floors for these arms that depend on seeds, without those in `there`."""
+        seeds = {}
+        for floor in self.floors:
+            runs = max((len(found.arms[arm]) for arm in floor.arms if arm in found.arms), default=0)
+            if floor.by_seed and runs and floor.name not in there:
+                seeds[floor.name] = found.seeds[:runs]  # an arm with n runs has the first n seeds
+        return seeds
+
+    def measured_floors(
+        self, path: Path, arms: Container[str], there: Container[str], seeds: dict[str, list[int]]
+    ) -> dict[str, dict[str, float]]:
         """{floor: {metric: value}} of the floors for these arms, without those in `there`; cached in floors.json.
+
+        seeds: those of the floors that depend on seeds.
 
         Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
         `path` replaces these.
@@ -229,8 +242,11 @@ class Study:
         if not floors:
             return {}
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
-        measure = lambda: {floor.name: known.get(floor.name) or floor.measure() for floor in floors}  # noqa: E731
-        sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files()]
+        measure = lambda: {  # noqa: E731
+            floor.name: known.get(floor.name) or floor.values(seeds.get(floor.name, ())) for floor in floors
+        }
+        used = sorted({seed for of_floor in seeds.values() for seed in of_floor})
+        sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files(used)]
         setting = {"floors": [floor.name for floor in floors], "known": known}
         return evaluation.measured(self.folder, kept, setting, sources, measure)
 
@@ -263,7 +279,8 @@ class Study:
         earlier: results that are part of `found`, and whose floors are kept.
         """
         floors = earlier["floors"] if earlier else {}
-        floors = self.measured_floors(path, found.arms, floors) | floors
+        floor_seeds = self.floor_seeds(found, floors)
+        floors = self.measured_floors(path, found.arms, floors, floor_seeds) | floors
         floors = {floor.name: floors[floor.name] for floor in self.floors if floor.name in floors}
         committed = Path(f"results/{self.home}.json")
         more_seeds = report.earlier_arms(committed, found)
@@ -276,6 +293,8 @@ class Study:
         rows += [row for row in (earlier or {}).get("claims", ()) if row["claim"] not in known]
         rows.sort(key=lambda row: not row["primary"])
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
+        if floor_seeds := (earlier or {}).get("floor_seeds", {}) | floor_seeds:
+            about["floor_seeds"] = floor_seeds
         if earlier and earlier["machine"] != machine():
             about["machine"] = f"{earlier['machine']}, then {machine()}"
         if not earlier and (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
