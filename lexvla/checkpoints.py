@@ -67,7 +67,7 @@ def load_run(
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     if "weights" not in state or "vocab_ids" not in state:
         raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
-    cfg = Config(**state["config"])
+    cfg = checkpoints.config_in(state, Config, folder)
     lm, tokenizer = load_lm(cfg.lm, dtype)
     check_lm(lm, state, folder)
     model = create_model(cfg, lm, state["vocab_ids"], state["bias"])

@@ -215,7 +215,7 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
     flame = [arms["flame"], "--probe", "None", "--sets", "--language-sets"]
     classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
     cases = {
-        "is no run of flame.train": [tmp_path / "other"],
+        "is not a run of flame that can be used here": [tmp_path / "other"],
         "should end in .json": [*flame, "--report", tmp_path / "results.png"],
         "--episodes must be at least 1": [*flame, "--few-shot", classes, "--episodes", "0"],
         "groups_ood is a classification set": [*flame, "--language-sets", classes],
