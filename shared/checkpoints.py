@@ -140,13 +140,13 @@ def config_in(state: Any, config: type, path: str | Path) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value has the type of a field: a plain one, a Literal, a tuple or a union of these. A whole number also
-    fits float."""
+    """Whether a value has the type of a field: a plain one, a Literal, a tuple of one type or a union of these. A whole
+    number also fits float."""
     origin, kinds = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in kinds
     if origin is tuple:
-        return isinstance(value, tuple) and all(any(fits(each, one) for one in kinds if one is not ...) for each in value)
+        return isinstance(value, tuple) and all(fits(each, kinds[0]) for each in value)
     if kinds:
         return any(fits(value, one) for one in kinds)
     return type(value) is kind or (kind is float and type(value) is int)

@@ -661,10 +661,10 @@ def main(cfg: Config) -> Path | None:
             data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
         if folder.due(done) and not last:
             folder.save(done, **contents(student, corpus, done))
-    found = contents(student, corpus, cfg.steps)
     if process.main:  # before the last checkpoint, which marks the run as finished
-        checkpoints.save_checkpoint(folder.path / "model.pt", {name: found[name] for name in ("state_dict", "geometry")})
-    folder.save(cfg.steps, **found)
+        weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+        checkpoints.save_checkpoint(folder.path / "model.pt", weights)
+    folder.save(cfg.steps, **contents(student, corpus, cfg.steps))
     folder.close("--sets FOLDER")
     return folder.path
 
