@@ -64,8 +64,6 @@ def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
     if cfg.address:
         connect(cfg.address)
     out = Path(cfg.out)
-    if (out / "parts").is_dir() and not (out / "partitions").exists():  # the folder's name in older counts
-        (out / "parts").rename(out / "partitions")
     partitions = list_partitions(cfg.data, cfg.partition_captions, out / "cache")
     phrases = phrase_files(cfg, names, partitions, out)
     texts = text_stage(cfg, partitions, out, names, phrases)

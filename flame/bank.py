@@ -3,9 +3,9 @@
 FLAME (arXiv 2411.11927); authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The authors write
 one .pth file per image, U:training/data.py:393-435. Here a folder holds `index.json` (the settings), `keys.npy` and
 `ends.npy` (the bytes of all sample keys, and the end of each), `rows.npy` (for each key, the index of its embeddings;
-samples with the same captions share one), `centres.npy`, and memory-mapped shards `00000.npy`, ... of (n, T, D)
-float16. An image has T = 11 unit facet embeddings: 1 of the raw caption, 3 of the short and 7 of the long one (with
-MiniLM, 1 of each). `index.json` calls T "rows".
+samples with the same captions share one), `centres.npy`, `captions.json` (a hash of each caption file), and
+memory-mapped shards `00000.npy`, ... of (n, T, D) float16. An image has T = 11 unit facet embeddings: 1 of the raw
+caption, 3 of the short and 7 of the long one (with MiniLM, 1 of each). `index.json` calls T "rows".
 """
 
 import functools
@@ -69,8 +69,17 @@ class Bank:
         """Finds the position of a key in `keys`."""
         return Lookup(self.keys)
 
+    def check_captions(self) -> None:
+        """ValueError if a caption file has changed since the bank was made. A file that is gone passes; so do older
+        banks, which have no hashes."""
+        record = self.root / "captions.json"
+        for path, then in checkpoints.read_json(record).items() if record.is_file() else ():
+            if Path(path).is_file() and fingerprint(Path(path).read_bytes()) != then:
+                raise ValueError(f"{path} has changed since the bank {self.root} was made from it: embed it again")
+
     def check(self, keys: Strings) -> None:
-        """ValueError if a sample is not in the bank, or if two samples have one key."""
+        """ValueError if a sample is not in the bank, if two samples have one key, or if a caption file has changed."""
+        self.check_captions()
         for lookup, strings, where in ((Lookup(keys), keys, "--data"), (self.lookup, self.keys, self.root)):
             if (row := lookup.twice()) is not None:
                 raise ValueError(

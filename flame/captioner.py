@@ -104,11 +104,6 @@ def described(
     return [{"__key__": str(pairs.keys[i]), "caption": found[i]} for i in samples]
 
 
-def renamed(setting: dict) -> dict:
-    """The settings of a caption file, with the present name of --shard-size in older files."""
-    return {"shard_size" if name == "part_size" else name: value for name, value in setting.items()}
-
-
 def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "batch_size", "shard_size", "max_length", "dataset_size")
@@ -116,15 +111,12 @@ def main(cfg: Config) -> None:
         raise ValueError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     out, shards, setting = Path(cfg.out), Path(f"{cfg.out}.shards"), dataclasses.asdict(cfg)
-    older = Path(f"{cfg.out}.parts")  # the folder's former name
-    if process.main and older.is_dir() and not shards.exists():
-        older.rename(shards)
     setting["data"] = evaluation.images_of(pairs)
     for name in ("out", "device", "batch_size", "dataset_size"):
         del setting[name]
     finished, made = out.exists(), Path(f"{out}.about.json")
     about = made if finished else shards / "about.json"
-    if process.main and about.exists() and renamed(checkpoints.read_json(about)) != setting:
+    if process.main and about.exists() and checkpoints.read_json(about) != setting:
         there = out if finished else shards
         raise ValueError(f"{there} holds captions of other settings or data: remove it, or choose another --out")
     if finished:

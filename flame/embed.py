@@ -302,6 +302,9 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
             checkpoints.save_array(out / "rows.npy", np.array([id_of[triple] for triple in triples], dtype=np.int64))
             index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
+            files = [Path(path) for path in (cfg.raw, cfg.short, cfg.long) if path and Path(path).is_file()]
+            made_from = {str(file): data.fingerprint(file.read_bytes()) for file in files}
+            checkpoints.write_json(out / "captions.json", made_from)
             checkpoints.write_json(out / "index.json", index)
         run.gather_lists([], process)  # waits
         mine = missing[process.rank :: process.world_size]

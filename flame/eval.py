@@ -228,9 +228,6 @@ def retrieval(
     return named | {"chance": 100 / len(features)}
 
 
-OLD_NAMES = {"rows": "facet_ids"}  # fields of TrainConfig in older checkpoints -> their present names
-
-
 def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, TrainConfig]:
     """Load model (in eval mode) and configuration from a run folder, an authors' checkpoint file, or another model."""
     if export.foreign(path, "flame"):
@@ -238,12 +235,9 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     if path.is_dir() or (isinstance(state, dict) and {"config", "text_dim"} <= set(state)):
-        try:
-            settings, text_dim = state["config"], state["text_dim"]
-            settings = {OLD_NAMES.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-            train_cfg = TrainConfig(**settings)
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path} is no run of flame.train") from error
+        train_cfg, text_dim = checkpoints.config_in(state, TrainConfig, path), state.get("text_dim")
+        if type(text_dim) is not int:
+            raise ValueError(f"{path} is no run of flame.train: it does not say the width of its texts")
         index = Path(train_cfg.bank or "", "index.json")
         if state.get("bank") and not cfg.bank and index.is_file() and Bank(train_cfg.bank).digest != state["bank"]:
             raise ValueError(f"{path} was trained with another bank than {train_cfg.bank} is now: pass --bank")

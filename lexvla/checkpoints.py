@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lexvla.config import Config
 from lexvla.model import ImageEncoder, LexVLA
-from lexvla.text import Bags, Prompts, States, load_lm
+from lexvla.text import Bags, Prompts, States, load_lm, of_same_lm
 from lexvla.towers import create_model, text_input
 from shared import checkpoints, data
 
@@ -34,16 +34,9 @@ def backbone_fingerprint(image: ImageEncoder) -> str:
     return data.fingerprint(*(x.cpu().numpy().tobytes() for x in image.backbone.state_dict().values()))
 
 
-def lm_sample(lm: nn.Module) -> Tensor:
-    """A thousand evenly spaced weights of the LM's head, by which a checkpoint recognises the LM that it names."""
-    weights = lm.get_output_embeddings().weight.detach().flatten()
-    return weights[:: max(len(weights) // 1000, 1)].float().cpu()
-
-
 def check_lm(lm: nn.Module, state: dict, folder: str | Path) -> None:
-    """ValueError if `lm` is another LM than the checkpoint's, up to the rounding of its number type."""
-    now, then = lm_sample(lm), state.get("lm")  # older checkpoints lack it
-    if then is not None and (then.shape != now.shape or not torch.allclose(then, now, rtol=0.02, atol=1e-4)):
+    """ValueError if `lm` is another LM than the checkpoint's."""
+    if not of_same_lm(state.get("lm"), lm):
         raise ValueError(f"{folder} was trained with another language model than {state['config']['lm']} holds now")
 
 
@@ -67,12 +60,12 @@ def load_run(
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     if "weights" not in state or "vocab_ids" not in state:
         raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
-    cfg = Config(**state["config"])
+    cfg = checkpoints.config_in(state, Config, folder)
     lm, tokenizer = load_lm(cfg.lm, dtype)
     check_lm(lm, state, folder)
     model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
     load_weights(model, state, folder)
-    read = text_input(cfg, tokenizer, state["vocab_ids"])
+    read = text_input(cfg, lm, tokenizer, state["vocab_ids"])
     if isinstance(read, States):
         read.lm, read.tokenizer = lm, tokenizer  # for captions missing in the file: LoRA comes after the states
     return model.eval(), cfg, tokenizer, read

@@ -85,6 +85,18 @@ def lm_dtype(precision: str, device: torch.device) -> torch.dtype:
     return run.DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
+def lm_sample(lm: nn.Module) -> Tensor:
+    """A thousand evenly spaced weights of the LM's head, by which checkpoints and states recognise their LM."""
+    weights = lm.get_output_embeddings().weight.detach().flatten()
+    return weights[:: max(len(weights) // 1000, 1)].float().cpu()
+
+
+def of_same_lm(then: Tensor | None, lm: nn.Module) -> bool:
+    """Whether a sample is of `lm`, up to the rounding of its number type; None, of older files, is unknown."""
+    now = lm_sample(lm)
+    return then is None or (then.shape == now.shape and torch.allclose(then, now, rtol=0.02, atol=1e-4))
+
+
 # ------------------------------------------------------------------------------------------- captions -> model inputs
 
 
@@ -170,8 +182,13 @@ class States:
                 raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
         self.file, self.states, self.max_length, self.end = file, kept["states"].float(), max_length, end
         self.row = {text: row for row, text in enumerate(kept["texts"])}
-        self.precision = kept.get("precision")  # older files lack it
+        self.precision, self.sample = kept.get("precision"), kept.get("lm_sample")  # older files lack them
         self.lm = self.tokenizer = None
+
+    def check_lm(self, lm: nn.Module, name: str) -> None:
+        """ValueError if the states were computed by another LM than `lm`, which `name` holds now."""
+        if not of_same_lm(self.sample, lm):
+            raise ValueError(f"--states {self.file} was made with another language model than {name} holds now")
 
     @contextlib.contextmanager
     def unknown_through(self, lm: nn.Module, tokenizer) -> Iterator[None]:
@@ -342,7 +359,8 @@ def main(cfg: Config) -> None:
     prompts = Prompts(tokenizer, cfg.max_length, cfg.prompt_end)
     states = compute_states(lm, prompts, texts, cfg.batch_size, process.device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = made_with(cfg.lm, cfg.max_length, cfg.prompt_end) | {"precision": cfg.precision}
+    made = made_with(cfg.lm, cfg.max_length, cfg.prompt_end)
+    made |= {"precision": cfg.precision, "lm_sample": lm_sample(lm)}
     checkpoints.save_checkpoint(out, made | {"texts": texts, "states": states})
     print(f"{len(texts):,} captions written to {out}")
 

@@ -158,12 +158,14 @@ def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.
     return LexVLA(create_image_encoder(cfg, codebook, bias, pretrained), text)
 
 
-def text_input(cfg: Config, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | States:
-    """The function that turns captions into the text tower's input."""
+def text_input(cfg: Config, lm: nn.Module, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | States:
+    """The function that turns captions into the text tower's input. ValueError if --states are of another LM."""
     if cfg.text == "bow":
         return Bags(tokenizer, vocab_ids)
     if cfg.states:
-        return States(cfg.states, cfg.lm, cfg.max_length, cfg.prompt_end)
+        states = States(cfg.states, cfg.lm, cfg.max_length, cfg.prompt_end)
+        states.check_lm(lm, cfg.lm)
+        return states
     return Prompts(tokenizer, cfg.max_length, cfg.prompt_end)
 
 

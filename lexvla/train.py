@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lexvla.checkpoints import backbone_fingerprint, check_lm, lm_sample, load_weights, trained_weights
+from lexvla.checkpoints import backbone_fingerprint, check_lm, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
-from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, load_lm, piece_counts
+from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, lm_sample, load_lm, piece_counts
 from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
 from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
 from shared.evalsets import EvalSet
@@ -197,7 +197,7 @@ def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: r
     bias = cfg.bias
     if bias is None and process.main:
         text = TextEncoder(lm, vocab_ids, center=cfg.centre_codebook)
-        bias = bias_of_logits(text, text_input(cfg, tokenizer, vocab_ids)(first_captions(pairs)))
+        bias = bias_of_logits(text, text_input(cfg, lm, tokenizer, vocab_ids)(first_captions(pairs)))
     return vocab_ids, run.broadcast(bias, process)
 
 
@@ -367,8 +367,9 @@ def prepare(
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
         folder.state["vocab_ids"], folder.state["bias"] = found
     vocab_ids, bias = folder.state["vocab_ids"], folder.state["bias"]
+    read = text_input(cfg, lm, tokenizer, vocab_ids)
     torch.manual_seed(cfg.seed)
-    model, read = create_model(cfg, lm, vocab_ids, bias).to(process.device), text_input(cfg, tokenizer, vocab_ids)
+    model = create_model(cfg, lm, vocab_ids, bias).to(process.device)
     if folder.resumed:
         load_weights(model, folder.state, folder.path)
         del folder.state["weights"]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent  # folder of the project
 
 
-def one_line(error: Exception, length: int) -> str:
-    """The message of an exception on one line, cut to `length` characters."""
+def one_line(error: Exception | str, length: int) -> str:
+    """A text, or the message of an exception, on one line, cut to `length` characters."""
     return " ".join(str(error).split())[:length]
 
 
@@ -129,11 +129,27 @@ def trained_by(run: str | Path) -> str | None:
 
 
 def config_in(state: Any, config: type, path: str | Path) -> Any:
-    """The configuration in the checkpoint `state`, as the dataclass `config`. ValueError if another script wrote it."""
-    values = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(values, dict) or values.keys() - {field.name for field in dataclasses.fields(config)}:
+    """The configuration in the checkpoint `state`, as the dataclass `config`. ValueError if another script wrote it, or
+    if a value has another type than its field."""
+    values, kinds = state.get("config") if isinstance(state, dict) else None, get_type_hints(config)
+    if not isinstance(values, dict) or values.keys() - kinds.keys():
         raise ValueError(f"{path} is not a run of {config.__module__.partition('.')[0]} that can be used here")
+    if odd := next((name for name, value in values.items() if not fits(value, kinds[name])), None):
+        raise ValueError(f"the checkpoint of {path} is damaged: its {odd} is {one_line(repr(values[odd]), 80)}")
     return config(**values)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field: a plain one, a Literal, a tuple of one type or a union of these. A whole
+    number also fits float."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in kinds
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(each, kinds[0]) for each in value)
+    if kinds:
+        return any(fits(value, one) for one in kinds)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 class State(dict):

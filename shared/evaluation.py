@@ -130,18 +130,20 @@ def measured_run(
     sets: Iterable[str | Path | None],
     measure: Callable[[Path], dict[str, float]],
     files: Iterable[Path] = (),
+    **more: Any,
 ) -> dict[str, float]:
     """`measured` of a run folder, a checkpoint file or MODEL@TAG, cached in `results_folder` with a table, results.md.
 
     measure(folder) -> metrics; the run's training seconds are added. Measured again if the code, the checkpoint, a
-    file of an evaluation set, one of `files`, or a field of `cfg` that can change metrics has changed.
+    file of an evaluation set, one of `files`, a value in `more`, or a field of `cfg` that can change metrics has
+    changed.
     """
     path, folder = Path(path), results_folder(path, cfg)
     inside = Path(str(path).removeprefix("local-dir:"))
     inside = [inside / name for name in ("checkpoint.pt", "open_clip_model.safetensors")]
     weights = [path] if path.is_file() else [file for file in inside if file.is_file()]
     unimportant = ("runs", "report", "export", "times", "curve", "workers", "device")
-    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant}
+    setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant} | more
     if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
         setting["model"] = read_json(path / "config.json").get("model", setting["model"])
     sources = [*weights, *(file for each in sets if each for file in files_of(each)), *files]

@@ -399,6 +399,8 @@ class RunFolder:
         self.total, self.latest = total, {}
         self.saved, self.fixed, self.commit = step, fixed, commit()
         self.metrics = RunLog(self.path, self.cfg, self.process, step)
+        if self.process.main and not self.resumed:  # it is of an earlier run, whose checkpoint.pt was removed
+            (self.path / "checkpoint-best.pt").unlink(missing_ok=True)
         self.clock = Stopwatch(self.state["seconds"] if self.resumed else 0.0)
         self.mark = step, self.clock.read()
         if total:

@@ -3,10 +3,13 @@ atomically."""
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import pickle
+import sys
 from pathlib import Path, PurePath
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shared import checkpoints
+from shared.presets import folders
 
 
 @dataclasses.dataclass
@@ -115,6 +119,26 @@ def test_resume_refuses_another_configuration(tmp_path: Path):
     assert checkpoints.resume(tmp_path, Config())["step"] == 4
     with pytest.raises(ValueError, match=r"model \(was None, now 'ViT'\)"):
         checkpoints.resume(tmp_path, Config(model="ViT"))
+
+
+def configs() -> list[type]:
+    """The settings of all papers' training scripts."""
+    modules = [importlib.import_module(f"{folder}.config") for folder in folders()]
+    found = {value for module in modules for name, value in vars(module).items() if name.endswith("Config")}
+    return sorted((cls for cls in found if hasattr(cls, "out") and "seed" in vars(cls())), key=str)
+
+
+@pytest.mark.parametrize("cls", configs(), ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_settings_of_another_type_in_a_checkpoint(cls: type):
+    """Every preset's settings are read; a text or a list in place of a number ends in a sentence."""
+    every = [preset for _, preset in getattr(sys.modules[cls.__module__], "PRESETS", {}).values()]
+    for cfg in [cls(), *(preset for preset in every if type(preset) is cls)]:
+        assert checkpoints.config_in({"config": dataclasses.asdict(cfg)}, cls, "RUN") == cfg
+    kinds = get_type_hints(cls)
+    for name in (name for name, kind in kinds.items() if kind in (int, float, bool, int | None)):
+        for wrong in ("12", [12]):
+            with pytest.raises(ValueError, match=rf"the checkpoint of RUN is damaged: its {name} is ['\[]"):
+                checkpoints.config_in({"config": dataclasses.asdict(cls()) | {name: wrong}}, cls, "RUN")
 
 
 def test_write_json_is_atomic(tmp_path: Path):

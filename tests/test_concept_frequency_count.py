@@ -357,7 +357,6 @@ def test_a_killed_count_resumes(tmp_path, start):
         if path.with_suffix(".npz").exists()
     }
     assert 0 < len(finished) < 9
-    (out / "partitions").rename(out / "parts")  # the folder's name in older counts
     code, printed, err = ended(start(*arguments))
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in finished} == finished

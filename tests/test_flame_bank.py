@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from flame.bank import AuthorsBank, Bank, centred, open_bank, sums
 from shared import checkpoints
-from shared.index import Strings
+from shared.index import Strings, fingerprint
 
 
 @pytest.fixture
@@ -54,6 +54,19 @@ def test_keys_that_occur_twice_are_refused(small_bank: Path):
     np.save(small_bank / "ends.npy", keys.ends)
     with pytest.raises(ValueError, match=f"sample key a occurs twice in {small_bank}"):
         Bank(small_bank).check(Strings.of(["d", "b"]))
+
+
+def test_caption_files_that_have_changed_are_named(small_bank: Path, tmp_path: Path):
+    """A file that is gone, as on another machine, passes."""
+    file, opened = tmp_path / "long.json", Bank(small_bank)
+    file.write_text("[]")
+    checkpoints.write_json(small_bank / "captions.json", {str(file): fingerprint(b"[]")})
+    opened.check(Strings.of(["a"]))
+    file.write_text("[ ]")
+    with pytest.raises(ValueError, match="long.json has changed since the bank .* was made from it: embed it again"):
+        opened.check(Strings.of(["a"]))
+    file.unlink()
+    opened.check(Strings.of(["a"]))
 
 
 @pytest.mark.parametrize("name", ["index.json", "00001.npy", "rows.npy", "keys.npy", "a shard of another width"])

@@ -55,13 +55,11 @@ def test_captions_of_shards_are_a_file_that_embedding_reads(tiny_blip: Path, cli
     assert "10 captions" in result.out and not Path(f"{out}.shards").exists()
     found, keys = read_captions(str(out)), data.open_pairs(f"{SHARDS}/00000.tar", 10).keys.tolist()
     assert list(found) == keys and all(isinstance(text, str) for text in found.values())
-    about = Path(f"{out}.about.json")
-    about.write_text(about.read_text().replace("shard_size", "part_size"))  # the option's name in older files
     assert "nothing to do" in finished(cli(*flags)).out
     (again := folder / "again").mkdir()  # a shard that is there is not made again, others are the same
-    (again / "short.json.parts").mkdir()  # the folder's former name
+    (again / "short.json.shards").mkdir()
     kept = [{"__key__": key, "caption": "kept"} for key in keys[:4]]
-    (again / "short.json.parts/0.json").write_text(json.dumps({"captions": kept}))
+    (again / "short.json.shards/0.json").write_text(json.dumps({"captions": kept}))
     finished(cli(*flags[:-1], again / "short.json"))
     assert list(read_captions(str(again / "short.json")).items()) == [
         *((key, "kept") for key in keys[:4]), *list(found.items())[4:]

@@ -25,7 +25,7 @@ from flame.bank import Bank
 from flame.embed import embed_captions, parse_prompt, read_prompts, render
 from flame.model import Prompt
 from flame.recaption import read_captions
-from shared import data
+from shared import checkpoints, data
 
 EVAL = ROOT / "data/emoji/eval"
 SCRIPT, SECONDS = "flame.embed", 120
@@ -169,6 +169,7 @@ def test_bank_holds_the_embeddings_of_each_sample(bank: Path, captions: Path, ti
         embeddings = embed_captions(llm, *[[found[key]] for found in lists])[0]
         torch.testing.assert_close(opened[key], embeddings, rtol=1e-3, atol=1e-3)
     assert opened.facets == 11 and opened.dim == 16 and opened.index["images"] < IMAGES
+    assert len(checkpoints.read_json(bank / "captions.json")) == 3
     assert np.load(bank / "00000.npy").dtype == np.float16
     stored = torch.cat([torch.from_numpy(np.load(file)).float() for file in sorted(bank.glob("0*.npy"))])
     multi = F.normalize(stored[:, 4:].mean(1), dim=-1).mean(0)

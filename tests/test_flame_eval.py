@@ -208,13 +208,6 @@ def test_evaluation_of_all_arms_and_report(arms: dict[str, Path], in_process, fo
     assert f" {flat['retrieval_long_ood/text_to_image_R@1']['mean']:.2f} " in cfg_error.out
 
 
-def test_runs_of_the_former_name_of_an_option_load(arms: dict[str, Path], tmp_path: Path):
-    state = torch.load(arms["summary"] / "checkpoint.pt", weights_only=True)
-    state["config"] = {{"facet_ids": "rows"}.get(name, name): value for name, value in state["config"].items()}
-    torch.save(state, tmp_path / "checkpoint.pt")
-    assert evaluation.load_model(tmp_path, evaluation.Config(runs=()))[1].facet_ids == (0, 1, 4)
-
-
 def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_path: Path):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pt")
     (tmp_path / "other").mkdir()
@@ -222,7 +215,7 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
     flame = [arms["flame"], "--probe", "None", "--sets", "--language-sets"]
     classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
     cases = {
-        "is no run of flame.train": [tmp_path / "other"],
+        "is not a run of flame that can be used here": [tmp_path / "other"],
         "should end in .json": [*flame, "--report", tmp_path / "results.png"],
         "--episodes must be at least 1": [*flame, "--few-shot", classes, "--episodes", "0"],
         "groups_ood is a classification set": [*flame, "--language-sets", classes],

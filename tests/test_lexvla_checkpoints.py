@@ -12,6 +12,7 @@ from test_lexvla_train import ARMS, SCRIPT, SECONDS, arms, backbone, folder, lm,
 from lexvla import checkpoints as run_checkpoints
 from lexvla import text as texts
 from lexvla.model import LoRALinear
+from lexvla.text import lm_sample
 from shared import checkpoints
 
 
@@ -32,7 +33,7 @@ def test_load_run_restores_the_trained_weights(arms: dict[str, Path]):
 def test_another_language_model_of_the_same_name_is_refused():
     lm, other = tiny_lm(), tiny_lm()
     other.get_output_embeddings().weight.data.neg_()
-    state = {"lm": run_checkpoints.lm_sample(lm), "config": {"lm": "data/lm"}}
+    state = {"lm": lm_sample(lm), "config": {"lm": "data/lm"}}
     for same_lm in (lm, lm.bfloat16()):
         run_checkpoints.check_lm(same_lm, state, "RUN")
     with pytest.raises(ValueError, match="RUN was trained with another language model than data/lm holds now"):

@@ -19,7 +19,7 @@ from lexvla.model import (
     TextEncoder,
     lexical_prompt,
 )
-from shared import pretrained
+from shared import checkpoints, pretrained
 
 
 def test_odd_captions_make_prompts():
@@ -61,6 +61,19 @@ def test_states_are_the_lm_up_to_its_last_mlp(lm: Path, states: Path):
     for arguments in ((str(states), "another"), (str(states), str(lm), 64), (str(states), str(lm), 128, '"')):
         with pytest.raises(ValueError, match="was made with"):
             texts.States(*arguments)
+
+
+def test_states_of_another_lm_of_the_same_name_are_refused(lm: Path, states: Path, tmp_path: Path):
+    """States of an older file, which has no sample of its LM's weights, are used with any."""
+    model, _ = texts.load_lm(str(lm))
+    texts.States(str(states), str(lm)).check_lm(model, str(lm))
+    model.get_output_embeddings().weight.data.neg_()
+    with pytest.raises(ValueError, match="was made with another language model than .*/lm holds now"):
+        texts.States(str(states), str(lm)).check_lm(model, str(lm))
+    kept = checkpoints.load_checkpoint(states)
+    del kept["lm_sample"]
+    checkpoints.save_checkpoint(tmp_path / "older.pt", kept)
+    texts.States(str(tmp_path / "older.pt"), str(lm)).check_lm(model, str(lm))
 
 
 def test_long_captions_are_cut_and_the_prompt_keeps_its_end(lm: Path):

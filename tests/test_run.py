@@ -375,9 +375,20 @@ def test_chosen_checkpoints_stay(tmp_path: Path):
 
 
 def test_the_best_checkpoint_is_written_before_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A new run removes that of an earlier one, whose checkpoint.pt was removed; a resumed run keeps its own."""
     folder, written = run.RunFolder(Settings(out=str(tmp_path / "run")), ALONE, epoch=0), []
     folder.restore(**objects(0))
+    best = tmp_path / "run/checkpoint-best.pt"
+    best.parent.mkdir()
+    best.touch()
     folder.start(0)
+    assert not best.exists()
+    folder.save(1, True, epoch=1)
+    folder.close()
+    folder = run.RunFolder(Settings(out=str(tmp_path / "run")), ALONE, epoch=0)
+    folder.restore(**objects(0))
+    folder.start(1)
+    assert best.exists()
     monkeypatch.setattr(run, "save_checkpoint", lambda path, state: written.append((path.name, state["epoch"])))
     folder.save(2, True, epoch=1)
     folder.save(4, epoch=2)

@@ -1,6 +1,7 @@
 """python -m tinyclip.eval: scores compared with the authors' numbers, costs, and the metrics of a run folder."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,16 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, sets, monk
     assert {name.partition("/")[0] for name in values if "/" in name} == {Path(path).name for path in sets}
     monkeypatch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
     assert evaluation.main(cfg) == [values]
+
+
+def test_throughput_of_another_machine_is_not_reused(small_run: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(small_run, tmp_path / "run")
+    rates = iter([{"pairs_per_second": 1.0}, {"pairs_per_second": 2.0}])
+    monkeypatch.setattr(evaluation, "throughput", lambda *_, **__: next(rates))
+    cfg = evaluation.Config((str(tmp_path / "run"),), sets=(), device="cpu")
+    assert [evaluation.main(cfg)[0]["pairs_per_second"] for _ in range(2)] == [1.0, 1.0]
+    monkeypatch.setattr(evaluation.run, "machine", lambda: "another one")
+    assert evaluation.main(cfg)[0]["pairs_per_second"] == 2.0
 
 
 def test_a_short_run_that_pruned_too_little_says_so(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -456,8 +456,9 @@ def test_the_lines_of_the_readme_take_a_released_file(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     "content",
     [[1, 2], {"state_dict": None}, {"state_dict": {1: torch.zeros(1)}}, {"state_dict": {"a": 1}},
-     {"positional_embedding": torch.zeros(3)}, {"state_dict": {}, "geometry": {"width": 1}}],
-    ids=["list", "nothing", "numbered", "no tensor", "too few axes", "strange geometry"],
+     {"positional_embedding": torch.zeros(3)}, {"state_dict": {}, "geometry": {"width": 1}},
+     {"state_dict": {}, "geometry": CONFIGS["emoji-25"] | {"vision": CONFIGS["emoji-25"]["vision"] | {"layers": [4]}}}],
+    ids=["list", "nothing", "numbered", "no tensor", "too few axes", "strange geometry", "layers of a ResNet"],
 )  # fmt: skip
 def test_files_that_hold_no_clip(tmp_path: Path, content):
     checkpoints.save_checkpoint(tmp_path / "file.pt", content)

@@ -551,6 +551,38 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
     assert [step for step, _ in points] == [3, 6] and all(0 <= top1 <= 100 for _, top1 in points)
 
 
+@pytest.mark.parametrize("fails", [4, STEPS])  # at the step that cuts the masks next, and at the last
+@pytest.mark.parametrize("then", ["--eval-every 4", "--eval-every 0"])
+def test_a_failed_evaluation_costs_no_step(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, then: str
+):
+    """The resumed run repeats the evaluation alone, or none with --eval-every 0, and ends like an uninterrupted one."""
+    scores, stepped, broken, real = {4: 3.0, STEPS: 2.0}, [], [fails], train.train_step
+
+    def zero_shot_top1(*_) -> float:
+        if (step := stepped[-1] + 1) in broken:
+            broken.remove(step)
+            raise ValueError("broken set")
+        return scores[step]
+
+    monkeypatch.setattr(train.Corpus, "zero_shot_top1", zero_shot_top1)
+    monkeypatch.setattr(train, "train_step", lambda *given: stepped.append(given[4]) or real(*given))
+    given = [*preset("emoji-auto"), *inheriting(runs["teacher"]), *MASKS, *TINY, "--out", tmp_path / "run"]
+    given = [str(word) for word in (*given, "--eval-set", "data/emoji/eval/groups_ood")]
+    with pytest.raises(ValueError, match="broken set"):
+        train.main(tyro.extras.overridable_config_cli(config.PRESETS, args=[*given, "--eval-every", "4"]))
+    assert not (tmp_path / "run/model.pt").exists()
+    train.main(tyro.extras.overridable_config_cli(config.PRESETS, args=[*given, *then.split()]))
+    assert stepped == list(range(STEPS))
+    lines = metrics(tmp_path / "run")
+    points = {line["step"]: line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line}
+    assert points == (scores if then.endswith("4") else {step: top1 for step, top1 in scores.items() if step < fails})
+    assert [line for line in lines if "zero_shot_top1" not in line] == metrics(runs["auto"])
+    for name in ("model.pt", "checkpoint.pt"):
+        one, two = (checkpoints.load_checkpoint(out / name) for out in (tmp_path / "run", runs["auto"]))
+        assert one.keys() == two.keys() and same(one["state_dict"], two["state_dict"]), name
+
+
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 

@@ -264,12 +264,14 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed."""
+    """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed, and
+    for --throughput only on the same machine and device."""
     sets, files = (*cfg.sets, *cfg.probe), []
     if not evaluation.named(path):
         weights = weights_file(Path(path))
         files = [weights, *(weights.with_name(name) for name in CONFIGURATIONS)]
-    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
+    where = {"machine": run.machine(), "device": str(process.device)} if cfg.throughput else {}
+    return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files, **where)
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:

@@ -476,7 +476,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
         state, shape = checkpoint_weights(Path(source), head_width)
     try:
         model = CLIP(**({"quick_gelu": quick_gelu} | shape))
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(f"{source} describes a geometry that this code does not support: {error}") from error
     try:
         model.load_state_dict(state)

@@ -243,7 +243,6 @@ CLAIMS = (  # IN: ImageNet zero-shot top-1 of the model zoo
     Claim("size (M in blocks), learned masks - by hand, 25 %", None, SIZE, *QUARTERS),
     Claim("size (M in blocks), progressive - one stage, target 10 %", None, SIZE, *TENTHS),
     Claim("size (M in blocks), learned masks - by hand, 50 %", None, SIZE, AUTO, VIT_IA),
-    Claim("seconds, learned masks - by hand, equal time", None, "seconds", QUARTERS[0], f"{QUARTERS[1]}-equal-time"),
     Claim("inherited above random weights, contrastive, ResNet", "claimed", TOP1, IC, RC, negligible=1.0),
     Claim("inherited above random weights, affinity, ResNet", "claimed", TOP1, IA, RA, negligible=1.0),
     Claim("affinity above contrastive, inherited, ResNet", "claimed", TOP1, IA, IC, negligible=1.0),

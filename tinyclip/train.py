@@ -593,6 +593,22 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
     return student
 
 
+def contents(student: Student, corpus: Corpus, done: int) -> dict:
+    """What a checkpoint after `done` steps holds besides optimizers and settings."""
+    weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+    masks = [mask.state_dict() for mask in student.masks] or None
+    return weights | {"masks": masks, "step": done, "epoch": done // corpus.steps_per_epoch}
+
+
+def evaluate(student: Student, corpus: Corpus, folder: run.RunFolder, done: int, precision: str) -> None:
+    """Log the zero-shot accuracy after `done` steps. If that fails, save first: a resumed run repeats it alone."""
+    if folder.process.main:
+        with folder.evaluation(done, unevaluated=True, **contents(student, corpus, done)):
+            top1 = corpus.zero_shot_top1(student, precision)
+        folder.log(done, epoch=(done - 1) // corpus.steps_per_epoch, zero_shot_top1=top1)
+    run.wait()
+
+
 def main(cfg: Config) -> Path | None:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
@@ -603,9 +619,9 @@ def main(cfg: Config) -> Path | None:
 
     # Student, teacher, optimizers, pairs; from the checkpoint if there is one
     folder = run.RunFolder(cfg, process, step=0, epoch=0)
-    if folder.finished(**({"epoch": cfg.epochs} if cfg.epochs else {"step": cfg.steps})):
+    first, unevaluated = folder.state["step"], folder.state.get("unevaluated", False)
+    if not unevaluated and folder.finished(**({"epoch": cfg.epochs} if cfg.epochs else {"step": cfg.steps})):
         return folder.path
-    first = folder.state["step"]
     clip, masks = restored(folder.state, cfg) if folder.resumed else first_weights(cfg)
     teacher = frozen_teacher(cfg, clip, process)
     student = Student(trained_towers(clip, teacher, cfg), *masks).to(device).train()
@@ -622,6 +638,8 @@ def main(cfg: Config) -> Path | None:
     if cfg.keep_in_memory:  # after the start of the clock: the seconds of a run contain its teacher's forward passes
         corpus.remember(teacher, precision)
 
+    if unevaluated and cfg.eval_every:
+        evaluate(student, corpus, folder, first, precision)
     network, skipped, steps = distributed(student, process), 0, range(first, cfg.steps)
     batches = zip(steps, corpus.batches(first, teacher, precision), strict=False)
     for step, batch in run.progress(batches, len(steps), folder.path.name, cfg.batch_size, process):
@@ -638,19 +656,15 @@ def main(cfg: Config) -> Path | None:
             check_skipped(skipped, step, last)
             folder.write(done, epoch=epoch, **logged)
         if cfg.eval_every and (done % cfg.eval_every == 0 or last):
-            if process.main:
-                with folder.clock.paused():
-                    top1 = corpus.zero_shot_top1(student, precision)
-                folder.log(done, epoch=epoch, zero_shot_top1=top1)
-            run.wait()
+            evaluate(student, corpus, folder, done, precision)
         if done % corpus.steps_per_epoch == 0 or last:
             data.report_broken(corpus.broken, process, f"epoch {epoch + 1}")
-        if folder.due(done) or last:
-            weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
-            passed = {"step": done, "epoch": done // corpus.steps_per_epoch}
-            if last and process.main:  # before the last checkpoint, which marks the run as finished
-                checkpoints.save_checkpoint(folder.path / "model.pt", weights)
-            folder.save(done, masks=[mask.state_dict() for mask in student.masks] or None, **passed, **weights)
+        if folder.due(done) and not last:
+            folder.save(done, **contents(student, corpus, done))
+    if process.main:  # before the last checkpoint, which marks the run as finished
+        weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+        checkpoints.save_checkpoint(folder.path / "model.pt", weights)
+    folder.save(cfg.steps, **contents(student, corpus, cfg.steps))
     folder.close("--sets FOLDER")
     return folder.path
 
