@@ -59,11 +59,15 @@ def test_claims_of_abstracts_come_first_and_are_counted():
     assert found[0]["difference"] == "+1.50 ± 0.50" and found[0]["seeds"] == 3 and found[1]["floor"] == "-"
     assert found[2]["floor"] == "-" and found[2]["method"] == "0.20"  # its floor is in another metric
     first = (
-        "Of 3 claims of abstracts, 2 have a resolved verdict (67%). Hold here: 2 reproduced; open: 1 not testable here."
+        "Of 3 claims of abstracts, 2 have a resolved verdict on emoji or scenes (67%). Hold here: 2 reproduced; "
+        "open: 1 not testable here."
     )
-    assert overview.settled(found).startswith(first)
-    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute."
-    assert overview.by_paper(found) == expected
+    assert overview.settled(found, []).startswith(f"{first} A verdict")
+    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute"
+    assert overview.by_paper(found, []) == f"{expected}."
+    beside = [{"paper": "protoclip", "claim": claim, "verdict": "same direction"} for claim in ("absolute", "up")]
+    assert "1 of the open ones are resolved, so 3 (100%) have" in overview.settled(found, beside)
+    assert overview.by_paper(found, beside) == f"{expected} (on photographs: same direction)."
 
 
 def test_the_first_table_says_which_pictures_a_study_has():

@@ -44,10 +44,11 @@ BESIDE = (
 GROUPS = {  # in the order in which verdicts are counted
     "hold here": ("reproduced", "same direction"),
     "do not hold": ("not reproduced",),
-    "no difference": ("no difference above d",),
+    "equal within d": ("no difference above d",),
     "open": ("not resolved", "has not learned", "not testable here"),
 }
 ORDER = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
+RESOLVED = [verdict for verdict in ORDER if verdict not in GROUPS["open"]]
 
 
 def command(study: Study, summary: dict) -> str:
@@ -111,24 +112,43 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
     return rows
 
 
-def settled(rows: list[dict[str, Any]]) -> str:
-    """Sentences with the number of primary claims that hold, that do not, and that are open, and how sure this is."""
+def decided_on_photographs(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """{(paper, claim): verdict on photographs} of the claims that are open in `rows` and resolved in `beside`."""
+    on_photographs = {(row["paper"], row["claim"]): row["verdict"] for row in beside}
+    still_open = [(row["paper"], row["claim"]) for row in rows if row["verdict"] in GROUPS["open"]]
+    return {claim: on_photographs[claim] for claim in still_open if on_photographs.get(claim, "") in RESOLVED}
+
+
+def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
+    """Sentences with the number of primary claims that hold, that do not, and that are open, and how sure this is.
+
+    beside: rows of the claims on photographs.
+    """
     found = {group: in_words(rows, verdicts) for group, verdicts in GROUPS.items()}
-    resolved = sum(row["verdict"] not in GROUPS["open"] for row in rows)
+    resolved, too = sum(row["verdict"] in RESOLVED for row in rows), len(decided_on_photographs(rows, beside))
     numbers = "; ".join(f"{group}: {words}" for group, words in found.items() if words)
+    photographs = (
+        f" On photographs, {too} of the open ones are resolved, so {resolved + too} "
+        f"({(resolved + too) / len(rows):.0%}) have a verdict on pictures of one kind at least."
+    )
     return (
-        f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict ({resolved / len(rows):.0%}). "
-        f"{numbers[0].upper()}{numbers[1:]}. A verdict is resolved if the 95 % interval of the difference lies on one "
-        "side of zero, or within a range fixed beforehand. With five or more seeds, intervals are widened so that all "
-        "verdicts on a paper's abstract hold together at 95 %."
+        f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
+        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if too else ''} A verdict is "
+        "resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed beforehand. "
+        "With five or more seeds, intervals are widened so that all verdicts on a paper's abstract hold together at "
+        "95 %."
     )
 
 
-def by_paper(rows: list[dict[str, Any]]) -> str:
-    """A list with an item for each paper: its primary claims by verdict."""
+def by_paper(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
+    """A list with an item for each paper: its primary claims by verdict; open ones with that on photographs, if one is
+    resolved there."""
     items: dict[str, dict[str, list[str]]] = {}
+    too = decided_on_photographs(rows, beside)
     for row in sorted(rows, key=lambda row: (row["paper"], ORDER.index(row["verdict"]))):
-        items.setdefault(row["paper"], {}).setdefault(row["verdict"], []).append(row["claim"])
+        also = too.get((row["paper"], row["claim"]))
+        name = row["claim"] + (f" (on photographs: {also})" if also else "")
+        items.setdefault(row["paper"], {}).setdefault(row["verdict"], []).append(name)
     lines = []
     for paper, claims in items.items():
         text = ". ".join(f"**{verdict.capitalize()}**: {'; '.join(names)}" for verdict, names in claims.items())
@@ -172,7 +192,7 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
     if primary:
-        page += [f"{settled(primary)} [Verdicts](#verdicts) are defined below.", by_paper(primary)]
+        page += [f"{settled(primary, beside)} [Verdicts](#verdicts) are defined below.", by_paper(primary, beside)]
         page += ["## Claims of abstracts", COLUMNS, FLOOR, table(primary)]
     page += ["## All claims", overview_table(summaries)]
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
@@ -269,7 +289,7 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
     primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page += [f"<p>{settled(primary)}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"] if primary else []
+    page += [f"<p>{settled(primary, beside)}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"] if primary else []
     page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
