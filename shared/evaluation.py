@@ -178,13 +178,13 @@ def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Containe
     alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}  # metrics -> sets with these metrics
     for where, found in of_sets.items():
         alike.setdefault(tuple(found), {})[where] = found
-    tables = [rows] if rows else []
+    blocks = [rows] if rows else []
     for names, sets in alike.items():
         if len(sets) > len(names):
-            tables.append([{"set": where} | found for where, found in sets.items()])
+            blocks.append([{"set": where} | found for where, found in sets.items()])
         else:
-            tables.append([{"metric": name} | {where: found[name] for where, found in sets.items()} for name in names])
-    return "\n\n".join(map(table, tables))
+            blocks.append([{"metric": name} | {where: found[name] for where, found in sets.items()} for name in names])
+    return "\n\n".join(map(table, blocks))
 
 
 def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:

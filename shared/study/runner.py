@@ -247,7 +247,7 @@ class Study:
         }
         used = sorted({seed for of_floor in seeds.values() for seed in of_floor})
         sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files(used)]
-        setting = {"floors": [floor.name for floor in floors], "known": known}
+        setting = {"floors": [floor.name for floor in floors], "known": known, "seeds": seeds}
         return evaluation.measured(self.folder, kept, setting, sources, measure)
 
     def rows(
