@@ -190,14 +190,12 @@ CLAIMS = (
     Claim("above a text tower, 1/16 of the pairs", "claimed", AT["16"], "flame", "clip", 1, None, True, 1.0),
     Claim("change of accuracy from all pairs to 1/16", "claimed", GROWTH, "flame", "clip", 1, None, True, 1.0, NEW_ID),
     Claim(
-        "long captions of scenes, text to image", URBAN[1], SCENES_TO_IMAGE, "flame-scenes", "clip-scenes",
-        1, 57.0, True, 2.0,
+        "long captions, text to image", URBAN[1], SCENES_TO_IMAGE, "flame-scenes", "clip-scenes", 1, 57.0, True, 2.0,
     ),
     Claim("several facets per caption above one", "its design", NEW_ID, "flame", "summary", 1, None, True, 1.0),
     Claim("decoupled facets above a causal mask", "its design", NEW_ID, "flame", "causal", 1, None, True, 1.0),
     Claim(
-        "long captions of scenes, image to text", URBAN[0], SCENES_TO_TEXT, "flame-scenes", "clip-scenes",
-        1, 54.6, False, 2.0,
+        "long captions, image to text", URBAN[0], SCENES_TO_TEXT, "flame-scenes", "clip-scenes", 1, 54.6, False, 2.0,
     ),
     Claim("long captions of emoji, image to text", URBAN[0], LONG_TO_TEXT, "flame", "clip", 1, 54.6, False, 2.0),
     Claim("long captions of emoji, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, False, 2.0),
