@@ -191,7 +191,7 @@ def test_some_arms_get_more_seeds(study: Study, capsys: pytest.CaptureFixture):
     with pytest.raises(ValueError, match="arm late would have seeds .4, 5, 6. without .1., which"):
         runner.run(study, dataclasses.replace(more, seeds=(4,), arms="all"))
     tied = dataclasses.replace(study, derived_from={"base": ("late",), "late": ("none",)})
-    with pytest.raises(ValueError, match="metrics of base are computed from late: name it in --arms, too"):
+    with pytest.raises(ValueError, match="computed from others: add late to --arms"):
         runner.run(tied, dataclasses.replace(more, seeds=(7,)))
     fewer = dataclasses.replace(study, floors=(Floor("pixels", dict),))
     Path("floored.json").write_text(json.dumps(added | {"floors": {"raw pixels": {"top1": 1.0}}}))
