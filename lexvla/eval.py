@@ -32,7 +32,7 @@ from lexvla.patchdis import Config as Dual
 from lexvla.patchdis import main as measure_encoders
 from lexvla.plots import PairWords, plot_class_maps, plot_patches, plot_words
 from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
-from lexvla.text import EMOJI_NAMES, SETS, encode_texts, leading_space, lm_dtype, pieces
+from lexvla.text import EMOJI_NAMES, SCENES, SETS, encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, side_step
 from shared import checkpoints, cli, evaluation, export, run
 from shared.evalsets import EvalSet
@@ -44,7 +44,6 @@ from shared.zeroshot import (
     retrieval_ranks_from_scores,
 )
 
-SCENES = "data/lexvla/scenes/eval/"
 SET, NEW = "retrieval_known", "retrieval_new"  # the sets that compare the arms
 KS = (1, 5, 10)
 METRICS = {
@@ -78,7 +77,7 @@ class Config:
     written by another paper's --export, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = SETS
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
-    patchdis: str | None = SCENES + "patchdis"
+    patchdis: str | None = f"{SCENES}/eval/patchdis"
     """Folder of images and masks (see patchdis.py) for PatchDis; None skips it."""
     patchdis_side: int = 128
     """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. Not stated in the
@@ -215,7 +214,7 @@ def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
         words = word_of[torch.tensor(ids)]
         known = words[words >= 0]
         means.append(model.text.codebook[known].sum(0) / max(len(known), 1))
-    return model.text.read(torch.stack(means)).detach().cpu()
+    return model.text.represent(torch.stack(means)).detach().cpu()
 
 
 # ------------------------------------------------------------------------------------------------------ one checkpoint

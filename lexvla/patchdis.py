@@ -72,6 +72,12 @@ def present_classes(masks: Tensor, classes: int, ignore: int) -> Tensor:
     return present[:, :classes]
 
 
+def patch_of_pixels(grid: tuple[int, int], height: int, width: int) -> Tensor:
+    """(H, W) int64: number of the patch that is nearest to each pixel, with patches numbered row by row."""
+    y, x = (torch.arange(size) * g // size for size, g in zip((height, width), grid, strict=True))
+    return y[:, None] * grid[1] + x
+
+
 def patchdis(
     s_patch: Tensor,
     s_class: Tensor,
@@ -83,19 +89,18 @@ def patchdis(
 ) -> tuple[Tensor, Tensor, float]:
     """Assign each patch its most similar class, section 3.4: (intersection (C,), union (C,), mIoU in 0..1).
 
-    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. A pixel has the class of its patch (nearest
-    neighbour: row floor(y gh / H)). Intersection and union are pixel counts over the N images: add them over batches
-    before `mean_iou`. Not stated in the paper: pixels labelled `ignore` are left out (with `background`, predictions
-    there count as false); all classes compete (with `present_only`, only those in the image's mask, and images without
-    any class are left out).
+    s_patch (N, P, V), s_class (C, V), masks (N, H, W) of class ids. A pixel has the class of its patch, by
+    `patch_of_pixels`. Intersection and union are pixel counts over the N images: add them over batches before
+    `mean_iou`. Not stated in the paper: pixels labelled `ignore` are left out (with `background`, predictions there
+    count as false); all classes compete (with `present_only`, only those in the image's mask, and images without any
+    class are left out).
     """
-    (gh, gw), (N, H, W), C = grid, masks.shape, len(s_class)
+    C = len(s_class)
     sim = s_patch @ s_class.T  # (N, P, C)
     if present_only:
         sim = sim.masked_fill(~present_classes(masks, C, ignore)[:, None], -math.inf)
-    pred, labelled = sim.argmax(-1).view(N, gh, gw), masks != ignore
-    rows, columns = (torch.arange(size, device=masks.device) * g // size for size, g in ((H, gh), (W, gw)))
-    pred = pred[:, rows[:, None], columns]  # (N, H, W)
+    pred = sim.argmax(-1)[:, patch_of_pixels(grid, *masks.shape[1:]).to(masks.device)]  # (N, H, W)
+    labelled = masks != ignore
     truth, seen = masks[labelled], pred[labelled]
     if background:  # with `present_only`, images without any class have no candidates
         seen = pred[labelled.flatten(1).any(1) | (not present_only)]

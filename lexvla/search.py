@@ -25,14 +25,12 @@ from lexvla.checkpoints import load_run
 from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
 from lexvla.plots import plot_pair, word_mask, word_rows
-from lexvla.text import encode_texts, pieces
+from lexvla.text import SCENES, SETS, encode_texts, pieces
 from lexvla.towers import eval_transform
 from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 from shared.evaluation import files_of, stamp
 from shared.zeroshot import extract_image_features
-
-SCENES = "data/lexvla/scenes/eval/retrieval_known"
 
 
 @dataclasses.dataclass
@@ -176,7 +174,7 @@ def search(cfg: Search) -> None:
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
-    images = cfg.images or (SCENES if train_cfg.data.startswith("data/lexvla/scenes") else "")
+    images = cfg.images or (SETS[0] if train_cfg.data.startswith(SCENES) else "")
     if not images:
         raise ValueError(f"--images is missing: {cfg.run} was trained on {train_cfg.data}; name a set to search")
     eval_set = EvalSet(images, eval_transform(train_cfg.backbone, train_cfg.image_size))

@@ -27,8 +27,8 @@ from torch import Tensor
 from lexvla import eval as evaluation
 from lexvla import patchdis
 from lexvla.config import LITE0
-from lexvla.eval import KS, METRICS, NEW, SCENES, SET, SETS
-from lexvla.text import EMOJI_NAMES
+from lexvla.eval import KS, METRICS, NEW, SET, SETS
+from lexvla.text import EMOJI_NAMES, SCENES
 from lexvla.towers import Lite0Maps, eval_transform, normalize
 from shared import data
 from shared.checkpoints import read_json
@@ -158,7 +158,8 @@ def more_rows(found: Comparison) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------------- floors and ceiling
 
-TRAIN = "data/lexvla/scenes/train"
+TRAIN = f"{SCENES}/train"
+PATCHDIS = f"{SCENES}/eval/patchdis"
 
 
 @functools.cache
@@ -173,14 +174,14 @@ def tokens(pixels: Tensor) -> Tensor:
 
 
 class Pooled(torch.nn.Module):
-    """The mean patch of the frozen maps, as unit rows."""
+    """The mean patch of the frozen maps, as a unit vector."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return F.normalize(tokens(pixels)[:, 0], dim=-1)
 
 
 class Unit(torch.nn.Module):
-    """Pixels as unit rows."""
+    """An image's pixels as a unit vector."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return F.normalize(pixels, dim=-1)
@@ -206,31 +207,32 @@ def nearest_caption(tower: torch.nn.Module, transform: Callable[[Image.Image], T
     return found
 
 
-def random_patches(folder: str = SCENES + "patchdis") -> dict[str, float]:
-    """PatchDis of random similarities."""
-    torch.manual_seed(0)
+def random_patches(folder: str = PATCHDIS) -> dict[str, float]:
+    """PatchDis of random similarities, which `patchdis.measure` adds to that of any patches (here zeros)."""
     images = patchdis.labelled_images(folder, 128, normalize(LITE0))
-    classes = torch.eye(len(patchdis.classnames(folder)))
-    found = patchdis.measure(lambda pixels: torch.rand(len(pixels), 64, len(classes)), classes, images)
+    classes = torch.zeros(len(patchdis.classnames(folder)), 1)
+    found = patchdis.measure(lambda pixels: torch.zeros(len(pixels), 64, 1), classes, images)
     return {f"patchdis/{name}": found[f"random_{name}"] for name in ("miou", "miou_present")}
 
 
 def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens (P, 432) and classes (P,) of the patches that are at least half covered by one class."""
+    classes = 1 + len(patchdis.classnames(folder))  # class 0: none
     for pixels, mask, ignore in patchdis.labelled_images(folder, 128, normalize(LITE0)):
-        patches = tokens(pixels)[0, 1:]
-        cells = mask[0].unflatten(0, (8, -1)).unflatten(2, (8, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
-        label = torch.where(cells == ignore, -1, cells).mode(-1).values
-        covered = (cells == label[:, None]).float().mean(-1) >= 0.5
-        yield patches[covered & (label >= 0)], label[covered & (label >= 0)]
+        label = torch.where(mask[0] == ignore, 0, mask[0] + 1)
+        of_patch = patchdis.patch_of_pixels((8, 8), *label.shape) * classes + label
+        counts = of_patch.flatten().bincount(minlength=64 * classes).view(64, classes)  # pixels of each class
+        label = counts.argmax(1)
+        chosen = (label > 0) & (2 * counts.amax(1) >= counts.sum(1))
+        yield tokens(pixels)[0, 1:][chosen], label[chosen] - 1
 
 
-def patches_by_labels(train: str = SCENES + "patchdis_train", test: str = SCENES + "patchdis") -> dict[str, float]:
+def patches_by_labels(train: str = f"{PATCHDIS}_train", test: str = PATCHDIS) -> dict[str, float]:
     """PatchDis by labels: least squares from the frozen patches of training images to their classes.
 
     No upper bound, since it classifies each patch alone.
     """
-    x, y = (torch.cat(part) for part in zip(*labelled_patches(train), strict=True))
+    x, y = (torch.cat(of_images) for of_images in zip(*labelled_patches(train), strict=True))
     x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(test))
     weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()
     images = patchdis.labelled_images(test, 128, normalize(LITE0))

@@ -29,9 +29,9 @@ from shared import checkpoints, cli, data, run
 from shared.evalsets import EvalSet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every loader process
-SCENES = "data/lexvla/scenes/"
+SCENES = "data/lexvla/scenes"
 EMOJI_NAMES = "data/emoji/eval/retrieval_xm_en"  # a drawing in an unseen style and its English name
-SETS = (*(f"{SCENES}eval/retrieval_{words}" for words in ("known", "mixed", "new")), EMOJI_NAMES)  # of the study
+SETS = (*(f"{SCENES}/eval/retrieval_{words}" for words in ("known", "mixed", "new")), EMOJI_NAMES)  # of the study
 # Nouns, adjectives and verbs in scikit-learn's list of stop words
 CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
     go interest keep last made mill move name next part put see seem seemed seeming seems serious show side sincere
@@ -45,9 +45,9 @@ class Config:
 
     lm: str = "data/smollm2-135m"
     """Folder or hub name of a causal LM; the default is made by 'python -m shared.pretrained smollm2'."""
-    data: str = SCENES + "train"
+    data: str = f"{SCENES}/train"
     """Shards whose captions are encoded."""
-    sets: tuple[str, ...] = (*SETS, SCENES + "eval/patchdis")
+    sets: tuple[str, ...] = (*SETS, f"{SCENES}/eval/patchdis")
     """Evaluation sets and PatchDis folders whose captions and class names are encoded, too."""
     out: str = "data/lexvla/states.pt"
     """File to write. A finished one is not changed; it is an error if its settings differ."""
@@ -63,7 +63,7 @@ class Config:
     """Number type of the LM's weights: bf16, fp16, fp32, or auto."""
 
 
-def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, "object"]:
+def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """(causal LM, its tokenizer) of a folder or hub name; ValueError if there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 

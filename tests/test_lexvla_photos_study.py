@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lexvla import photos_study as study
+from lexvla import study as scenes_study
 from shared.corpora import layout
 from shared.study import verdicts
 
@@ -13,7 +15,7 @@ from shared.study import verdicts
 def test_arms_read_the_same_captions():
     for arm in study.ARMS:
         (words,) = study.STUDY.words(arm, 0)
-        assert words[words.index("--data") + 1] == study.DATA and words[words.index("--epochs") + 1] == "2"
+        assert words[words.index("--data") + 1] == study.DATA and study.LENGTH in " ".join(words)
         assert ("--states" in words) == (arm.name != "bow")
     assert study.STATES in study.STUDY.before[-1].command
 
@@ -40,6 +42,17 @@ def test_claims_about_shared_words_need_arms_that_retrieve():
     judged = [{row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, bar, True)} for bar in (low, high)]
     claim = "overuse: most used word rarer than with FLOPs"
     assert judged[0][claim]["verdict"] == "reproduced" and judged[1][claim]["verdict"] == "has not learned"
+
+
+def test_patches_of_photographs_have_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A mask whose right half is a cat; its sides are no multiples of the eight patches of a side."""
+    labels = np.full((41, 61), -1)
+    labels[:, 31:] = 1
+    layout.write_masks(tmp_path, ["dog", "cat"], [("0.png", layout.png(np.zeros((41, 61, 3), np.uint8)), labels)])
+    monkeypatch.setattr(scenes_study, "tokens", lambda pixels: torch.arange(-1.0, 64.0)[None, :, None])
+    ((patches, classes),) = scenes_study.labelled_patches(str(tmp_path))
+    assert sorted(patches[:, 0].tolist()) == [8 * y + x for y in range(8) for x in range(4, 8)]
+    assert classes.tolist() == [1] * 32
 
 
 def test_random_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
