@@ -8,7 +8,8 @@ the paper does not state is marked here and numbered in README.md. This file con
   - an LLM as predictor of a caption's words, by an in-context prompt              `lexical_prompt`, `TextEncoder`
   - the overuse penalty, so that words do not become mere shared dimensions        `overuse_penalty`
 
-Shapes: B batch, N rows, n = 1 + P tokens ([CLS], patches), D backbone width, d lexical width, V words, T text tokens.
+Shapes: B batch, N samples, n = 1 + P image tokens ([CLS], patches), D backbone width, d lexical width, V words, T text
+tokens.
 """
 
 import functools
@@ -48,7 +49,7 @@ def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0
     """
     logits = MaxLogits.apply(z, codebook) if pool else z @ codebook.T
     logits = (logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits) + bias
-    # A row with only negative logits is e^x; shift its maximum to 0, so that it cannot vanish. The norm cancels the
+    # If all logits of a sample are negative, shift their maximum to 0, so that e^x cannot vanish: the norm cancels the
     # shift.
     return F.normalize(elu1p(logits - logits.detach().amax(-1, keepdim=True).clamp(max=0)), dim=-1)
 
@@ -101,8 +102,8 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
     """Set weak words of s (.., V) to zero, section 3.1; the others keep their values, without renormalising.
 
     topk: keep the k largest, ties in favour of the first; threshold: keep those above it. The default is the threshold
-    1/sqrt(V), the entry of a uniform unit row. S:splade/utils/utils.py:74, V:src/ir/utils/sparsify_utils.py:8. Used in
-    evaluation; the paper does not say that training is sparse, too.
+    1/sqrt(V), the entry of a uniform unit vector. Used in evaluation; the paper does not say that training is sparse,
+    too. S:splade/utils/utils.py:74, V:src/ir/utils/sparsify_utils.py:8.
     """
     V = s.shape[-1]
     if topk is None:
@@ -410,16 +411,16 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """s_txt (B, V) of token ids (B, T) with their mask, or of float `states` (B, d)."""
         if input_ids.is_floating_point():
-            return self.read(self.hidden_of_states(input_ids))
-        return self.read(self.hidden(input_ids, attention_mask))
+            return self.represent(self.hidden_of_states(input_ids))
+        return self.represent(self.hidden(input_ids, attention_mask))
 
-    def read(self, z: Tensor) -> Tensor:
-        """(.., d) -> (.., V)."""
+    def represent(self, z: Tensor) -> Tensor:
+        """Representations (.., V) of states z (.., d), eq. 2."""
         return lexical_map(z, self.codebook, bias=self.bias)
 
     def word(self, ids: Tensor) -> Tensor:
         """Representations of single words, given their codebook rows: (..) -> (.., V)."""
-        return self.read(self.codebook[ids])
+        return self.represent(self.codebook[ids])
 
 
 class BagOfWords(nn.Module):
@@ -463,7 +464,7 @@ class DenseTextEncoder(TextEncoder):
         z = self.hidden_of_states(input_ids) if attention_mask is None else self.hidden(input_ids, attention_mask)
         self.offset.copy_(-(z @ self.projection.T).mean(0))
 
-    def read(self, z: Tensor) -> Tensor:
+    def represent(self, z: Tensor) -> Tensor:
         return F.normalize((z @ self.projection.T + self.offset).float(), dim=-1)
 
 

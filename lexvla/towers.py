@@ -64,14 +64,14 @@ def small_vit(image_size: int) -> nn.Module:
     )
 
 
-def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int, int]:
-    """(network with [CLS] and patches as tokens, its width D, a patch's side in pixels).
+def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int]:
+    """(network with [CLS] and patches as tokens, its width D).
 
     name: `LITE0` for EfficientNet-Lite0's maps, a .pt file of backbone.py, a folder or hub name of transformers (with
     a /), or a model of timm. ValueError if it cannot be loaded or has other tokens before its patches than [CLS].
     """
     if name == LITE0:
-        return Lite0Maps(pretrained), Lite0Maps.num_features, Lite0Maps.patch_size[0]
+        return Lite0Maps(pretrained), Lite0Maps.num_features
     if name.endswith(".pt"):
         vit = small_vit(image_size)
         if pretrained:
@@ -81,14 +81,14 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
                 raise ValueError(
                     f"--backbone {name} at {image_size} pixels is no file of 'python -m lexvla.backbone'"
                 ) from error
-        return vit, vit.num_features, 8
+        return vit, vit.num_features
     try:
         if "/" in name:
             from transformers import AutoModel, Dinov2Config, Dinov2Model
 
             sizes = {"hidden_size": 384, "num_attention_heads": 6} if name.endswith("dinov2-small") else {}
             vit = AutoModel.from_pretrained(name) if pretrained else Dinov2Model(Dinov2Config(patch_size=14, **sizes))
-            return vit, vit.config.hidden_size, patch_side(vit)
+            return vit, vit.config.hidden_size
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(
@@ -99,7 +99,7 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
         raise ValueError(
             f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read"
         )
-    return vit, vit.num_features, patch_side(vit)
+    return vit, vit.num_features
 
 
 def patch_side(backbone: nn.Module) -> int:
@@ -116,7 +116,7 @@ def side_step(backbone: nn.Module) -> int:
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
     """Backbone and adapter of the configuration; the codebook (V, d) is copied."""
-    backbone, dim, _ = create_backbone(cfg.backbone, cfg.image_size, pretrained)
+    backbone, dim = create_backbone(cfg.backbone, cfg.image_size, pretrained)
     width = cfg.adapter_width or dim
     adapter = VisualAdapter(width, max(width // 64, 1), cfg.adapter_hidden, codebook.shape[1], dim)
     cls = DenseImageEncoder if cfg.head == "dense" else ImageEncoder

@@ -25,7 +25,7 @@ from lexvla.checkpoints import backbone_fingerprint, check_lm, load_weights, tra
 from lexvla.config import PRESETS, Config, check, check_model
 from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, lm_sample, load_lm, piece_counts
-from lexvla.towers import create_backbone, create_model, eval_transform, text_input, train_transform
+from lexvla.towers import create_model, eval_transform, patch_side, text_input, train_transform
 from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
@@ -265,7 +265,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     except FileNotFoundError:
         n = 0
     V = cfg.max_vocabulary or 2_000
-    model, lm_config, patch = model_without_weights(cfg, V)
+    model, lm_config = model_without_weights(cfg, V)
     sizes = {"adapter": model.image.adapter, "backbone": model.image.backbone, "text tower": model.text}
     count = {name: sum(p.numel() for p in module.parameters()) for name, module in sizes.items()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -295,22 +295,21 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     mean, longest = prompt_lengths(cfg)
     length = f"{mean:.0f} tokens on average, the longest {longest}" if mean else f"{longest} tokens, by --max-length"
     cli.show_plan([("prompts", length)] if cfg.text == "lm" else [])
-    weights, image, text, words = memory(cfg, cfg.batch_size // world_size, model, lm_config, patch, V, longest)
+    weights, image, text, words = memory(cfg, cfg.batch_size // world_size, model, lm_config, V, longest)
     estimate = f"{weights + image + words + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
     terms = f"{image:.1f} image tokens; {text:.1f} language model; {words:.1f} representations"
     cli.show_plan([("memory estimate", estimate + terms)])
 
 
-def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any, int]:
-    """(the model on the meta device, the LM's configuration, pixels of a patch's side)."""
+def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any]:
+    """(the model on the meta device, the LM's configuration)."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     local = Path(cfg.lm).is_dir()
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.lm) if local else LlamaConfig())
         model = create_model(cfg, lm, torch.arange(words), cfg.bias or 0.0, pretrained=False)
-        patch = create_backbone(cfg.backbone, cfg.image_size, pretrained=False)[2]
-    return model, lm.config, patch
+    return model, lm.config
 
 
 def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
@@ -333,18 +332,15 @@ def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
     return sum(lengths) / len(lengths), max(lengths)
 
 
-def memory(
-    cfg: Config, size: int, model: LexVLA, lm: Any, patch: int, words: int, length: int | None = None
-) -> tuple[float, ...]:
+def memory(cfg: Config, size: int, model: LexVLA, lm: Any, words: int, length: int | None = None) -> tuple[float, ...]:
     """GiB of (weights with Adam, image tokens, language model, representations) in one process.
 
-    size: pairs per process; lm: the LM's configuration; patch: pixels of a patch's side; words: V; length: tokens of a
-    prompt, by default --max-length.
+    size: pairs per process; lm: the LM's configuration; words: V; length: tokens of a prompt, by default --max-length.
     """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
-    D, tokens = model.image.adapter.proj.fc1.in_features, (cfg.image_size // patch) ** 2 + 1
+    D, tokens = model.image.adapter.proj.fc1.in_features, (cfg.image_size // patch_side(model.image.backbone)) ** 2 + 1
     weights = (16 * trained + 2 * frozen) / gib
     micro = size / cfg.accumulate
     cached = size if cfg.accumulate > 1 else 0  # pairs whose representations and gradients `accumulate` keeps

@@ -81,12 +81,12 @@ A100_40GB = 40e9 / 2**30
 def test_paper_presets_fit_the_machines_that_they_name(preset: str):
     assert config.PAPER_ROWS["train"][preset].gpus == "8 x A100 40 GB"
     cfg = config.PRESETS[preset][1]
-    model, lm, patch = train.model_without_weights(cfg, cfg.max_vocabulary)
+    model, lm = train.model_without_weights(cfg, cfg.max_vocabulary)
 
     def gib(accumulate: int) -> float:
         changed = dataclasses.replace(cfg, accumulate=accumulate)
         config.check_model(changed)
-        return sum(train.memory(changed, cfg.batch_size // 8, model, lm, patch, cfg.max_vocabulary))
+        return sum(train.memory(changed, cfg.batch_size // 8, model, lm, cfg.max_vocabulary))
 
     assert cfg.batch_size % (8 * cfg.accumulate) == 0
     assert gib(cfg.accumulate) < 0.9 * A100_40GB  # the rest is for what the estimate leaves out
@@ -104,6 +104,6 @@ def test_the_estimate_takes_prompts_as_long_as_they_are(in_process, lm: Path, fo
     assert longest == min(max(lengths), 128) and mean == round(sum(min(n, 128) for n in lengths) / len(lengths))
     assert re.search(r"prompts +128 tokens, by --max-length", unknown.out), unknown.err
     cfg = config.PRESETS["cc12m"][1]
-    model, about, patch = train.model_without_weights(cfg, 100)
-    short, long = (train.memory(cfg, 96, model, about, patch, 100, length)[2] for length in (64, None))
+    model, about = train.model_without_weights(cfg, 100)
+    short, long = (train.memory(cfg, 96, model, about, 100, length)[2] for length in (64, None))
     assert long == 2 * short

@@ -148,11 +148,11 @@ def test_clips_tower_has_the_activation_that_its_weights_were_trained_with():
         x = theirs._embeds(pixels)
         tokens = theirs.ln_post(theirs.transformer(x))
         for name, agrees in ((config.PRESETS["cc12m-clip"][1].backbone, True), ("vit_base_patch16_clip_224", False)):
-            ours, width, side = towers.create_backbone(name, 224, pretrained=False)
+            ours, width = towers.create_backbone(name, 224, pretrained=False)
             kept = checkpoint_filter_fn(dict(state), ours)
             ours.load_state_dict({key: value for key, value in kept.items() if not key.startswith("head.")})
             image = ImageEncoder(ours, torch.nn.Identity(), torch.randn(4, 768))
-            assert (width, side) == (768, 16)
+            assert (width, towers.patch_side(ours)) == (768, 16)
             assert torch.allclose(image.frozen(pixels), tokens, rtol=1e-3, atol=1e-3) == agrees, name
     assert config.PRESETS["cc12m-clip"][1].backbone.endswith(".openai")
 
