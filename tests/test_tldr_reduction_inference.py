@@ -66,7 +66,7 @@ def test_reductions_that_share_a_folder_keep_each_others_rows(tmp_path):
 
     cached_rows(tmp_path, evens, 10, alone, slow)
     assert read_rows(tmp_path, np.arange(5), 10, "squares").tolist() == [0, 1, 4, 9, 16]
-    with pytest.raises(ValueError, match="lacks rows that were written"):
+    with pytest.raises(ValueError, match="lacks samples that were written"):
         read_rows(tmp_path, np.array([4, 5]), 10, "squares")
 
 

@@ -415,7 +415,7 @@ def tie_decoder(encoder: TextTransformer, decoder: TextTransformer) -> None:
 
 def negative_weights(similarity: Tensor, own: int = 0) -> Tensor:
     """Weights for drawing hard negatives: softmax of similarities (B, W*B) + 1e-4, 0 for the matching pair.
-    B:...:155-158.
+    B:models/blip_pretrain.py:155-158.
 
     `own` is the index of this process's first pair in the global batch.
     """
@@ -592,7 +592,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def update_momentum(self) -> None:
-        """p_m <- m p_m + (1 - m) p. B:...:225."""
+        """p_m <- m p_m + (1 - m) p. B:models/blip_pretrain.py:225."""
         for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
             online = list(getattr(self, name).parameters())
             slow = list(getattr(self, f"{name}_m").parameters())
@@ -601,7 +601,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_features: Tensor, text_features: Tensor, image_ids: Tensor | None = None) -> None:
-        """Replace the oldest keys by those of the global batch. B:...:232."""
+        """Replace the oldest keys by those of the global batch. B:models/blip_pretrain.py:232."""
         size, count = self.image_queue.shape[1], len(image_features)
         if count > size:
             raise ValueError(f"a queue of {size} keys is smaller than the batch of {count}: raise --queue-size")

@@ -33,8 +33,8 @@ from tldr_reduction.tokenizer import WordPiece
 
 @torch.no_grad()
 def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, process: run.Process) -> None:
-    """Initialize the codebook: uniform (as built), Xavier, image tokens (data), or keyword embeddings shifted and
-    scaled to image tokens. Random draws depend only on the seed.
+    """Initialise the codebook by `codebook_init`: uniform (as built), xavier, data (image tokens), or keywords (their
+    text embeddings, shifted and scaled to image tokens). Random draws depend only on the seed.
     """
     generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
     weight = captioner.quantize.embedding.weight

@@ -25,7 +25,7 @@ class Whitening(NamedTuple):
     axes: Tensor  # (L', d) float32
 
     def __call__(self, x) -> Tensor:
-        """(n, L') of any type -> (n, d) float32, rows of unit length; a row equal to the mean becomes 0."""
+        """(n, L') of any type -> (n, d) float32, vectors of unit length; one that equals the mean becomes 0."""
         projected = torch.addmm(-(self.mean @ self.axes), as_float(x), self.axes)
         return projected / projected.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
@@ -43,28 +43,32 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
     shift = as_float(x[:CHUNK]).mean(0)  # near the mean, so that fp32 is enough
     total, covariance = torch.zeros(x.shape[1]), torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for first in range(0, len(x), CHUNK):
-        rows = as_float(x[first : first + CHUNK]) - shift
-        total += rows.sum(0)
-        covariance += rows.T @ rows
+        shifted = as_float(x[first : first + CHUNK]) - shift
+        total += shifted.sum(0)
+        covariance += shifted.T @ shifted
     rest = total / len(x)
     mean, covariance = shift + rest, covariance / len(x) - torch.outer(rest, rest)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     good = values > 1e-6 * values[0].clamp(min=1e-12)
-    if not bool(good.any()):  # all rows are equal: one axis, on which all are 0
+    if not bool(good.any()):  # all vectors are equal: one axis, on which all are 0
         return Whitening(mean, torch.zeros(x.shape[1], 1))
     return Whitening(mean, (vectors[:, good] / values[good].sqrt()).float())
 
 
 def whiten(x, dim: int = 256) -> Tensor:
-    """(N, L') -> (N, d <= dim) float32: whitened, then scaled to unit length. Trained on at most 1000 L' rows, those
+    """(N, L') -> (N, d <= dim) float32: whitened, then scaled to unit length. Trained on at most 1000 L' vectors, those
     that faiss draws."""
-    limit, rows = 1000 * x.shape[1], slice(None)
+    limit, drawn = 1000 * x.shape[1], slice(None)
     if len(x) > limit:
         order = np.empty(len(x), np.int32)
         faiss.rand_perm(faiss.swig_ptr(order), len(x), 1234)
-        rows = np.sort(order[:limit])
-    whitening = fit_whitening(x[rows], dim)
+        drawn = np.sort(order[:limit])
+    return whitened(fit_whitening(x[drawn], dim), x)
+
+
+def whitened(whitening: Whitening, x) -> Tensor:
+    """`whitening` of (N, L') in chunks: (N, d)."""
     return torch.cat([whitening(x[first : first + CHUNK]) for first in range(0, len(x), CHUNK)])
 
 
@@ -84,8 +88,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """assignment (N,) int64, centroids (k, d), objective (iterations,). U:fast_cluster.py:59-99.
 
-    faiss' Lloyd iterations on all rows, starting from k random rows or from the rows `init_index`; an empty cluster
-    takes half of a big one. The objective is the sum of squared distances.
+    faiss' Lloyd iterations on all vectors x (N, d), starting from k random ones or from those with the indices
+    `init_index`; an empty cluster takes half of a big one. The objective is the sum of squared distances.
     """
     centroids, objective = train_kmeans(x, k, seed, niter, init_index)
     return nearest(as_float(x).detach().cpu(), centroids)[0], centroids, objective
@@ -93,15 +97,15 @@ def kmeans(
 
 def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Centroids and objective of `kmeans`."""
-    rows = as_float(x).detach().cpu().contiguous()
-    if not 1 <= k <= len(rows):
-        raise ValueError(f"{len(rows)} samples cannot make {k} clusters: choose --clusters between 1 and {len(rows)}")
-    clustering = faiss.Clustering(rows.shape[1], k)
+    x = as_float(x).detach().cpu().contiguous()
+    if not 1 <= k <= len(x):
+        raise ValueError(f"{len(x)} samples cannot make {k} clusters: choose --clusters between 1 and {len(x)}")
+    clustering = faiss.Clustering(x.shape[1], k)
     clustering.seed, clustering.niter = seed, niter
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 10_000_000
     if init_index is not None:
-        faiss.copy_array_to_vector(rows[init_index].numpy().ravel(), clustering.centroids)
-    clustering.train(rows.numpy(), faiss.IndexFlatL2(rows.shape[1]))
+        faiss.copy_array_to_vector(x[init_index].numpy().ravel(), clustering.centroids)
+    clustering.train(x.numpy(), faiss.IndexFlatL2(x.shape[1]))
     centroids = torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1).copy())
     stats = clustering.iteration_stats
     objective = torch.tensor([stats.at(i).obj for i in range(stats.size())])
@@ -114,7 +118,7 @@ class Clusters(NamedTuple):
 
     assignment: Tensor  # (N,) int64
     dist2: Tensor  # (N,) float32 squared distance to the centroid
-    objective: Tensor  # (iterations,) on the training rows
+    objective: Tensor  # (iterations,) on the training vectors
     dim: int  # axes kept
 
 
@@ -123,8 +127,8 @@ def cluster_codes(
 ) -> Clusters:
     """Code vectors (N, L'), in memory or memory-mapped -> clusters, in bounded memory.
 
-    Whitening is trained on at most 1000 L' rows and k-means on at most points_per_centroid*k; all rows are whitened and
-    assigned in chunks, so that memory holds only the codes and (N,) results.
+    Whitening is trained on at most 1000 L' vectors and k-means on at most points_per_centroid*k; all vectors are
+    whitened and assigned in chunks, so that memory holds only the codes and (N,) results.
     """
     rng = np.random.default_rng(seed)
     n = len(codes)
@@ -133,8 +137,7 @@ def cluster_codes(
         return codes[:] if n <= limit else codes[np.sort(rng.choice(n, limit, replace=False))]
 
     whitening = fit_whitening(sample(1000 * codes.shape[1]), dim)
-    rows = sample(points_per_centroid * k)
-    features = torch.cat([whitening(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK)])
+    features = whitened(whitening, sample(points_per_centroid * k))
     centroids, objective = train_kmeans(features, k, seed, niter)
     chunks = [nearest(whitening(codes[first : first + CHUNK]), centroids) for first in range(0, n, CHUNK)]
     assignment, dist2 = (torch.cat(of_chunks) for of_chunks in zip(*chunks, strict=True))
@@ -145,7 +148,7 @@ def cluster_codes(
 
 
 def in_cluster(assignment: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (N,) ordered by cluster, then by row; the position (N,) of each in its cluster; cluster sizes (k,)."""
+    """Samples (N,) ordered by cluster, then by index; the position (N,) of each in its cluster; cluster sizes (k,)."""
     assignment = torch.as_tensor(assignment)
     order = torch.argsort(assignment, stable=True)
     sizes = torch.bincount(assignment, minlength=k)
@@ -158,7 +161,7 @@ def share_of(fraction: float) -> Fraction:
 
 
 def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
-    """Rows at positions 0, n, 2n... of each cluster, cluster by cluster: ceil(size/n) of each.
+    """Samples at positions 0, n, 2n... of each cluster, cluster by cluster: ceil(size/n) of each.
 
     U:codebook_cluster.py:58-78. It uses no distance and no score ("uniform").
     """
@@ -167,7 +170,7 @@ def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
 
 
 def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | None = None) -> Tensor:
-    """`select_every_nth` for shares other than 1/n: ceil(size * fraction) rows of each cluster, evenly spaced.
+    """`select_every_nth` for shares other than 1/n: ceil(size * fraction) samples of each cluster, evenly spaced.
 
     `seed` draws the member of each cluster where cyclic counting starts, so that all members are equally likely to be
     kept. None starts from the first member, as upstream, which favours the beginning of the file.
@@ -183,24 +186,24 @@ def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | Non
 
 
 def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float, largest: bool = True) -> Tensor:
-    """The ceil(size * fraction) rows of each cluster farthest from (or nearest to) its centroid; an ablation."""
+    """The ceil(size * fraction) samples of each cluster farthest from (or nearest to) its centroid; an ablation."""
     share = share_of(fraction)
     assignment, dist2 = torch.as_tensor(assignment), torch.as_tensor(dist2)
     by_distance = torch.argsort(-dist2 if largest else dist2, stable=True)
     order, position, sizes = in_cluster(assignment[by_distance], k)
-    rows = by_distance[order]
+    samples = by_distance[order]
     wanted = -(-sizes * share.numerator // share.denominator)
-    kept = rows[position < wanted[assignment[rows]]]
+    kept = samples[position < wanted[assignment[samples]]]
     return kept[torch.argsort(assignment[kept] * len(assignment) + kept)]
 
 
 def random_subset(n: int, fraction: float, seed: int) -> Tensor:
-    """round(n * fraction) rows, ascending, by a seeded permutation (upstream's "random" is the first quarter)."""
+    """round(n * fraction) samples, ascending, by a seeded permutation (upstream's "random" is the first quarter)."""
     return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[: round(n * fraction)]))
 
 
 def keep_top(scores: Tensor, fraction: float) -> Tensor:
-    """(N,) bool: the round(N * fraction) highest scores; ties in favour of lower rows."""
+    """(N,) bool: the round(N * fraction) highest scores; ties in favour of earlier samples."""
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[torch.argsort(-torch.as_tensor(scores), stable=True)[: round(len(scores) * fraction)]] = True
     return kept

@@ -311,7 +311,7 @@ RETRIEVALS = {
 
 BLIP = Config(**PRETRAINED)
 CLIP = Config(objective="clip")
-VLP = dict(epochs=7, lr_decay_rate=0.6, warmup=15, **SMALL_BLIP)
+SMALL_VLP = dict(epochs=7, lr_decay_rate=0.6, warmup=15, **SMALL_BLIP)
 SMALL_MODELS = {  # preset, without its first word: (what it is, settings)
     "scorer": (
         "a small BLIP on clean pairs: scores image-text matching",
@@ -319,11 +319,11 @@ SMALL_MODELS = {  # preset, without its first word: (what it is, settings)
     ),
     "clip": (
         "a small CLIP on all pairs, or on any reduction",
-        Config(objective="clip", clip_model="ViT-emoji-32", **VLP, **SMALL | {"batch_size": 128}),
+        Config(objective="clip", clip_model="ViT-emoji-32", **SMALL_VLP, **SMALL | {"batch_size": 128}),
     ),
     "blip": (
         "a small BLIP on all pairs, or on any reduction",
-        Config(**VLP, **SMALL | {"batch_size": 128, "layers": 3, "text_layers": 1}),
+        Config(**SMALL_VLP, **SMALL | {"batch_size": 128, "layers": 3, "text_layers": 1}),
     ),
 }
 CORPUS = {  # the files of the embedded corpus that a model reads
@@ -689,7 +689,7 @@ def kept_by(folder: str) -> int:
 
 # --------------------------------------------------------------------------------------------------- the paper's tables
 
-VLP, A100 = "2 nodes of 16", "8 x A100"
+NODES, A100 = "2 nodes of 16", "8 x A100"
 ZERO_SHOT = "zero-shot TR/IR@1 COCO {}, Flickr30K {} %"
 OTHER = "ImageNet zero-shot {}; Flickr30K TR/IR@1 {} % (fine-tuned or not is not said)"
 FINE = "TR/IR@1 {} % from all of CC3M, {} % from TL;DR's"
@@ -735,23 +735,23 @@ PAPER_ROWS = {
     "train": {
         **dict.fromkeys((f"small-{model}" for model in SMALL_MODELS), OWN),
         **dict.fromkeys((name for name in PRESETS if name.startswith("emoji-")), EMBEDDED),
-        "blip-cc3m": Row("main table, BLIP, CC3M", "CC3M", VLP, ZERO_SHOT.format("42.3/31.5", "75.1/60.6")),
-        "blip-cc3m-tldr": Row("main table, BLIP, TL;DR", "CC3M", VLP, ZERO_SHOT.format("48.7/36.7", "76.3/61.0")),
+        "blip-cc3m": Row("main table, BLIP, CC3M", "CC3M", NODES, ZERO_SHOT.format("42.3/31.5", "75.1/60.6")),
+        "blip-cc3m-tldr": Row("main table, BLIP, TL;DR", "CC3M", NODES, ZERO_SHOT.format("48.7/36.7", "76.3/61.0")),
         "clip-cc3m": Row(
-            "main table, CLIP, CC3M; here from scratch", "CC3M", VLP,
+            "main table, CLIP, CC3M; here from scratch", "CC3M", NODES,
             ZERO_SHOT.format("36.2/29.9", "67.4/54.3") + ", from ImageNet and BERT",
         ),
         "clip-cc3m-tldr": Row(
-            "main table, CLIP, TL;DR; here from scratch", "CC3M", VLP,
+            "main table, CLIP, TL;DR; here from scratch", "CC3M", NODES,
             ZERO_SHOT.format("37.7/30.7", "68.5/55.6") + ", from ImageNet and BERT",
         ),
-        "blip-cc12m": Row("other data sets, CC12M, full", "CC12M", VLP, OTHER.format(65.3, "84.7/75.3")),
-        "blip-cc12m-tldr": Row("other data sets, CC12M, TL;DR", "CC12M", VLP, OTHER.format(63.8, "85.5/76.3")),
-        "blip-yfcc15m": Row("other data sets, YFCC15M, full", "YFCC15M", VLP, OTHER.format(67.8, "81.5/72.4")),
-        "blip-yfcc15m-tldr": Row("other data sets, YFCC15M, TL;DR", "YFCC15M", VLP, OTHER.format(67.3, "82.3/74.3")),
-        "blip-laion40m": Row("other data sets, LAION-40M, full", "LAION-40M", VLP, OTHER.format(71.3, "83.2/74.9")),
+        "blip-cc12m": Row("other data sets, CC12M, full", "CC12M", NODES, OTHER.format(65.3, "84.7/75.3")),
+        "blip-cc12m-tldr": Row("other data sets, CC12M, TL;DR", "CC12M", NODES, OTHER.format(63.8, "85.5/76.3")),
+        "blip-yfcc15m": Row("other data sets, YFCC15M, full", "YFCC15M", NODES, OTHER.format(67.8, "81.5/72.4")),
+        "blip-yfcc15m-tldr": Row("other data sets, YFCC15M, TL;DR", "YFCC15M", NODES, OTHER.format(67.3, "82.3/74.3")),
+        "blip-laion40m": Row("other data sets, LAION-40M, full", "LAION-40M", NODES, OTHER.format(71.3, "83.2/74.9")),
         "blip-laion40m-tldr": Row(
-            "other data sets, LAION-40M, TL;DR", "LAION-40M", VLP, OTHER.format(70.4, "82.8/76.1")
+            "other data sets, LAION-40M, TL;DR", "LAION-40M", NODES, OTHER.format(70.4, "82.8/76.1")
         ),
     },
     "reduce --recipe": {

@@ -65,10 +65,11 @@ def short(reasons: list[str]) -> np.ndarray:
 def cached_rows(
     folder: Path, rows: np.ndarray, size: int, process: run.Process, compute: Callable[[np.ndarray], dict]
 ) -> None:
-    """Run `compute(rows)`, which returns arrays with an entry per row, for the `rows` (ascending) that `folder` lacks.
+    """Run `compute(rows)`, which returns arrays with an entry per sample, for those of `rows` (ascending) that `folder`
+    lacks.
 
-    There is one file for each `size` rows of the data, replaced atomically. Ranks divide the files among themselves; an
-    earlier run may have had another number of ranks.
+    There is one file for each `size` samples of the data, replaced atomically. Ranks divide the files among themselves;
+    an earlier run may have had another number of ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for number in np.unique(rows // size)[process.rank :: process.world_size]:
@@ -109,20 +110,20 @@ def load_file(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Array `name` of those rows (ascending)."""
+    """Array `name` of the samples `rows` (ascending)."""
     found = []
     for number in np.unique(rows // size):
         with np.load(folder / f"{number:06}.npz", allow_pickle=False) as file:
             kept, wanted = file["rows"], rows_in(rows, number, size)
             places = np.searchsorted(kept, wanted).clip(max=len(kept) - 1)
             if not np.array_equal(kept[places], wanted):  # another reduction replaced the file meanwhile
-                raise ValueError(f"{folder / f'{number:06}.npz'} lacks rows that were written: run the reduction again")
+                raise ValueError(f"{folder}/{number:06}.npz lacks samples that were written: run the reduction again")
             found.append(file[name][places])
     return np.concatenate(found)
 
 
 def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
-    """(N,) why the images of those rows (ascending) are unreadable, "" if they are readable.
+    """(N,) why the images of the samples `rows` (ascending) are unreadable, "" if they are readable.
 
     In the object array equal strings are one object; a string array would store each at the width of the longest.
     """
@@ -134,7 +135,7 @@ def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
-    """Code vectors (N, L') of those rows as one memory-mapped array."""
+    """Code vectors (N, L') of the samples `rows` as one memory-mapped array."""
     path, first = folder / "codes.npy", read_rows(folder, rows[:1], size, "codes")
     header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(rows), first.shape[1])}
     # On a full disk, writing to a file is an error, but writing to a memory map kills the process
@@ -217,7 +218,7 @@ class Inference:
         return self.loaded[name]
 
     def codes(self, path: str | None) -> Path:
-        """Folder with code vectors, pixel hashes and reasons (why an image is broken, else "") of all rows.
+        """Folder with code vectors, pixel hashes and reasons (why an image is broken, else "") of all samples.
 
         Codes are those of the captioner in `path`, or of the encoder's k-means codebook.
         """
@@ -234,11 +235,9 @@ class Inference:
                 return encoded(rows)
             known = {name: values[np.isin(self.fitted["rows"], rows)] for name, values in self.fitted.items()}
             self.tick(int(old.sum()) * self.process.world_size)
-            if old.all():
-                return {name: known[name] for name in ("codes", "pixels", "reasons")}
-            order = np.argsort(np.concatenate([rows[old], rows[~old]]))
-            fresh = encoded(rows[~old])
-            return {name: np.concatenate([known[name], values])[order] for name, values in fresh.items()}
+            if not old.all():
+                known = merge(known, {"rows": rows[~old], **encoded(rows[~old])})
+            return {name: known[name] for name in ("codes", "pixels", "reasons")}
 
         def encoded(rows: np.ndarray) -> dict:
             pixels, reasons = [], []
@@ -300,7 +299,7 @@ class Inference:
         return encode
 
     def checks(self, rows: np.ndarray) -> tuple[dict[str, Tensor], list[str], str]:
-        """For readable rows (n,): features (n, D) by name, captions, and why an encoder's features are missing, or "".
+        """For readable samples `rows` (n,): features (n, D) by name, captions, and why an encoder's are missing, or "".
 
         Features are thumbnails, and those of the encoder that --check names.
         """
@@ -325,7 +324,7 @@ class Inference:
 
         marks = self.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
         folder = self.work / f"check-{data.stable_hash(*marks):016x}"
-        size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few rows
+        size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few samples
         self.keep(folder, rows, "check", compute, size)
         found = {"images at 8 x 8 pixels": torch.from_numpy(read_rows(folder, rows, size, "small"))}
         if encoder:
@@ -333,7 +332,7 @@ class Inference:
         return found, [self.pairs.caption(row) for row in rows], missing
 
     def readable(self) -> Path:
-        """Folder with pixel hashes and reasons (as in `codes`) of all rows, for reductions that need no codes."""
+        """Folder with pixel hashes and reasons (as in `codes`) of all samples, for reductions that need no codes."""
 
         def compute(rows: np.ndarray) -> dict:
             batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
@@ -390,7 +389,7 @@ class Inference:
         return read_rows(folder, rows, cfg.chunk, "scores")
 
     def scores_after(self, rows: np.ndarray, captions: dict[int, str]) -> np.ndarray:
-        """ITM scores of the kept rows with their new captions."""
+        """ITM scores of the kept samples `rows` with their new captions."""
         return self.scores(rows, captions, f"itm-after-{data.stable_hash(*captions.items()):016x}")
 
     def generated(self, rows: np.ndarray) -> np.ndarray:

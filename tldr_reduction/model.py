@@ -4,7 +4,7 @@ Authors' code: showlab/datacentric.vlp@a488102, a partial fork of BLIP, cited as
 The paper's contribution in this file:
   - a captioner that reads the image through a codebook, whose code ids describe the image   `VectorQuantizer`,
     `CodebookCaptioner` (without the codebook, it generates the captions T_g)
-  - the initialization of the codebook by keywords of the captions                           `keyword_codebook`
+  - the initialisation of the codebook by keywords of the captions                           `keyword_codebook`
 Clusters of codes and the selection are in cluster.py, refined captions in reduce.py. The towers are BLIP's (blip.py).
 
 Shapes: B batch, L image tokens with [CLS], D image width, K codes, c code dimension, L' = L*D/c codes an image,
@@ -157,7 +157,7 @@ def codebook_perplexity(codes: Tensor, num_codes: int) -> Tensor:
     return torch.exp(-(p * torch.log(p + 1e-10)).sum())
 
 
-# ------------------------------------------------------------------------------ initialization and restart of codebooks
+# ------------------------------------------------------------------------------ initialisation and restart of codebooks
 
 
 def frequent_keywords(captions: Iterable[str], count: int) -> list[str]:

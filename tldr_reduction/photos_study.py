@@ -3,9 +3,9 @@
 The pool is Flickr8k with one sample per caption: 30,000 pairs of 6,000 photographs, a stand-in for CC3M. MLPs on two
 pretrained, locked networks, EfficientNet-Lite0 and the sentence encoder MiniLM, are trained as a CLIP on the whole pool
 or on a quarter of it (the paper keeps 24 %), for equal steps. Two more arms train on half. T_g is another person's
-caption of the same photograph, so it is never wrong. MiniLM is there because text towers from scratch retrieved worse
-than a canonical correlation, which takes no training step: the bag of words of study.py after training on all pairs, a
-transformer after training on a quarter.
+caption of the same photograph, so it is never wrong. The text tower is pretrained because towers from scratch retrieved
+worse than a canonical correlation, which takes no training step: the bag of words of study.py even with all pairs, a
+transformer with a quarter of them.
 `python -m tldr_reduction.photos_study --data SHARDS --out RUN` trains one such model.
 
 Copies of a photograph stay in the pool when it is reduced (`--no-drop-duplicates`, as upstream). If they were dropped,

@@ -4,7 +4,7 @@ TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, cited a
 code vectors of all images (`extract_codes` in inference.py), clusters of these vectors and the selection of a fixed
 share of each cluster (cluster.py), refined captions (`refined`).
 
-DIR will hold
+DIR then holds
   shards/            the kept samples, with their new captions; train.py, or any trainer, reads them
   annotation.json    [{"image", "caption"}] of the kept samples, cluster by cluster as the authors' code orders them;
                      image is a path: below DIR (images/SHARD/NAME, written with --extract-images), or the input's own
@@ -231,10 +231,22 @@ def dry_run(cfg: ReduceConfig) -> None:
         codes, axes = n * length * 2 / 2**30, trained * min(length, cfg.whiten_dim) * 4 / 2**30
         rows += [
             ("code vectors", f"{codes:.2f} GiB in work/ ({length} codes of {whose}), memory-mapped"),
-            ("k-means", f"{trained:,} rows of at most {min(length, cfg.whiten_dim)} axes, {axes:.2f} GiB"),
+            ("k-means", f"{trained:,} vectors of at most {min(length, cfg.whiten_dim)} axes, {axes:.2f} GiB"),
         ]
     more = f", {kept:,} to generate" if cfg.captions != "original" and cfg.caption_model else ""
     cli.show_plan([*rows, ("captions", f"{cfg.captions}{more}")])
+
+
+def filtered(cfg: ReduceConfig, selected: np.ndarray, good: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
+    """The `selected` samples that the ITM filter leaves; scores (N,) of all samples. ValueError if none is left."""
+    kept = selected
+    if cfg.itm_keep is not None:
+        top = good[keep_top(torch.from_numpy(scores[good]), cfg.itm_keep).numpy()]
+        kept = selected[np.isin(selected, top)]
+    if not len(kept):
+        by_score = f" with --itm-keep {cfg.itm_keep:g}" if cfg.itm_keep is not None else ""
+        raise ValueError(f"--keep {cfg.keep:g}{by_score} leaves none of {len(good):,} samples: choose a larger share")
+    return kept
 
 
 def is_finished(out: Path, settings: dict) -> bool:
@@ -273,7 +285,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, codes, features: Path | None) -> Clusters:
-    """Cluster the readable rows `good` by their code vectors or by other features; only rank 0 calls this."""
+    """Cluster the readable samples `good` by their code vectors or by other features; only rank 0 calls this."""
     vectors = codes
     if cfg.features == "text":
         vectors = inference.text_features()[good]
@@ -293,8 +305,8 @@ def check_selection(
     """Compare clusters and selection with random ones, on at most CHECKED samples. Returns {features:
     `quality.measured`}, and a sentence about features that are missing, or "".
 
-    good: readable rows; pixels: their image hashes. If copies of images are dropped, only distinct images are compared:
-    a dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
+    good: readable samples; pixels: their image hashes. If copies of images are dropped, only distinct images are
+    compared: a dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
     on ranks other than 0, with --check none, and for selections that are random or keep all samples.
     """
     compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
@@ -318,7 +330,7 @@ def check_selection(
 
 
 def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> tuple[dict[int, str], dict[int, str]]:
-    """Captions of the kept `rows` (ascending) as they will be written, and their generated captions T_g."""
+    """Captions of the kept samples `rows` (ascending) as they will be written, and their generated captions T_g."""
     captions, generated = {int(row): inference.pairs.caption(row) for row in rows}, {}
     if cfg.captions != "original":
         if cfg.predictions:  # read only now, so that millions of captions are not in memory during the passes
@@ -368,8 +380,9 @@ def write_tables(
 ) -> tuple[dict, dict]:
     """Write annotation.json and report.csv; return the entries of report.json and the columns of report.csv.
 
-    `images`, `captions`: image paths and captions of the kept rows; `generated`: T_g of those that have one. `itm`: the
-    scores of all rows (N,), those of the kept rows with their new captions, and whether scores are probabilities.
+    `images`, `captions`: image paths and captions of the kept samples; `generated`: T_g of those that have one. `itm`:
+    the scores of all samples (N,), those of the kept ones with their new captions, and whether scores are
+    probabilities.
     """
     out, rows = Path(cfg.out), range(len(pairs))
     annotation = [{"image": images[row], "caption": captions[row]} for row in found.kept.tolist()]
@@ -394,7 +407,7 @@ def write_tables(
 def original_scores(cfg: ReduceConfig, inference: Inference, good: np.ndarray) -> np.ndarray | None:
     """Scores (N,) of all samples with their own captions, or None without a scorer.
 
-    ValueError if a readable sample, a row in `good`, has no finite score.
+    ValueError if one of the readable samples `good` has no finite score.
     """
     if not cfg.scorer:
         return None
@@ -424,7 +437,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     with timed(seconds, "itm"):
         before = original_scores(cfg, inference, good)
 
-    # Selection, on rank 0
+    # Clusters and selection, on rank 0
     selected = codes = clusters = None
     if process.main:
         if coded:
@@ -434,13 +447,8 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
                 clusters = find_clusters(cfg, inference, good, codes, features)
         scores = None if before is None else before[good]
         selected = good[select_distinct(cfg, pixels[good], scores, clusters).numpy()]
-    selected = kept = run.broadcast(selected, process)
-    if cfg.itm_keep is not None:
-        top = good[keep_top(torch.from_numpy(before[good]), cfg.itm_keep).numpy()]
-        kept = selected[np.isin(selected, top)]
-    if not len(kept):
-        filtered = f" with --itm-keep {cfg.itm_keep:g}" if cfg.itm_keep is not None else ""
-        raise ValueError(f"--keep {cfg.keep:g}{filtered} leaves none of {len(good):,} samples: choose a larger share")
+    selected = run.broadcast(selected, process)
+    kept = filtered(cfg, selected, good, before)
 
     # Comparison with a random selection
     with timed(seconds, "check"):

@@ -20,9 +20,9 @@ SAME = 0.005  # coverages (mean cosines) that differ by less are called equal
 class Outcome(NamedTuple):
     """Result of a reduction of n samples."""
 
-    good: np.ndarray  # rows of the readable samples, ascending
-    selected: np.ndarray  # rows that were selected, a subset of `good`
-    kept: np.ndarray  # rows that remain after the ITM filter, a subset of `selected`
+    good: np.ndarray  # indices of the readable samples, ascending
+    selected: np.ndarray  # of the selected ones, a subset of `good`
+    kept: np.ndarray  # of those that remain after the ITM filter, a subset of `selected`
     pixels: np.ndarray  # (n,) hashes of the images
     reasons: np.ndarray  # (n,) strings: why an image cannot be read; "" if it can
     codes: np.ndarray | None  # (len(good), L') code vectors

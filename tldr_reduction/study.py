@@ -455,11 +455,11 @@ def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 
             pair = pairs.read(row_of[line["key"]])
             axis.imshow(pair.image)
             axis.set(xticks=[], yticks=[])
-            kept = line["kept"] == "1"
+            is_kept = line["kept"] == "1"
             for spine in axis.spines.values():
-                spine.set(color="tab:green" if kept else "lightgrey", linewidth=3 if kept else 1)
-            text = textwrap.fill(line["caption"] if kept else f"dropped: {pair.caption}", 24, max_lines=3)
-            axis.set_xlabel(text, fontsize=6, color="black" if kept else "grey")
+                spine.set(color="tab:green" if is_kept else "lightgrey", linewidth=3 if is_kept else 1)
+            text = textwrap.fill(line["caption"] if is_kept else f"dropped: {pair.caption}", 24, max_lines=3)
+            axis.set_xlabel(text, fontsize=6, color="black" if is_kept else "grey")
         axis_row[0].set_ylabel(f"cluster {cluster}", fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "tldr_reduction_clusters.png", dpi=110)
