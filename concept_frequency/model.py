@@ -83,7 +83,8 @@ def case_variants(name: str) -> list[str]:
 class InvertedIndex:
     """P_w, the ids of the documents with word w in their noun set, for all w in one array (8 bytes per posting).
 
-    terms: V words. ids[offsets[v]:offsets[v + 1]]: sorted, unique ids of terms[v], less than num_documents.
+    terms: V words; place: v of each word. ids[offsets[v]:offsets[v + 1]]: sorted, unique ids of terms[v], less than
+    num_documents.
     Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93 (lists of Python ints; the first id of a word
     is stored twice per chunk).
     """
