@@ -1,7 +1,6 @@
 """A ceiling for a table of arms: an arm's image tower, trained on the labels of an evaluation set's `train` split."""
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import data, export, memory, run
-from shared.clip import image_side
+from shared.clip import image_side, random_weights_intended
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent
 
@@ -47,9 +46,8 @@ class Tower(NamedTuple):
 
 def open_clip_tower(model: str) -> Tower:
     """The image tower of an open_clip config, with random weights."""
-    logging.disable(logging.WARNING)  # hides the warning that the weights are random
-    clip = open_clip.create_model(model)
-    logging.disable(logging.NOTSET)
+    with random_weights_intended():
+        clip = open_clip.create_model(model)
     return Tower(clip.visual, export.open_clip_config(model)["embed_dim"], image_side(clip))
 
 
@@ -79,14 +77,14 @@ def trained_on_labels(
     number = {name: i for i, name in enumerate(classes or classnames)}
     place = torch.tensor([number.get(name, -1) for name in classnames])
 
-    def asked(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def of_classes(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels = place[labels]
         return pixels[labels >= 0], labels[labels >= 0]
 
     if shards is None:
-        pixels, labels = asked(*read(sets[0], "train", stored * size))
+        pixels, labels = of_classes(*read(sets[0], "train", stored * size))
     else:
-        pixels, labels = asked(*labelled_by_caption(shards, classnames, stored * size))
+        pixels, labels = of_classes(*labelled_by_caption(shards, classnames, stored * size))
     head = nn.Linear(tower.width, len(number))
     network = nn.Sequential(tower.network, head)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -112,7 +110,7 @@ def trained_on_labels(
     network.eval()
     found = {}
     for folder in sets:
-        images, truth = asked(*read(folder, "test", stored * size))
+        images, truth = of_classes(*read(folder, "test", stored * size))
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(len(images), 4)
         with torch.no_grad(), run.autocast(precision, cpu):
             logits = [network(views(x, b)) for x, b in zip(images.split(256), whole.split(256), strict=True)]
