@@ -170,7 +170,7 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def check_numbers(cfg: "PretrainConfig | Config | FinetuneConfig", world_size: int) -> None:
-    """The checks of numbers, which a dry run needs, too. Raise ValueError."""
+    """Raise ValueError on numbers that are out of range; a dry run checks only these."""
     for name in ("noise", "label_noise", "label_smoothing"):
         if not 0 <= getattr(cfg, name, 0) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
