@@ -27,7 +27,7 @@ from protoclip.config import PRESETS, Config, check, check_settings
 from protoclip.episodes import (  # noqa: F401
     BatchTransform,
     EpisodeDataset,
-    Episodes,
+    EpisodeSampler,
     as_it_is,
     ascii_caption,
     episode_batches,
@@ -315,10 +315,10 @@ class EpisodicData:
     def __init__(self, cfg: Config, process: run.Process, model: nn.Module, tokenizer: Callable):
         size, statistics = image_side(model), image_statistics(model)
         self.cfg, self.process, self.tokenizer, self.broken = cfg, process, tokenizer, []
-        self.episodes = Episodes(cfg)
-        pairs = self.episodes.pairs
-        shards = data.fingerprint("\n".join(self.episodes.shards).encode()) if pairs is None else None
-        fingerprint, self.samples = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
+        self.sampler = EpisodeSampler(cfg)
+        pairs = self.sampler.pairs
+        shards = data.fingerprint("\n".join(self.sampler.shards).encode()) if pairs is None else None
+        fingerprint, self.dataset_size = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
@@ -344,7 +344,7 @@ class EpisodicData:
         """Draw the samples of an episode and start to read them: first the extraction pass, then the training pass from
         batch `start` on. There is no extraction pass if the prototypes are `known` or their losses have weight 0."""
         cfg, self.reading = self.cfg, iter(())  # ends the workers of the last episode
-        self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
+        self.episode, (self.pairs, self.samples) = episode, self.sampler.episode(episode)
         self.broken = list(self.pairs.broken) + (self.in_memory.broken if self.in_memory else [])
         self.kmeans_errors: dict[str, float] = {}
         views = {"train": self.train_view}
@@ -353,10 +353,10 @@ class EpisodicData:
         pairs, passes = self.in_memory or self.pairs, {}
         for what, view in views.items():
             seed = (cfg.seed, episode, int(what == "train"))
-            passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
+            passes[what] = EpisodeDataset(pairs, self.samples, view, self.tokenizer, seed)
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
-        self.episodes.fetch(episode + 1)  # starts threads: after the workers, which must not be forked beside them
+        self.sampler.fetch(episode + 1)  # starts threads: after the workers, which must not be forked beside them
         run.wait()  # fetching an episode may take long; later collectives would time out
 
     def loader(self, what: str) -> Iterable:
@@ -378,10 +378,10 @@ class EpisodicData:
             return None
         found = None
         h_image, h_text = extract_features(
-            model, self.loader("extract"), len(self.rows), self.process.device, precision
+            model, self.loader("extract"), len(self.samples), self.process.device, precision
         )
         if self.process.main:
-            external = self.teacher.features_of(self.pairs, self.rows) if weights[2] != 0 else None
+            external = self.teacher.features_of(self.pairs, self.samples) if weights[2] != 0 else None
             found = build_prototypes(h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo)
             kinds = ("image", h_image, found.image_labels, found.image), ("text", h_text, found.text_labels, found.text)
             self.kmeans_errors = {f"kmeans_error_{kind}": kmeans_error(*of_kind) for kind, *of_kind in kinds}
@@ -419,7 +419,7 @@ def main(cfg: Config) -> Path | None:
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
     total = per_episode * cfg.episodes
-    folder.start(per_episode * first + start, total, episodes.samples, **episodes.about, name=cfg.out)
+    folder.start(per_episode * first + start, total, episodes.dataset_size, **episodes.about, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
     for episode in range(first, cfg.episodes):

@@ -95,8 +95,8 @@ def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):
     episodes.draw(0)
     for what in ("extract", "train"):
         for index, features, *_ in episodes.loader(what):
-            rows = episodes.rows[index].tolist()
-            images = torch.stack([view(data.read_or_next(episodes.pairs, row, []).image) for row in rows])
+            samples = episodes.samples[index].tolist()
+            images = torch.stack([view(data.read_or_next(episodes.pairs, i, []).image) for i in samples])
             with torch.no_grad():
                 torch.testing.assert_close(features, model.visual.trunk(images), atol=1e-4, rtol=1e-4)
 
