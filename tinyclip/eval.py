@@ -200,15 +200,15 @@ def probes(
 ) -> dict[str, float]:
     """`linear_probe` of each set, {"set/probe_top1": ...}."""
     found = {}
-    for splits in sets:
+    for train, test in sets:
         features_and_labels = []
-        for split, images in zip(("train", "test"), splits, strict=True):
+        for split, images in (("train", train), ("test", test)):
             batches = images.batches(cfg.batch_size, cfg.workers, device)
             features_and_labels += zeroshot.extract_image_features(
                 model.encode_image, batches, device, dtype, f"{images.name} {split}"
             )
         metrics = linear_probe(*features_and_labels, cfg.probe_c)
-        found |= {f"{images.name}/{metric}": value for metric, value in metrics.items()}
+        found |= {f"{test.name}/{metric}": value for metric, value in metrics.items()}
     return found
 
 
