@@ -346,8 +346,8 @@ def compositional(
         images = (view(read_image(path)) for one in instances for path in one.images)
         features = F.normalize(encode(model, images, device, dtype, cfg.batch_size), dim=-1)
         captions = texts([caption for one in instances for caption in one.captions], True)
-        each = (part.unflatten(0, (len(instances), -1)) for part in (features, captions))
-        flat |= {f"{kind}/{key}": value for key, value in caption_selection(*each).items()}
+        by_instance = (embeddings.unflatten(0, (len(instances), -1)) for embeddings in (features, captions))
+        flat |= {f"{kind}/{key}": value for key, value in caption_selection(*by_instance).items()}
     if len(found := [value for key, value in flat.items() if key.endswith("/text_acc")]) > 1:
         flat[f"{name}/text_acc"] = sum(found) / len(found)
     return flat
