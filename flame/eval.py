@@ -269,6 +269,14 @@ def check_sets(cfg: Config) -> None:
     for entry in cfg.long_sets:
         name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
         read_set(LONG_SET_READERS[name], folder)
+    for entry in cfg.compositional:
+        read_instances(*named_folder("compositional", entry, READERS))
+    if cfg.crossmodal:
+        read_set(crossmodal3600, cfg.crossmodal, LANGUAGES[0])
+    if cfg.multilingual:
+        folder, _, names = cfg.multilingual.rpartition(":")
+        evaluation.open_sets("multilingual", [folder], nothing, "classification")
+        imagenet_names(names)
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

@@ -179,12 +179,9 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
     model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path)
     config = open_clip_config(model.geometry)
     if config is None:
-        has = (
-            "its image tower is a plain ResNet"
-            if "block" in model.geometry["vision"]
-            else ("its masks left layers of different widths")
-        )
-        raise ValueError(f"{path} cannot be exported: {has}, which open_clip does not support")
+        plain = "block" in model.geometry["vision"]
+        why = "its image tower is a plain ResNet" if plain else "its masks left layers of different widths"
+        raise ValueError(f"{path} cannot be exported: {why}, which open_clip does not support")
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
 
 
