@@ -280,30 +280,34 @@ def check(cfg: Config, world_size: int) -> None:
             "affinity mimicking needs --teacher, which 'python -m tinyclip.train small-teacher' trains; without one "
             "pass --alpha 0"
         )
-    asked = cfg.alpha > 0 or cfg.use_teacher_image or cfg.use_teacher_text
-    for name in ("teacher", "init") if asked else ("init",):
-        source = getattr(cfg, name)
-        if source is None or named(source) or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
-            continue
-        path = Path(source.removeprefix(export.LOCAL))
-        own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
-        if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
-            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
-        if own and path.is_dir() and weights_file(path) == path:
-            raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
-        if not path.exists():
-            preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
-            raise ValueError(
-                f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip"
-                + (
-                    f"; 'python -m tinyclip.train {preset} --out PATH' trains the emoji one"
-                    if "emoji" in cfg.model and "teacher" in Path(source).name
-                    else ""
-                )
-            )
+    if cfg.alpha > 0 or cfg.use_teacher_image or cfg.use_teacher_text:
+        check_source(cfg, "teacher")
+    if not (Path(cfg.out) / "checkpoint.pt").exists():  # else the run resumes, without --init
+        check_source(cfg, "init")
     cli.check_batch(cfg, world_size)
     cli.check_in_memory(cfg)
     cli.check_crop(cfg)
+
+
+def check_source(cfg: Config, name: Literal["teacher", "init"]) -> None:
+    """Raise ValueError if --teacher or --init is a path that does not exist or holds no weights of a finished run."""
+    source = getattr(cfg, name)
+    if source is None or named(source):
+        return
+    path = Path(source.removeprefix(export.LOCAL))
+    own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
+    if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
+        raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
+    if own and path.is_dir() and weights_file(path) == path:
+        raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
+    if not path.exists():
+        hint = ""
+        if "emoji" in cfg.model and "teacher" in path.name:
+            preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
+            hint = f"; 'python -m tinyclip.train {preset} --out PATH' trains the emoji one"
+        raise ValueError(
+            f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip{hint}"
+        )
 
 
 def check_stage(cfg: Config) -> None:
