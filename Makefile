@@ -47,7 +47,7 @@ help:
 	@echo 'make captions            write captions of three lengths for the embedded corpus (flame)'
 	@echo 'make photos-SET ROOT=PATH  convert a downloaded data set to data/SET: flickr8k, pacs, cifar10, coco;'
 	@echo '                         FLAGS="...": options of python -m shared.corpora.photos SET'
-	@echo 'make clean               delete runs/ and data/ with all that is in them, your own runs and packed pictures, too'
+	@echo 'make clean               delete runs/ and data/, including your own runs and packed pictures'
 	@echo 'PYTHON=python3.12, VENV=.venv: the Python to install with, and the folder to install to'
 
 # ---- installation: base and one extra per folder

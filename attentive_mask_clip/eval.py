@@ -1,8 +1,8 @@
 """Evaluate A-CLIP, SLIP and CLIP: `python -m attentive_mask_clip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
 
 The paper's evaluations (authors' code microsoft/A-CLIP@0e51942, cited as `U:`): zero-shot classification with each
-set's own metric, zero-shot retrieval, linear probe; and for the embedded corpus, the share of foreground among kept
-patches. A-CLIP is evaluated with its EMA towers, as in upstream's suite; metrics of the online towers are `online/...`.
+set's own metric, zero-shot retrieval, linear probe; and for emoji and scenes, foreground among kept patches. A-CLIP is
+evaluated with its EMA towers, as in upstream's suite; metrics of the online towers are `online/...`.
 """
 
 import dataclasses
@@ -480,25 +480,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     shown = images_and_objects(cfg.foreground, model, cfg.batch_size) if cfg.foreground else None
     labelled = [eval_set for eval_set in sets if eval_set.kind == "classification"]
     prompts = suite.read_prompts(cfg.slip, labelled) if cfg.prompts == "slip" else {}
-    flat: dict[str, float] = {}
-    for prefix, ema in (("", True), ("online/", False)) if isinstance(model, ACLIP) else (("", False),):
-        reported: dict[str, float] = {}
-        for eval_set in sets:
-            loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
-            if eval_set.kind == "retrieval":
-                metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, process.device, dtype)
-            else:
-                name = eval_set.name
-                classnames, templates = prompts.get(name, (eval_set.classnames, eval_set.templates))
-                tokens = class_prompts(tokenizer, classnames, templates)
-                label = suite.suite_name(name) or name
-                metrics = zero_shot(model, loader, tokens, ema, cfg.batch_size, process.device, dtype, label)
-                del metrics["logits"]
-                reported[name] = metrics["metric"]
-            flat |= {f"{prefix}{eval_set.name}/{key}": value for key, value in metrics.items()}
-        flat |= {f"{prefix}{key}": value for key, value in suite.averages(reported, cfg.prompts).items()}
-    if not isinstance(model, ACLIP):
-        flat |= {f"online/{key}": value for key, value in flat.items()}
+    common = tokenizer, cfg, process.device, dtype
+    flat = evaluate_sets(model, sets, prompts, True, *common)
+    online = evaluate_sets(model, sets, prompts, False, *common) if isinstance(model, ACLIP) else flat
+    flat |= {f"online/{key}": value for key, value in online.items()}
     if probe:
         loaders = tuple(each.batches(cfg.batch_size, cfg.workers, process.device) for each in probe)
         for name, value in linear_probe(
@@ -507,15 +492,51 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             flat[f"{Path(cfg.probe).name}/probe_{name}"] = value
     if shown:
         images, alpha = (tensor.to(process.device) for tensor in shown)
-        kept = kept_foreground(model, images, alpha, cfg.keep_ratio)
-        flat |= {f"kept/{key}": value for key, value in kept.items()}
-        if Path(path).is_dir():
-            before = untrained(checkpoints.load_checkpoint(Path(path) / "checkpoint.pt"), path).to(process.device)
-            untrained_kept = kept_foreground(before, images, alpha, cfg.keep_ratio)
-            flat |= {f"kept/untrained_{key}": untrained_kept[f"attentive_{key}"] for key in ("share", "pixels")}
-            few = images[torch.linspace(0, len(images) - 1, 8).long()]
-            plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png", cfg.keep_ratio)
+        flat |= {f"kept/{key}": value for key, value in evaluate_kept(path, model, images, alpha, cfg).items()}
     return {name: value for name, value in flat.items() if not math.isnan(value)}
+
+
+def evaluate_sets(
+    model: CLIP,
+    sets: Sequence[EvalSet],
+    prompts: dict[str, suite.Prompts],
+    ema: bool,
+    tokenizer,
+    cfg: Config,
+    device: torch.device,
+    precision: torch.dtype,
+) -> dict[str, float]:
+    """{"SET/METRIC": ...} of all sets and their averages, with A-CLIP's EMA or online towers.
+
+    `prompts` replace a set's own class names and templates, by its name.
+    """
+    found: dict[str, float] = {}
+    reported: dict[str, float] = {}
+    for eval_set in sets:
+        name, loader = eval_set.name, eval_set.batches(cfg.batch_size, cfg.workers, device)
+        if eval_set.kind == "retrieval":
+            metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, device, precision)
+        else:
+            classnames, templates = prompts.get(name, (eval_set.classnames, eval_set.templates))
+            tokens = class_prompts(tokenizer, classnames, templates)
+            label = suite.suite_name(name) or name
+            metrics = zero_shot(model, loader, tokens, ema, cfg.batch_size, device, precision, label)
+            del metrics["logits"]
+            reported[name] = metrics["metric"]
+        found |= {f"{name}/{key}": value for key, value in metrics.items()}
+    return found | suite.averages(reported, cfg.prompts)
+
+
+def evaluate_kept(path: str, model: CLIP, images: Tensor, alpha: Tensor, cfg: Config) -> dict[str, float]:
+    """`kept_foreground` of a checkpoint. For a run folder also of the untrained model; then writes kept.png, too."""
+    kept = kept_foreground(model, images, alpha, cfg.keep_ratio)
+    if Path(path).is_dir():
+        before = untrained(checkpoints.load_checkpoint(Path(path) / "checkpoint.pt"), path).to(images.device)
+        kept_before = kept_foreground(before, images, alpha, cfg.keep_ratio)
+        kept |= {f"untrained_{key}": kept_before[f"attentive_{key}"] for key in ("share", "pixels")}
+        few = images[torch.linspace(0, len(images) - 1, 8).long()]
+        plot_kept(before.cpu(), model.cpu(), few.cpu(), Path(path) / "kept.png", cfg.keep_ratio)
+    return kept
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -526,8 +547,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict] | None:
-    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run; "step_times" has the table
-    of `--times`."""
+    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run, and under "step_times" the
+    content of `--times`."""
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
         raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")

@@ -158,7 +158,7 @@ def block_with_cls_attention(block: Block, x: Tensor, cls_only: bool = False) ->
         k, v = F.linear(h, weight[D:], bias[D:]).chunk(2, dim=-1)
     else:
         q, k, v = attn.qkv(h).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+    q, k, v = (each.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for each in (q, k, v))
     row = ((q[:, :, :1] * attn.scale) @ k.mT).float().softmax(dim=-1)
     y = row @ v if cls_only else F.scaled_dot_product_attention(q, k, v)
     x = x + attn.proj(y.transpose(1, 2).flatten(2))
@@ -546,7 +546,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
-    """NT-Xent: classify row i of b among b and the other rows of a, given row i of a (B, S); and vice versa.
+    """NT-Xent of embeddings (B, S): find b_i among all of b and the other embeddings of a, given a_i; and vice versa.
 
     Source: U:losses.py:141.
     """
@@ -563,7 +563,7 @@ def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def byol_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean of 2 - 2 cos(pred, target) over rows (M, S). `ACLIP` stops the target's gradient. U:losses.py:52."""
+    """Mean of 2 - 2 cos(pred, target) over pairs (M, S). `ACLIP` stops the target's gradient. U:losses.py:52."""
     pred, target = F.normalize(pred.float(), dim=-1), F.normalize(target.float(), dim=-1)
     return (2 - 2 * (pred * target).sum(-1)).mean()
 

@@ -48,6 +48,10 @@ def folder(corpus: str) -> str:
     return f"data/scenes-{corpus}"
 
 
+def sets_of(corpus: str) -> list[str]:
+    return [f"{folder(corpus)}/eval/{name}" for name in SETS]
+
+
 # ---------------------------------------------------------------------------------------------------------------- arms
 
 # Training scenes of two arms of equal time, from seconds of a pilot: SLIP takes as long as A-CLIP, and the attentive
@@ -138,8 +142,6 @@ METRICS = {
     "kept/random_pixels": "... random",
     "seconds": "seconds",
 }
-
-
 MEANS = {  # over both sets
     EMA: [f"{name}/top1" for name in SETS],
     ONLINE: [f"online/{name}/top1" for name in SETS],
@@ -228,10 +230,11 @@ class ImageTower(nn.Module):
 
 
 def on_labels() -> dict[str, float]:
+    """The ceiling: the arms' image tower, trained with names as labels."""
     shape = MODELS["scenes"]
     return ceiling.trained_on_labels(
         lambda: ceiling.Tower(ImageTower(), shape["embed_dim"], shape["image_size"]),
-        MAIN_SETS,
+        sets_of("one"),
         epochs=2,
         batch_size=64,
         lr=1e-3,
@@ -241,8 +244,9 @@ def on_labels() -> dict[str, float]:
     )
 
 
-def sets_of(corpus: str) -> list[str]:
-    return [f"{folder(corpus)}/eval/{name}" for name in SETS]
+def both(found: dict[str, float]) -> dict[str, float]:
+    """Floors and their mean, for EMA and for online towers, since they hold for both."""
+    return with_means(found | {f"online/{key}": value for key, value in found.items()}, MEANS)
 
 
 def floors_on(corpus: str) -> tuple[Floor, Floor]:
@@ -258,16 +262,10 @@ def floors_on(corpus: str) -> tuple[Floor, Floor]:
     )
 
 
-MAIN_SETS = sets_of("one")
 FLOORS = (
     *(floor for corpus in CORPORA for floor in floors_on(corpus)),
     Floor("image tower trained on labels", lambda: both(on_labels()), ceiling=True),
 )
-
-
-def both(found: dict[str, float]) -> dict[str, float]:
-    """Floors and their mean, for EMA and for online towers, since they hold for both."""
-    return with_means(found | {f"online/{key}": value for key, value in found.items()}, MEANS)
 
 
 def plot(found: Comparison, out: Path) -> None:

@@ -353,7 +353,7 @@ LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "tables 7, 8 and 10, figures 7, 16, 21 to 23, 26, 28 to 31": "no data in the repository",
     "fig. 20, SLIP and CyCLIP": "no data in the repository; `measure` takes checkpoints of both",
     "table 2, text-to-image models": "no images are generated in this project; `replay` reads the authors' scores",
-    "RAM++ with GPT-4's descriptions (examples in table 5)": "bring both: `count --tagger ram++ --descriptions`",
+    "RAM++ with GPT-4's descriptions (examples in table 5)": "users supply both: `count --tagger ram++`",
 }
 
 

@@ -245,7 +245,10 @@ def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[i
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes to start
     pools = [ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) for size, _ in crews]
     places = [(functools.partial(pool.submit, call), size) for pool, (size, call) in zip(pools, crews, strict=True)]
-    first = lambda running: futures.wait(running, return_when=futures.FIRST_COMPLETED).done.pop()  # noqa: E731
+
+    def first(running: list[Future]) -> Future:
+        return futures.wait(running, return_when=futures.FIRST_COMPLETED).done.pop()
+
     try:
         yield from as_they_come(jobs, places, first, Future.result)
     finally:

@@ -1,8 +1,7 @@
 """Measure a CLIP model's score of every concept of test sets: `python -m concept_frequency.measure MODEL --sets SET...`
 
     python -m concept_frequency.measure 'ViT-B-32|laion400m' --sets /data/wds_imagenet1k /data/wds_cifar10 --out results
-    python -m concept_frequency.measure 'RN50|cc3m' --pretrained clip_RN50_CC3M_from_cyclip.pt --sets
-    /data/wds_mscoco_captions
+    python -m concept_frequency.measure 'RN50|cc3m' --pretrained cyclip_RN50_CC3M.pt --sets /data/wds_mscoco_captions
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:src/zero_shot_eval.py`, `U:src/retrieval_eval.py`.
 Writes JSON files like theirs, with the paths of weights and set beside each result: `<set>_<prompts>_results.json` in

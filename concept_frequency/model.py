@@ -83,7 +83,8 @@ def case_variants(name: str) -> list[str]:
 class InvertedIndex:
     """P_w, the ids of the documents with word w in their noun set, for all w in one array (8 bytes per posting).
 
-    terms: V words. ids[offsets[v]:offsets[v + 1]]: sorted, unique ids of terms[v], less than num_documents.
+    terms: V words; place: v of each word. ids[offsets[v]:offsets[v + 1]]: sorted, unique ids of terms[v], less than
+    num_documents.
     Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93 (lists of Python ints; the first id of a word
     is stored twice per chunk).
     """
@@ -180,7 +181,8 @@ def count_partitioned(
     """Counts of all queries, (Q,), from indexes of disjoint partitions; equal to those of one merged index.
 
     c matches i <=> K_c is not empty and a subset of N_i, with K_c = the terms of c that *some* document of the whole
-    corpus has. So the known terms are first collected over all partitions, and one that lacks a term has no match.
+    corpus has. So the known terms are first collected over all partitions; in a partition that lacks one of them, c has
+    no match.
     (Upstream run on partitions drops the terms that are unknown in each of them, so its sums are too large.)
     """
     vocabulary = set().union(*(index.place for index in parts))

@@ -76,10 +76,10 @@ def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: i
 
 def train(cfg: Config) -> Path:
     """Run `locked_clip.train` on the captions that are kept, whose rows are written to rows.npy in the run folder."""
-    captions = captions_of(cfg.data)
-    rows = thinned(captions, test_nouns().names, cfg.thin, cfg.seed) if cfg.thin else list(range(len(captions)))
     if not 0 <= cfg.thin <= 1:
         raise ValueError(f"--thin is a share of 0 to 1, not {cfg.thin}")
+    captions = captions_of(cfg.data)
+    rows = thinned(captions, test_nouns().names, cfg.thin, cfg.seed) if cfg.thin else list(range(len(captions)))
     kept = Path(cfg.out) / "rows.npy"
     if kept.exists() and not np.array_equal(np.load(kept), rows):
         raise ValueError(f"{cfg.out} has a run on other captions: choose another --out")

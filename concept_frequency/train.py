@@ -11,7 +11,6 @@ published models with counts in their corpora. Here frequency is the treatment:
 The arms differ only in `law`, `exponent` and `assignment`. The experiment is ours; counts and curves are the paper's.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import accumulate, checkpoints, cli, data, export, run
-from shared.clip import image_side, trimmed, without_padding
+from shared.clip import image_side, random_weights_intended, trimmed, without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -169,11 +168,8 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
     """A randomly initialised open_clip model whose text tower accepts captions without padding."""
     export.open_clip_config(name)
     override = {} if image_size is None else {"force_image_size": image_size}
-    logging.disable(logging.WARNING)  # open_clip warns of random weights, which are intended here
-    try:
+    with random_weights_intended():
         return without_padding(open_clip.create_model(name, load_weights=False, **override))
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def load_run(folder: str | Path, device: torch.device | str) -> tuple[Config, nn.Module]:
@@ -372,7 +368,7 @@ def train(cfg: Config) -> Path | None:
     folder.check_same("data", arm.fingerprint, f"on other data than {cfg.data} holds")
     if process.main:
         arm.write(folder.path)
-    folder.start(first, cfg.epochs * steps, cfg.total, data=arm.fingerprint, name=cfg.out)
+    folder.start(first, cfg.epochs * steps, cfg.total, data=arm.fingerprint)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
     ddp.train()
 

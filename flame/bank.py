@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints
-from shared.index import Lookup, Strings, fingerprint
+from shared.index import Lookup, Strings, file_fingerprint, fingerprint
 
 
 class Bank:
@@ -70,16 +70,17 @@ class Bank:
         return Lookup(self.keys)
 
     def check_captions(self) -> None:
-        """ValueError if a caption file has changed since the bank was made. A file that is gone passes; so do older
-        banks, which have no hashes."""
+        """ValueError if a caption file has changed since the bank was made. Reads whole files: one process does it.
+
+        A file that is gone passes; so do older banks, which have no hashes.
+        """
         record = self.root / "captions.json"
         for path, then in checkpoints.read_json(record).items() if record.is_file() else ():
-            if Path(path).is_file() and fingerprint(Path(path).read_bytes()) != then:
+            if Path(path).is_file() and file_fingerprint(Path(path)) != then:
                 raise ValueError(f"{path} has changed since the bank {self.root} was made from it: embed it again")
 
     def check(self, keys: Strings) -> None:
-        """ValueError if a sample is not in the bank, if two samples have one key, or if a caption file has changed."""
-        self.check_captions()
+        """ValueError if a sample is not in the bank, or if two samples have one key."""
         for lookup, strings, where in ((Lookup(keys), keys, "--data"), (self.lookup, self.keys, self.root)):
             if (row := lookup.twice()) is not None:
                 raise ValueError(
@@ -127,7 +128,8 @@ def mapped(path: Path) -> np.ndarray:
 
 
 def sums(embeddings: np.ndarray, multi: slice) -> np.ndarray:
-    """(n, T, D) embeddings of images -> (T + 1, D) float64: their sums, for `centres`; `multi`: the long facets."""
+    """(n, T, D) embeddings of images -> (T + 1, D) float64: their sums, for `centres`; `multi`: the long caption's
+    facets."""
     mean = embeddings[:, multi].astype(np.float32).mean(1)
     mean /= np.linalg.norm(mean, axis=-1, keepdims=True)
     return np.concatenate([embeddings.sum(0, dtype=np.float64), mean.sum(0, dtype=np.float64)[None]])

@@ -192,19 +192,24 @@ def _preset(about: str, base: Config, **settings) -> tuple[str, Config]:
 
 PRESETS = {
     "small": ("small FLAME on your own --data, with the --bank made from it", SMALL),
-    "small-clip": _preset("its baseline: a text encoder trained on --data's captions", SMALL, method="clip", lr=1e-3),
+    "small-clip": _preset(
+        "baseline of `small`: a trained text encoder, --data's captions", SMALL, method="clip", lr=1e-3
+    ),
     "emoji": ("FLAME on the embedded corpus, minutes on two CPU cores", EMOJI),
     "emoji-clip": _preset(
-        "its baseline: a text encoder trained on the same captions, images and steps", EMOJI, method="clip", lr=1e-3
+        "baseline of `emoji`: a trained text encoder, same captions, images and steps",
+        EMOJI,
+        method="clip",
+        lr=1e-3,
     ),
     "emoji-resnet": ("FLAME with a small ResNet from scratch", RESNET),
-    "emoji-resnet-clip": _preset("its baseline: a trained text encoder", RESNET, method="clip"),
+    "emoji-resnet-clip": _preset("baseline of `emoji-resnet`: a trained text encoder", RESNET, method="clip"),
     "emoji-lite0": ("FLAME on a locked EfficientNet-Lite0", LITE0),
-    "emoji-lite0-clip": _preset("its baseline: a trained text encoder", LITE0, method="clip"),
+    "emoji-lite0-clip": _preset("baseline of `emoji-lite0`: a trained text encoder", LITE0, method="clip"),
     "cc3m-vitb16": ("FLAME, ViT-B/16, CC3M: +4.9 ImageNet over the previous best", CC3M),
-    "cc3m-vitb16-nce": _preset("with InfoNCE over several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
-    "cc3m-vitb16-raw": _preset("raw captions, one facet", CC3M, facet_ids=(0,), facets=1),
-    "cc3m-vitb16-summary": _preset("three captions, one facet each", CC3M, facet_ids=(0, 1, 4), facets=3),
+    "cc3m-vitb16-nce": _preset("FLAME with InfoNCE over several positives", CC3M, loss="mp-nce", logit_scale=1 / 0.07),
+    "cc3m-vitb16-raw": _preset("FLAME with raw captions, one facet", CC3M, facet_ids=(0,), facets=1),
+    "cc3m-vitb16-summary": _preset("FLAME with three captions, one facet each", CC3M, facet_ids=(0, 1, 4), facets=3),
     "cc3m-vitb16-clip": _preset("CLIP with a trained text encoder", CC3M, method="clip", weight_decay=0.2),
     "cc3m-vitl14": _preset("FLAME, ViT-L/14 (a released config)", CC3M, model="ViT-L-14"),
     "cc3m-vitl16": _preset("FLAME, ViT-L/16", CC3M, model="ViT-L-16"),

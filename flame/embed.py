@@ -30,7 +30,7 @@ from flame.model import LONG, PLAIN, RAW, SHORT, SLOT, FrozenLLM, Prompt, Senten
 from flame.recaption import read_captions
 from shared import checkpoints, cli, data, pretrained, run
 from shared.evalsets import EvalSet
-from shared.index import Strings
+from shared.index import Strings, file_fingerprint
 
 Prompts = tuple[Prompt, Prompt, Prompt]  # raw, short, long
 PROMPTS: Prompts = (RAW, SHORT, LONG)
@@ -267,8 +267,20 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
 
 def settings_of(cfg: Config, prompts: Prompts) -> dict:
     """The settings that an embedding depends on in addition to its text."""
-    made = {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "precision": cfg.precision}
-    return made | {"prompts": [list(prompt) for prompt in prompts]}
+    settings = {"llm": cfg.llm, "layers": list(cfg.layers), "mask": cfg.mask, "precision": cfg.precision}
+    return settings | {"prompts": [list(prompt) for prompt in prompts]}
+
+
+def check_settings(out: Path, settings: dict) -> bool:
+    """Whether the bank in `out` was begun before. ValueError if it was begun with other settings."""
+    if not (out / "index.json").exists():
+        return False
+    index = {"precision": settings["precision"]} | checkpoints.read_json(out / "index.json")  # not in older banks
+    if changed := [name for name in settings if index.get(name) != settings[name]]:
+        raise ValueError(
+            f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
+        )
+    return True
 
 
 def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], process: run.Process) -> None:
@@ -277,18 +289,10 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
     keys, triples = captions_of(cfg)
     distinct = list(dict.fromkeys(triples))  # samples with the same captions share their embeddings
     id_of = {triple: number for number, triple in enumerate(distinct)}
-    made = json.loads(json.dumps(settings_of(cfg, prompts)))
-    made |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode())}
-    shards, begun = -(-len(distinct) // cfg.shard_size), (out / "index.json").exists()
-    if begun:
-        index = {"precision": cfg.precision} | checkpoints.read_json(out / "index.json")  # older banks lack the entry
-        changed = [
-            name for name in (*made, "shard_size") if index.get(name) != (made | {"shard_size": cfg.shard_size})[name]
-        ]
-        if changed:
-            raise ValueError(
-                f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
-            )
+    settings = json.loads(json.dumps(settings_of(cfg, prompts)))
+    settings |= {"captions": data.fingerprint(json.dumps([keys.tolist(), triples]).encode())}
+    begun = check_settings(out, settings | {"shard_size": cfg.shard_size})
+    shards = -(-len(distinct) // cfg.shard_size)
     missing = [shard for shard in range(shards) if not (begun and Bank.shard_path(out, shard).exists())]
     missing = run.broadcast(missing, process)
     if not missing and (out / "centres.npy").exists():
@@ -300,13 +304,12 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
             checkpoints.save_array(out / "keys.npy", keys.text[: int(keys.ends[-1])])
             checkpoints.save_array(out / "ends.npy", keys.ends)
             checkpoints.save_array(out / "rows.npy", np.array([id_of[triple] for triple in triples], dtype=np.int64))
-            index = made | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
+            index = settings | {"dim": llm().dim, "rows": sum(len(p.facets) for p in prompts), "shards": shards}
             index |= {"shard_size": cfg.shard_size, "images": len(distinct)}
             files = [Path(path) for path in (cfg.raw, cfg.short, cfg.long) if path and Path(path).is_file()]
-            made_from = {str(file): data.fingerprint(file.read_bytes()) for file in files}
-            checkpoints.write_json(out / "captions.json", made_from)
+            checkpoints.write_json(out / "captions.json", {str(file): file_fingerprint(file) for file in files})
             checkpoints.write_json(out / "index.json", index)
-        run.gather_lists([], process)  # waits
+        run.wait()
         mine = missing[process.rank :: process.world_size]
         total = 3 * sum(len(distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]) for shard in mine)
         start = time.perf_counter()
@@ -318,7 +321,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
                     raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
                 checkpoints.save_array(Bank.shard_path(out, shard), bank.half().numpy())
         seconds = time.perf_counter() - start
-        total = sum(run.gather_lists([total], process))  # waits
+        total = sum(run.gather_lists([total], process))  # waits for all shards
         if process.main:
             multi = slice(-len(prompts[2].facets), None)
             total_sums = sum(sums(np.load(Bank.shard_path(out, shard)), multi) for shard in range(shards))
@@ -338,15 +341,15 @@ class Texts:
     captions, COCO; U:open_clip/multiprompteol_embeddings.py:123-125).
     """
 
-    def __init__(self, folder: Path, made: dict, prompts: Prompts, llm: Callable[[], FrozenLLM]):
-        self.folder, self.made, self.prompts, self.llm = folder, made, prompts, llm
+    def __init__(self, folder: Path, settings: dict, prompts: Prompts, llm: Callable[[], FrozenLLM]):
+        self.folder, self.settings, self.prompts, self.llm = folder, settings, prompts, llm
 
     def path(self, texts: Sequence[str], multi: bool) -> Path:
         prompt = self.prompts[2 if multi else 0]
-        made = self.made | {"prompts": list(prompt)} | ({} if len(prompt.facets) > 1 else {"mask": None})
-        if made["precision"] == "auto":  # as in older files
-            del made["precision"]
-        key = data.fingerprint(json.dumps([made, list(texts)], sort_keys=True).encode())
+        settings = self.settings | {"prompts": list(prompt)} | ({} if len(prompt.facets) > 1 else {"mask": None})
+        if settings["precision"] == "auto":  # as in older files
+            del settings["precision"]
+        key = data.fingerprint(json.dumps([settings, list(texts)], sort_keys=True).encode())
         return self.folder / f"{key}.npy"
 
     def __call__(self, texts: Sequence[str], multi: bool = False) -> Tensor:
@@ -358,7 +361,7 @@ class Texts:
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
             if not np.isfinite(unit).all():
-                raise ValueError(f"embeddings of {self.made['llm']} are not finite: use --precision bf16 or fp32")
+                raise ValueError(f"embeddings of {self.settings['llm']} are not finite: use --precision bf16 or fp32")
             checkpoints.save_array(path, unit, f".{os.getpid()}.tmp")  # several evaluations may write the same texts
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
@@ -367,8 +370,8 @@ def bank_config(bank: str | Path) -> Config:
     """The settings of a bank that decide how texts are embedded: LLM, layers, mask, precision."""
     if not (Path(bank) / "index.json").is_file():
         raise FileNotFoundError(f"{bank} has no index.json, which is needed to embed the texts of an evaluation")
-    index = json.loads((Path(bank) / "index.json").read_text())
-    precision = index.get("precision", "auto")  # older banks lack the entry
+    index = checkpoints.read_json(Path(bank) / "index.json")
+    precision = index.get("precision", "auto")  # not in older banks
     return Config(
         llm=index["llm"], layers=tuple(index["layers"]), mask=index["mask"], precision=precision, out=str(bank)
     )
@@ -380,7 +383,7 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
     Without `load`, a text that is not embedded yet raises ValueError.
     """
     cfg = bank_config(bank)
-    index = json.loads((Path(bank) / "index.json").read_text())
+    index = checkpoints.read_json(Path(bank) / "index.json")
     prompts: Prompts = tuple(Prompt(head, tuple(facets), bos) for head, facets, bos in index["prompts"])
 
     @functools.cache
@@ -457,6 +460,7 @@ CAPTIONS, FACETS = 3, 11  # of an image: raw, short and long caption, whose prom
 
 
 def dry_run(cfg: Config) -> None:
+    """Print the size of the bank."""
     images = cfg.dataset_size
     dims = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
     if images is None or cfg.llm not in dims:
@@ -471,6 +475,7 @@ def dry_run(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> None:
+    """Write the bank and the embeddings of the evaluation texts."""
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "batch_size", "shard_size", "dataset_size", "gallery", "language_gallery")
     if cfg.dry_run:

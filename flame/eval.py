@@ -269,6 +269,14 @@ def check_sets(cfg: Config) -> None:
     for entry in cfg.long_sets:
         name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
         read_set(LONG_SET_READERS[name], folder)
+    for entry in cfg.compositional:
+        read_instances(*named_folder("compositional", entry, READERS))
+    if cfg.crossmodal:
+        read_set(crossmodal3600, cfg.crossmodal, LANGUAGES[0])
+    if cfg.multilingual:
+        folder, _, names = cfg.multilingual.rpartition(":")
+        evaluation.open_sets("multilingual", [folder], nothing, "classification")
+        imagenet_names(names)
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -346,8 +354,8 @@ def compositional(
         images = (view(read_image(path)) for one in instances for path in one.images)
         features = F.normalize(encode(model, images, device, dtype, cfg.batch_size), dim=-1)
         captions = texts([caption for one in instances for caption in one.captions], True)
-        each = (part.unflatten(0, (len(instances), -1)) for part in (features, captions))
-        flat |= {f"{kind}/{key}": value for key, value in caption_selection(*each).items()}
+        by_instance = (embeddings.unflatten(0, (len(instances), -1)) for embeddings in (features, captions))
+        flat |= {f"{kind}/{key}": value for key, value in caption_selection(*by_instance).items()}
     if len(found := [value for key, value in flat.items() if key.endswith("/text_acc")]) > 1:
         flat[f"{name}/text_acc"] = sum(found) / len(found)
     return flat

@@ -285,7 +285,7 @@ class Convolutional(nn.Module):
         return self.drop(self.tokens(image) if image.ndim == 4 else image)
 
 
-def vit(name: str, image_size: int | None = None) -> VisionTransformer | Convolutional:
+def image_tower(name: str, image_size: int | None = None) -> VisionTransformer | Convolutional:
     """An image tower by its name in TOWERS; a ViT is open_clip's.
 
     A ViT's final norm and projection exist, as upstream, but are not used.
@@ -389,7 +389,7 @@ class TrainedText(FLAME):
 def create_model(cfg, text_dim: int) -> FLAME:
     """The model of a configuration; `text_dim` is the bank's width (the clip method has its own)."""
     width = TOWERS.get(cfg.model, {}).get("width", 0)
-    visual = vit(cfg.model, cfg.image_size)
+    visual = image_tower(cfg.model, cfg.image_size)
     if cfg.method == "flame":
         model = FLAME(visual, width, text_dim, cfg.hidden_dim, bias=cfg.loss == "mp-sigmoid")
         model.logit_scale.data.fill_(math.log(cfg.logit_scale))

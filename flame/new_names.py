@@ -55,10 +55,8 @@ def write(folder: Path, cfg: Config) -> dict[str, int]:
         labelled = [(classes.index(name), png) for name, png in drawings if name in classes]
         target = folder / f"eval/new_names_{split}"
         layout.write_classes(target, classes, whole.templates)
-        counts[target.name] = tars.write_split(
-            target / "test",
-            ({"png": png, "cls": str(label)} for label, png in labelled),
-        )
+        samples = ({"png": png, "cls": str(label)} for label, png in labelled)
+        counts[target.name] = tars.write_split(target / "test", samples)
         counts[f"names_{split}"] = len(classes)
     return counts
 

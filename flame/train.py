@@ -73,7 +73,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     plain, decayed = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+            spared = parameter.ndim < 2 or any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
             (plain if spared else decayed).append(parameter)
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
@@ -240,25 +240,25 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 
 
 def training_batches(
-    cfg: Config, pairs, texts: tuple, tower: nn.Module, process: run.Process, epochs: range, start: int
+    cfg: Config, pairs, sources: tuple, tower: nn.Module, process: run.Process, epochs: range, start: int
 ) -> tuple[Iterable, Callable]:
     """(batches of these epochs, from batch `start` of the first; function that normalises their images on the
-    device)."""
+    device). `sources`: the texts' bank, or captions and tokenizer, as `open_texts` returns them."""
     if cfg.keep_in_memory:
-        dataset = InMemory(pairs, cfg, tower, process, *texts)
+        dataset = InMemory(pairs, cfg, tower, process, *sources)
         return dataset.batches(epochs, start), dataset.normalise
     statistics = getattr(tower, "statistics", memory.CLIP_STATISTICS)
-    dataset = FacetDataset(pairs, cfg, tower.image_size[0], cfg.seed, *texts, statistics)
+    dataset = FacetDataset(pairs, cfg, tower.image_size[0], cfg.seed, *sources, statistics)
     return windows.training_batches(dataset, collate, cfg, process, epochs, start), dataset.normalise
 
 
 def open_texts(
-    cfg: Config, pairs: data.Shards | data.TSV | windows.Windowed
+    cfg: Config, pairs: data.Shards | data.TSV | windows.Windowed, main: bool = True
 ) -> tuple[Bank | AuthorsBank | None, list[dict[str, str]], Callable | None]:
     """(bank, [], None), or for the clip method (None, captions by sample key, tokenizer).
 
-    ValueError if a sample has no text or the bank lacks the facets to draw from. With windows, a missing text is found
-    only when its sample is read.
+    ValueError if a sample has no text, the bank lacks the facets to draw from, or, in the main process only, a caption
+    file has changed since the bank was made. With windows, a missing text is found only when its sample is read.
     """
     keys = Strings.of([]) if isinstance(pairs, windows.Windowed) else pairs.keys
     if cfg.method == "clip":
@@ -270,6 +270,8 @@ def open_texts(
         return None, captions, data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     bank = open_bank(cfg.bank)
     bank.check(keys)  # also sorts its keys, once before the loader processes fork and share them
+    if main and isinstance(bank, Bank):
+        bank.check_captions()
     if max(cfg.facet_ids, default=0) >= bank.facets or cfg.facets > bank.facets:
         raise ValueError(f"{cfg.bank} has {bank.facets} facets an image, too few for --facet-ids and --facets")
     if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
@@ -310,8 +312,8 @@ def main(cfg: Config) -> Path | None:
     pairs = windows.open_pairs(cfg, process)
     per_epoch = len(pairs) // cfg.batch_size
     total = per_epoch * cfg.epochs
-    texts = open_texts(cfg, pairs)
-    text_dim = cfg.embed_dim if texts[0] is None else texts[0].dim
+    bank, *_ = sources = open_texts(cfg, pairs, process.main)
+    text_dim = cfg.embed_dim if bank is None else bank.dim
     model = open_model(cfg, text_dim).to(process.device)
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw(), fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
@@ -324,23 +326,23 @@ def main(cfg: Config) -> Path | None:
         raise ValueError(f"--cooldown {cfg.cooldown} is longer than the {total} steps of the run")
     curve = Curve(model, cfg, process.device, run.DTYPES[precision]) if cfg.eval_every and process.main else None
     first, start = folder.state["epoch"], folder.state["batch"]
-    folder.check_same("bank", bank := getattr(texts[0], "digest", None), f"with another bank than {cfg.bank} is")
-    folder.start(per_epoch * first + start, total, len(pairs), text_dim=text_dim, data=pairs.fingerprint, bank=bank)
+    folder.check_same("bank", digest := getattr(bank, "digest", None), f"with another bank than {cfg.bank} is")
+    folder.start(per_epoch * first + start, total, len(pairs), text_dim=text_dim, data=pairs.fingerprint, bank=digest)
     ddp = distributed(model, cfg) if process.world_size > 1 else model
     epochs = range(first, cfg.epochs)
-    loader, normalise = training_batches(cfg, pairs, texts, model.visual, process, epochs, start)
+    loader, normalise = training_batches(cfg, pairs, sources, model.visual, process, epochs, start)
 
     for epoch in epochs:
         model.train()
         broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (images, facets, _) in enumerate(data.watch(batches, broken), start + 1):
+        for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             lr = schedule(cfg, step - 1, total)
-            images, facets = on_device(images, facets, cfg, process.device)
+            images, texts = on_device(images, texts, cfg, process.device)
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run is equal
-            loss = train_step(ddp, (normalise(images), facets), optimizer, lr, cfg, precision, scaler)
+            loss = train_step(ddp, (normalise(images), texts), optimizer, lr, cfg, precision, scaler)
             if step % cfg.log_every == 0 or batch == 1:
                 bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias}
                 folder.log(step, epoch=epoch, lr=lr, loss=loss, logit_scale=model.logit_scale.exp(), **bias)

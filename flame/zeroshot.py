@@ -109,7 +109,7 @@ def set_features(
     """
     if getattr(getattr(model, "visual", None), "locked", False):
         tokens, targets = set_tokens(eval_set, model.visual, torch.device(device), precision, limit)
-        batches = ((part.float(), torch.zeros(0)) for part in tokens.split(batch_size))
+        batches = ((batch.float(), torch.zeros(0)) for batch in tokens.split(batch_size))
         return image_features(model, batches, device, precision)[0], targets
     if eval_set.kind == "retrieval":
         features = encode(model, read_images(eval_set, limit), device, precision, batch_size)

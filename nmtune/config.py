@@ -170,7 +170,7 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
 
 
 def check_numbers(cfg: "PretrainConfig | Config | FinetuneConfig", world_size: int) -> None:
-    """The checks of numbers, which a dry run needs, too. Raise ValueError."""
+    """Raise ValueError on numbers that are out of range; a dry run checks only these."""
     for name in ("noise", "label_noise", "label_smoothing"):
         if not 0 <= getattr(cfg, name, 0) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
@@ -550,12 +550,12 @@ def pretraining_row(name: str) -> Row:
 
 
 LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "GLUE and GLUE-X, BERT-L, RoBERTa-L, GPT-2": "any encoder: `nmtune.extract texts` and the head presets",
-    "GLUE and GLUE-X, text-ada-002": "a commercial API: `nmtune.extract answers` reads its answers; head presets",
+    "GLUE and GLUE-X, BERT-L, RoBERTa-L, GPT-2": "`nmtune.extract texts` takes any encoder; then a preset of a head",
+    "GLUE and GLUE-X, text-ada-002": "`nmtune.extract answers` reads an API's answers; then a preset of a head",
     "few-shot ImageNet, WiSE-FT, Country211, STL10, DMLab, iWildCam": (
-        "loaders or scripts; whether the tables have rows could not be read"
+        "the authors have loaders or scripts; whether the tables have rows for them could not be read"
     ),
-    "ImageNet models of cifar100_noise": "only their names are known",
+    "ImageNet models of cifar100_noise": "only the names of these models are known",
     "shares of the training data": "an option: `nmtune.train --train-fraction`",
     "CLIP tuned on ImageNet, tested on its variants": "`nmtune.train --benchmark imagenet` on any encoder's features",
     "SVE and LSVR, zero-shot quality by noise": "evaluations of the same encoders: `nmtune.eval`",

@@ -28,7 +28,7 @@ from shared.index import Strings, fingerprint, forget, kept
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
-LARGE_FOLDERS = 2**22  # if the class folders' directory entries have these bytes or more, the file list is cached
+LARGE_FOLDERS = 2**22  # bytes of the class folders' directory entries from which on the file list is cached
 LABEL_BYTES = 64  # bytes read of a .cls file
 HELD_OUT = 0.5  # share of the emoji that pre-training never sees; the downstream tasks use them
 ID_TEST = 0.4  # share of the held-out emoji's drawings in known styles that is kept for testing
@@ -172,16 +172,16 @@ def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> Label
         found = sorted((folder / name).glob("*.tar"), key=lambda path: (len(path.name), path.name))
         if not found:
             raise FileNotFoundError(f"{folder / name} holds no .tar file; a set is named DIR:test or DIR:train")
-        said = folder / name / "nshards.txt"
-        if said.is_file() and said.read_text().strip() != str(len(found)):
-            raise ValueError(f"{said} says {said.read_text().strip()} shards, but there are {len(found)}")
+        stated = folder / name / "nshards.txt"
+        if stated.is_file() and stated.read_text().strip() != str(len(found)):
+            raise ValueError(f"{stated} says {stated.read_text().strip()} shards, but there are {len(found)}")
         tars += found
     if not (folder / "classnames.txt").is_file():
         raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
     names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
     files = [str(tar) for tar in tars]
-    found, _ = kept(files, cache / "labelled" if cache else None, lambda: (labelled_index(files), {}))
-    return LabelledImages(files, found["spans"], found["labels"], names)
+    index, _ = kept(files, cache / "labelled" if cache else None, lambda: (labelled_index(files), {}))
+    return LabelledImages(files, index["spans"], index["labels"], names)
 
 
 def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
@@ -212,7 +212,7 @@ def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
     folders.sort(key=lambda path: (int(path.name) if numbers else 0, path.name))
     names, cache = [str(root), *map(str, folders)], cache / "folders" if cache else None
     found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
-    if cache and any(changed(*each) for each in about["nested"]):
+    if cache and any(changed(folder, time) for folder, time in about["nested"]):
         forget(names, cache)
         found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
     files = Strings(found["files"], found["ends"])
@@ -309,15 +309,20 @@ def emoji(folder: Path, task: str, split: str) -> LabelledImages:
     if not tars:
         raise FileNotFoundError(f"{folder} holds no corpus: 'make data' builds the embedded one")
     about, spans = described(tuple(tars), tuple(tar.stat().st_mtime_ns for tar in tars))
-    held = np.array([is_held_out(one["hexcode"]) for one in about])
-    test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
-    by_name = {one["name"]: one for one in about}
-    splits = {"pretrain": ~held, "tune": held & ~test, "id": held & test, "known": ~held | ~test}
-    tuned = np.ones_like(held) if task != "name" else splits[split if split in ("pretrain", "known") else "tune"]
-    classes = list(dict.fromkeys(one[task] for one in sorted(np.array(about)[tuned], key=lambda one: one["hexcode"])))
+    held_out = np.array([is_held_out(one["hexcode"]) for one in about])
+    id_test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
+    splits = {
+        "pretrain": ~held_out, "tune": held_out & ~id_test, "id": held_out & id_test, "known": ~held_out | ~id_test,
+    }  # fmt: skip
+    of_classes = np.ones_like(held_out)  # the drawings whose labels are the classes
+    if task == "name":
+        of_classes = splits[split if split in ("pretrain", "known") else "tune"]
+    by_code = sorted(np.array(about)[of_classes], key=lambda one: one["hexcode"])
+    classes = list(dict.fromkeys(one[task] for one in by_code))
     index = {name: label for label, name in enumerate(classes)}
     if split == "ood":
         names = clip_benchmark(folder / "eval/names_ood", "test")
+        by_name = {one["name"]: one for one in about}
         drawn = [by_name[names.classnames[label]] for label in names.labels]
         chosen = np.array([is_held_out(one["hexcode"]) and one[task] in index for one in drawn])
         labels = [index[one[task]] for one, kept in zip(drawn, chosen, strict=True) if kept]
@@ -491,7 +496,10 @@ def vid_robust(root: Path) -> tuple[LabelledImages, list[list[int]], list[list[i
 
     U:src/datasets/imagenet_vid_robust.py:17-73. `root` holds val/, metadata/ and misc/.
     """
-    read = lambda name: json.loads((root / name).read_text())  # noqa: E731
+
+    def read(name: str) -> dict:
+        return json.loads((root / name).read_text())
+
     accepted, sets = read("metadata/labels.json"), read("metadata/pmsets.json")
     imagenet = {synset: int(i) for i, (synset, _) in read("misc/imagenet_class_index.json").items()}
     classes = read("misc/imagenet_vid_class_index.json")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from nmtune.config import PRESETS, PretrainConfig, StudyConfig
 from nmtune.datasets import LabelledImages, open_labelled
 from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
-from nmtune.features import Bank, BankLoader, encode_set, split_encoder
+from nmtune.features import Bank, encode_set, split_encoder
 from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
-from nmtune.train import make_head, tune
+from nmtune.train import tuned_head
 from shared import checkpoints, cli, evaluation, probes, run
 
 
@@ -96,14 +96,9 @@ def study_task(
     spectra: dict[str, np.ndarray] = {}
     heads = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
     for method, seed in run.progress(heads, len(heads), f"{Path(cfg.encoder).name} {task}", 1, process):
-        preset = dataclasses.replace(PRESETS[method][1], epochs=cfg.epochs, batch_size=cfg.batch_size)
-        torch.manual_seed(seed)
-        head = make_head(preset, plain.features.shape[2], sets["tune"].num_classes)
-        two = preset.views != "eval"
-        loader = BankLoader(views if two else plain, cfg.batch_size, seed, two)
-        weights = preset.loss_weights(plain.features.shape[2])
-        arguments = preset.epochs, preset.lr, preset.weight_decay, weights, preset.warmup, preset.svd_k
-        tune(preset.method, head, loader, *arguments, views=2 if two else 1)
+        preset = dataclasses.replace(PRESETS[method][1], epochs=cfg.epochs, batch_size=cfg.batch_size, seed=seed)
+        bank, count = (plain, 1) if preset.views == "eval" else (views, 2)
+        head = tuned_head(preset, bank, sets["tune"].num_classes, count, torch.device("cpu"))
         for metric, value in head_metrics(head, tests).items():
             numbers.setdefault(f"{method}/{metric}", []).append(value)
         if seed == 0 and preset.method != "lp":

@@ -78,7 +78,8 @@ class Texts:
     header: tuple[str, ...] = ()
     """Names of the columns of .tsv files without a header line, such as CoLA's: source label mark sentence."""
     pooling: Literal["first", "mean", "last"] = "first"
-    """Hidden state of the last layer: of the first token (BERT), the mean (sentence encoders), of the last (GPT)."""
+    """Which hidden states of the last layer are the feature: that of the first token (BERT), the mean over tokens
+    (sentence encoders), or that of the last token (GPT)."""
     max_length: int = 128
     """Longest text in tokens."""
     batch_size: int = 32
@@ -154,9 +155,9 @@ def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def value(path: str, number: int, entry: Any, key: str) -> Any:
     """entry[key]; dots in `key` separate nested keys. ValueError names file, line and key."""
-    for part in key.split("."):
+    for name in key.split("."):
         try:
-            entry = entry[int(part) if isinstance(entry, list) else part]
+            entry = entry[int(name) if isinstance(entry, list) else name]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, entry {number} has no {key!r}") from error
     if entry is None:
@@ -216,9 +217,9 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
     """Embeddings of all files."""
     for name, path in {"": cfg.data, **tests}.items():
         lines = entries(path)
-        rows = [value(path, number, entry, cfg.embedding) for number, entry in enumerate(lines, 1)]
+        embeddings = [value(path, number, entry, cfg.embedding) for number, entry in enumerate(lines, 1)]
         try:
-            features = torch.tensor(rows, dtype=torch.float32)
+            features = torch.tensor(embeddings, dtype=torch.float32)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {cfg.embedding} should be lists of numbers of one length ({error})") from error
         yield name, features, labels_of(path, lines, cfg.label)
@@ -232,7 +233,8 @@ def main(cfg: Images | Texts | Answers) -> Path:
     out, tests = Path(cfg.out), named_tests(cfg.tests)
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")
-    about = {key: kept for key, kept in vars(cfg).items() if key not in ("out", "workers", "device", "batch_size")}
+    unimportant = ("out", "workers", "device", "batch_size")
+    about = {name: setting for name, setting in vars(cfg).items() if name not in unimportant}
     if isinstance(cfg, Images):
         train = open_labelled(cfg.data)
         about["fingerprints"] = [train.fingerprint, *(open_labelled(path).fingerprint for path in tests.values())]

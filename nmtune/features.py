@@ -38,6 +38,12 @@ def subset_per_class(labels: np.ndarray, ratio: float, rng: np.random.RandomStat
     return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
 
 
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions (kept samples, held-out samples): a fifth of every class, rounded up, is held out at random."""
+    kept = np.sort(subset_per_class(labels, 0.8, np.random.RandomState(seed)))
+    return kept, np.setdiff1d(np.arange(len(labels)), kept)
+
+
 # --------------------------------------------------------------------------------------------------------------- views
 
 
@@ -241,10 +247,10 @@ class FeatureSets(NamedTuple):
     classnames: list[str]
 
 
-def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> FeatureSets:
+def read_features(path: str | Path, seed: int = 0) -> FeatureSets:
     """Read a features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and test sets
     `NAME_features`, `NAME_labels`. Classes are the sorted values of `labels`; test sets have no others. Without a test
-    set, a share `holdout` of every class is held out as test set `test`. ValueError on an unusable file.
+    set, `hold_out` makes the test set `test`. ValueError on an unusable file.
     """
     path = Path(path)
     if not path.is_file():
@@ -284,15 +290,11 @@ def read_features(path: str | Path, holdout: float = 0.2, seed: int = 0) -> Feat
             )
         sets[name] = rows, torch.tensor([known[label] for label in given])
     if not sets:
-        rng = np.random.RandomState(seed)
-        kept = np.sort(subset_per_class(labels, 1 - holdout, rng))
-        rest = np.setdiff1d(np.arange(len(labels)), kept)
-        if not len(kept) or not len(rest):
+        kept, rest = hold_out(labels, seed)
+        if not len(kept):
             raise ValueError(f"{path} has too few rows to hold some out for testing; add test_features and test_labels")
         sets["test"] = train.features[0, rest], train.labels[rest]
-        run.say(
-            f"{path} has no test set: {len(rest):,} of {len(labels):,} rows, {holdout:.0%} of each class, are held out"
-        )
+        run.say(f"{path} has no test set: {len(rest):,} of {len(labels):,} rows, 20% of each class, are held out")
         train = Bank(train.features[:, kept], train.labels[kept])
     return FeatureSets(train, sets, [str(name) for name in classnames])
 

@@ -47,7 +47,8 @@ def main(cfg: HeadStudyConfig) -> None:
         if seed == first.seed:
             head = head_from(state["head"]).to(process.device)
         else:
-            head = tuned_head(dataclasses.replace(first, seed=seed), source.bank, source)
+            cfg_of_seed = dataclasses.replace(first, seed=seed)
+            head = tuned_head(cfg_of_seed, source.bank, len(source.classnames), source.views, process.device)
         for metric, value in test_metrics(head, source).items():
             tests.setdefault(metric, []).append(value)
     checkpoints.write_json(file, made_of | {"tests": tests})

@@ -26,9 +26,9 @@ from nmtune import pretrain
 from nmtune.config import EMOJI_SUPERVISED, LITE0, METHODS, NOISE, StudyConfig
 from nmtune.datasets import open_labelled
 from nmtune.eval import accuracy, project_logits
-from nmtune.features import Bank, BankLoader, encode_set, read_features, subset_per_class
-from nmtune.model import create_model, make_classifier, timm_transforms
-from nmtune.train import tune
+from nmtune.features import Bank, encode_set, read_features, subset_per_class
+from nmtune.model import create_model, timm_transforms
+from nmtune.train import tuned_head
 from shared import checkpoints, probes, run
 from shared.study import floors, runner, verdicts
 from shared.study.floors import Floor
@@ -230,11 +230,9 @@ def pixel_neighbour() -> dict[str, float]:
 
 def linear_probe(train: tuple[Tensor, Tensor], tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     """{test set: top-1 in percent} of the arms' linear probe on raw pixels / 255; sets are (pixels (N, D), labels)."""
-    (x, labels), study, lp = train, StudyConfig(), METHODS["lp"][1]
-    torch.manual_seed(0)
-    head = make_classifier(x.shape[1], int(labels.max()) + 1)
-    loader = BankLoader(Bank(x[None] / 255, labels), study.batch_size, 0)
-    tune("lp", head, loader, study.epochs, lp.lr, lp.weight_decay, views=1)
+    (x, labels), study = train, StudyConfig()
+    lp = dataclasses.replace(METHODS["lp"][1], epochs=study.epochs, batch_size=study.batch_size, seed=0)
+    head = tuned_head(lp, Bank(x[None] / 255, labels), int(labels.max()) + 1, 1, torch.device("cpu"))
     with torch.no_grad():
         return {name: 100 * accuracy(head(x / 255), labels) for name, (x, labels) in tests.items()}
 

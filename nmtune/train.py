@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from nmtune.features import (  # noqa: F401
     RunFeatures,
     TwoViews,
     extract_features,
+    hold_out,
     read_features,
     reduced,
     split_encoder,
@@ -119,13 +119,17 @@ def tune(
     return history
 
 
-def tuned_head(cfg: Config, bank: Bank, source: RunFeatures) -> nn.Module:
-    """A new head, tuned on features in memory with the settings and seed of `cfg`, as by `main`."""
+def tuned_head(cfg: Config, bank: Bank, num_classes: int, views: int, device: torch.device) -> nn.Module:
+    """A new head, tuned on features in memory with the settings and seed of `cfg`, as by `main`.
+
+    `views`: number of views per image in a batch.
+    """
     torch.manual_seed(cfg.seed)
-    head = make_head(cfg, source.dim, len(source.classnames)).to(source.process.device)
-    loader = BankLoader(bank, cfg.batch_size, cfg.seed, source.views == 2)
-    arguments = cfg.lr, cfg.weight_decay, cfg.loss_weights(source.dim), cfg.warmup, cfg.svd_k, source.views
-    tune(cfg.method, head, loader, cfg.epochs, *arguments)
+    dim = bank.features.shape[2]
+    head = make_head(cfg, dim, num_classes).to(device)
+    loader = BankLoader(Bank(bank.features.to(device), bank.labels.to(device)), cfg.batch_size, cfg.seed, views == 2)
+    weights = cfg.loss_weights(dim)
+    tune(cfg.method, head, loader, cfg.epochs, cfg.lr, cfg.weight_decay, weights, cfg.warmup, cfg.svd_k, views)
     return head
 
 
@@ -134,15 +138,14 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
     cross-entropy. Selects first the learning rate, then the decay."""
     device = source.process.device
     features, labels = source.bank.features.to(device), source.bank.labels.to(device)
-    kept = np.sort(subset_per_class(labels.cpu().numpy(), 0.8, np.random.RandomState(cfg.seed)))
-    rest = np.setdiff1d(np.arange(len(labels)), kept)
-    if not len(kept) or not len(rest):
+    kept, rest = hold_out(labels.cpu().numpy(), cfg.seed)
+    if not len(kept):
         raise ValueError("--select holds out a fifth of every class, but every class is too small for that")
     smaller = Bank(features[:, kept], labels[kept])
 
     def score(tried: Config) -> tuple[float, float]:
         try:
-            head = tuned_head(tried, smaller, source)
+            head = tuned_head(tried, smaller, len(source.classnames), source.views, device)
         except (torch.linalg.LinAlgError, ValueError):  # features have diverged
             return 0.0, -math.inf
         with torch.no_grad():

@@ -226,14 +226,14 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_zero_shot_set(cfg)
     if cfg.w_external != 0 and not cfg.external_teacher:
         raise ValueError(
-            "w_external is not 0 but --external-teacher is missing: make the file with "
+            "--w-external is not 0 but --external-teacher is missing: make the file with "
             "'python -m protoclip.teacher roberta-large --data ... --out teacher.npz', or pass --w-external 0"
         )
     check_settings(cfg, world_size)
 
 
 def check_settings(cfg: Config, world_size: int) -> None:
-    """The checks that read no files, which a dry run needs, too. Raise ValueError."""
+    """Raise ValueError on invalid settings; reads no files, as a dry run needs."""
     if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
         raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
     if cfg.w_external != 0 and not cfg.back_translate:
@@ -257,8 +257,8 @@ def check_settings(cfg: Config, world_size: int) -> None:
         raise ValueError("--dataset-size cannot be combined with --episode-shards: pass --dataset-size None")
     if cfg.episode_shards and cfg.w_external != 0 and str(cfg.external_teacher).endswith(".npy"):
         raise ValueError(
-            f"--external-teacher {cfg.external_teacher} has features by row, and --episode-shards reads rows in "
-            "another order: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
+            f"--external-teacher {cfg.external_teacher} has features in the order of the data, but --episode-shards "
+            "reads shards in random order: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
         )
     cli.check_in_memory(cfg, "episode_shards")
     cli.check_crop(cfg)

@@ -81,15 +81,15 @@ def light_colours(images: Tensor, u: Tensor) -> Tensor:
         lambda x, u: functional.adjust_saturation(x, 0.2 + 1.6 * u[3]),
         lambda x, u: functional.adjust_hue(x, -0.2 + 0.4 * u[4]),
     ]
-    for i, of_item in enumerate(u.tolist()):
+    for i, draws in enumerate(u.tolist()):
         x = images[i]
-        if of_item[0] < 0.2:
-            for change in jittered if of_item[0] < 0.1 else reversed(jittered):
-                x = change(x, of_item)
-        if of_item[5] < 0.2:
+        if draws[0] < 0.2:
+            for change in jittered if draws[0] < 0.1 else reversed(jittered):
+                x = change(x, draws)
+        if draws[5] < 0.2:
             x = functional.rgb_to_grayscale(x, 3)
-        if of_item[6] < 0.2:
-            x = functional.gaussian_blur(x, 21, 0.1 + 1.9 * of_item[7])
+        if draws[6] < 0.2:
+            x = functional.gaussian_blur(x, 21, 0.1 + 1.9 * draws[7])
         images[i] = x
     return images
 
@@ -100,7 +100,7 @@ def ascii_caption(caption: str) -> str:
 
 
 def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomState) -> np.ndarray:
-    """(N,) int64 dataset rows of an episode, drawn with replacement. U:training/main.py:357.
+    """(N,) int64 indices of an episode's samples in the data, drawn with replacement. U:training/main.py:357.
 
     Successive calls with one `np.random.RandomState(seed)` give upstream's episodes.
     """
@@ -108,23 +108,23 @@ def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomSt
 
 
 class EpisodeDataset(Dataset):
-    """Item i is (i, image (3, S, S), tokens (L,), list of skipped broken samples), from row `rows[i]`.
+    """Item i is (i, image (3, S, S), tokens (L,), list of skipped broken samples), of sample `samples[i]` of `pairs`.
     U:training/data.py:24.
 
     Pseudo-labels and cached features are indexed by the episodic index i. A view is a function of (seed, i) alone.
     If `transform` ends with normalisation, items have uint8 images, and `normalise` normalises a batch of them.
     """
 
-    def __init__(self, pairs, rows: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
-        self.pairs, self.rows, self.tokenizer, self.seed = pairs, rows, tokenizer, seed
+    def __init__(self, pairs, samples: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
+        self.pairs, self.samples, self.tokenizer, self.seed = pairs, samples, tokenizer, seed
         self.transform, self.normalise = data.in_two(transform)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[int, Tensor, Tensor, list[data.Broken]]:
         broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(self.rows[i]), broken)
+        pair = data.read_or_next(self.pairs, int(self.samples[i]), broken)
         torch.default_generator.manual_seed(data.stable_hash(*self.seed, int(i)))  # CPU only: cheap
         return int(i), self.transform(pair.image), self.tokenizer(ascii_caption(pair.caption))[0], broken
 
@@ -137,11 +137,12 @@ def collate(items: list) -> tuple[Tensor, Tensor, Tensor, list[data.Broken]]:
 def pass_order(cfg, process: run.Process, dataset: EpisodeDataset, start: int = 0) -> list[np.ndarray]:
     """This rank's batches of one shuffled pass, from batch `start` on."""
     size = cfg.batch_size // process.world_size
-    batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
     if cfg.distinct_captions:
         order = np.random.default_rng(dataset.seed).permutation(len(dataset))
-        whole = memory.distinct_batches(order, dataset.pairs.labels[dataset.rows], cfg.batch_size)
+        whole = memory.distinct_batches(order, dataset.pairs.labels[dataset.samples], cfg.batch_size)
         batches = [batch[process.rank * size : (process.rank + 1) * size] for batch in whole[start:]]
+    else:
+        batches = data.batches(len(dataset), size, dataset.seed, process.rank, process.world_size, start)
     return [batch for batch in batches if len(batch)]
 
 
@@ -156,14 +157,14 @@ def episode_batches(
     counts = list(map(len, orders))
     if isinstance(passes[0].pairs, memory.InMemory):
         count, each = BatchTransform.COUNT, zip(passes, orders, strict=True)
-        views = (memory.Views(of.pairs, of.rows, of.transform, count, of.seed, order) for of, order in each)
+        views = (memory.Views(of.pairs, of.samples, of.transform, count, of.seed, order) for of, order in each)
         return counts, itertools.chain.from_iterable(views)
     items = [number * len(passes[0]) + batch for number, order in enumerate(orders) for batch in order]
     return counts, iter(data.loader_of(ConcatDataset(passes), items, collate, cfg, process))
 
 
-class Episodes:
-    """Opens the data and draws the samples of each episode."""
+class EpisodeSampler:
+    """Opens the data (with --episode-shards, an episode's shards) and draws the samples of each episode."""
 
     def __init__(self, cfg):
         self.cfg, self.rng, self.drawn = cfg, np.random.RandomState(cfg.seed), 0
@@ -186,7 +187,8 @@ class Episodes:
         return sorted(set(chosen))
 
     def episode(self, episode: int):
-        """(pairs, rows (N,)) of an episode. Draws skipped episodes, too: a resumed run gets the same samples."""
+        """(pairs, indices (N,) of the episode's samples in them). Draws skipped episodes, too: a resumed run gets the
+        same samples."""
         pairs = self.pairs
         if pairs is None:
             folder = windows.own_cache(self.cfg)

@@ -212,8 +212,8 @@ def load_model(path: str | Path, name: str = "RN50", quick_gelu: bool | None = N
         model = create_model(name, bool(linears), hidden, projection, len(linears) - 1, size, quick_gelu)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
-        first = str(error).splitlines()[min(1, len(str(error).splitlines()) - 1)].strip()[:200]
-        raise ValueError(f"{path} does not hold the weights of {name} (another --model?): {first}") from error
+        why = checkpoints.one_line(error, 300)
+        raise ValueError(f"{path} does not hold the weights of {name} (another --model?): {why}") from error
     return model.eval(), name
 
 

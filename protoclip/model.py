@@ -185,10 +185,9 @@ def prototypical_loss(
 ) -> Tensor:
     """One direction of L_Proto: classify student features (B, P) among prototypes (K, P). U:training/loss.py:114.
 
-    labels (B,) int64 are the teacher's cluster assignments. With `target_temperature` tau > 0 the target is soft,
+    labels y (B,) int64 are the teacher's cluster assignments. With `target_temperature` tau > 0 the target is soft,
     softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P), which are then required; None or <= 0 means the
-    hard label.
-    Empty clusters are zero rows of `student_prototypes` and stay in the softmax with logit 0.
+    hard label. Empty clusters are zero rows of `student_prototypes` and stay in the softmax with logit 0.
     """
     logits = logit_scale * student_features @ student_prototypes.T  # (B, K)
     if target_temperature is None or target_temperature <= 0:
@@ -223,11 +222,10 @@ def protoclip_loss(
 
     Source: U:training/train.py:149.
 
-    index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels.
-    With `gather`, `output` and the loss are those of this rank's samples; see `clip_loss`.
-    Returns `loss`, its unweighted terms `clip`, `proto`, `external`, and `accuracy_*` in percent.
-    Prototypical terms of weight 0 are not computed; their inputs then get zero gradients, as upstream (and as
-    DistributedDataParallel needs).
+    index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels. With `gather`,
+    `output` and the loss are those of this rank's samples; see `clip_loss`. Returns `loss`, its unweighted terms
+    `clip`, `proto`, `external`, and `accuracy_*` in percent. Prototypical terms of weight 0 are not computed; their
+    inputs then get zero gradients, as upstream (and as DistributedDataParallel needs).
     """
     w_clip, w_proto, w_external = (float(weight) for weight in weights)
     zero = output.logit_scale.new_zeros(())
@@ -241,15 +239,15 @@ def protoclip_loss(
     if w_proto != 0 and prototypes is not None:
         p = prototypes
         image_labels, text_labels = p.image_labels[index], p.text_labels[index]
-        # With PBT the prototypes are in the student's own space, without it in the other modality's.
-        image_targets = p.text if p.image_from_text is None else p.image_from_text
-        text_targets = p.image if p.text_from_image is None else p.text_from_image
+        # The prototypes for each student: with PBT in its own space, without it the other modality's centroids.
+        for_image = p.text if p.image_from_text is None else p.image_from_text
+        for_text = p.image if p.text_from_image is None else p.text_from_image
         losses["proto"] = 0.5 * (
-            prototypical_loss(h_image, image_targets, scale, text_labels, p.text, target_temperature)
-            + prototypical_loss(h_text, text_targets, scale, image_labels, p.image, target_temperature)
+            prototypical_loss(h_image, for_image, scale, text_labels, p.text, target_temperature)
+            + prototypical_loss(h_text, for_text, scale, image_labels, p.image, target_temperature)
         )
-        losses["accuracy_image_to_text"] = assignment_accuracy(h_image, image_targets, scale, text_labels)
-        losses["accuracy_text_to_image"] = assignment_accuracy(h_text, text_targets, scale, image_labels)
+        losses["accuracy_image_to_text"] = assignment_accuracy(h_image, for_image, scale, text_labels)
+        losses["accuracy_text_to_image"] = assignment_accuracy(h_text, for_text, scale, image_labels)
 
     if w_external != 0 and prototypes is not None and prototypes.external_labels is not None:
         p = prototypes
@@ -288,7 +286,7 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
     """faiss K-means of (N, D) -> labels (N,) int64, centroids (k, D) float32. U:training/clustering.py:123.
 
     Euclidean, not spherical: centroids of unit vectors are plain means, not normalised again. Best of `nredo` runs.
-    faiss trains on at most 256 * k of the N rows. Raises ValueError if N < k.
+    faiss trains on at most 256 * k of the N samples. ValueError if N < k.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if len(x) < k:
@@ -308,14 +306,14 @@ def kmeans_error(features: Tensor, labels: Tensor, centroids: Tensor) -> float:
 def prototypical_back_translation(features: Tensor, labels: Tensor, k: int) -> Tensor:
     """PBT: mean of the student's features (N, P) over each of the teacher's k clusters -> (k, P).
 
-    Source: U:training/clustering.py:153.
-    Means are not normalised again; empty clusters are zero rows. Labels beyond the N features are ignored. Sums are in
-    fp64; features are converted in blocks, since converting all of them at once would take longer than the sums.
+    Source: U:training/clustering.py:153. Means are not normalised again; empty clusters are zero rows. Labels beyond
+    the N features are ignored. Sums are in fp64; features are converted in blocks, since converting all of them at once
+    would take longer than the sums.
     """
     labels = labels[: len(features)]
     sums = features.new_zeros(k, features.shape[1], dtype=torch.double)
-    for rows, clusters in zip(features.split(4096), labels.split(4096), strict=True):
-        sums.index_add_(0, clusters, rows.double())
+    for block, clusters in zip(features.split(4096), labels.split(4096), strict=True):
+        sums.index_add_(0, clusters, block.double())
     return (sums / torch.bincount(labels, minlength=k).clamp(min=1)[:, None]).to(features.dtype)
 
 

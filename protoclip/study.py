@@ -105,9 +105,9 @@ def derive(found: Comparison) -> None:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """Rows for results that this scale cannot show."""
+    """Rows for results that this scale cannot show. Prints a note if the arms of equal time took unequal times."""
     arms = found.arms
-    if "clip-equal-time" in arms and "protoclip" in arms:  # a fixed number of episodes: check that the times agree
+    if "clip-equal-time" in arms and "protoclip" in arms:  # its number of episodes is fixed
         seconds = [sum(values["seconds"] for values in arms[arm]) for arm in ("clip-equal-time", "protoclip")]
         if abs(seconds[0] / seconds[1] - 1) > 0.1:
             print(f"note: clip-equal-time took {seconds[0] / seconds[1]:.2f} times ProtoCLIP's seconds")

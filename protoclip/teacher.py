@@ -1,8 +1,8 @@
 """ProtoCLIP's external teacher: sentence features of every caption, `python -m protoclip.teacher PRESET --data ...`.
 
 Authors' code megvii-research/protoclip@fde1933:src/utils/RoBERTa.py: RoBERTa-large, mean over all 77 positions,
-L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student never runs the teacher.
-The file has one row per sample, which is looked up by the sample's key.
+L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student never runs the teacher, but looks up a
+sample's features in the written file by the sample's key.
 """
 
 import contextlib
@@ -74,37 +74,37 @@ def embed_captions(
     length: int = 77,
     attend_padding: bool = True,
     batch_size: int = 256,
-    rows: Tensor | None = None,
+    features: Tensor | None = None,
 ) -> Tensor:
-    """Captions -> (N, H) fp32, unit mean of a Hugging Face encoder's last hidden states; written to `rows` if passed.
+    """Captions -> (N, H) fp32, unit means of a Hugging Face encoder's last hidden states, in `features` if given.
 
     With `attend_padding`, ids are padded to `length` with 0 (RoBERTa's `<s>`, not its `<pad>`) and every position is
     attended and averaged, as upstream (src/utils/RoBERTa.py:23,62). Ids beyond `length` are cut, the end token with
     them.
     """
     device = next(model.parameters()).device
-    rows = torch.empty(len(captions), model.config.hidden_size) if rows is None else rows
+    features = torch.empty(len(captions), model.config.hidden_size) if features is None else features
     total = sum(-(-min(BLOCK, len(captions) - first) // batch_size) for first in range(0, len(captions), BLOCK))
     batches = batches_by_length(captions, tokenizer, length, batch_size)
     for chosen, ids in run.progress(batches, total, "teacher", batch_size):
         width = length if attend_padding else max(map(len, ids))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
-        real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=device)
+        tokens = torch.tensor([caption + [0] * (width - len(caption)) for caption in ids], device=device)
+        real = torch.tensor([[1] * len(caption) + [0] * (width - len(caption)) for caption in ids], device=device)
         mask = torch.ones_like(real) if attend_padding else real
         hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
         mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        rows[chosen] = F.normalize(mean, dim=-1).cpu()
-    return rows
+        features[chosen] = F.normalize(mean, dim=-1).cpu()
+    return features
 
 
 def batches_by_length(
     captions: Sequence[str], tokenizer, length: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """(rows, their token ids) of each batch. Tokenises BLOCK captions at a time and sorts them by length, so that
-    batches need little padding."""
+    """(indices of captions, their token ids) of each batch. Tokenises BLOCK captions at a time and sorts them by
+    length, so that batches need little padding."""
     for first in range(0, len(captions), BLOCK):
-        texts = [captions[row] for row in range(first, min(first + BLOCK, len(captions)))]
-        ids = [row[:length] for row in tokenizer(texts, truncation=False)["input_ids"]]
+        texts = [captions[i] for i in range(first, min(first + BLOCK, len(captions)))]
+        ids = [caption[:length] for caption in tokenizer(texts, truncation=False)["input_ids"]]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
@@ -145,7 +145,7 @@ def pca(features: Tensor, dim: int = 64) -> Tensor:
     return torch.from_numpy(np.concatenate([matrix.apply(x[block]) for block in blocks]))
 
 
-# ------------------------------------------------------------------------------------------------------------ its file
+# ---------------------------------------------------------------------------------------------------- the teacher file
 
 
 def mapped(path: str, name: str) -> np.ndarray:
@@ -171,13 +171,13 @@ def mapped(path: str, name: str) -> np.ndarray:
 
 
 def keys_in(path: str) -> Strings:
-    """The sample keys of a teacher file; older files store them as an array of strings."""
+    """The sample keys of a teacher file, which may also be stored as an array of strings."""
     keys = mapped(path, "keys")
     return Strings(keys, mapped(path, "ends")) if keys.dtype == np.uint8 else Strings.of(keys.tolist())
 
 
 class Teacher:
-    """Teacher features of given samples: from an .npz by sample key, or from upstream's .npy by dataset row.
+    """Teacher features of given samples: from an .npz by sample key, or from upstream's .npy in the order of the data.
 
     The file is memory-mapped: rows are read on demand, and processes share them.
     """
@@ -197,17 +197,17 @@ class Teacher:
             raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
         if self.features.ndim != 2 or (self.keys is not None and len(self.keys) != len(self.features)):
             raise ValueError(f"{path} is no teacher file: it should hold a row of features for each sample")
-        self.pairs = self.places = None  # the pairs looked up last, and their rows of `features`
+        self.pairs = self.rows = None  # the pairs looked up last, and the row of `features` of each of their samples
 
     def find(self, pairs: data.Shards | data.TSV, samples: np.ndarray) -> np.ndarray:
         """Indices of samples in `pairs` (N,) -> rows of `features` (N,). ValueError if a sample has none, or two."""
         if not np.isfinite(self.some).all():
             raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
-            if pairs.broken:  # rows of later samples would be those of their predecessors
+            if pairs.broken:  # later samples would get the features of others
                 raise ValueError(
-                    f"{self.path} has features by row, but {len(pairs.broken):,} samples of the data were left out: "
-                    "make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
+                    f"{self.path} has features in the order of the data, but {len(pairs.broken):,} samples were left "
+                    "out: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
                 )
             if len(self.features) < len(pairs):  # upstream's file covers its whole CSV; --dataset-size keeps the first
                 raise ValueError(
@@ -215,17 +215,17 @@ class Teacher:
                 )
             return samples
         if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
-            if (made_from := self.about.get("data")) and made_from != pairs.fingerprint:  # older files lack it
+            if (made_from := self.about.get("data")) and made_from != pairs.fingerprint:
                 if json.loads(self.about["made"])["captions"] != fingerprint(all_captions(pairs)):
                     raise ValueError(f"{self.path} was made from other captions: make it again from this --data")
             return samples
         if self.pairs is not pairs:
-            self.pairs, self.places = pairs, self.lookup.find(pairs.keys)
-        places = self.places[samples]
-        if (missing := np.flatnonzero(places < 0)).size:
+            self.pairs, self.rows = pairs, self.lookup.find(pairs.keys)
+        rows = self.rows[samples]
+        if (missing := np.flatnonzero(rows < 0)).size:
             key = pairs.keys[int(samples[missing[0]])]
             raise ValueError(f"{self.path} has no features of sample {key}: make it again from this --data")
-        return places
+        return rows
 
     @functools.cached_property
     def some(self) -> np.ndarray:
@@ -249,9 +249,9 @@ class Teacher:
 
     def features_of(self, pairs: data.Shards | data.TSV, samples: np.ndarray) -> Tensor:
         """Indices (N,) of samples in `pairs` -> their features (N, X) float32."""
-        places = self.find(pairs, samples)
-        order, found = np.argsort(places), np.empty((len(places), *self.features.shape[1:]), dtype=np.float32)
-        found[order] = self.features[places[order]]  # read in file order, which is fastest
+        rows = self.find(pairs, samples)
+        order, found = np.argsort(rows), np.empty((len(rows), *self.features.shape[1:]), dtype=np.float32)
+        found[order] = self.features[rows[order]]  # read in file order, which is fastest
         return torch.from_numpy(found)
 
 
@@ -315,12 +315,12 @@ def main(cfg: Config) -> Path:
     if cfg.max_length > most:
         raise ValueError(f"--max-length {cfg.max_length} is more than the {most} positions of {cfg.model}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with on_disk(out.parent, len(captions), width) as rows, run.autocast(precision, process.device):
+    with on_disk(out.parent, len(captions), width) as means, run.autocast(precision, process.device):
         how = cfg.max_length, cfg.attend_padding, cfg.batch_size
-        embed_captions(captions, model.to(process.device), tokenizer, *how, rows)
-        if not rows.isfinite().all():
+        embed_captions(captions, model.to(process.device), tokenizer, *how, means)
+        if not means.isfinite().all():
             raise ValueError("the encoder's features are not finite: use --precision fp32")
-        features = pca(rows, cfg.dim)
+        features = pca(means, cfg.dim)
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]
         about = {"made": np.array(made), "data": np.array(pairs.fingerprint)}

@@ -27,7 +27,7 @@ from protoclip.config import PRESETS, Config, check, check_settings
 from protoclip.episodes import (  # noqa: F401
     BatchTransform,
     EpisodeDataset,
-    Episodes,
+    EpisodeSampler,
     as_it_is,
     ascii_caption,
     episode_batches,
@@ -287,8 +287,9 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
 def locked_features(
     cfg: Config, pairs: data.Shards, size: int, tokenize: Callable, process: run.Process
 ) -> memory.InMemory:
-    """Like `memory.read`, but with a locked trunk's features (N, C) of the uncropped images at `size` pixels in place
-    of pixels. They are computed once and stored in --cache.
+    """`memory.read`, with a locked trunk's features (N, C) of the uncropped images at `size` pixels in place of pixels.
+
+    They are computed once and stored in --cache.
     """
     precision = run.resolve_precision(cfg.precision, process.device)
     path = Path(cfg.cache) / f"lite0-{evaluation.images_of(pairs)}-{len(pairs)}-{size}-{precision}.npy"
@@ -298,7 +299,7 @@ def locked_features(
             features = cached_lite0_features(found.pixels.split(256), cfg.cache)
         else:
             features = lite0_features(found.pixels, device=process.device, precision=cfg.precision)
-        if process.main and not found.broken:  # a file would not record that a neighbour replaced a broken image
+        if process.main and not found.broken:  # a file would not record that another image replaced a broken one
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoints.save_array(path, features.numpy(), f".{os.getpid()}.tmp")  # several runs may start together
         return found._replace(pixels=features)
@@ -314,47 +315,48 @@ class EpisodicData:
     def __init__(self, cfg: Config, process: run.Process, model: nn.Module, tokenizer: Callable):
         size, statistics = image_side(model), image_statistics(model)
         self.cfg, self.process, self.tokenizer, self.broken = cfg, process, tokenizer, []
-        self.episodes = Episodes(cfg)
-        pairs = self.episodes.pairs
-        shards = data.fingerprint("\n".join(self.episodes.shards).encode()) if pairs is None else None
-        fingerprint, self.samples = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
+        self.sampler = EpisodeSampler(cfg)
+        pairs = self.sampler.pairs
+        shards = data.fingerprint("\n".join(self.sampler.shards).encode()) if pairs is None else None
+        fingerprint, self.dataset_size = (shards, None) if pairs is None else (pairs.fingerprint, len(pairs))
         if pairs is not None:
             data.say_size(pairs, cfg, process)
         self.teacher = Teacher(cfg.external_teacher) if cfg.w_external != 0 else None
         self.about = {"data": fingerprint, "teacher": self.teacher and self.teacher.digest()}  # kept in checkpoints
         if self.teacher is not None and pairs is not None and process.main:  # only rank 0 reads the teacher's features
-            self.teacher.find(pairs, np.arange(len(pairs)))  # reports a missing sample before training starts
+            self.teacher.find(pairs, np.arange(len(pairs)))  # an error before training starts if a sample has none
             if self.teacher.keys is None and not isinstance(pairs, data.TSV):
                 print(f"{cfg.external_teacher} has no sample keys: its rows must be in the order of the samples")
         view_of = BatchTransform if cfg.keep_in_memory else image_transform
         self.train_view = view_of(size, True, cfg.augmentation == "light", cfg.crop, cfg.crop_ratio, statistics)
         self.eval_view = view_of(size, train=False, statistics=statistics)
-        self.remembered = None
+        self.in_memory = None
         if cfg.keep_in_memory:
             tokenize = lambda captions: tokenizer([ascii_caption(caption) for caption in captions])  # noqa: E731
             if cfg.lock_image:
-                self.remembered = locked_features(cfg, pairs, size, tokenize, process)
+                self.in_memory = locked_features(cfg, pairs, size, tokenize, process)
                 self.train_view = self.eval_view = as_it_is
             else:
-                self.remembered = memory.read(pairs, 2 * size, tokenize, process)
-            self.remembered = self.remembered.to(process.device)
+                self.in_memory = memory.read(pairs, 2 * size, tokenize, process)
+            self.in_memory = self.in_memory.to(process.device)
 
     def draw(self, episode: int, start: int = 0, known: bool = False) -> None:
         """Draw the samples of an episode and start to read them: first the extraction pass, then the training pass from
         batch `start` on. There is no extraction pass if the prototypes are `known` or their losses have weight 0."""
         cfg, self.reading = self.cfg, iter(())  # ends the workers of the last episode
-        self.episode, (self.pairs, self.rows) = episode, self.episodes.episode(episode)
-        self.broken, self.errors = list(self.pairs.broken) + (self.remembered.broken if self.remembered else []), {}
+        self.episode, (self.pairs, self.samples) = episode, self.sampler.episode(episode)
+        self.broken = list(self.pairs.broken) + (self.in_memory.broken if self.in_memory else [])
+        self.kmeans_errors: dict[str, float] = {}
         views = {"train": self.train_view}
         if not known and any(weights_in(cfg, episode)[1:]):
             views = {"extract": self.train_view if cfg.extraction_view == "train" else self.eval_view, **views}
-        pairs, passes = self.remembered or self.pairs, {}
+        pairs, passes = self.in_memory or self.pairs, {}
         for what, view in views.items():
             seed = (cfg.seed, episode, int(what == "train"))
-            passes[what] = EpisodeDataset(pairs, self.rows, view, self.tokenizer, seed)
+            passes[what] = EpisodeDataset(pairs, self.samples, view, self.tokenizer, seed)
         counts, self.reading = episode_batches(cfg, self.process, list(passes.values()), start)
         self.count, self.normalise = dict(zip(passes, counts, strict=True)), passes["train"].normalise
-        self.episodes.fetch(episode + 1)  # the workers exist already, so no fork can copy a lock of its threads
+        self.sampler.fetch(episode + 1)  # starts threads: after the workers, which must not be forked beside them
         run.wait()  # fetching an episode may take long; later collectives would time out
 
     def loader(self, what: str) -> Iterable:
@@ -376,13 +378,13 @@ class EpisodicData:
             return None
         found = None
         h_image, h_text = extract_features(
-            model, self.loader("extract"), len(self.rows), self.process.device, precision
+            model, self.loader("extract"), len(self.samples), self.process.device, precision
         )
         if self.process.main:
-            external = self.teacher.features_of(self.pairs, self.rows) if weights[2] != 0 else None
+            external = self.teacher.features_of(self.pairs, self.samples) if weights[2] != 0 else None
             found = build_prototypes(h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo)
             kinds = ("image", h_image, found.image_labels, found.image), ("text", h_text, found.text_labels, found.text)
-            self.errors = {f"kmeans_error_{kind}": kmeans_error(*of_kind) for kind, *of_kind in kinds}
+            self.kmeans_errors = {f"kmeans_error_{kind}": kmeans_error(*of_kind) for kind, *of_kind in kinds}
         return run.broadcast(found, self.process)
 
 
@@ -417,7 +419,7 @@ def main(cfg: Config) -> Path | None:
     if process.main and process.world_size > 1:
         faiss.omp_set_num_threads(os.cpu_count() or 1)  # torchrun gives each process one thread; K-means runs on rank 0
     total = per_episode * cfg.episodes
-    folder.start(per_episode * first + start, total, episodes.samples, **episodes.about, name=cfg.out)
+    folder.start(per_episode * first + start, total, episodes.dataset_size, **episodes.about, name=cfg.out)
     ddp = DistributedDataParallel(model) if process.world_size > 1 else model
 
     for episode in range(first, cfg.episodes):
@@ -430,7 +432,7 @@ def main(cfg: Config) -> Path | None:
             batch = step - per_episode * episode + 1
             if (step + 1) % cfg.log_every == 0 or batch == 1:
                 visual, rest = optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
-                once = episodes.errors if batch == 1 else {}
+                once = episodes.kmeans_errors if batch == 1 else {}
                 folder.log(step + 1, episode=episode, lr_visual=visual, lr_rest=rest, **run.over_ranks(losses), **once)
             if folder.due(step + 1) and batch < per_episode:
                 folder.save(step + 1, episode=episode, epoch=episode, batch=batch, prototypes=kept)

@@ -124,8 +124,8 @@ def trained_by(run: str | Path) -> str | None:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # reported when the checkpoint is loaded
         return None
-    said = state.get("paper") if isinstance(state, dict) else None
-    return next((name for name in ([said] if said else file.parts) if (ROOT / name / "eval.py").is_file()), None)
+    stated = state.get("paper") if isinstance(state, dict) else None
+    return next((name for name in ([stated] if stated else file.parts) if (ROOT / name / "eval.py").is_file()), None)
 
 
 def config_in(state: Any, config: type, path: str | Path) -> Any:

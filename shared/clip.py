@@ -1,6 +1,9 @@
-"""open_clip's CLIP: a text tower that skips padding, the image size, activation checkpointing."""
+"""open_clip's CLIP: a text tower that skips padding, the image size, activation checkpointing, no needless warning."""
 
+import contextlib
 import functools
+import logging
+from collections.abc import Iterator
 
 import open_clip
 import torch
@@ -10,6 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 GROUPS = 4  # groups of texts by length; on a CPU only, where time is proportional to the number of tokens
+
+
+@contextlib.contextmanager
+def random_weights_intended() -> Iterator[None]:
+    """Context that hides open_clip's warning about random weights."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def cuts(model: nn.Module) -> bool:

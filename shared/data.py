@@ -315,16 +315,16 @@ class Shards:
         last = self.shard_of(len(self.keys) - 1)
         self.fingerprint = fingerprint(repr((len(self.keys), found.digests[: last + 1])).encode())
 
-    def cut(self) -> list[str]:
+    def damaged(self) -> list[str]:
         """A sentence (`damaged_shard`) for each damaged shard."""
-        damaged, found = {each.key for each in self.broken}, []
-        ends = self._starts[1:].tolist()
-        counts = np.diff(self._starts).tolist()
-        whole = [count for path, count in zip(self.paths, counts, strict=True) if str(path) not in damaged]
-        for path, count, end in zip(self.paths, counts, ends, strict=True):
-            if str(path) in damaged:
-                found.append(damaged_shard(path, count, self._spans[end - count : end], whole))
-        return found
+        broken = {each.key for each in self.broken}
+        ends, counts = self._starts[1:].tolist(), np.diff(self._starts).tolist()
+        whole = [count for path, count in zip(self.paths, counts, strict=True) if str(path) not in broken]
+        return [
+            damaged_shard(path, count, self._spans[end - count : end], whole)
+            for path, count, end in zip(self.paths, counts, ends, strict=True)
+            if str(path) in broken
+        ]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -374,14 +374,14 @@ def damaged_shard(path: str, count: int, spans: np.ndarray, whole: Sequence[int]
     read = int((spans[:, [0, 2]] + spans[:, [1, 3]]).max()) if len(spans) else 0
     size = os.path.getsize(path)
     about = f"{path} is truncated or damaged: read up to byte {read:,} of {size:,}, {count:,} pairs"
-    if expected := told_by(path):
+    if expected := stated_size(path):
         about += f" of the {expected:,} in its _stats.json"
     elif whole:
         about += f"; undamaged shards have {int(np.median(whole)):,}"
     return about
 
 
-def told_by(shard: str) -> int | None:
+def stated_size(shard: str) -> int | None:
     """Number of samples of a shard, from img2dataset's _stats.json beside it; None if there is none."""
     path = Path(shard).with_name(f"{Path(shard).stem}_stats.json")
     try:
@@ -487,7 +487,7 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
     Prints nothing for windows of shards, whose size is not known in advance.
     """
     if process.main and isinstance(pairs, Shards):
-        say_damaged(pairs.cut())
+        say_damaged(pairs.damaged())
     total, wanted = getattr(pairs, "total", None), cfg.dataset_size
     if process.main and total is not None and wanted is not None and total != wanted:
         unlike = ", fewer than --dataset-size" if total < wanted else "; --dataset-size keeps the first"
@@ -495,7 +495,7 @@ def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
 
 
 def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
-    """Print the first `most` sentences of `Shards.cut`, and the number of the others."""
+    """Print the first `most` sentences of `Shards.damaged`, and the number of the others."""
     for sentence in sentences[:most]:
         print(sentence)
     if len(sentences) > most:
@@ -504,7 +504,7 @@ def say_damaged(sentences: Sequence[str], most: int = 5) -> None:
 
 def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
     """Print a sentence for each damaged shard, and `broken_report` of the broken samples of `pairs` and of `more`."""
-    say_damaged(pairs.cut() if isinstance(pairs, Shards) else [])
+    say_damaged(pairs.damaged() if isinstance(pairs, Shards) else [])
     if line := broken_report([*pairs.broken, *more], "left out"):
         print(line)
 

@@ -103,8 +103,8 @@ def results_folder(path: str | Path, cfg: Any) -> Path:
 
     For a run folder: itself. For a file STEM.pt: STEM.eval/ beside it. For MODEL@TAG: runs/PAPER/MODEL@TAG/, where
     PAPER is the folder of `cfg`'s class. For `local-dir:DIR`: runs/PAPER/NAME/, where NAME is DIR's last part. For
-    another paper's run, whose results must not be overwritten: runs/PAPER/OTHERPAPER-NAME/. With --prompts slip: its
-    folder slip-prompts/.
+    another paper's run, whose results must not be overwritten: runs/PAPER/OTHERPAPER-NAME/. With other prompts than
+    the set's: the folder PROMPTS-prompts/ in it.
     """
     paper, folder = paper_of(cfg), Path(str(path).removeprefix("local-dir:"))
     if named(path):

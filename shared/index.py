@@ -29,7 +29,7 @@ from shared.tars import Broken, index_shard
 LARGE = 2**28  # bytes; the index of a data set of this size or more is cached; indexing a smaller one takes a second
 VERSION = 1  # of the files
 HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
-CHUNK = 2**22  # bytes of strings that are hashed at a time
+CHUNK = 2**22  # bytes that are hashed at a time
 
 
 class Strings(Sequence):
@@ -227,6 +227,15 @@ def fingerprint(*parts: bytes) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part)
+    return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """`fingerprint` of a file's bytes, read in blocks."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -51,8 +51,10 @@ class Fetcher:
 
     def evict(self, urls: Sequence[str], wanted: Collection[str] = ()) -> None:
         """Removes the index of these shards, and the copies of those that are not `wanted`."""
-        local = lambda url: Path(url.removeprefix("file:"))  # noqa: E731
-        paths = [data.cached_path(url, self.cache) if data.is_remote(url) else local(url) for url in urls]
+        paths = [
+            data.cached_path(url, self.cache) if data.is_remote(url) else Path(url.removeprefix("file:"))
+            for url in urls
+        ]
         index.forget([str(path) for path in paths], self.cache)
         for url, path in zip(urls, paths, strict=True):
             if data.is_remote(url) and url not in wanted:
@@ -151,7 +153,10 @@ def fetched_ahead(loader: DataLoader, pairs: Windowed, epochs: range, start: int
     The last item of a batch lists broken samples; a window's first batch also lists those found by indexing.
     """
     turns = [(epoch, window) for epoch in epochs for window in range(pairs.count)][pairs.window_of(start) :]
-    shards = lambda number: pairs.shards_of(*turns[number], pairs.rank) if number < len(turns) else []  # noqa: E731
+
+    def shards(number: int) -> list[str]:
+        return pairs.shards_of(*turns[number], pairs.rank) if number < len(turns) else []
+
     read_ahead = loader.num_workers * (loader.prefetch_factor or 0)  # batches, maybe of windows after the next
     reach = 1 + math.ceil(read_ahead / (pairs.steps // pairs.count))
     clear(pairs.cache, shards(0))

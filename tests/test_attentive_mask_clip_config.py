@@ -60,7 +60,7 @@ def test_command_line_errors(embedded_corpus: None, in_process, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("choice", [["--mask", "low"], ["--views", "3"]])
-def test_choices_that_there_are_not(in_process, choice: list[str]):
+def test_unknown_choices_are_refused(in_process, choice: list[str]):
     result = in_process("emoji", *choice)
     assert result.code == 2 and choice[0] in result.err and "Traceback" not in result.err
 

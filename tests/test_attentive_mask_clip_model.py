@@ -640,7 +640,7 @@ def test_logit_scale_is_clamped():
 @pytest.mark.parametrize(
     "preset, timm_name", [("vit_s16", "vit_small"), ("vit_b16", "vit_base"), ("vit_l16", "vit_large")]
 )
-def test_towers_are_timms(preset, timm_name):
+def test_towers_have_the_shape_of_timms(preset, timm_name):
     with torch.device("meta"):
         ours = create_model("clip", preset)
         theirs = timm.create_model(f"{timm_name}_patch16_224", num_classes=0)

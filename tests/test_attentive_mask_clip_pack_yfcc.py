@@ -78,7 +78,7 @@ SUNSET = ("Sunset", "Taken in Rome.\n\nWith my brother...")  # unquoted, a descr
         ("\udc80", "lone surrogate", ["?", "lone surrogate"]),
     ],
 )
-def test_a_caption_file_is_parted_as_it_was_made(title: str, description: str, captions: list[str]):
+def test_title_and_description_survive_the_caption_file(title: str, description: str, captions: list[str]):
     text = caption_file(title, description).decode()
     assert title_and_description(text) == captions and text.count("\n") == max(len(captions) - 1, 0)
 
@@ -92,7 +92,7 @@ def test_cleaning_twice_is_cleaning_once():
 # ---------------------------------------------------------------------------------------------------------- metadata
 
 
-def test_rows_are_sorted_by_number(tmp_path: Path):
+def test_metadata_is_sorted_by_number(tmp_path: Path):
     rows = [(12345678, "b", ""), [7, "a", "c"]]
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(rows))
     assert [tuple(row) for row in read_metadata(tmp_path / "x.pkl")] == [(7, "a", "c"), (12345678, "b", "")]
@@ -185,7 +185,7 @@ def test_files_that_zipfile_cannot_read_are_reported(tmp_path: Path, place: int,
     assert list(pack_yfcc.zipped(path, ["000.jpg", "001.jpg"])) == [(b"", "damaged in its zip"), (jpeg(1), "")]
 
 
-def test_other_errors_are_no_damaged_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_running_out_of_memory_ends_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Running out of memory ends the run; images that could be read later are not left out."""
     path = tree(tmp_path, [], {0: jpeg(0)}) / "images/00/000.zip"
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: (_ for _ in ()).throw(MemoryError))
@@ -193,7 +193,7 @@ def test_other_errors_are_no_damaged_images(tmp_path: Path, monkeypatch: pytest.
         list(pack_yfcc.zipped(path, ["000.jpg"]))
 
 
-def test_faults_that_may_pass_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_temporary_read_errors_end_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A zip that a network drive could not give is neither missing nor damaged: its images are not left out."""
     path = tree(tmp_path, [], {0: jpeg(0)}) / "images/00/000.zip"
     for method in ("read", "__init__"):
@@ -207,7 +207,7 @@ def test_faults_that_may_pass_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
                 list(pack_yfcc.zipped(path, ["000.jpg"]))
 
 
-def test_packing_goes_on_and_makes_what_is_missing(in_process, large: Path, folder: Path):
+def test_packing_resumes_and_writes_missing_shards(in_process, large: Path, folder: Path):
     out = folder / "again"
     finished(in_process(*command(large, out, size=50)))
     before, times = files(out), {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -234,7 +234,7 @@ def test_several_processes_make_the_same_shards(large: Path, folder: Path, monke
     assert files(outs[0]) == files(outs[1]) and len(list(outs[0].glob("*.tar"))) == 4
 
 
-def test_killed_packing_goes_on(cli, start, large: Path, folder: Path):
+def test_packing_resumes_after_kill(cli, start, large: Path, folder: Path):
     outs = [folder / "whole", folder / "killed"]
     finished(cli(*command(large, outs[0], size=3)))
     for shards in sorted(random.sample(range(1, 60), 2)):

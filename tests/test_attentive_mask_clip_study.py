@@ -62,7 +62,7 @@ def test_rows_of_an_arm_compare_measurements_of_the_same_run():
     assert not any("step time" in claim for claim in rows)  # none were measured
 
 
-def test_arms_of_a_name_are_those_that_are_timed():
+def test_timed_arms_have_the_settings_of_the_study():
     for arm in study.MAIN:
         cfg = parsed(arm)
         for name, value in timing.ARMS.get(arm.name, {}).items():

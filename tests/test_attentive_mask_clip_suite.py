@@ -89,7 +89,7 @@ def test_names_decide_the_order():
     assert in_order_of(["sad", "angry", "smiling"], faces, "x") == [faces[2], faces[0], faces[1]]
 
 
-def test_other_wordings_stand_where_the_order_is_the_same():
+def test_differently_worded_names_keep_an_equal_order():
     entries = [["tench"], ["missile"], ["sunglasses"], ["missile"], ["sunglasses"]]
     for ours in (["tench", "missile", "dark glasses", "missile", "sunglasses"], [e for [e] in entries]):
         assert in_order_of(ours, entries, "x") == entries
@@ -107,7 +107,7 @@ def test_other_wordings_stand_where_the_order_is_the_same():
         (["Abyssinian"], "x has 1 classes, but SLIP's labels.json has 4"),
     ],
 )
-def test_an_order_that_is_not_clear_is_refused(ours: list[str], message: str):
+def test_an_ambiguous_order_is_refused(ours: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         in_order_of(ours, [[name] for name in PETS], "x")
 
@@ -224,7 +224,7 @@ def test_other_options_that_are_refused(in_process, tmp_path: Path):
         assert result.code == 2 and message in result.err and one_sentence(result.err), (message, result.err)
 
 
-def test_an_average_is_the_papers_with_its_prompts_alone():
+def test_the_average_of_26_needs_slips_prompts_and_all_sets():
     values = dict.fromkeys(SUITE, 50.0)
     assert averages(values, "slip") == {"average_measured": 50.0, "average_26": 50.0}
     assert averages(values, "set") == averages({"names_ood": 50.0}, "slip") == {"average_measured": 50.0}

@@ -197,7 +197,7 @@ def weights_after_accumulation(rank: int) -> dict[str, torch.Tensor]:
     return dict(model.module.state_dict()) | {"shared": torch.tensor(len(sent))}
 
 
-def test_accumulation_shares_gradients_once(tmp_path: Path):
+def test_accumulation_synchronises_gradients_once(tmp_path: Path):
     one, two = in_ranks(weights_after_accumulation, 2, tmp_path)
     assert same(one, two) and one["shared"] == 1  # the one bucket of the last backward pass
 

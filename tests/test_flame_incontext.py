@@ -5,7 +5,7 @@ import torch
 from test_flame_model import Letters
 
 from flame.incontext import episodes, few_shot, nearest_tokens, pool_patches
-from flame.model import FLAME, vit
+from flame.model import FLAME, image_tower
 
 
 @pytest.mark.golden("flame", "patch_pool")
@@ -16,7 +16,7 @@ def test_patch_pool(case):
 
 
 def test_words_of_patches_and_few_shot():
-    model, head = FLAME(vit("emoji"), 128, 16, 32).eval(), torch.nn.Linear(16, 258, bias=False)
+    model, head = FLAME(image_tower("emoji"), 128, 16, 32).eval(), torch.nn.Linear(16, 258, bias=False)
     ids = nearest_tokens(model, head, torch.randn(2, 3, 32, 32), kernel=4)
     assert ids.shape == (2, 1) and ids.max() < 258
 

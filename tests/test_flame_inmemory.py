@@ -28,7 +28,7 @@ from test_flame_train import tiny  # noqa: F401
 from flame import config, inmemory, train
 from flame import eval as evaluation
 from flame.bank import Bank
-from flame.model import vit
+from flame.model import image_tower
 from shared import checkpoints, data, memory, run
 from shared.evalsets import EvalSet
 
@@ -191,10 +191,10 @@ def test_refused_settings(settings: config.Config):
 
 def test_the_small_towers_have_tokens_of_their_maps():
     for name, width in (("Lite0-emoji", 1280), ("ResNet-emoji", 256)):
-        tower = vit(name).eval()
+        tower = image_tower(name).eval()
         side = tower.image_size[0]
         assert tower(torch.zeros(2, 3, side, side)).shape == (2, 4, width)
-    tower = vit("Lite0-emoji").train()
+    tower = image_tower("Lite0-emoji").train()
     tower.lock()
     assert not tower.train().trunk.training and not any(p.requires_grad for p in tower.trunk.parameters())
     tokens = torch.ones(2, 4, 1280)

@@ -36,10 +36,10 @@ from flame.model import (
     TrainedText,
     clean_caption,
     facet_decoupled_mask,
+    image_tower,
     load_checkpoint,
     mp_nce_loss,
     mp_sigmoid_loss,
-    vit,
 )
 
 # ------------------------------------------------------------------------------------------------------- from a case
@@ -331,9 +331,9 @@ def test_image_tower(case):
 
 
 def test_flame_starts_as_published():
-    model = FLAME(vit("emoji"), 128, 576)
+    model = FLAME(image_tower("emoji"), 128, 576)
     assert len(model.mm[0].weight) == 4096 and model.mm[3].normalized_shape == (576,)
-    assert FLAME(vit("emoji"), 128, 5120).mm[0].out_features == 5120
+    assert FLAME(image_tower("emoji"), 128, 5120).mm[0].out_features == 5120
     assert math.isclose(model.logit_scale.exp().item(), 10, rel_tol=1e-6) and model.logit_bias.item() == -10
     model.logit_scale.data.fill_(9.0)
     model.clamp_logit_scale()
@@ -341,7 +341,7 @@ def test_flame_starts_as_published():
 
 
 def test_image_features_do_not_depend_on_the_class_token_after_the_vit():
-    model = FLAME(vit("emoji"), 128, 32, 64).eval()
+    model = FLAME(image_tower("emoji"), 128, 32, 64).eval()
     images, seen = torch.randn(2, 3, 32, 32), []
     model.mm[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     model.encode_image(images)
@@ -351,7 +351,7 @@ def test_image_features_do_not_depend_on_the_class_token_after_the_vit():
 def test_trained_text_leaves_padding_out():
     torch.manual_seed(0)
     text = {"context_length": 16, "vocab_size": 100, "width": 16, "heads": 2, "layers": 2}
-    model = TrainedText(vit("emoji"), 128, 24, 32, text).eval()
+    model = TrainedText(image_tower("emoji"), 128, 24, 32, text).eval()
     tokens = torch.tensor([[98, 5, 99] + [0] * 13, [98, 5, 6, 7, 99] + [0] * 11])
     torch.testing.assert_close(model.encode_text(tokens), model.text(tokens), rtol=1e-4, atol=1e-5)
     image, texts, scale = model(torch.randn(2, 3, 32, 32), tokens)
@@ -360,12 +360,12 @@ def test_trained_text_leaves_padding_out():
 
 def test_the_bias_is_the_sigmoid_losss_alone():
     torch.manual_seed(0)
-    plain = FLAME(vit("emoji"), 128, 16, 32, bias=False)
+    plain = FLAME(image_tower("emoji"), 128, 16, 32, bias=False)
     assert plain.logit_bias is None and "logit_bias" not in plain.state_dict()
     image, scale = plain(torch.zeros(2, 3, 32, 32))
     assert image.shape == (2, 16) and scale > 1
     load_checkpoint(plain, {"state_dict": plain.state_dict()})
-    assert len(FLAME(vit("emoji"), 128, 16, 32)(torch.zeros(2, 3, 32, 32))) == 3
+    assert len(FLAME(image_tower("emoji"), 128, 16, 32)(torch.zeros(2, 3, 32, 32))) == 3
 
 
 def test_a_sentence_encoder_reads_captions_without_a_prompt():
@@ -392,9 +392,9 @@ def test_a_sentence_encoder_reads_captions_without_a_prompt():
 
 def test_unknown_towers_are_refused():
     with pytest.raises(ValueError, match="'ViT-B-32' is none of ViT-B-16"):
-        vit("ViT-B-32")
+        image_tower("ViT-B-32")
     with pytest.raises(ValueError, match="patches of 8 pixels do not tile an image of 41"):
-        vit("emoji", 41)
+        image_tower("emoji", 41)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -519,8 +519,8 @@ def test_authors_checkpoints_load(case, tmp_path):
 
 
 def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
-    model = FLAME(vit("emoji"), 128, 32, 16)
-    torch.save({"state_dict": FLAME(vit("emoji"), 128, 24, 16).state_dict()}, tmp_path / "other.pt")
+    model = FLAME(image_tower("emoji"), 128, 32, 16)
+    torch.save({"state_dict": FLAME(image_tower("emoji"), 128, 24, 16).state_dict()}, tmp_path / "other.pt")
     (tmp_path / "none.pt").write_bytes(b"no checkpoint")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     for name, message in {"other.pt": "does not hold the weights of this FLAME", "none.pt": "none.pt is not a"}.items():
@@ -532,7 +532,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
 
 
 def test_visual_loads_into_open_clip():
-    model = FLAME(vit("emoji"), 128, 32, 16)
+    model = FLAME(image_tower("emoji"), 128, 32, 16)
     sizes = dict(width=128, layers=3, heads=4, patch_size=8, image_size=32, output_dim=128)
     theirs = VisionTransformer(mlp_ratio=4.0, pool_type="avg", **sizes)
     theirs.load_state_dict(model.visual.state_dict())

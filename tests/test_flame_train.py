@@ -33,7 +33,7 @@ from test_flame_model import tower, tower_of
 from flame import config, embed, train
 from flame import eval as evaluation
 from flame.bank import Bank
-from flame.model import FLAME, TOWERS, vit
+from flame.model import FLAME, TOWERS, image_tower
 from flame.train import sample_facets
 from shared import checkpoints, data, run
 
@@ -58,7 +58,9 @@ def test_param_groups(case):
     for name, about in case.json.items():
         with torch.device("meta"):
             if f"ViT-{name}" in TOWERS:
-                model = FLAME(vit(f"ViT-{name}"), TOWERS[f"ViT-{name}"]["width"], about["shapes"]["mm.3.weight"][0])
+                model = FLAME(
+                    image_tower(f"ViT-{name}"), TOWERS[f"ViT-{name}"]["width"], about["shapes"]["mm.3.weight"][0]
+                )
             else:
                 model = tower(about["shapes"], about["shapes"]["visual.conv1.weight"][-1])
         names = {id(p): n for n, p in model.named_parameters()}
@@ -116,7 +118,7 @@ def test_a_gradient_scaler_changes_no_step():
     steps = []
     for scaler in (None, torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=256.0)):
         torch.manual_seed(0)
-        model = FLAME(vit("emoji"), 128, 32, 16)
+        model = FLAME(image_tower("emoji"), 128, 32, 16)
         optimizer = torch.optim.AdamW(train.param_groups(model, 0.2), lr=1e-3)
         batch = torch.randn(4, 3, 32, 32), F.normalize(torch.randn(4, 6, 32), dim=-1)
         losses = [train.train_step(model, batch, optimizer, 1e-3, train.Config(), "fp32", scaler) for _ in range(3)]
@@ -181,6 +183,17 @@ def test_training_never_loads_the_language_model(tiny: list, folder: Path, bank:
     settings = evaluation.Config((), sets=(cfg.eval_set,), precision="fp32")
     measured = evaluation.evaluate_run(cfg.out, settings, run.Process(0, 1, torch.device("cpu")))
     assert len(top1) == 2 and top1[-1] == measured["groups_ood/top1"]
+
+
+def test_one_process_reads_the_caption_files(bank: Path, monkeypatch: pytest.MonkeyPatch):
+    checked = []
+    monkeypatch.setattr(Bank, "check_captions", lambda opened: checked.append(opened.root))
+    cfg = dataclasses.replace(config.EMOJI, bank=str(bank))
+    pairs = data.open_pairs(f"{SHARDS}/00000.tar", 64)
+    for main in (False, True):
+        assert not checked
+        train.open_texts(cfg, pairs, main)
+    assert checked == [bank]
 
 
 def test_a_failed_evaluation_costs_no_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flame import config, zeroshot
-from flame.model import FLAME, vit
+from flame.model import FLAME, image_tower
 from flame.zeroshot import zero_shot_classifier
 from shared.zeroshot import classification_metrics
 
@@ -34,7 +34,7 @@ def test_texts_are_centred_as_their_prompt(facet_ids: tuple[int, ...], of_long: 
 
     monkeypatch.setattr(zeroshot, "texts_of_bank", lambda bank, device, load: frozen)
     monkeypatch.setattr(zeroshot, "open_bank", lambda bank: SimpleNamespace(centres=0.5 * torch.eye(3)))
-    model = FLAME(vit("emoji"), 128, 3, 16)
+    model = FLAME(image_tower("emoji"), 128, 3, 16)
     for centre in (False, True):
         texts = zeroshot.text_features(model, config.Config(bank="bank", facet_ids=facet_ids, centre=centre))
         for multi, row in ((False, 0), (True, of_long)):
@@ -44,7 +44,7 @@ def test_texts_are_centred_as_their_prompt(facet_ids: tuple[int, ...], of_long: 
 
 
 def test_images_are_encoded_in_eval_mode_and_training_goes_on():
-    model, modes = FLAME(vit("emoji"), 128, 16, 32).train(), []
+    model, modes = FLAME(image_tower("emoji"), 128, 16, 32).train(), []
     model.mm.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
     batches = [(torch.zeros(2, 3, 32, 32), torch.tensor([1, 0])), (torch.zeros(1, 3, 32, 32), torch.tensor([2]))]
     features, labels = zeroshot.image_features(model, batches, "cpu", torch.float32)

@@ -166,6 +166,15 @@ def test_a_killed_run_goes_on(start, given, runs, folder: Path, name: str):
     assert losses(ours) == pytest.approx(losses(whole), rel=AFTER_A_STEP)
 
 
+def test_heads_with_other_seeds(start, runs, folder: Path):
+    """nmtune.head_study tunes heads on a GPU, although features in memory are on the CPU."""
+    name = "nmtune-features"
+    assert runs[name, DEVICE, "fp32", 1]
+    out = folder / "runs" / f"{name}-{DEVICE}-fp32-1"
+    finished(ended(start("--run", out, "--heads", "2", "--device", DEVICE, module="nmtune.head_study")))
+    assert (out / "heads.json").is_file()
+
+
 def planned(text: str) -> float:
     """GiB per process according to the dry run."""
     return float(re.search(r"^memory estimate\s+([\d.]+) GiB", text, re.MULTILINE)[1])

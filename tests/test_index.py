@@ -36,6 +36,13 @@ def test_bytes_of_an_array_of_strings_without_the_array(words: list[str]):
     assert b"".join(strings.utf32(rows=2)) == np.array(words, dtype=None if words else "U1").tobytes()
 
 
+def test_files_are_hashed_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index, "CHUNK", 4)
+    for content in (b"", b"four", b"more than four"):
+        (tmp_path / "file").write_bytes(content)
+        assert index.file_fingerprint(tmp_path / "file") == index.fingerprint(content)
+
+
 def test_rows_of_strings_are_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(index, "CHUNK", 100)  # hashed in many parts
     words = [

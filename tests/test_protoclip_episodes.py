@@ -1,4 +1,4 @@
-"""Episodes: drawn rows, captions and views, compared with the numbers of the authors' code."""
+"""Episodes: drawn samples, captions and views, compared with the numbers of the authors' code."""
 
 import csv
 import dataclasses

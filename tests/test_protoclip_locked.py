@@ -95,13 +95,13 @@ def test_features_in_memory_are_those_of_whole_images(cfg: config.Config):
     episodes.draw(0)
     for what in ("extract", "train"):
         for index, features, *_ in episodes.loader(what):
-            rows = episodes.rows[index].tolist()
-            images = torch.stack([view(data.read_or_next(episodes.pairs, row, []).image) for row in rows])
+            samples = episodes.samples[index].tolist()
+            images = torch.stack([view(data.read_or_next(episodes.pairs, i, []).image) for i in samples])
             with torch.no_grad():
                 torch.testing.assert_close(features, model.visual.trunk(images), atol=1e-4, rtol=1e-4)
 
 
-def test_a_trunk_that_sees_every_view_stays_as_it_is(cfg: config.Config):
+def test_a_locked_trunk_stays_unchanged_without_stored_features(cfg: config.Config):
     views = {"keep_in_memory": False, "distinct_captions": False, "crop": (0.7, 1.0)}
     out = train.main(dataclasses.replace(cfg, **views))
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"]
@@ -109,7 +109,7 @@ def test_a_trunk_that_sees_every_view_stays_as_it_is(cfg: config.Config):
     assert same(trunk, tensors(pretrained.efficientnet_lite0())) and len(metrics(out)) == 2
 
 
-def test_protoclip_goes_on_where_it_stopped_and_is_evaluated_without_the_package(
+def test_a_locked_run_resumes_and_is_evaluated_without_the_package(
     cfg: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     external = {"w_proto": 1.0, "w_external": 1.0, "external_teacher": str(TEACHER)}
@@ -146,7 +146,7 @@ def test_protoclip_goes_on_where_it_stopped_and_is_evaluated_without_the_package
     evaluation.export_run(str(outs[0]), str(tmp_path / "exported"), "RN50")  # checks features and preprocessing
 
 
-def test_what_cannot_be_locked_is_refused(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_lock_needs_its_model_and_package(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     result = in_process("emoji-clip", *TINY, "--lock-image", "--out", tmp_path / "run")
     assert result.code == 2 and one_sentence(result.err)
     assert "--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not ViT-test" in result.err

@@ -247,7 +247,7 @@ def own_rows_of_rank(rank: int, path, with_grad: bool) -> dict:
 
 
 @pytest.mark.golden("protoclip", "distributed_loss")
-def test_own_rows_have_the_gradients_of_all_rows(case, tmp_path):
+def test_loss_of_own_samples_has_the_gradients_of_the_global_batch(case, tmp_path):
     """Features' gradients are upstream's; without gradient to other ranks' features, each passes on 1/W of its own.
     Averaged over ranks, as DDP does, the temperatures' gradients are upstream's, too."""
     with_grad = bool(case["gather_with_grad"])

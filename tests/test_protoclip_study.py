@@ -51,7 +51,7 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     evaluation.main(cfg)
 
 
-def test_the_pretrained_tower_is_a_bar_for_its_own_arms_alone():
+def test_floors_of_the_pretrained_tower_apply_to_its_own_arms_only():
     floors = {floor.name: floor.arms for floor in study.FLOORS}
     assert floors["nearest neighbour on EfficientNet-Lite0"] == study.LITE0 and floors["chance"] == ()
     arms = {arm.name: arm for arm in study.ARMS}

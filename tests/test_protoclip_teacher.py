@@ -59,7 +59,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="a row of features for each sample"):
         Teacher(saved(np.zeros(3)))
     pairs = type("Pairs", (), {"broken": ["one"], "__len__": lambda self: 3})()
-    with pytest.raises(ValueError, match="features by row, but 1 samples of the data were left out"):
+    with pytest.raises(ValueError, match="in the order of the data, but 1 samples were left out"):
         Teacher(saved(np.zeros((4, 2)))).find(pairs, np.arange(3))
     with pytest.raises(ValueError, match="features that are not finite"):
         Teacher(saved(np.full((4, 2), np.nan))).find(pairs, np.arange(3))
@@ -127,7 +127,7 @@ def keys_alone(keys: Strings):
     return type("Pairs", (), {"keys": keys, "broken": (), "__len__": lambda self: len(keys)})()
 
 
-def test_files_that_are_none(tmp_path: Path):
+def test_files_that_are_no_teacher_files_are_refused(tmp_path: Path):
     np.savez(tmp_path / "pickled.npz", keys=np.array(["a"]), features=np.array([[{}]]))
     np.savez(tmp_path / "keyless.npz", features=np.zeros((1, 1)))
     (tmp_path / "text.npz").write_text("features")

@@ -166,10 +166,10 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
         and f" of {size:,}, {kept} pairs; undamaged shards have 10" in said
     )
     (tmp_path / "1_stats.json").write_text('{"successes": 12}')
-    assert f"{kept} pairs of the 12 in its _stats.json" in pairs.cut()[0]
+    assert f"{kept} pairs of the 12 in its _stats.json" in pairs.damaged()[0]
     data.say_left_out(pairs)  # of stages before training
     first, second = capsys.readouterr().out.splitlines()
-    assert first == pairs.cut()[0] and "1 broken sample, left out: " in second
+    assert first == pairs.damaged()[0] and "1 broken sample, left out: " in second
     data.say_damaged(["a"] * 7)
     assert capsys.readouterr().out.splitlines() == [*"aaaaa", "2 more shards are truncated or damaged"]
     with pytest.raises(ValueError, match="--strict: sample"):

@@ -11,10 +11,10 @@ from test_tinyclip_model import TEXT, VISION, example, some_masks, tiny
 from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import (
     CONFIGS,
+    config_beside,
     convert_state_dict,
     geometry,
     open_clip_config,
-    said_beside,
     statistics_beside,
     weights_file,
 )
@@ -126,7 +126,7 @@ def test_statistics_of_images(tmp_path: Path):
 def test_what_transformers_leaves_out_of_a_configuration(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"text_config": {"hidden_act": "gelu"}, "vision_config": {}}')
     with pytest.raises(ValueError, match="use gelu or both quick_gelu"):  # the other's is quick_gelu
-        said_beside(tmp_path / "model.safetensors", transformers=True)
+        config_beside(tmp_path / "model.safetensors", transformers=True)
     (tmp_path / "config.json").write_text('{"text_config": {}, "vision_config": {"hidden_size": 384}}')
-    said = said_beside(tmp_path / "model.safetensors", transformers=True)
+    said = config_beside(tmp_path / "model.safetensors", transformers=True)
     assert said == {"quick_gelu": True, "head_width": (32, 64)}

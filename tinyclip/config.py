@@ -93,8 +93,8 @@ class Config(Stage):
     """A stage, its data and models, and the settings of its run."""
 
     out: str = "runs/tinyclip/run"
-    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt, and at the end model.pt (only the weights).
-    With a checkpoint in it, the run resumes."""
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt, at `prune_step` masks.pt, and at the end
+    model.pt (only the weights). With a checkpoint in it, the run resumes."""
     data: str = ""
     """Training pairs: shards 'laion/{0000..4140}.tar', a folder of them, or a .tsv with columns title and filepath."""
     dataset_size: int | None = None
@@ -134,8 +134,8 @@ class Config(Stage):
     augmentation: Literal["crop", "none"] = "crop"
     """crop: a random crop. none: the evaluation transform."""
     crop: tuple[float, float] = (0.9, 1.0)
-    """Smallest and largest area of a random crop as a share of the image's. With --keep-in-memory up to 4: pixels
-    outside the image repeat its edge."""
+    """Smallest and largest area of a random crop as a share of the image's. With --keep-in-memory it may be up to 4:
+    beyond the image, its edge pixels are repeated."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width/height ratio of a random crop."""
     keep_in_memory: bool = False
@@ -212,36 +212,36 @@ EMOJI_RESNET = replace(
 CONTRASTIVE = dict(teacher=None, alpha=0.0)
 PRESETS = {
     "small-teacher": ("a teacher for `small`: a CLIP trained from scratch on your own --data", SMALL_TEACHER),
-    "small": ("half of a --teacher by hand, inherited, affinity mimicking, on your own --data", SMALL),
-    "small-contrastive": ("the same student, contrastive loss", replace(SMALL, alpha=0.0)),
+    "small": ("half of --teacher, inherited by hand with --init, affinity mimicking, on your own --data", SMALL),
+    "small-contrastive": ("student of `small`, contrastive loss", replace(SMALL, alpha=0.0)),
     "small-auto": ("as small as `small`, by learned masks", SMALL_AUTO),
-    "emoji": ("half a ViT by hand, inherited, affinity mimicking, on scenes; a minute on a CPU core", EMOJI),
+    "emoji": ("half a ViT, inherited by hand, affinity mimicking, on scenes; a minute on a CPU core", EMOJI),
     "emoji-teacher": (
-        "its teacher: a CLIP trained from scratch with the contrastive loss",
+        "the teacher of `emoji`: a CLIP trained from scratch with the contrastive loss",
         replace(SMALL_TEACHER, **SCENES),
     ),
-    "emoji-contrastive": ("the same student and weights, contrastive loss", replace(EMOJI, **CONTRASTIVE)),
+    "emoji-contrastive": ("student and initial weights of `emoji`, contrastive loss", replace(EMOJI, **CONTRASTIVE)),
     "emoji-auto": ("as small as `emoji`, by learned masks", EMOJI_AUTO),
-    "emoji-resnet": ("half a ResNet by hand, inherited, affinity mimicking, on emoji names", EMOJI_RESNET),
+    "emoji-resnet": ("half a ResNet, inherited by hand, affinity mimicking, on emoji names", EMOJI_RESNET),
     "emoji-resnet-teacher": (
-        "its teacher: a CLIP trained from scratch with the contrastive loss",
+        "the teacher of `emoji-resnet`: a CLIP trained from scratch with the contrastive loss",
         replace(
             EMOJI_RESNET, **CONTRASTIVE, model="emoji-resnet-100", init=None, steps=510, warmup=80, eval_every=51
         ),
     ),
     "emoji-resnet-contrastive": (
-        "the same student and weights, contrastive loss", replace(EMOJI_RESNET, **CONTRASTIVE)
+        "student and initial weights of `emoji-resnet`, contrastive loss", replace(EMOJI_RESNET, **CONTRASTIVE)
     ),
     "auto-63M-31M": ("ViT-B/32 100 -> 75 %, LAION-400M", AUTO),
     "auto-45M-18M": (
-        "its 75 -> 50 %",
+        "from auto-63M-31M, 75 -> 50 %",
         replace(
             AUTO, model="TinyCLIP-auto-ViT-45M-32-Text-18M", init=FIRST.format("auto-63M-31M"), start_sparsity=0.25,
             target_sparsity=0.5, prune_step=5_000,
         ),
     ),
     "auto-22M-10M": (
-        "its 50 -> 25 %",
+        "from auto-45M-18M, 50 -> 25 %",
         replace(
             AUTO, model="TinyCLIP-auto-ViT-22M-32-Text-10M", init=FIRST.format("auto-45M-18M"), start_sparsity=0.5,
             target_sparsity=0.75, prune_step=8_000,
@@ -249,12 +249,12 @@ PRESETS = {
     ),
     "manual-61M-29M": ("ViT-B/32 by hand 100 -> 75 %, LAION-400M", MANUAL),
     "manual-40M-19M": (
-        "its 75 -> 50 %, 6 epochs as in the script (the released file was named epoch 16)",
+        "from manual-61M-29M, 75 -> 50 %, 6 epochs as in the script (the released file was named epoch 16)",
         replace(MANUAL, model="TinyCLIP-ViT-40M-32-Text-19M", init=FIRST.format("manual-61M-29M")),
     ),
     "resnet-30M-29M": ("RN50 by hand 100 -> 75 %, LAION-400M", RESNET),
     "resnet-19M-19M": (
-        "its 75 -> 50 %, 12 epochs as the released file was named",
+        "from resnet-30M-29M, 75 -> 50 %, 12 epochs as in the name of the released file",
         replace(RESNET, model="TinyCLIP-ResNet-19M-Text-19M", init=FIRST.format("resnet-30M-29M"), steps=146_484),
     ),
     "yfcc-39M-19M": ("ViT-B/16 by hand, YFCC-15M, 25 epochs; teacher, first weights and batch unverified", YFCC),
@@ -280,30 +280,34 @@ def check(cfg: Config, world_size: int) -> None:
             "affinity mimicking needs --teacher, which 'python -m tinyclip.train small-teacher' trains; without one "
             "pass --alpha 0"
         )
-    asked = cfg.alpha > 0 or cfg.use_teacher_image or cfg.use_teacher_text
-    for name in ("teacher", "init") if asked else ("init",):
-        source = getattr(cfg, name)
-        if source is None or named(source) or (name == "init" and (Path(cfg.out) / "checkpoint.pt").exists()):
-            continue
-        path = Path(source.removeprefix(export.LOCAL))
-        own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
-        if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
-            raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
-        if own and path.is_dir() and weights_file(path) == path:
-            raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
-        if not path.exists():
-            preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
-            raise ValueError(
-                f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip"
-                + (
-                    f"; 'python -m tinyclip.train {preset} --out PATH' trains the emoji one"
-                    if "emoji" in cfg.model and "teacher" in Path(source).name
-                    else ""
-                )
-            )
+    if cfg.alpha > 0 or cfg.use_teacher_image or cfg.use_teacher_text:
+        check_source(cfg, "teacher")
+    if not (Path(cfg.out) / "checkpoint.pt").exists():  # else the run resumes, without --init
+        check_source(cfg, "init")
     cli.check_batch(cfg, world_size)
     cli.check_in_memory(cfg)
     cli.check_crop(cfg)
+
+
+def check_source(cfg: Config, name: Literal["teacher", "init"]) -> None:
+    """Raise ValueError if --teacher or --init is a path that does not exist or holds no weights of a finished run."""
+    source = getattr(cfg, name)
+    if source is None or named(source):
+        return
+    path = Path(source.removeprefix(export.LOCAL))
+    own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
+    if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
+        raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
+    if own and path.is_dir() and weights_file(path) == path:
+        raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
+    if not path.exists():
+        hint = ""
+        if "emoji" in cfg.model and "teacher" in path.name:
+            preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
+            hint = f"; 'python -m tinyclip.train {preset} --out PATH' trains the emoji one"
+        raise ValueError(
+            f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip{hint}"
+        )
 
 
 def check_stage(cfg: Config) -> None:

@@ -179,12 +179,9 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
     model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path)
     config = open_clip_config(model.geometry)
     if config is None:
-        has = (
-            "its image tower is a plain ResNet"
-            if "block" in model.geometry["vision"]
-            else ("its masks left layers of different widths")
-        )
-        raise ValueError(f"{path} cannot be exported: {has}, which open_clip does not support")
+        plain = "block" in model.geometry["vision"]
+        why = "its image tower is a plain ResNet" if plain else "its masks left layers of different widths"
+        raise ValueError(f"{path} cannot be exported: {why}, which open_clip does not support")
     export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
 
 
@@ -200,15 +197,15 @@ def probes(
 ) -> dict[str, float]:
     """`linear_probe` of each set, {"set/probe_top1": ...}."""
     found = {}
-    for splits in sets:
+    for train, test in sets:
         features_and_labels = []
-        for split, images in zip(("train", "test"), splits, strict=True):
+        for split, images in (("train", train), ("test", test)):
             batches = images.batches(cfg.batch_size, cfg.workers, device)
             features_and_labels += zeroshot.extract_image_features(
                 model.encode_image, batches, device, dtype, f"{images.name} {split}"
             )
         metrics = linear_probe(*features_and_labels, cfg.probe_c)
-        found |= {f"{images.name}/{metric}": value for metric, value in metrics.items()}
+        found |= {f"{test.name}/{metric}": value for metric, value in metrics.items()}
     return found
 
 

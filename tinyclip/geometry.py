@@ -145,7 +145,7 @@ def from_transformers(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
             fused[f"{match[1]}in_proj_{match[3]}"][match[2]] = value
         elif not name.endswith("position_ids"):  # older files have this constant 0, 1, 2, ...
             converted[name] = value.T if name in ("visual.proj", "text_projection") else value
-    return converted | {name: torch.cat([part[x] for x in "qkv" if x in part]) for name, part in fused.items()}
+    return converted | {name: torch.cat([qkv[x] for x in "qkv" if x in qkv]) for name, qkv in fused.items()}
 
 
 # Weight files of our run folders, and of folders that open_clip and transformers write
@@ -160,7 +160,7 @@ def weights_file(path: Path) -> Path:
     return next((path / name for name in WEIGHTS if (path / name).exists()), path)
 
 
-def said_beside(file: Path, transformers: bool) -> dict:
+def config_beside(file: Path, transformers: bool) -> dict:
     """Read quick_gelu and head_width (image, text) from the configuration beside a weight file of transformers
     (config.json) or open_clip (open_clip_config.json); {} if there is no configuration. Shapes do not contain them.
 
@@ -169,16 +169,16 @@ def said_beside(file: Path, transformers: bool) -> dict:
     path = file.with_name("config.json" if transformers else "open_clip_config.json")
     if not path.is_file():
         return {}
-    said = read_json(path)
+    config = read_json(path)
     try:
         if not transformers:
-            vision, text = said["model_cfg"]["vision_cfg"], said["model_cfg"]["text_cfg"]
+            vision, text = config["model_cfg"]["vision_cfg"], config["model_cfg"]["text_cfg"]
             widths = vision.get("head_width", 64), text.get("width", 512) // text.get("heads", 8)
-            return {"quick_gelu": bool(said["model_cfg"].get("quick_gelu", False)), "head_width": widths}
+            return {"quick_gelu": bool(config["model_cfg"].get("quick_gelu", False)), "head_width": widths}
         # The file omits values that equal the defaults of transformers' CLIPVisionConfig and CLIPTextConfig
         common = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-        vision = common | {"hidden_size": 768, "num_attention_heads": 12} | said["vision_config"]
-        text = common | {"hidden_size": 512, "num_attention_heads": 8} | said["text_config"]
+        vision = common | {"hidden_size": 768, "num_attention_heads": 12} | config["vision_config"]
+        text = common | {"hidden_size": 512, "num_attention_heads": 8} | config["text_config"]
         activations, eps = ({tower[key] for tower in (vision, text)} for key in ("hidden_act", "layer_norm_eps"))
         if activations not in ({"gelu"}, {"quick_gelu"}) or eps != {1e-5}:
             raise ValueError(f"{path}: both towers must use gelu or both quick_gelu, and LayerNorms of eps 1e-5")
@@ -196,11 +196,11 @@ def statistics_beside(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]
         ("preprocessor_config.json", "image_mean", "image_std"),
     ):
         path = file.with_name(name)
-        said = read_json(path) if path.is_file() else {}
-        said = said.get("preprocess_cfg", said)
-        if mean in said and std in said:
+        config = read_json(path) if path.is_file() else {}
+        config = config.get("preprocess_cfg", config)
+        if mean in config and std in config:
             try:
-                found = tuple(tuple(float(value) for value in said[key]) for key in (mean, std))
+                found = tuple(tuple(float(value) for value in config[key]) for key in (mean, std))
             except (TypeError, ValueError):
                 found = ((), ())
             if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
@@ -209,7 +209,7 @@ def statistics_beside(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]
     return CLIP_STATISTICS
 
 
-def said_by_trainer(args: object) -> dict:
+def config_of_trainer(args: object) -> dict:
     """Read quick_gelu from `args`, the command line that the authors' trainer stores in its files; {} if it is None.
     U:training/train.py:674, U:open_clip/factory.py:111, 127."""
     if not hasattr(args, "force_quick_gelu"):
@@ -266,7 +266,7 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
     except KeyError as error:
         raise ValueError(f"these are not the weights of a CLIP: {error.args[0]} is missing") from error
     except IndexError as error:
-        raise ValueError("these are not the weights of a CLIP: a table or projection has too few axes") from error
+        raise ValueError("these are not the weights of a CLIP: an embedding or projection has too few axes") from error
 
 
 def open_clip_config(shape: Mapping) -> dict | None:

@@ -267,8 +267,8 @@ def prune_ends(state: dict, prefix: str, kept: Tensor, zk: Tensor, exact: bool) 
         state["token_embedding.weight"] = state["token_embedding.weight"][:, kept] * zk
     state[prefix + "positional_embedding"] = state[prefix + "positional_embedding"][:, kept] * zk
     for name in ("visual.ln_pre", "visual.ln_post") if prefix else ("ln_final",):
-        for part in (f"{name}.weight", f"{name}.bias"):
-            state[part] = state[part][kept]
+        for key in (f"{name}.weight", f"{name}.bias"):
+            state[key] = state[key][kept]
     projection = "visual.proj" if prefix else "text_projection"
     state[projection] = state[projection][kept] * (1 if exact else zk[:, None])
     return state
@@ -299,7 +299,7 @@ def prune_mlp(block: dict, kept: Tensor, zk: Tensor, z_int: Tensor, ffn: Tensor)
     return new
 
 
-# Axes of a pruned network that masks leave as they are
+# Tensors with an axis of positions, tokens, embedding dimensions or pixels, which pruning does not shorten: that axis
 WHOLE = {
     "visual.positional_embedding": 0, "positional_embedding": 0, "token_embedding.weight": 0, "visual.proj": 1,
     "text_projection": 1, "visual.conv1.weight": 2,
@@ -324,17 +324,17 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
             if "resblocks" not in name:
                 raise ValueError(f"the pruned weights lack {name}")
             continue
-        part = small[name].to(full.device)
-        if ".attn.in_proj_" in name and part.numel():
+        pruned = small[name].to(full.device)
+        if ".attn.in_proj_" in name and pruned.numel():
             tower = model.geometry["vision" if name.startswith("visual") else "text"]
             split = (3, -1, block_sizes(tower)[0])
-            full, part = full.unflatten(0, split), part.unflatten(0, split)
-        pairs = enumerate(zip(full.shape, part.shape, strict=True))
-        if any(a < b or (a > b and axis == WHOLE.get(name)) for axis, (a, b) in pairs):
+            full, pruned = full.unflatten(0, split), pruned.unflatten(0, split)
+        sizes = enumerate(zip(full.shape, pruned.shape, strict=True))
+        if any(a < b or (a > b and axis == WHOLE.get(name)) for axis, (a, b) in sizes):
             raise ValueError(
                 f"{name} of the pruned network, {tuple(small[name].shape)}, does not fit {tuple(state[name].shape)}"
             )
-        full[tuple(slice(0, size) for size in part.shape)] = part
+        full[tuple(slice(0, size) for size in pruned.shape)] = pruned
     masks = {"image": image_mask, "text": text_mask}
     for tower, prefix, shape in named_towers(model.geometry):
         mask, head_width = masks[tower], block_sizes(shape)[0]

@@ -30,11 +30,11 @@ from shared.resnet import resnet7_small
 from tinyclip.geometry import (
     CONFIGS,
     block_sizes,
+    config_beside,
+    config_of_trainer,
     convert_state_dict,
     geometry,
     of_transformers,
-    said_beside,
-    said_by_trainer,
     tower_of,
     weights_file,
 )
@@ -53,7 +53,7 @@ def affinity_logits(
 ) -> tuple[Tensor, Tensor]:
     """A = s I T^T and s T I^T, (B, N) each in fp32: this process's samples (rows) against those of all processes.
 
-    Entries where `left_out` (B, N) is True have the smallest number, so that a softmax over a row is 0 there.
+    Where `left_out` (B, N) is True, the entry is the smallest number, so that a softmax over a row is 0 there.
     """
     image, text = image.float(), text.float()
     if gather is None:
@@ -75,10 +75,9 @@ def affinity_mimicking_loss(
     """(L_i2t, L_t2i): cross entropy of the student's affinities with the teacher's as soft targets.
     U:open_clip/clip_soft_loss.py:54.
 
-    L_i2t = -1/B sum_i sum_j softmax(A')_ij log softmax(A)_ij, A (B, N) of unit features (B, D), A' of the teacher's
-    (B, D').
-    The mean over processes is the loss on all N pairs. For a student equal to the teacher the loss is the teacher's
-    entropy, not 0.
+    L_i2t = -1/B sum_i sum_j softmax(A')_ij log softmax(A)_ij, with A (B, N) from unit features (B, D) and A' from the
+    teacher's (B, D'). The mean over processes is the loss on all N pairs. For a student equal to the teacher the loss
+    is the teacher's entropy, not 0.
     """
     to_text, to_image = affinity_logits(image, text, scale, gather, left_out)
     with torch.no_grad():
@@ -96,9 +95,9 @@ def clip_loss(
     return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
 
 
-def own_columns(rows: Tensor, gather: Gather | None) -> Tensor:
-    """Positions of this process's B rows among the gathered ones, (B,)."""
-    return run.own_columns(rows) if gather is not None else torch.arange(len(rows), device=rows.device)
+def own_columns(samples: Tensor, gather: Gather | None) -> Tensor:
+    """Positions of this process's B samples among the gathered ones, (B,)."""
+    return run.own_columns(samples) if gather is not None else torch.arange(len(samples), device=samples.device)
 
 
 def equal_captions(tokens: Tensor, gather: Gather | None = None) -> Tensor:
@@ -139,13 +138,15 @@ class Gates(NamedTuple):
     mha: Tensor | None = None  # ()
     ffn: Tensor | None = None  # ()
 
-    def rows(self, block: Tensor | None) -> Tensor | None:
-        """(H,) or (): factor of a block's output, z_h times the block's own gate."""
-        return self.hidden if block is None else block if self.hidden is None else self.hidden * block
+    def output(self, block_gate: Tensor | None) -> Tensor | None:
+        """(H,) or (): factor of a block's output, z_h times the block's own gate; None without both."""
+        if self.hidden is None or block_gate is None:
+            return block_gate if self.hidden is None else self.hidden
+        return self.hidden * block_gate
 
 
-def gates(masks: Masks | None) -> Gates:
-    """The gates shared by all layers; `layer_gates` adds the others."""
+def shared_gates(masks: Masks | None) -> Gates:
+    """The gates that all layers share; `layer_gates` adds those of a layer."""
     if not masks or "hidden" not in masks:
         return Gates()
     kept = masks["hidden"] != 0
@@ -190,7 +191,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Self-attention of `heads` heads of width d, which need not fill the width H. U:open_clip/model.py:169, 238."""
+    """Self-attention; `heads` times d need not equal the width H. U:open_clip/model.py:169, 238."""
 
     def __init__(self, width: int, heads: int, head_width: int):
         super().__init__()
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, h, S, d) each
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
         columns = None if gates.heads is None else gates.heads.repeat_interleave(self.head_width)
-        return gated_linear(out, self.out_proj, gates.rows(gates.mha), columns)
+        return gated_linear(out, self.out_proj, gates.output(gates.mha), columns)
 
 
 class MLP(nn.Module):
@@ -218,7 +219,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, gates: Gates) -> Tensor:
         """(B, S, H) -> (B, S, H): every neuron times z_int, the output with its bias times z_h."""
         hidden = self.activation(self.c_fc(x))
-        return gated_linear(hidden, self.c_proj, gates.rows(gates.ffn), gates.intermediate)
+        return gated_linear(hidden, self.c_proj, gates.output(gates.ffn), gates.intermediate)
 
 
 class Block(nn.Module):
@@ -274,7 +275,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
     def forward(self, image: Tensor, masks: Masks | None = None) -> Tensor:
-        shared = gates(masks)
+        shared = shared_gates(masks)
         x = self.conv1(image).flatten(2).transpose(1, 2)  # (B, S-1, H)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
@@ -351,11 +352,11 @@ class CLIP(nn.Module):
     def encode_text(self, text: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, S) int64 -> (B, D) at the end token, the largest id. U:open_clip/model.py:764.
 
-        Attention is causal, so that positions after the last end token of the batch need not be computed. In training
-        on a GPU, `cut_padding` has already cut them, to avoid synchronisation. On a CPU texts are sorted by length into
-        groups, and each group is cut at its own longest text.
+        Attention is causal, so positions after the last end token of the batch need not be computed. In training on a
+        GPU, `cut_padding` has already cut them, to avoid synchronisation. On a CPU, texts are grouped by length, and
+        each group is cut to its longest text.
         """
-        shared, end = gates(masks), text.argmax(dim=-1)
+        shared, end = shared_gates(masks), text.argmax(dim=-1)
         cuts = self.cuts_padding and not (text.is_cuda and self.training)
         length = int(end.max()) + 1 if cuts else text.shape[1]
         groups = GROUPS if text.device.type == "cpu" and len(text) >= 64 else 1
@@ -366,10 +367,10 @@ class CLIP(nn.Module):
         if shared.hidden is not None:
             x = x * shared.hidden
         pooled = []
-        for part, last in zip(x.tensor_split(groups), end.tensor_split(groups), strict=True):
-            part = part if groups == 1 else part[:, : int(last[-1]) + 1]
-            part = self.transformer(part, shared, masks)
-            pooled.append(part[torch.arange(len(part), device=part.device), last])
+        for hidden, ends in zip(x.tensor_split(groups), end.tensor_split(groups), strict=True):
+            hidden = hidden if groups == 1 else hidden[:, : int(ends[-1]) + 1]
+            hidden = self.transformer(hidden, shared, masks)
+            pooled.append(hidden[torch.arange(len(hidden), device=hidden.device), ends])
         pooled = torch.cat(pooled) if groups == 1 else torch.cat(pooled)[order.argsort()]
         features = self.ln_final(pooled, shared) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
@@ -420,7 +421,7 @@ class Student(nn.Module):
         return {"image": self.image_mask.uniforms(), "text": self.text_mask.uniforms()} if self.masks else None
 
     def tower_masks(self, u: dict[str, dict[str, Tensor]] | None = None) -> list[Masks | None]:
-        """(image, text) masks: in training sampled, from the uniform numbers u if given; else as in `eval_masks`."""
+        """Masks of (image, text): in training samples, by the uniform numbers `u` if given; else as in `eval_masks`."""
         towers = {"image": self.image_mask, "text": self.text_mask}
         return [
             None if mask is None else mask.sample(u and u[tower]) if self.training else mask.eval_masks()
@@ -482,8 +483,8 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
-            f"{source} does not hold a CLIP that this code knows (with heads {head_width} wide, unless it says "
-            f"otherwise: --head-width): {checkpoints.one_line(error, 300)}"
+            f"{source} does not hold a CLIP that this code knows (unless the file states the width of heads, it is "
+            f"--head-width {head_width}): {checkpoints.one_line(error, 300)}"
         ) from error
     if model.geometry["quick_gelu"] is None:
         raise ValueError(
@@ -521,7 +522,7 @@ def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], 
         raise ValueError(
             f"{path} holds no weights by name: a checkpoint is a dict of tensors, or has one as state_dict"
         )
-    said = said_by_trainer(content.get("args")) | said_beside(file, of_transformers(state))
+    stated = config_of_trainer(content.get("args")) | config_beside(file, of_transformers(state))
     state = convert_state_dict(state)
     if "masks" in content and content["masks"] is not None:
         raise ValueError(f"{path} is in the middle of learning its masks; let it run past its --prune-step")
@@ -530,6 +531,6 @@ def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], 
     if any("mask." in key for key in state):
         raise ValueError(f"{path} still has its masks; prune it with the authors' code, or load its last stage")
     try:
-        return state, geometry(state, said.pop("head_width", head_width)) | said
+        return state, geometry(state, stated.pop("head_width", head_width)) | stated
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

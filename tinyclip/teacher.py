@@ -31,7 +31,7 @@ def as_clip(source: str) -> str | Path | None:
     config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
-    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # not visible in weights
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # weights do not show it
     return None if strange or odd else folder
 
 
@@ -69,7 +69,7 @@ def digest_of(model: nn.Module | None) -> str | None:
 
 
 class Teacher(nn.Module):
-    """A dual encoder that takes a student's images and tokens and fits them to its own image side and context length.
+    """A dual encoder that fits a student's images and tokens to its own image statistics, side and context length.
 
     model: `encode_image(images)`, `encode_text(tokens)`, `logit_scale`. statistics: mean and std of its images.
     whole_texts: the model needs texts padded to `context`.

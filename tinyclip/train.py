@@ -28,7 +28,6 @@ from torchvision.transforms import InterpolationMode
 from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import cut_padding, set_grad_checkpointing
 from shared.memory import CLIP_STATISTICS
-from shared.run import gather
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage, in_steps  # noqa: F401
 from tinyclip.geometry import CONFIGS, block_sizes, tower_of
@@ -133,8 +132,9 @@ def open_masks(shape: dict, stage: Stage) -> list[L0Mask]:
 def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
     """The student before its first step, and its masks.
 
-    Without --init its weights are random. Otherwise they are inherited, by hand or at random. With masks they are all
-    of the source's, and the masks are open; a pruned source is expanded, with closed masks for the removed slots.
+    Without --init its weights are random. Otherwise they are inherited, by hand or at random. With masks the student
+    takes all weights of the source, and the masks are open; a pruned source is expanded, and the masks of the removed
+    slots are closed.
     """
     clip = CLIP(**student_shape(cfg), quick_gelu=cfg.quick_gelu)
     masks = open_masks(clip.geometry, cfg)
@@ -177,8 +177,8 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
-    """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. This tower, or one that
-    is locked, has no gradients. U:open_clip/model.py:947, 1015.
+    """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. Such a tower or a locked
+    one, gets no gradients. U:open_clip/model.py:947, 1015.
 
     ValueError if the teacher's tower does not fit the student's other tower.
     """
@@ -227,9 +227,9 @@ def ask_teacher(
     teacher: CLIP | Teacher, images: Tensor, tokens: Tensor, stage: Stage, precision: str = "fp32"
 ) -> TeacherOutput:
     """Features of the frozen teacher, and the fixed temperature, or else the teacher's. U:training/train.py:409."""
-    parts = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
+    micro_batches = zip(images.chunk(stage.accumulate), tokens.chunk(stage.accumulate), strict=True)
     with run.autocast(precision, images.device):
-        image, text, (own, *_) = zip(*(teacher(*part) for part in parts), strict=True)
+        image, text, (own, *_) = zip(*(teacher(*inputs) for inputs in micro_batches), strict=True)
     return TeacherOutput(torch.cat(image), torch.cat(text), own if stage.logit_scale is None else stage.logit_scale)
 
 
@@ -241,6 +241,17 @@ def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
     elif finite:
         optimizer.step()
+
+
+def mask_constraint(student: Student, step: int, stage: Stage) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The sparsity loss of the masks at a step, and the values to log."""
+    target = target_sparsity(step, stage.start_sparsity, stage.target_sparsity, stage.sparsity_warmup)
+    loss, expected = sparsity_loss(student.masks, target, stage.joint, stage.two_sided)
+    logged = {"constraint": loss.detach(), "target_sparsity": target, "expected_sparsity": expected.detach()}
+    for tower, mask in (("image", student.image_mask), ("text", student.text_mask)):
+        logged[f"{tower}_sparsity"] = expected_sparsity([mask]).detach()
+        logged[f"{tower}_lambda_1"] = mask.lambda_1.detach().clone()
+    return loss, logged
 
 
 def train_step(
@@ -265,23 +276,18 @@ def train_step(
     (image, text, scale), backward = accumulate.forward(student, (*given, u), stage, precision)
     image = teacher.image if stage.use_teacher_image else image
     text = teacher.text if stage.use_teacher_text else text
-    spread = gather if isinstance(student, DistributedDataParallel) else None
+    gather = run.gather if isinstance(student, DistributedDataParallel) else None
     left_out = None
     if stage.ignore_equal_captions:
         context = bare.clip.geometry["text"]["context_length"]
-        left_out = equal_captions(fitted(tokens, context, whole=True), spread)
+        left_out = equal_captions(fitted(tokens, context, whole=True), gather)
     answer = teacher or (None, None, None)
-    loss = distillation_loss(image, text, scale, *answer, stage.alpha, stage.weight, spread, left_out)
+    loss = distillation_loss(image, text, scale, *answer, stage.alpha, stage.weight, gather, left_out)
     logged = {"loss": loss.detach(), "distillation": loss.detach(), "lr": lr, "logit_scale": scale.detach()}
     constraint = None
     if masks:
-        target = target_sparsity(step, stage.start_sparsity, stage.target_sparsity, stage.sparsity_warmup)
-        constraint, expected = sparsity_loss(masks, target, stage.joint, stage.two_sided)
-        logged |= {"loss": (loss + constraint).detach(), "constraint": constraint.detach()}
-        logged |= {"target_sparsity": target, "expected_sparsity": expected.detach()}
-        for tower, mask in (("image", bare.image_mask), ("text", bare.text_mask)):
-            logged[f"{tower}_sparsity"] = expected_sparsity([mask]).detach()
-            logged[f"{tower}_lambda_1"] = mask.lambda_1.detach().clone()
+        constraint, values = mask_constraint(bare, step, stage)
+        logged |= values | {"loss": (loss + constraint).detach()}
 
     used = [optimizer for optimizer in optimizers if optimizer is not None]
     scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
@@ -408,9 +414,9 @@ class Corpus:
         data.report_broken([*self.broken, *self.memory.broken], self.process, "epoch 1")
         self.broken.clear()
         if teacher is not None and not self.crops:
-            parts = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
-            inputs = ((self.dataset.normalise(pixels), cut_padding(tokens, device)) for pixels, tokens in parts)
-            answers = [ask_teacher(teacher, *batch, self.cfg, precision) for batch in inputs]
+            batches = zip(self.memory.pixels.split(256), self.memory.tokens.split(256), strict=True)
+            inputs = ((self.dataset.normalise(pixels), cut_padding(tokens, device)) for pixels, tokens in batches)
+            answers = [ask_teacher(teacher, *each, self.cfg, precision) for each in inputs]
             image, text, scales = zip(*answers, strict=True)
             self.answer = TeacherOutput(torch.cat(image), torch.cat(text), scales[0])
 
@@ -436,11 +442,12 @@ class Corpus:
 
     def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
         """The same batches from memory, with the teacher's features if there are no crops."""
-        rows, answer = np.arange(len(self.pairs)), self.answer
+        samples, answer = np.arange(len(self.pairs)), self.answer
         view, count = (self.random_views, 4) if self.crops else (lambda pixels, _: self.dataset.normalise(pixels), 0)
         for epoch in epochs:
             order = self.order(epoch, first if epoch == epochs[0] else 0)
-            for index, images, tokens, _ in memory.Views(self.memory, rows, view, count, (self.cfg.seed, epoch), order):
+            views = memory.Views(self.memory, samples, view, count, (self.cfg.seed, epoch), order)
+            for index, images, tokens, _ in views:
                 found = answer and TeacherOutput(answer.image[index], answer.text[index], answer.scale)
                 yield images, tokens, found
 
@@ -451,7 +458,7 @@ class Corpus:
         if not self.cfg.distinct_captions:
             return data.batches(n, size, seed, rank, world_size, start)[: self.steps_per_epoch - start]
         whole = memory.distinct_batches(np.random.default_rng(seed).permutation(n), self.memory.labels, batch)
-        return [rows[rank * size : (rank + 1) * size] for rows in whole[start : self.steps_per_epoch]]
+        return [samples[rank * size : (rank + 1) * size] for samples in whole[start : self.steps_per_epoch]]
 
     def random_views(self, pixels: Tensor, u: Tensor) -> Tensor:
         """Random crops (B, 3, R, R) of images (B, 3, 2R, 2R) uint8, by random numbers (B, 4)."""
@@ -593,15 +600,20 @@ def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) 
     return student
 
 
+def weights_of(student: Student) -> dict:
+    """The content of model.pt, from which `load_clip` rebuilds the network."""
+    return {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
+
+
 def contents(student: Student, corpus: Corpus, done: int) -> dict:
     """What a checkpoint after `done` steps holds besides optimizers and settings."""
-    weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
     masks = [mask.state_dict() for mask in student.masks] or None
-    return weights | {"masks": masks, "step": done, "epoch": done // corpus.steps_per_epoch}
+    return weights_of(student) | {"masks": masks, "step": done, "epoch": done // corpus.steps_per_epoch}
 
 
 def evaluate(student: Student, corpus: Corpus, folder: run.RunFolder, done: int, precision: str) -> None:
-    """Log the zero-shot accuracy after `done` steps. If that fails, save first: a resumed run repeats it alone."""
+    """Log the zero-shot accuracy after `done` steps. If the evaluation fails, a checkpoint is saved, from which the run
+    repeats only the evaluation."""
     if folder.process.main:
         with folder.evaluation(done, unevaluated=True, **contents(student, corpus, done)):
             top1 = corpus.zero_shot_top1(student, precision)
@@ -635,7 +647,7 @@ def main(cfg: Config) -> Path | None:
     folder.start(first, cfg.steps, len(corpus.pairs), data=corpus.pairs.fingerprint, teacher=digest)
     if process.main and not folder.resumed:  # it may be of an earlier run, whose checkpoint.pt was removed
         (folder.path / "model.pt").unlink(missing_ok=True)
-    if cfg.keep_in_memory:  # after the start of the clock: the seconds of a run contain its teacher's forward passes
+    if cfg.keep_in_memory:  # after the start of the clock: a run's seconds include its teacher's forward passes
         corpus.remember(teacher, precision)
 
     if unevaluated and cfg.eval_every:
@@ -662,8 +674,7 @@ def main(cfg: Config) -> Path | None:
         if folder.due(done) and not last:
             folder.save(done, **contents(student, corpus, done))
     if process.main:  # before the last checkpoint, which marks the run as finished
-        weights = {"state_dict": student.clip.state_dict(), "geometry": student.clip.geometry}
-        checkpoints.save_checkpoint(folder.path / "model.pt", weights)
+        checkpoints.save_checkpoint(folder.path / "model.pt", weights_of(student))
     folder.save(cfg.steps, **contents(student, corpus, cfg.steps))
     folder.close("--sets FOLDER")
     return folder.path

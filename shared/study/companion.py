@@ -157,9 +157,9 @@ def read(folder: str) -> Readme:
         part, paper, ours, code, detail = cells
         rows.append(Row(part, paper, ours, code, functions_of(ours, folder), places_of(code), numbers_of(detail)))
     blocks = re.split(r"^\*\*(.+?)\.\*\* ", section(page, "Equations"), flags=re.MULTILINE)
-    said = dict(zip(blocks[1::2], blocks[2::2], strict=True))
+    texts = dict(zip(blocks[1::2], blocks[2::2], strict=True))
     for row in rows:
-        row.text = said.get(row.part, "").strip()
+        row.text = texts.get(row.part, "").strip()
     items = re.split(r"^(\d+)\. ", section(page, "Implementation details"), flags=re.MULTILINE)
     details = {int(n): text.strip() for n, text in zip(items[1::2], items[2::2], strict=True)}
     method = section(page, "The method in one page").split("| part of the paper |")[0]
@@ -302,8 +302,9 @@ def prose(text: str) -> str:
         return f"\n\nEQUATION{len(equations) - 1}END\n\n"
 
     found = markdown.markdown(re.sub(r"^\$\$\n(.*?)\n\$\$$", keep, text, flags=re.M | re.S), extensions=["tables"])
-    put = lambda match: f'<div class="equation">{equations[int(match[1])]}</div>'  # noqa: E731
-    return re.sub(r"<p>EQUATION(\d+)END</p>", put, found)
+    return re.sub(
+        r"<p>EQUATION(\d+)END</p>", lambda match: f'<div class="equation">{equations[int(match[1])]}</div>', found
+    )
 
 
 def anchor(part: str) -> str:

@@ -146,8 +146,8 @@ def captions_of_neighbours(
     (len(texts), words); captions and texts without a known word are zero rows.
     """
     nearest = (test @ train.T).argmax(1)
-    said, asked = (
+    of_images, of_texts = (
         F.normalize(torch.from_numpy(bags.transform(lines).toarray()).float(), dim=-1)
         for lines in ([captions[row] for row in nearest], texts)
     )
-    return said, asked
+    return of_images, of_texts

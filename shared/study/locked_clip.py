@@ -3,7 +3,6 @@ projection, and a text tower. `python -m shared.study.locked_clip RUN --export D
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, export, run
-from shared.clip import trimmed, without_padding
+from shared.clip import random_weights_intended, trimmed, without_padding
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 from shared.study import photos
 
@@ -67,12 +66,11 @@ def create_model(settings: dict) -> nn.Module:
 
     The settings are `model`, the name of its open_clip config, and `max_length`, the most tokens of a caption.
     """
-    logging.disable(logging.WARNING)  # hides the warning that the weights are random
     length = settings["max_length"]
-    model = without_padding(open_clip.create_model(settings["model"], load_weights=False, force_context_length=length))
-    logging.disable(logging.NOTSET)
+    with random_weights_intended():
+        model = open_clip.create_model(settings["model"], load_weights=False, force_context_length=length)
     model.visual.trunk = nn.Identity()
-    return model
+    return without_padding(model)
 
 
 def tokenizer(settings: dict) -> Callable[[list[str]], Tensor]:

@@ -242,9 +242,10 @@ class Study:
         if not floors:
             return {}
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
-        measure = lambda: {  # noqa: E731
-            floor.name: known.get(floor.name) or floor.values(seeds.get(floor.name, ())) for floor in floors
-        }
+
+        def measure() -> dict[str, dict[str, float]]:
+            return {floor.name: known.get(floor.name) or floor.values(seeds.get(floor.name, ())) for floor in floors}
+
         used = sorted({seed for of_floor in seeds.values() for seed in of_floor})
         sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files(used)]
         setting = {"floors": [floor.name for floor in floors], "known": known, "seeds": seeds}

@@ -92,6 +92,28 @@ def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
     return found
 
 
+def scatter_of(
+    claim: Claim,
+    sides: Sequence[Sequence[float]],
+    claims: Iterable[Claim],
+    trained: set[str],
+    sources: Sequence[dict[str, list[dict]]],
+) -> Scatter | None:
+    """The scatter of a claim's difference: that of the pair, or one pooled over the related arms among `trained`,
+    whichever has the most degrees of freedom.
+
+    sides: the metric of the claim's two arms, by seed. sources: arms of these results, and of earlier ones.
+    """
+    differences = [a - b for a, b in zip(*sides, strict=True)]
+    scatters = [own(differences)]
+    if claim.baseline in trained and (len(set(sides[1])) > 1 or len(differences) == 1):
+        # a constant baseline or another metric does not share the effect of a seed
+        comparable = related(claim, claims) & trained  # a stand-in repeats an arm, or is constant
+        for source in sources:
+            scatters.append(pooled({arm: runs for arm, runs in source.items() if arm in comparable}, claim.metric))
+    return max((each for each in scatters if each), key=lambda each: each.df, default=None)
+
+
 def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float | None:
     """Half width of the (1 - level) interval of the mean of n differences; None without scatter."""
     if scatter is None:
@@ -218,7 +240,7 @@ def judged(
     results with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a
     claim's `negligible` is more than half of its effect.
     """
-    claims, real = list(claims), set(arms)
+    claims, trained = list(claims), set(arms)
     arms = arms | other_baselines(claims, arms)
     chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
     found, means = [], []
@@ -227,16 +249,8 @@ def judged(
             raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
         n = min(len(arms[arm]) for arm in (claim.method, claim.baseline))
         sides = [[run[claim.metric] for run in arms[arm][:n]] for arm in (claim.method, claim.baseline)]
-        differences = [a - b for a, b in zip(*sides, strict=True)]
-        scatters = [own(differences)]
-        if claim.baseline in real and (len(set(sides[1])) > 1 or len(differences) == 1):
-            # a constant baseline or another metric does not share the effect of a seed
-            comparable = related(claim, chosen) & real  # a stand-in repeats an arm, or is constant
-            for source in (arms, earlier or {}):
-                few = {arm: runs for arm, runs in source.items() if arm in comparable}
-                scatters.append(pooled(few, claim.metric))
-        scatter = max((each for each in scatters if each), key=lambda each: each.df, default=None)
-        found.append((float(np.mean(differences)), scatter, n))
+        difference = float(np.mean([a - b for a, b in zip(*sides, strict=True)]))
+        found.append((difference, scatter_of(claim, sides, chosen, trained, (arms, earlier or {})), n))
         means.append({"method": float(np.mean(sides[0])), "baseline": float(np.mean(sides[1]))})
     levels = [LEVEL] * len(chosen)
     if together:
