@@ -3,8 +3,9 @@
 Arms train on the 30,000 English captions of Flickr8k, a stand-in for CC12M. They are compared by retrieval on the usual
 1,000 test photographs, and by PatchDis on COCO photographs with instance masks.
 
-Arms and their floors, canonical correlations with words, see photographs at the size of the preset. Another row, which
-no verdict uses, shows this correlation at the size of the other studies' photographs.
+Arms and their floors, canonical correlations with words, see photographs at the size of the preset. No verdict uses two
+further rows: this correlation at the size of the other studies' photographs, and one with the LM's frozen states in
+place of words.
 
 Why the effects can appear: for the same reasons as in study.py, except for new words: test captions use the words of
 the training captions, so a bag of words has no disadvantage.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from lexvla import eval as evaluation
 from lexvla.config import PRESETS
 from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, patches_by_labels, random_patches, rarer
+from lexvla.text import States
 from shared.study import photos, verdicts
 from shared.study.floors import Floor
 from shared.study.report import Comparison
@@ -75,6 +77,14 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     return evaluation.main(evaluation.Config(tuple(runs), sets=(photos.RETRIEVAL,), patchdis=COCO, precision="fp32"))
 
 
+def by_states() -> dict[str, float]:
+    """Canonical correlation of EfficientNet-Lite0, at the size of the arms' photographs, with the LM's frozen states of
+    single captions."""
+    cfg = PRESETS["emoji"][1]
+    states = States(STATES, cfg.lm, cfg.max_length, cfg.prompt_end)
+    return photos.by_correlation([photos.RETRIEVAL], train=DATA, side=SIDE, own=True, of_texts=lambda x: states(x)[0])
+
+
 STUDY = Study(
     folder="lexvla",
     on="photos",
@@ -115,6 +125,11 @@ STUDY = Study(
         Floor(
             f"canonical correlation of EfficientNet-Lite0 at {photos.SIDE} pixels with words",
             lambda: photos.by_correlation([photos.RETRIEVAL]),
+            ceiling=True,
+        ),
+        Floor(
+            f"canonical correlation of EfficientNet-Lite0 at {SIDE} pixels with the LM's states, each caption alone",
+            by_states,
             ceiling=True,
         ),
         Floor("random patches", lambda: random_patches(COCO)),

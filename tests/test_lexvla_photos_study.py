@@ -23,10 +23,12 @@ def test_arms_read_the_same_captions():
 def test_arms_and_their_floor_see_photographs_at_one_size(monkeypatch: pytest.MonkeyPatch):
     sides = []
     monkeypatch.setattr(study.photos, "by_correlation", lambda *_, side=None, **__: sides.append(side) or {})
-    found = study.STUDY.floors[1:4]
+    monkeypatch.setattr(study, "States", lambda *_: None)
+    found = study.STUDY.floors[1:5]
     for floor in found:
         floor.measure()
-    assert sides == [study.SIDE, study.SIDE, None] and [floor.ceiling for floor in found] == [False, False, True]
+    assert sides == [study.SIDE, study.SIDE, None, study.SIDE]
+    assert [floor.ceiling for floor in found] == [False, False, True, True]
     for arm in study.ARMS:
         _, preset, *words = study.STUDY.words(arm, 0)[0]
         assert study.PRESETS[preset][1].image_size == study.SIDE and "--image-size" not in words
