@@ -58,7 +58,7 @@ ELSEWHERE = {  # where each other script is tested
 }
 KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_killed_packing_goes_on",
+    "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_packing_resumes_after_kill",
     "concept_frequency.count": "test_concept_frequency_count.py::test_a_killed_count_resumes",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
     "flame.captioner": "test_flame_captioner.py::test_captions_of_shards_are_a_file_that_embedding_reads",
@@ -127,7 +127,7 @@ def whole(cli, given, folder: Path):
 def trained(out: Path) -> dict:
     """The checkpoint of a run without values that may differ from run to run."""
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
-    return {key: value for key, value in state.items() if key not in ("seconds", "config", "name")}
+    return {key: value for key, value in state.items() if key not in ("seconds", "config", "commit")}
 
 
 def refused(result, *words: str) -> None:

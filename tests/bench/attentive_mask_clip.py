@@ -251,7 +251,7 @@ def to_the_floor(seeds: int) -> None:
     """Seconds on one core until CLIP names scenes better than the nearest training scene by raw pixels does."""
 
     def top1(folder: str) -> float:
-        cfg = evaluation.Config((folder,), sets=tuple(study.MAIN_SETS), probe=None, foreground=None)
+        cfg = evaluation.Config((folder,), sets=tuple(study.sets_of("one")), probe=None, foreground=None)
         return with_means(evaluation.evaluate_run(folder, cfg, CPU), study.MEANS)[study.ONLINE]
 
     baseline_rows(
