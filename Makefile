@@ -113,6 +113,7 @@ reproduce-flame reproduce-all: $(VENV)/.installed-gemma
 endif
 
 reproduce-all: $(VENV)/.installed-$(EXTRAS) data
+	@test -z "$(CORPUS)$(PHOTOS)" || { echo 'make $@ has no CORPUS and PHOTOS: use make reproduce-FOLDER'; exit 2; }
 	$(PY) -m shared.study --seeds $(SEEDS) --arms '$(ARMS)'
 
 # ---- checks

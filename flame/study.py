@@ -570,6 +570,7 @@ def study(llm: str) -> Study:
     """The study with this language model."""
     return Study(
         folder="flame",
+        variables="LLM=gemma" if llm == GEMMA else "",
         paper="FLAME (arXiv 2411.11927)",
         stands_for="CC3M",
         before=before(llm),

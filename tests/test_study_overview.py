@@ -68,6 +68,12 @@ def test_claims_of_abstracts_come_first_and_are_counted():
     beside = [{"paper": "protoclip", "claim": claim, "verdict": "same direction"} for claim in ("absolute", "up")]
     assert "1 of the open ones are resolved, so 3 (100%) have" in overview.settled(found, beside)
     assert overview.by_paper(found, beside) == f"{expected} (on photographs: same direction)."
+    contrary = [{"paper": "protoclip", "claim": "up", "verdict": "not reproduced"}]
+    assert "**Reproduced**: up (on photographs: not reproduced); slope." in overview.by_paper(found, contrary)
+    assert (
+        "(67%) have a verdict on pictures of one kind at least; 1 of those that are resolved on both have another"
+        in (overview.settled(found, contrary))
+    )
 
 
 def test_the_first_table_says_which_pictures_a_study_has():

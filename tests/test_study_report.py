@@ -75,11 +75,13 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     said = sentences((ROOT / file.stem / "README.md").read_text())
     plain = re.sub(r"\*([^*]+)\*", "", said)
     assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
-    study = importlib.import_module(f"{file.stem}.study").STUDY
-    known = {row["claim"] for row in summary["claims"]} | {study.headings[arm] for arm in summary["arms"]}
-    known |= set(summary["floors"]) | set(study.metrics.values())
+    tables = [(importlib.import_module(f"{file.stem}.study").STUDY, summary)]
     if (photographs := ROOT / f"results/photos/{file.name}").is_file():
-        known |= {row["claim"] for row in checkpoints.read_json(photographs)["claims"]}
+        tables.append((importlib.import_module(f"{file.stem}.photos_study").STUDY, checkpoints.read_json(photographs)))
+    known: set[str] = set()
+    for study, found in tables:
+        known |= {row["claim"] for row in found["claims"]} | {study.headings[arm] for arm in found["arms"]}
+        known |= set(found["floors"]) | set(study.metrics.values())
     named = {" ".join(name.split()) for name in re.findall(r"\*([^*]+)\*", said)}
     assert named and named <= known, sorted(named - known)
 

@@ -395,8 +395,10 @@ def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pyt
     Path("paper/study.py").write_text("import sys\nopen('measured.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     once = Once("paper.train build --root {photos}/set --out data/set")
     study = dataclasses.replace(study, on="photos", alone=True, before=(once,), arms=study.arms[:1])
-    with pytest.raises(ValueError, match="--photos DIR, which holds flickr8k"):
+    with pytest.raises(ValueError, match="which holds flickr8k"):
         runner.run(study, runner.Options(seeds=(0,)))
+    with pytest.raises(ValueError, match="--photos is used only with --corpus photos"):
+        runner.run(dataclasses.replace(study, on="emoji"), runner.Options(seeds=(0,), photos="my photographs"))
     runner.run(study, runner.Options(seeds=(0,), photos="my photographs", jobs=1))
     assert order() == ["data/set", "runs/photos/paper/base-seed0"]
     assert Path("measured.txt").read_text() == "--corpus photos --measure runs/photos/paper/base-seed0\n"

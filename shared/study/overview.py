@@ -54,7 +54,8 @@ RESOLVED = [verdict for verdict in ORDER if verdict not in GROUPS["open"]]
 def command(study: Study, summary: dict) -> str:
     """The command that reproduces a study's results; further ones add the seeds that only some arms have."""
     runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
-    where = "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
+    where = f" {study.variables}" if study.variables else ""
+    where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
 
     def line(seeds: Sequence[int], arms: Collection[str], extend: str = "") -> str:
         core = {arm.name for arm in study.chosen("core")}
@@ -112,11 +113,13 @@ def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
     return rows
 
 
-def decided_on_photographs(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """{(paper, claim): verdict on photographs} of the claims that are open in `rows` and resolved in `beside`."""
-    on_photographs = {(row["paper"], row["claim"]): row["verdict"] for row in beside}
-    still_open = [(row["paper"], row["claim"]) for row in rows if row["verdict"] in GROUPS["open"]]
-    return {claim: on_photographs[claim] for claim in still_open if on_photographs.get(claim, "") in RESOLVED}
+def elsewhere(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """{(paper, claim): verdict on photographs} of the claims that are resolved there, and whose verdict in `rows` is of
+    another group, such as open."""
+    group = {verdict: name for name, verdicts in GROUPS.items() for verdict in verdicts}
+    here = {(row["paper"], row["claim"]): group[row["verdict"]] for row in rows}
+    there = {(row["paper"], row["claim"]): row["verdict"] for row in beside if row["verdict"] in RESOLVED}
+    return {claim: verdict for claim, verdict in there.items() if group[verdict] != here.get(claim, group[verdict])}
 
 
 def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
@@ -125,15 +128,18 @@ def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
     beside: rows of the claims on photographs.
     """
     found = {group: in_words(rows, verdicts) for group, verdicts in GROUPS.items()}
-    resolved, too = sum(row["verdict"] in RESOLVED for row in rows), len(decided_on_photographs(rows, beside))
+    resolved, others = sum(row["verdict"] in RESOLVED for row in rows), elsewhere(rows, beside)
+    still_open = {(row["paper"], row["claim"]) for row in rows if row["verdict"] in GROUPS["open"]}
+    too = len(others.keys() & still_open)
     numbers = "; ".join(f"{group}: {words}" for group, words in found.items() if words)
     photographs = (
         f" On photographs, {too} of the open ones are resolved, so {resolved + too} "
-        f"({(resolved + too) / len(rows):.0%}) have a verdict on pictures of one kind at least."
+        f"({(resolved + too) / len(rows):.0%}) have a verdict on pictures of one kind at least; {len(others) - too} of "
+        "those that are resolved on both have another one on photographs."
     )
     return (
         f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
-        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if too else ''} A verdict is "
+        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''} A verdict is "
         "resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed beforehand. "
         "With five or more seeds, intervals are widened so that all verdicts on a paper's abstract hold together at "
         "95 %."
@@ -141,10 +147,9 @@ def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
 
 
 def by_paper(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """A list with an item for each paper: its primary claims by verdict; open ones with that on photographs, if one is
-    resolved there."""
+    """A list with an item for each paper: its primary claims by verdict, and the verdicts of `elsewhere`."""
     items: dict[str, dict[str, list[str]]] = {}
-    too = decided_on_photographs(rows, beside)
+    too = elsewhere(rows, beside)
     for row in sorted(rows, key=lambda row: (row["paper"], ORDER.index(row["verdict"]))):
         also = too.get((row["paper"], row["claim"]))
         name = row["claim"] + (f" (on photographs: {also})" if also else "")
@@ -170,8 +175,12 @@ def asked_twice(summaries: dict[str, dict], photographs: dict[str, dict]) -> lis
 
 def agreement(rows: list[dict[str, str]]) -> str:
     """Sentence with the number of claims whose two verdicts are equal."""
-    same = sum(row["on emoji or scenes"] == row["on photographs"] for row in rows)
-    return f"{len(rows)} claims were tested on both kinds of pictures; {same} of them have the same verdict on both:"
+    same = [row["on photographs"] for row in rows if row["on emoji or scenes"] == row["on photographs"]]
+    open_too = sum(verdict in GROUPS["open"] for verdict in same)
+    return (
+        f"{len(rows)} claims of the same name were tested on both kinds of pictures. {len(same)} have the same verdict "
+        f"on both, of which {open_too} are open on both:"
+    )
 
 
 def named_arms(study: Study, summary: dict) -> dict[str, dict]:

@@ -96,6 +96,8 @@ class Study:
     """Run folders -> {metric: number} of each, in the same order."""
     metrics: dict[str, str]
     """Metrics of the table of arms: key -> heading."""
+    variables: str = ""
+    """Variables of make in the command that reproduces the results, such as the language model that was chosen."""
     alone: bool = False
     """Whether `evaluate` measures each run independently and caches the result; runs are then measured in parallel."""
     derive: Callable[[report.Comparison], None] = lambda found: None
@@ -441,8 +443,11 @@ def run(study: Study, options: Options) -> None:
     earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
     if study.on == "photos" and options.photos is None:
         raise ValueError(
-            "--corpus photos needs your own copy of the photographs: --photos DIR, which holds flickr8k, pacs, ..."
+            "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "
+            "flickr8k, pacs, ..."
         )
+    if study.on != "photos" and options.photos is not None:
+        raise ValueError("--photos is used only with --corpus photos (CORPUS=photos with make)")
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}

@@ -15,7 +15,7 @@ from scipy.stats import t as student_t
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
     "has not learned": "the stronger of the two arms is not above its floors, which need no training (chance, raw "
-    "pixels, the nearest neighbour by its pretrained tower)",
+    "pixels, the nearest neighbour by its pretrained tower, canonical correlation)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
     "reproduced": "the whole interval lies on the paper's side; if the paper's difference has the same unit, the "
     "interval (before Holm's correction) reaches it",
