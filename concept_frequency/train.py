@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from concept_frequency.config import PRESETS, Config, check
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import accumulate, checkpoints, cli, data, export, run
-from shared.clip import image_side, random_weights_intended, trimmed, without_padding
+from shared.clip import image_side, quiet_open_clip, trimmed, without_padding
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -168,7 +168,7 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
     """A randomly initialised open_clip model whose text tower accepts captions without padding."""
     export.open_clip_config(name)
     override = {} if image_size is None else {"force_image_size": image_size}
-    with random_weights_intended():
+    with quiet_open_clip():
         return without_padding(open_clip.create_model(name, load_weights=False, **override))
 
 

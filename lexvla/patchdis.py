@@ -17,7 +17,6 @@ import dataclasses
 import io
 import itertools
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from torchvision import transforms
 from lexvla.model import lexical_map
 from lexvla.plots import ClassMap, plot_class_maps
 from shared import checkpoints, cli, data, evaluation, export, run
+from shared.clip import quiet_open_clip
 
 IGNORE = 65535  # value of unlabelled pixels in 16-bit masks; in 8-bit masks 255
 DRAWN = 6  # number of images with drawn predictions
@@ -263,15 +263,13 @@ def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
     model_name, _, tag = name.partition("@")
     if not tag and not name.startswith("local-dir:"):
         raise ValueError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
-    logging.disable(logging.WARNING)
     try:
-        quick = export.quick_gelu(model_name, tag)
-        model = open_clip.create_model(model_name, pretrained=tag or None, force_quick_gelu=quick).to(device).eval()
-        tokenizer = open_clip.get_tokenizer(model_name)
+        with quiet_open_clip():
+            quick = export.quick_gelu(model_name, tag)
+            model = open_clip.create_model(model_name, pretrained=tag or None, force_quick_gelu=quick).to(device).eval()
+            tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # open_clip, safetensors and pickle raise many kinds
         raise ValueError(f"{name} is no MODEL@TAG that open_clip can load: {error}") from error
-    finally:
-        logging.disable(logging.NOTSET)
     visual = model.visual
     if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool is not None:
         raise ValueError(f"{name} has a {type(visual).__name__}: PatchDis needs a ViT whose patches can be projected")

@@ -10,7 +10,6 @@ have released no code. A finished file is not overwritten.
 
 import csv
 import dataclasses
-import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from nmtune.datasets import LabelledImages, open_labelled, open_test
 from nmtune.features import encode_set, split_encoder
 from nmtune.model import load_encoder
 from shared import checkpoints, cli, run
+from shared.index import file_fingerprint
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
@@ -264,7 +264,7 @@ def fingerprint(path: str) -> str:
     """Hash of a file's content. FileNotFoundError if the file does not exist."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    return file_fingerprint(Path(path))
 
 
 if __name__ == "__main__":

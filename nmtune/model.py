@@ -30,7 +30,7 @@ from torchvision import transforms
 
 from nmtune.config import PretrainConfig
 from shared import checkpoints, data
-from shared.clip import image_side, random_weights_intended, without_padding
+from shared.clip import image_side, quiet_open_clip, without_padding
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
 from shared.resnet import ARCHITECTURE
 from shared.zeroshot import build_classifier
@@ -362,7 +362,7 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, na
 
 def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
     """(open_clip model that returns a dict, training and evaluation transform); weights by tag, or random."""
-    with random_weights_intended():  # or replaced later
+    with quiet_open_clip():  # about random weights, which are intended or replaced later
         return open_clip.create_model_and_transforms(
             name, pretrained=tag, output_dict=True, force_quick_gelu=tag == "openai"
         )

@@ -8,7 +8,6 @@ sample's features in the written file by the sample's key.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints, cli, data, pretrained, run
-from shared.index import Lookup, Strings
+from shared.index import Lookup, Strings, hashed
 
 
 @dataclasses.dataclass
@@ -262,10 +261,7 @@ def all_captions(pairs: data.Shards | data.TSV) -> Strings:
 
 def fingerprint(captions: Strings) -> str:
     """`data.fingerprint` of the captions, one per line, computed without joining them."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in range(len(captions)):
-        digest.update(b"\n" * (row > 0) + captions.bytes_of(row))
-    return digest.hexdigest()
+    return hashed(b"\n" * (row > 0) + captions.bytes_of(row) for row in range(len(captions)))
 
 
 def load_encoder(name: str):

@@ -1,4 +1,4 @@
-"""open_clip's CLIP: a text tower that skips padding, the image size, activation checkpointing, no needless warning."""
+"""open_clip's CLIP: a text tower that skips padding, the image size, activation checkpointing, no warnings."""
 
 import contextlib
 import functools
@@ -16,8 +16,8 @@ GROUPS = 4  # groups of texts by length; on a CPU only, where time is proportion
 
 
 @contextlib.contextmanager
-def random_weights_intended() -> Iterator[None]:
-    """Context that hides open_clip's warning about random weights."""
+def quiet_open_clip() -> Iterator[None]:
+    """Context that hides open_clip's warnings, such as that about random weights."""
     logging.disable(logging.WARNING)
     try:
         yield

@@ -222,21 +222,23 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
 # ------------------------------------------------------------------------------------ files written once per machine
 
 
-def fingerprint(*parts: bytes) -> str:
-    """Short hash of bytes."""
+def hashed(blocks: Iterable[bytes]) -> str:
+    """Short hash of the bytes of all blocks, joined."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint(*parts: bytes) -> str:
+    """`hashed` of bytes in memory."""
+    return hashed(parts)
 
 
 def file_fingerprint(path: Path) -> str:
-    """`fingerprint` of a file's bytes, read in blocks."""
-    digest = hashlib.blake2b(digest_size=8)
+    """`hashed` of a file, read in blocks."""
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashed(iter(lambda: file.read(CHUNK), b""))
 
 
 @contextlib.contextmanager

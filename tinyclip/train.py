@@ -177,8 +177,8 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
 
 
 def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
-    """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. Such a tower or a locked
-    one, gets no gradients. U:open_clip/model.py:947, 1015.
+    """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. Such a tower, or a
+    locked one, gets no gradients. U:open_clip/model.py:947, 1015.
 
     ValueError if the teacher's tower does not fit the student's other tower.
     """

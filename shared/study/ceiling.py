@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import data, export, memory, run
-from shared.clip import image_side, random_weights_intended
+from shared.clip import image_side, quiet_open_clip
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent
 
@@ -46,7 +46,7 @@ class Tower(NamedTuple):
 
 def open_clip_tower(model: str) -> Tower:
     """The image tower of an open_clip config, with random weights."""
-    with random_weights_intended():
+    with quiet_open_clip():
         clip = open_clip.create_model(model)
     return Tower(clip.visual, export.open_clip_config(model)["embed_dim"], image_side(clip))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, export, run
-from shared.clip import random_weights_intended, trimmed, without_padding
+from shared.clip import quiet_open_clip, trimmed, without_padding
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 from shared.study import photos
 
@@ -67,7 +67,7 @@ def create_model(settings: dict) -> nn.Module:
     The settings are `model`, the name of its open_clip config, and `max_length`, the most tokens of a caption.
     """
     length = settings["max_length"]
-    with random_weights_intended():
+    with quiet_open_clip():
         model = open_clip.create_model(settings["model"], load_weights=False, force_context_length=length)
     model.visual.trunk = nn.Identity()
     return without_padding(model)

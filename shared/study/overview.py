@@ -135,7 +135,7 @@ def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
     photographs = (
         f" On photographs, {too} of the open ones are resolved, so {resolved + too} "
         f"({(resolved + too) / len(rows):.0%}) have a verdict on pictures of one kind at least; {len(others) - too} of "
-        "those that are resolved on both have another one on photographs."
+        "those that are resolved on both come out differently on photographs."
     )
     return (
         f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
