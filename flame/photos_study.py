@@ -24,6 +24,7 @@ from flame.study import (
     language_model_of,
     letters_of_neighbours,
     plot_languages,
+    variables_of,
 )
 from shared.study import floors, photos, verdicts
 from shared.study.floors import Floor
@@ -171,7 +172,6 @@ def study(llm: str) -> Study:
     """The study with this language model."""
     return Study(
         folder="flame",
-        variables="LLM=gemma" if llm == GEMMA else "",
         on="photos",
         paper="FLAME (arXiv 2411.11927)",
         stands_for="CC3M",
@@ -199,6 +199,7 @@ def study(llm: str) -> Study:
         floors=FLOORS,
         claims=claims(llm),
         claims_of=lambda summary: claims(language_model_of(summary)),
+        variables_of=variables_of,
         more_rows=more_rows,
         plot_arms=plot_languages,
     )

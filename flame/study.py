@@ -86,6 +86,11 @@ def language_model_of(summary: dict) -> str:
     return next(llm for llm, name in LANGUAGE_MODELS.items() if name in summary["corpus"])
 
 
+def variables_of(summary: dict) -> str:
+    """The variable of make that chooses the language model of these results, if it is not the default one."""
+    return "LLM=gemma" if language_model_of(summary) == GEMMA else ""
+
+
 def arms(llm: str) -> tuple[Arm, ...]:
     """The arms, in the order of the paper's argument, with the embeddings of this language model."""
     clip, flame = "train emoji-lite0-clip", f"train emoji-lite0 --bank {BANKS[llm]}"
@@ -570,7 +575,6 @@ def study(llm: str) -> Study:
     """The study with this language model."""
     return Study(
         folder="flame",
-        variables="LLM=gemma" if llm == GEMMA else "",
         paper="FLAME (arXiv 2411.11927)",
         stands_for="CC3M",
         before=before(llm),
@@ -585,6 +589,7 @@ def study(llm: str) -> Study:
         floors=FLOORS,
         claims=claims(llm),
         claims_of=lambda summary: claims(language_model_of(summary)),
+        variables_of=variables_of,
         more_rows=lambda found: more_rows(found, llm),
         plot=plot,
     )

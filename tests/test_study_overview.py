@@ -89,7 +89,7 @@ def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
     photographs = emoji | {"corpus": "CIFAR-10 and PACS", "floors": {}, "claims": emoji["claims"][:2]}
     photographs["claims"][1] = photographs["claims"][1] | {"claim": "asked here alone"}
     photographs["claims"][0] = photographs["claims"][0] | {"primary": False}  # starred there, and not here
-    page = overview.markdown({"nmtune": emoji}, {"nmtune": photographs, "flame": photographs})
+    page = overview.markdown({"nmtune": emoji}, {"nmtune": photographs, "protoclip": photographs})
     assert page.count(report.PHOTOGRAPHS) == 2 and page.count("CIFAR-10 and PACS.") == 2
     assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in page
     section = page[page.index('id="nmtune"') :].split(report.PHOTOGRAPHS)[1]

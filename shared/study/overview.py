@@ -54,7 +54,8 @@ RESOLVED = [verdict for verdict in ORDER if verdict not in GROUPS["open"]]
 def command(study: Study, summary: dict) -> str:
     """The command that reproduces a study's results; further ones add the seeds that only some arms have."""
     runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
-    where = f" {study.variables}" if study.variables else ""
+    variables = study.variables_of(summary)
+    where = f" {variables}" if variables else ""
     where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
 
     def line(seeds: Sequence[int], arms: Collection[str], extend: str = "") -> str:

@@ -96,8 +96,6 @@ class Study:
     """Run folders -> {metric: number} of each, in the same order."""
     metrics: dict[str, str]
     """Metrics of the table of arms: key -> heading."""
-    variables: str = ""
-    """Variables of make in the command that reproduces the results, such as the language model that was chosen."""
     alone: bool = False
     """Whether `evaluate` measures each run independently and caches the result; runs are then measured in parallel."""
     derive: Callable[[report.Comparison], None] = lambda found: None
@@ -108,6 +106,8 @@ class Study:
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
     """Results file -> its claims, if they depend on how it was made; by default `claims`."""
+    variables_of: Callable[[dict], str] = lambda summary: ""
+    """Results file -> the variables of make that reproduce it, such as the language model that was chosen."""
     more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
