@@ -114,7 +114,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
             --epochs 2 --warmup 2""",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {dinov2(parts / "dinov2")}
-            --states= --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 32
+            --states= --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 2048
             --min-count 1 --epochs 2 --warmup 2""",
         "nmtune": "emoji-clip-30 --model ViT-test --no-keep-in-memory --epochs 2 --warmup 2",
         "protoclip": """emoji --model ResNet-test --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8
