@@ -211,6 +211,10 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically; creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replaced(path) as file:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with replaced(Path(path)) as file:
         file.write(text.encode())
