@@ -117,8 +117,7 @@ def test_what_files_say_cannot_become_markup():
     assert "<b>" not in table and "&lt;b&gt;" in table and 'class="reproduced"' in table
 
 
-def test_a_full_disk_leaves_the_readme(tmp_path, monkeypatch):
-    """Pages that were written before are complete or unchanged."""
+def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monkeypatch):
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -131,8 +130,12 @@ def test_a_full_disk_leaves_the_readme(tmp_path, monkeypatch):
     for page in pages:
         page.write_text("before")
     monkeypatch.setattr("sys.argv", ["overview"])
-    monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(overview, "judge_again", lambda *_: None)
+    checkpoints.write_text("results/lexvla.json", Path("results/nmtune.json").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"results/lexvla.json holds results of NMTune .*, not of LexVLA"):
+        overview.main()
+    Path("results/lexvla.json").unlink()
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="RESULTS.md could not be written and is left as it was"):
         overview.main()
     assert [page.read_text() for page in pages] == ["before"] * 3

@@ -328,9 +328,10 @@ def html_section(study: Study, summary: dict, other: dict | None, pictures: Path
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json."""
+    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json. ValueError if they are not its."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
-    return {paper: report.read_results(path) for paper, paths in files.items() for path in paths if path.is_file()}
+    found = ((paper, path) for paper, paths in files.items() for path in paths if path.is_file())
+    return {paper: report.read_results(path, study_of(paper).paper) for paper, path in found}
 
 
 def judge_again(folder: Path, on: str) -> None:

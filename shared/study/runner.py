@@ -468,6 +468,11 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     if options.results is None or not Path(options.results).is_file():
         raise ValueError("--extend needs --results FILE.json, the results that it adds to")
     earlier = report.read_results(options.results, study.paper)
+    if earlier["corpus"] != study.corpus:
+        raise ValueError(
+            f"{options.results} was measured on another corpus, {earlier['corpus']!r}, or its description has changed: "
+            "train and measure all arms again"
+        )
     if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
         raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
