@@ -221,6 +221,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert result.code == 2 and "lexvlo is not a paper's folder; those are" in result.err
 
 
+def test_damaged_differences_are_refused(tmp_path: Path):
+    for text in ("{", "{}", '{"tests": 3}', '{"tests": [1]}', '{"tests": [{"test": "a"}]}'):
+        (tmp_path / "nmtune.json").write_text(text)
+        with pytest.raises(ValueError, match="nmtune.json holds no .*: remove it; the next test run writes it again"):
+            companion.tests_in(tmp_path / "nmtune.json")
+
+
 def test_the_command_without_its_extra():
     run = "runpy.run_module('shared.study.companion', run_name='__main__')"
     command = [sys.executable, "-c", f"import runpy, sys; sys.modules['markdown'] = None; {run}"]

@@ -1,7 +1,9 @@
 """The page of all results, as Markdown and as HTML with plots."""
 
+import errno
 import html
 import json
+import os
 import re
 from pathlib import Path
 
@@ -113,6 +115,30 @@ def test_what_files_say_cannot_become_markup():
     row = {"claim": "<b>", "paper": "-", "here": "&", "verdict": "reproduced"}
     table = overview.html_table([row])
     assert "<b>" not in table and "&lt;b&gt;" in table and 'class="reproduced"' in table
+
+
+def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monkeypatch):
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    summaries = {name: checkpoints.read_json(f"results/{name}.json") for name in ("nmtune",)}
+    monkeypatch.chdir(tmp_path)
+    for name, summary in summaries.items():
+        checkpoints.write_json(f"results/{name}.json", summary)
+    pages = [Path("RESULTS.md"), Path("README.md"), Path("report.html")]
+    for page in pages:
+        page.write_text("before")
+    monkeypatch.setattr("sys.argv", ["overview"])
+    monkeypatch.setattr(overview, "judge_again", lambda *_: None)
+    checkpoints.write_text("results/lexvla.json", Path("results/nmtune.json").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"results/lexvla.json holds results of NMTune .*, not of LexVLA"):
+        overview.main()
+    Path("results/lexvla.json").unlink()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="RESULTS.md could not be written and is left as it was"):
+        overview.main()
+    assert [page.read_text() for page in pages] == ["before"] * 3
 
 
 def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):

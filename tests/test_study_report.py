@@ -86,6 +86,29 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     assert named and named <= known, sorted(named - known)
 
 
+def test_damaged_results_are_refused(tmp_path: Path):
+    whole = checkpoints.read_json("results/nmtune.json")
+    arm, metrics = next(iter(whole["arms"].items()))
+    metric, value = next(iter(metrics.items()))
+    damaged = {name: {name: None} for name in report.RESULTS} | {
+        f"{arm} ": {"arms": {arm: None}},
+        f"{arm}  ": {"arms": {arm: metrics | {metric: 3.0}}},
+        f"{arm}   ": {"arms": {arm: metrics | {metric: value | {"values": value["values"][1:]}}}},
+        f"{arm}    ": {"arms": {arm: {metric: value | {"values": ["1"]}}}},
+        "claims ": {"claims": [{"claim": "better"}]},
+    }
+    file = tmp_path / "nmtune.json"
+    for name, part in damaged.items():
+        checkpoints.write_json(file, whole | part)
+        with pytest.raises(
+            ValueError, match=f"holds no results of a study .{name.strip()} is missing or damaged.: name"
+        ):
+            report.read_results(file)
+    file.write_text(Path("results/nmtune.json").read_text(encoding="utf-8")[:5000], encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no JSON object: name a results file"):
+        report.read_results(file)
+
+
 def test_packages_are_written(tmp_path: Path):
     report.write_packages(tmp_path / "packages.txt")
     lines = (tmp_path / "packages.txt").read_text().splitlines()

@@ -139,7 +139,14 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},
         "other.json holds no results of a study": {"results": "other.json"},
+        "paper.json holds results of Another paper, not of A paper": {"results": "paper.json"},
+        "corpus.json was measured on another corpus, 'Photographs', or": {"results": "corpus.json"},
+        "--results folder.json cannot be written there": {"results": "folder.json"},
+        "--results other.json/there.json cannot be written there": {"results": "other.json/there.json"},
     }
+    Path("folder.json").mkdir()
+    Path("paper.json").write_text(json.dumps(added | {"paper": "Another paper"}))
+    Path("corpus.json").write_text(json.dumps(added | {"corpus": "Photographs"}))
     for message, other in refused.items():
         before = Path("there.json").read_bytes()
         with pytest.raises(ValueError, match=message):
@@ -399,6 +406,10 @@ def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pyt
         runner.run(study, runner.Options(seeds=(0,)))
     with pytest.raises(ValueError, match="--photos is used only with --corpus photos"):
         runner.run(dataclasses.replace(study, on="emoji"), runner.Options(seeds=(0,), photos="my photographs"))
+    for photos in ("my photographs", ""):
+        with pytest.raises(ValueError, match=f"--photos '{photos}' is no folder: name the one that holds flickr8k"):
+            runner.run(study, runner.Options(seeds=(0,), photos=photos))
+    Path("my photographs").mkdir()
     runner.run(study, runner.Options(seeds=(0,), photos="my photographs", jobs=1))
     assert order() == ["data/set", "runs/photos/paper/base-seed0"]
     assert Path("measured.txt").read_text() == "--corpus photos --measure runs/photos/paper/base-seed0\n"

@@ -423,6 +423,15 @@ def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
             print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
 
 
+def tests_in(file: Path) -> list[dict]:
+    """The tests in runs/parity/FOLDER.json. ValueError if the file is damaged."""
+    advice = "remove it; the next test run writes it again"
+    tests = read_json(file, advice).get("tests")
+    if not isinstance(tests, list) or not all(isinstance(test, dict) and "functions" in test for test in tests):
+        raise ValueError(f"{file} holds no measured differences: {advice}")
+    return tests
+
+
 def main(
     folders: tyro.conf.Positional[tuple[str, ...]] = (),
     upstream: Path | None = None,
@@ -451,7 +460,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"
-        tests = read_json(file)["tests"] if file.is_file() else []
+        tests = tests_in(file) if file.is_file() else []
         beside = clones_of(readme, upstream, clones)
         if upstream is not None or clones is not None:
             check_clones(readme, beside)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import cli, presets
-from shared.checkpoints import read_json, write_json
+from shared.checkpoints import write_json, write_text
 from shared.evaluation import table
 from shared.study import report
 from shared.study.runner import Options, Study, study_of
@@ -328,9 +328,10 @@ def html_section(study: Study, summary: dict, other: dict | None, pictures: Path
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json."""
+    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json. ValueError if they are not its."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
-    return {paper: read_json(path) for paper, paths in files.items() for path in paths if path.is_file()}
+    found = ((paper, path) for paper, paths in files.items() for path in paths if path.is_file())
+    return {paper: report.read_results(path, study_of(paper).paper) for paper, path in found}
 
 
 def judge_again(folder: Path, on: str) -> None:
@@ -353,13 +354,13 @@ def main() -> None:
     if not (papers := sorted(found | photographs)):
         raise ValueError(f"{folder} holds no results: run 'make reproduce-all'")
     if committed:
-        Path("RESULTS.md").write_text(markdown(found, photographs))
+        write_text("RESULTS.md", markdown(found, photographs))
         readme = Path("README.md")
-        readme.write_text(with_verdicts(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+        write_text(readme, with_verdicts(readme.read_text(encoding="utf-8"), found))
         for paper in papers:
             report.update_readme(paper)
     page = Path("report.html") if committed else folder / "report.html"
-    page.write_text(html_page(found, photographs, folder))
+    write_text(page, html_page(found, photographs, folder))
     print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(papers)} papers")
 
 

@@ -437,6 +437,8 @@ def run(study: Study, options: Options) -> None:
     path, clone = options.results, options.upstream
     if path is not None and not path.endswith(".json"):
         raise ValueError(f"--results {path} should end in .json")
+    if path is not None and (Path(path).is_dir() or Path(path).parent.is_file()):
+        raise ValueError(f"--results {path} cannot be written there: name a file")
     if clone is not None and study.upstream is None:
         raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
@@ -448,6 +450,8 @@ def run(study: Study, options: Options) -> None:
         )
     if study.on != "photos" and options.photos is not None:
         raise ValueError("--photos is used only with --corpus photos (CORPUS=photos with make)")
+    if options.photos is not None and not (options.photos and Path(options.photos).is_dir()):
+        raise ValueError(f"--photos {options.photos!r} is no folder: name the one that holds flickr8k, pacs, ...")
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}
@@ -463,9 +467,12 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     """The results of --results, to which --extend adds other seeds or other arms. ValueError if it cannot."""
     if options.results is None or not Path(options.results).is_file():
         raise ValueError("--extend needs --results FILE.json, the results that it adds to")
-    earlier = read_json(options.results)
-    if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
-        raise ValueError(f"{options.results} holds no results of a study")
+    earlier = report.read_results(options.results, study.paper)
+    if earlier["corpus"] != study.corpus:
+        raise ValueError(
+            f"{options.results} was measured on another corpus, {earlier['corpus']!r}, or its description has changed: "
+            "train and measure all arms again"
+        )
     if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
         raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
