@@ -270,14 +270,14 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; vertical-align:
 
 
 def html_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as an HTML table; verdicts are coloured."""
+    """Rows as an HTML table; verdicts are coloured, and "a ± b" stays in one line."""
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
     body = []
     for row in rows:
         cells = []
         for value in map(str, row.values()):
             kind = f' class="{value.replace(" ", "-")}"' if value in VERDICTS else ""
-            cells.append(f"<td{kind}>{html.escape(value)}</td>")
+            cells.append(f"<td{kind}>{html.escape(value).replace(' ± ', '&nbsp;±&nbsp;')}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
