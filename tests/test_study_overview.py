@@ -98,7 +98,8 @@ def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
     rows = [line for line in section.splitlines() if claim in line or "asked here alone" in line]
     verdict = emoji["claims"][0]["verdict"]
     assert rows[0].count(verdict) == 2 and rows[1].rstrip(" |").endswith("| -")
-    assert overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path).count("<h3>") == 1
+    page = overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path)
+    assert page.count("<h3>") == 1 and "RESULTS=runs/photos/nmtune/results.json" in page  # no file of results/
 
     for name, summary in (("nmtune.json", emoji), ("photos/nmtune.json", photographs)):
         checkpoints.write_json(tmp_path / "results" / name, summary)

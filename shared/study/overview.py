@@ -51,10 +51,11 @@ ORDER = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
 RESOLVED = [verdict for verdict in ORDER if verdict not in GROUPS["open"]]
 
 
-def command(study: Study, summary: dict) -> str:
-    """The command that reproduces a study's results; further ones add the seeds that only some arms have."""
+def command(study: Study, summary: dict, file: str = "") -> str:
+    """The command that reproduces the results in `file`, by default the study's in results/; further commands add the
+    seeds that only some arms have."""
     runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
-    variables = study.variables_of(summary)
+    file, variables = file or f"results/{study.home}.json", study.variables_of(summary)
     where = f" {variables}" if variables else ""
     where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
 
@@ -65,7 +66,7 @@ def command(study: Study, summary: dict) -> str:
         names = "all" if len(arms) == len(study.arms) else f'"{" ".join(words)}"'
         chosen = ("" if words == ["core"] else f" ARMS={names}") + where
         values = " ".join(map(str, seeds))
-        return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS=results/{study.home}.json'
+        return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS={file}'
 
     lines, few = [], 0
     for many in sorted(set(runs.values())):
@@ -321,7 +322,8 @@ def html_section(study: Study, summary: dict, other: dict | None, pictures: Path
     folder = study.folder
     page = [f"<p>{html.escape(text)}</p>" for text in (report.provenance(summary), f"{summary['corpus']}.")]
     claims = html_table(report.claim_rows(summary, other))
-    page.append(f"<p><code>{html.escape(command(study, summary))}</code></p>{claims}")
+    file = "" if (pictures / f"{folder}.json").is_file() else f"runs/{study.home}/results.json"
+    page.append(f"<p><code>{html.escape(command(study, summary, file))}</code></p>{claims}")
     page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"])))
     found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
     return page + [picture(path) for path in sorted(found)]
