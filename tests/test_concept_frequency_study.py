@@ -81,7 +81,7 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
 
 def judged(effect: float, seeds: int, floor: float = 0.0) -> dict[str, str]:
     arms = synthetic_arms(effect, seeds)
-    rows = verdicts.judged(study.CLAIMS, arms, [((), study.of_all(floor))], together=False)
+    rows = verdicts.judged(study.CLAIMS, arms, [((), study.of_all(floor))])
     return {row["claim"]: row["verdict"] for row in rows}
 
 

@@ -107,11 +107,11 @@ def test_arms_with_fewer_pairs_have_a_floor_with_as_few():
     study.derive(found)
     assert found.arms["flame"][0][study.AT["16"]] == 20.0 and found.arms["clip"][0][study.GROWTH] == -32.0
     bars = [(study.ON_LITE0, {study.NEW_ID: 40.6, study.AT["16"]: 18.0})]
-    rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=True)}
+    rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
     assert rows[study.AT["16"]]["difference"] == 10.0 and rows[study.AT["16"]]["verdict"] == "reproduced"
     assert rows[study.GROWTH]["difference"] == 9.0 and rows[study.GROWTH]["primary"]
     few = [(study.ON_LITE0, {study.NEW_ID: 50.0, study.AT["16"]: 21.0})]
-    judged = verdicts.judged(study.CLAIMS, found.arms, few, together=True)
+    judged = verdicts.judged(study.CLAIMS, found.arms, few)
     assert {row["verdict"] for row in judged} == {"has not learned"}
 
 

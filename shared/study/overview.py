@@ -37,9 +37,8 @@ FLOOR = (
     "change with fewer pairs have none: another metric, in the tables below, shows whether their arms have learned."
 )
 BESIDE = (
-    "Claims that were also tested on photographs. With fewer than five seeds, their intervals are not widened by "
-    "Holm's rule. In the section of such a paper, the table of claims on photographs repeats the verdict on emoji or "
-    "scenes."
+    "Claims that were also tested on photographs. In the section of such a paper, the table of claims on photographs "
+    "repeats the verdict on emoji or scenes."
 )
 GROUPS = {  # in the order in which verdicts are counted
     "hold here": ("reproduced", "same direction"),
@@ -143,8 +142,7 @@ def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
         f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
         f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''} A verdict is "
         "resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed beforehand. "
-        "With five or more seeds, intervals are widened so that all verdicts on a paper's abstract hold together at "
-        "95 %."
+        "Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %."
     )
 
 

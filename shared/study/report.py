@@ -17,8 +17,8 @@ from shared.run import machine
 from shared.study.verdicts import shown
 
 STARS = (
-    " ★ marks claims of the paper's abstract; with at least five seeds, their intervals are widened by Holm's "
-    "step-down rule, so that all their verdicts hold together at 95 %. Resolves: the smallest difference that these "
+    " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
+    "verdicts hold together at 95 %. Resolves: the smallest difference that these "
     "seeds can resolve, from the standard deviation of the pair's differences or, if that has more degrees of freedom, "
     "from one pooled over the arms that claims of the paper connect with the pair. d: the largest difference that "
     "counts as none."

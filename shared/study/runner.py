@@ -31,7 +31,6 @@ from shared.study.floors import Floor
 from shared.study.scripts import run_script
 from shared.study.verdicts import Claim, measured
 
-COMMITTED = 5  # fewest seeds for which intervals of primary claims get Holm's correction
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
 
 
@@ -258,9 +257,7 @@ class Study:
     ) -> list[dict]:
         """Rows of this study's claims about the metrics of arms by seed, with these measured floors."""
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
-        primary = {arm for claim in self.claims if claim.primary for arm in (claim.method, claim.baseline)} & set(arms)
-        together = min((len(arms[arm]) for arm in primary), default=0) >= COMMITTED
-        return verdicts.judged(self.claims, arms, bars, together, earlier)
+        return verdicts.judged(self.claims, arms, bars, earlier)
 
     def judged_again(self, summary: dict) -> dict:
         """Results, judged again from their numbers by the study's current claims and rules.
