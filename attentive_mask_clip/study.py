@@ -316,6 +316,7 @@ STUDY = Study(
     ),
     arms=ARMS,
     minutes={"core": 7, "all": 25},
+    terms="1x50: one view of half of the patches; SLIP: CLIP with a self-supervised loss.",
     evaluate=evaluate,
     alone=True,
     derive=derive,

@@ -24,13 +24,14 @@ def test_the_page_of_results_is_made_of_the_files():
 
 def test_the_readme_counts_verdicts_on_abstracts():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == overview.with_verdicts(readme, overview.read(ROOT / "results")), "run `make readme`"
+    found, photographs = (overview.read(ROOT / folder) for folder in ("results", "results/photos"))
+    assert readme == overview.with_verdicts(readme, found, photographs), "run `make readme`"
     rows = [{"primary": True, "verdict": verdict} for verdict in ("not resolved", "reproduced", "not resolved")]
     summaries = {"flame": {"claims": [*rows, {"primary": False, "verdict": "not reproduced"}]}}
     text = "| folder | minutes | verdicts |\n| [`flame/`](a.md) | - | old |\n| [`flames/`](b.md) | | |\n"
     minutes = f"{3 * overview.study_of('flame').minutes['core']:.0f}"
     expected = text.replace("- | old ", f"{minutes} | 1 reproduced, 2 not resolved ")
-    assert overview.with_verdicts(text, summaries) == expected
+    assert overview.with_verdicts(text, summaries, {}) == expected
 
 
 def test_the_page_with_plots_needs_nothing_else():
@@ -64,15 +65,15 @@ def test_claims_of_abstracts_come_first_and_are_counted():
         "Of 3 claims of abstracts, 2 have a resolved verdict on emoji or scenes (67%). Hold here: 2 reproduced; "
         "open: 1 not testable here."
     )
-    assert overview.settled(found, []).startswith(f"{first} A verdict")
-    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute"
-    assert overview.by_paper(found, []) == f"{expected}."
+    assert overview.totals(found, []) == first
+    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute (needs data"
+    assert overview.by_paper(found, []) == f"{expected})."
     beside = [{"paper": "protoclip", "claim": claim, "verdict": "same direction"} for claim in ("absolute", "up")]
-    assert "1 of the open ones are resolved, so 3 (100%) have" in overview.settled(found, beside)
-    assert overview.by_paper(found, beside) == f"{expected} (on photographs: same direction)."
+    assert "1 of the open ones are resolved, so 3 (100%) have" in overview.totals(found, beside)
+    assert overview.by_paper(found, beside) == f"{expected}; on photographs: same direction)."
     contrary = [{"paper": "protoclip", "claim": "up", "verdict": "not reproduced"}]
     assert "**Reproduced**: up (on photographs: not reproduced); slope." in overview.by_paper(found, contrary)
-    said = overview.settled(found, contrary)
+    said = overview.totals(found, contrary)
     assert "(67%) have a verdict on pictures of one kind at least; 1 of those that are resolved on both come" in said
 
 

@@ -8,6 +8,7 @@ import argparse
 import base64
 import html
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -35,6 +36,14 @@ FLOOR = (
     "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "
     "a pretrained tower's features. Claims about a slope, a ratio, a spectrum, word usage, rare concepts or a "
     "change with fewer pairs have none: another metric, in the tables below, shows whether their arms have learned."
+)
+CERTAINTY = (
+    "A verdict is resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed "
+    "beforehand. Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %."
+)
+OPEN = (
+    "Open claims have their difference ± half of the 95 % interval: the smallest difference that these seeds can "
+    "resolve. d is the largest difference that counts as none."
 )
 BESIDE = (
     "Claims that were also tested on photographs. In the section of such a paper, the table of claims on photographs "
@@ -123,8 +132,8 @@ def elsewhere(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[
     return {claim: verdict for claim, verdict in there.items() if group[verdict] != here.get(claim, group[verdict])}
 
 
-def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """Sentences with the number of primary claims that hold, that do not, and that are open, and how sure this is.
+def totals(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
+    """Sentences with the number of primary claims that hold, that do not, and that are open.
 
     beside: rows of the claims on photographs.
     """
@@ -140,24 +149,24 @@ def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
     )
     return (
         f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
-        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''} A verdict is "
-        "resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed beforehand. "
-        "Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %."
+        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''}"
     )
 
 
 def by_paper(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """A list with an item for each paper: its primary claims by verdict, and the verdicts of `elsewhere`."""
+    """A list with an item for each paper: its primary claims by verdict, differences of the open ones, the verdicts of
+    `elsewhere`, and what abbreviations mean."""
     items: dict[str, dict[str, list[str]]] = {}
     too = elsewhere(rows, beside)
     for row in sorted(rows, key=lambda row: (row["paper"], ORDER.index(row["verdict"]))):
         also = too.get((row["paper"], row["claim"]))
-        name = row["claim"] + (f" (on photographs: {also})" if also else "")
+        notes = [row["difference"]] * (row["verdict"] in GROUPS["open"]) + [f"on photographs: {also}"] * bool(also)
+        name = row["claim"] + (f" ({'; '.join(notes)})" if notes else "")
         items.setdefault(row["paper"], {}).setdefault(row["verdict"], []).append(name)
     lines = []
     for paper, claims in items.items():
         text = ". ".join(f"**{verdict.capitalize()}**: {'; '.join(names)}" for verdict, names in claims.items())
-        lines.append(f"- [{paper}](#{paper}). {text}.")
+        lines.append(f"- [{paper}](#{paper}). {text}. {study_of(paper).terms}".rstrip())
     return "\n".join(lines)
 
 
@@ -201,7 +210,8 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
     if primary:
-        page += [f"{settled(primary, beside)} [Verdicts](#verdicts) are defined below.", by_paper(primary, beside)]
+        page += [f"{totals(primary, beside)} {CERTAINTY} [Verdicts](#verdicts) are defined below.", OPEN]
+        page.append(by_paper(primary, beside))
         page += ["## Claims of abstracts", COLUMNS, FLOOR, table(primary)]
     page += ["## All claims", overview_table(summaries)]
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
@@ -222,9 +232,14 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     return "\n\n".join(page) + "\n"
 
 
-def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
-    """The root README, with the last two cells of each paper's table row filled: minutes of the default study on two
-    cores, and the counts of verdicts on the paper's primary claims."""
+def with_verdicts(readme: str, summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
+    """The root README, with `totals` between its marks, and with the last two cells of each paper's table row filled:
+    minutes of the default study on two cores, and the counts of verdicts on the paper's primary claims."""
+    begin, end = "<!-- totals -->\n", "<!-- /totals -->"
+    if begin in readme:
+        head, rest = readme.split(begin)
+        text = textwrap.fill(totals(primary_rows(summaries), primary_rows(photographs)), 128)
+        readme = f"{head}{begin}{text}\n{end}{rest.split(end)[1]}"
     for folder, summary in summaries.items():
         words = in_words([row for row in summary["claims"] if row["primary"]], ORDER)
         cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
@@ -298,7 +313,11 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
     primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page += [f"<p>{settled(primary, beside)}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"] if primary else []
+    page += (
+        [f"<p>{totals(primary, beside)} {CERTAINTY}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"]
+        if primary
+        else []
+    )
     page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
@@ -356,7 +375,7 @@ def main() -> None:
     if committed:
         write_text("RESULTS.md", markdown(found, photographs))
         readme = Path("README.md")
-        write_text(readme, with_verdicts(readme.read_text(encoding="utf-8"), found))
+        write_text(readme, with_verdicts(readme.read_text(encoding="utf-8"), found, photographs))
         for paper in papers:
             report.update_readme(paper)
     page = Path("report.html") if committed else folder / "report.html"

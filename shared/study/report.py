@@ -189,11 +189,12 @@ def is_measured(metrics: Any, seeds: int) -> bool:
 
 
 def write_packages(path: Path, keep: bool = False) -> None:
-    """Write names and versions of all installed packages in the format of `pip install -r`.
+    """Write names and versions of all other packages that are installed, as `pip freeze` does.
 
     keep: leave the lines that the file has, so that a package has a line for each version.
     """
     found = {each.metadata["Name"].lower(): each.version for each in distributions() if each.metadata["Name"]}
+    found.pop("paper-clips", None)  # this project; results name its commit
     lines = {f"{name}=={version}\n" for name, version in found.items()}
     if keep and path.is_file():
         lines |= set(path.read_text(encoding="utf-8").splitlines(keepends=True))

@@ -105,6 +105,8 @@ class Study:
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
     """Results file -> its claims, if they depend on how it was made; by default `claims`."""
+    terms: str = ""
+    """Abbreviations in the names of primary claims, explained."""
     variables_of: Callable[[dict], str] = lambda summary: ""
     """Results file -> the variables of make that reproduce it, such as the language model that was chosen."""
     more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
