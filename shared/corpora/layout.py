@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from shared import checkpoints, run
-from shared.corpora.emoji import link, sha256  # its `recipe` hashes emoji.py: an edit there means a new build
+from shared.corpora.emoji import link, sha256  # stay there: any edit of emoji.py means a new build of the corpus
 from shared.tars import write_split, write_tar
 
 SHARD = 1000  # samples per training shard

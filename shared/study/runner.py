@@ -264,8 +264,8 @@ class Study:
     def judged_again(self, summary: dict) -> dict:
         """Results, judged again from their numbers by the study's current claims and rules.
 
-        Rows of other claims are kept, since judging them may need the runs. So are all rows if a floor has another name
-        in the study: judging without it would be too kind.
+        Rows of other claims are kept, since judging them may need the runs. All rows are kept if the study lacks a
+        floor of the results: without it, an arm that is not above that floor could count as learned.
         """
         if not set(summary["floors"]) <= {floor.name for floor in self.floors}:
             return summary
@@ -314,7 +314,7 @@ class Options:
     """File for the results; by default results.json beside the runs."""
     extend: bool = False
     """Add to the file of --results instead of replacing it: more seeds of all or some of its arms, with the same
-    settings, or more arms with its first seeds or all of them."""
+    settings, or new arms, with all of the file's seeds or the first few."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
