@@ -41,7 +41,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
-from shared.index import Strings, fingerprint, kept, locked, read_index
+from shared.index import Strings, cached, fingerprint, locked, read_index
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
@@ -422,7 +422,7 @@ class TSV:
 
     def __init__(self, path: str, limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.strict, self.broken = strict, []
-        arrays, about = kept([path], cache, lambda: read_table(path))
+        arrays, about = cached([path], cache, lambda: read_table(path))
         self.total = len(arrays["file_ends"])
         self._captions = Strings(arrays["captions"], arrays["caption_ends"]).head(limit)
         self.keys = Strings(arrays["files"], arrays["file_ends"]).head(limit)  # an image's path is its sample's key

@@ -213,7 +213,7 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
         arrays = {"text": index.keys.text, "ends": index.keys.ends, "spans": index.spans, "starts": index.starts}
         return arrays, {"broken": index.broken, "digests": index.digests}
 
-    arrays, about = kept(paths, cache, make)
+    arrays, about = cached(paths, cache, make)
     broken = [Broken(*each) for each in about["broken"]]
     keys = Strings(arrays["text"], arrays["ends"])
     return Index(keys, arrays["spans"], arrays["starts"], broken, about["digests"])
@@ -264,7 +264,7 @@ def locked(path: Path) -> Iterator[None]:
             file.close()
 
 
-def kept(
+def cached(
     paths: Sequence[str],
     cache: Path | None,
     make: Callable[[], tuple[dict[str, np.ndarray], dict]],
