@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -85,6 +86,22 @@ def test_one_process_builds_and_what_a_killed_one_left_is_removed(tmp_path: Path
     layout.build(tmp_path / "corpus", {}, write)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     assert [path.name for path in (tmp_path / "corpus/train").iterdir()] == ["00000.tar"]
+
+
+def test_what_a_third_process_builds_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lock file that the process before removed, after this one opened it, locks nothing."""
+
+    def late(folder: Path):
+        file = lock(folder)
+        shutil.rmtree(folder)
+        (folder / "corpus/train").mkdir(parents=True)
+        return file
+
+    lock = layout.run.lock
+    monkeypatch.setattr(layout.run, "lock", late)
+    with pytest.raises(ValueError, match="another process has just removed .*corpus-unfinished: build .*/corpus again"):
+        layout.build(tmp_path / "corpus", {}, write)
+    assert (tmp_path / ".corpus-unfinished/corpus/train").is_dir() and not (tmp_path / "corpus").exists()
 
 
 def wait(folder: Path) -> dict:

@@ -5,6 +5,7 @@ import errno
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -113,7 +114,9 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
         return print(f"{out} is complete")
     scratch = out.with_name(f".{out.name}-unfinished")
     folder = scratch / "corpus"
-    with run.lock(scratch):
+    with run.lock(scratch) as file:
+        if not os.fstat(file.fileno()).st_nlink:  # removed by another process before it was locked
+            raise ValueError(f"another process has just removed {scratch}: build {out} again")
         try:
             if is_complete(out, setting):  # another process has just built it
                 return print(f"{out} is complete")
