@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_one_process_builds_and_what_a_killed_one_left_is_removed(tmp_path: Path
     assert [path.name for path in (tmp_path / "corpus/train").iterdir()] == ["00000.tar"]
 
 
+def test_what_a_third_process_builds_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lock file that the process before removed, after this one opened it, locks nothing."""
+
+    def late(folder: Path):
+        file = lock(folder)
+        shutil.rmtree(folder)
+        (folder / "corpus/train").mkdir(parents=True)
+        return file
+
+    lock = layout.run.lock
+    monkeypatch.setattr(layout.run, "lock", late)
+    with pytest.raises(ValueError, match="another process has just removed .*corpus-unfinished: build .*/corpus again"):
+        layout.build(tmp_path / "corpus", {}, write)
+    assert (tmp_path / ".corpus-unfinished/corpus/train").is_dir() and not (tmp_path / "corpus").exists()
+
+
 def wait(folder: Path) -> dict:
     write(folder)
     time.sleep(600)
@@ -96,3 +113,9 @@ def wait(folder: Path) -> dict:
 def test_masks_hold_labels_and_the_largest_value_for_none(classes: int, kind: type, nothing: int):
     mask = np.asarray(Image.open(io.BytesIO(layout.mask_png(np.array([[0, -1], [classes - 1, 1]]), classes))))
     assert mask.tolist() == [[0, nothing], [classes - 1, 1]] and mask.max() <= np.iinfo(kind).max
+
+
+def test_two_images_do_not_share_a_mask(tmp_path: Path):
+    labels = np.zeros((4, 6), int)
+    with pytest.raises(ValueError, match=r"the images a\.jpg and a\.png would share the mask a\.png: rename one"):
+        layout.write_masks(tmp_path, ["dog"], [("a.jpg", b"", labels), ("b.jpg", b"", labels), ("a.png", b"", labels)])

@@ -162,6 +162,8 @@ def test_what_is_missing_is_named(flickr8k: Path) -> None:
     }.items():
         split.write_text(text)
         refused(ValueError, rf"Flickr_8k\.testImages\.txt {sentence}")
+    split.write_text("8_a.jpg\n3_a.jpg\n")
+    refused(ValueError, r"testImages\.txt puts the photograph 3_a\.jpg into the test split, but the train split has it")
     split.write_text("77_a.jpg\n")
     refused(ValueError, r"no caption of 77_a\.jpg of the test split")
     (flickr8k / "Flickr8k.token.txt").write_text("1_a.jpg,A caption\n")

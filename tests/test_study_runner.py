@@ -290,6 +290,23 @@ def test_results_and_clones(study: Study):
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
 
 
+def test_only_results_of_the_same_paper_are_replaced(study: Study):
+    others = r"--results there\.json would replace a file without results of A paper \(arXiv 0000\.00000\)"
+    for text, said in {
+        '{"paper": "Another paper"}': others,
+        '{"name": "mine"}': others,
+        "[1]": r"there\.json holds no JSON object",
+    }.items():
+        Path("there.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{said}: name another file, or remove that one"):
+            runner.run(study, runner.Options(results="there.json"))
+        assert Path("there.json").read_text() == text and not Path("order.txt").exists()
+    Path("there.json").unlink()
+    for seeds in ((0, 1), (0,)):
+        runner.run(study, runner.Options(seeds=seeds, results="there.json"))
+        assert json.loads(Path("there.json").read_text())["seeds"] == list(seeds)
+
+
 def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path: Path, capfd: pytest.CaptureFixture):
     runs = [f"{arm}-seed0" for arm in ("base", "method")]
     for name in runs:

@@ -5,6 +5,7 @@ import errno
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -71,17 +72,21 @@ def share_split(source: Path, target: Path) -> None:
 def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[str, bytes, np.ndarray]]) -> int:
     """Writes `classnames.txt`, `images/KEY.png` or `.jpg` and `masks/KEY.png`; returns the number of images.
 
-    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none).
+    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none). ValueError if two
+    images have the same KEY.
     """
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-    count = 0
+    image_of: dict[str, str] = {}
     for name, image, labels in samples:
+        mask = Path(name).with_suffix(".png").name
+        if mask in image_of:
+            raise ValueError(f"the images {image_of[mask]} and {name} would share the mask {mask}: rename one of them")
+        image_of[mask] = name
         (folder / "images" / name).write_bytes(image)
-        (folder / "masks" / name).with_suffix(".png").write_bytes(mask_png(labels, len(classes)))
-        count += 1
-    return count
+        (folder / "masks" / mask).write_bytes(mask_png(labels, len(classes)))
+    return len(image_of)
 
 
 def mask_png(labels: np.ndarray, classes: int) -> bytes:
@@ -109,7 +114,9 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
         return print(f"{out} is complete")
     scratch = out.with_name(f".{out.name}-unfinished")
     folder = scratch / "corpus"
-    with run.lock(scratch):
+    with run.lock(scratch) as file:
+        if not os.fstat(file.fileno()).st_nlink:  # removed by another process before it was locked
+            raise ValueError(f"another process has just removed {scratch}: build {out} again")
         try:
             if is_complete(out, setting):  # another process has just built it
                 return print(f"{out} is complete")

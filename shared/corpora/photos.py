@@ -207,6 +207,11 @@ class Flickr8k(Photographs):
             check_names(names, file)
             if not names:
                 raise ValueError(f"{file} names no photographs: {says}")
+            for other in splits:
+                if both := [name for name in names if images / name in splits[other]]:
+                    raise ValueError(
+                        f"{file} puts the photograph {both[0]} into the {split} split, but the {other} split has it too"
+                    )
             for name in names:
                 about = {kind: of[name] for kind, of in texts.items() if name in of}
                 if "captions" not in about:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from shared.checkpoints import FREE, load_checkpoint, read_json, write_text
 from shared.evaluation import table
 from shared.run import machine
-from shared.study.verdicts import shown
+from shared.study.verdicts import VERDICTS, shown
 
 STARS = (
     " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
@@ -158,7 +158,11 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
 RESULTS = {"paper": str, "seeds": list, "machine": str, "date": str, "commit": str, "corpus": str} | {
     "floors": dict, "settings": dict, "arms": dict, "claims": list
 }  # fmt: skip
-CLAIM = {"claim", "paper", "metric", "difference", "interval", "resolves", "verdict", "primary"}
+NUMBER = int | float
+CLAIM = {"claim": str, "paper": str, "metric": str | None, "difference": NUMBER | None, "interval": list | None} | {
+    "resolves": NUMBER | None, "verdict": str, "primary": bool
+}  # fmt: skip
+OPTIONAL = dict.fromkeys(("negligible", "floor", "method", "baseline"), NUMBER | None)  # further keys of a claim
 
 
 def read_results(path: str | Path, paper: str | None = None) -> dict:
@@ -168,7 +172,11 @@ def read_results(path: str | Path, paper: str | None = None) -> dict:
     odd = [name for name, kind in RESULTS.items() if not isinstance(summary.get(name), kind)]
     if not odd:
         odd = [arm for arm, metrics in summary["arms"].items() if not is_measured(metrics, len(summary["seeds"]))]
-        odd += ["claims"] * any(not isinstance(row, dict) or CLAIM - row.keys() for row in summary["claims"])
+        odd += ["arms"] * (not summary["arms"])
+        odd += ["claims"] * (not all(map(is_judged, summary["claims"])))
+        odd += [
+            name for name, kind in (("floors", dict), ("floor_seeds", list)) if not has_numbers(summary, name, kind)
+        ]
     if odd:
         raise ValueError(f"{path} holds no results of a study ({odd[0]} is missing or damaged): {advice}")
     if paper not in (None, summary["paper"]):
@@ -184,7 +192,26 @@ def is_measured(metrics: Any, seeds: int) -> bool:
         all(isinstance(values, list) and 0 < len(values) <= seeds for values in lists)
         and all(isinstance(value, (int, float)) for values in lists for value in values)
         and len(set(map(len, lists))) <= 1
-        and all({"mean", "std"} <= each.keys() for each in found)
+        and all(isinstance(each.get(key), NUMBER) for each in found for key in ("mean", "std"))
+    )
+
+
+def is_judged(row: Any) -> bool:
+    """Whether a row of claims has the keys and types of those from `verdicts.judged`, and a known verdict."""
+    return (
+        isinstance(row, dict)
+        and CLAIM.keys() <= row.keys()
+        and all(isinstance(row.get(key), kind) for key, kind in (CLAIM | OPTIONAL).items())
+        and row["verdict"] in VERDICTS
+    )
+
+
+def has_numbers(summary: dict, name: str, kind: type) -> bool:
+    """Whether `name` of results, if it is there, holds dicts or lists (`kind`) of numbers, by floor."""
+    of_floor = summary.get(name, {})
+    return isinstance(of_floor, dict) and all(
+        isinstance(each, kind) and all(isinstance(value, NUMBER) for value in (each.values() if kind is dict else each))
+        for each in of_floor.values()
     )
 
 

@@ -442,6 +442,10 @@ def run(study: Study, options: Options) -> None:
         raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
     earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
+    if path is not None and not options.extend and Path(path).exists():
+        advice = "name another file, or remove that one"
+        if read_json(path, advice).get("paper") != study.paper:
+            raise ValueError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
     if study.on == "photos" and options.photos is None:
         raise ValueError(
             "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "
