@@ -175,7 +175,7 @@ def kept_patches(arms: dict[str, list[dict]]) -> list[dict]:
 def within(runs: list[dict], claim: str, paper: str | None, metric: str, baseline: str) -> dict:
     """A row of the claims table for the difference of two measurements of the same runs."""
     pair = {"method": [{metric: run[metric]} for run in runs], "baseline": [{metric: run[baseline]} for run in runs]}
-    return verdicts.judged([Claim(claim, paper, metric, "method", "baseline")], pair, [], together=False)[0]
+    return verdicts.judged([Claim(claim, paper, metric, "method", "baseline")], pair, [])[0]
 
 
 def step_times(times: dict[str, dict]) -> list[dict]:
@@ -316,6 +316,7 @@ STUDY = Study(
     ),
     arms=ARMS,
     minutes={"core": 7, "all": 25},
+    terms="1x50: one view of half of the patches; SLIP: CLIP with a self-supervised loss.",
     evaluate=evaluate,
     alone=True,
     derive=derive,

@@ -76,13 +76,13 @@ def join(counts: Mapping[str, int], scores: Mapping[str, float], aliases: Mappin
             names[name] = other
     exact = len(names)
     for key in (fold, lambda name: tuple(sorted(words(name)))):
-        places = free(counts, names, key)
+        places = unmatched(counts, names, key)
         wanted = defaultdict(list)
         for name in scores:
             if name not in names:
                 wanted[key(name)].append(name)
         names |= {of[0]: places[k][0] for k, of in wanted.items() if len(of) == len(places.get(k, ())) == 1}
-    respelled, places = len(names) - exact, free(counts, names, fold)
+    respelled, places = len(names) - exact, unmatched(counts, names, fold)
     for name in scores:
         other = places.get(OTHER_NAMES.get(fold(name), ""), ())
         if name not in names and len(other) == 1 and other[0] not in names.values():
@@ -94,7 +94,7 @@ def join(counts: Mapping[str, int], scores: Mapping[str, float], aliases: Mappin
     )  # fmt: skip
 
 
-def free(
+def unmatched(
     counts: Mapping[str, int], names: Mapping[str, str], key: Callable[[str], Hashable]
 ) -> dict[Hashable, list[str]]:
     """{key(name): names} of the counts that are not matched with a score yet."""

@@ -213,9 +213,12 @@ COLORS = plt.get_cmap("tab10").colors
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Draw concept_frequency_curves.png: accuracy by frequency, and the changes of both for the same concept."""
+    """Draw concept_frequency_curves.png: accuracy by frequency; and with the arm `reassigned` of ARMS=all, the changes
+    of both for the same concept."""
     tables = {arm: tables_of(runs) for arm, runs in found.arms.items()}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    panels = 1 + ("reassigned" in tables)
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     for color, (arm, label) in zip(COLORS, STUDY.headings.items(), strict=False):
         if arm in tables:
             plot_arm(left, tables, arm, color, label)
@@ -227,7 +230,7 @@ def plot(found: Comparison, out: Path) -> None:
     left.legend(fontsize=8, loc="upper left")
     if "reassigned" in tables:
         plot_changes(right, *changes(tables["zipf"], tables["reassigned"]))
-    for axis in (left, right):
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(out / "concept_frequency_curves.png", dpi=110)

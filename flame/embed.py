@@ -177,7 +177,7 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=run.DTYPES[precision], **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # older transformers raise ValueError for a path that does not exist
         raise ValueError(
             f"language model {cfg.llm!r} could not be loaded from disk or the Hugging Face hub; offline, pass a folder"
         ) from error

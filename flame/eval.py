@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -255,8 +255,12 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     return model.eval(), train_cfg
 
 
-def check_sets(cfg: Config) -> None:
-    """Open all evaluation sets, so that errors come early. ValueError for another kind, or for two sets of one name."""
+def check_sets(cfg: Config) -> dict[str, Any]:
+    """Open all evaluation sets, so that errors come early. ValueError for another kind, or for two sets of one name.
+
+    Returns {entry: its texts} of --long-sets, --compositional and --multilingual.
+    """
+    lists: dict[str, Any] = {}
     nothing = lambda image: image  # noqa: E731
     languages = [Path(folder).name.rpartition("_")[2] for folder in cfg.language_sets]
     if len(set(languages)) < len(languages):
@@ -268,15 +272,16 @@ def check_sets(cfg: Config) -> None:
     evaluation.open_sets("few-shot", filter(None, [cfg.few_shot]), nothing, "classification")
     for entry in cfg.long_sets:
         name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
-        read_set(LONG_SET_READERS[name], folder)
+        lists[entry] = read_set(LONG_SET_READERS[name], folder)
     for entry in cfg.compositional:
-        read_instances(*named_folder("compositional", entry, READERS))
+        lists[entry] = read_instances(*named_folder("compositional", entry, READERS))
     if cfg.crossmodal:
         read_set(crossmodal3600, cfg.crossmodal, LANGUAGES[0])
     if cfg.multilingual:
         folder, _, names = cfg.multilingual.rpartition(":")
         evaluation.open_sets("multilingual", [folder], nothing, "classification")
-        imagenet_names(names)
+        lists[cfg.multilingual] = imagenet_names(names)
+    return lists
 
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
@@ -286,7 +291,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if not isinstance(model, TrainedText | DualEncoder) and not (cfg.bank or train_cfg.bank):
         raise ValueError(f"{path} names no bank: pass --bank, its LLM and prompts embed the texts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
-    check_sets(cfg)
+    lists = check_sets(cfg)
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
     flat: dict[str, float] = {}
     for folder in cfg.sets:
@@ -299,12 +304,11 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
             metrics = zero_shot(model, classifier, eval_set, device, dtype, cfg.batch_size, cfg.workers)
         flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
     if cfg.multilingual:
-        flat |= multilingual_imagenet(model, texts, cfg, device, dtype)
+        flat |= multilingual_imagenet(model, texts, lists[cfg.multilingual], cfg, device, dtype)
     for entry in cfg.compositional:
-        flat |= compositional(model, texts, *named_folder("compositional", entry, READERS), cfg, device, dtype)
+        flat |= compositional(model, texts, entry.partition(":")[0], lists[entry], cfg, device, dtype)
     for entry in cfg.long_sets:
-        name, folder = named_folder("long-sets", entry, LONG_SET_READERS)
-        pairs, view = read_set(LONG_SET_READERS[name], folder), eval_transform(model)
+        name, pairs, view = entry.partition(":")[0], lists[entry], eval_transform(model)
         images = (view(read_image(path)) for path, _ in pairs)
         features = encode(model, images, device, dtype, cfg.batch_size)
         metrics = retrieval(features, [[text] for _, text in pairs], texts, True)
@@ -330,10 +334,12 @@ def named_folder(option: str, entry: str, known: Iterable[str]) -> tuple[str, st
     return name, folder
 
 
-def multilingual_imagenet(model: FLAME, texts: TextFeatures, cfg: Config, device, dtype: torch.dtype) -> dict:
-    """{"imagenet_LANGUAGE/METRIC": percent} of the five languages of `cfg.multilingual`."""
+def multilingual_imagenet(
+    model: FLAME, texts: TextFeatures, named: dict[str, tuple], cfg: Config, device, dtype: torch.dtype
+) -> dict[str, float]:
+    """{"imagenet_LANGUAGE/METRIC": percent} of the five languages of `cfg.multilingual`, whose names are `named`."""
     folder, _, names = cfg.multilingual.rpartition(":")
-    eval_set, named = open_set(folder, eval_transform(model), "classification"), imagenet_names(names)
+    eval_set = open_set(folder, eval_transform(model), "classification")
     features, labels = set_features(model, eval_set, device, dtype, cfg.batch_size, cfg.workers)
     flat = {}
     for language, (classes, templates) in named.items():
@@ -346,11 +352,12 @@ def multilingual_imagenet(model: FLAME, texts: TextFeatures, cfg: Config, device
 
 
 def compositional(
-    model: FLAME, texts: TextFeatures, name: str, folder: str, cfg: Config, device, dtype: torch.dtype
+    model: FLAME, texts: TextFeatures, name: str, sets: dict[str, list], cfg: Config, device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """{"SET/METRIC": percent} of Winoground, or of the seven sets of SugarCrepe and their mean."""
+    """{"SET/METRIC": percent} of what `read_instances` has read: of Winoground, or of the seven sets of SugarCrepe and
+    their mean."""
     view, flat = eval_transform(model), {}
-    for kind, instances in read_instances(name, folder).items():
+    for kind, instances in sets.items():
         images = (view(read_image(path)) for one in instances for path in one.images)
         features = F.normalize(encode(model, images, device, dtype, cfg.batch_size), dim=-1)
         captions = texts([caption for one in instances for caption in one.captions], True)

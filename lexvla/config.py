@@ -36,8 +36,8 @@ class Config:
     """Folder for copies of remote shards, for the index of large data, and for tokens of --encode-once."""
 
     backbone: str = "facebook/dinov2-base"
-    """Frozen image backbone: a folder or hub name for transformers (with a /), a timm model, a .pt file of `python -m
-    lexvla.backbone`, or efficientnet_lite0, with feature maps as patches (both ours)."""
+    """Frozen image backbone: a folder or hub name for transformers (with a /), a timm model, or efficientnet_lite0,
+    with feature maps as patches (ours)."""
     encode_once: bool = False
     """Encode all images once, without random crops, and train on the tokens, which are kept in `cache`. Ours."""
     image_size: int = 224
@@ -220,8 +220,6 @@ PRESETS = {
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc12m/{00000..01242}.tar")
-    if cfg.backbone.endswith(".pt") and not Path(cfg.backbone).is_file():
-        raise FileNotFoundError(f"--backbone {cfg.backbone} does not exist: 'python -m lexvla.backbone' makes it")
     if cfg.states and not Path(cfg.states).is_file():
         raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
     cli.check_batch(cfg, world_size)
@@ -259,8 +257,6 @@ def check_model(cfg: Config) -> None:
             re.compile(cfg.pattern)
         except re.error as error:
             raise ValueError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
-    if cfg.backbone.endswith(".pt") and (cfg.image_size < 8 or cfg.image_size % 8):
-        raise ValueError(f"--image-size {cfg.image_size} cannot be cut into patches of 8 pixels")
     if cfg.backbone == LITE0 and cfg.image_size % 32:
         raise ValueError(f"--image-size {cfg.image_size} is no multiple of 32, which --backbone {LITE0} needs")
 

@@ -150,7 +150,7 @@ def more_rows(found: Comparison) -> list[dict]:
     )
     needs = "needs CC12M, Llama 2"
     return [
-        *verdicts.judged(claims, arms, [], False),
+        *verdicts.judged(claims, arms, []),
         verdicts.not_testable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", needs),
         verdicts.not_testable("above CLIP at 0.4B and 1.1B pairs, VDR, STAIR", TABLE_1, needs),
     ]

@@ -24,7 +24,7 @@ from lexvla.model import (
     add_lora,
 )
 from lexvla.text import Bags, Prompts, States
-from shared import checkpoints, data
+from shared import data
 from shared.pretrained import LITE0 as LITE0_OF_TIMM
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
 
@@ -57,31 +57,14 @@ class Lite0Maps(nn.Module):
         return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
 
 
-def small_vit(image_size: int) -> nn.Module:
-    """The ViT that backbone.py trains: width 128, 6 blocks, patches of 8 pixels; it accepts other image sizes, too."""
-    return timm.models.VisionTransformer(
-        image_size, patch_size=8, embed_dim=128, depth=6, num_heads=2, num_classes=0, dynamic_img_size=True
-    )
-
-
 def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tuple[nn.Module, int]:
     """(network with [CLS] and patches as tokens, its width D).
 
-    name: `LITE0` for EfficientNet-Lite0's maps, a .pt file of backbone.py, a folder or hub name of transformers (with
-    a /), or a model of timm. ValueError if it cannot be loaded or has other tokens before its patches than [CLS].
+    name: `LITE0` for EfficientNet-Lite0's maps, a folder or hub name of transformers (with a /), or a model of timm.
+    ValueError if it cannot be loaded or has other tokens before its patches than [CLS].
     """
     if name == LITE0:
         return Lite0Maps(pretrained), Lite0Maps.num_features
-    if name.endswith(".pt"):
-        vit = small_vit(image_size)
-        if pretrained:
-            try:
-                vit.load_state_dict(checkpoints.load_checkpoint(name)["weights"])
-            except (KeyError, RuntimeError) as error:
-                raise ValueError(
-                    f"--backbone {name} at {image_size} pixels is no file of 'python -m lexvla.backbone'"
-                ) from error
-        return vit, vit.num_features
     try:
         if "/" in name:
             from transformers import AutoModel, Dinov2Config, Dinov2Model
@@ -115,8 +98,10 @@ def side_step(backbone: nn.Module) -> int:
 
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
-    """Backbone and adapter of the configuration; the codebook (V, d) is copied."""
+    """Backbone and adapter of the configuration; the codebook (V, d) is copied. ValueError if an image has no patch."""
     backbone, dim = create_backbone(cfg.backbone, cfg.image_size, pretrained)
+    if cfg.image_size < (side := patch_side(backbone)):
+        raise ValueError(f"--image-size {cfg.image_size} is below the {side} pixels of a patch of {cfg.backbone}")
     width = cfg.adapter_width or dim
     adapter = VisualAdapter(width, max(width // 64, 1), cfg.adapter_hidden, codebook.shape[1], dim)
     cls = DenseImageEncoder if cfg.head == "dense" else ImageEncoder
@@ -179,8 +164,6 @@ def statistics(backbone: str) -> tuple[Sequence[float], Sequence[float]]:
     """
     if backbone == LITE0:
         return LITE0_MEAN, LITE0_STD
-    if backbone.endswith(".pt"):  # of backbone.py
-        return (0.5,) * 3, (0.5,) * 3
     if about := timm.models.get_pretrained_cfg(backbone):
         return about.mean, about.std
     from transformers.image_processing_utils import BaseImageProcessor

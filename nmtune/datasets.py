@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data import BrokenSample, check_absent, decode_image, stable_hash
-from shared.index import Strings, fingerprint, forget, kept
+from shared.index import Strings, cached, fingerprint, forget
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
@@ -180,7 +180,7 @@ def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> Label
         raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
     names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
     files = [str(tar) for tar in tars]
-    index, _ = kept(files, cache / "labelled" if cache else None, lambda: (labelled_index(files), {}))
+    index, _ = cached(files, cache / "labelled" if cache else None, lambda: (labelled_index(files), {}))
     return LabelledImages(files, index["spans"], index["labels"], names)
 
 
@@ -211,10 +211,10 @@ def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
     numbers = all(path.name.isdecimal() for path in folders)
     folders.sort(key=lambda path: (int(path.name) if numbers else 0, path.name))
     names, cache = [str(root), *map(str, folders)], cache / "folders" if cache else None
-    found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
+    found, about = cached(names, cache, lambda: walked(folders), LARGE_FOLDERS)
     if cache and any(changed(folder, time) for folder, time in about["nested"]):
         forget(names, cache)
-        found, about = kept(names, cache, lambda: walked(folders), LARGE_FOLDERS)
+        found, about = cached(names, cache, lambda: walked(folders), LARGE_FOLDERS)
     files = Strings(found["files"], found["ends"])
     if not len(files):
         raise FileNotFoundError(f"{root} holds no folder of a class with images, {root}/CLASS/*.jpg")

@@ -43,7 +43,7 @@ def add_lora(model: ImageClassifier, source: str) -> nn.Module:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("LoRA needs peft: pip install 'paper-clips[nmtune]'") from error
+        raise ValueError("LoRA needs peft; in the project's folder: pip install '.[nmtune]'") from error
     config = peft.LoraConfig(r=8, target_modules=LORA_TARGETS[source], modules_to_save=["classification_head"])
     try:
         return peft.get_peft_model(model, config)

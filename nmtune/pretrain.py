@@ -96,7 +96,7 @@ class SwappedCaptions(Dataset):
         return float((self.source != np.arange(len(self))).mean())
 
     def place(self, i: int) -> tuple[data.Shards | data.TSV, int, int]:
-        """Item -> (pairs, row of the image, row of the caption)."""
+        """Item -> (pairs, index of the image's sample, index of the caption's sample)."""
         i %= len(self)
         return self.pairs, int(self.rows[i]), int(self.rows[self.source[i]])
 
@@ -121,11 +121,11 @@ class SwappedWithinShards(SwappedCaptions):
         return len(self.pairs)
 
     def swaps_of(self, pairs: data.Shards, rows: range) -> np.ndarray:
-        """`swap_captions` of the shard with these rows of `pairs`; depends only on its first key and its size."""
+        """`swap_captions` of the shard with the samples `rows`; depends only on its first key and its size."""
         return shard_swaps(pairs.keys[rows[0]], len(rows), self.noise, self.noise_seed)
 
     def share(self) -> float:
-        """The share in the first window."""
+        """Share of the pairs in the first window that have another pair's caption."""
         pairs, _ = self.pairs.open(0, 0, self.pairs.rank)
         shards = [rows for shard in range(len(pairs.paths)) if (rows := pairs.rows_of(shard))]
         moved = [self.swaps_of(pairs, rows) != np.arange(len(rows)) for rows in shards]

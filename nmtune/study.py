@@ -422,6 +422,8 @@ STUDY = Study(
     "is EfficientNet-Lite0, pretrained on ImageNet-1k, on subgroups of all emoji, each number the mean of "
     f"{TUNINGS} heads with different seeds",
     minutes={"core": 6, "all": 18},
+    terms="LP: linear probe. ID, OOD: in and out of domain. SVE: entropy of the features' singular values; LSVR: minus "
+    "log of the largest one's share. Black box: EfficientNet-Lite0.",
     evaluate=lambda runs: [evaluation.compared_metrics(run) for run in runs],
     derive=derive,
     derived_from={"sup-00": tuple(arm.name for arm in ARMS if arm.name.startswith("sup-"))},

@@ -196,14 +196,14 @@ def resume(folder: Path, config: Any) -> dict | None:
 # ------------------------------------------------------------------------------------------------------------- JSON
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. ValueError if it holds none."""
+def read_json(path: str | Path, advice: str = "remove it, or name another folder") -> dict:
+    """The JSON object in a file. ValueError, which ends in `advice`, if it holds none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: remove it, or name another folder")
+        raise ValueError(f"{path} holds no JSON object: {advice}")
     return value
 
 
@@ -211,6 +211,10 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically; creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replaced(path) as file:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with replaced(Path(path)) as file:
         file.write(text.encode())

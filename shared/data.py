@@ -1,15 +1,15 @@
-"""Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by row (the pair's index).
+"""Image-text pairs for training: webdataset shards (img2dataset layout) or a TSV, read by index.
 
 The tar headers of each shard are indexed once, so that any sample can be read by its byte offset. The order of an epoch
 is then a pure function of (seed, epoch): it does not depend on the number of loader workers, is split evenly over
 ranks, and a resumed run skips the samples that it has seen without reading them.
 
-With a dataset of N rows, item i of a run is row i % N in epoch i // N. So one set of workers serves all epochs, and
-reads ahead from one epoch into the next. Workers return uint8 pixels, which the training process normalises on its
-device (`in_two`).
+A sample's index is its position in the data set, from 0 on. With N samples, item i of a run is sample i % N in epoch
+i // N. So one set of workers serves all epochs, and reads ahead from one epoch into the next. Workers return uint8
+pixels, which the training process normalises on its device (`in_two`).
 
-Samples that lack an image or a caption, or that a damaged tar cuts off, have no row. A sample that proves unusable when
-it is read (broken image, empty caption, wrong encoding) is replaced by the next readable row. Both are recorded as
+Samples that lack an image or a caption, or that a damaged tar cuts off, have no index. A sample that proves unusable
+when it is read (broken image, empty caption, wrong encoding) is replaced by the next readable one. Both are recorded as
 `Broken` and reported at the end of the epoch.
 """
 
@@ -41,7 +41,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
-from shared.index import Strings, fingerprint, kept, locked, read_index
+from shared.index import Strings, cached, fingerprint, locked, read_index
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
@@ -293,9 +293,9 @@ class NoPairs(ValueError):
 
 
 class Shards:
-    """Random access to the pairs of local webdataset shards: `len`, `keys`, `read(row)`, `caption(row)`.
+    """Random access to the pairs of local webdataset shards: `len`, `keys`, `read(index)`, `caption(index)`.
 
-    `limit` keeps only the first rows; `total` is the number of all rows. With `strict`, any broken sample is a
+    `limit` keeps only the first samples; `total` is the number of all samples. With `strict`, any broken sample is a
     ValueError.
     """
 
@@ -329,17 +329,17 @@ class Shards:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def shard_of(self, row: int) -> int:
-        """Index of the shard of a row."""
-        return int(np.searchsorted(self._starts, row, side="right")) - 1
+    def shard_of(self, index: int) -> int:
+        """Number of the shard that holds a sample."""
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def rows_of(self, shard: int) -> range:
-        """Rows of the samples in the shard `paths[shard]`."""
+        """Indices of the samples in the shard `paths[shard]`."""
         return range(*self._starts[shard : shard + 2].clip(max=len(self)).tolist())
 
-    def _bytes(self, row: int, offset: int, size: int) -> bytes:
-        """`size` bytes of the row's shard, from `offset` on."""
-        return self._files.read(self.shard_of(row), offset, size)
+    def _bytes(self, index: int, offset: int, size: int) -> bytes:
+        """`size` bytes of the shard that holds a sample, from `offset` on."""
+        return self._files.read(self.shard_of(index), offset, size)
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
@@ -352,16 +352,16 @@ class Shards:
         if self._spans is None:
             self._read_index()
 
-    def read(self, row: int, decode: Callable[[bytes], Any] = decode_image) -> Pair:
-        """The pair of a row, its image from `decode` of the file's bytes. BrokenSample if it is unusable."""
-        offset, size, text_offset, text_size = self._spans[row].tolist()
-        caption = decode_caption(self._bytes(row, text_offset, min(text_size, CAPTION_BYTES + 1)))
-        return Pair(self.keys[row], decode(self._bytes(row, offset, size)), caption)
+    def read(self, index: int, decode: Callable[[bytes], Any] = decode_image) -> Pair:
+        """The pair of a sample, its image from `decode` of the file's bytes. BrokenSample if it is unusable."""
+        offset, size, text_offset, text_size = self._spans[index].tolist()
+        caption = decode_caption(self._bytes(index, text_offset, min(text_size, CAPTION_BYTES + 1)))
+        return Pair(self.keys[index], decode(self._bytes(index, offset, size)), caption)
 
-    def caption(self, row: int) -> str:
-        """The first MAX_CHARACTERS of a row's caption; undecodable bytes are replaced."""
-        _, _, offset, size = self._spans[row].tolist()
-        text = self._bytes(row, offset, min(size, CAPTION_BYTES))
+    def caption(self, index: int) -> str:
+        """The first MAX_CHARACTERS of a sample's caption; undecodable bytes are replaced."""
+        _, _, offset, size = self._spans[index].tolist()
+        text = self._bytes(index, offset, min(size, CAPTION_BYTES))
         return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
@@ -422,7 +422,7 @@ class TSV:
 
     def __init__(self, path: str, limit: int | None = None, strict: bool = False, cache: Path | None = None):
         self.strict, self.broken = strict, []
-        arrays, about = kept([path], cache, lambda: read_table(path))
+        arrays, about = cached([path], cache, lambda: read_table(path))
         self.total = len(arrays["file_ends"])
         self._captions = Strings(arrays["captions"], arrays["caption_ends"]).head(limit)
         self.keys = Strings(arrays["files"], arrays["file_ends"]).head(limit)  # an image's path is its sample's key
@@ -431,14 +431,14 @@ class TSV:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, row: int, decode: Callable[[bytes], Any] = decode_image) -> Pair:
-        """The pair of a row, its image from `decode` of the file's bytes. BrokenSample if it is unusable."""
-        caption = decode_caption(self._captions.bytes_of(row))
-        return Pair(self.keys[row], decode(read_file(self.keys[row])), caption)
+    def read(self, index: int, decode: Callable[[bytes], Any] = decode_image) -> Pair:
+        """The pair of a sample, its image from `decode` of the file's bytes. BrokenSample if it is unusable."""
+        caption = decode_caption(self._captions.bytes_of(index))
+        return Pair(self.keys[index], decode(read_file(self.keys[index])), caption)
 
-    def caption(self, row: int) -> str:
-        """The first MAX_CHARACTERS of a row's caption; undecodable bytes are replaced."""
-        return self._captions.bytes_of(row).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
+    def caption(self, index: int) -> str:
+        """The first MAX_CHARACTERS of a sample's caption; undecodable bytes are replaced."""
+        return self._captions.bytes_of(index).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
 
 
 def local_shards(spec: str, cache: Path = Path("data/cache")) -> list[str]:
@@ -513,17 +513,17 @@ def say_left_out(pairs: Shards | TSV, more: Sequence[Broken] = ()) -> None:
 
 
 def read_or_next(
-    pairs: Shards | TSV, row: int, broken: list[Broken], decode: Callable[[bytes], Any] | None = None
+    pairs: Shards | TSV, index: int, broken: list[Broken], decode: Callable[[bytes], Any] | None = None
 ) -> Pair:
-    """`pairs.read(row)`, or the next readable row; broken samples on the way are appended to `broken`.
+    """`pairs.read(index)`, or the next readable pair; broken samples on the way are appended to `broken`.
 
-    `decode`, if passed, is used instead of `decode_image`. `row` may also be an item of a run (see the top of this
+    `decode`, if passed, is used instead of `decode_image`. `index` may also be an item of a run (see the top of this
     file). ValueError for a broken sample if `pairs` are strict, or after 1000 of them.
     """
     if hasattr(pairs, "place"):  # a window of shards
-        pairs, row = pairs.place(row)
+        pairs, index = pairs.place(index)
     n = len(pairs)
-    for candidate in range(row, row + min(n, 1000)):
+    for candidate in range(index, index + min(n, 1000)):
         candidate %= n
         try:
             return pairs.read(candidate) if decode is None else pairs.read(candidate, decode)
@@ -531,7 +531,7 @@ def read_or_next(
             if pairs.strict:
                 raise ValueError(f"--strict: sample {pairs.keys[candidate]}: {error}") from error
             broken.append(Broken(str(pairs.keys[candidate]), str(error)))
-    raise ValueError(f"1000 samples in a row from {pairs.keys[row % n]} on are unreadable ({broken[-1].reason})")
+    raise ValueError(f"1000 samples in a row from {pairs.keys[index % n]} on are unreadable ({broken[-1].reason})")
 
 
 def read_item(pairs: Any, i: int, seed: int) -> tuple[Any, list[Broken]]:

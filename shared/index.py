@@ -102,7 +102,7 @@ class Strings(Sequence):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         raise TypeError(
-            "NumPy would store every string at the length of the longest: use Lookup, or select some by [rows]"
+            "NumPy would store every string at the length of the longest: use Lookup, or select some by [positions]"
         )
 
 
@@ -132,7 +132,7 @@ def hashes(strings: Strings) -> np.ndarray:
 
 
 class Lookup:
-    """Finds the rows of strings by hash, with 24 bytes per row."""
+    """Finds the positions of strings by hash, with 24 bytes per string."""
 
     def __init__(self, strings: Strings):
         first, second = hashes(strings)
@@ -140,7 +140,7 @@ class Lookup:
         self.first, self.second = first[self.order], second[self.order]
 
     def find(self, strings: Strings) -> np.ndarray:
-        """(N,) int64: the first row of each string, or -1."""
+        """(N,) int64: the first position of each string, or -1."""
         first, second = hashes(strings)
         place = np.searchsorted(self.first, first)
         while True:
@@ -163,7 +163,7 @@ class Lookup:
         return -1
 
     def twice(self) -> int | None:
-        """A row whose string occurs twice; None if there is none."""
+        """A position whose string occurs twice; None if there is none."""
         same = (self.first[1:] == self.first[:-1]) & (self.second[1:] == self.second[:-1])
         return int(self.order[same.argmax()]) if same.any() else None
 
@@ -173,7 +173,7 @@ class Index(NamedTuple):
 
     keys: Strings  # (N,)
     spans: np.ndarray  # (N, 4) int64: image offset, image size, caption offset, caption size
-    starts: np.ndarray  # (S + 1,) int64: first row of each shard, then N
+    starts: np.ndarray  # (S + 1,) int64: index of the first sample of each shard, then N
     broken: list[Broken]
     digests: list[str]  # (S,) hash of each shard's keys and spans
 
@@ -213,7 +213,7 @@ def read_index(paths: Sequence[str], cache: Path | None = None) -> Index:
         arrays = {"text": index.keys.text, "ends": index.keys.ends, "spans": index.spans, "starts": index.starts}
         return arrays, {"broken": index.broken, "digests": index.digests}
 
-    arrays, about = kept(paths, cache, make)
+    arrays, about = cached(paths, cache, make)
     broken = [Broken(*each) for each in about["broken"]]
     keys = Strings(arrays["text"], arrays["ends"])
     return Index(keys, arrays["spans"], arrays["starts"], broken, about["digests"])
@@ -264,7 +264,7 @@ def locked(path: Path) -> Iterator[None]:
             file.close()
 
 
-def kept(
+def cached(
     paths: Sequence[str],
     cache: Path | None,
     make: Callable[[], tuple[dict[str, np.ndarray], dict]],

@@ -26,7 +26,7 @@ CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 class InMemory(NamedTuple):
-    """All pairs of a small corpus, in the order of its rows."""
+    """All pairs of a small corpus, in the order of its samples."""
 
     pixels: Tensor  # (N, 3, H, H) uint8, or features (N, D) of a frozen network
     tokens: Tensor  # (N, L) int64
@@ -68,7 +68,7 @@ def read(
     """
     check_size(len(pairs), side, process)
     pixels, captions, broken = torch.empty(len(pairs), 3, side, side, dtype=torch.uint8), [], []
-    decoded: dict[bytes, int] = {}  # hash of an image's file -> its first row
+    decoded: dict[bytes, int] = {}  # hash of an image's file -> index of its first sample
 
     def decode(content: bytes) -> tuple[bytes, Tensor]:
         key = data.file_hash(content)
@@ -160,7 +160,7 @@ def distinct_batches(order: np.ndarray, labels: np.ndarray, size: int) -> list[n
 
 
 class Views:
-    """Batches (index, images (B, 3, S, S), tokens (B, L), broken samples) of `rows` of a corpus in memory.
+    """Batches (index, images (B, 3, S, S), tokens (B, L), broken samples) of the samples `rows` of a corpus in memory.
 
     `transform(pixels (B, 3, H, H) uint8, u (B, count))` returns the images; u are the `uniforms` of the items.
     `batches` are item indices from `data.batches`. Index and images are on the device of the pixels, tokens on the CPU.

@@ -96,7 +96,8 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
     """
     try:
         with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # no read-ahead
-            while (member := tar.next()) is not None:
+            # an empty tar has offset 0, at which Python 3.10's `next` fails
+            while tar.offset and (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile keeps every header
                 if member.size < 0 or tar.offset <= member.offset:  # points backwards: an endless loop
                     raise tarfile.ReadError("damaged")

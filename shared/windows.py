@@ -1,12 +1,13 @@
 """For data that do not fit on the disk: fetches windows of a few shards ahead, reads and removes them.
 
 In each epoch the shards are shuffled by (seed, epoch), divided among the ranks, and each rank's share is split into
-windows of S shards. A window gives a fixed number of batches, from its rows in random order. If it has too few rows,
-they are repeated; if it has more, the rest is left out. So (epoch, batch, rank) determines the window and the position
-in it before any shard is read, and a run can resume in the middle of a window.
+windows of S shards. A window gives a fixed number of batches, from its samples in random order. If it has too few
+samples, they are repeated; if it has more, the rest is left out. So (epoch, batch, rank) determines the window and the
+position in it before any shard is read, and a run can resume in the middle of a window.
 
-`data.Shards` has rows; `Windowed` has positions 0 .. N-1 of an epoch instead. Position p is item p % B of batch
-p // B // W on rank p // B % W, with B items per rank and W ranks. Item e N + p of a run is position p of epoch e.
+`data.Shards` finds a sample by its index in the data set; `Windowed` has positions 0 .. N-1 of an epoch instead.
+Position p is item p % B of batch p // B // W on rank p // B % W, with B items per rank and W ranks. Item e N + p of a
+run is position p of epoch e.
 """
 
 import concurrent.futures
@@ -134,7 +135,7 @@ class Windowed:
             return pairs
 
     def place(self, item: int) -> tuple[data.Shards, int]:
-        """Item -> (pairs of its window, row in them)."""
+        """Item -> (pairs of its window, index of its sample in them)."""
         epoch, position = divmod(item, self.samples)
         batch, i = divmod(position, self.batch_size)
         batch, rank = divmod(batch, self.world_size)
@@ -201,7 +202,7 @@ def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size
     A window's shards are fetched ahead, once each, and removed after reading.
     """
     if not isinstance(pairs, Windowed):
-        yield from (pairs.caption(row) for row in range(rank, len(pairs), world_size))
+        yield from (pairs.caption(i) for i in range(rank, len(pairs), world_size))
         return
     urls, fetcher = pairs.urls[rank::world_size], Fetcher(pairs.cache)
     try:
@@ -219,7 +220,7 @@ def captions(pairs: data.Shards | data.TSV | Windowed, rank: int = 0, world_size
 def training_batches(
     dataset: Dataset, collate: Callable, cfg: Any, process: run.Process, epochs: range, start: int = 0
 ) -> Iterator:
-    """Batches like those of `data.training_batches`, for a dataset whose `pairs` are read by row or by window."""
+    """Batches like those of `data.training_batches`, for a dataset whose `pairs` are read by index or by window."""
     pairs = dataset.pairs
     if not isinstance(pairs, Windowed):
         return data.training_batches(dataset, collate, cfg, process, epochs, start)
@@ -233,15 +234,17 @@ def training_batches(
 
 
 def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windowed:
-    """Training pairs, read by row, or with --window-shards by window. ValueError on invalid settings."""
+    """Training pairs, read by index, or with --window-shards by window. ValueError on invalid settings."""
     if cfg.window_shards < 0:
-        raise ValueError(f"--window-shards must be a number of shards, or 0 to read by row, not {cfg.window_shards}")
+        raise ValueError(
+            f"--window-shards must be a number of shards, or 0 to shuffle all samples, not {cfg.window_shards}"
+        )
     if not cfg.window_shards:
         return data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     if not cfg.dataset_size:
         raise ValueError("--window-shards needs --dataset-size, the number of samples of an epoch")
     if (ending := Path(cfg.data).suffix) in (".tsv", ".csv", ".json"):
-        raise ValueError(f"--window-shards needs tar shards; leave it out to read a {ending} file by row")
+        raise ValueError(f"--window-shards needs tar shards; leave it out for a {ending} file")
     urls = data.expand_shards(cfg.data)
     return Windowed(
         urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, cfg.seed, process, own_cache(cfg), cfg.strict

@@ -3,7 +3,6 @@
 `small_corpus` makes the data, `commands` the command lines without --out, `stages` those of the other scripts.
 """
 
-import dataclasses
 import io
 import json
 import pickle
@@ -85,13 +84,14 @@ def language_model(folder: Path, data: Path, **sizes: int) -> Path:
     return folder
 
 
-def backbone(folder: Path, data: Path) -> Path:
-    """Train LexVLA's image tower for one epoch."""
-    from lexvla import backbone
+def dinov2(folder: Path, **sizes: int) -> Path:
+    """Write a random DINOv2, by default of one small block, with patches of 8 pixels."""
+    from transformers import Dinov2Config, Dinov2Model
 
-    cfg = backbone.Config(f"{data}/00000.tar", dataset_size=64, out=str(folder / "backbone.pt"), image_size=16)
-    backbone.main(dataclasses.replace(cfg, epochs=1, batch_size=32, device="cpu", precision="fp32"))
-    return folder / "backbone.pt"
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**(sizes or small))).save_pretrained(folder)
+    return folder
 
 
 def vocabulary(folder: Path, data: Path) -> Path:
@@ -113,9 +113,9 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
             --warmup 2 --eval-set {EVAL}/names_ood""",
         "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
             --epochs 2 --warmup 2""",
-        "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {backbone(parts, data)} --states=
-            --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 32 --min-count 1
-            --epochs 2 --warmup 2""",
+        "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {dinov2(parts / "dinov2")}
+            --states= --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 2048
+            --min-count 1 --epochs 2 --warmup 2""",
         "nmtune": "emoji-clip-30 --model ViT-test --no-keep-in-memory --epochs 2 --warmup 2",
         "protoclip": """emoji --model ResNet-test --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8
             --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2""",

@@ -106,7 +106,7 @@ def test_changes_of_the_same_noun_and_claims():
     study.derive(found)
     assert found.arms["thinned"][0]["within"] == pytest.approx(6 / np.log10(4))
     bars = [((), {study.RECALL: 1.0})]
-    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=True)}
+    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
     assert rows["accuracy rises with log frequency (points a decade)"]["verdict"] == "reproduced"
     assert rows["same concept at another frequency (points a decade)"]["verdict"] == "reproduced"
     assert len(study.more_rows(found)) == 2

@@ -26,6 +26,8 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
         runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
         planted=study.PLANTED, report=str(folder / "results.json"),
     )  # fmt: skip
+    panels, close = [], study.plt.close
+    monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
     bars = (Floor("none", lambda: study.of_all(-1.0)),)
     monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
     with monkeypatch.context() as here:
@@ -33,6 +35,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
         eval.main(cfg)
     summary = json.loads((folder / "results.json").read_text())
     assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
+    assert panels == [1 + ("reassigned" in runs)]  # none is empty
     values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
     assert values["counted_both"] > 0.5 and values["misaligned_40"] > values["misaligned_20"] > values["misaligned"]
     rows = {row["claim"]: row for row in summary["claims"]}
@@ -78,7 +81,7 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
 
 def judged(effect: float, seeds: int, floor: float = 0.0) -> dict[str, str]:
     arms = synthetic_arms(effect, seeds)
-    rows = verdicts.judged(study.CLAIMS, arms, [((), study.of_all(floor))], together=False)
+    rows = verdicts.judged(study.CLAIMS, arms, [((), study.of_all(floor))])
     return {row["claim"]: row["verdict"] for row in rows}
 
 

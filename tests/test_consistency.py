@@ -10,6 +10,7 @@ import subprocess
 import sys
 import typing
 from collections import defaultdict
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,25 @@ def test_every_package_has_a_lowest_version():
     listed = re.search(r"^dependencies = .*?(?=^\[project\.entry-points)", project, re.M | re.S)[0]
     needs = [re.fullmatch(r"([\w-]+)(\[\w+\])?(.*)", need).group(1, 3) for need in re.findall(r'"([^"]+)"', listed)]
     assert len(needs) > 30 and not {name for name, _ in needs} - {name for name, at in needs if re.match(">=|==", at)}
+
+
+def test_imported_packages_are_declared():
+    """pyproject.toml lists what any file imports, in the base dependencies if a file of shared/ does so at its top."""
+
+    def plain(package: str) -> str:
+        return re.match(r"[\w-]+", package)[0].lower().replace("-", "_")
+
+    project, packages_of = (ROOT / "pyproject.toml").read_text(), packages_distributions()
+    listed = re.search(r"^dependencies = .*?(?=^\[project\.entry-points)", project, re.M | re.S)[0]
+    anywhere, base = ({*map(plain, re.findall(r'"(\w[^"]*)"', text))} for text in (listed, listed.split("\n[")[0]))
+    for path in files():
+        first = [node for node in tree(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in first}
+        at_top = {name.split(".")[0] for name in names} if path.is_relative_to(ROOT / "shared") else set()
+        own = {*folders(), "shared", "pytest", "grpc"}  # pytest is there where its plugin is, grpc where ray[client] is
+        for module in {name.split(".")[0] for name in imports(path)} & packages_of.keys() - own:
+            known = base if module in at_top else anywhere
+            assert known & set(map(plain, packages_of[module])), f"{name_of(path)} imports {module}"
 
 
 def test_tests_of_a_file_are_found_by_its_name():

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,7 @@ def test_broken_photographs_are_counted_and_reported(flickr8k: Path, capsys) -> 
     out = build_flickr8k(flickr8k, out="out")
     manifest = read_manifest(out)
     assert manifest["counts"]["broken"] == 2 and manifest["counts"]["train"] == 4
+    assert manifest["counts"]["photographs"] == 4, "those that were written"
     assert manifest["broken"]["Images/9_a.jpg"] == "missing image" and "Images/2_a.jpg" in manifest["broken"]
     assert "2 broken samples, left out: " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--strict: .*2_a\.jpg: unreadable image"):
@@ -144,14 +147,47 @@ def test_what_is_missing_is_named(flickr8k: Path) -> None:
     refused(ValueError, r"val\.fr\.gz has 1 lines for the 2 names of val\.txt", multi30k=other)
     (raw / "val.fr.gz").write_bytes(b"plain text")
     refused(ValueError, r"val\.fr\.gz is no gzipped UTF-8 text", multi30k=other)
+    damaged = bytearray(gzip.compress(np.random.default_rng(0).bytes(1000)))
+    damaged[10] = 0xFF  # a reserved kind of block
+    (raw / "val.fr.gz").write_bytes(damaged)
+    refused(ValueError, r"val\.fr\.gz is no gzipped UTF-8 text", multi30k=other)
     (raw / "val.fr.gz").unlink()
     refused(FileNotFoundError, r"val\.fr\.gz is missing: Multi30k has image_splits/", multi30k=other)
-    (flickr8k / "Flickr_8k.testImages.txt").write_text("77_a.jpg\n")
+    split = flickr8k / "Flickr_8k.testImages.txt"
+    for text, sentence in {
+        "\n\n": "names no photographs: Flickr8k has Images/",
+        f"8_a.jpg\n{flickr8k}/Images/9_a.jpg\n": "names the photograph '/.*9_a.jpg': it should be the name of a file",
+        "../Images/9_a.jpg\n": r"names the photograph '\.\./Images/9_a\.jpg': it should be",
+        "9_a.jpg\n8_a.jpg\n9_a.jpg\n": r"names the photograph 9_a\.jpg twice",
+    }.items():
+        split.write_text(text)
+        refused(ValueError, rf"Flickr_8k\.testImages\.txt {sentence}")
+    split.write_text("8_a.jpg\n3_a.jpg\n")
+    refused(ValueError, r"testImages\.txt puts the photograph 3_a\.jpg into the test split, but the train split has it")
+    split.write_text("77_a.jpg\n")
     refused(ValueError, r"no caption of 77_a\.jpg of the test split")
     (flickr8k / "Flickr8k.token.txt").write_text("1_a.jpg,A caption\n")
     refused(ValueError, r"Flickr8k\.token\.txt does not begin with name\.jpg#k<tab>caption")
     (flickr8k / "Flickr8k.token.txt").unlink()
     refused(FileNotFoundError, r"Flickr8k\.token\.txt is missing: Flickr8k has Images/, Flickr8k\.token\.txt and")
+
+
+def test_photographs_without_a_known_ending_are_broken(flickr8k: Path) -> None:
+    Image.open(flickr8k / "Images/1_a.jpg").save(flickr8k / "Images/1_a.bmp")
+    (flickr8k / "Images/2_a.jpg").rename(flickr8k / "Images/2_a")
+    for file in flickr8k.glob("*.txt"):
+        text = file.read_text(encoding="utf-8").replace("1_a.jpg", "1_a.bmp").replace("2_a.jpg", "2_a")
+        file.write_text(text, encoding="utf-8")
+    manifest = read_manifest(build_flickr8k(flickr8k))
+    assert set(manifest["broken"]) == {"Images/1_a.bmp", "Images/2_a"} and manifest["counts"]["photographs"] == 3
+    assert manifest["broken"]["Images/2_a"] == "its name ends in none of jpg, jpeg, png, webp"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system refuses the name")
+def test_a_name_that_is_not_utf8(flickr8k: Path) -> None:
+    Path(os.fsdecode(os.fsencode(flickr8k / "Images") + b"/\xff.jpg")).write_bytes(b"")
+    with pytest.raises(ValueError, match="udcff.jpg' is not UTF-8: rename the file"):
+        build_flickr8k(flickr8k)
 
 
 # ------------------------------------------------------------------------------------------------------ PACS, CIFAR-10
@@ -179,7 +215,7 @@ def test_pacs(tmp_path: Path) -> None:
     pairs = data.open_pairs(str(out / "train/{photo,art_painting}-00000.tar"))
     assert len(pairs) == 26 and {pairs.caption(row) for row in range(26)} == {"dog", "guitar"}
     photograph(tmp_path / "PACS/photo/horse/pic_000.jpg")
-    with pytest.raises(ValueError, match="do not have the same classes"):
+    with pytest.raises(ValueError, match="the same classes, only one of photo and art_painting has horse"):
         photos.PACS(tmp_path, tmp_path / "other").build()
     with pytest.raises(FileNotFoundError, match=r"PACS/photo is missing: PACS has PACS/\{photo"):
         photos.PACS(tmp_path / "PACS", tmp_path / "other").build()
@@ -201,9 +237,17 @@ def test_cifar10(tmp_path: Path) -> None:
     (tmp_path / "train/cat").rename(tmp_path / "train/kitten")
     with pytest.raises(ValueError, match="has the classes airplane.*kitten.*: CIFAR-10 has"):
         photos.CIFAR10(tmp_path, tmp_path / "other").build()
+    (tmp_path / "train/kitten").rename(tmp_path / "train/cat")
+    (tmp_path / "test/dog").rename(tmp_path / "test/d\nog")
+    with pytest.raises(ValueError, match="test has the classes .*d og, .*: CIFAR-10 has"):
+        photos.CIFAR10(tmp_path, tmp_path / "other").build()
+    (tmp_path / "test/d\nog").rename(tmp_path / "test/dog")
+    for file in (tmp_path / "test/dog").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="test/dog holds no photographs: CIFAR-10 has"):
+        photos.CIFAR10(tmp_path, tmp_path / "other").build()
     for file in (tmp_path / "test").rglob("*.png"):
         file.unlink()
-    (tmp_path / "train/kitten").rename(tmp_path / "train/cat")
     with pytest.raises(ValueError, match=r"test holds no <class>/\*\.jpg"):
         photos.CIFAR10(tmp_path, tmp_path / "other").build()
 
@@ -215,7 +259,7 @@ SQUARE = [[2.0, 2.0, 10.0, 2.0, 10.0, 8.0, 2.0, 8.0]]  # columns 2 to 9, rows 2 
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    categories = [{"id": 3, "name": "car"}, {"id": 1, "name": "person"}, {"id": 17, "name": "cat"}]
+    categories = [{"id": 3, "name": "car"}, {"id": 1, "name": "per\nson"}, {"id": 17, "name": "cat"}]
     for split in ("train", "val"):
         images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 20, "height": 16} for i in (7, 8, 9)]
         for image in images:
@@ -245,7 +289,7 @@ def test_coco(coco: Path) -> None:
     ]  # fmt: skip
     for split in ("train", "val"):
         folder = coco / f"out/eval/patchdis_{split}"
-        assert (folder / "classnames.txt").read_text().split() == ["person", "car", "cat"]
+        assert (folder / "classnames.txt").read_text() == "per son\ncar\ncat\n"
         assert [file.name for file in (folder / "masks").iterdir()] == ["000000000007.png"]
         mask = np.asarray(Image.open(folder / "masks/000000000007.png"))
         expected = np.full((16, 20), 255)
@@ -264,8 +308,13 @@ def test_instance_masks() -> None:
     assert photos.instance_mask([[-5, -5, 30, -5, 30, 30, -5, 30]], 8, 9).all(), "cut at the border"
     lengths = photos.instance_mask({"counts": [1, 2, 3]}, 2, 3)
     assert np.array_equal(lengths, [[False, True, False], [True, False, False]])
-    with pytest.raises(ValueError, match="compressed run lengths"):
-        photos.instance_mask({"counts": "abc"}, 2, 3)
+    for segmentation, sentence in (
+        ({"counts": "abc"}, "compressed run lengths"),
+        ({"counts": [10**12, 10**12]}, "its run lengths have 2000000000000 pixels"),
+        ([[0, 0, 2, 0, 2, float("nan")]], "a corner that is no number"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            photos.instance_mask(segmentation, 2, 3)
 
 
 def test_coco_files_that_are_others(coco: Path) -> None:
@@ -278,6 +327,10 @@ def test_coco_files_that_are_others(coco: Path) -> None:
         ('"category_id": 3', '"category_id": 4', r"instances_val2017\.json has instances of category 4, which"),
         ('"height"', '"hight"', r"instances_val2017\.json lacks images with file_name, height"),
         ("[[2.0, ", "[[", "instance 2 has no mask for an image of 20 x 16 pixels"),
+        ('"area": 48', '"area": "48"', r"instances_val2017\.json lacks annotations with area, .* has a wrong type"),
+        ('"height": 16', '"height": 1000000000', "has a photograph of 20 x 1000000000 pixels, 000000000007.jpg"),
+        ('"000000000008.jpg"', '"000000000007.jpg"', "names the photograph 000000000007.jpg twice"),
+        ('"000000000008.jpg"', '"../a.jpg"', r"names the photograph '\.\./a\.jpg': it should be the name of a file"),
     ):
         texts = [path.read_text() for path in (file, objects)]
         file.write_text((coco / "annotations/captions_train2017.json").read_text())
@@ -287,7 +340,7 @@ def test_coco_files_that_are_others(coco: Path) -> None:
         for path, text in zip((file, objects), texts, strict=True):
             path.write_text(text)
     file.write_text("no JSON")
-    with pytest.raises(ValueError, match=r"captions_val2017\.json holds no JSON object"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json holds no JSON object: COCO has"):
         photos.COCO(coco, coco / "out").build()
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"captions_val2017\.json is missing: COCO has"):

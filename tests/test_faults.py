@@ -44,7 +44,6 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "flame.new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
-    "lexvla.backbone": "test_lexvla_backbone.py::test_drawings_are_grouped_by_emoji_and_attract_each_other",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
     "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "nmtune.encoder_study": "test_nmtune_encoder_study.py::test_study_and_report",

@@ -145,12 +145,13 @@ def test_imagenet_in_five_languages(tmp_path: Path):
         return torch.randn(len(strings), 7)
 
     cfg = evaluation.Config(runs=(), multilingual=f"{EVAL / 'groups_ood'}:{tmp_path}")
-    found = evaluation.multilingual_imagenet(Red(), texts, cfg, "cpu", torch.float32)
+    named = evaluation.check_sets(cfg)[cfg.multilingual]
+    found = evaluation.multilingual_imagenet(Red(), texts, named, cfg, "cpu", torch.float32)
     assert {key.split("/")[0] for key in found} == {f"imagenet_{name}" for name in ("ar", "en", "jp", "it", "cn")}
     assert asked[0] == ([f"ar {classes[0]}", f"a ar {classes[0]} ar"], False) and len(asked) == 5
     (tmp_path / "it_classnames.json").write_text(json.dumps({"imagenet1k": classes[:3]}))
     with pytest.raises(ValueError, match="has 9 classes, but .* names 3"):
-        evaluation.multilingual_imagenet(Red(), texts, cfg, "cpu", torch.float32)
+        evaluation.multilingual_imagenet(Red(), texts, evaluation.imagenet_names(tmp_path), cfg, "cpu", torch.float32)
 
 
 def test_compositional_sets_are_embedded_with_the_long_prompt(tmp_path: Path):
@@ -167,8 +168,10 @@ def test_compositional_sets_are_embedded_with_the_long_prompt(tmp_path: Path):
         seen.append((list(strings), multi))
         return torch.randn(len(strings), 7)
 
-    cfg = evaluation.Config(runs=(), batch_size=4)
-    found = evaluation.compositional(Red(), texts, "winoground", str(tmp_path), cfg, "cpu", torch.float32)
+    cfg = evaluation.Config(runs=(), batch_size=4, compositional=(f"winoground:{tmp_path}",))
+    (instances,) = evaluation.check_sets(cfg).values()
+    (tmp_path / "data/examples.jsonl").unlink()  # it is read once
+    found = evaluation.compositional(Red(), texts, "winoground", instances, cfg, "cpu", torch.float32)
     assert set(found) == {"winoground/text_acc", "winoground/image_acc", "winoground/acc"}
     assert seen == [(["00", "01", "10", "11", "20", "21"], True)]
 

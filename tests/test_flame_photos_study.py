@@ -35,7 +35,7 @@ def test_a_quarter_of_the_photographs_joins_the_arm_with_all():
     found = Comparison(arms | {"flame-4": [{top1: 44.0}, {top1: 45.0}]}, [0, 1], {}, set())
     photos_study.derive(found)
     assert found.arms["flame"][1][photos_study.AT_4] == 45 and found.arms["clip"][0][photos_study.AT_4] == 30
-    rows = {row["claim"]: row for row in verdicts.judged(photos_study.CLAIMS, found.arms, [], together=True)}
+    rows = {row["claim"]: row for row in verdicts.judged(photos_study.CLAIMS, found.arms, [])}
     assert rows["above a text tower, 1/4 of the pairs"]["difference"] == pytest.approx(14.5)
     assert rows["zero-shot above a trained text tower"]["primary"]
 

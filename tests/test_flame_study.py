@@ -107,11 +107,11 @@ def test_arms_with_fewer_pairs_have_a_floor_with_as_few():
     study.derive(found)
     assert found.arms["flame"][0][study.AT["16"]] == 20.0 and found.arms["clip"][0][study.GROWTH] == -32.0
     bars = [(study.ON_LITE0, {study.NEW_ID: 40.6, study.AT["16"]: 18.0})]
-    rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=True)}
+    rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
     assert rows[study.AT["16"]]["difference"] == 10.0 and rows[study.AT["16"]]["verdict"] == "reproduced"
     assert rows[study.GROWTH]["difference"] == 9.0 and rows[study.GROWTH]["primary"]
     few = [(study.ON_LITE0, {study.NEW_ID: 50.0, study.AT["16"]: 21.0})]
-    judged = verdicts.judged(study.CLAIMS, found.arms, few, together=True)
+    judged = verdicts.judged(study.CLAIMS, found.arms, few)
     assert {row["verdict"] for row in judged} == {"has not learned"}
 
 
@@ -230,4 +230,8 @@ def test_results_are_judged_by_the_claims_of_their_language_model(installed: str
     """Whatever language model is installed where the claims are judged again."""
     committed = checkpoints.read_json(Path("results/flame.json"))
     assert GEMMA in committed["corpus"].lower() and SMOLLM2 not in committed["corpus"].lower()
-    assert study.study(installed).judged_again(committed) == committed
+    again = study.study(installed).judged_again(committed)
+    one, other = (
+        json.loads(json.dumps(each), parse_float=lambda text: f"{float(text):.9g}") for each in (again, committed)
+    )
+    assert one == other  # older NumPy rounds the last digits otherwise

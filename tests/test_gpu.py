@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, start_two
-from short_runs import SCRIPTS, commands, features, image_folder, language_model, small_corpus
+from short_runs import SCRIPTS, commands, dinov2, features, image_folder, language_model, small_corpus
 from test_accumulate import PLAIN
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 SCRIPT, SECONDS = "protoclip.train", 300
-SCRIPTS = SCRIPTS | {  # and further arms and scripts; lexvla.backbone and flame.captioner log no losses
+SCRIPTS = SCRIPTS | {  # and further arms and scripts; flame.captioner logs no losses
     "nmtune-labels": "nmtune.pretrain",
     "nmtune-views": "nmtune.train",
     "nmtune-features": "nmtune.train",
@@ -100,11 +100,9 @@ def given(start, folder: Path) -> dict[str, list[str]]:
 
 def weights_of_lexvla(data: Path, parts: Path) -> None:
     """Write a random LM with 4 blocks and a random DINOv2 base, for the memory of LexVLA's adapter and of LoRA."""
-    from transformers import Dinov2Config, Dinov2Model
-
     sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16)
     language_model(parts / "large-lm", data, **sizes)
-    Dinov2Model(Dinov2Config(patch_size=14)).save_pretrained(parts / "dinov2-base")
+    dinov2(parts / "dinov2-base", patch_size=14)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,8 @@ ERRORS = {
     "missing states": (["emoji", "--states", "no.pt"], "--states no.pt does not exist"),
     "states of another LM": (["emoji", "--max-length", "64"], "was made with max_length 128"),
     "unknown LM": (["emoji", "--lm", "/nowhere"], "--lm /nowhere is no folder or hub name"),
-    "missing backbone": (["emoji", "--backbone", "no.pt"], "--backbone no.pt does not exist: 'python -m lexvla.b"),
-    "backbone of another size": (["emoji", "--image-size", "24"], "at 24 pixels is no file of 'python -m lexvla.b"),
     "unknown backbone": (["emoji", "--backbone", "vit_nothing"], "--backbone vit_nothing could not be loaded"),
-    "no patches": (["emoji", "--image-size", "20"], "--image-size 20 cannot be cut into patches of 8"),
+    "no patches": (["emoji", "--image-size", "4"], "--image-size 4 is below the 8 pixels of a patch of"),
     "half patches": (
         ["emoji", "--backbone", config.LITE0, "--image-size", "20"],
         "--image-size 20 is no multiple of 32",

@@ -41,7 +41,7 @@ def test_claims_about_shared_words_need_arms_that_retrieve():
         for arm, (recall, share) in runs.items()
     }
     low, high = ([((), {study.RECALL: floor})] for floor in (10.0, 30.0))
-    judged = [{row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, bar, True)} for bar in (low, high)]
+    judged = [{row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, bar)} for bar in (low, high)]
     claim = "overuse: most used word rarer than with FLOPs"
     assert judged[0][claim]["verdict"] == "reproduced" and judged[1][claim]["verdict"] == "has not learned"
 

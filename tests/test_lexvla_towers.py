@@ -127,7 +127,7 @@ def test_maps_of_efficientnet_lite0_are_tokens():
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0, pretrained=False)
     assert image(pixels).shape == (2, 40) and image.adapter.reduce.weight.shape == (24, 432)
     assert towers.patch_side(image.backbone) == 16 and towers.side_step(image.backbone) == 32
-    assert towers.side_step(towers.small_vit(16)) == 8 and not image.backbone.training
+    assert not image.backbone.training
 
 
 def normalized(maps: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,6 @@ def test_images_have_the_statistics_of_the_backbones_own_configuration(tmp_path:
         (f"{tmp_path}/mean", half),
         (f"{tmp_path}/vit-clip", clip),  # by the name, since these folders do not state any
         (f"{tmp_path}/vit", imagenet),
-        ("backbone.pt", half),
     ):
         assert towers.statistics(name)[0] == pytest.approx(mean), name
     assert towers.statistics(f"{tmp_path}/mean")[1] == [0.2, 0.3, 0.4]

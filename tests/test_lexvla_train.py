@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from short_runs import dinov2
 from test_lexvla_model import check, something_was_compared  # noqa: F401
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lexvla import backbone as backbones
 from lexvla import config, towers, train
 from lexvla import text as texts
 from lexvla.train import cosine_lr, quadratic_warmup
@@ -72,9 +72,7 @@ def states(folder: Path, lm: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Path:
-    cfg = backbones.Config(f"{SHARDS}/00000.tar", dataset_size=300, out=str(folder / "backbone.pt"), image_size=16)
-    backbones.main(dataclasses.replace(cfg, epochs=2, batch_size=32, device="cpu", precision="fp32"))
-    return folder / "backbone.pt"
+    return dinov2(folder / "dinov2")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,12 @@
 """Full and LoRA fine-tuning, killed and resumed, with recomputed activations."""
 
+import sys
+
 import pytest
 from scripts import ended, finished, kill_at, metrics, same
 from test_nmtune_train import SCRIPT, SECONDS, corpus, folder, images, in_process, start  # noqa: F401
 
+from nmtune import finetune
 from shared import checkpoints
 
 
@@ -25,3 +28,9 @@ def test_fine_tuning_kill_and_resume(in_process, start, tmp_path, images, preset
         assert metrics(tmp_path / name) == metrics(tmp_path / "whole")
         state = checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt")
         assert all(same(state[part], whole[part]) for part in ("state_dict", "optimizer", "epoch"))
+
+
+def test_lora_without_peft_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"LoRA needs peft; in the project's folder: pip install '\.\[nmtune\]'"):
+        finetune.add_lora(None, "timm")

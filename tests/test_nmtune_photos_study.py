@@ -81,7 +81,7 @@ def test_an_encoder_has_the_accuracies_of_all_heads(tmp_path: Path, monkeypatch:
     arms = {f"sup-{level:02d}": [dict(found) for _ in range(3)] for level in (0, 10, 30)}
     compared = study.Comparison(arms, [0, 1, 2], {}, set())
     study.STUDY.derive(compared)
-    rows = {row["claim"]: row for row in verdicts.judged(study.STUDY.claims, compared.arms, [], together=False)}
+    rows = {row["claim"]: row for row in verdicts.judged(study.STUDY.claims, compared.arms, [])}
     claim = "C4 NMTune above MLP, encoders with 30 % label noise, OOD"
     assert rows[claim]["difference"] == 2 and rows[claim]["verdict"] == "reproduced"
 
@@ -98,7 +98,7 @@ def test_an_encoder_with_other_weights_is_measured_again(tmp_path: Path, monkeyp
 def test_claims_are_those_of_the_embedded_corpus():
     found = compared()
     study.STUDY.derive(found)
-    rows = verdicts.judged(study.CLAIMS, found.arms, [], together=False) + study.more_rows(found)
+    rows = verdicts.judged(study.CLAIMS, found.arms, []) + study.more_rows(found)
     claims = {row["claim"]: row["verdict"] for row in rows}
     assert claims["C1 30 % label noise lowers LP ID"] == "reproduced"
     assert "C3 higher SVE goes with higher LP ID (correlation over levels)" in claims

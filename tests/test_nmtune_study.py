@@ -28,10 +28,10 @@ def compared(levels=config.NOISE) -> study.Comparison:
     return study.Comparison(arms=arms, seeds=list(SEEDS), folders={}, commits={"x"}, settings={})
 
 
-def judged(found: study.Comparison, floor: float = 20.0, together: bool = True) -> dict[str, dict]:
+def judged(found: study.Comparison, floor: float = 20.0) -> dict[str, dict]:
     bars = [((), {metric: floor for metric in ("lp/id", "lp/ood", "blackbox/id", "blackbox/ood")})]
     study.derive(found)
-    rows = verdicts.judged(study.CLAIMS, found.arms, bars, together) + study.more_rows(found)
+    rows = verdicts.judged(study.CLAIMS, found.arms, bars) + study.more_rows(found)
     return {row["claim"]: row for row in rows}
 
 
@@ -79,7 +79,7 @@ def test_heads_on_few_samples_have_a_floor_of_their_own(tmp_path, monkeypatch):
     assert set(near) == {"blackbox/id", "blackbox/ood", "few/id", "few/ood"} and near["few/id"] >= 75
     floors = {"blackbox/id": 60.0, "blackbox/ood": 60.0, "few/id": 44.0, "few/ood": 36.0}
     bars = [(study.BLACK_BOX + study.FEW_SAMPLES, floors)]
-    rows = {row["claim"]: row["verdict"] for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=False)}
+    rows = {row["claim"]: row["verdict"] for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
     name = "C4 NMTune above MLP, black box, a tenth of the samples"
     assert rows[f"{name}, ID"] == "no difference above d" and rows[f"{name}, OOD"] == "has not learned"
 

@@ -20,7 +20,7 @@ import open_clip
 import pytest
 from PIL import Image, ImageDraw
 from scripts import ROOT, finished
-from short_runs import language_model  # noqa: F401
+from short_runs import dinov2, language_model  # noqa: F401
 
 import shared.resnet  # noqa: F401  (exports of the small ResNet load after it)
 from shared import checkpoints, data
@@ -38,7 +38,7 @@ SHORT = {  # what is appended to a command
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
         --batch-size 64 --warmup 2""",
     "lexvla.text": "--lm parts/lm --max-length 192",
-    "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 28 --adapter-hidden 32
+    "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 16 --adapter-hidden 32
         --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
     "tldr_reduction.reduce": "--clusters 4 --num-codes 64 --workers 0",
     "tldr_reduction.train": "--clip-model ViT-test --epochs 2 --batch-size 32 --warmup 2",
@@ -140,11 +140,8 @@ def packed(execute, folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def parts(packed, folder: Path) -> Path:
     """Random replacements of a language model and an image backbone from the Hugging Face hub."""
-    from transformers import Dinov2Config, Dinov2Model
-
     language_model(folder / "parts/lm", folder / "data/mine/train")
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14)
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "parts/dinov2")
+    dinov2(folder / "parts/dinov2")
     return folder / "parts"
 
 

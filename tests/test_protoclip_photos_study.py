@@ -38,7 +38,7 @@ def test_claims_take_the_mean_of_both_probes():
     study.derive(found)
     assert found.arms["clip"][0][study.PROBE] == 61 and found.arms["protoclip"][0]["extra_time"] == pytest.approx(0.5)
     bars = [((), {study.PROBE: 70.0})]
-    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars, together=False)}
+    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
     assert rows["linear probe above CLIP, locked Lite0"]["verdict"] == "has not learned"
     assert rows["retrieval slightly lower"]["difference"] == pytest.approx(-1)
     assert [claim.metric for claim in study.CLAIMS if claim.primary] == [study.PROBE, study.TOP1, *[study.PROBE] * 2]

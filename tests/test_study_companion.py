@@ -81,7 +81,7 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
     assert "def theirs(x)" in text and "def more()" in text and "class Model" not in text and "@staticmethod" in text
     assert "https://github.com/them/Code/blob/abcdef1/src/a/loss.py#L5-L6" in page and "U:a/loss.py:2 theirs" in page
     assert page.count('class="hll"') == 1  # the line that the map names, within the function
-    assert page.count("<math") == 1 and "Second" in text and "No differences have been measured" in text
+    assert page.count("<math") == 1 and "Second" in text and "make parity-" in text
     alone = companion.page(readme, {}, [])
     assert "def theirs" not in re.sub(r"<[^>]+>", "", alone)
 
@@ -219,6 +219,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
     result = in_process("lexvlo", module="shared.study.companion")
     assert result.code == 2 and "lexvlo is not a paper's folder; those are" in result.err
+
+
+def test_damaged_differences_are_refused(tmp_path: Path):
+    for text in ("{", "{}", '{"tests": 3}', '{"tests": [1]}', '{"tests": [{"test": "a"}]}'):
+        (tmp_path / "nmtune.json").write_text(text)
+        with pytest.raises(ValueError, match="nmtune.json holds no .*: remove it; the next test run writes it again"):
+            companion.tests_in(tmp_path / "nmtune.json")
 
 
 def test_the_command_without_its_extra():

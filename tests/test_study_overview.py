@@ -1,7 +1,9 @@
 """The page of all results, as Markdown and as HTML with plots."""
 
+import errno
 import html
 import json
+import os
 import re
 from pathlib import Path
 
@@ -22,13 +24,14 @@ def test_the_page_of_results_is_made_of_the_files():
 
 def test_the_readme_counts_verdicts_on_abstracts():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme == overview.with_verdicts(readme, overview.read(ROOT / "results")), "run `make readme`"
+    found, photographs = (overview.read(ROOT / folder) for folder in ("results", "results/photos"))
+    assert readme == overview.with_verdicts(readme, found, photographs), "run `make readme`"
     rows = [{"primary": True, "verdict": verdict} for verdict in ("not resolved", "reproduced", "not resolved")]
     summaries = {"flame": {"claims": [*rows, {"primary": False, "verdict": "not reproduced"}]}}
     text = "| folder | minutes | verdicts |\n| [`flame/`](a.md) | - | old |\n| [`flames/`](b.md) | | |\n"
     minutes = f"{3 * overview.study_of('flame').minutes['core']:.0f}"
     expected = text.replace("- | old ", f"{minutes} | 1 reproduced, 2 not resolved ")
-    assert overview.with_verdicts(text, summaries) == expected
+    assert overview.with_verdicts(text, summaries, {}) == expected
 
 
 def test_the_page_with_plots_needs_nothing_else():
@@ -62,15 +65,15 @@ def test_claims_of_abstracts_come_first_and_are_counted():
         "Of 3 claims of abstracts, 2 have a resolved verdict on emoji or scenes (67%). Hold here: 2 reproduced; "
         "open: 1 not testable here."
     )
-    assert overview.settled(found, []).startswith(f"{first} A verdict")
-    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute"
-    assert overview.by_paper(found, []) == f"{expected}."
+    assert overview.totals(found, []) == first
+    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute (needs data"
+    assert overview.by_paper(found, []) == f"{expected})."
     beside = [{"paper": "protoclip", "claim": claim, "verdict": "same direction"} for claim in ("absolute", "up")]
-    assert "1 of the open ones are resolved, so 3 (100%) have" in overview.settled(found, beside)
-    assert overview.by_paper(found, beside) == f"{expected} (on photographs: same direction)."
+    assert "1 of the open ones are resolved, so 3 (100%) have" in overview.totals(found, beside)
+    assert overview.by_paper(found, beside) == f"{expected}; on photographs: same direction)."
     contrary = [{"paper": "protoclip", "claim": "up", "verdict": "not reproduced"}]
     assert "**Reproduced**: up (on photographs: not reproduced); slope." in overview.by_paper(found, contrary)
-    said = overview.settled(found, contrary)
+    said = overview.totals(found, contrary)
     assert "(67%) have a verdict on pictures of one kind at least; 1 of those that are resolved on both come" in said
 
 
@@ -96,7 +99,8 @@ def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
     rows = [line for line in section.splitlines() if claim in line or "asked here alone" in line]
     verdict = emoji["claims"][0]["verdict"]
     assert rows[0].count(verdict) == 2 and rows[1].rstrip(" |").endswith("| -")
-    assert overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path).count("<h3>") == 1
+    page = overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path)
+    assert page.count("<h3>") == 1 and "RESULTS=runs/photos/nmtune/results.json" in page  # no file of results/
 
     for name, summary in (("nmtune.json", emoji), ("photos/nmtune.json", photographs)):
         checkpoints.write_json(tmp_path / "results" / name, summary)
@@ -113,6 +117,30 @@ def test_what_files_say_cannot_become_markup():
     row = {"claim": "<b>", "paper": "-", "here": "&", "verdict": "reproduced"}
     table = overview.html_table([row])
     assert "<b>" not in table and "&lt;b&gt;" in table and 'class="reproduced"' in table
+
+
+def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monkeypatch):
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    summaries = {name: checkpoints.read_json(f"results/{name}.json") for name in ("nmtune",)}
+    monkeypatch.chdir(tmp_path)
+    for name, summary in summaries.items():
+        checkpoints.write_json(f"results/{name}.json", summary)
+    pages = [Path("RESULTS.md"), Path("README.md"), Path("report.html")]
+    for page in pages:
+        page.write_text("before")
+    monkeypatch.setattr("sys.argv", ["overview"])
+    monkeypatch.setattr(overview, "judge_again", lambda *_: None)
+    checkpoints.write_text("results/lexvla.json", Path("results/nmtune.json").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"results/lexvla.json holds results of NMTune .*, not of LexVLA"):
+        overview.main()
+    Path("results/lexvla.json").unlink()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="RESULTS.md could not be written and is left as it was"):
+        overview.main()
+    assert [page.read_text() for page in pages] == ["before"] * 3
 
 
 def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     """Files have one schema and at least five seeds, and the READMEs have their numbers."""
     monkeypatch.chdir(ROOT)
-    summary = checkpoints.read_json(file)
+    summary = report.read_results(file)
     assert summary.pop("core_minutes", 1) > 0
     about = {"paper", "corpus", "seeds", "machine", "date", "commit", "settings", "floors", "arms", "claims"}
     assert set(summary) == about and len(summary["seeds"]) >= 5
@@ -44,7 +44,7 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/photos/*.json")), ids=lambda file: file.stem)
 def test_committed_results_on_photographs(file: Path):
     """At least three seeds, judged by the study's claims and floors."""
-    summary, study = checkpoints.read_json(file), importlib.import_module(f"{file.stem}.photos_study").STUDY
+    summary, study = report.read_results(file), importlib.import_module(f"{file.stem}.photos_study").STUDY
     assert min(map(len, report.by_seed(summary).values())) >= 3
     assert set(summary["floors"]) <= {floor.name for floor in study.floors}
     again = study.judged_again(summary)["claims"]
@@ -84,6 +84,39 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
         known |= set(found["floors"]) | set(study.metrics.values())
     named = {" ".join(name.split()) for name in re.findall(r"\*([^*]+)\*", said)}
     assert named and named <= known, sorted(named - known)
+
+
+def test_damaged_results_are_refused(tmp_path: Path):
+    whole = checkpoints.read_json("results/nmtune.json")
+    arm, metrics = next(iter(whole["arms"].items()))
+    metric, value = next(iter(metrics.items()))
+    row = whole["claims"][0]
+    damaged = {name: {name: None} for name in report.RESULTS} | {
+        f"{arm} ": {"arms": {arm: None}},
+        f"{arm}  ": {"arms": {arm: metrics | {metric: 3.0}}},
+        f"{arm}   ": {"arms": {arm: metrics | {metric: value | {"values": value["values"][1:]}}}},
+        f"{arm}    ": {"arms": {arm: {metric: value | {"values": ["1"]}}}},
+        f"{arm}     ": {"arms": {arm: {metric: value | {"mean": "1"}}}},
+        "claims ": {"claims": [{"claim": "better"}]},
+        "claims  ": {"claims": [row | {"verdict": "proven"}]},
+        "arms ": {"arms": {}},
+        "floors ": {"floors": {"chance": 1.0}},
+        "floors  ": {"floors": {"chance": {"top1": "1"}}},
+        "floor_seeds": {"floor_seeds": {"chance": 3}},
+        "floor_seeds ": {"floor_seeds": {"chance": ["0"]}},
+    }
+    numbers = ("difference", "resolves", "negligible", "floor", "method", "baseline")
+    damaged |= {f"claims{' ' * k}": {"claims": [row | {key: "1"}]} for k, key in enumerate(numbers, 3)}
+    file = tmp_path / "nmtune.json"
+    for name, part in damaged.items():
+        checkpoints.write_json(file, whole | part)
+        with pytest.raises(
+            ValueError, match=f"holds no results of a study .{name.strip()} is missing or damaged.: name"
+        ):
+            report.read_results(file)
+    file.write_text(Path("results/nmtune.json").read_text(encoding="utf-8")[:5000], encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no JSON object: name a results file"):
+        report.read_results(file)
 
 
 def test_packages_are_written(tmp_path: Path):

@@ -139,7 +139,14 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
         "arm base of the earlier results has other settings": {"seeds": (3,)},
         "--extend needs --results FILE.json": {"results": "none.json"},
         "other.json holds no results of a study": {"results": "other.json"},
+        "paper.json holds results of Another paper, not of A paper": {"results": "paper.json"},
+        "corpus.json was measured on another corpus, 'Photographs', or": {"results": "corpus.json"},
+        "--results folder.json cannot be written there": {"results": "folder.json"},
+        "--results other.json/there.json cannot be written there": {"results": "other.json/there.json"},
     }
+    Path("folder.json").mkdir()
+    Path("paper.json").write_text(json.dumps(added | {"paper": "Another paper"}))
+    Path("corpus.json").write_text(json.dumps(added | {"corpus": "Photographs"}))
     for message, other in refused.items():
         before = Path("there.json").read_bytes()
         with pytest.raises(ValueError, match=message):
@@ -283,6 +290,23 @@ def test_results_and_clones(study: Study):
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
 
 
+def test_only_results_of_the_same_paper_are_replaced(study: Study):
+    others = r"--results there\.json would replace a file without results of A paper \(arXiv 0000\.00000\)"
+    for text, said in {
+        '{"paper": "Another paper"}': others,
+        '{"name": "mine"}': others,
+        "[1]": r"there\.json holds no JSON object",
+    }.items():
+        Path("there.json").write_text(text)
+        with pytest.raises(ValueError, match=f"{said}: name another file, or remove that one"):
+            runner.run(study, runner.Options(results="there.json"))
+        assert Path("there.json").read_text() == text and not Path("order.txt").exists()
+    Path("there.json").unlink()
+    for seeds in ((0, 1), (0,)):
+        runner.run(study, runner.Options(seeds=seeds, results="there.json"))
+        assert json.loads(Path("there.json").read_text())["seeds"] == list(seeds)
+
+
 def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path: Path, capfd: pytest.CaptureFixture):
     runs = [f"{arm}-seed0" for arm in ("base", "method")]
     for name in runs:
@@ -399,6 +423,10 @@ def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pyt
         runner.run(study, runner.Options(seeds=(0,)))
     with pytest.raises(ValueError, match="--photos is used only with --corpus photos"):
         runner.run(dataclasses.replace(study, on="emoji"), runner.Options(seeds=(0,), photos="my photographs"))
+    for photos in ("my photographs", ""):
+        with pytest.raises(ValueError, match=f"--photos '{photos}' is no folder: name the one that holds flickr8k"):
+            runner.run(study, runner.Options(seeds=(0,), photos=photos))
+    Path("my photographs").mkdir()
     runner.run(study, runner.Options(seeds=(0,), photos="my photographs", jobs=1))
     assert order() == ["data/set", "runs/photos/paper/base-seed0"]
     assert Path("measured.txt").read_text() == "--corpus photos --measure runs/photos/paper/base-seed0\n"

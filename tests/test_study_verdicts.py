@@ -67,7 +67,7 @@ def test_the_stronger_arm_is_compared_with_its_own_floors():
     ):
         found = arms(base, ours)
         assert verdicts.stronger_arm(claim, found) == (stronger, max(np.mean(base), np.mean(ours)))
-        (row,) = judged([claim], found, FLOORS, together=False)
+        (row,) = judged([claim], found, FLOORS)
         assert row["verdict"] == word and row["floor"] == (46.0 if stronger == "ours" else 30.0)
 
 
@@ -76,7 +76,7 @@ def test_a_baseline_that_is_no_arm_has_the_floors_of_its_arm():
     found = {"ours": [{"m": 40.0, "n": 45.0}] * 3}
     for baseline in ("0", "ours:n"):
         claim = CLAIM._replace(baseline=baseline)
-        (row,) = judged([claim], found, FLOORS, together=False)
+        (row,) = judged([claim], found, FLOORS)
         assert row["floor"] == 46.0 and row["verdict"] == "has not learned"
 
 
@@ -85,7 +85,7 @@ def test_a_claim_against_zero_is_about_its_own_arm_only():
     claims = [Claim(f"{arm} above zero", "+", "m", arm, "0", learned_by="top1") for arm in ("weak", "strong", "weak")]
     found = {arm: [{"m": 5.0 + i, "top1": top1} for i in range(4)] for arm, top1 in (("weak", 20.0), ("strong", 60.0))}
     for order in (claims[:2], claims[1:]):
-        words = {row["claim"]: row["verdict"] for row in judged(order, found, [((), {"top1": 40.0})], together=False)}
+        words = {row["claim"]: row["verdict"] for row in judged(order, found, [((), {"top1": 40.0})])}
         assert words == {"weak above zero": "has not learned", "strong above zero": "reproduced"}
 
 
@@ -95,7 +95,7 @@ def test_only_arms_are_pooled():
     found = {arm: [{"m": rng.normal(), "top1": rng.normal()} for _ in range(4)] for arm in ("a", "b", "c")}
     claims = [Claim(f"{arm} above a", "+", "top1", arm, "a") for arm in ("b", "c")]
     zero = Claim("b above zero", "+", "m", "b", "0", learned_by="top1")
-    alone, beside = (judged(each, found, [], together=False) for each in (claims, [*claims, zero]))
+    alone, beside = (judged(each, found, []) for each in (claims, [*claims, zero]))
     assert [row["resolves"] for row in beside[:2]] == [row["resolves"] for row in alone]
 
 
@@ -149,7 +149,7 @@ def test_holm_steps_down_and_stops():
 def test_rows_are_primary_first_and_hold_what_the_schema_says():
     found = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
     second = Claim("secondary", "up", "m", "other", "base")
-    rows = judged([second, CLAIM], found, FLOORS, together=False)
+    rows = judged([second, CLAIM], found, FLOORS)
     assert [row["claim"] for row in rows] == ["higher", "secondary"]
     assert set(rows[0]) == {
         "claim",
@@ -175,33 +175,33 @@ def test_rows_are_primary_first_and_hold_what_the_schema_says():
     assert rows[0]["baseline"] == pytest.approx(41) and rows[0]["method"] == pytest.approx(46.0333, abs=1e-3)
 
 
-def test_primary_claims_hold_together_where_asked():
+def test_primary_claims_hold_together():
     found = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
     claims = [CLAIM, CLAIM._replace(claim="again"), CLAIM._replace(claim="other", primary=False)]
-    alone, together = (judged(claims, found, [], together=both) for both in (False, True))
-    assert together[0]["resolves"] > alone[0]["resolves"] and together[2]["resolves"] == alone[2]["resolves"]
+    alone, together = (judged(some, found, []) for some in (claims[::2], claims))
+    assert together[0]["resolves"] > alone[0]["resolves"] and together[2]["resolves"] == alone[1]["resolves"]
 
 
 def test_scatter_of_earlier_results_is_used_where_it_knows_more():
     one = arms([40.0], [45.0])
-    assert judged([CLAIM], one, [], False)[0]["interval"] is None
+    assert judged([CLAIM], one, [])[0]["interval"] is None
     earlier = arms([40.0, 41.0, 42.0, 43.1], [45.0, 46.5, 46.6, 48.0], [44.0, 45.0, 46.0, 46.5])
-    known, scatter = judged([CLAIM], one, [], False, earlier)[0], pooled(dict(list(earlier.items())[:2]), "m")
+    known, scatter = judged([CLAIM], one, [], earlier)[0], pooled(dict(list(earlier.items())[:2]), "m")
     assert scatter.df == 3  # of the two arms that the claim compares
     assert known["resolves"] == pytest.approx(stats.t.ppf(0.975, 3) * scatter.std) and known["verdict"] == "reproduced"
     three = arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
-    few = judged([CLAIM], three, [], False, arms([0.0, 99.0], [99.0, 0.0]))[0]
+    few = judged([CLAIM], three, [], arms([0.0, 99.0], [99.0, 0.0]))[0]
     assert few["resolves"] < 5  # the study's own has more degrees of freedom
 
 
 def test_what_is_negligible_is_at_most_half_the_effect():
     with pytest.raises(ValueError, match="more than half of the paper's effect"):
-        judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), [], False)
+        judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), [])
 
 
 def test_tables_star_primary_claims():
-    rows = judged([CLAIM], arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6]), [], False)
-    one_seed = judged([CLAIM._replace(primary=False)], arms([10.0], [50.0]), [], False)
+    rows = judged([CLAIM], arms([40.0, 41.0, 42.0], [45.0, 46.5, 46.6]), [])
+    one_seed = judged([CLAIM._replace(primary=False)], arms([10.0], [50.0]), [])
     lines = shown([*rows, verdicts.not_testable("ImageNet", "55.22", "needs CC3M", primary=True), *one_seed])
     assert lines[0]["claim"] == "★ higher" and lines[0]["here"].startswith("+5.03 ± ")
     assert lines[1] == {
@@ -225,7 +225,7 @@ def test_tables_star_primary_claims():
 
 
 def test_pairing_by_seed_removes_what_seeds_share():
-    rows = judged([CLAIM], arms([10.0, 20.0, 30.0], [14.0, 24.0, 34.0]), [], False)
+    rows = judged([CLAIM], arms([10.0, 20.0, 30.0], [14.0, 24.0, 34.0]), [])
     assert rows[0]["verdict"] == "reproduced" and shown(rows)[0]["here"] == "+4.00 ± 0.00"
 
 
@@ -240,9 +240,9 @@ def test_scatter_is_pooled_over_arms_that_claims_connect():
     claims = [Claim("1", "+", "m", "a", "b"), Claim("2", "+", "m", "c", "b"), Claim("3", "+", "m", "x", "y")]
     claims.append(Claim("no claim", None, "m", "a", "x"))
     few = {name: runs[name] for name in "abc"}
-    with_all = {row["claim"]: row["resolves"] for row in judged(claims, runs, (), False)}
+    with_all = {row["claim"]: row["resolves"] for row in judged(claims, runs, ())}
     assert verdicts.related(claims[0], claims) == {"a", "b", "c"} and verdicts.related(claims[2], claims) == {"x", "y"}
-    for row in judged(claims[:2], few, (), False):
+    for row in judged(claims[:2], few, ()):
         assert row["resolves"] == with_all[row["claim"]]
     assert with_all["3"] > 2 * with_all["1"]
 
@@ -258,9 +258,9 @@ def test_another_metric_may_tell_whether_arms_have_learned():
         Claim("time", "-0.67", "ratio", "method", "base", -1, learned_by="m"),
         Claim("o", "+", "ratio", "other", "base"),
     ]
-    row = judged(claims, runs, [((), {"m": 29.0})], False)[0]
+    row = judged(claims, runs, [((), {"m": 29.0})])[0]
     assert row["verdict"] == "not reproduced" and row["resolves"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / 3**0.5)
-    assert judged(claims, runs, [((), {"m": 30.0})], False)[0]["verdict"] == "has not learned"
+    assert judged(claims, runs, [((), {"m": 30.0})])[0]["verdict"] == "has not learned"
 
 
 def test_pilot_runs_tell_the_number_of_seeds():
@@ -281,23 +281,23 @@ def test_a_claim_within_an_arm_or_against_zero_scatters_by_itself():
     }
     within = Claim("m above n", "+", "m", "ours", "ours:n", learned_by="seen")
     claims = [within, Claim("m above zero", "+", "m", "base", "0"), Claim("missing", "+", "m", "ours", "ours:p")]
-    rows = judged([*claims, Claim("absent", "+", "m", "other", "0")], found, [((), {"seen": 30.0})], together=False)
+    rows = judged([*claims, Claim("absent", "+", "m", "other", "0")], found, [((), {"seen": 30.0})])
     assert [row["claim"] for row in rows] == ["m above n", "m above zero"]
     for row, differences in zip(rows, ([4.0, 5.0, 3.0], [5.0, 5.5, 7.0]), strict=True):
         half = stats.t.ppf(0.975, 2) * np.std(differences, ddof=1) / math.sqrt(3)
         assert row["difference"] == pytest.approx(np.mean(differences)) and row["resolves"] == pytest.approx(half)
     floors = [((), {"seen": 60.0})]
-    assert [row["verdict"] for row in judged([within], found, floors, together=False)] == ["has not learned"]
+    assert [row["verdict"] for row in judged([within], found, floors)] == ["has not learned"]
 
 
 def test_an_arm_with_more_seeds_is_compared_in_those_that_both_have():
     found = arms([40.0, 41.0, 42.0, 90.0], [45.0, 46.5, 46.6], [44.0, 45.0, 46.0])
-    (row,) = judged([CLAIM], found, FLOORS, together=False)
-    same = judged([CLAIM], {arm: runs[:3] for arm, runs in found.items()}, FLOORS, together=False)
+    (row,) = judged([CLAIM], found, FLOORS)
+    same = judged([CLAIM], {arm: runs[:3] for arm, runs in found.items()}, FLOORS)
     assert [row] == same and row["seeds"] == 3
     few = {"a": [{"m": float(i)} for i in range(9)], "b": [{"m": 2.0 * i} for i in range(9)], "c": [{"m": 1.0}] * 2}
     assert pooled(few, "m") == pooled({arm: few[arm] for arm in "ab"}, "m")  # 8 degrees of freedom, not 2
     constant = CLAIM._replace(method="c", baseline="0")
-    rows = judged([constant, constant._replace(claim="nine", method="a")], few, [], together=False)
+    rows = judged([constant, constant._replace(claim="nine", method="a")], few, [])
     assert [row["seeds"] for row in rows] == [2, 9] == [row["seeds"] for row in shown(rows)]
     assert "seeds" not in shown(same)[0]

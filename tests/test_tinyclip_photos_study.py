@@ -35,7 +35,7 @@ def test_a_student_has_half_of_its_teacher():
 def test_claims_compare_recalls():
     recalls = {"teacher": 5.0, study.RC: 2.0, study.RA: 2.5, study.IC: 3.0, study.IA: 4.0}
     arms = {arm: [{study.RECALL: value + 0.1 * seed} for seed in range(3)] for arm, value in recalls.items()}
-    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, [((), {study.RECALL: 1.0})], True)}
+    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, [((), {study.RECALL: 1.0})])}
     assert rows["both together"]["primary"] and rows["both together"]["verdict"] == "reproduced"
     assert rows["half the size above the teacher, by hand"]["verdict"] == "no claim"
 

@@ -6,9 +6,11 @@ import json
 from collections import Counter
 
 import numpy as np
+from test_corpora_scenes import bank  # noqa: F401
 from test_tldr_reduction_train import refused
 
 from shared import tars
+from shared.corpora import scenes
 from shared.corpora.scenes import Scenes, Setting
 from shared.evalsets import EvalSet
 from tldr_reduction import pool
@@ -49,13 +51,13 @@ def test_bad_captions_of_one_kind():
 
 
 def test_a_pool_is_written(in_process, tmp_path):
-    scenes = []
+    samples = []
     for i in range(8):
         captions = {"tags": f"n{i % 4} tag"}
         about = {"names": [f"n{i % 4}"], "original": i // 2, "captions": captions}
-        scenes.append({"__key__": f"{i:03}", "png": b"png", "mask.png": b"mask", "txt": "", "json": json.dumps(about)})
+        samples.append({"__key__": f"{i:03}", "png": b"png", "mask.png": b"mask", "txt": "", "json": json.dumps(about)})
     (tmp_path / "scenes/train").mkdir(parents=True)
-    tars.write_tar(tmp_path / "scenes/train/00000.tar", scenes)
+    tars.write_tar(tmp_path / "scenes/train/00000.tar", samples)
     (tmp_path / "scenes/manifest.json").write_text("{}")
     command = ["--source", tmp_path / "scenes", "--out", tmp_path / "out", "--noise", "0", "100", "--oracle", "0"]
     assert in_process(*command, module="tldr_reduction.pool").code == 0
@@ -71,7 +73,8 @@ def test_a_pool_is_written(in_process, tmp_path):
     refused(in_process("--source", tmp_path, module="tldr_reduction.pool"), "holds no scenes")
 
 
-def test_validation_has_other_scenes_of_the_drawings_that_are_held_out(in_process, tmp_path):
+def test_validation_has_other_scenes_of_the_drawings_that_are_held_out(in_process, tmp_path, bank, monkeypatch):
+    monkeypatch.setattr(scenes, "load_sprites", lambda corpus: bank)  # a few drawings, in place of all
     setting = Setting(concepts=3, clutter=(0, 0), captioned_size=(0.7, 0.9), distinct=2)
     manifest = {"setting": dataclasses.asdict(setting) | {"samples": 9, "eval_samples": 6, "recipe": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

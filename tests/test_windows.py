@@ -168,7 +168,7 @@ def test_settings_that_cannot_be(shards: Path, tmp_path: Path):
         windows.open_pairs(settings(f"{shards}/{{0..7}}.tar", cache), process)
     with pytest.raises(ValueError, match="--window-shards needs --dataset-size"):
         windows.open_pairs(settings(f"{shards}/{{0..7}}.tar", cache, dataset_size=None), process)
-    with pytest.raises(ValueError, match="read a .tsv file by row"):
+    with pytest.raises(ValueError, match="leave it out for a .tsv file"):
         windows.open_pairs(settings("x.tsv", cache), process)
 
 

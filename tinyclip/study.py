@@ -323,7 +323,7 @@ def sparsity(arm: str, runs: list[dict]) -> dict:
         for side, key in (("reached", "sparsity_reached"), ("asked", "target_sparsity"))
     }
     claim = Claim(f"sparsity (%), reached - asked: {arm}", None, "sparsity", "reached", "asked")
-    return verdicts.judged([claim], pair, [], together=False)[0]
+    return verdicts.judged([claim], pair, [])[0]
 
 
 # ----------------------------------------------------------------------------------------------- measurements and plots

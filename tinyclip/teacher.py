@@ -31,7 +31,8 @@ def as_clip(source: str) -> str | Path | None:
     config = checkpoints.read_json(folder / "open_clip_config.json").get("model_cfg", {})
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     strange = "timm_model_name" in vision or "hf_model_name" in text or config.get("custom_text", False)
-    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0  # weights do not show it
+    # a ResNet's image size is read from its weights, as a multiple of 32
+    odd = isinstance(vision.get("layers"), list) and vision.get("image_size", 224) % 32 > 0
     return None if strange or odd else folder
 
 

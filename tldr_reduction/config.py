@@ -475,7 +475,7 @@ def check_lock(cfg: Config) -> None:
             f"{tower}"
         )
     if cfg.window_shards:
-        raise ValueError("--lock-image computes the features of all images once: it reads by row, --window-shards 0")
+        raise ValueError("--lock-image computes the features of all images once: it needs --window-shards 0")
 
 
 # ----------------------------------------------------------------------------------------------------------- reductions

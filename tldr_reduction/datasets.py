@@ -20,7 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import data
-from shared.index import Strings, kept
+from shared.index import Strings, cached
 from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
 from tldr_reduction.config import Common
 from tldr_reduction.model import LockedTower, image_side
@@ -120,7 +120,7 @@ class Annotations:
     ):
         self.path, self.strict, self.broken = path, strict, []
         self.root = Path(root) if root else Path(path).parent
-        arrays, about = kept([path], cache, lambda: read_annotations(path))
+        arrays, about = cached([path], cache, lambda: read_annotations(path))
         self.total = len(arrays["file_ends"])
         self.keys = Strings(arrays["files"], arrays["file_ends"]).head(limit)
         self._captions = Strings(arrays["captions"], arrays["caption_ends"]).head(limit)

@@ -46,6 +46,7 @@ from tldr_reduction.cluster import (
 from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
 from tldr_reduction.datasets import local_pairs, open_pairs
 from tldr_reduction.encoders import GRID
+from tldr_reduction.html_report import write_page
 from tldr_reduction.inference import (
     Inference,
     extract_codes,  # noqa: F401  of this file's contract
@@ -53,7 +54,6 @@ from tldr_reduction.inference import (
     read_reasons,
     read_rows,
 )
-from tldr_reduction.page import write_page
 from tldr_reduction.quality import caption_features, measured, sampled
 from tldr_reduction.report import (
     Outcome,

@@ -477,6 +477,7 @@ STUDY = Study(
     stages=tuple(reductions()),
     arms=ARMS,
     minutes={"core": 4, "all": 15},
+    terms="T_o: the original captions.",
     evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), sets=SETS, rerank=())),
     alone=True,
     metrics=evaluation.METRICS,

@@ -1,11 +1,12 @@
 """Writes corpora: training shards, evaluation sets and masks, in folders that appear only when complete."""
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shared import checkpoints
-from shared.corpora.emoji import link, sha256  # its `recipe` hashes emoji.py: an edit there means a new build
+from shared import checkpoints, run
+from shared.corpora.emoji import link, sha256  # stay there: any edit of emoji.py means a new build of the corpus
 from shared.tars import write_split, write_tar
 
 SHARD = 1000  # samples per training shard
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -70,17 +72,21 @@ def share_split(source: Path, target: Path) -> None:
 def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[str, bytes, np.ndarray]]) -> int:
     """Writes `classnames.txt`, `images/KEY.png` or `.jpg` and `masks/KEY.png`; returns the number of images.
 
-    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none).
+    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none). ValueError if two
+    images have the same KEY.
     """
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-    count = 0
+    image_of: dict[str, str] = {}
     for name, image, labels in samples:
+        mask = Path(name).with_suffix(".png").name
+        if mask in image_of:
+            raise ValueError(f"the images {image_of[mask]} and {name} would share the mask {mask}: rename one of them")
+        image_of[mask] = name
         (folder / "images" / name).write_bytes(image)
-        (folder / "masks" / name).with_suffix(".png").write_bytes(mask_png(labels, len(classes)))
-        count += 1
-    return count
+        (folder / "masks" / mask).write_bytes(mask_png(labels, len(classes)))
+    return len(image_of)
 
 
 def mask_png(labels: np.ndarray, classes: int) -> bytes:
@@ -100,23 +106,46 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
     """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is complete.
 
     manifest.json holds `setting`, the facts, and sha256 of every shard. A folder made with the same setting is left
-    unchanged. ValueError if it was made with another setting, or is no corpus.
+    unchanged. ValueError if it was made with another setting, is no corpus, or is being built by another process;
+    OSError if the disk is full. What a killed process left is removed.
     """
     setting = json.loads(json.dumps(setting))  # as JSON reads it back, for example lists for tuples
-    if (out / "manifest.json").is_file():
-        if what := checkpoints.changes(checkpoints.read_json(out / "manifest.json").get("setting", {}), setting):
-            raise ValueError(f"{out} was made with other settings: {what}; choose another --out, or remove it")
+    if is_complete(out, setting):
         return print(f"{out} is complete")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(
-            f"{out} exists but is not a corpus (it has no manifest.json): choose another --out, or remove it"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        folder = Path(scratch) / "corpus"
-        folder.mkdir()
-        facts = write(folder)
-        shards = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.tar"))}
-        checkpoints.write_json(folder / "manifest.json", {"setting": setting, **facts, "sha256": shards})
-        folder.rename(out)
+    scratch = out.with_name(f".{out.name}-unfinished")
+    folder = scratch / "corpus"
+    with run.lock(scratch) as file:
+        if not os.fstat(file.fileno()).st_nlink:  # removed by another process before it was locked
+            raise ValueError(f"another process has just removed {scratch}: build {out} again")
+        try:
+            if is_complete(out, setting):  # another process has just built it
+                return print(f"{out} is complete")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            facts = write(folder)
+            shards = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.tar"))}
+            checkpoints.write_json(folder / "manifest.json", {"setting": setting, **facts, "sha256": shards})
+            folder.rename(out)
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if cause.errno not in FULL:
+                raise
+            raise OSError(
+                f"{out} could not be built ({cause.strerror}): free some space, and build it again"
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     print(f"{out} built: " + ", ".join(f"{name} {count:,}" for name, count in facts["counts"].items()))
+
+
+def is_complete(out: Path, setting: dict) -> bool:
+    """Whether the folder `out` holds a corpus of this setting. ValueError if it holds something else."""
+    advice = f"remove {out} to build it again, or choose another --out if no study reads it"
+    if (out / "manifest.json").is_file():
+        then = checkpoints.read_json(out / "manifest.json", advice).get("setting")
+        if what := checkpoints.changes(then if isinstance(then, dict) else {}, setting):
+            raise ValueError(f"{out} was made with other settings: {what}; {advice}")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists but is not a corpus (it has no manifest.json): {advice}")
+    return False

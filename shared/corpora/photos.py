@@ -13,10 +13,13 @@ The input layouts are in the docstrings of the classes. Unreadable photographs a
 import gzip
 import io
 import random
-from collections import defaultdict
+import re
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -26,16 +29,18 @@ from tqdm import tqdm
 
 from shared import checkpoints, cli, data
 from shared.corpora import layout
-from shared.tars import write_split
+from shared.tars import IMAGE_EXTENSIONS, write_split
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LANGUAGES = ("en", "de", "fr", "cs")  # of Multi30k
 MULTI30K = [f"multi30k_{language}" for language in LANGUAGES]
-IMAGES = {"images": {"id", "file_name", "height", "width"}}  # lists of COCO's files, and the keys of their items
-CAPTIONS = IMAGES | {"annotations": {"id", "image_id", "caption"}}
+# Lists of COCO's files, and the keys of their items with their types
+IMAGES = {"images": {"id": int, "file_name": str, "height": int, "width": int}}
+CAPTIONS = IMAGES | {"annotations": {"id": int, "image_id": int, "caption": str}}
 INSTANCES = IMAGES | {
-    "annotations": {"id", "image_id", "category_id", "segmentation", "area", "iscrowd"},
-    "categories": {"id", "name"},
+    "annotations": {"id": int, "image_id": int, "category_id": int, "iscrowd": int}
+    | {"segmentation": (list, dict), "area": (int, float)},
+    "categories": {"id": int, "name": str},
 }
 HELD_OUT = 5  # 1 / HELD_OUT of the photographs of each class and domain of PACS is held out, at random
 
@@ -60,16 +65,22 @@ class Photographs:
         self.used: list[Path] = []
 
     def find(self, path: Path, layout_says: str) -> Path:
-        """`path`; records its files as sources of the corpus. FileNotFoundError if it does not exist."""
+        """`path`; records its files as sources of the corpus. FileNotFoundError if it does not exist, ValueError if a
+        name is not UTF-8."""
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: {layout_says}")
-        self.used += sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        if odd := next((file for file in files if re.search("[\ud800-\udfff]", str(file))), None):
+            raise ValueError(f"the name of {str(odd)!r} is not UTF-8: rename the file")
+        self.used += files
         return path
 
     def read(self, file: Path) -> dict[str, bytes] | None:
         """{file ending: bytes} of a photograph; None if it cannot be read, which is recorded."""
         kind = file.suffix.lower().removeprefix(".")
         try:
+            if kind not in IMAGE_EXTENSIONS:
+                raise data.BrokenSample(f"its name ends in none of {', '.join(IMAGE_EXTENSIONS)}")
             content = data.read_file(file)
             picture = data.decode_image(content)
         except data.BrokenSample as error:
@@ -111,15 +122,20 @@ class Photographs:
         if line := data.broken_report(self.broken, "left out"):
             print(line)
 
-    def write_captioned(self, folder: Path, captioned: dict[Path, dict], every_caption: bool, label: str) -> int:
-        """Writes training shards of {photograph: its .json, with "captions"}; returns the number of samples."""
+    def write_captioned(self, folder: Path, captioned: dict[Path, dict], every_caption: bool) -> dict[str, int]:
+        """Writes training shards of {photograph: its .json, with "captions"}; returns the numbers of photographs and
+        samples that were written."""
+        photographs = 0
 
         def samples() -> Iterator[dict]:
-            for file, content, about in self.read_all(captioned.items(), label):
+            nonlocal photographs
+            for file, content, about in self.read_all(captioned.items(), "train"):
+                photographs += 1
                 for text in about["captions"] if every_caption else about["captions"][:1]:
                     yield content | {"txt": text, "json": {"file": file.name} | about}
 
-        return layout.write_pairs(folder, samples())
+        count = layout.write_pairs(folder, samples())
+        return {"photographs": photographs, "train": count}
 
     def write_retrieval(self, folder: Path, captions: dict[Path, list[str]]) -> int:
         pairs = self.read_all(captions.items(), folder.name)
@@ -134,12 +150,20 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def check_names(names: list[str], file: Path) -> None:
+    """ValueError if `file` names a photograph twice, or by something else than the name of a file in its folder."""
+    if odd := next((name for name in names if name != Path(name).name), None):
+        raise ValueError(f"{file} names the photograph {odd!r}: it should be the name of a file, without folders")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file} names the photograph {Counter(names).most_common(1)[0][0]} twice")
+
+
 def read_lines(file: Path) -> list[str]:
     """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is not such a file."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return content.decode("utf-8-sig").rstrip("\n").split("\n")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is no {'gzipped ' if file.suffix == '.gz' else ''}UTF-8 text ({error})") from error
 
 
@@ -178,8 +202,17 @@ class Flickr8k(Photographs):
         splits: dict[str, dict[Path, dict]] = {}
         for split in ("train", "dev", "test"):
             splits[split] = {}
-            for name in read_lines(self.find(self.root / f"Flickr_8k.{split}Images.txt", says)):
-                name = name.strip()
+            file = self.find(self.root / f"Flickr_8k.{split}Images.txt", says)
+            names = [name for line in read_lines(file) if (name := line.strip())]
+            check_names(names, file)
+            if not names:
+                raise ValueError(f"{file} names no photographs: {says}")
+            for other in splits:
+                if both := [name for name in names if images / name in splits[other]]:
+                    raise ValueError(
+                        f"{file} puts the photograph {both[0]} into the {split} split, but the {other} split has it too"
+                    )
+            for name in names:
                 about = {kind: of[name] for kind, of in texts.items() if name in of}
                 if "captions" not in about:
                     raise ValueError(f"{self.root}/Flickr8k.token.txt has no caption of {name} of the {split} split")
@@ -224,8 +257,8 @@ class Flickr8k(Photographs):
         return found
 
     def write(self, folder: Path, splits: dict[str, dict[Path, dict]]) -> dict[str, int]:
-        counts = {"train": self.write_captioned(folder / "train", splits["train"], self.every_caption, "train")}
-        counts = {"photographs": len(splits["train"])} | counts | {"joined_lines": self.joined_lines}
+        counts = self.write_captioned(folder / "train", splits["train"], self.every_caption)
+        counts["joined_lines"] = self.joined_lines
         kinds = {"captions": "en", "joined": "long_en", "captions_ar": "ar"}
         kinds |= {f"captions_{name}": name for name in MULTI30K}
         for split, start in (("test", "retrieval_"), ("dev", "retrieval_dev_")):
@@ -245,15 +278,17 @@ class Labelled(Photographs):
     """Photographs in one folder per class."""
 
     def classes_in(self, folder: Path, layout_says: str) -> dict[str, list[Path]]:
-        """{class: its photographs}. ValueError if there are none."""
+        """{class: its photographs}. ValueError if a class has none."""
         self.find(folder, layout_says)
         found = {
-            home.name: [file for file in sorted(home.iterdir()) if file.suffix.lower() in SUFFIXES]
+            one_line(home.name): [file for file in sorted(home.iterdir()) if file.suffix.lower() in SUFFIXES]
             for home in sorted(folder.iterdir())
             if home.is_dir()
         }
         if not any(found.values()):
             raise ValueError(f"{folder} holds no <class>/*.jpg: {layout_says}")
+        if empty := [name for name, files in found.items() if not files]:
+            raise ValueError(f"{folder / empty[0]} holds no photographs: {layout_says}")
         return found
 
     def write_train(self, folder: Path, files: list[tuple[Path, int]], classes: list[str], prefix: str = "") -> int:
@@ -282,8 +317,10 @@ class PACS(Labelled):
     def plan(self) -> dict[str, dict[str, list[Path]]]:
         says = "PACS has PACS/{photo,art_painting,cartoon,sketch}/<class>/*.jpg"
         found = {domain: self.classes_in(self.root / "PACS" / domain, says) for domain in self.domains}
-        if len({tuple(classes) for classes in found.values()}) > 1:
-            raise ValueError(f"the domains of {self.root}/PACS do not have the same classes: {says}")
+        for domain, classes in found.items():
+            if odd := classes.keys() ^ found["photo"].keys():
+                which = f"only one of photo and {domain} has {min(odd)}"
+                raise ValueError(f"the domains of {self.root}/PACS do not have the same classes, {which}: {says}")
         return found
 
     def write(self, folder: Path, domains: dict[str, dict[str, list[Path]]]) -> dict[str, int]:
@@ -364,12 +401,9 @@ class COCO(Photographs):
             files = [
                 self.find(self.root / f"annotations/{k}_{split}2017.json", says) for k in ("captions", "instances")
             ]
-            found[split] = tuple(checkpoints.read_json(file) for file in files)
+            found[split] = tuple(checkpoints.read_json(file, says) for file in files)
             for file, content, lists in zip(files, found[split], (CAPTIONS, INSTANCES), strict=True):
-                for name, keys in lists.items():
-                    rows = content.get(name)
-                    if not isinstance(rows, list) or not all(isinstance(r, dict) and keys <= r.keys() for r in rows):
-                        raise ValueError(f"{file} lacks {name} with {', '.join(sorted(keys))}: {says}")
+                check_lists(content, lists, file, says)
             known, instances = {one["id"] for one in found[split][1]["categories"]}, found[split][1]["annotations"]
             if unknown := {one["category_id"] for one in instances} - known:
                 raise ValueError(
@@ -389,8 +423,7 @@ class COCO(Photographs):
                 for image in images
                 if texts[image["id"]]
             }
-        counts = {"photographs": len(captioned["train"])}
-        counts["train"] = self.write_captioned(folder / "train", captioned["train"], self.every_caption, "train")
+        counts = self.write_captioned(folder / "train", captioned["train"], self.every_caption)
         texts = {file: about["captions"] for file, about in captioned["val"].items()}
         counts["retrieval_val"] = self.write_retrieval(folder / "eval/retrieval_val", texts)
         for split in ("val", "train")[: 1 + self.train_masks]:
@@ -412,7 +445,23 @@ class COCO(Photographs):
                 labels = draw_instances(of_image[image["id"]], label, image["height"], image["width"])
                 yield file.name, next(iter(content.values())), labels
 
-        return layout.write_masks(folder, [category["name"] for category in categories], samples())
+        return layout.write_masks(folder, [one_line(category["name"]) for category in categories], samples())
+
+
+def check_lists(content: dict, lists: dict[str, dict[str, Any]], file: Path, layout_says: str) -> None:
+    """ValueError if COCO's `file` lacks one of `lists` (see IMAGES), or has wrong names or sizes of photographs."""
+    for name, keys in lists.items():
+        rows = content.get(name)
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in keys.items()) for row in rows
+        ):
+            kinds = ", ".join(sorted(keys))
+            raise ValueError(f"{file} lacks {name} with {kinds}, or one of these has a wrong type: {layout_says}")
+    check_names([image["file_name"] for image in content["images"]], file)
+    for image in content["images"]:
+        height, width = image["height"], image["width"]
+        if min(height, width) < 1 or height * width > data.MAX_PIXELS:
+            raise ValueError(f"{file} has a photograph of {width} x {height} pixels, {image['file_name']}")
 
 
 def draw_instances(instances: list[dict], label: dict[int, int], height: int, width: int) -> np.ndarray:
@@ -438,9 +487,13 @@ def instance_mask(segmentation: list | dict, height: int, width: int) -> np.ndar
         if not isinstance(segmentation["counts"], list):
             raise ValueError("an instance has compressed run lengths, which COCO's own annotation files do not have")
         runs = segmentation["counts"]
+        if sum(runs) != height * width:
+            raise ValueError(f"its run lengths have {sum(runs)} pixels")
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     for polygon in segmentation:
         points = np.array(polygon, float).reshape(-1, 2)
+        if not np.isfinite(points).all():
+            raise ValueError("a polygon has a corner that is no number")
         (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
         left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
         x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)

@@ -367,20 +367,19 @@ def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict
     )
 
 
-NOTHING = "<p>No differences have been measured here: run <code>make test</code> and <code>make parity-*</code>.</p>"
-
-
 def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
     """HTML of the whole page."""
     links = "".join(f'<a href="#{anchor(row.part)}">{html.escape(row.part)}</a>' for row in readme.rows)
     body = "".join(row_html(row, readme, clones, tests) for row in readme.rows)
     colours = HtmlFormatter(nobackground=True).get_style_defs(".highlight")
+    command = f"make parity-{readme.folder.replace('_', '-')} UPSTREAM=CLONE"
+    nothing = f"<p>No differences have been measured here: <code>{command}</code> measures them.</p>"
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return (
         f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(readme.title)}</title>'
         f'<style>{STYLE}{colours}</style></head><body><h1 id="top">{html.escape(readme.title)}</h1>'
         f"{prose(readme.opening)}<nav>{links}</nav><h2>The method in one page</h2>{prose(readme.method)}"
-        f"{'' if tests else NOTHING}{body}</body></html>\n"
+        f"{'' if tests else nothing}{body}</body></html>\n"
     )
 
 
@@ -423,6 +422,15 @@ def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
             print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
 
 
+def tests_in(file: Path) -> list[dict]:
+    """The tests in runs/parity/FOLDER.json. ValueError if the file is damaged."""
+    advice = "remove it; the next test run writes it again"
+    tests = read_json(file, advice).get("tests")
+    if not isinstance(tests, list) or not all(isinstance(test, dict) and "functions" in test for test in tests):
+        raise ValueError(f"{file} holds no measured differences: {advice}")
+    return tests
+
+
 def main(
     folders: tyro.conf.Positional[tuple[str, ...]] = (),
     upstream: Path | None = None,
@@ -451,7 +459,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"
-        tests = read_json(file)["tests"] if file.is_file() else []
+        tests = tests_in(file) if file.is_file() else []
         beside = clones_of(readme, upstream, clones)
         if upstream is not None or clones is not None:
             check_clones(readme, beside)

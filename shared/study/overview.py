@@ -8,13 +8,14 @@ import argparse
 import base64
 import html
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared import cli, presets
-from shared.checkpoints import read_json, write_json
+from shared.checkpoints import write_json, write_text
 from shared.evaluation import table
 from shared.study import report
 from shared.study.runner import Options, Study, study_of
@@ -36,10 +37,17 @@ FLOOR = (
     "a pretrained tower's features. Claims about a slope, a ratio, a spectrum, word usage, rare concepts or a "
     "change with fewer pairs have none: another metric, in the tables below, shows whether their arms have learned."
 )
+CERTAINTY = (
+    "A verdict is resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed "
+    "beforehand. Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %."
+)
+OPEN = (
+    "Open claims have their difference ± half of the 95 % interval: the smallest difference that these seeds can "
+    "resolve. d is the largest difference that counts as none."
+)
 BESIDE = (
-    "Claims that were also tested on photographs. With fewer than five seeds, their intervals are not widened by "
-    "Holm's rule. In the section of such a paper, the table of claims on photographs repeats the verdict on emoji or "
-    "scenes."
+    "Claims that were also tested on photographs. In the section of such a paper, the table of claims on photographs "
+    "repeats the verdict on emoji or scenes."
 )
 GROUPS = {  # in the order in which verdicts are counted
     "hold here": ("reproduced", "same direction"),
@@ -51,10 +59,11 @@ ORDER = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
 RESOLVED = [verdict for verdict in ORDER if verdict not in GROUPS["open"]]
 
 
-def command(study: Study, summary: dict) -> str:
-    """The command that reproduces a study's results; further ones add the seeds that only some arms have."""
+def command(study: Study, summary: dict, file: str = "") -> str:
+    """The command that reproduces the results in `file`, by default the study's in results/; further commands add the
+    seeds that only some arms have."""
     runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
-    variables = study.variables_of(summary)
+    file, variables = file or f"results/{study.home}.json", study.variables_of(summary)
     where = f" {variables}" if variables else ""
     where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
 
@@ -65,7 +74,7 @@ def command(study: Study, summary: dict) -> str:
         names = "all" if len(arms) == len(study.arms) else f'"{" ".join(words)}"'
         chosen = ("" if words == ["core"] else f" ARMS={names}") + where
         values = " ".join(map(str, seeds))
-        return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS=results/{study.home}.json'
+        return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS={file}'
 
     lines, few = [], 0
     for many in sorted(set(runs.values())):
@@ -123,8 +132,8 @@ def elsewhere(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[
     return {claim: verdict for claim, verdict in there.items() if group[verdict] != here.get(claim, group[verdict])}
 
 
-def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """Sentences with the number of primary claims that hold, that do not, and that are open, and how sure this is.
+def totals(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
+    """Sentences with the number of primary claims that hold, that do not, and that are open.
 
     beside: rows of the claims on photographs.
     """
@@ -140,25 +149,24 @@ def settled(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
     )
     return (
         f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
-        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''} A verdict is "
-        "resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed beforehand. "
-        "With five or more seeds, intervals are widened so that all verdicts on a paper's abstract hold together at "
-        "95 %."
+        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''}"
     )
 
 
 def by_paper(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """A list with an item for each paper: its primary claims by verdict, and the verdicts of `elsewhere`."""
+    """A list with an item for each paper: its primary claims by verdict, differences of the open ones, the verdicts of
+    `elsewhere`, and what abbreviations mean."""
     items: dict[str, dict[str, list[str]]] = {}
     too = elsewhere(rows, beside)
     for row in sorted(rows, key=lambda row: (row["paper"], ORDER.index(row["verdict"]))):
         also = too.get((row["paper"], row["claim"]))
-        name = row["claim"] + (f" (on photographs: {also})" if also else "")
+        notes = [row["difference"]] * (row["verdict"] in GROUPS["open"]) + [f"on photographs: {also}"] * bool(also)
+        name = row["claim"] + (f" ({'; '.join(notes)})" if notes else "")
         items.setdefault(row["paper"], {}).setdefault(row["verdict"], []).append(name)
     lines = []
     for paper, claims in items.items():
         text = ". ".join(f"**{verdict.capitalize()}**: {'; '.join(names)}" for verdict, names in claims.items())
-        lines.append(f"- [{paper}](#{paper}). {text}.")
+        lines.append(f"- [{paper}](#{paper}). {text}. {study_of(paper).terms}".rstrip())
     return "\n".join(lines)
 
 
@@ -202,7 +210,8 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     primary, beside = primary_rows(summaries), primary_rows(photographs)
     page = ["# Results", INTRODUCTION]
     if primary:
-        page += [f"{settled(primary, beside)} [Verdicts](#verdicts) are defined below.", by_paper(primary, beside)]
+        page += [f"{totals(primary, beside)} {CERTAINTY} [Verdicts](#verdicts) are defined below.", OPEN]
+        page.append(by_paper(primary, beside))
         page += ["## Claims of abstracts", COLUMNS, FLOOR, table(primary)]
     page += ["## All claims", overview_table(summaries)]
     page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
@@ -223,9 +232,14 @@ def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
     return "\n\n".join(page) + "\n"
 
 
-def with_verdicts(readme: str, summaries: dict[str, dict]) -> str:
-    """The root README, with the last two cells of each paper's table row filled: minutes of the default study on two
-    cores, and the counts of verdicts on the paper's primary claims."""
+def with_verdicts(readme: str, summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
+    """The root README, with `totals` between its marks, and with the last two cells of each paper's table row filled:
+    minutes of the default study on two cores, and the counts of verdicts on the paper's primary claims."""
+    begin, end = "<!-- totals -->\n", "<!-- /totals -->"
+    if begin in readme:
+        head, rest = readme.split(begin)
+        text = textwrap.fill(totals(primary_rows(summaries), primary_rows(photographs)), 128)
+        readme = f"{head}{begin}{text}\n{end}{rest.split(end)[1]}"
     for folder, summary in summaries.items():
         words = in_words([row for row in summary["claims"] if row["primary"]], ORDER)
         cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
@@ -270,14 +284,14 @@ th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; vertical-align:
 
 
 def html_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as an HTML table; verdicts are coloured."""
+    """Rows as an HTML table; verdicts are coloured, and "a ± b" stays in one line."""
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
     body = []
     for row in rows:
         cells = []
         for value in map(str, row.values()):
             kind = f' class="{value.replace(" ", "-")}"' if value in VERDICTS else ""
-            cells.append(f"<td{kind}>{html.escape(value)}</td>")
+            cells.append(f"<td{kind}>{html.escape(value).replace(' ± ', '&nbsp;±&nbsp;')}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
 
@@ -299,7 +313,11 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
     primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page += [f"<p>{settled(primary, beside)}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"] if primary else []
+    page += (
+        [f"<p>{totals(primary, beside)} {CERTAINTY}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"]
+        if primary
+        else []
+    )
     page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
@@ -321,16 +339,18 @@ def html_section(study: Study, summary: dict, other: dict | None, pictures: Path
     folder = study.folder
     page = [f"<p>{html.escape(text)}</p>" for text in (report.provenance(summary), f"{summary['corpus']}.")]
     claims = html_table(report.claim_rows(summary, other))
-    page.append(f"<p><code>{html.escape(command(study, summary))}</code></p>{claims}")
+    file = "" if (pictures / f"{folder}.json").is_file() else f"runs/{study.home}/results.json"
+    page.append(f"<p><code>{html.escape(command(study, summary, file))}</code></p>{claims}")
     page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"])))
     found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
     return page + [picture(path) for path in sorted(found)]
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json."""
+    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json. ValueError if they are not its."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
-    return {paper: read_json(path) for paper, paths in files.items() for path in paths if path.is_file()}
+    found = ((paper, path) for paper, paths in files.items() for path in paths if path.is_file())
+    return {paper: report.read_results(path, study_of(paper).paper) for paper, path in found}
 
 
 def judge_again(folder: Path, on: str) -> None:
@@ -353,13 +373,13 @@ def main() -> None:
     if not (papers := sorted(found | photographs)):
         raise ValueError(f"{folder} holds no results: run 'make reproduce-all'")
     if committed:
-        Path("RESULTS.md").write_text(markdown(found, photographs))
+        write_text("RESULTS.md", markdown(found, photographs))
         readme = Path("README.md")
-        readme.write_text(with_verdicts(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+        write_text(readme, with_verdicts(readme.read_text(encoding="utf-8"), found, photographs))
         for paper in papers:
             report.update_readme(paper)
     page = Path("report.html") if committed else folder / "report.html"
-    page.write_text(html_page(found, photographs, folder))
+    write_text(page, html_page(found, photographs, folder))
     print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(papers)} papers")
 
 

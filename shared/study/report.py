@@ -11,14 +11,14 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.checkpoints import FREE, load_checkpoint, read_json
+from shared.checkpoints import FREE, load_checkpoint, read_json, write_text
 from shared.evaluation import table
 from shared.run import machine
-from shared.study.verdicts import shown
+from shared.study.verdicts import VERDICTS, shown
 
 STARS = (
-    " ★ marks claims of the paper's abstract; with at least five seeds, their intervals are widened by Holm's "
-    "step-down rule, so that all their verdicts hold together at 95 %. Resolves: the smallest difference that these "
+    " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
+    "verdicts hold together at 95 %. Resolves: the smallest difference that these "
     "seeds can resolve, from the standard deviation of the pair's differences or, if that has more degrees of freedom, "
     "from one pooled over the arms that claims of the paper connect with the pair. d: the largest difference that "
     "counts as none."
@@ -155,16 +155,77 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
     }
 
 
+RESULTS = {"paper": str, "seeds": list, "machine": str, "date": str, "commit": str, "corpus": str} | {
+    "floors": dict, "settings": dict, "arms": dict, "claims": list
+}  # fmt: skip
+NUMBER = int | float
+CLAIM = {"claim": str, "paper": str, "metric": str | None, "difference": NUMBER | None, "interval": list | None} | {
+    "resolves": NUMBER | None, "verdict": str, "primary": bool
+}  # fmt: skip
+OPTIONAL = dict.fromkeys(("negligible", "floor", "method", "baseline"), NUMBER | None)  # further keys of a claim
+
+
+def read_results(path: str | Path, paper: str | None = None) -> dict:
+    """The results in a file. ValueError if it holds none or damaged ones, or those of another title than `paper`."""
+    advice = "name a results file that a study has written"
+    summary = read_json(path, advice)
+    odd = [name for name, kind in RESULTS.items() if not isinstance(summary.get(name), kind)]
+    if not odd:
+        odd = [arm for arm, metrics in summary["arms"].items() if not is_measured(metrics, len(summary["seeds"]))]
+        odd += ["arms"] * (not summary["arms"])
+        odd += ["claims"] * (not all(map(is_judged, summary["claims"])))
+        odd += [
+            name for name, kind in (("floors", dict), ("floor_seeds", list)) if not has_numbers(summary, name, kind)
+        ]
+    if odd:
+        raise ValueError(f"{path} holds no results of a study ({odd[0]} is missing or damaged): {advice}")
+    if paper not in (None, summary["paper"]):
+        raise ValueError(f"{path} holds results of {summary['paper']}, not of {paper}: {advice}")
+    return summary
+
+
+def is_measured(metrics: Any, seeds: int) -> bool:
+    """Whether an arm's metrics in results are dicts as from `spread`, of equally many runs, at most `seeds`."""
+    found = list(metrics.values()) if isinstance(metrics, dict) else [None]
+    lists = [each.get("values") if isinstance(each, dict) else None for each in found]
+    return (
+        all(isinstance(values, list) and 0 < len(values) <= seeds for values in lists)
+        and all(isinstance(value, (int, float)) for values in lists for value in values)
+        and len(set(map(len, lists))) <= 1
+        and all(isinstance(each.get(key), NUMBER) for each in found for key in ("mean", "std"))
+    )
+
+
+def is_judged(row: Any) -> bool:
+    """Whether a row of claims has the keys and types of those from `verdicts.judged`, and a known verdict."""
+    return (
+        isinstance(row, dict)
+        and CLAIM.keys() <= row.keys()
+        and all(isinstance(row.get(key), kind) for key, kind in (CLAIM | OPTIONAL).items())
+        and row["verdict"] in VERDICTS
+    )
+
+
+def has_numbers(summary: dict, name: str, kind: type) -> bool:
+    """Whether `name` of results, if it is there, holds dicts or lists (`kind`) of numbers, by floor."""
+    of_floor = summary.get(name, {})
+    return isinstance(of_floor, dict) and all(
+        isinstance(each, kind) and all(isinstance(value, NUMBER) for value in (each.values() if kind is dict else each))
+        for each in of_floor.values()
+    )
+
+
 def write_packages(path: Path, keep: bool = False) -> None:
-    """Write names and versions of all installed packages in the format of `pip install -r`.
+    """Write names and versions of all other packages that are installed, as `pip freeze` does.
 
     keep: leave the lines that the file has, so that a package has a line for each version.
     """
     found = {each.metadata["Name"].lower(): each.version for each in distributions() if each.metadata["Name"]}
+    found.pop("paper-clips", None)  # this project; results name its commit
     lines = {f"{name}=={version}\n" for name, version in found.items()}
     if keep and path.is_file():
         lines |= set(path.read_text(encoding="utf-8").splitlines(keepends=True))
-    path.write_text("".join(sorted(lines)), encoding="utf-8")
+    write_text(path, "".join(sorted(lines)))
 
 
 def by_seed(summary: dict) -> dict[str, list[dict]]:
@@ -282,7 +343,7 @@ def block(summary: dict, study: Any, other: dict | None = None) -> str:
 def readme_block(folder: str) -> str:
     """The results section of a folder's README, from results/<folder>.json and results/photos/<folder>.json."""
     paths = {"study": Path(f"results/{folder}.json"), "photos_study": Path(f"results/photos/{folder}.json")}
-    found = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+    found = {name: read_results(path) for name, path in paths.items() if path.is_file()}
     studies = {name: importlib.import_module(f"{folder}.{name}").STUDY for name in found}
     blocks = [block(found["study"], studies["study"])] if "study" in found else []
     if "photos_study" in found:
@@ -305,5 +366,5 @@ def update_readme(folder: str, write: bool = True) -> bool:
         head, rest = fresh.split(begin, 1)
         fresh = head + begin + block + end + rest.split(end, 1)[1]
     if write and fresh != page:
-        path.write_text(fresh, encoding="utf-8")
+        write_text(path, fresh)
     return fresh == page

@@ -31,7 +31,6 @@ from shared.study.floors import Floor
 from shared.study.scripts import run_script
 from shared.study.verdicts import Claim, measured
 
-COMMITTED = 5  # fewest seeds for which intervals of primary claims get Holm's correction
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
 
 
@@ -106,6 +105,8 @@ class Study:
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
     """Results file -> its claims, if they depend on how it was made; by default `claims`."""
+    terms: str = ""
+    """Abbreviations in the names of primary claims, explained."""
     variables_of: Callable[[dict], str] = lambda summary: ""
     """Results file -> the variables of make that reproduce it, such as the language model that was chosen."""
     more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
@@ -258,15 +259,13 @@ class Study:
     ) -> list[dict]:
         """Rows of this study's claims about the metrics of arms by seed, with these measured floors."""
         bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
-        primary = {arm for claim in self.claims if claim.primary for arm in (claim.method, claim.baseline)} & set(arms)
-        together = min((len(arms[arm]) for arm in primary), default=0) >= COMMITTED
-        return verdicts.judged(self.claims, arms, bars, together, earlier)
+        return verdicts.judged(self.claims, arms, bars, earlier)
 
     def judged_again(self, summary: dict) -> dict:
         """Results, judged again from their numbers by the study's current claims and rules.
 
-        Rows of other claims are kept, since judging them may need the runs. So are all rows if a floor has another name
-        in the study: judging without it would be too kind.
+        Rows of other claims are kept, since judging them may need the runs. All rows are kept if the study lacks a
+        floor of the results: without it, an arm that is not above that floor could count as learned.
         """
         if not set(summary["floors"]) <= {floor.name for floor in self.floors}:
             return summary
@@ -315,7 +314,7 @@ class Options:
     """File for the results; by default results.json beside the runs."""
     extend: bool = False
     """Add to the file of --results instead of replacing it: more seeds of all or some of its arms, with the same
-    settings, or more arms with its first seeds or all of them."""
+    settings, or new arms, with all of the file's seeds or the first few."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
     corpus: Literal["emoji", "photos"] = "emoji"
@@ -437,10 +436,16 @@ def run(study: Study, options: Options) -> None:
     path, clone = options.results, options.upstream
     if path is not None and not path.endswith(".json"):
         raise ValueError(f"--results {path} should end in .json")
+    if path is not None and (Path(path).is_dir() or Path(path).parent.is_file()):
+        raise ValueError(f"--results {path} cannot be written there: name a file")
     if clone is not None and study.upstream is None:
         raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
     earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
+    if path is not None and not options.extend and Path(path).exists():
+        advice = "name another file, or remove that one"
+        if read_json(path, advice).get("paper") != study.paper:
+            raise ValueError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
     if study.on == "photos" and options.photos is None:
         raise ValueError(
             "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "
@@ -448,6 +453,8 @@ def run(study: Study, options: Options) -> None:
         )
     if study.on != "photos" and options.photos is not None:
         raise ValueError("--photos is used only with --corpus photos (CORPUS=photos with make)")
+    if options.photos is not None and not (options.photos and Path(options.photos).is_dir()):
+        raise ValueError(f"--photos {options.photos!r} is no folder: name the one that holds flickr8k, pacs, ...")
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}
@@ -463,9 +470,12 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     """The results of --results, to which --extend adds other seeds or other arms. ValueError if it cannot."""
     if options.results is None or not Path(options.results).is_file():
         raise ValueError("--extend needs --results FILE.json, the results that it adds to")
-    earlier = read_json(options.results)
-    if not {"arms", "floors", "seeds", "settings"} <= set(earlier):
-        raise ValueError(f"{options.results} holds no results of a study")
+    earlier = report.read_results(options.results, study.paper)
+    if earlier["corpus"] != study.corpus:
+        raise ValueError(
+            f"{options.results} was measured on another corpus, {earlier['corpus']!r}, or its description has changed: "
+            "train and measure all arms again"
+        )
     if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
         raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]

@@ -229,16 +229,15 @@ def judged(
     claims: Iterable[Claim],
     arms: dict[str, list[dict]],
     floors: MeasuredFloors,
-    together: bool,
     earlier: dict[str, list[dict]] | None = None,
 ) -> list[dict[str, Any]]:
     """A row of the table of claims for each claim that was `measured`, primary claims first.
 
     An arm may have more seeds than another: a claim compares the first ones, which both have.
 
-    together: whether intervals of primary claims have the levels of Holm's step-down test. earlier: arms of earlier
-    results with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError if a
-    claim's `negligible` is more than half of its effect.
+    Intervals of primary claims have the levels of Holm's step-down test, so that they hold together. earlier: arms of
+    earlier results with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError
+    if a claim's `negligible` is more than half of its effect.
     """
     claims, trained = list(claims), set(arms)
     arms = arms | other_baselines(claims, arms)
@@ -252,10 +251,8 @@ def judged(
         difference = float(np.mean([a - b for a, b in zip(*sides, strict=True)]))
         found.append((difference, scatter_of(claim, sides, chosen, trained, (arms, earlier or {})), n))
         means.append({"method": float(np.mean(sides[0])), "baseline": float(np.mean(sides[1]))})
-    levels = [LEVEL] * len(chosen)
-    if together:
-        primary = [each for claim, each in zip(chosen, found, strict=True) if claim.primary]
-        levels[: len(primary)] = holm(primary)
+    primary = [each for claim, each in zip(chosen, found, strict=True) if claim.primary]
+    levels = holm(primary) + [LEVEL] * (len(chosen) - len(primary))
     rows = []
     for claim, sides, (mean, scatter, n), level in zip(chosen, means, found, levels, strict=True):
         stronger, strongest = stronger_arm(claim, {arm: runs[:n] for arm, runs in arms.items()})

@@ -8,7 +8,7 @@ from PIL import Image
 from test_browser import look
 
 from shared import data
-from tldr_reduction import page
+from tldr_reduction import html_report
 from tldr_reduction.config import ReduceConfig
 
 
@@ -45,7 +45,7 @@ def write(path: Path) -> None:
                                 "cohesion_shuffled": 0.1, "cohesion_kmeans": 0.4}},
     }  # fmt: skip
     cfg = ReduceConfig(data="<shards>", out="", keep=0.4, captions="refined", caption_model="a/b", scorer="c")
-    page.write_page(path, cfg, Pairs(), report, columns)
+    html_report.write_page(path, cfg, Pairs(), report, columns)
 
 
 def test_everything_is_shown_and_nothing_runs(tmp_path: Path):
@@ -71,5 +71,6 @@ def test_it_reads_in_a_browser(tmp_path: Path, width: int):
         "Is it better than a random selection?", "Scores of captions, before and after", "Refined captions",
         "Why samples were kept or dropped", "Identical images: 1", "Clusters",
     ]  # fmt: skip
-    assert len(seen["images"]) > 8 and all(image["decoded"] == image["width"] == page.SIDE for image in seen["images"])
+    assert len(seen["images"]) > 8
+    assert all(image["decoded"] == image["width"] == html_report.SIDE for image in seen["images"])
     assert "stride, 0.4" in seen["cells"] and seen["overflow"] == 0
