@@ -314,8 +314,7 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Write nmtune_noise.png, and nmtune_spectra.png if there are encoders."""
-    plot_noise(found.arms, out)
+    """Write nmtune_spectra.png if there are encoders; `plot_noise` writes the other picture."""
     plot_spectra({arm: folders[0] for arm, folders in found.folders.items()}, out)
 
 
@@ -433,6 +432,7 @@ STUDY = Study(
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,
+    plot_arms=plot_noise,
 )
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def test_plots_show_differences_with_intervals(tmp_path):
     noisy, clean = ([run["lp/id"] for run in found.arms[arm]] for arm in ("sup-30", "sup-00"))
     each = np.subtract(noisy, clean)
     assert of[0] == (0.0, 0.0) and of[30][0] == pytest.approx(np.mean(each)) and 0 < of[30][1] < 0.2
-    study.plot(found, tmp_path)
+    study.STUDY.plot(found, tmp_path)
+    study.STUDY.plot_arms(found.arms, tmp_path)
     assert (tmp_path / "nmtune_noise.png").is_file() and not (tmp_path / "nmtune_spectra.png").exists()
 
 
