@@ -147,6 +147,8 @@ def train(cfg: Config, process: run.Process) -> Path:
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0)
+    if cfg.window_shards:
+        loader.close()  # the last step may leave batches: this removes the shards of their window
     folder.close("--sets FOLDER --rerank")
     return folder.path
 
