@@ -230,8 +230,4 @@ def test_results_are_judged_by_the_claims_of_their_language_model(installed: str
     """Whatever language model is installed where the claims are judged again."""
     committed = checkpoints.read_json(Path("results/flame.json"))
     assert GEMMA in committed["corpus"].lower() and SMOLLM2 not in committed["corpus"].lower()
-    again = study.study(installed).judged_again(committed)
-    one, other = (
-        json.loads(json.dumps(each), parse_float=lambda text: f"{float(text):.9g}") for each in (again, committed)
-    )
-    assert one == other  # older NumPy rounds the last digits otherwise
+    assert study.study(installed).judged_again(committed) == committed

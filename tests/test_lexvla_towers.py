@@ -109,7 +109,7 @@ def test_processes_share_out_the_images_of_frozen_tokens(
         assert isinstance(found.tokens, np.memmap) and len(found) == 600
 
 
-def test_maps_of_efficientnet_lite0_are_tokens():
+def test_maps_of_efficientnet_lite0_are_tokens(backbone: Path):
     """Of the pretrained network: its two maps, each normalised; wider tokens are mapped to the adapter's width."""
     network, maps = pretrained.efficientnet_lite0(), towers.create_backbone(config.LITE0, 128)[0].eval()
     pixels = torch.randn(2, 3, 128, 64)
@@ -127,7 +127,7 @@ def test_maps_of_efficientnet_lite0_are_tokens():
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0, pretrained=False)
     assert image(pixels).shape == (2, 40) and image.adapter.reduce.weight.shape == (24, 432)
     assert towers.patch_side(image.backbone) == 16 and towers.side_step(image.backbone) == 32
-    assert not image.backbone.training
+    assert towers.side_step(towers.create_backbone(str(backbone), 16)[0]) == 8 and not image.backbone.training
 
 
 def normalized(maps: torch.Tensor) -> torch.Tensor:

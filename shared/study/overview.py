@@ -313,12 +313,10 @@ def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures
     meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
     page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
     primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page += (
-        [f"<p>{totals(primary, beside)} {CERTAINTY}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}"]
-        if primary
-        else []
-    )
-    page += [f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}"] if beside else []
+    if primary:
+        page.append(f"<p>{totals(primary, beside)} {CERTAINTY}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}")
+    if beside:
+        page.append(f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}")
     page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
     page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
     for folder in folders:

@@ -18,10 +18,9 @@ from shared.study.verdicts import VERDICTS, shown
 
 STARS = (
     " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
-    "verdicts hold together at 95 %. Resolves: the smallest difference that these "
-    "seeds can resolve, from the standard deviation of the pair's differences or, if that has more degrees of freedom, "
-    "from one pooled over the arms that claims of the paper connect with the pair. d: the largest difference that "
-    "counts as none."
+    "verdicts hold together at 95 %. Resolves: the smallest difference that these seeds can resolve, from the standard "
+    "deviation of the pair's differences or, if that has more degrees of freedom, from one pooled over the arms that "
+    "claims of the paper connect with the pair. d: the largest difference that counts as none."
 )
 
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus
@@ -172,11 +171,13 @@ def read_results(path: str | Path, paper: str | None = None) -> dict:
     odd = [name for name, kind in RESULTS.items() if not isinstance(summary.get(name), kind)]
     if not odd:
         odd = [arm for arm, metrics in summary["arms"].items() if not is_measured(metrics, len(summary["seeds"]))]
-        odd += ["arms"] * (not summary["arms"])
-        odd += ["claims"] * (not all(map(is_judged, summary["claims"])))
-        odd += [
-            name for name, kind in (("floors", dict), ("floor_seeds", list)) if not has_numbers(summary, name, kind)
-        ]
+        checks = {
+            "arms": bool(summary["arms"]),
+            "claims": all(map(is_judged, summary["claims"])),
+            "floors": has_numbers(summary, "floors", dict),
+            "floor_seeds": has_numbers(summary, "floor_seeds", list),
+        }
+        odd += [name for name, right in checks.items() if not right]
     if odd:
         raise ValueError(f"{path} holds no results of a study ({odd[0]} is missing or damaged): {advice}")
     if paper not in (None, summary["paper"]):
@@ -190,7 +191,7 @@ def is_measured(metrics: Any, seeds: int) -> bool:
     lists = [each.get("values") if isinstance(each, dict) else None for each in found]
     return (
         all(isinstance(values, list) and 0 < len(values) <= seeds for values in lists)
-        and all(isinstance(value, (int, float)) for values in lists for value in values)
+        and all(isinstance(value, NUMBER) for values in lists for value in values)
         and len(set(map(len, lists))) <= 1
         and all(isinstance(each.get(key), NUMBER) for each in found for key in ("mean", "std"))
     )
