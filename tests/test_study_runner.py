@@ -503,3 +503,12 @@ def test_results_with_floors_that_the_study_has_not_are_not_judged_again(study: 
     assert renamed.judged_again(summary) is summary
     easy = study.judged_again(summary | {"floors": {"pixels": {"top1": 1.0}}})
     assert easy["claims"][0]["verdict"] == "reproduced"
+
+
+@pytest.mark.parametrize(("change", "kept"), [(1e-12, True), (1e-6, False)])
+def test_results_are_not_judged_again_because_of_rounding(study: Study, change: float, kept: bool):
+    runner.run(study, runner.Options(seeds=(0, 1), results="there.json"))
+    judged = json.loads(Path("there.json").read_text())
+    interval = [judged["claims"][0]["interval"][0] + change, judged["claims"][0]["interval"][1]]
+    summary = judged | {"claims": [judged["claims"][0] | {"interval": interval}, *judged["claims"][1:]]}
+    assert study.judged_again(summary) == (summary if kept else judged)

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -32,6 +33,17 @@ from shared.study.scripts import run_script
 from shared.study.verdicts import Claim, measured
 
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
+
+
+def equal_but_for_rounding(a: Any, b: Any) -> bool:
+    """Whether two JSON values are equal, floats to nine digits, since versions of SciPy round quantiles differently."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal_but_for_rounding(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal_but_for_rounding, a, b))
+    return a == b
 
 
 @dataclass(frozen=True)
@@ -273,7 +285,8 @@ class Study:
         study, known = dataclasses.replace(self, claims=claims), {claim.claim for claim in claims}
         rows = study.rows(report.by_seed(summary), summary["floors"])
         rows += [row for row in summary["claims"] if row["claim"] not in known]
-        return summary | {"claims": sorted(rows, key=lambda row: not row["primary"])}
+        rows = sorted(rows, key=lambda row: not row["primary"])
+        return summary if equal_but_for_rounding(rows, summary["claims"]) else summary | {"claims": rows}
 
     def judged(self, found: report.Comparison, path: Path, earlier: dict | None = None, **more: Any) -> dict[str, Any]:
         """Results: floors, intervals from pooled standard deviations, and primary claims first.
