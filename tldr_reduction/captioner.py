@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import cli, data, pretrained, run, windows
-from tldr_reduction import loop
+from tldr_reduction import training
 from tldr_reduction.config import CAPTIONERS, CaptionerConfig, read_lines
 from tldr_reduction.datasets import PairDataset, eval_transform
 from tldr_reduction.model import (
@@ -118,16 +118,16 @@ def train_step(
     with run.autocast(precision, images.device):
         loss_lm, loss_emb, codes = model(images, ids, mask, return_codes=True, places=places)
     loss = loss_lm + loss_emb
-    loop.update(loss, optimizer, scaler)
+    training.update(loss, optimizer, scaler)
     return {"loss": loss, "loss_lm": loss_lm, "loss_emb": loss_emb}, codes
 
 
 def dry_run(cfg: CaptionerConfig, world_size: int = 1) -> None:
     """Print the plan of a run: sizes, steps, learning rates, memory."""
-    model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
+    model, batch = build(cfg, training.vocab_size(cfg)), training.two_samples(cfg.image_size, cfg.max_length)
     codes = (1 + (cfg.image_size // cfg.patch_size) ** 2) * cfg.width // cfg.code_dim
     rows = [("codes", f"{codes} an image, of {cfg.num_codes} with {cfg.code_dim} dimensions")]
-    loop.show_plan(cfg, world_size, model, lambda: model.train()(*batch), rows)
+    training.show_plan(cfg, world_size, model, lambda: model.train()(*batch), rows)
 
 
 def train(cfg: CaptionerConfig, process: run.Process) -> Path:
@@ -136,31 +136,31 @@ def train(cfg: CaptionerConfig, process: run.Process) -> Path:
     if folder.finished(epoch=cfg.epochs):
         return folder.path
     first, start = folder.state["epoch"], folder.state["batch"]
-    pairs = loop.pairs_of(cfg, process)
+    pairs = training.pairs_of(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
     # Tokenizer, model, optimizer
     precision, tokenizer = run.resolve_precision(cfg.precision, process.device), WordPiece(cfg.vocab)
     model = build_for(cfg, tokenizer).to(process.device)
-    optimizer, scaler = loop.optimizer_of(model, cfg, precision, process)
+    optimizer, scaler = training.optimizer_of(model, cfg, precision, process)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if not folder.resumed:
-        loop.start_from_elsewhere(model, cfg)
+        training.start_from_elsewhere(model, cfg)
         start_codebook(model, cfg, pairs, process)
     used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
-    fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
+    fixed = dict(data=pairs.fingerprint, vocab=training.vocab_of(tokenizer, cfg, folder))
     folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), **fixed)
-    ddp = loop.parallel(model, process)
-    dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process)
+    ddp = training.parallel(model, process)
+    dataset, loader = training.training_batches(pairs, tokenizer, model, first, start, cfg, process)
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        batches, broken = loop.of_epoch(loader, pairs, epoch, start, cfg, process)
+        batches, broken = training.of_epoch(loader, pairs, epoch, start, cfg, process)
         for batch, (_, *inputs, _) in enumerate(batches, start):
-            step, lr = per_epoch * epoch + batch + 1, loop.learning_rate(cfg, epoch, batch)
-            loop.begin_step(optimizer, lr, step, cfg, process)
-            inputs = loop.on_device(inputs, dataset, process.device)
+            step, lr = per_epoch * epoch + batch + 1, training.learning_rate(cfg, epoch, batch)
+            training.begin_step(optimizer, lr, step, cfg, process)
+            inputs = training.on_device(inputs, dataset, process.device)
             losses, codes = train_step(ddp, inputs, optimizer, scaler, precision)
             count_codes(used, codes)
             if step % cfg.log_every == 0 or batch == 0:
@@ -183,7 +183,7 @@ def train(cfg: CaptionerConfig, process: run.Process) -> Path:
 
 def main(cfg: CaptionerConfig) -> Path | None:
     """`train`, or --dry-run."""
-    return loop.main(cfg, train, dry_run)
+    return training.main(cfg, train, dry_run)
 
 
 if __name__ == "__main__":

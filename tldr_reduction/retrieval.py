@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared import cli, data, run
-from tldr_reduction import loop
+from tldr_reduction import training
 from tldr_reduction.config import RETRIEVALS, RetrievalConfig
 from tldr_reduction.datasets import PairDataset, pixel_hash
 from tldr_reduction.model import build, build_for
@@ -30,8 +30,8 @@ class ImageDataset(PairDataset):
 
 def dry_run(cfg: RetrievalConfig, world_size: int = 1) -> None:
     """Print the plan of a run: sizes, steps, learning rates, memory."""
-    model, batch = build(cfg, loop.vocab_size(cfg)), loop.two_samples(cfg.image_size, cfg.max_length)
-    loop.show_plan(cfg, world_size, model, lambda: model.train()(*batch, 0.4, torch.arange(2)))
+    model, batch = build(cfg, training.vocab_size(cfg)), training.two_samples(cfg.image_size, cfg.max_length)
+    training.show_plan(cfg, world_size, model, lambda: model.train()(*batch, 0.4, torch.arange(2)))
 
 
 def train(cfg: RetrievalConfig, process: run.Process) -> Path:
@@ -40,36 +40,36 @@ def train(cfg: RetrievalConfig, process: run.Process) -> Path:
     if folder.finished(epoch=cfg.epochs):
         return folder.path
     first, start = folder.state["epoch"], folder.state["batch"]
-    pairs = loop.pairs_of(cfg, process)
+    pairs = training.pairs_of(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
     # Tokenizer, model, optimizer
     precision, tokenizer = run.resolve_precision(cfg.precision, process.device), WordPiece(cfg.vocab)
     model = build_for(cfg, tokenizer).to(process.device)
-    optimizer, scaler = loop.optimizer_of(model, cfg, precision, process)
+    optimizer, scaler = training.optimizer_of(model, cfg, precision, process)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if not folder.resumed:
-        loop.start_from_elsewhere(model, cfg)
-    fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
+        training.start_from_elsewhere(model, cfg)
+    fixed = dict(data=pairs.fingerprint, vocab=training.vocab_of(tokenizer, cfg, folder))
     folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), **fixed)
-    ddp = loop.parallel(model, process)
-    dataset, loader = loop.training_batches(
+    ddp = training.parallel(model, process)
+    dataset, loader = training.training_batches(
         pairs, tokenizer, model, first, start, cfg, process, dataset_type=ImageDataset
     )
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        batches, broken = loop.of_epoch(loader, pairs, epoch, start, cfg, process)
+        batches, broken = training.of_epoch(loader, pairs, epoch, start, cfg, process)
         for batch, (_, *inputs, _) in enumerate(batches, start):
-            step, lr = per_epoch * epoch + batch + 1, loop.learning_rate(cfg, epoch, batch)
-            loop.begin_step(optimizer, lr, step, cfg, process)
-            images, ids, mask, _, image_ids = loop.on_device(inputs, dataset, process.device)
-            alpha = loop.alpha_ramp(epoch, batch, per_epoch, cfg.alpha, epochs=1)  # B:train_retrieval.py:44-47
+            step, lr = per_epoch * epoch + batch + 1, training.learning_rate(cfg, epoch, batch)
+            training.begin_step(optimizer, lr, step, cfg, process)
+            images, ids, mask, _, image_ids = training.on_device(inputs, dataset, process.device)
+            alpha = training.alpha_ramp(epoch, batch, per_epoch, cfg.alpha, epochs=1)  # B:train_retrieval.py:44-47
             with run.autocast(precision, process.device):
                 loss_ita, loss_itm = ddp(images, ids, mask, alpha, image_ids)
             loss = loss_ita + loss_itm
-            loop.update(loss, optimizer, scaler)
+            training.update(loss, optimizer, scaler)
             if step % cfg.log_every == 0 or batch == 0:
                 losses = run.over_ranks({"loss": loss, "loss_ita": loss_ita, "loss_itm": loss_itm})
                 folder.log(step, epoch=epoch, lr=lr, logit_scale=1 / model.temp, **losses)
@@ -86,7 +86,7 @@ def train(cfg: RetrievalConfig, process: run.Process) -> Path:
 
 def main(cfg: RetrievalConfig) -> Path | None:
     """`train`, or --dry-run."""
-    return loop.main(cfg, train, dry_run)
+    return training.main(cfg, train, dry_run)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from shared import accumulate, cli, data, run, windows
 from shared.clip import trimmed
 from shared.zeroshot import quick_top1
-from tldr_reduction import loop
+from tldr_reduction import training
 from tldr_reduction.config import PRESETS, Config, for_steps, total_steps
 from tldr_reduction.datasets import LockedPairs, PairDataset, view_of
-from tldr_reduction.loop import alpha_ramp, cosine_lr, warmup_step_lr  # noqa: F401  of this file's contract
 from tldr_reduction.model import build, build_for, image_side
 from tldr_reduction.tokenizer import eval_tokenizer, tokenizer_of
+from tldr_reduction.training import alpha_ramp, cosine_lr, warmup_step_lr  # noqa: F401  of this file's contract
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
@@ -59,13 +59,13 @@ def losses_of(
 
 def dry_run(cfg: Config, world_size: int = 1) -> None:
     """Print the plan of a run: sizes, steps, learning rates, memory."""
-    model = build(cfg, loop.vocab_size(cfg))
+    model = build(cfg, training.vocab_size(cfg))
     clip = cfg.objective == "clip"
-    batch = loop.two_samples(image_side(model, cfg), model.context_length if clip else cfg.max_length)
+    batch = training.two_samples(image_side(model, cfg), model.context_length if clip else cfg.max_length)
     if cfg.lock_image:
         batch = torch.zeros(2, model.visual.trunk.num_features), *batch[1:]
     whole = dataclasses.replace(cfg, accumulate=1)
-    loop.show_plan(cfg, world_size, model, lambda: losses_of(model.train(), batch, whole, 0.4))
+    training.show_plan(cfg, world_size, model, lambda: losses_of(model.train(), batch, whole, 0.4))
 
 
 def on_device(
@@ -76,7 +76,7 @@ def on_device(
     A clip's ids are cut to the longest caption of the batch.
     """
     if cfg.objective == "blip":
-        return loop.on_device(inputs, dataset, device)
+        return training.on_device(inputs, dataset, device)
     images, ids, mask = inputs
     images, ids, mask = (x.to(device, non_blocking=True) for x in (images, trimmed(ids, model, device), mask))
     return [dataset.normalise(images), ids, mask]
@@ -96,39 +96,39 @@ def zero_shot(model: nn.Module, tokenizer, cfg: Config, device: torch.device, pr
 def train(cfg: Config, process: run.Process) -> Path:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     if cfg.steps is not None:
-        cfg = for_steps(cfg, len(loop.pairs_of(cfg, process)) // cfg.batch_size)
+        cfg = for_steps(cfg, len(training.pairs_of(cfg, process)) // cfg.batch_size)
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path
     first, start = folder.state["epoch"], folder.state["batch"]
-    pairs = loop.pairs_of(cfg, process)
+    pairs = training.pairs_of(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
     per_epoch = len(pairs) // cfg.batch_size
 
     # Tokenizer, model, optimizer
     precision, tokenizer = run.resolve_precision(cfg.precision, process.device), tokenizer_of(cfg)
     model = build_for(cfg, tokenizer).to(process.device)
-    optimizer, scaler = loop.optimizer_of(model, cfg, precision, process)
+    optimizer, scaler = training.optimizer_of(model, cfg, precision, process)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if not folder.resumed:
-        loop.start_from_elsewhere(model, cfg)
+        training.start_from_elsewhere(model, cfg)
     total = total_steps(cfg, per_epoch)
-    fixed = dict(data=pairs.fingerprint, vocab=loop.vocab_of(tokenizer, cfg, folder))
+    fixed = dict(data=pairs.fingerprint, vocab=training.vocab_of(tokenizer, cfg, folder))
     folder.start(min(per_epoch * first + start, total), total, len(pairs), **fixed)
-    ddp = loop.parallel(model, process)
+    ddp = training.parallel(model, process)
     locked = functools.partial(LockedPairs, cache=cfg.cache)
     read = dict(dataset_type=locked, view=view_of(model, cfg)) if cfg.lock_image else {}
-    dataset, loader = loop.training_batches(pairs, tokenizer, model, first, start, cfg, process, **read)
+    dataset, loader = training.training_batches(pairs, tokenizer, model, first, start, cfg, process, **read)
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        batches, broken = loop.of_epoch(loader, pairs, epoch, start, cfg, process)
+        batches, broken = training.of_epoch(loader, pairs, epoch, start, cfg, process)
         for batch, (_, *inputs, _) in enumerate(batches, start):
-            step, lr = per_epoch * epoch + batch + 1, loop.learning_rate(cfg, epoch, batch)
-            loop.begin_step(optimizer, lr, step, cfg, process)
+            step, lr = per_epoch * epoch + batch + 1, training.learning_rate(cfg, epoch, batch)
+            training.begin_step(optimizer, lr, step, cfg, process)
             inputs = on_device(inputs, dataset, model, cfg, process.device)
             losses, backward = losses_of(ddp, inputs, cfg, alpha_ramp(epoch, batch, per_epoch, cfg.alpha), precision)
-            loop.update(losses["loss"], optimizer, scaler, backward)
+            training.update(losses["loss"], optimizer, scaler, backward)
             if cfg.objective == "clip":
                 model.logit_scale.data.clamp_(0, math.log(100))
             if step % cfg.log_every == 0 or batch == 0:
@@ -155,7 +155,7 @@ def train(cfg: Config, process: run.Process) -> Path:
 
 def main(cfg: Config) -> Path | None:
     """`train`, or --dry-run."""
-    return loop.main(cfg, train, dry_run)
+    return training.main(cfg, train, dry_run)
 
 
 if __name__ == "__main__":

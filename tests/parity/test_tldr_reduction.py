@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tldr_reduction import blip, captioner, cluster, loop, model, reduce, train
+from tldr_reduction import blip, captioner, cluster, model, reduce, train, training
 from tldr_reduction.checkpoints import load_blip
 from tldr_reduction.config import CaptionerConfig
 from tldr_reduction.tokenizer import WordPiece, build_vocab, pre_caption
@@ -553,7 +553,7 @@ def test_trajectory(up, table, tmp_path):
         trained, decay = list(network.parameters()), cfg.weight_decay
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=decay, fused=True)
         for step, (images, texts) in enumerate(batches(dtype)):
-            optimizer.param_groups[0]["lr"] = loop.learning_rate(cfg, *divmod(step, per_epoch))
+            optimizer.param_groups[0]["lr"] = training.learning_rate(cfg, *divmod(step, per_epoch))
             yield captioner.train_step(network, [images, *words(texts)], optimizer, scaler)
 
     where = f"{table.where(up.pretrain_vq_compress.train)}, vq_compress_model/pretrain_vq_compress.py:125"
