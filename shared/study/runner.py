@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,8 +311,9 @@ class Study:
         about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
         if floor_seeds := (earlier or {}).get("floor_seeds", {}) | floor_seeds:
             about["floor_seeds"] = floor_seeds
-        if earlier and earlier["machine"] != machine():
-            about["machine"] = f"{earlier['machine']}, then {machine()}"
+        if earlier:
+            about["machine"] = ", then ".join(dict.fromkeys([*earlier["machine"].split(", then "), machine()]))
+            about["date"] = ", ".join(dict.fromkeys([*earlier["date"].split(", "), date.today().isoformat()]))
         if not earlier and (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
             about["core_minutes"] = minutes
         return report.results(self.paper, found, rows, **about)
