@@ -9,8 +9,9 @@ pre-training noise by the singular values of a test set's features F (M, D): `fe
     with verdicts, plots
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -252,6 +253,16 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     return metrics
 
 
+@contextlib.contextmanager
+def measured(file: Path, program: str) -> Iterator[dict]:
+    """The JSON object in a file of measurements; ValueError if what reads it finds it damaged."""
+    advice = f"remove it, and run 'python -m {program}' again"
+    try:
+        yield checkpoints.read_json(file, advice)
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{file} holds no measurements of {program}: {advice}") from error
+
+
 def encoder_metrics(path: str) -> dict[str, float]:
     """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
     of the default centring have plain names.
@@ -264,25 +275,26 @@ def encoder_metrics(path: str) -> dict[str, float]:
             f"{folder} has no study.json: --report compares encoder folders such as sup-30-seed0, which "
             "python -m nmtune.encoder_study --encoder FOLDER has measured"
         )
-    study = checkpoints.read_json(folder / "study.json")
-    tasks = {
-        task: {metric: float(np.mean(values)) for metric, values in of.items()} for task, of in study["tasks"].items()
-    }
-    first = next(iter(tasks.values()))
-    numbers = {metric: float(np.mean([of[metric] for of in tasks.values()])) for metric in first}
-    tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
-    numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
-    numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}
-    seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
-    return numbers | seconds | {"noise": 100 * study["noise"]}
+    with measured(folder / "study.json", "nmtune.encoder_study") as study:
+        tasks = {
+            task: {metric: float(np.mean(values)) for metric, values in of.items()}
+            for task, of in study["tasks"].items()
+        }
+        first = next(iter(tasks.values()))
+        numbers = {metric: float(np.mean([of[metric] for of in tasks.values()])) for metric in first}
+        tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
+        numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
+        numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}
+        seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
+        return numbers | seconds | {"noise": 100 * study["noise"]}
 
 
 def head_accuracies(folder: Path) -> dict[str, float]:
     """{"TEST/METRIC": per cent} of a tuned head: means over heads if nmtune.head_study has tuned several; otherwise the
     last line of the run's log that has the test set `id`, or {} if there is none."""
     if (folder / "heads.json").is_file():
-        tests = checkpoints.read_json(folder / "heads.json")["tests"]
-        return {metric: float(np.mean(values)) for metric, values in tests.items()}
+        with measured(folder / "heads.json", "nmtune.head_study") as heads:
+            return {metric: float(np.mean(values)) for metric, values in heads["tests"].items()}
     last = run.read_metrics(folder, "id/top1")[-1:]
     return {key: value for line in last for key, value in line.items() if "/" in key}
 
@@ -293,7 +305,7 @@ def compared_metrics(path: str) -> dict[str, float]:
     folder = Path(path)
     if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
         found = head_accuracies(folder)
-        if "id/top1" in found:
+        if {"id/top1", "ood/top1"} <= found.keys():
             return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
     return encoder_metrics(path)
 
