@@ -214,7 +214,8 @@ def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     called = []
     once = lambda line: called.append(line[2:]) or SimpleNamespace(returncode=0)  # noqa: E731
     monkeypatch.setattr(runner.subprocess, "run", once)
-    monkeypatch.setattr(runner, "run_script", lambda module, words, environment: called.append([module, *words]))
+    trained = lambda module, words, environment: called.append([module, *words])  # noqa: E731
+    monkeypatch.setattr(runner.scripts, "run_script", trained)
     of = dataclasses.replace(study.study(GEMMA), evaluate=lambda runs: [{} for _ in runs])
     monkeypatch.setattr(runner.Study, "compare", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,10 @@
 """Scripts of a study as forks of a server."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,3 +42,31 @@ def test_a_study_starts_scripts_without_a_word(tmp_path: Path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == "" and ended.stdout == "imported\nimported\ndone\n"
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.Signals):
+    """Although only the study gets the signal."""
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper/study.py").write_text(
+        "from shared.study.runner import Arm, Study, main\n"
+        "arms = tuple(Arm(name, 'train', heading=name) for name in 'abc')\n"
+        "STUDY = Study('paper', 'A paper', 'CC3M', arms, minutes={'core': 1}, evaluate=list, metrics={}, claims=())\n"
+        "if __name__ == '__main__':\n    main(STUDY)\n"
+    )
+    (tmp_path / "paper/train.py").write_text(
+        "import os, time\nopen(str(os.getpid()), 'w').close()\ntry:\n    time.sleep(100)\n"
+        "except KeyboardInterrupt:\n    open('ended', 'a').write(f'{os.getpid()} ')\n"
+    )
+    study = subprocess.Popen(
+        [sys.executable, "-m", "paper.study", "--seeds", "0", "--jobs", "2"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    begun = lambda: {path.name for path in tmp_path.iterdir() if path.name.isdigit()}  # noqa: E731
+    until = time.monotonic() + 60
+    while len(begun()) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    study.send_signal(by)
+    _, said = study.communicate(timeout=60)
+    assert study.returncode == 130 and said.startswith("interrupted; finished work is kept"), said
+    assert set((tmp_path / "ended").read_text().split()) == begun() and len(begun()) == 2

@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,9 +29,8 @@ import tyro
 from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
 from shared.run import QUIET, machine
-from shared.study import report, verdicts
+from shared.study import report, scripts, verdicts
 from shared.study.floors import Floor
-from shared.study.scripts import run_script
 from shared.study.verdicts import Claim, measured
 
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
@@ -415,7 +415,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
             commands.append([f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)])
         with clocked(study.clock(job.name, seed), Path(study.out(job.name, seed)), cores):
             for module, *words in commands:
-                if code := run_script(module, words, environment):
+                if code := scripts.run_script(module, words, environment):
                     failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
                     raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
         done, minutes = next(finished), (time.perf_counter() - start) / 60
@@ -428,6 +428,11 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         try:
             for future in as_completed(futures.values()):
                 future.result()
+        except KeyboardInterrupt:
+            print("interrupted; finished work is kept: run the study again to resume", file=sys.stderr, flush=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            scripts.interrupt()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -515,7 +520,8 @@ def study_of(folder: str, on: str = "emoji") -> Study:
 
 
 def main(study: Study) -> None:
-    """The command line of a study.py."""
+    """The command line of a study.py. SIGTERM ends a study as Ctrl+C does, with the scripts that it has started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def work() -> None:
         options = tyro.cli(Options, prog=f"python -m {study.folder}.study", description=f"{study.paper}.")

@@ -1,9 +1,11 @@
 """Run scripts as forks of a server process that has already imported torch and the other libraries, so that scripts
 need not wait seconds for these imports."""
 
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ MAIN = sys.modules["__main__"]
 STUDY = MAIN.__spec__  # of `python -m FOLDER.study`; None if this process was not started by -m
 CONTEXT.set_forkserver_preload(["shared.study.runner", *([STUDY.name] if STUDY else [])])
 LOCK = threading.Lock()  # starting or joining a process also polls the processes that other threads started
+RUNNING: set[multiprocessing.Process] = set()
 
 
 def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -31,10 +34,21 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
     no_main = mock.patch.object(MAIN, "__spec__", ModuleSpec("__main__", None))  # forks do not import the study again
     with LOCK, mock.patch.dict(os.environ, environment), no_main:
         process.start()
+        RUNNING.add(process)
     connection.wait([process.sentinel])
     with LOCK:
         process.join()
+        RUNNING.remove(process)
     return process.exitcode
+
+
+def interrupt(patience: float = 3) -> None:
+    """End all running scripts as Ctrl+C does. Scripts that it has reached already have `patience` seconds to end."""
+    while running := list(RUNNING):
+        for process in running:
+            if not connection.wait([process.sentinel], patience):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGINT)
 
 
 def script(
