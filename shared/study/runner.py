@@ -431,7 +431,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         except KeyboardInterrupt:
             print("interrupted; finished work is kept: run the study again to resume", file=sys.stderr, flush=True)
             pool.shutdown(wait=False, cancel_futures=True)
-            scripts.interrupt()
+            scripts.interrupt(futures.values())
             raise
         finally:
             pool.shutdown(cancel_futures=True)

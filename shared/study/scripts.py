@@ -8,7 +8,9 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from importlib.machinery import ModuleSpec
 from multiprocessing import connection
 from typing import IO
@@ -42,13 +44,15 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
     return process.exitcode
 
 
-def interrupt(patience: float = 3) -> None:
-    """End all running scripts as Ctrl+C does. Scripts that it has reached already have `patience` seconds to end."""
-    while running := list(RUNNING):
-        for process in running:
+def interrupt(futures: Collection[Future], patience: float = 3) -> None:
+    """End the scripts that these futures run as Ctrl+C does. Those that it has reached already have `patience` seconds
+    to end; one that starts only now is ended, too."""
+    while not all(future.done() for future in futures):
+        for process in list(RUNNING):
             if not connection.wait([process.sentinel], patience):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.1)
 
 
 def script(
@@ -60,7 +64,10 @@ def script(
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
     sys.path.insert(0, os.getcwd())
-    run_module(module, arguments)
+    try:
+        run_module(module, arguments)
+    except KeyboardInterrupt:  # while the module is imported
+        sys.exit(130)
 
 
 def run_module(module: str, arguments: list[str]) -> None:
