@@ -266,8 +266,9 @@ def test_what_comes_after_others_waits_for_them_but_does_not_bring_them(study: S
     assert ran.index("runs/paper/a-seed1") < ran.index("runs/paper/c-seed1")
 
 
-def test_a_failed_command_is_named_and_stops_what_waits_for_it(study: Study):
-    arms = (Arm("base", "train bad", heading="Baseline"), Arm("method", "train best --init {base}", heading="Method"))
+@pytest.mark.parametrize("needs", ["--init {base}", ""])
+def test_a_failed_command_is_named_and_stops_what_has_not_begun(study: Study, needs: str):
+    arms = (Arm("base", "train bad", heading="Baseline"), Arm("method", f"train best {needs}", heading="Method"))
     with pytest.raises(ValueError, match="'python -m paper.train bad --seed 0 --out runs/paper/base-seed0' failed"):
         runner.run(dataclasses.replace(study, arms=arms), runner.Options(seeds=(0,), jobs=1))
     assert order() == ["runs/paper/base-seed0"] and not Path("runs/paper/results.json").exists()

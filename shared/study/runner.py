@@ -416,6 +416,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         with clocked(study.clock(job.name, seed), Path(study.out(job.name, seed)), cores):
             for module, *words in commands:
                 if code := scripts.run_script(module, words, environment):
+                    pool.shutdown(wait=False, cancel_futures=True)  # here, or this thread would start the next job
                     failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
                     raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
         done, minutes = next(finished), (time.perf_counter() - start) / 60
