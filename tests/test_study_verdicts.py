@@ -297,6 +297,7 @@ def test_an_arm_with_more_seeds_is_compared_in_those_that_both_have():
     assert [row] == same and row["seeds"] == 3
     few = {"a": [{"m": float(i)} for i in range(9)], "b": [{"m": 2.0 * i} for i in range(9)], "c": [{"m": 1.0}] * 2}
     assert pooled(few, "m") == pooled({arm: few[arm] for arm in "ab"}, "m")  # 8 degrees of freedom, not 2
+    assert pooled(few, "m", ["a", "c"]) == pooled({arm: few[arm][:2] for arm in "abc"}, "m")  # c is not left out
     constant = CLAIM._replace(method="c", baseline="0")
     rows = judged([constant, constant._replace(claim="nine", method="a")], few, [])
     assert [row["seeds"] for row in rows] == [2, 9] == [row["seeds"] for row in shown(rows)]

@@ -64,15 +64,17 @@ def own(differences: Sequence[float]) -> Scatter | None:
     return None if n < 2 else Scatter(float(np.std(differences, ddof=1)), n - 1)
 
 
-def pooled(arms: dict[str, list[dict]], metric: str) -> Scatter | None:
+def pooled(arms: dict[str, list[dict]], metric: str, pair: Iterable[str] = ()) -> Scatter | None:
     """The scatter of a difference between two of A arms with n seeds; a seed has the same effect on all arms.
 
     Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
-    variance 2 v. If arms have different numbers of seeds, arms or seeds are left out so that most degrees of freedom
-    remain; the pair that is compared may be among them. None if fewer than two arms or seeds have the metric.
+    variance 2 v. If arms have different numbers of seeds, seeds, or arms other than the compared `pair`, are left out so
+    that most degrees of freedom remain. None if fewer than two arms or seeds have the metric.
     """
     values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
-    tables = [[each[:n] for each in values if len(each) >= n] for n in {len(each) for each in values}]
+    most_seeds = min((len(arms[arm]) for arm in pair), default=math.inf)
+    lengths = {len(each) for each in values if len(each) <= most_seeds}
+    tables = [[each[:n] for each in values if len(each) >= n] for n in lengths]
     most = max(tables, key=lambda table: (len(table) - 1) * (len(table[0]) - 1), default=[])
     if len(most) < 2 or len(most[0]) < 2:
         return None
@@ -110,7 +112,8 @@ def scatter_of(
         # a constant baseline or another metric does not share the effect of a seed
         comparable = related(claim, claims) & trained  # a stand-in repeats an arm, or is constant
         for source in sources:
-            scatters.append(pooled({arm: runs for arm, runs in source.items() if arm in comparable}, claim.metric))
+            found = {arm: runs for arm, runs in source.items() if arm in comparable}
+            scatters.append(pooled(found, claim.metric, found.keys() & {claim.method, claim.baseline}))
     return max((each for each in scatters if each), key=lambda each: each.df, default=None)
 
 
