@@ -68,8 +68,8 @@ def pooled(arms: dict[str, list[dict]], metric: str, pair: Iterable[str] = ()) -
     """The scatter of a difference between two of A arms with n seeds; a seed has the same effect on all arms.
 
     Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
-    variance 2 v. If arms have different numbers of seeds, seeds, or arms other than the compared `pair`, are left out so
-    that most degrees of freedom remain. None if fewer than two arms or seeds have the metric.
+    variance 2 v. If arms have different numbers of seeds, some seeds, or some arms that are not of the compared `pair`,
+    are left out so that most degrees of freedom remain. None if fewer than two arms or seeds have the metric.
     """
     values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
     most_seeds = min((len(arms[arm]) for arm in pair), default=math.inf)
