@@ -275,7 +275,8 @@ class Study:
         return verdicts.judged(self.claims, arms, bars, earlier)
 
     def judged_again(self, summary: dict) -> dict:
-        """Results, judged again from their numbers by the study's current claims and rules.
+        """Results, judged again from their numbers by the study's current claims and rules; the same if only rounding
+        differs.
 
         Rows of other claims are kept, since judging them may need the runs. All rows are kept if the study lacks a
         floor of the results: without it, an arm that is not above that floor could count as learned.
