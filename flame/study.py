@@ -444,14 +444,18 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """All plots of the README."""
-    plot_shares(found.arms, out)
-    plot_arms(found.arms, out)
-    plot_languages(found.arms, out)
+    """flame_facets.png, if an arm has a bank of facets."""
     settings = [read_json(folder / "config.json") for folders in found.folders.values() for folder in folders]
     banks = [each["bank"] for each in settings if each["method"] == "flame"]
     if banks and isinstance(bank := open_bank(min(banks, key=len)), Bank):
         plot_facets(bank, out)
+
+
+def plot_metrics(arms: dict[str, list[dict]], out: Path) -> None:
+    """flame_{shares,arms,languages}.png."""
+    plot_shares(arms, out)
+    plot_arms(arms, out)
+    plot_languages(arms, out)
 
 
 def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
@@ -592,6 +596,7 @@ def study(llm: str) -> Study:
         variables_of=variables_of,
         more_rows=lambda found: more_rows(found, llm),
         plot=plot,
+        plot_arms=plot_metrics,
     )
 
 

@@ -257,11 +257,15 @@ FLOORS = (
 # ---------------------------------------------------------------------------------------------------------------- plots
 
 
+def plot_metrics(arms: dict[str, list[dict]], out: Path) -> None:
+    """lexvla_{sparsity,penalties}.png, if the arms were measured on scenes."""
+    if all(RECALL in seed for seeds in arms.values() for seed in seeds):
+        plot_sweep(arms, out / "lexvla_sparsity.png")
+        plot_penalties(arms, out / "lexvla_penalties.png")
+
+
 def plot(found: Comparison, out: Path) -> None:
-    """lexvla_{sparsity,words,penalties,clouds,patches,classes}.png, for the arms and sets that were measured."""
-    if all(RECALL in seed for seeds in found.arms.values() for seed in seeds):
-        plot_sweep(found.arms, out / "lexvla_sparsity.png")
-        plot_penalties(found.arms, out / "lexvla_penalties.png")
+    """lexvla_{words,clouds,patches,classes}.png, for the arms and sets that were measured."""
     plot_usage(found.folders, out / "lexvla_words.png")
     if "overuse" in found.folders:  # plots that eval.py drew for the method's first seed
         for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches"), ("classes.png", "classes")):
@@ -365,6 +369,7 @@ STUDY = Study(
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,
+    plot_arms=plot_metrics,
 )
 
 if __name__ == "__main__":

@@ -254,8 +254,9 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def measured(file: Path, program: str) -> Iterator[dict]:
-    """The JSON object in a file of measurements; ValueError if what reads it finds it damaged."""
+def measurements(file: Path, program: str) -> Iterator[dict]:
+    """The JSON object in a file that a program has written. A missing or wrong entry that the block meets becomes a
+    ValueError that names both."""
     advice = f"remove it, and run 'python -m {program}' again"
     try:
         yield checkpoints.read_json(file, advice)
@@ -275,7 +276,7 @@ def encoder_metrics(path: str) -> dict[str, float]:
             f"{folder} has no study.json: --report compares encoder folders such as sup-30-seed0, which "
             "python -m nmtune.encoder_study --encoder FOLDER has measured"
         )
-    with measured(folder / "study.json", "nmtune.encoder_study") as study:
+    with measurements(folder / "study.json", "nmtune.encoder_study") as study:
         tasks = {
             task: {metric: float(np.mean(values)) for metric, values in of.items()}
             for task, of in study["tasks"].items()
@@ -293,7 +294,7 @@ def head_accuracies(folder: Path) -> dict[str, float]:
     """{"TEST/METRIC": per cent} of a tuned head: means over heads if nmtune.head_study has tuned several; otherwise the
     last line of the run's log that has the test set `id`, or {} if there is none."""
     if (folder / "heads.json").is_file():
-        with measured(folder / "heads.json", "nmtune.head_study") as heads:
+        with measurements(folder / "heads.json", "nmtune.head_study") as heads:
             return {metric: float(np.mean(values)) for metric, values in heads["tests"].items()}
     last = run.read_metrics(folder, "id/top1")[-1:]
     return {key: value for line in last for key, value in line.items() if "/" in key}
@@ -305,7 +306,9 @@ def compared_metrics(path: str) -> dict[str, float]:
     folder = Path(path)
     if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
         found = head_accuracies(folder)
-        if {"id/top1", "ood/top1"} <= found.keys():
+        if "id/top1" in found and "ood/top1" not in found:
+            raise ValueError(f"{folder} has no test set named ood: --report needs heads tuned with --tests id=X ood=Y")
+        if "id/top1" in found:
             return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
     return encoder_metrics(path)
 

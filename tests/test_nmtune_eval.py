@@ -118,3 +118,10 @@ def test_damaged_measurements_are_refused(tmp_path: Path, file: str, content: st
     program = {"heads.json": "head_study", "study.json": "encoder_study"}[file]
     with pytest.raises(ValueError, match=rf"{file} holds no .*: remove it, and run 'python -m nmtune.{program}' again"):
         compared_metrics(str(tmp_path))
+
+
+def test_heads_without_the_compared_test_sets_are_refused(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "heads.json").write_text('{"tests": {"id/top1": [50.0, 60.0]}}')
+    with pytest.raises(ValueError, match="has no test set named ood"):
+        compared_metrics(str(tmp_path))

@@ -44,9 +44,13 @@ def test_a_study_starts_scripts_without_a_word(tmp_path: Path):
     assert ended.stderr == "" and ended.stdout == "imported\nimported\ndone\n"
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.Signals):
-    """Although only the study gets the signal."""
+@pytest.mark.parametrize(
+    ("by", "at_first"),
+    [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)],
+    ids=["SIGINT", "SIGTERM", "SIGTERM where SIGINT is ignored"],
+)
+def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.Signals, at_first: signal.Handlers):
+    """Although only the study gets the signal; a shell starts commands with & so that they ignore SIGINT."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/study.py").write_text(
         "from shared.study.runner import Arm, Study, main\n"
@@ -61,12 +65,19 @@ def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.S
     study = subprocess.Popen(
         [sys.executable, "-m", "paper.study", "--seeds", "0", "--jobs", "2"], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_first),
     )  # fmt: skip
     begun = lambda: {path.name for path in tmp_path.iterdir() if path.name.isdigit()}  # noqa: E731
-    until = time.monotonic() + 60
-    while len(begun()) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    study.send_signal(by)
-    _, said = study.communicate(timeout=60)
+    try:
+        until = time.monotonic() + 60
+        while len(begun()) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(begun()) == 2
+        study.send_signal(by)
+        _, said = study.communicate(timeout=60)
+    finally:
+        study.kill()
     assert study.returncode == 130 and said.startswith("interrupted; finished work is kept"), said
-    assert set((tmp_path / "ended").read_text().split()) == begun() and len(begun()) == 2
+    assert len(begun()) == 2 and not any(Path(f"/proc/{script}").exists() for script in begun())
+    if at_first == signal.SIG_DFL:
+        assert set((tmp_path / "ended").read_text().split()) == begun()

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from shared.study import verdicts
-from shared.study.verdicts import Claim, Scatter, holm, judged, own, pooled, shown, verdict
+from shared.study.verdicts import Claim, Scatter, half_width, holm, judged, own, pooled, shown, verdict
 
 CLAIM = Claim("higher", "+4", "m", "ours", "base", 1, 4.0, True, 1.0)
 FLOORS = [((), {"m": 1.0}), ((), {"m": 30.0}), (("ours", "other"), {"m": 46.0})]  # chance, pixels, a pretrained tower
@@ -298,6 +298,10 @@ def test_an_arm_with_more_seeds_is_compared_in_those_that_both_have():
     few = {"a": [{"m": float(i)} for i in range(9)], "b": [{"m": 2.0 * i} for i in range(9)], "c": [{"m": 1.0}] * 2}
     assert pooled(few, "m") == pooled({arm: few[arm] for arm in "ab"}, "m")  # 8 degrees of freedom, not 2
     assert pooled(few, "m", ["a", "c"]) == pooled({arm: few[arm][:2] for arm in "abc"}, "m")  # c is not left out
+    claims = [CLAIM._replace(claim=arm, method=arm, baseline="a", paper="+") for arm in "bc"]
+    nine, two = judged([each._replace(primary=False) for each in claims], few, [])
+    assert nine["resolves"] == half_width(pooled(few, "m"), 9) != two["resolves"]
+    assert two["resolves"] == half_width(pooled(few, "m", ["a", "c"]), 2)
     constant = CLAIM._replace(method="c", baseline="0")
     rows = judged([constant, constant._replace(claim="nine", method="a")], few, [])
     assert [row["seeds"] for row in rows] == [2, 9] == [row["seeds"] for row in shown(rows)]

@@ -39,9 +39,9 @@ FLOOR = (
 )
 CERTAINTY = (
     "A verdict is resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed "
-    "beforehand. Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %. If some arms "
-    "of a paper have more seeds than others, a claim was open, and its arms got more seeds, a number fixed before; the "
-    "intervals do not account for this second look."
+    "beforehand. Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %. Some arms of "
+    "a paper have more seeds than its others: one of their claims was open, so they, and the arms that their metrics "
+    "are computed from, got more, a number fixed before. The intervals do not account for this second look."
 )
 OPEN = (
     "Open claims have their difference ± half of the 95 % interval: the smallest difference that these seeds can "

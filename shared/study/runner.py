@@ -16,9 +16,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -37,7 +38,7 @@ PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of th
 
 
 def equal_but_for_rounding(a: Any, b: Any) -> bool:
-    """Whether two JSON values are equal, floats to nine digits, since versions of SciPy round quantiles differently."""
+    """Whether two JSON values are equal, floats to 1e-9, since versions of SciPy round quantiles differently."""
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -45,6 +46,11 @@ def equal_but_for_rounding(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(equal_but_for_rounding, a, b))
     return a == b
+
+
+def appended(text: str, separator: str, new: str) -> str:
+    """A text of different words with one more, unless it has that already."""
+    return text if new in text.split(separator) else f"{text}{separator}{new}"
 
 
 @dataclass(frozen=True)
@@ -313,8 +319,8 @@ class Study:
         if floor_seeds := (earlier or {}).get("floor_seeds", {}) | floor_seeds:
             about["floor_seeds"] = floor_seeds
         if earlier:
-            about["machine"] = ", then ".join(dict.fromkeys([*earlier["machine"].split(", then "), machine()]))
-            about["date"] = ", ".join(dict.fromkeys([*earlier["date"].split(", "), date.today().isoformat()]))
+            about["machine"] = appended(earlier["machine"], ", then ", machine())
+            about["date"] = appended(earlier["date"], ", ", date.today().isoformat())
         if not earlier and (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
             about["core_minutes"] = minutes
         return report.results(self.paper, found, rows, **about)
@@ -405,38 +411,47 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
     left = "" if minutes is None else f"; about {minutes * len(seeds) * (1 - begun / total):.0f} minutes on two cores"
     print(f"{study.home}: {total} runs, {begun} started before, {at_once} in parallel{left}", flush=True)
     futures: dict[tuple[str, int], Future] = {}
-    finished = itertools.count(1)
+    finished, stopped = itertools.count(1), threading.Event()
 
     def work(job: Stage, seed: int) -> None:
         for name in waits_for(job, names):
             futures[name, seed].result()
-        commands = study.words(job, seed)
-        if study.alone and isinstance(job, Arm):
-            corpus = [] if study.on == "emoji" else ["--corpus", study.on]
-            commands.append([f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)])
-        with clocked(study.clock(job.name, seed), Path(study.out(job.name, seed)), cores):
-            for module, *words in commands:
-                if code := scripts.run_script(module, words, environment):
-                    pool.shutdown(wait=False, cancel_futures=True)  # here, or this thread would start the next job
-                    failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
-                    raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
+        if stopped.is_set():
+            return
+        try:
+            run_job(study, job, seed, environment, cores)
+        except BaseException:
+            stopped.set()
+            raise
         done, minutes = next(finished), (time.perf_counter() - start) / 60
         left = f"{minutes:.1f} minutes so far, about {minutes / done * (total - done):.0f} left"
         print(f"[{done}/{total}] {study.out(job.name, seed)}: {left}", flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
-        for job, seed in itertools.product(jobs, seeds):
-            futures[job.name, seed] = pool.submit(work, job, seed)
         try:
-            for future in as_completed(futures.values()):
-                future.result()
+            for job, seed in itertools.product(jobs, seeds):
+                futures[job.name, seed] = pool.submit(work, job, seed)
+            wait(futures.values())  # after a failure, runs that have begun may end
         except KeyboardInterrupt:
             print("interrupted; finished work is kept: run the study again to resume", file=sys.stderr, flush=True)
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
             scripts.interrupt(futures.values())
             raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for future in futures.values():
+        future.result()
+
+
+def run_job(study: Study, job: Stage, seed: int, environment: dict[str, str], cores: int) -> None:
+    """Run the commands of a stage or an arm, and keep their time. ValueError names one that failed."""
+    commands = study.words(job, seed)
+    if study.alone and isinstance(job, Arm):
+        corpus = [] if study.on == "emoji" else ["--corpus", study.on]
+        commands.append([f"{study.folder}.study", *corpus, "--measure", study.out(job.name, seed)])
+    with clocked(study.clock(job.name, seed), Path(study.out(job.name, seed)), cores):
+        for module, *words in commands:
+            if code := scripts.run_script(module, words, environment):
+                failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
+                raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
 
 
 def prepare(study: Study, arms: Sequence[str], photos: str | None = None) -> None:

@@ -21,7 +21,8 @@ MAIN = sys.modules["__main__"]
 STUDY = MAIN.__spec__  # of `python -m FOLDER.study`; None if this process was not started by -m
 CONTEXT.set_forkserver_preload(["shared.study.runner", *([STUDY.name] if STUDY else [])])
 LOCK = threading.Lock()  # starting or joining a process also polls the processes that other threads started
-RUNNING: set[multiprocessing.Process] = set()
+RUNNING: set[multiprocessing.process.BaseProcess] = set()
+PATIENCE = 3.0  # seconds that interrupted scripts have to end
 
 
 def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -44,14 +45,19 @@ def run_script(module: str, arguments: Sequence[str], environment: Mapping[str, 
     return process.exitcode
 
 
-def interrupt(futures: Collection[Future], patience: float = 3) -> None:
-    """End the scripts that these futures run as Ctrl+C does. Those that it has reached already have `patience` seconds
-    to end; one that starts only now is ended, too."""
+def interrupt(futures: Collection[Future]) -> None:
+    """Send SIGINT to the running scripts until these futures, which wait for them, are done; later SIGTERM, which also
+    ends scripts that ignore SIGINT. Scripts that Ctrl+C in a terminal has reached already get PATIENCE seconds first.
+    """
+    stop, deadline = signal.SIGINT, time.monotonic() + PATIENCE
     while not all(future.done() for future in futures):
-        for process in list(RUNNING):
-            if not connection.wait([process.sentinel], patience):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGINT)
+        left = list(RUNNING)
+        left = [each for each in left if not connection.wait([each.sentinel], max(deadline - time.monotonic(), 0))]
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, stop)
+        if left:
+            stop, deadline = signal.SIGTERM, time.monotonic() + 2 * PATIENCE
         time.sleep(0.1)
 
 
