@@ -90,7 +90,7 @@ captions: data
 
 photos-%: $(VENV)/.installed-base  # FLAGS: further options (see --help)
 	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }
-	$(PY) -m shared.corpora.photos $* --root $(ROOT) --out data/$* $(FLAGS)
+	$(PY) -m shared.corpora.photos $* --root '$(ROOT)' --out data/$* $(FLAGS)
 
 presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)
@@ -144,16 +144,16 @@ companion: $(VENV)/.installed-companion
 
 # CLONES=PATH: folder with clones of the authors' repositories, each under its own name
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 captions
-	$(PY) -m tests.bench $(if $(CLONES),--clones $(CLONES)) --results results/bench
+	$(PY) -m tests.bench $(if $(CLONES),--clones '$(CLONES)') --results results/bench
 
 bench-gpu: $(VENV)/.installed-protoclip,test
-	$(PY) -m tests.bench.gpu --results $(or $(RESULTS),results/machines)
+	$(PY) -m tests.bench.gpu --results '$(or $(RESULTS),results/machines)'
 
 bench-data: $(VENV)/.installed-test
-	$(PY) -m tests.bench.data $(if $(RESULTS),--results $(RESULTS))
+	$(PY) -m tests.bench.data $(if $(RESULTS),--results '$(RESULTS)')
 
 bench-%: $(VENV)/.installed-%,test data
-	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(RESULTS),--results $(RESULTS))
+	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(RESULTS),--results '$(RESULTS)')
 
 bench-flame: captions
 bench-flame bench-lexvla: $(VENV)/.installed-smollm2

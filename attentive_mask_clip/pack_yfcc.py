@@ -55,7 +55,7 @@ class Config:
     out: str
     """Folder for the shards."""
     dataset_size: int | None = None
-    """Number of samples to use, from the start of the data; None uses all."""
+    """Number of images to use, those with the lowest numbers; None uses all."""
     shard_size: int = 10_000
     """Images of the metadata per shard; the shard has fewer pairs if some are skipped."""
     workers: int = 0

@@ -104,6 +104,8 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     """{name: texts} from JSON in the authors' layout, a dictionary or a list of dictionaries of one entry."""
     value = load_json(path)
     entries = [value] if isinstance(value, dict) else value
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} holds no descriptions: it is a dictionary, name -> texts, or a list of dictionaries")
     return {name: list(texts) for entry in entries for name, texts in entry.items()}
 
 
@@ -134,7 +136,11 @@ def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str,
     key = model_key(model)
     if key not in value:
         raise ValueError(f"{path} has no model {key}; it has {', '.join(value)}")
-    scores = dict(value[key].get("classwise", value[key].get("conceptwise")))
+    found = value[key] if isinstance(value[key], dict) else {}
+    found = found.get("classwise", found.get("conceptwise"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has no scores of concepts under {key}, classwise or conceptwise")
+    scores = dict(found)
     if Path(path).name.startswith("cifar10_") and "plane" in scores:
         scores["airplane"] = scores.pop("plane")
     return scores

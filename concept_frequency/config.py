@@ -127,13 +127,18 @@ def check(cfg: Config, world_size: int) -> None:
             "tags, e.g. --data 'data/emoji/train'; 'python -m shared.corpora.pack classes' makes them of your own "
             "pictures"
         )
-    if cfg.data.startswith("data/emoji") and not Path(cfg.data).exists():
-        raise ValueError(f"{cfg.data} does not exist: 'make data' builds the embedded corpus")
+    cli.check_embedded(cfg.data)
     if not cfg.eval_set:
         raise ValueError("--eval-set is missing: it takes a classification set in the CLIP-benchmark layout")
     if not Path(cfg.eval_set).is_dir():
         raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
-    cli.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every")
+    check_sizes(cfg, world_size)
+
+
+def check_sizes(cfg: Config, world_size: int) -> None:
+    """Raise ValueError on invalid numbers, which a dry run checks, too."""
+    cli.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every", "image_size")
+    cli.check_counts(cfg, "warmup", "eval_every", least=0)
     cli.check_batch(cfg, world_size)
     if cfg.num_concepts and cfg.total < cfg.num_concepts:
         raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
@@ -284,6 +289,8 @@ def check_count(cfg: CountConfig) -> None:
         raise ValueError("--keep needs a --tagger")
     if cfg.images and not cfg.tagger:
         raise ValueError("--images needs a --tagger")
+    if cfg.also and cfg.ids in ("cc12m", "yfcc15m"):
+        raise ValueError(f"--also drops rows, but --ids {cfg.ids} numbers all rows: leave --also out")
     if bool(cfg.images) != (cfg.ids != "row"):
         raise ValueError(
             "pass --images (image shards) and --ids (how an image's row of the captions is found) together"

@@ -195,8 +195,8 @@ def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
 def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | None = None) -> int:
     """The caption row of an image, from its key in the image shards; KeyError if there is none.
 
-    Sources: U:ram_model/image_search_run_rampp.py:112, U:src/utils/map_cc12m_shard_to_tsv_indices.py:44,
-    U:src/image_search_inverted_index_creation.py:54. CC-3M and LAION-400M: the number in the key; SynthCI-30M: the
+    Sources: U:ram_model/image_search_run_rampp.py:93-104, U:src/utils/map_cc12m_shard_to_tsv_indices.py:50-73,
+    U:src/image_search_inverted_index_creation.py:46-52. CC-3M and LAION-400M: the number in the key; SynthCI-30M: the
     number behind the slash; LAION-Aesthetics: number + 10,000 x shard; CC-12M and YFCC-15M: `key` is the exact
     caption or url, and `table` has its row (the last row of equal captions).
     """

@@ -67,7 +67,7 @@ class LabelledImages(NamedTuple):
 
 
 def read_split(root: Path, name: str) -> LabelledImages:
-    """The test images of a set in LAYOUTS. U:src/downstream_dataloader.py:64-110, 308-360.
+    """The test images of a set in LAYOUTS. U:src/downstream_dataloader.py:73-111, 306-352.
 
     Class names are collected from all splits and sorted by label. For Caltech-256, the prefix up to the dot and `-101`
     are removed. FileNotFoundError if the file of splits is missing; ValueError if labels are not 0, 1, 2, ...

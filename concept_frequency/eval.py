@@ -327,6 +327,8 @@ def add_comparisons(results: list[dict[str, Any]], cfg: Config, process: run.Pro
 def main(cfg: Config) -> list[dict[str, Any]] | None:
     """Evaluate every run; with --report, compare them. Returns the metrics of each."""
     process = run.setup(0, cfg.device)
+    cli.check_counts(cfg, "views", "batch_size")
+    cli.check_counts(cfg, "workers", least=0)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)

@@ -246,7 +246,7 @@ class Results:
         return np.load(counts, allow_pickle=False)[several], dict(judged)
 
     def misalignment(self, name: str) -> tuple[int, float] | None:
-        """(number of misaligned pairs, percent of the fixed size of the corpus), or None if the file is missing."""
+        """(number of misaligned pairs, their fraction of the corpus' fixed size), or None if the file is missing."""
         path = self.folder / f"misalignment_metrics/{name}_misalignment_degree.json"
         if not path.is_file():
             return None

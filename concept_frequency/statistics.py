@@ -284,7 +284,8 @@ def frequency_buckets(counts: ArrayLike, smallest: int = 100, largest: int = 100
 
     Source: U:src/text_to_image_experiments/human_experiment_evaluation/human_plot.py:38. A bucket ends where the count
     changes (also to zero) if it has at least `smallest` names, or when it has `largest`. Names with a count of zero are
-    in no bucket, nor are the names just before them if they are too few for one (upstream adds zeros to such a bucket).
+    in no bucket. Names with positive counts that are left at the end are in none, either, if there are fewer than
+    `smallest`; upstream fills their bucket with zeros.
     """
     buckets: list[tuple[float, float]] = []
     current: list[float] = []

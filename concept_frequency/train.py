@@ -26,7 +26,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from concept_frequency.config import PRESETS, Config, check
+from concept_frequency.config import PRESETS, Config, check, check_sizes
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import accumulate, checkpoints, cli, data, export, run
 from shared.clip import image_side, quiet_open_clip, trimmed, without_padding
@@ -280,8 +280,9 @@ def dry_run(cfg: Config, world_size: int) -> None:
     parameters, size = sum(p.numel() for p in model.parameters()), image_side(model)
     per_epoch = cfg.steps_per_epoch()
     total = per_epoch * cfg.epochs
-    offered = len(EvalSet(cfg.eval_set, lambda image: image).classnames) if cfg.eval_set else 400
-    concepts = cfg.num_concepts or offered
+    concepts = cfg.num_concepts or 400
+    if Path(cfg.eval_set or "-").is_dir():
+        concepts = cfg.num_concepts or len(EvalSet(cfg.eval_set, None).classnames)
     counts = np.sort(frequencies(cfg, concepts, None))[::-1]
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
     activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 / 2**30
@@ -347,6 +348,7 @@ def train(cfg: Config) -> Path | None:
     """Train an arm, resuming from the last checkpoint in its run folder. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
+        check_sizes(cfg, process.world_size)
         return dry_run(cfg, process.world_size) if process.main else None
     check(cfg, process.world_size)
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.steps_per_epoch()

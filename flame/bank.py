@@ -108,8 +108,8 @@ class Bank:
 
     @functools.cached_property
     def centres(self) -> Tensor:
-        """(T + 1, D) float32: the mean of each facet over images, then the mean over images of the long captions'
-        evaluation embeddings (each the normalised mean of the long facets)."""
+        """(T + 1, D) float32: the mean of each facet over the bank's embeddings, then the mean of the long captions'
+        evaluation embeddings (each the normalised mean of the long facets). Images with equal captions count once."""
         return torch.from_numpy(np.array(mapped(self.root / "centres.npy")))
 
 

@@ -58,7 +58,10 @@ READERS: dict[str, Callable[[Path], dict[str, list[Instance]]]] = {"winoground":
 
 
 def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
-    """{set: instances} read by one of READERS below `root`. ValueError if the files have another format."""
+    """Read the instances of `name`, a key of READERS, in the folder `root` -> {set: instances}.
+
+    ValueError if the files have another format.
+    """
     try:
         found = READERS[name](Path(root))
     except OSError as error:

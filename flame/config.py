@@ -261,7 +261,7 @@ LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "ablations": "the paper's body could not be read, and no setting is published",
     "linear probe and few-shot tables": "evaluations of the same runs: `flame.eval --probe`, `--few-shot`",
     "COCO, Flickr30k, ImageNet of YFCC15M": "evaluations of the same runs: `flame.eval --sets`",
-    "words of image patches": "an evaluation of the same run: `flame.incontext`",
+    "words of image patches": "a function, `nearest_tokens` of flame/incontext.py; no command prints the words",
     "multilingual ImageNet, Winoground, SugarCrepe": "evaluations: `flame.eval --multilingual`, `--compositional`",
     "long-context figure, Long-CLIP, CC3M and YFCC15M, each with S4V": "another paper's method",
     "long-context and multilingual figures, CLIP of WIT-400M and mSigLIP": "released models of others",

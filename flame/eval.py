@@ -452,7 +452,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
     cli.check_counts(cfg, "batch_size", "episodes", "gallery", "language_gallery")
     cli.check_counts(cfg, "workers", least=0)
     kinds = "run folder or checkpoint file"
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, others=True)
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, foreign=True)
     if cfg.report:
         evaluation.compare("flame", cfg.runs, results, cfg.report)
     return results

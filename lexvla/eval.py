@@ -88,7 +88,7 @@ class Config:
     """Renormalise representations after sparsifying. Not stated in the paper; VDR and SPLADE do not."""
     class_text: str = "prompt"
     """What represents a class in PatchDis: prompt (its name in the LM's prompt), or word (the mean codebook row of its
-    name's pieces). Not stated in the paper."""
+    name's pieces). Only for lexical runs with an LM; others use the prompt. Not stated in the paper."""
     patchdis_sparse: bool = False
     """PatchDis compares sparse patches and classes. Not stated in the paper."""
     background: bool = False
@@ -356,7 +356,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
     cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, others=True)
+    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, foreign=True)
     if cfg.report:
         evaluation.compare("lexvla", cfg.runs, results, cfg.report)
     return results

@@ -52,7 +52,7 @@ class Images:
     workers: int = 0
     """Loader processes."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast of the encoder."""
     seed: int = 0
@@ -85,7 +85,7 @@ class Texts:
     batch_size: int = 32
     """Texts per forward pass."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder."""
 
@@ -133,24 +133,27 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
 
 
 def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Lines of a .jsonl or .tsv as dicts. ValueError names a bad line.
+    """Lines of a .jsonl or .tsv as dicts. ValueError names a bad line, or a file without lines.
 
     header: column names of a .tsv; if empty, they are read from its first line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    found = []
     with open(path, encoding="utf-8", newline="") as file:
         if path.endswith(".tsv"):
-            return list(csv.DictReader(file, header or None, delimiter="\t", quoting=csv.QUOTE_NONE))
-        found = []
-        for number, line in enumerate(file, 1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not JSON ({error}); files other than .tsv are read as JSON lines"
-                ) from error
-        return found
+            found += csv.DictReader(file, header or None, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            for number, line in enumerate(file, 1):
+                try:
+                    found.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{path}, line {number} is not JSON ({error}); files other than .tsv are read as JSON lines"
+                    ) from error
+    if not found:
+        raise ValueError(f"{path} has no entries")
+    return found
 
 
 def value(path: str, number: int, entry: Any, key: str) -> Any:
@@ -206,6 +209,9 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
         model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)
     except (OSError, ValueError) as error:
         raise ValueError(f"--encoder {cfg.encoder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    most = min(getattr(model.config, "max_position_embeddings", None) or cfg.max_length, tokenizer.model_max_length)
+    if cfg.max_length > most:
+        raise ValueError(f"--max-length {cfg.max_length} is more than the {most} positions of {cfg.encoder}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for name, lines in read.items():
         path = tests.get(name, cfg.data)
@@ -230,6 +236,12 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
 
 def main(cfg: Images | Texts | Answers) -> Path:
     """Write the features file, unless it exists with the same settings and data. Returns its path."""
+    if not isinstance(cfg, Answers):
+        cli.check_counts(cfg, "batch_size")
+    if isinstance(cfg, Texts):
+        cli.check_counts(cfg, "max_length")
+    if isinstance(cfg, Images):
+        cli.check_counts(cfg, "views", "workers", least=0)
     out, tests = Path(cfg.out), named_tests(cfg.tests)
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")

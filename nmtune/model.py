@@ -53,7 +53,7 @@ def covariance_loss(z: Tensor) -> Tensor:
     U:src/models/nml_tune.py:34,164. Where n < D the D x D covariance is not formed. With X = z - mean, the squares of
     X^T X and of the n x n matrix X X^T have the same sum, so that sum_{i != j} C_ij^2 is
     (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2 with columns X_j. For nearly uncorrelated features this is a difference of
-    large numbers, so it is computed in fp64.
+    large numbers, so it is computed in fp64. A single row has no covariance: its loss is 0.
     """
     n, dim = z.shape
     with torch.autocast(z.device.type, enabled=False):
@@ -64,7 +64,7 @@ def covariance_loss(z: Tensor) -> Tensor:
             x = z.float() - z.float().mean(dim=0)
             scatter = x.T @ x
             off_diagonal = (scatter - scatter.diagonal().diag()).square().sum()
-    return (off_diagonal / ((n - 1) ** 2 * dim)).float()
+    return (off_diagonal / (max(n - 1, 1) ** 2 * dim)).float()
 
 
 def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:

@@ -325,14 +325,23 @@ def train_step(
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
+def planned_samples(cfg: PretrainConfig) -> tuple[int, str]:
+    """(samples of an epoch, remark) for a dry run, which reads neither labelled images nor remote shards."""
+    if ":pretrain" in cfg.data:  # the embedded corpus
+        return cfg.dataset_size or 4_494, ""
+    if cfg.kind == "supervised":
+        return 1_281_167, " (as in ImageNet-1K)"
+    if found := data.planned_size(cfg):
+        return found, ""
+    cc12m = 12_423_374 if cfg.model == "ViT-B-16" else 0  # of the journal's version
+    return 15_388_848 + cc12m, " (as in the paper)"
+
+
 def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     """Print the plan of a run: parameters, steps, learning rates, memory of the training step."""
     model, _, size = create_model(cfg)
     parameters = sum(p.numel() for p in model.parameters())
-    samples = {"supervised": 1_281_167, "clip": 15_388_848}[cfg.kind] if "emoji" not in cfg.data else 4_494
-    if cfg.model == "ViT-B-16":  # the journal adds CC12M
-        samples += 12_423_374
-    samples = cfg.dataset_size or samples
+    samples, remark = planned_samples(cfg)
     per_epoch = steps_an_epoch(cfg, samples)
     total = per_epoch * cfg.epochs
     swaps = f", {int(samples * cfg.noise / 2):,} swaps" if cfg.kind == "clip" else ""
@@ -346,7 +355,7 @@ def dry_run(cfg: PretrainConfig, world_size: int) -> None:
     cli.show_plan(
         [
             ("parameters", f"{parameters:,}"),
-            ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs"),
+            ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs{remark}"),
             cli.disk_row(samples, parameters, each=cli.PAIR_BYTES if cfg.kind == "clip" else IMAGENET_BYTES),
             ("noise", f"{cfg.noise:g}{swaps}"),
             cli.batch_row(cfg, world_size),

@@ -263,7 +263,7 @@ def export_run(path: str, folder: str, name: str, quick_gelu: bool | None = None
 def evaluate_run(
     path: str, cfg: Config, process: run.Process
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, list] | None]:
-    """All metrics of one checkpoint, {"names_ood/top1": ..., "subgroups_ood/probe_best": ...}.
+    """All metrics of one checkpoint, {"bare_names_ood/top1": ..., "subgroups_ood/probe_best": ...}.
 
     Also returns (unit image features, labels, class names) of the last probe set, for `plot_features`.
     """

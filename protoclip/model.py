@@ -168,10 +168,7 @@ def clip_loss(
     images, texts = (x if gather is None else gather(x) for x in (image_features, text_features))
     image_logits = logit_scale * image_features @ texts.T  # (B, W*B)
     text_logits = logit_scale * text_features @ images.T  # a separate product, to round as upstream
-    if gather is None:
-        labels = torch.arange(len(image_logits), device=image_logits.device)
-    else:
-        labels = run.own_columns(image_features)
+    labels = run.own_columns(image_features, gathered=gather is not None)
     return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 

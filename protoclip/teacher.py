@@ -308,6 +308,7 @@ def main(cfg: Config) -> Path:
     if cfg.dim > min(len(captions), width):
         raise ValueError(f"--dim {cfg.dim} needs as many captions and dimensions, not {len(captions)} and {width}")
     most = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
+    most = min(most, tokenizer.model_max_length)  # RoBERTa's positions begin at 2
     if cfg.max_length > most:
         raise ValueError(f"--max-length {cfg.max_length} is more than the {most} positions of {cfg.model}")
     out.parent.mkdir(parents=True, exist_ok=True)

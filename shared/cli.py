@@ -29,13 +29,24 @@ def check_data(config: Any, example: str) -> None:
             f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'; "
             "'python -m shared.corpora.pack' makes them of your own pictures"
         )
-    if config.data.startswith("data/emoji") and not Path(config.data).exists():
-        raise ValueError(f"{config.data} does not exist: 'make data' builds the embedded corpus")
-    first = config.data.partition("::")[0]
-    if first.startswith("data/") and "scenes" in first and not Path(first).exists():
+    check_embedded(config.data)
+    folder = folder_of(config.data)
+    if folder.is_relative_to("data") and "scenes" in str(folder) and not folder.exists():
         study = f"reproduce-{paper_of(config).replace('_', '-')}"
         raise ValueError(f"{config.data} does not exist: 'make {study}' first builds the scenes of its presets")
     check_eval_set(config)
+
+
+def check_embedded(shards: str) -> None:
+    """ValueError if --data names the embedded corpus, which is not built."""
+    if (folder := folder_of(shards)).is_relative_to("data/emoji") and not folder.exists():
+        raise ValueError(f"{shards} does not exist: 'make data' builds the embedded corpus")
+
+
+def folder_of(shards: str) -> Path:
+    """The first path of --data; if it has braces, the folder before them."""
+    first, brace, _ = shards.partition("::")[0].partition("{")
+    return Path(first.rpartition("/")[0] if brace else first)
 
 
 def check_eval_set(config: Any) -> None:

@@ -81,12 +81,12 @@ def decode_image(data: bytes) -> Image.Image:
         raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
 
 
-# errno values that mean that a file is not there; faults with others (of a drive, too many open files) may pass
+# errno values that mean that a file is not there; other faults (of a drive, too many open files) may be temporary
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 
 def check_absent(error: Exception, path: str | Path, absent: Container[int | None] = ABSENT) -> None:
-    """Raise an OSError that names `path` if `error` may pass: if it is an OSError whose errno is not in `absent`."""
+    """Raise an OSError that names `path` if `error` may be temporary: an OSError whose errno is not in `absent`."""
     if isinstance(error, OSError) and error.errno not in absent:
         raise OSError(
             f"{path} could not be read ({error.strerror}): run the command again; to leave it out, remove it"
@@ -96,7 +96,7 @@ def check_absent(error: Exception, path: str | Path, absent: Container[int | Non
 def read_file(path: str | Path) -> bytes:
     """Bytes of an image file. BrokenSample if it is not a regular file (a device or pipe) or larger than MAX_BYTES.
 
-    OSError for faults that may pass, so that no sample is left out for good.
+    OSError for faults that may be temporary, so that no sample is left out for good.
     """
     try:
         if not os.path.isfile(path):
@@ -195,6 +195,11 @@ def decode_caption(data: bytes) -> str:
     if not caption:
         raise BrokenSample("empty caption")
     return caption[:MAX_CHARACTERS]
+
+
+def any_text(data: bytes) -> str:
+    """Bytes of a caption -> text as of `decode_caption`, but undecodable bytes are replaced, and it may be empty."""
+    return data[:CAPTION_BYTES].decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 
 # ------------------------------------------------------------------------------------------------------------ pairs
@@ -359,10 +364,9 @@ class Shards:
         return Pair(self.keys[index], decode(self._bytes(index, offset, size)), caption)
 
     def caption(self, index: int) -> str:
-        """The first MAX_CHARACTERS of a sample's caption; undecodable bytes are replaced."""
+        """A sample's caption, by `any_text`."""
         _, _, offset, size = self._spans[index].tolist()
-        text = self._bytes(index, offset, min(size, CAPTION_BYTES))
-        return text.decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
+        return any_text(self._bytes(index, offset, min(size, CAPTION_BYTES)))
 
 
 def damaged_shard(path: str, count: int, spans: np.ndarray, whole: Sequence[int]) -> str:
@@ -437,8 +441,8 @@ class TSV:
         return Pair(self.keys[index], decode(read_file(self.keys[index])), caption)
 
     def caption(self, index: int) -> str:
-        """The first MAX_CHARACTERS of a sample's caption; undecodable bytes are replaced."""
-        return self._captions.bytes_of(index).decode("utf-8", errors="replace")[:MAX_CHARACTERS]
+        """A sample's caption, by `any_text`."""
+        return any_text(self._captions.bytes_of(index))
 
 
 def local_shards(spec: str, cache: Path = Path("data/cache")) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.checkpoints import ROOT, read_json, trained_by, write_json
+from shared.checkpoints import ROOT, read_json, trained_by, write_json, write_text
 from shared.data import TSV, Shards
 from shared.evalsets import EvalSet
 from shared.run import paper_of, read_metrics
@@ -155,7 +155,7 @@ def measured_run(
             metrics["seconds"] = lines[-1]["seconds"]
         folder.mkdir(parents=True, exist_ok=True)
         rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        (folder / "results.md").write_text(table(rows) + "\n")
+        write_text(folder / "results.md", table(rows) + "\n")
         return metrics
 
     return measured(paper_of(cfg), folder / "results.json", setting, sources, measure_and_show)
@@ -209,25 +209,25 @@ def check_report(path: str | None) -> None:
 
 
 def evaluate_runs(
-    cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder", others: bool = False
+    cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder", foreign: bool = False
 ) -> list[dict]:
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
     Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
-    ValueError if there are no runs, if `cfg.report` is no .json file, or if a run is another paper's and `others` is
+    ValueError if there are no runs, if `cfg.report` is no .json file, or if a run is another paper's and `foreign` is
     False.
     """
     if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")
     check_report(cfg.report)
-    for path in () if others else cfg.runs:
+    for path in () if foreign else cfg.runs:
         check_own(path, cfg)
-    embedded, others = evaluated_sets(cfg)
+    embedded, own_sets = evaluated_sets(cfg)
     results = []
     for path in cfg.runs:
         results.append(measure(path))
         found, kept = results[-1], results_folder(path, cfg) / "results.md"
-        if others or len(cfg.runs) == 1:
+        if own_sets or len(cfg.runs) == 1:
             print(f"{path}:\n\n{tables(found, headings, embedded)}\n\nall metrics: {kept}\n", flush=True)
         else:
             shown = ", ".join(f"{heading} {found[key]:.2f}" for key, heading in headings.items() if key in found)

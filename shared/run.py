@@ -153,9 +153,9 @@ def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
     return torch.cat(gathered)
 
 
-def own_columns(features: torch.Tensor) -> torch.Tensor:
-    """Positions of this rank's features (B, D) among the gathered ones: (B,) int64."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+def own_columns(features: torch.Tensor, gathered: bool = True) -> torch.Tensor:
+    """Positions of this rank's features (B, D) among those of all ranks, or if not `gathered` among its own: (B,)."""
+    rank = dist.get_rank() if gathered and dist.is_initialized() else 0
     return torch.arange(len(features), device=features.device) + rank * len(features)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,8 @@ def test_a_preset_comes_first(monkeypatch: pytest.MonkeyPatch):
     [
         ({"data": ""}, "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'x.tar'"),
         ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist: 'make data' builds the embedded corpus"),
+        ({"data": "data/emoji/nowhere/{00..03}.tar::x.tar"}, "'make data' builds the embedded corpus"),
+        ({"data": "data/no-scenes/{00..03}.tar"}, "first builds the scenes of its presets"),
         ({"eval_every": 1}, "--eval-set /nowhere does not exist: name a folder, or pass --eval-every 0"),
         ({"save_every": 0}, "--save-every must be at least 1, not 0"),
         ({"batch_size": 9}, "--batch-size 9 cannot be divided evenly among 2 processes; 10 can"),
@@ -186,6 +189,13 @@ def test_configurations_that_are_refused(changed: dict, message: str | None):
         cli.check_counts(config, "save_every", "batch_size")
         cli.check_rates(config, "lr")
         cli.check_batch(config, 2)
+
+
+def test_shards_of_the_embedded_corpus_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/emoji/train").mkdir(parents=True)
+    for shards in ("data/emoji/train", "data/emoji/train/{00000..00003}.tar", "data/emoji/train::mine.tar"):
+        cli.check_embedded(shards)
 
 
 @pytest.mark.parametrize(

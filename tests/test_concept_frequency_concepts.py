@@ -11,6 +11,7 @@ from concept_frequency.concepts import (
     mean_scores,
     prompts_with_concept,
     read_concepts,
+    read_descriptions,
 )
 
 
@@ -39,6 +40,9 @@ def test_files_of_concepts(tmp_path):
         read_concepts(tmp_path / "bad.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_concepts(tmp_path / "none.txt")
+    (tmp_path / "bad.json").write_text('["dog"]')
+    with pytest.raises(ValueError, match="holds no descriptions"):
+        read_descriptions(tmp_path / "bad.json")
     value = {"backboneRN50_pretrainedcc3m": {"full": 1.0, "classwise": {"plane": 3.0}}}
     for name, key in (("cifar10_class_results.json", "airplane"), ("toys_class_results.json", "plane")):
         (tmp_path / name).write_text(json.dumps(value))

@@ -31,15 +31,19 @@ def test_training_refuses(change, message):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["shards"], "--data is missing"),
     (["emoji", "--model", "none", "--dry-run"], "not an open_clip config"),
+    (["emoji", "--batch-size", "0", "--dry-run"], "--batch-size must be at least 1"),
+    (["emoji", "--accumulate", "0", "--dry-run"], "--accumulate must be at least 1"),
+    (["emoji", "--eval-every", "-1", "--dry-run"], "--eval-every must be at least 0"),
 ])  # fmt: skip
 def test_command_lines_end_in_one_sentence(in_process, arguments, message):
     result = in_process(*arguments, module="concept_frequency.train")
     assert result.code == 2 and message in result.err and one_sentence(result.err), result.err
 
 
-def test_dry_run_needs_no_data(capsys):
+def test_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name, (_, preset) in PRESETS.items():
-        train.train(dataclasses.replace(preset, model="ViT-emoji", data="", dry_run=True, device="cpu"))
+        train.train(dataclasses.replace(preset, model="ViT-emoji", dry_run=True, device="cpu"))
         out = capsys.readouterr().out
         assert all(word in out for word in ("parameters", "frequencies", "learning rate", "memory")), name
 

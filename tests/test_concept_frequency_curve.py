@@ -104,8 +104,12 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
     (files / "negative.json").write_text(json.dumps({"ant": 3, "bee": -1}))
     (files / "recall.json").write_text(json.dumps({name: i / len(NAMES) for i, name in enumerate(NAMES)}))
     (files / "nan.json").write_text(json.dumps(dict.fromkeys(NAMES, float("nan"))))
+    (files / "nested.json").write_text(json.dumps({"setting": {"seed": 1}, "metrics": {"top1": 2.0}}))
+    (files / "list.json").write_text("[1]")
     counts, given = files / "counts.json", files / "flat.json"
     for arguments, words in (
+        (["--counts", counts, "--scores", files / "nested.json"], "has no scores of concepts under setting"),
+        (["--counts", counts, "--scores", given, "--aliases", files / "list.json"], "list.json holds no dictionary"),
         (["--counts", counts], "--counts and --scores are both needed"),
         (["--counts", counts, counts, "--scores", given], "2 files of counts, 1 of scores"),
         (["--counts", counts, "--scores", files / "other.json"], "has a count in"),

@@ -66,6 +66,8 @@ def test_few_classes_give_numbers_without_warnings():
 def test_command_lines_end_in_one_sentence(in_process, tmp_path):
     result = in_process(tmp_path / "none", module="concept_frequency.eval")
     assert result.code == 2 and "no checkpoint at" in result.err and one_sentence(result.err), result.err
+    result = in_process(tmp_path / "none", "--views", "0", module="concept_frequency.eval")
+    assert result.code == 2 and "--views must be at least 1" in result.err and one_sentence(result.err), result.err
 
 
 def test_contract_is_importable():

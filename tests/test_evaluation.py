@@ -144,7 +144,7 @@ def test_runs_of_another_paper_are_refused(tmp_path: Path):
         evaluation.evaluate_runs(cfg, lambda path: {}, {})
     with pytest.raises(ValueError, match="is a run of tinyclip"):
         export.single(cfg)
-    assert evaluation.evaluate_runs(cfg, lambda path: {"top1": 1.0}, {}, others=True) == [{"top1": 1.0}]
+    assert evaluation.evaluate_runs(cfg, lambda path: {"top1": 1.0}, {}, foreign=True) == [{"top1": 1.0}]
 
 
 def test_a_report_without_its_study_is_one_sentence():

@@ -5,9 +5,11 @@ import copy
 import dataclasses
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from scripts import SHARDS
 from test_nmtune_train import corpus, in_process, one_sentence  # noqa: F401
 
 from nmtune import config, finetune, model
@@ -99,6 +101,14 @@ def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
     assert all(word in out for word in ("parameters", "learning rate", "memory estimate", "noise"))
     if preset == "yfcc15m-rn50-10":
         assert re.search(r"steps +120,224 \(3,757 an epoch\)", out) and "769,442 swaps" in out
+
+
+def test_a_dry_run_counts_your_own_captions(in_process, tmp_path):
+    shutil.copy(SHARDS / "00000.tar", tmp_path / "mine.tar")
+    code, out, err = in_process("nmtune.pretrain", "small-clip", "--data", tmp_path / "mine.tar", "--dry-run")
+    assert code == 0 and re.search(r"^samples +1,000 an epoch", out, re.M), (out, err)
+    code, out, _ = in_process("nmtune.pretrain", "small-sup", "--data", "mine:train", "--dry-run")
+    assert code == 0 and "1,281,167 an epoch" in out and "(as in ImageNet-1K)" in out
 
 
 def test_five_noise_levels_are_presets():

@@ -87,6 +87,16 @@ def test_texts(in_process, tmp_path):
         torch.testing.assert_close(sets.train.features[0, :4], sets.tests["ood"][0], rtol=1e-4, atol=1e-5)
         code, _, err = in_process("nmtune.extract", *options, "--device", "cpu", "--columns", "nothing")
         assert code == 2 and one_sentence(err), err
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for changed, message in (
+        (["--data", empty], "empty.jsonl has no entries"),
+        (["--max-length", "9999999"], "--max-length 9999999 is more than the"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1"),
+    ):
+        code, _, err = in_process("nmtune.extract", *options, "--out", tmp_path / "none.npz", *changed)
+        said = err.splitlines()[-1]  # behind transformers' progress bar
+        assert code == 2 and message in said and one_sentence(said), err
 
 
 def test_tables_without_a_header_line(tmp_path):

@@ -185,6 +185,7 @@ def test_regularisers_equal_their_definitions_in_float64(n, dim):
 
 def test_covariance_loss_of_nearly_uncorrelated_features_is_accurate():
     assert covariance_loss(torch.linspace(-3, 2, 8)[:, None]) == 0  # one dimension: nothing off the diagonal
+    assert covariance_loss(torch.randn(1, 8)) == 0  # a last batch of one image
     torch.manual_seed(0)
     z = torch.randn(1000, 2)
     z[:, 1] += z[:, 0] * (0.02 - torch.cov(z.T)[0, 1] / z[:, 0].var())

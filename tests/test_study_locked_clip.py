@@ -59,6 +59,19 @@ def test_a_stopped_run_goes_on(cfg: Config, monkeypatch: pytest.MonkeyPatch):
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
 
 
+def test_what_cannot_be_trained_or_exported(cfg: Config, tmp_path):
+    with pytest.raises(ValueError, match="--total 3 is less than one batch of 12"):
+        locked_clip.train(dataclasses.replace(cfg, total=3))
+    folder = locked_clip.train(dataclasses.replace(cfg, epochs=1))
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+    torch.save(state | {"epoch": 0, "data": "other pairs"}, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match="on other data than train holds now"):
+        locked_clip.train(dataclasses.replace(cfg, epochs=1))
+    torch.save(state | {"config": {"model": "RN50"}}, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match="run is no run of a study on photographs"):
+        locked_clip.export_run(folder, tmp_path / "exported")
+
+
 def test_few_rows_come_more_often(cfg: Config, monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr(

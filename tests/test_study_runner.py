@@ -293,10 +293,11 @@ def test_results_and_clones(study: Study):
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][-1]["claim"] == "read clone"
 
 
-def test_only_results_of_the_same_paper_are_replaced(study: Study):
-    others = r"--results there\.json would replace a file without results of A paper \(arXiv 0000\.00000\)"
+def test_only_results_of_the_same_paper_and_corpus_are_replaced(study: Study):
+    others = r"--results there\.json would replace a file without results of A paper \(arXiv 0000\.00000\) on '[^']+'"
     for text, said in {
-        '{"paper": "Another paper"}': others,
+        json.dumps({"paper": "Another paper", "corpus": study.corpus}): others,
+        json.dumps({"paper": study.paper, "corpus": "Flickr8k"}): others,
         '{"name": "mine"}': others,
         "[1]": r"there\.json holds no JSON object",
     }.items():

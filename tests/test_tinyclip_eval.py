@@ -153,6 +153,19 @@ def test_an_exported_folder_is_measured_like_its_run(small_run: Path, sets, fold
     assert values == {name: of_run[name] for name in values} and (exported / "results.md").exists()
 
 
+def test_an_export_keeps_the_statistics_of_its_source(small_run: Path, tmp_path: Path):
+    cfg = evaluation.Config((str(small_run),), throughput=False, device="cpu")
+    first, second = tmp_path / "first", tmp_path / "second"
+    evaluation.export_run(str(small_run), str(first), cfg)
+    file = first / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    file.write_text(json.dumps(config))
+    evaluation.export_run(str(first), str(second), cfg)
+    exported = json.loads((second / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert (exported["mean"], exported["std"]) == ([0.5] * 3, [0.25] * 3)
+
+
 def test_weights_that_are_not_finite_are_refused(small_run: Path, tmp_path: Path, in_process):
     state = torch.load(small_run / "model.pt", weights_only=True)
     state["state_dict"]["logit_scale"] = torch.tensor(float("nan"))

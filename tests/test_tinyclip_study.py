@@ -112,7 +112,7 @@ def test_reached():
     assert study.reached([(8, 2.0, 0.0)], 0.0) == (8, 2.0)
 
 
-def test_students_are_compared_with_those_of_neither(monkeypatch):
+def test_students_are_compared_with_those_from_scratch(monkeypatch):
     """Each student is compared with that of its corpus with random weights which trains three times as long."""
     curves = {
         "random-contrastive-long": [(10, 5.0, 2.0)],

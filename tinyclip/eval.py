@@ -182,7 +182,14 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
         plain = "block" in model.geometry["vision"]
         why = "its image tower is a plain ResNet" if plain else "its masks left layers of different widths"
         raise ValueError(f"{path} cannot be exported: {why}, which open_clip does not support")
-    export.write(folder, model, config, model.state_dict(), image_transform(model.geometry["vision"]["image_size"]))
+    mean, std = image_statistics(path)
+    transform = image_transform(model.geometry["vision"]["image_size"], statistics=(mean, std))
+    export.write(folder, model, config, model.state_dict(), transform, mean=mean, std=std)
+
+
+def image_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which a checkpoint's images are normalised."""
+    return CLIP_STATISTICS if evaluation.named(path) else statistics_beside(weights_file(Path(path)))
 
 
 def probe_sets(cfg: Config, transform: Callable) -> list[tuple[EvalSet, EvalSet]]:
@@ -230,8 +237,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     geometry = model.geometry
     if cfg.quick_gelu not in (None, geometry["quick_gelu"]):
         raise ValueError(f"{path} says itself that QuickGELU is {geometry['quick_gelu']}: leave out --quick-gelu")
-    statistics = CLIP_STATISTICS if evaluation.named(path) else statistics_beside(weights_file(Path(path)))
-    transform = image_transform(geometry["vision"]["image_size"], statistics=statistics)
+    transform = image_transform(geometry["vision"]["image_size"], statistics=image_statistics(path))
     precision = run.resolve_precision(cfg.precision, process.device)
     dtype = run.DTYPES[precision]
     probed = probe_sets(cfg, transform)  # opened first, so that errors come early

@@ -91,13 +91,8 @@ def clip_loss(
 ) -> Tensor:
     """L_CLIP, symmetric InfoNCE of unit features (B, D); row i has label rank * B + i. U:open_clip/loss.py:109."""
     to_text, to_image = affinity_logits(image, text, scale, gather, left_out)
-    labels = own_columns(image, gather)
+    labels = run.own_columns(image, gathered=gather is not None)
     return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
-
-
-def own_columns(samples: Tensor, gather: Gather | None) -> Tensor:
-    """Positions of this process's B samples among the gathered ones, (B,)."""
-    return run.own_columns(samples) if gather is not None else torch.arange(len(samples), device=samples.device)
 
 
 def equal_captions(tokens: Tensor, gather: Gather | None = None) -> Tensor:
@@ -106,7 +101,7 @@ def equal_captions(tokens: Tensor, gather: Gather | None = None) -> Tensor:
     tokens: (B, S), with the same S on all processes.
     """
     equal = (tokens[:, None] == (tokens if gather is None else gather(tokens))).all(dim=-1)
-    return equal.scatter(1, own_columns(tokens, gather)[:, None], False)
+    return equal.scatter(1, run.own_columns(tokens, gathered=gather is not None)[:, None], False)
 
 
 def distillation_loss(

@@ -528,7 +528,7 @@ class ReduceConfig:
     """Run folder of captioner.py, whose codes are clustered. None: the codes of --encoder are clustered."""
     encoder: str = "efficientnet_lite0"
     """Pretrained image encoder whose tokens are quantised if there is no --captioner: efficientnet_lite0, timm:NAME,
-    timm:NAME:FILE, MODEL@TAG of open_clip, local-dir:DIR written by --export."""
+    timm:NAME:FILE, MODEL@TAG of open_clip, another paper's run folder, local-dir:DIR written by --export."""
     num_codes: int = 256
     """Codes K of an encoder's codebook, by k-means."""
     code_dim: int = 64

@@ -285,7 +285,7 @@ def export_run(path: str, folder: str) -> None:
     """Write a clip as an open_clip model, with a tokenizer that prepares captions as `pre_caption` does; write other
     runs by `export_blip`.
 
-    The exported tokenizer does not cut captions to `max_words` words, as training does.
+    Unlike training, the exported tokenizer does not cut captions to `max_words` words.
     """
     model, settings, tokenizer = load_run(path)
     if settings.stage != "clip":

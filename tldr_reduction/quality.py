@@ -45,8 +45,8 @@ def cohesion(features: Tensor, labels: Tensor) -> float:
 
 
 def coverage(features: Tensor, kept: Tensor) -> float:
-    """Mean over the dropped samples of the best cosine with a kept one; features (n, D), kept (n,) bool with both
-    values."""
+    """Mean over the dropped samples of the best cosine with a kept one; features (n, D), kept (n,) bool, True
+    for at least one sample and False for at least one."""
     unit = F.normalize(features, dim=-1)
     index = faiss.IndexFlatIP(unit.shape[1])
     index.add(unit[kept].contiguous().numpy())

@@ -21,8 +21,8 @@ class Outcome(NamedTuple):
     """Result of a reduction of n samples."""
 
     good: np.ndarray  # indices of the readable samples, ascending
-    selected: np.ndarray  # of the selected ones, a subset of `good`
-    kept: np.ndarray  # of those that remain after the ITM filter, a subset of `selected`
+    selected: np.ndarray  # indices of the selected samples, a subset of `good`
+    kept: np.ndarray  # indices of the samples that the ITM filter leaves, a subset of `selected`
     pixels: np.ndarray  # (n,) hashes of the images
     reasons: np.ndarray  # (n,) strings: why an image cannot be read; "" if it can
     codes: np.ndarray | None  # (len(good), L') code vectors

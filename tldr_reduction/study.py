@@ -1,8 +1,8 @@
 """The small-scale study of TL;DR: `python -m tldr_reduction.study` (`make reproduce-tldr-reduction`).
 
-Scenes of one emoji stand in for CC3M: near copies of a thousand scenes in Zipf's proportions, with a known share of bad
-captions (pool.py). A text tower and an MLP on EfficientNet-Lite0's features (the paper's image towers start from
-ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
+Scenes of one emoji stand in for CC3M: near copies of a thousand scenes, many of a few and few of most, with a known
+share of bad captions (pool.py). A text tower and an MLP on EfficientNet-Lite0's features (the paper's image towers
+start from ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
 distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and
@@ -344,7 +344,7 @@ WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")  # t
 
 
 def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:
-    """Floors of a pool, of what its arms are trained on: nearest original captions, and nearest refined captions."""
+    """Yield a pool's floors: naming by the nearest original or refined caption of an arm's training pictures."""
     there = {arm.name for arm in ARMS}
     for refined, name in ((False, NEAREST), (True, REFINED)):
         for reduction, (which, trained) in TRAINED_ON.items():

@@ -359,14 +359,15 @@ def main(out: Path = Path("data/emoji"), limit: int | None = None, npm: Path | N
     """
     if limit is not None and limit < 1:
         raise BuildError(f"--limit must be at least 1, not {limit}.")
-    manifest_file = out / "manifest.json"
-    if manifest_file.exists():
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-        if manifest["recipe"] == recipe(limit):
-            print(f"{out} is complete (version {manifest['version']})")
+    try:
+        built = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        if built["recipe"] == recipe(limit):
+            print(f"{out} is complete (version {built['version']})")
             return
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BuildError(f"{out} exists and is not an emoji corpus; move it away or choose another --out.")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            other = f"{out} exists and is not an emoji corpus; move it away or choose another --out."
+            raise BuildError(other) from error
     modules = install(npm or out.parent / ".npm")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -382,6 +383,6 @@ def main(out: Path = Path("data/emoji"), limit: int | None = None, npm: Path | N
 if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m shared.corpora.emoji", description=main.__doc__.splitlines()[0])
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

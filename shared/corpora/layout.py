@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from shared import checkpoints, run
-from shared.corpora.emoji import link, sha256  # stay there: any edit of emoji.py means a new build of the corpus
+from shared.corpora.emoji import link, sha256  # in emoji.py, whose bytes decide whether the corpus is built again
 from shared.tars import write_split, write_tar
 
 SHARD = 1000  # samples per training shard

@@ -1,4 +1,5 @@
-"""Floors for a table of arms: metrics that are reached without training. (ceiling.py trains on the labels.)
+"""Floors for a table of arms: metrics that are reached without a trained encoder. (ceiling.py trains on the
+labels.)
 
 Floors are chance, and the nearest neighbour among training images on raw pixels or on features of a pretrained tower.
 A claim counts only if the stronger of its arms is above the floors. Functions return {metric: percent}, with the metric
@@ -55,11 +56,11 @@ def chance(sets: Iterable[str | Path]) -> dict[str, float]:
     """
     found = {}
     for path in sets:
-        evaluation = EvalSet(path, lambda image: torch.zeros(1))
+        evaluation = EvalSet(path, None)
         if evaluation.kind != "retrieval":
             found[f"{evaluation.name}/top1"] = 100 / len(evaluation.classnames)
             continue
-        counts = np.array([len(captions) for _, _, captions in evaluation])
+        counts = np.array([len(captions) for _, captions in evaluation.targets()])
         n, recalls = counts.sum(), {}
         for k in (1, 5, 10):
             taken = np.arange(min(k, n))[:, None]

@@ -91,6 +91,8 @@ def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPE
     """Train on all or some rows of the data, from the last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
     cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
+    if cfg.total < cfg.batch_size:
+        raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
     settings = dataclasses.asdict(cfg)
     model = towers.create(settings).to(process.device)
@@ -104,6 +106,7 @@ def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPE
     first = folder.state["epoch"]
 
     pairs = data.open_pairs(cfg.data)
+    folder.check_same("data", pairs.fingerprint, f"on other data than {cfg.data} holds")
     rows = np.arange(len(pairs)) if rows is None else np.asarray(rows)
     features, captions = photos.features_of(list(map(Path, pairs.paths))), [pairs.caption(i) for i in range(len(pairs))]
     texts = towers.texts(settings)(captions)
@@ -150,7 +153,9 @@ def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
 
     Returns the largest differences between the run's model and the export.
     """
-    settings = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")["config"]
+    settings = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt").get("config", {})
+    if not {"model", "max_length"} <= settings.keys():
+        raise ValueError(f"{folder} is no run of a study on photographs with a tower of open_clip's")
     model, _ = load(folder)
     model.visual.trunk = efficientnet_lite0()
     config = export.named_config(settings["model"], photos.SIDE)

@@ -34,22 +34,25 @@ COLUMNS = (
 )
 FLOOR = (
     "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "
-    "a pretrained tower's features. Claims about a slope, a ratio, a spectrum, word usage, rare concepts or a "
-    "change with fewer pairs have none: another metric, in the tables below, shows whether their arms have learned."
+    "a pretrained tower's features. Claims about a slope, a correlation, a ratio, a spectrum, word usage "
+    "or rare concepts, and some with fewer pairs, have none: another metric, in the tables below, shows whether their "
+    "arms have learned."
 )
 CERTAINTY = (
-    "A verdict is resolved if the 95 % interval of the difference lies on one side of zero, or within a range fixed "
-    "beforehand. Intervals are widened so that all verdicts on a paper's abstract hold together at 95 %. Some arms of "
-    "a paper have more seeds than its others: one of their claims was open, so they, and the arms that their metrics "
-    "are computed from, got more, a number fixed before. The intervals do not account for this second look."
+    "A verdict is resolved if the stronger arm is above its floors, and the 95 % interval of the difference lies on "
+    "one side of zero or within a range fixed beforehand. Intervals are widened so that all verdicts on a paper's "
+    "abstract hold together at 95 %. Some arms have more seeds than the paper's other arms: a claim about them was "
+    "open, so they got more seeds, in a number fixed in advance, and so did the arms that their metrics are computed "
+    "from. The intervals do not account for this second look."
 )
 OPEN = (
     "Open claims have their difference ± half of the 95 % interval: the smallest difference that these seeds can "
     "resolve. d is the largest difference that counts as none."
 )
 BESIDE = (
-    "Claims that were also tested on photographs. In the section of such a paper, the table of claims on photographs "
-    "repeats the verdict on emoji or scenes."
+    "Claims of abstracts in the studies on photographs. Some cannot be tested there, and some are worded differently "
+    "than above, since these studies differ. In a paper's section, the table of claims on photographs repeats the "
+    "verdicts on emoji or scenes."
 )
 GROUPS = {  # in the order in which verdicts are counted
     "hold here": ("reproduced", "same direction"),
@@ -146,8 +149,8 @@ def totals(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
     numbers = "; ".join(f"{group}: {words}" for group, words in found.items() if words)
     photographs = (
         f" On photographs, {too} of the open ones are resolved, so {resolved + too} "
-        f"({(resolved + too) / len(rows):.0%}) have a verdict on pictures of one kind at least; {len(others) - too} of "
-        "those that are resolved on both come out differently on photographs."
+        f"({(resolved + too) / len(rows):.0%}) have a resolved verdict on pictures of at least one kind; "
+        f"{len(others) - too} of those that are resolved on both come out differently on photographs."
     )
     return (
         f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "

@@ -18,9 +18,9 @@ from shared.study.verdicts import VERDICTS, shown
 
 STARS = (
     " ★ marks claims of the paper's abstract; their intervals are widened by Holm's step-down rule, so that all their "
-    "verdicts hold together at 95 %. Resolves: the smallest difference that these seeds can resolve, from the standard "
-    "deviation of the pair's differences or, if that has more degrees of freedom, from one pooled over the arms that "
-    "claims of the paper connect with the pair. d: the largest difference that counts as none."
+    "verdicts hold together at 95 %. Resolves: the smallest difference that these seeds can resolve. It comes "
+    "from the standard deviation of the pair's differences, or from that pooled over the arms that the paper's claims "
+    "connect with the pair, whichever has more degrees of freedom. d: the largest difference that counts as none."
 )
 
 PHOTOGRAPHS = "### On photographs"  # heading of the second corpus

@@ -49,7 +49,7 @@ def equal_but_for_rounding(a: Any, b: Any) -> bool:
 
 
 def appended(text: str, separator: str, new: str) -> str:
-    """A text of different words with one more, unless it has that already."""
+    """`text`, a list joined by `separator`, with `new` at its end unless it is in the list."""
     return text if new in text.split(separator) else f"{text}{separator}{new}"
 
 
@@ -238,21 +238,21 @@ class Study:
             self.plot(found, path.parent)
         report.show(summary, self.metrics, self.stands_for, path)
 
-    def floor_seeds(self, found: report.Comparison, there: Container[str]) -> dict[str, list[int]]:
-        """{floor: seeds of its arms}, of the floors for these arms that depend on seeds, without those in `there`."""
+    def floor_seeds(self, found: report.Comparison, earlier: Container[str]) -> dict[str, list[int]]:
+        """{floor: seeds of its arms} of the floors for these arms that depend on seeds, but are not in `earlier`."""
         seeds = {}
         for floor in self.floors:
             runs = max((len(found.arms[arm]) for arm in floor.arms if arm in found.arms), default=0)
-            if floor.by_seed and runs and floor.name not in there:
+            if floor.by_seed and runs and floor.name not in earlier:
                 seeds[floor.name] = found.seeds[:runs]  # an arm with n runs has the first n seeds
         return seeds
 
     def measured_floors(
-        self, path: Path, arms: Container[str], there: Container[str], seeds: dict[str, list[int]]
+        self, path: Path, arms: Container[str], earlier: Container[str], seeds: dict[str, list[int]]
     ) -> dict[str, dict[str, float]]:
-        """{floor: {metric: value}} of the floors for these arms, without those in `there`; cached in floors.json.
+        """{floor: {metric: value}} of the floors for these arms that are not in `earlier`; cached in floors.json.
 
-        seeds: those of the floors that depend on seeds.
+        earlier: names of floors whose values are known. seeds: those of the floors that depend on seeds.
 
         Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
         `path` replaces these.
@@ -260,7 +260,7 @@ class Study:
         committed, kept = Path(f"results/{self.home}.json"), Path(f"runs/{self.home}/floors.json")
         known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
         floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
-        floors = [floor for floor in floors if floor.name not in there]
+        floors = [floor for floor in floors if floor.name not in earlier]
         if not floors:
             return {}
         known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
@@ -481,8 +481,10 @@ def run(study: Study, options: Options) -> None:
     earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
     if path is not None and not options.extend and Path(path).exists():
         advice = "name another file, or remove that one"
-        if read_json(path, advice).get("paper") != study.paper:
-            raise ValueError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
+        there = read_json(path, advice)
+        if (there.get("paper"), there.get("corpus")) != (study.paper, study.corpus):
+            found = f"a file without results of {study.paper} on '{study.corpus}'"
+            raise ValueError(f"--results {path} would replace {found}: {advice}")
     if study.on == "photos" and options.photos is None:
         raise ValueError(
             "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "

@@ -14,8 +14,8 @@ from scipy.stats import t as student_t
 
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
-    "has not learned": "the stronger of the two arms is not above its floors, which need no training (chance, raw "
-    "pixels, the nearest neighbour by its pretrained tower, canonical correlation)",
+    "has not learned": "the stronger of the two arms is not above its floors, for which no encoder is trained "
+    "(chance, nearest neighbours or probes on raw pixels or on a pretrained tower, canonical correlation)",
     "no difference above d": "the whole interval lies within ± d, which study.py fixed beforehand",
     "reproduced": "the whole interval lies on the paper's side; if the paper's difference has the same unit, the "
     "interval (before Holm's correction) reaches it",
@@ -110,7 +110,7 @@ def scatter_of(
     scatters = [own(differences)]
     if claim.baseline in trained and (len(set(sides[1])) > 1 or len(differences) == 1):
         # a constant baseline or another metric does not share the effect of a seed
-        comparable = related(claim, claims) & trained  # a stand-in repeats an arm, or is constant
+        comparable = related(claim, claims) & trained  # without "0" and "arm:metric", which are no arms
         for source in sources:
             found = {arm: runs for arm, runs in source.items() if arm in comparable}
             scatters.append(pooled(found, claim.metric, found.keys() & {claim.method, claim.baseline}))
@@ -296,7 +296,7 @@ def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
     for row in rows:
         here, resolves, negligible = row.get("why", ""), "-", row.get("negligible")
         if row["difference"] is not None:
-            half = row["resolves"]  # with two digits at least, since rounding could make it seem to contain 0
+            half = row["resolves"]  # with two significant digits, as the interval could seem to contain 0 with fewer
             digits = 3 if half is not None and 0.0005 < half < 0.0995 else 2
             here = f"{row['difference']:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
             resolves = "-" if half is None else f"{half:.{digits}f}"

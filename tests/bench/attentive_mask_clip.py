@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import open_clip
 import torch
 from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 
 from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip import model, study, timing, train
@@ -40,6 +39,7 @@ from . import (
     step_row,
 )
 from .baselines import baseline_rows
+from .open_clip_loop import open_clip_loop
 
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch; both sides run in fp32
     "small": (
@@ -109,13 +109,6 @@ def aclip_step(up, geometry: str, repetitions: int) -> None:
 # ------------------------------------------------------------------------------------------------- against open_clip
 
 
-class Loader(list):
-    """Batches in memory that look like open_clip's loader."""
-
-    num_samples = property(lambda self: sum(len(images) for images, _ in self))
-    num_batches = property(len)
-
-
 def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128) -> None:
     """The CLIP arm's step on the emoji towers against open_clip_train's on towers of the same size (open_clip's ViT has
     one more LayerNorm and one bias less)."""
@@ -134,15 +127,10 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
     )  # fmt: skip
     other = open_clip.CLIP(towers["embed_dim"], vision, text, quick_gelu=True, output_dict=True)
     optimizer = torch.optim.AdamW(train.param_groups(other, 0.2), lr=1e-5)
-    flags = SimpleNamespace(
-        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
-        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
-        grad_clip_norm=None, batch_size=batch, wandb=False,
-    )  # fmt: skip
-    scheduler, loss = cosine_lr(optimizer, 1e-5, 0, 100), open_clip.ClipLoss(cache_labels=True)
     images = torch.randn(batch, 3, towers["image_size"], towers["image_size"])
     tokens = parity.tokens_of(batch, towers["context_length"])
-    data = {"train": SimpleNamespace(dataloader=Loader([(images, tokens)] * steps), set_epoch=lambda _: None)}
+    scheduler = cosine_lr(optimizer, 1e-5, 0, 100)
+    their_loop = open_clip_loop(other, [(images, tokens)] * steps, optimizer, scheduler, precision)
 
     def ours():
         with attention(False):
@@ -155,7 +143,7 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
 
         def theirs(flash=flash):
             with attention(flash):
-                train_one_epoch(other, data, loss, 0, optimizer, None, scheduler, None, flags)
+                their_loop()
 
         name = f"CLIP step, emoji towers, batch {batch}, {precision}: open_clip {what}"
         step_row(name, batch, precision, ours, theirs, repetitions, steps, ">= 1")

@@ -1,4 +1,4 @@
-"""Seconds on one core until the baseline of a study is above a floor: a row of its table that needs no training."""
+"""Seconds on one core until the baseline of a study is above a floor: a row of its table without a trained encoder."""
 
 import contextlib
 import dataclasses

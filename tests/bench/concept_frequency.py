@@ -7,8 +7,6 @@ file do the same work.
 """
 
 import argparse
-import gc
-import os
 import pickle
 import tempfile
 import time
@@ -31,13 +29,8 @@ from concept_frequency.tagging import load_spacy, tag_captions
 from shared import cli, data, run
 
 from ..parity import import_beside
-from . import arguments, bench, one_thread, print_row, race, step_row
+from . import arguments, bench, one_thread, peak_memory, print_row, race, step_row
 from .baselines import baseline_rows
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -62,12 +55,8 @@ def make_queries(terms: list[str], num: int) -> list[list[str]]:
 def search(search_for_text: Callable, total: int, repetitions: int) -> None:
     terms, offsets, ids = make_postings(total, 50_000, 3_000_000)
     queries = make_queries(terms, 4029)
-    gc.collect()
-    before = resident()
-    index = InvertedIndex(terms, offsets, ids, 3_000_000)
-    own = (ids.nbytes + offsets.nbytes) / len(ids)
-    lists = {term: index.postings(term).tolist() for term in terms}
-    theirs_bytes = (resident() - before) / len(ids)
+    index, lists = InvertedIndex(terms, offsets, ids, 3_000_000), {}
+    their_memory = peak_memory(lambda: lists.update({term: index.postings(term).tolist() for term in terms}))
     results = {}
 
     def ours():
@@ -85,7 +74,9 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
     sent = time.perf_counter() - start  # their process pool sends the whole index with each concept
     script = [(mine, other + 4029 * sent) for mine, other in seconds]
     print_row(f"{name}: their script (index pickled for each concept; one timed)", script, ">= 50")
-    print_row("memory of a posting", [(own, theirs_bytes)], ">= 3", unit="bytes")
+    if their_memory is not None:
+        own = (ids.nbytes + offsets.nbytes) / len(ids)
+        print_row("memory of a posting", [(own, 2**20 * their_memory / len(ids))], ">= 3", unit="bytes")
 
 
 def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:

@@ -25,7 +25,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flame import embed, model, study, train
@@ -37,6 +36,7 @@ from shared import checkpoints, run
 from ..parity import test_flame as parity
 from . import arguments, at_least, bench, matmul_peak, print_row, race, step_row
 from .baselines import baseline_rows
+from .open_clip_loop import open_clip_loop
 
 # --------------------------------------------------------------------------------------------------------- embedding
 
@@ -194,26 +194,12 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
     """FLAME's step, and its trained-text baseline's, against open_clip's with towers of the same sizes."""
     cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], batch_size=size)
     towers = open_clip.create_model("ViT-emoji-32", output_dict=True)
-    flags = SimpleNamespace(
-        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
-        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
-        grad_clip_norm=None, batch_size=size, wandb=False,
-    )  # fmt: skip
     images = [torch.randn(size, 3, 32, 32) for _ in range(steps)]
     tokens = torch.zeros(size, 16, dtype=torch.long)
     tokens[:, :12], tokens[:, 12] = torch.randint(1, 49406, (size, 12)), 49407
     theirs_optimizer = torch.optim.AdamW(towers.parameters(), lr=1e-4)
     scheduler = cosine_lr(theirs_optimizer, 1e-4, 10, 1000)
-    loss = open_clip.ClipLoss(cache_labels=True)
-
-    class Loader(list):
-        num_samples, num_batches = size * steps, steps
-
-    loader = Loader((x, tokens) for x in images)
-    data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda _: None)}
-
-    def theirs():
-        train_one_epoch(towers, data, loss, 1, theirs_optimizer, None, scheduler, None, flags)
+    theirs = open_clip_loop(towers, [(x, tokens) for x in images], theirs_optimizer, scheduler, precision)
 
     flame_cfg = dataclasses.replace(train.PRESETS["emoji"][1], batch_size=size)
     texts = F.normalize(torch.randn(size, flame_cfg.facets, 576), dim=-1)

@@ -14,32 +14,22 @@ from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import open_clip
 import torch
 from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 
 from protoclip import model, train
 from shared import run
 from shared.clip import image_side
 
 from . import at_least, race, set_up
+from .open_clip_loop import AUTOCAST, open_clip_loop
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
-AUTOCAST = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}  # open_clip's words
 HEAD = (
     "| model | precision | batch | ours, images/s | open_clip | ours/open_clip | min .. max | ours, GiB | open_clip |"
 )
-
-
-class Batches(list):
-    """Batches with the attributes that open_clip's loop reads."""
-
-    def __init__(self, batches: list, size: int):
-        super().__init__(batches)
-        self.num_batches, self.num_samples = len(self), len(self) * size
 
 
 def make_batches(size: int, side: int, context: int, steps: int, device: torch.device) -> list[tuple]:
@@ -75,16 +65,11 @@ def both(name: str, size: int, precision: str, steps: int, process: run.Process)
     other = torch.optim.AdamW(train.parameter_groups(theirs, cfg.weight_decay), lr=cfg.lr, **cfg.adamw())
     other_scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     scheduler = cosine_lr(other, cfg.lr, cfg.warmup, 10**6)
-    data = {"train": SimpleNamespace(dataloader=Batches([b[1:] for b in loader], size), set_epoch=lambda _: None)}
-    loss = open_clip.ClipLoss(cache_labels=True)
-    flags = SimpleNamespace(
-        device=str(device), precision=AUTOCAST[precision], distill=False, accum_freq=1, rank=0, local_rank=0,
-        world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
-        grad_clip_norm=cfg.max_grad_norm, batch_size=size, wandb=False,
-    )  # fmt: skip
+    batches, clip = [batch[1:] for batch in loader], cfg.max_grad_norm
+    their_loop = open_clip_loop(theirs, batches, other, scheduler, precision, clip, other_scaler, str(device))
 
     def their_steps() -> None:
-        train_one_epoch(theirs, data, loss, 0, other, other_scaler, scheduler, None, flags)
+        their_loop()
         wait(device)
 
     return our_steps, their_steps

@@ -20,7 +20,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 
 from protoclip import model, study, train
 from shared.clip import image_side
@@ -29,6 +28,7 @@ from shared.study import floors
 from ..parity import test_protoclip as parity
 from . import CPU, arguments, at_least, attention, bench, print_row, race, step_row
 from .baselines import Training, floor_rows, trained
+from .open_clip_loop import open_clip_loop
 
 
 def clustered(n: int, k: int, dim: int) -> torch.Tensor:
@@ -128,25 +128,19 @@ def clip_step(name: str, size: int, precision: str, repetitions: int, steps: int
     network, one_pass = our_trainer(cfg)
     towers = open_clip.create_model(name, output_dict=True)
     towers.load_state_dict(network.state_dict())
-    flags = SimpleNamespace(
-        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
-        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
-        grad_clip_norm=cfg.max_grad_norm, batch_size=size, wandb=False,
-    )  # fmt: skip
     named = list(towers.named_parameters())
     gains = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
     rest = [p for n, p in named if not any(p is gain for gain in gains)]
     groups = [{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": cfg.weight_decay}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw())
     scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode() * cfg.episodes)
-    loss = open_clip.ClipLoss(cache_labels=True)
     loader = batches(size, image_side(network), steps)
-    theirs = parity.Loader([(images.contiguous(), tokens) for _, images, tokens in loader], size * steps)
-    data = {"train": SimpleNamespace(dataloader=theirs, set_epoch=lambda _: None)}
+    theirs = [(images.contiguous(), tokens) for _, images, tokens in loader]
+    their_loop = open_clip_loop(towers, theirs, optimizer, scheduler, precision, cfg.max_grad_norm)
 
     def open_clips(flash):
         with attention(flash):
-            train_one_epoch(towers, data, loss, 1, optimizer, None, scheduler, None, flags)
+            their_loop()
 
     def ours():
         with attention(False):

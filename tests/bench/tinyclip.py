@@ -10,13 +10,11 @@ import argparse
 import itertools
 import statistics
 from functools import partial
-from types import SimpleNamespace
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
-from open_clip_train.train import train_one_epoch
 
 from tinyclip import model, study, train
 from tinyclip.config import PRESETS, Stage
@@ -27,6 +25,7 @@ from tinyclip.inheritance import random_masks
 from ..parity import test_tinyclip as parity
 from . import arguments, at_least, attention, bench, print_row, race, step_row
 from .baselines import baseline_rows
+from .open_clip_loop import open_clip_loop
 
 
 def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
@@ -88,22 +87,13 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
     groups = train.param_groups(plain, stage.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps)
     scheduler = cosine_lr(optimizer, stage.lr, stage.warmup, stage.steps)
-    flags = SimpleNamespace(
-        device="cpu", precision="amp_bf16" if precision == "bf16" else "fp32", distill=False, accum_freq=1, rank=0,
-        local_rank=0, world_size=1, horovod=False, distributed=False, skip_scheduler=False, log_every_n_steps=100,
-        grad_clip_norm=stage.max_grad_norm, batch_size=batch, wandb=False,
-    )  # fmt: skip
     batches = [(torch.randn(batch, 3, 40, 40), captions(batch, 24, 49408, 4, 20)) for _ in range(steps)]
 
-    class Batches(list):
-        num_batches, num_samples = steps, steps * batch
-
-    data = {"train": SimpleNamespace(dataloader=Batches(batches), set_epoch=lambda _: None)}
-    loss = open_clip.ClipLoss(cache_labels=True)
+    their_loop = open_clip_loop(plain, batches, optimizer, scheduler, precision, stage.max_grad_norm)
 
     def theirs(flash):
         with attention(flash):
-            train_one_epoch(plain, data, loss, 1, optimizer, None, scheduler, None, flags)
+            their_loop()
 
     def ours():
         for step, (images, tokens) in enumerate(batches):

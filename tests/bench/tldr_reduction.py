@@ -18,27 +18,16 @@ import torch
 
 from shared import run
 from shared.data import open_pairs
-from tests.bench import arguments, at_least, bench, one_thread, print_row, race, step_row
+from tests.bench import arguments, at_least, bench, one_thread, peak_memory, print_row, race, step_row
 from tests.bench.baselines import baseline_rows
 from tests.parity import test_tldr_reduction as parity
 from tldr_reduction import cluster, model, reduce, study, train
 from tldr_reduction.config import PRESETS, ReduceConfig
 
 
-def growth(function) -> float:
-    """Peak resident memory during `function()`, less that before it, in MiB (Linux)."""
-
-    def resident(name: str) -> float:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak
-    before = resident("VmRSS")
-    result = function()
-    peak = resident("VmHWM")
-    del result
-    return peak - before
+def grown(memory: float | None) -> str:
+    """The result of `peak_memory` for a note."""
+    return "" if memory is None else f"+{memory:.0f} MiB, "
 
 
 def quantiser(up, repetitions: int) -> None:
@@ -62,12 +51,13 @@ def quantiser(up, repetitions: int) -> None:
     both = zip(expected, (z.grad, ours.embedding.weight.grad), strict=True)
     difference = max((a - b).abs().max().item() for a, b in both)
     del expected
-    memory = [growth(lambda side=side: step(side)) for side in (ours, theirs)]
+    memory = [peak_memory(lambda side=side: step(side)) for side in (ours, theirs)]
     name = "quantiser forward + backward, [64, 197, 768], K=1024"
     seconds = race(name, lambda: step(ours), lambda: step(theirs), repetitions)
     print_row(*seconds, ">= 1.2", f"gradients within {difference:.0e}")
-    share = f"{100 * memory[0] / memory[1]:.0f} %"
-    print_row("quantiser, peak memory", [tuple(memory)], "ours <= 60 %", share, "MiB")
+    if None not in memory:
+        share = f"{100 * memory[0] / memory[1]:.0f} %"
+        print_row("quantiser, peak memory", [tuple(memory)], "ours <= 60 %", share, "MiB")
 
 
 def code_vectors(n: int, length: int, patterns: int = 500) -> np.ndarray:
@@ -118,11 +108,11 @@ def a_million(n: int, k: int, folder: Path) -> None:
         kept.append(len(cluster.select_fraction(clusters.assignment, k, 0.25)))
 
     began = time.perf_counter()
-    memory = growth(reduce)
+    memory = peak_memory(reduce)
     seconds = time.perf_counter() - began
     path.unlink()
     size = n * 197 * 2 / 2**20
-    note = f"+{memory:.0f} MiB, codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
+    note = f"{grown(memory)}codes in file {size:.0f} MiB; {kept[0]:,} kept; k={k}, 5 iterations on 32 k rows"
     print_row(f"{n:,} code vectors clustered, selected", [(seconds, None)], "bounded", note)
 
 
@@ -130,10 +120,10 @@ def reduction(shards: str, folder: str) -> None:
     """`tldr_reduction.reduce` with the codes of EfficientNet-Lite0, on one core."""
     cfg = ReduceConfig(shards, f"{folder}/out", keep=0.25, check="none", work=f"{folder}/work")
     began = time.perf_counter()
-    memory = growth(lambda: reduce.main(cfg))
+    memory = peak_memory(lambda: reduce.main(cfg))
     seconds, n = time.perf_counter() - began, len(open_pairs(shards))
     hours = ", ".join(f"{size} M {size * 1e6 * seconds / n / 3600:,.0f} h of one core" for size in (15, 400))
-    note = f"{n / seconds:.0f} samples/s, +{memory:.0f} MiB; at this rate {hours}"
+    note = f"{grown(memory)}{n / seconds:.0f} samples/s; at this rate {hours}"
     print_row(f"reduction of {n:,} pairs from shards to shards", [(seconds, None)], "", note)
 
 
