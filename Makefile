@@ -6,6 +6,8 @@ SEEDS  ?= 0 1 2
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export LLM ?=
+# paths whose ~ the shell has not replaced
+$(foreach path,UPSTREAM CLONES ROOT PHOTOS RESULTS,$(eval override $(path) := $(patsubst ~/%,$(HOME)/%,$($(path)))))
 FOLDERS = $(patsubst %/study.py,%,$(wildcard */study.py))
 NAMES   = $(FOLDERS) $(subst _,-,$(FOLDERS))
 empty  :=

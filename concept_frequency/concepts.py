@@ -105,7 +105,7 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     value = load_json(path)
     entries = [value] if isinstance(value, dict) else value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path} holds no descriptions: it is a dictionary, name -> texts, or a list of dictionaries")
+        raise ValueError(f"{path} holds no descriptions: it should be a dictionary, name -> texts, or a list of these")
     return {name: list(texts) for entry in entries for name, texts in entry.items()}
 
 

@@ -136,7 +136,7 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_sizes(cfg: Config, world_size: int) -> None:
-    """Raise ValueError on invalid numbers, which a dry run checks, too."""
+    """Raise ValueError on settings that need no data to be checked, as in a dry run."""
     cli.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every", "image_size")
     cli.check_counts(cfg, "warmup", "eval_every", least=0)
     cli.check_batch(cfg, world_size)

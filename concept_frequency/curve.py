@@ -194,7 +194,7 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
     files = cfg.counts * len(cfg.scores) if one_for_all else cfg.counts
     aliases = load_json(cfg.aliases) if cfg.aliases else {}
     if not isinstance(aliases, dict):
-        raise ValueError(f"--aliases {cfg.aliases} holds no dictionary, name in the scores -> name in the counts")
+        raise ValueError(f"--aliases {cfg.aliases} should be a dictionary, name in the scores -> name in the counts")
     rows: dict[str, list[tuple[str, int, float, str]]] = {}
     report: dict[str, dict] = {}
     unmatched = None

@@ -46,8 +46,8 @@ class Config:
     """A model of the paper (`RN50|cc3m`), an open_clip name (`ViT-B-32`), a run folder of any paper, local-dir:DIR with
     what --export wrote, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = ()
-    """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval (the first five captions of an
-    image, fewer if an image of the set has fewer)."""
+    """Evaluation sets in the CLIP-benchmark layout: classification, or retrieval (the first five captions of
+    each image, or as many as the image with the fewest has)."""
     pretrained: str = ""
     """open_clip's tag or a checkpoint file in open_clip's, CyCLIP's or SLIP's layout; empty: the paper's tag."""
     label: str = ""

@@ -281,8 +281,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
     per_epoch = cfg.steps_per_epoch()
     total = per_epoch * cfg.epochs
     concepts = cfg.num_concepts or 400
-    if Path(cfg.eval_set or "-").is_dir():
-        concepts = cfg.num_concepts or len(EvalSet(cfg.eval_set, None).classnames)
+    if not cfg.num_concepts and cfg.eval_set and Path(cfg.eval_set).is_dir():
+        concepts = len(EvalSet(cfg.eval_set, None).classnames)
     counts = np.sort(frequencies(cfg, concepts, None))[::-1]
     images, tokens = torch.zeros(2, 3, size, size), torch.ones(2, model.context_length, dtype=torch.long)
     activations = cli.activation_bytes(lambda: model(images, tokens)) / 2 / 2**30
@@ -311,7 +311,7 @@ class ArmData:
 
     def __init__(self, cfg: Config, process: run.Process, tokenizer: Callable, size: int):
         self.cfg, self.process, self.size = cfg, process, size
-        offered = EvalSet(cfg.eval_set, lambda image: image).classnames
+        offered = EvalSet(cfg.eval_set, None).classnames
         self.corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, cfg.strict)
         self.names = [concept.name for concept in self.corpus.concepts]
         self.counts, self.pairs = make_pairs(cfg, self.corpus)

@@ -209,9 +209,7 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
         model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)
     except (OSError, ValueError) as error:
         raise ValueError(f"--encoder {cfg.encoder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    most = min(getattr(model.config, "max_position_embeddings", None) or cfg.max_length, tokenizer.model_max_length)
-    if cfg.max_length > most:
-        raise ValueError(f"--max-length {cfg.max_length} is more than the {most} positions of {cfg.encoder}")
+    cli.check_max_length(cfg.max_length, model, tokenizer, cfg.encoder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for name, lines in read.items():
         path = tests.get(name, cfg.data)
@@ -236,12 +234,9 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
 
 def main(cfg: Images | Texts | Answers) -> Path:
     """Write the features file, unless it exists with the same settings and data. Returns its path."""
-    if not isinstance(cfg, Answers):
-        cli.check_counts(cfg, "batch_size")
-    if isinstance(cfg, Texts):
-        cli.check_counts(cfg, "max_length")
-    if isinstance(cfg, Images):
-        cli.check_counts(cfg, "views", "workers", least=0)
+    names = vars(cfg).keys()
+    cli.check_counts(cfg, *names & {"batch_size", "max_length"})
+    cli.check_counts(cfg, *names & {"views", "workers"}, least=0)
     out, tests = Path(cfg.out), named_tests(cfg.tests)
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} should end in .npz")

@@ -307,10 +307,7 @@ def main(cfg: Config) -> Path:
     precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size
     if cfg.dim > min(len(captions), width):
         raise ValueError(f"--dim {cfg.dim} needs as many captions and dimensions, not {len(captions)} and {width}")
-    most = getattr(model.config, "max_position_embeddings", None) or cfg.max_length
-    most = min(most, tokenizer.model_max_length)  # RoBERTa's positions begin at 2
-    if cfg.max_length > most:
-        raise ValueError(f"--max-length {cfg.max_length} is more than the {most} positions of {cfg.model}")
+    cli.check_max_length(cfg.max_length, model, tokenizer, cfg.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with on_disk(out.parent, len(captions), width) as means, run.autocast(precision, process.device):
         how = cfg.max_length, cfg.attend_padding, cfg.batch_size

@@ -38,7 +38,7 @@ def check_data(config: Any, example: str) -> None:
 
 
 def check_embedded(shards: str) -> None:
-    """ValueError if --data names the embedded corpus, which is not built."""
+    """ValueError if --data names the embedded corpus and it is not built."""
     if (folder := folder_of(shards)).is_relative_to("data/emoji") and not folder.exists():
         raise ValueError(f"{shards} does not exist: 'make data' builds the embedded corpus")
 
@@ -61,7 +61,7 @@ def check_eval_set(config: Any) -> None:
 
 def check_zero_shot_set(config: Any) -> None:
     """ValueError if --eval-every is on and --eval-set is no classification set."""
-    if config.eval_every and (kind := EvalSet(config.eval_set, lambda image: image).kind) != "classification":
+    if config.eval_every and (kind := EvalSet(config.eval_set, None).kind) != "classification":
         raise ValueError(f"--eval-set {config.eval_set} is a {kind} set: it must be a classification set")
 
 
@@ -70,6 +70,16 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def check_max_length(length: int, model: Any, tokenizer: Any, name: str) -> None:
+    """ValueError if a Hugging Face model takes fewer tokens than --max-length.
+
+    Its tokenizer's limit counts, too: RoBERTa has 514 positions, but the first two are not for tokens.
+    """
+    most = min(getattr(model.config, "max_position_embeddings", None) or length, tokenizer.model_max_length)
+    if length > most:
+        raise ValueError(f"--max-length {length} is more than the {most} tokens that {name} takes")
 
 
 def check_rates(config: Any, *names: str) -> None:

@@ -198,7 +198,7 @@ def decode_caption(data: bytes) -> str:
 
 
 def any_text(data: bytes) -> str:
-    """Bytes of a caption -> text as of `decode_caption`, but undecodable bytes are replaced, and it may be empty."""
+    """Bytes -> stripped text of at most MAX_CHARACTERS; may be empty. Bytes that are not UTF-8 are replaced."""
     return data[:CAPTION_BYTES].decode("utf-8", errors="replace").strip()[:MAX_CHARACTERS]
 
 

@@ -31,11 +31,13 @@ KINDS = ("classification", "multilabel", "retrieval")
 class EvalSet(IterableDataset):
     """One split of an evaluation set; iterating gives `(key, image, target)` in shard order.
 
-    image: `transform` of an RGB PIL image. target: int label, (C,) float 0/1 vector or list of captions.
-    `classnames` and `templates` are empty for retrieval sets.
+    image: `transform` of an RGB PIL image; it may be None if only names or `targets` are read. target: int label, (C,)
+    float 0/1 vector or list of captions. `classnames` and `templates` are empty for retrieval sets.
     """
 
-    def __init__(self, folder: str | Path, transform: Callable[[Image.Image], torch.Tensor], split: str = "test"):
+    def __init__(
+        self, folder: str | Path, transform: Callable[[Image.Image], torch.Tensor] | None, split: str = "test"
+    ):
         self.folder, self.split, self.transform = Path(folder), split, transform
         self.name = self.folder.name
         self.kind = "classification"

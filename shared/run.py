@@ -154,7 +154,7 @@ def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
 
 
 def own_columns(features: torch.Tensor, gathered: bool = True) -> torch.Tensor:
-    """Positions of this rank's features (B, D) among those of all ranks, or if not `gathered` among its own: (B,)."""
+    """Columns of this rank's features (B, D) in the logits: (B,) int64, from 0 if features are not `gathered`."""
     rank = dist.get_rank() if gathered and dist.is_initialized() else 0
     return torch.arange(len(features), device=features.device) + rank * len(features)
 

@@ -109,7 +109,7 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
     counts, given = files / "counts.json", files / "flat.json"
     for arguments, words in (
         (["--counts", counts, "--scores", files / "nested.json"], "has no scores of concepts under setting"),
-        (["--counts", counts, "--scores", given, "--aliases", files / "list.json"], "list.json holds no dictionary"),
+        (["--counts", counts, "--scores", given, "--aliases", files / "list.json"], "list.json should be a dictionary"),
         (["--counts", counts], "--counts and --scores are both needed"),
         (["--counts", counts, counts, "--scores", given], "2 files of counts, 1 of scores"),
         (["--counts", counts, "--scores", files / "other.json"], "has a count in"),

@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from test_concept_frequency_corpus import write_shard
 from test_concept_frequency_train import PIPELINE, shards  # noqa: F401
@@ -78,6 +79,8 @@ def test_images_are_counted(tmp_path, monkeypatch):
     assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]  # `a cat` is row 4, the last
     (tmp_path / "captions.tsv").write_text("a cat\tu0\na dog\tu1\na cat and a dog\tu2\n")  # other rows
     assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="--also drops rows, but --ids cc12m numbers all rows: leave --also out"):
+        check_count(dataclasses.replace(by_caption, concepts=("x",), tagger="x", also="1"))
 
 
 def test_images_of_any_partition_of_the_captions(tmp_path, monkeypatch):

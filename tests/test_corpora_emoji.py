@@ -82,12 +82,13 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
 def test_wrong_calls_exit_2_with_one_sentence(in_process, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a corpus")
-    for text in ("{}", "[", '{"setting": {"recipe": 1}}'):  # the manifest of another corpus, or a damaged one
-        for arguments in (["--limit", 0], ["--out", tmp_path]):
-            result = in_process(*arguments, module="shared.corpora.emoji")
-            assert result.code == 2
-            assert len(result.err.splitlines()) == 1
-        (tmp_path / "manifest.json").write_text(text)
+    wrong = [["--limit", 0], *[["--out", tmp_path]] * 4]
+    for arguments, text in zip(wrong, ("{}", "[", '{"setting": {"recipe": 1}}', "", None), strict=True):
+        result = in_process(*arguments, module="shared.corpora.emoji")
+        assert result.code == 2
+        assert len(result.err.splitlines()) == 1
+        if text is not None:  # the manifest of another corpus, or a damaged one
+            (tmp_path / "manifest.json").write_text(text)
     assert (tmp_path / "file").read_text() == "not a corpus"
 
 

@@ -68,7 +68,7 @@ def test_what_cannot_be_trained_or_exported(cfg: Config, tmp_path):
     with pytest.raises(ValueError, match="on other data than train holds now"):
         locked_clip.train(dataclasses.replace(cfg, epochs=1))
     torch.save(state | {"config": {"model": "RN50"}}, folder / "checkpoint.pt")
-    with pytest.raises(ValueError, match="run is no run of a study on photographs"):
+    with pytest.raises(ValueError, match="run cannot be exported: it is no run of this study"):
         locked_clip.export_run(folder, tmp_path / "exported")
 
 

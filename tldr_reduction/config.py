@@ -374,8 +374,8 @@ def check(cfg: Common, world_size: int) -> None:
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
             "; 'python -m shared.corpora.pack' makes them of your own pictures"
         )
-    for folder, module in (("data/emoji_tldr", "corpus"), ("data/tldr/", "pool")):
-        if cfg.data.startswith(folder) and not Path(cfg.data).exists():
+    for folder, module in (("data/emoji_tldr", "corpus"), ("data/tldr", "pool")):
+        if (place := cli.folder_of(cfg.data)).is_relative_to(folder) and not place.exists():
             raise ValueError(
                 f"{cfg.data} does not exist: 'python -m tldr_reduction.{module}' makes it after 'make data'"
             )

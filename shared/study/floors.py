@@ -1,5 +1,4 @@
-"""Floors for a table of arms: metrics that are reached without a trained encoder. (ceiling.py trains on the
-labels.)
+"""Floors for a table of arms: metrics for which no encoder is trained. Ceilings are in ceiling.py.
 
 Floors are chance, and the nearest neighbour among training images on raw pixels or on features of a pretrained tower.
 A claim counts only if the stronger of its arms is above the floors. Functions return {metric: percent}, with the metric

@@ -155,7 +155,7 @@ def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
     """
     settings = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt").get("config", {})
     if not {"model", "max_length"} <= settings.keys():
-        raise ValueError(f"{folder} is no run of a study on photographs with a tower of open_clip's")
+        raise ValueError(f"{folder} cannot be exported: it is no run of this study with open_clip's text tower")
     model, _ = load(folder)
     model.visual.trunk = efficientnet_lite0()
     config = export.named_config(settings["model"], photos.SIDE)

@@ -482,9 +482,10 @@ def run(study: Study, options: Options) -> None:
     if path is not None and not options.extend and Path(path).exists():
         advice = "name another file, or remove that one"
         there = read_json(path, advice)
-        if (there.get("paper"), there.get("corpus")) != (study.paper, study.corpus):
-            found = f"a file without results of {study.paper} on '{study.corpus}'"
-            raise ValueError(f"--results {path} would replace {found}: {advice}")
+        if there.get("paper") != study.paper:
+            raise ValueError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
+        if there.get("corpus") != study.corpus:
+            raise ValueError(f"--results {path} would replace {other_corpus(there)}: {advice}")
     if study.on == "photos" and options.photos is None:
         raise ValueError(
             "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "
@@ -505,16 +506,18 @@ def run(study: Study, options: Options) -> None:
     study.compare(runs, results, Path(path or f"runs/{study.home}/results.json"), earlier, **more)
 
 
+def other_corpus(earlier: dict) -> str:
+    """Results of another corpus, in words."""
+    return f"results on another corpus, {earlier.get('corpus')!r}, or its description has changed"
+
+
 def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds: Sequence[int]) -> dict:
     """The results of --results, to which --extend adds other seeds or other arms. ValueError if it cannot."""
     if options.results is None or not Path(options.results).is_file():
         raise ValueError("--extend needs --results FILE.json, the results that it adds to")
     earlier = report.read_results(options.results, study.paper)
     if earlier["corpus"] != study.corpus:
-        raise ValueError(
-            f"{options.results} was measured on another corpus, {earlier['corpus']!r}, or its description has changed: "
-            "train and measure all arms again"
-        )
+        raise ValueError(f"{options.results} has {other_corpus(earlier)}: train and measure all arms again")
     if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
         raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]

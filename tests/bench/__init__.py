@@ -297,16 +297,16 @@ def attention(flash: bool):
 
 
 def peak_memory(step: Callable) -> float | None:
-    """Peak memory of `step` in MiB beyond the memory in use before; None if the system is not Linux."""
+    """Run `step` -> its peak memory in MiB beyond the memory in use before; None if the system is not Linux."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is not returned to the system would hide growth
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident("VmRSS")
-        step()
-        return (resident("VmHWM") - before) / 1024
     except OSError:
-        return None
+        before = None
+    step()
+    return None if before is None else (resident("VmHWM") - before) / 1024
 
 
 def resident(what: str, process: int | str = "self") -> int:

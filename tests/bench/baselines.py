@@ -1,4 +1,4 @@
-"""Seconds on one core until the baseline of a study is above a floor: a row of its table without a trained encoder."""
+"""Seconds on one core until the baseline of a study is above a floor: a row for which no encoder is trained."""
 
 import contextlib
 import dataclasses

@@ -199,7 +199,7 @@ def measure(options: argparse.Namespace) -> None:
         counting(captions, options.spacy)
     precision = run.resolve_precision("auto", torch.device("cpu"))
     for name, size in (("ResNet-emoji", 256), ("ViT-emoji", 128), ("ViT-B-32", 16)):
-        clip_step(name, [shards.caption(i) for i in range(size)], precision, options.repetitions)
+        clip_step(name, [shards.caption(i % len(shards)) for i in range(size)], precision, options.repetitions)
 
 
 def main() -> None:
