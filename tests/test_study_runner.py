@@ -142,7 +142,7 @@ def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture)
         "--extend needs --results FILE.json": {"results": "none.json"},
         "other.json holds no results of a study": {"results": "other.json"},
         "paper.json holds results of Another paper, not of A paper": {"results": "paper.json"},
-        "corpus.json was measured on another corpus, 'Photographs', or": {"results": "corpus.json"},
+        "corpus.json has results on another corpus, 'Photographs', or": {"results": "corpus.json"},
         "--results folder.json cannot be written there": {"results": "folder.json"},
         "--results other.json/there.json cannot be written there": {"results": "other.json/there.json"},
     }
