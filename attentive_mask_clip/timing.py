@@ -63,7 +63,8 @@ def stepper(cfg: TrainConfig, device: torch.device) -> Callable[[], dict[str, to
 
 
 def step_times(cfg: Config) -> dict[str, dict]:
-    """Arm -> {"seconds": median of a step, "ratio": median over rounds of step / CLIP's, "low", "high": its extremes}.
+    """Arm -> {"seconds": median of a step, "ratio": median over rounds of step / CLIP's, "low", "high": its extremes,
+    "rounds": seconds of a step in each round}.
 
     ValueError for an unknown arm.
     """
@@ -97,6 +98,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
             "ratio": statistics.median(ratios),
             "low": min(ratios),
             "high": max(ratios),
+            "rounds": seconds,
         }
     return results
 

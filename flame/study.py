@@ -193,7 +193,9 @@ CLAIMS = (
     Claim("new names, above a trained text tower", "+4.9 IN (CC3M)", NEW_ID, "flame", "clip", 1, 4.9, True, 2.4),
     Claim("above a text tower, 1/4 of the pairs", "claimed", AT["4"], "flame", "clip", 1, None, True, 1.0),
     Claim("above a text tower, 1/16 of the pairs", "claimed", AT["16"], "flame", "clip", 1, None, True, 1.0),
-    Claim("change of accuracy from all pairs to 1/16", "claimed", GROWTH, "flame", "clip", 1, None, True, 1.0, NEW_ID),
+    Claim(
+        "change of accuracy from all pairs to 1/16", "claimed", GROWTH, "flame", "clip", 1, None, True, 1.0, AT["16"],
+    ),
     Claim(
         "long captions, text to image", URBAN[1], SCENES_TO_IMAGE, "flame-scenes", "clip-scenes", 1, 57.0, True, 2.0,
     ),

@@ -22,8 +22,9 @@ KEPT = [f"kept/{rule}_pixels" for rule in ("attentive", "random", "centre", "unt
 def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """`eval --report --times` of two arms, called like in the study, with given measurements."""
     report, times = tmp_path / "report/results.json", tmp_path / "times.json"
-    step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0}
-    times.write_text(json.dumps({"clip": step | {"ratio": 1.0}, "aclip": step}))
+    step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0, "rounds": [2.0, 2.2, 1.9]}
+    slow = step | {"rounds": [each * 2.67 / 1.16 for each in step["rounds"]]}
+    times.write_text(json.dumps({"clip": step | {"ratio": 1.0}, "aclip": step, "slip": slow, "aclip-eff": step}))
     runs = [str(tmp_path / f"{arm}-seed0") for arm in ("aclip", "clip")]
     for run in map(Path, runs):
         run.mkdir()
@@ -44,7 +45,11 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
     expected = {claim.claim for claim in study.CLAIMS if {claim.method, claim.baseline} == {"clip", "aclip"}}
     assert expected and expected == set(claims) & {claim.claim for claim in study.CLAIMS}
     row = claims["A-CLIP above CLIP"]
-    assert row["difference"] == 1.0 and row["primary"] and found["claims"][0]["primary"]
+    assert row["difference"] == 1.0 and not row["primary"] and found["claims"][0]["primary"]
+    speed = claims["step time of A-CLIP / SLIP's - 1 (by rounds)"]
+    assert speed["primary"] and speed["difference"] == pytest.approx(1.16 / 2.67 - 1) and speed["seeds"] == 3
+    assert speed["verdict"] == "reproduced"
+    assert claims["step time of A-CLIP-eff / CLIP's - 1 (by rounds)"]["difference"] == 0
     time = claims["step time of A-CLIP / CLIP's"]
     assert (time["paper"], time["why"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
     written = {"attentive_mask_clip_kept.png", "results.json", "results_packages.txt"}
@@ -74,7 +79,8 @@ def test_timed_arms_have_the_settings_of_the_study():
 def test_the_page_has_the_numbers_of_the_study():
     page = " ".join((ROOT / "attentive_mask_clip/README.md").read_text(encoding="utf-8").split())
     assert f"The arms see {parsed(study.MAIN[0]).dataset_size:,} scenes once" in page
-    assert f"the arm *SLIP, as many seconds as A-CLIP* sees {study.SLIP_SAMPLES:,}," in page
+    assert f"*SLIP, as many seconds as A-CLIP* sees {study.SLIP_SAMPLES:,}," in page
+    assert f"*attentive 1x50%, as many seconds as random* {study.ATTENTIVE_SAMPLES:,}:" in page
 
 
 def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatch):

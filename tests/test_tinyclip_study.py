@@ -256,11 +256,11 @@ def test_two_stages_take_as_many_steps_as_one():
 
 
 def test_core_arms_are_those_of_primary_claims():
-    """Core arms are those of primary claims and the arms that they start from."""
+    """Core arms are those of primary claims and of the claim about masks, and the teacher."""
     primary = [claim for claim in study.CLAIMS if claim.primary]
     compared = {arm for claim in primary for arm in (claim.method, claim.baseline)}
     core = {arm.name for arm in study.STUDY.chosen("core")}
-    assert core == compared | {"vit-teacher"}
+    assert core == compared | {"vit-teacher", *study.QUARTERS}
     assert study.CLAIMS[: len(primary)] == tuple(primary)
     known = {arm.name for arm in study.STUDY.arms}
     assert all({claim.method, claim.baseline} <= known for claim in study.CLAIMS)

@@ -27,23 +27,23 @@ INTRODUCTION = (
 )
 COLUMNS = (
     "One row per claim. In the paper: its own number, on its data (IN: ImageNet), or its words. Difference: method "
-    "minus baseline, paired by seed unless the row names another unit (encoders, concepts), ± half of the 95 % "
-    "interval, which is the smallest difference that these seeds can resolve. d: the largest difference that counts as "
-    "none. Scores are percent and differences points, unless the claim names another unit (a slope, a ratio, r, ρ, a "
-    "spectrum)."
+    "minus baseline, paired by seed unless the row names another unit (encoders, concepts, rounds), ± half of the 95 "
+    "% interval, which is the smallest difference that these seeds can resolve. d: the largest difference that counts "
+    "as none. Scores are percent and differences points, unless the claim names another unit (a slope, a ratio, r, ρ, "
+    "a spectrum)."
 )
 FLOOR = (
     "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "
-    "a pretrained tower's features. Claims about a slope, a correlation, a ratio, a spectrum, word usage "
-    "or rare concepts, and some with fewer pairs, have none: another metric, in the tables below, shows whether their "
-    "arms have learned."
+    "a pretrained tower's features; for a linear probe, a probe on raw pixels. Claims about a slope, a correlation, a "
+    "ratio, a spectrum, word usage or rare concepts, and some with fewer pairs, have none: another metric, in the "
+    "tables below, shows whether their arms have learned."
 )
 CERTAINTY = (
     "A verdict is resolved if the stronger arm is above its floors, and the 95 % interval of the difference lies on "
     "one side of zero or within a range fixed beforehand. Intervals are widened so that all verdicts on a paper's "
     "abstract hold together at 95 %. Some arms have more seeds than the paper's other arms: a claim about them was "
     "open, so they got more seeds, in a number fixed in advance, and so did the arms that their metrics are computed "
-    "from. The intervals do not account for this second look."
+    "from. Claims that would have needed many more stayed open. The intervals do not account for this second look."
 )
 OPEN = (
     "Open claims have their difference ± half of the 95 % interval: the smallest difference that these seeds can "
