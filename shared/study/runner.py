@@ -521,12 +521,11 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
         raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
-    if set(seeds) - set(earlier["seeds"]):
-        needed, known = set(compared), set(earlier["arms"])
-        while sources := {name for arm in needed for name in study.derived_from.get(arm, ())} & known - needed:
-            needed |= sources
-        if missing := sorted(needed - set(compared)):
-            raise ValueError(f"metrics of these arms are computed from others: add {', '.join(missing)} to --arms")
+    needed, known = set(compared), set(earlier["arms"])
+    while sources := {name for arm in needed for name in study.derived_from.get(arm, ())} & known - needed:
+        needed |= sources
+    if missing := sorted(needed - set(compared)):
+        raise ValueError(f"metrics of these arms are computed from others: add {', '.join(missing)} to --arms")
     merged, runs = report.extended_seeds(earlier, compared, seeds), report.by_seed(earlier)
     if merged == earlier["seeds"] and all(len(runs.get(arm, ())) == len(merged) for arm in compared):
         raise ValueError(f"{options.results} has these seeds of {', '.join(compared)} already")
