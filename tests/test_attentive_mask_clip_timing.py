@@ -19,6 +19,8 @@ def test_timing_script(cli, folder: Path):
     assert list(times) == ["clip", "aclip", "aclip-eff", "slip"] and times["clip"]["ratio"] == 1
     assert all(t["low"] <= t["ratio"] <= t["high"] and t["seconds"] > 0 for t in times.values())
     assert all(ratio in result.out for ratio in timing.PAPER.values())
+    again = finished(cli(*command))
+    assert "exists; remove it to time the steps again" in again.out and json.loads(out.read_text()) == times
 
 
 def test_timing_refuses_unknown_names(in_process):
