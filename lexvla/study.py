@@ -15,6 +15,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -187,41 +188,52 @@ class Unit(torch.nn.Module):
         return F.normalize(pixels, dim=-1)
 
 
-def training_set(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> tuple[Tensor, list[str]]:
-    """The tower's features (N, D) of the training scenes, and their captions."""
+class Corpus(NamedTuple):
+    """Features of the scenes, and their captions."""
+
+    train: Tensor
+    """(N, D), of the training scenes."""
+    captions: list[str]
+    """Captions of the training scenes."""
+    tests: dict[str, tuple[Tensor, list[list[str]]]]
+    """{set: (features (M, D), captions of each image)} of the evaluation sets."""
+
+
+def read_corpus(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> Corpus:
+    """The scenes, with the tower's features of transformed images."""
     pairs = data.open_pairs(TRAIN)
     batches = torch.arange(len(pairs)).split(256)
     seen = [tower(torch.stack([transform(pairs.read(int(i)).image) for i in batch])) for batch in batches]
-    return torch.cat(seen), [pairs.caption(row) for row in range(len(pairs))]
+    sets = [EvalSet(folder, transform) for folder in SETS]
+    tests = {each.name: extract_image_features(tower, each.batches(256), desc=each.name) for each in sets}
+    return Corpus(torch.cat(seen), [pairs.caption(row) for row in range(len(pairs))], tests)
+
+
+@functools.cache
+def on_lite0() -> Corpus:
+    """The scenes, with the mean frozen patch of EfficientNet-Lite0."""
+    return read_corpus(Pooled(), eval_transform(LITE0, 128))
 
 
 def correlated() -> dict[str, float]:
     """Recall by canonical correlation of the mean frozen patch with the words of captions, in closed form."""
-    tower, transform, found = Pooled(), eval_transform(LITE0, 128), {}
-    correlation = photos.correlate(*training_set(tower, transform))
-    for folder in SETS:
-        eval_set = EvalSet(folder, transform)
-        features, of_images = extract_image_features(tower, eval_set.batches(256), desc=eval_set.name)
+    correlation, found = photos.correlate(on_lite0().train, on_lite0().captions), {}
+    for name, (features, of_images) in on_lite0().tests.items():
         texts = correlation.text([text for of_image in of_images for text in of_image])
         recalls = retrieval_metrics(correlation.image(features), texts, owners(of_images))
-        found |= {f"{eval_set.name}/{name}": value for name, value in recalls.items()}
+        found |= {f"{name}/{metric}": value for metric, value in recalls.items()}
     return found
 
 
-def nearest_caption(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> dict[str, float]:
-    """Recall when an image is replaced by the caption of the nearest training scene, scored by common words.
-
-    Nearest by the cosine of `tower`'s features of transformed images.
-    """
-    train, captions = training_set(tower, transform)
-    bags, found = CountVectorizer(stop_words="english", binary=True).fit(captions), {}
-    for folder in SETS:
-        eval_set = EvalSet(folder, transform)
-        features, of_images = extract_image_features(tower, eval_set.batches(256), desc=eval_set.name)
+def nearest_caption(corpus: Corpus) -> dict[str, float]:
+    """Recall when an image is replaced by the caption of the nearest training scene (by the cosine of features), scored
+    by common words."""
+    bags, found = CountVectorizer(stop_words="english", binary=True).fit(corpus.captions), {}
+    for name, (features, of_images) in corpus.tests.items():
         texts = [text for of_image in of_images for text in of_image]
-        said, asked = floors.captions_of_neighbours(features, train, captions, bags, texts)
+        said, asked = floors.captions_of_neighbours(features, corpus.train, corpus.captions, bags, texts)
         recalls = evaluation.retrieval(said, asked, owners(of_images))
-        found |= {f"{eval_set.name}/{name}": value for name, value in recalls.items()}
+        found |= {f"{name}/{metric}": value for metric, value in recalls.items()}
     return found
 
 
@@ -262,11 +274,11 @@ def patches_by_labels(train: str = f"{PATCHDIS}_train", test: str = PATCHDIS) ->
 
 FLOORS = (
     Floor("chance", lambda: floors.chance(SETS)),
-    Floor("caption of the nearest training scene, raw pixels", lambda: nearest_caption(Unit(), floors.raw_pixels)),
     Floor(
-        "caption of the nearest training scene, on EfficientNet-Lite0",
-        lambda: nearest_caption(Pooled(), eval_transform(LITE0, 128)),
+        "caption of the nearest training scene, raw pixels",
+        lambda: nearest_caption(read_corpus(Unit(), floors.raw_pixels)),
     ),
+    Floor("caption of the nearest training scene, on EfficientNet-Lite0", lambda: nearest_caption(on_lite0())),
     Floor("canonical correlation of EfficientNet-Lite0 with words", correlated),
     Floor("random patches", random_patches),
     Floor("patches by least squares on labels", patches_by_labels, ceiling=True),
