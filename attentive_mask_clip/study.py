@@ -181,20 +181,17 @@ def within(runs: list[dict], claim: str, paper: str | None, metric: str, baselin
 def step_times(times: dict[str, dict]) -> list[dict]:
     """Claims rows from the step times of `timing.py`: the abstract's two claims about speed, judged by rounds, and the
     paper's training times beside ours."""
-    claims = [
-        Claim(f"step time of {text} - 1 (by rounds)", paper, arm, arm, "0", -1, effect, True, abs(effect) / 2)
-        for text, paper, arm, effect in (
-            ("A-CLIP / SLIP's", "2.30x faster", "aclip", 1.16 / 2.67 - 1),
-            ("A-CLIP-eff / CLIP's", "1.16x faster", "aclip-eff", 0.86 - 1),
-        )
-    ]
-    than = {"aclip": "slip", "aclip-eff": "clip"}
-    rounds = {
-        arm: [{arm: a / b - 1} for a, b in zip(times[arm]["rounds"], times[other]["rounds"], strict=True)]
-        for arm, other in than.items()
-        if {arm, other} <= set(times)
-    }
-    judged = verdicts.judged(claims, rounds, []) if rounds else []
+    claims, rounds = [], {}
+    for text, paper, arm, other, effect in (
+        ("A-CLIP / SLIP's", "2.30x faster", "aclip", "slip", 1.16 / 2.67 - 1),
+        ("A-CLIP-eff / CLIP's", "1.16x faster", "aclip-eff", "clip", 0.86 - 1),
+    ):
+        if {arm, other} <= set(times):
+            name = f"step time of {text} - 1 (by rounds)"
+            claims.append(Claim(name, paper, arm, arm, "0", -1, effect, True, abs(effect) / 2))
+            pairs = zip(times[arm]["rounds"], times[other]["rounds"], strict=True)
+            rounds[arm] = [{arm: own / theirs - 1} for own, theirs in pairs]
+    judged = verdicts.judged(claims, rounds, []) if claims else []
     return judged + [
         verdicts.not_testable(
             f"step time of {STUDY.headings[arm].split(':')[0]} / CLIP's", timing.PAPER[arm], timing.ratio(times[arm])

@@ -48,7 +48,7 @@ from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
-from shared.zeroshot import owners, percent, retrieval_metrics
+from shared.zeroshot import percent, retrieval_metrics
 
 LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}
 BANKS = {GEMMA: "data/flame/bank-gemma", SMOLLM2: "data/flame/bank"}
@@ -385,8 +385,7 @@ def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, 
     found = photos.correlate(training_features(shards, VIEW), [long[str(key)] for key in data.open_pairs(shards).keys])
     eval_set = open_set(folder, VIEW, "retrieval")
     images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
-    texts = found.text([text for each in asked for text in each])
-    recalls = retrieval_metrics(found.image(cached_lite0_features([images])), texts, owners(asked))
+    recalls = found.recalls(cached_lite0_features([images]), asked)
     return {f"{name}/{way}": recalls[way] for way in evaluation.BOTH_WAYS}
 
 

@@ -39,7 +39,7 @@ from shared.study.floors import Floor
 from shared.study.report import Comparison
 from shared.study.runner import Arm, Once, Study
 from shared.study.verdicts import Claim
-from shared.zeroshot import extract_image_features, owners, retrieval_metrics
+from shared.zeroshot import extract_image_features, owners
 
 BEFORE = (  # lexvla.text: the frozen language model encodes all captions once
     Once("shared.pretrained smollm2"),
@@ -218,10 +218,8 @@ def on_lite0() -> Corpus:
 def correlated() -> dict[str, float]:
     """Recall by canonical correlation of the mean frozen patch with the words of captions, in closed form."""
     correlation, found = photos.correlate(on_lite0().train, on_lite0().captions), {}
-    for name, (features, of_images) in on_lite0().tests.items():
-        texts = correlation.text([text for of_image in of_images for text in of_image])
-        recalls = retrieval_metrics(correlation.image(features), texts, owners(of_images))
-        found |= {f"{name}/{metric}": value for metric, value in recalls.items()}
+    for name, test in on_lite0().tests.items():
+        found |= {f"{name}/{metric}": value for metric, value in correlation.recalls(*test).items()}
     return found
 
 

@@ -39,8 +39,13 @@ def check_data(config: Any, example: str) -> None:
 
 def check_embedded(shards: str) -> None:
     """ValueError if --data names the embedded corpus and it is not built."""
-    if (folder := folder_of(shards)).is_relative_to("data/emoji") and not folder.exists():
-        raise ValueError(f"{shards} does not exist: 'make data' builds the embedded corpus")
+    check_built(shards, "data/emoji", "'make data' builds the embedded corpus")
+
+
+def check_built(shards: str, corpus: str, advice: str) -> None:
+    """ValueError, which ends in `advice`, if --data is in the folder `corpus` and does not exist."""
+    if (folder := folder_of(shards)).is_relative_to(corpus) and not folder.exists():
+        raise ValueError(f"{shards} does not exist: {advice}")
 
 
 def folder_of(shards: str) -> Path:

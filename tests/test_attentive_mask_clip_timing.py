@@ -23,6 +23,15 @@ def test_timing_script(cli, folder: Path):
     assert "exists; remove it to time the steps again" in again.out and json.loads(out.read_text()) == times
 
 
+def test_a_file_of_fewer_rounds_is_replaced(tmp_path: Path, monkeypatch):
+    out, step = tmp_path / "times.json", {"seconds": 1.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    monkeypatch.setattr(timing, "step_times", lambda cfg: {"clip": step | {"rounds": [1.0] * cfg.rounds}})
+    for earlier in ({"clip": step}, {"clip": step | {"rounds": [1.0]}}):
+        out.write_text(json.dumps(earlier))
+        timing.main(timing.Config(rounds=2, out=str(out)))
+        assert json.loads(out.read_text())["clip"]["rounds"] == [1.0, 1.0]
+
+
 def test_timing_refuses_unknown_names(in_process):
     for flag, message in {"--arms": "--arms takes clip, random", "--model": "--model is one of vit_s16"}.items():
         result = in_process(flag, "other")

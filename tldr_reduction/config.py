@@ -375,10 +375,7 @@ def check(cfg: Common, world_size: int) -> None:
             "; 'python -m shared.corpora.pack' makes them of your own pictures"
         )
     for folder, module in (("data/emoji_tldr", "corpus"), ("data/tldr", "pool")):
-        if (place := cli.folder_of(cfg.data)).is_relative_to(folder) and not place.exists():
-            raise ValueError(
-                f"{cfg.data} does not exist: 'python -m tldr_reduction.{module}' makes it after 'make data'"
-            )
+        cli.check_built(cfg.data, folder, f"'python -m tldr_reduction.{module}' makes it after 'make data'")
     if isinstance(cfg, (FinetuneConfig, RetrievalConfig)):
         what = "a captioner" if isinstance(cfg, FinetuneConfig) else "a blip"
         if not cfg.init:

@@ -27,10 +27,10 @@ INTRODUCTION = (
 )
 COLUMNS = (
     "One row per claim. In the paper: its own number, on its data (IN: ImageNet), or its words. Difference: method "
-    "minus baseline, paired by seed unless the row names another unit (encoders, concepts, rounds), ± half of the 95 "
-    "% interval, which is the smallest difference that these seeds can resolve. d: the largest difference that counts "
-    "as none. Scores are percent and differences points, unless the claim names another unit (a slope, a ratio, r, ρ, "
-    "a spectrum)."
+    "minus baseline, paired by seed unless the row names another unit (encoders, concepts, rounds), ± half of the "
+    "95 % interval, which is the smallest difference that these seeds can resolve. d: the largest difference that "
+    "counts as none. Scores are percent and differences points, unless the claim names another unit (a slope, a ratio, "
+    "r, ρ, a spectrum)."
 )
 FLOOR = (
     "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "

@@ -118,6 +118,11 @@ class Correlation(NamedTuple):
     def text(self, texts: Sequence[str]) -> Tensor:
         return ((self.of_texts(texts).double() - self.y_mean) @ self.y_map).float()
 
+    def recalls(self, features: Tensor, captions: Sequence[Sequence[str]]) -> dict[str, float]:
+        """Retrieval metrics of images with features (N, D) and the captions of each of these images."""
+        texts = self.text([text for of_image in captions for text in of_image])
+        return zeroshot.retrieval_metrics(self.image(features), texts, zeroshot.owners(captions))
+
 
 def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
@@ -176,16 +181,14 @@ def by_correlation(
     numbers: dict[str, float] = {}
     for folder in sets:
         features, targets, of_set = test_set(folder, pixels, side=side)
-        images = found.image(features)
         if of_set.kind == "retrieval":
-            texts = found.text([text for each in targets for text in each])
-            metrics = zeroshot.retrieval_metrics(images, texts, zeroshot.owners(targets))
+            metrics = found.recalls(features, targets)
         else:
             prompts = [text.replace("{c}", name) for name in of_set.classnames for text in of_set.templates]
             counts = torch.full((len(of_set.classnames),), len(of_set.templates))
             classifier = zeroshot.mean_prompts(found.text(prompts), counts)
             metrics = zeroshot.classification_metrics(
-                torch.nn.functional.normalize(images, dim=-1), targets, classifier
+                torch.nn.functional.normalize(found.image(features), dim=-1), targets, classifier
             )
         numbers |= {f"{of_set.name}/{metric}": value for metric, value in metrics.items()}
     return numbers
