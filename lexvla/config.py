@@ -182,7 +182,8 @@ EMOJI = dataclasses.replace(
     lambda_image=0.1,
     lambda_text=0.1,
     penalty_warmup=40,
-    epochs=8,
+    epochs=4,
+    lr=2e-3,
     warmup=30,
 )
 
@@ -199,7 +200,7 @@ PRESETS = {
     "emoji-flops": _preset("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
     # bags have no logits to take a bias from, so it is a number: the bias that the LM's arms take
     "emoji-bow": _preset(
-        "... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-5.3
+        "... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-6.3
     ),
     "emoji-dense": _preset(
         "a latent baseline of 512 dimensions: same towers, samples and steps",

@@ -41,7 +41,7 @@ class Config:
     """Image side in pixels."""
     concepts: int = 150
     """Number of emoji that scenes show."""
-    samples: int = 4000
+    samples: int = 24_000
     """Training scenes."""
     eval_samples: int = 500
     """Scenes of an evaluation set."""

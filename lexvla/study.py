@@ -53,12 +53,12 @@ ARMS = (
     Arm("overuse", "train emoji", heading="LexVLA: overuse penalty"),
     Arm("bow", "train emoji-bow", heading="bag of words for text"),
     Arm("dense", "train emoji-dense", heading="latent baseline, 512 dimensions"),
-    Arm("flops-strong", "train emoji-flops --lambda-image 10 --lambda-text 10", heading="FLOPs x 10", core=False),
+    Arm("flops-weak", "train emoji-flops --lambda-image 0.3 --lambda-text 0.3", heading="FLOPs x 0.3", core=False),
     Arm("overuse-weak", "train emoji --lambda-image 0.03 --lambda-text 0.03", heading="overuse x 0.3", core=False),
     Arm("dense-64", "train emoji-dense --dense-dim 64", heading="latent baseline, 64 dimensions", core=False),
     Arm("dense-cls", "train emoji-dense --pool-cls", heading="latent baseline of [CLS]", core=False),
 )
-PENALTIES = {"FLOPs": ("flops", "flops-strong"), "overuse": ("overuse-weak", "overuse")}  # by rising weight
+PENALTIES = {"FLOPs": ("flops-weak", "flops"), "overuse": ("overuse-weak", "overuse")}  # by rising weight
 
 RECALL, ON_NEW, MIXED = f"{SET}/mean_recall", f"{NEW}/mean_recall", "retrieval_mixed/mean_recall"
 TOP_64 = f"{SET}/top64/mean_recall"

@@ -45,7 +45,7 @@ def test_arms_differ_only_in_the_settings_of_their_names():
         other = dataclasses.asdict(config.PRESETS[preset][1])
         assert {name for name in base if base[name] != other[name]} == names
     commands = {arm.name: arm.command for arm in study.ARMS}
-    for arm, preset, factor in (("flops-strong", "emoji-flops", 10), ("overuse-weak", "emoji", 0.3)):
+    for arm, preset, factor in (("flops-weak", "emoji-flops", 0.3), ("overuse-weak", "emoji", 0.3)):
         cfg = config.PRESETS[preset][1]
         given = re.fullmatch(rf"train {preset} --lambda-image (\S+) --lambda-text (\S+)", commands[arm])
         assert given, f"{arm} is not there"
@@ -106,7 +106,7 @@ def test_report(measured: evaluation.Config):
 def test_flops_at_the_recall_of_overuse():
     """Interpolated between the two arms around it; beyond them, the nearest arm's. Other arms have no such metric."""
     recall, share = study.RECALL, study.SHARED
-    values = {"none": (12.0, 90.0), "flops": (10.0, 70.0), "flops-strong": (6.0, 30.0), "overuse": (11.0, 40.0)}
+    values = {"none": (12.0, 90.0), "flops-weak": (10.0, 70.0), "flops": (6.0, 30.0), "overuse": (11.0, 40.0)}
     found = {arm: [{recall: r, share: s}, {recall: r + 100 * (arm == "overuse"), share: s}] for arm, (r, s) in
              values.items()}  # fmt: skip
     study.derive(Comparison(found, [0, 1], {}, set()))
