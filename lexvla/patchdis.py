@@ -56,7 +56,7 @@ class Config:
     """Prompt for a class, with {} for its name. Not stated in the paper."""
     background: bool = False
     """Count unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -120,7 +120,7 @@ def measure(
     s_class: Tensor,
     images: Iterator[tuple[Tensor, Tensor, int]],
     background: bool = False,
-    batch_size: int = 32,
+    batch_size: int = 16,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """PatchDis over a data set: {"miou", "miou_present", "random_miou", "random_miou_present"} in percent.

@@ -200,12 +200,12 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> Corpus:
-    """The scenes, with the tower's features of transformed images."""
+    """The scenes, with the tower's features of transformed images, in small batches: large ones are slower on a CPU."""
     pairs = data.open_pairs(TRAIN)
-    batches = torch.arange(len(pairs)).split(256)
+    batches = torch.arange(len(pairs)).split(16)
     seen = [tower(torch.stack([transform(pairs.read(int(i)).image) for i in batch])) for batch in batches]
     sets = [EvalSet(folder, transform) for folder in SETS]
-    tests = {each.name: extract_image_features(tower, each.batches(256), desc=each.name) for each in sets}
+    tests = {each.name: extract_image_features(tower, each.batches(16), desc=each.name) for each in sets}
     return Corpus(torch.cat(seen), [pairs.caption(row) for row in range(len(pairs))], tests)
 
 
@@ -388,7 +388,9 @@ STUDY = Study(
     "SmolLM2-135M-Instruct in Llama 2's",
     minutes={"core": 8, "all": 14},
     # fp32: in bf16, words tie around rank ten
-    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
+    evaluate=lambda runs: evaluation.main(
+        evaluation.Config(runs=tuple(runs), precision="fp32", batch_size=16)  # larger ones are slower on a CPU
+    ),
     alone=True,
     derive=derive,
     derived_from=dict.fromkeys(("overuse", "flops"), ("none", "overuse", *PENALTIES["FLOPs"])),
