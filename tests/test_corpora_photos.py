@@ -339,6 +339,11 @@ def test_coco_files_that_are_others(coco: Path) -> None:
             photos.COCO(coco, coco / "out").build()
         for path, text in zip((file, objects), texts, strict=True):
             path.write_text(text)
+    captions = json.loads((coco / "annotations/captions_train2017.json").read_text())
+    captions["annotations"][0]["caption"] = "half \ud800"
+    file.write_text(json.dumps(captions))
+    with pytest.raises(ValueError, match=r"captions_val2017\.json has the text 'half \\ud800', half of a surrogate pair"):
+        photos.COCO(coco, coco / "out").build()
     file.write_text("no JSON")
     with pytest.raises(ValueError, match=r"captions_val2017\.json holds no JSON object: COCO has"):
         photos.COCO(coco, coco / "out").build()

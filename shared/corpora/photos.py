@@ -449,7 +449,7 @@ class COCO(Photographs):
 
 
 def check_lists(content: dict, lists: dict[str, dict[str, Any]], file: Path, layout_says: str) -> None:
-    """ValueError if COCO's `file` lacks one of `lists` (see IMAGES), or has wrong names or sizes of photographs."""
+    """ValueError if COCO's `file` lacks one of `lists` (see IMAGES), or has wrong texts, names or sizes."""
     for name, keys in lists.items():
         rows = content.get(name)
         if not isinstance(rows, list) or not all(
@@ -457,6 +457,9 @@ def check_lists(content: dict, lists: dict[str, dict[str, Any]], file: Path, lay
         ):
             kinds = ", ".join(sorted(keys))
             raise ValueError(f"{file} lacks {name} with {kinds}, or one of these has a wrong type: {layout_says}")
+        texts = [row[key] for row in rows for key, kind in keys.items() if kind is str]
+        if odd := next((text for text in texts if re.search("[\ud800-\udfff]", text)), None):
+            raise ValueError(f"{file} has the text {odd[:80]!r}, half of a surrogate pair: correct it in the file")
     check_names([image["file_name"] for image in content["images"]], file)
     for image in content["images"]:
         height, width = image["height"], image["width"]
