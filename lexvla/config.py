@@ -184,7 +184,7 @@ EMOJI = dataclasses.replace(
     penalty_warmup=40,
     epochs=4,
     lr=2e-3,
-    warmup=30,
+    warmup=100,
 )
 
 
