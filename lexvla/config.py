@@ -166,8 +166,8 @@ SMALL = Config(
     penalty_warmup=150,
     epochs=10,
     batch_size=128,
-    lr=1e-3,
-    warmup=50,
+    lr=2e-3,
+    warmup=100,
     workers=0,
     save_every=200,
 )
@@ -183,8 +183,6 @@ EMOJI = dataclasses.replace(
     lambda_text=0.1,
     penalty_warmup=40,
     epochs=4,
-    lr=2e-3,
-    warmup=100,
 )
 
 
