@@ -31,6 +31,7 @@ from shared import checkpoints, cli, data
 from shared.corpora import layout
 from shared.tars import IMAGE_EXTENSIONS, write_split
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot hold
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LANGUAGES = ("en", "de", "fr", "cs")  # of Multi30k
 MULTI30K = [f"multi30k_{language}" for language in LANGUAGES]
@@ -70,7 +71,7 @@ class Photographs:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: {layout_says}")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        if odd := next((file for file in files if re.search("[\ud800-\udfff]", str(file))), None):
+        if odd := next((file for file in files if SURROGATE.search(str(file))), None):
             raise ValueError(f"the name of {str(odd)!r} is not UTF-8: rename the file")
         self.used += files
         return path
@@ -458,7 +459,7 @@ def check_lists(content: dict, lists: dict[str, dict[str, Any]], file: Path, lay
             kinds = ", ".join(sorted(keys))
             raise ValueError(f"{file} lacks {name} with {kinds}, or one of these has a wrong type: {layout_says}")
         texts = [row[key] for row in rows for key, kind in keys.items() if kind is str]
-        if odd := next((text for text in texts if re.search("[\ud800-\udfff]", text)), None):
+        if odd := next((text for text in texts if SURROGATE.search(text)), None):
             raise ValueError(f"{file} has the text {odd[:80]!r}, half of a surrogate pair: correct it in the file")
     check_names([image["file_name"] for image in content["images"]], file)
     for image in content["images"]:
