@@ -38,6 +38,7 @@ class Lite0Maps(nn.Module):
     """
 
     patch_size, num_features, middle = (16, 16), 432, 4  # middle: the stage whose map has stride 16
+    chunk = 16  # images that a CPU sees at a time: it takes twice as long if a layer's map exceeds its cache (32 MB)
 
     def __init__(self, pretrained: bool = True):
         super().__init__()
@@ -46,6 +47,10 @@ class Lite0Maps(nn.Module):
         self.stem, self.stages = nn.Sequential(network.conv_stem, network.bn1), network.blocks
 
     def forward_features(self, pixels: Tensor) -> Tensor:
+        size = self.chunk if pixels.device.type == "cpu" else len(pixels)
+        return torch.cat([self.tokens(some) for some in pixels.split(size)])
+
+    def tokens(self, pixels: Tensor) -> Tensor:
         x = self.stem(pixels)
         for number, stage in enumerate(self.stages):
             x = stage(x)

@@ -135,11 +135,10 @@ def encoded(
 ) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
     """(number, tokens (B, n, D) in half precision, captions, broken samples) of each of this process' batches.
 
-    Batches are dealt out in turn to the W processes, so they do not depend on W. An image that is in a batch several
-    times, with different captions, is encoded once.
+    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. An image that is
+    in a batch several times, with different captions, is encoded once.
     """
-    size = 16 if process.device.type == "cpu" else 256  # a CPU is twice as slow if maps of a batch exceed 32 MB
-    batches = [range(first, min(first + size, len(views))) for first in range(0, len(views), size)]
+    batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
     own = range(process.rank, len(batches), process.world_size)
     items, done = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
     total = sum(len(batches[i]) for i in own)

@@ -99,7 +99,7 @@ def test_processes_share_out_the_images_of_frozen_tokens(
     whole = train.TokenDataset(pairs, transform, image, one, "fp32", tmp_path / "one.npy")
     views = train.PairDataset(pairs, transform)
     parts = [train.encoded(views, views.normalise, image, process, "fp32") for process in two]
-    assert [[number for number, *_ in part] for part in parts] == [[*range(0, 38, 2)], [*range(1, 38, 2)]]
+    assert [[number for number, *_ in part] for part in parts] == [[0, 2], [1]]
     said = iter([[True, False], [*parts[1], *parts[0]]])  # one of them has a file
     monkeypatch.setattr(run, "gather_lists", lambda items, process: next(said))
     monkeypatch.setattr(train, "encoded", lambda views, *rest: [(0, whole.tokens[:1])] if len(views) == 1 else None)

@@ -205,6 +205,8 @@ def test_some_arms_get_more_seeds(study: Study, capsys: pytest.CaptureFixture):
     tied = dataclasses.replace(study, derived_from={"base": ("late",), "late": ("none",)})
     with pytest.raises(ValueError, match="computed from others: add late to --arms"):
         runner.run(tied, dataclasses.replace(more, seeds=(7,)))
+    with pytest.raises(ValueError, match="metrics of base in there.json would be computed from late, too: train and"):
+        runner.run(tied, dataclasses.replace(more, arms="late"))
     fewer = dataclasses.replace(study, floors=(Floor("pixels", dict),))
     Path("floored.json").write_text(json.dumps(added | {"floors": {"raw pixels": {"top1": 1.0}}}))
     with pytest.raises(ValueError, match="floored.json has another floor, raw pixels"):

@@ -527,6 +527,14 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
     if missing := sorted(needed - set(compared)):
         raise ValueError(f"metrics of these arms are computed from others: add {', '.join(missing)} to --arms")
     merged, runs = report.extended_seeds(earlier, compared, seeds), report.by_seed(earlier)
+    has = {arm: set(earlier["seeds"][: len(each)]) for arm, each in runs.items()}
+    for arm in compared:
+        added = set(seeds) - has.get(arm, set())
+        if old := sorted(name for name in has if arm in study.derived_from.get(name, ()) and added & has[name]):
+            raise ValueError(
+                f"metrics of {', '.join(old)} in {options.results} would be computed from {arm}, too: train and measure "
+                "all arms again"
+            )
     if merged == earlier["seeds"] and all(len(runs.get(arm, ())) == len(merged) for arm in compared):
         raise ValueError(f"{options.results} has these seeds of {', '.join(compared)} already")
     return earlier
