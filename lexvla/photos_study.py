@@ -51,7 +51,7 @@ CLAIMS = (  # worded as in study.py, which has the same claims
     rarer("overuse: most used word rarer than without", SHARED, "none", True, RECALL),
     Claim("overuse retrieves better than FLOPs", MOST_CASES, RECALL, "overuse", "flops", 1, None, True, 1.0),
     Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
-    Claim("PatchDis: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
+    Claim("PatchDis, all classes: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
     Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", negligible=1.0),
     rarer("overuse: images' most used word rarer than with FLOPs", IMAGE_DF, "flops", False, RECALL),
     rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none", False, RECALL),

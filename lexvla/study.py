@@ -81,7 +81,7 @@ CLAIMS = (  # document frequencies, recalls and mIoU in percent
     Claim("overuse retrieves better than FLOPs", MOST, RECALL, "overuse", "flops", 1, None, True, 1.0),
     Claim("LLM better than bags of words, on new words", TABLE_1, ON_NEW, "overuse", "bow", 1, None, True, 1.0),
     Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
-    Claim("PatchDis: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
+    Claim("PatchDis, all classes: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
     rarer("overuse: images' most used word rarer than with FLOPs", IMAGE_DF, "flops"),
     rarer("... the captions' too", TEXT_DF, "flops"),
     rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none"),

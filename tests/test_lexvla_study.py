@@ -87,7 +87,7 @@ def test_report(measured: evaluation.Config):
     primary = rows["words retrieve better than 512 dimensions"]
     recall = {arm: values[study.RECALL]["mean"] for arm, values in summary["arms"].items()}
     assert primary["primary"] and primary["difference"] == pytest.approx(recall["overuse"] - recall["dense"])
-    assert rows["PatchDis: words above latent dimensions"]["verdict"] == "has not learned"
+    assert rows["PatchDis, all classes: words above latent dimensions"]["verdict"] == "has not learned"
     assert rows["PatchDis of present classes: words, latent dimensions"]["verdict"] == "no claim"
     above = rows["PatchDis of words above random patches"]
     assert above["difference"] == pytest.approx(overuse[study.ALL]["mean"] - overuse["patchdis/random_miou"]["mean"])

@@ -307,7 +307,7 @@ def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
                 "paper": row["paper"],
                 "here": here,
                 "resolves": resolves,
-                "d": "-" if negligible is None else f"{negligible:g}",
+                "d": "-" if negligible is None else f"{negligible:.3g}",
                 **({"seeds": row.get("seeds", "-")} if some_more else {}),
                 "verdict": row["verdict"],
             }
