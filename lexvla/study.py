@@ -105,25 +105,19 @@ def derive(found: Comparison) -> None:
     share with FLOPs at the recall of overuse.
 
     equal/max_document_frequency: for `overuse` its own; for `flops` the value at the recall of `overuse`, interpolated
-    linearly between all FLOPs arms (the arm without penalty counts as weight 0). Outside of their range, it is the
-    value of the arm with the nearest recall.
+    linearly between the FLOPs arms (the arm without penalty counts as weight 0). Outside of their range, it is the
+    value of the arm with the nearest recall. It needs all of these arms.
     """
     arms = found.arms
     for values in arms.get("dense-64", ()):
         values[TOP_64] = values[RECALL]
-    with_flops = [arm for arm in ("none", *PENALTIES["FLOPs"]) if arm in arms]
-    if not {"none", "flops", "overuse"} <= set(arms) or not measured(arms, SHARED):
+    compared = ("none", *PENALTIES["FLOPs"], "overuse")
+    if not all(SHARED in run for arm in compared for run in arms.get(arm, [{}])):
         return
-    for i, values in enumerate(arms["overuse"]):
-        points = sorted((arms[arm][i][RECALL], arms[arm][i][SHARED]) for arm in with_flops)
-        recalls, shares = zip(*points, strict=True)
-        values[EQUAL] = values[SHARED]
-        arms["flops"][i][EQUAL] = float(np.interp(values[RECALL], recalls, shares))
-
-
-def measured(arms: dict[str, list[dict]], metric: str) -> bool:
-    """Whether all runs of the arms that `derive` compares have the metric."""
-    return all(metric in run for arm in ("none", "flops", "overuse") for run in arms[arm])
+    for *with_flops, overuse in zip(*(arms[arm] for arm in compared), strict=True):
+        points = sorted((run[RECALL], run[SHARED]) for run in with_flops)
+        overuse[EQUAL] = overuse[SHARED]
+        with_flops[-1][EQUAL] = float(np.interp(overuse[RECALL], *zip(*points, strict=True)))
 
 
 def more_rows(found: Comparison) -> list[dict]:

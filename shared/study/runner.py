@@ -227,7 +227,7 @@ class Study:
             found = report.joined(earlier, found, self.headings)
         trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
         if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
-            print(f"claims about {', '.join(sorted(left_out))} are left out: add their sets to --sets")
+            print(f"claims about {', '.join(sorted(left_out))} are left out: they need other --sets or --arms")
         summary = self.judged(found, path, earlier, **more)
         write_json(path, summary)
         report.write_packages(path.with_name(f"{path.stem}_packages.txt"), keep=earlier is not None)
