@@ -324,7 +324,7 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
         (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
     study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
     assert json.loads(Path("results.json").read_text())["claims"] == []
-    assert "claims about top1 are left out: add their sets to --sets" in capfd.readouterr().out
+    assert "claims about top1 are left out: they need other --sets or --arms" in capfd.readouterr().out
 
 
 def test_results_hold_floors_and_judged_claims(study: Study, capfd: pytest.CaptureFixture):

@@ -86,7 +86,7 @@ def test_claims_about_what_was_not_measured_are_left_out(runs: dict[str, Path], 
     monkeypatch.chdir(tmp_path)
     changed = dataclasses.replace(study.STUDY, floors=(Floor("none", dict),), sets=())
     changed.compare(folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
-    left_out = "claims about .*names/top1.* are left out: add their sets to --sets"
+    left_out = "claims about .*names/top1.* are left out: they need other --sets or --arms"
     assert re.search(left_out, capsys.readouterr().out)
     rows = {row["claim"] for row in checkpoints.read_json(tmp_path / "r.json")["claims"]}
     assert rows and "both together" in {claim.claim for claim in study.CLAIMS} - rows
