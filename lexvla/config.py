@@ -181,7 +181,7 @@ EMOJI = dataclasses.replace(
     states="data/lexvla/states.pt",
     lambda_image=0.1,
     lambda_text=0.1,
-    penalty_warmup=80,  # the paper's share of the steps
+    penalty_warmup=40,
     epochs=4,
 )
 

@@ -25,7 +25,7 @@ from shared.study.verdicts import Claim
 
 DATA, STATES = photos.SINGLE, "data/lexvla/photos-states.pt"
 COCO, COCO_TRAIN = (f"data/photos-coco/eval/patchdis_{split}" for split in ("val", "train"))
-LENGTH = f"--data {DATA} --epochs 4 --batch-size 256 --warmup 30 --penalty-warmup 40"
+LENGTH = f"--data {DATA} --epochs 4 --batch-size 256 --warmup 30"
 # Epochs, learning rates and the least count of a word were chosen by recall on development photographs, with seed 100
 WORDS = f"{LENGTH} --lr 3e-3 --min-count 10"
 LM = f"--states {STATES}"
