@@ -50,10 +50,10 @@ BEFORE = (  # lexvla.text: the frozen language model encodes all captions once
 ARMS = (
     Arm("none", "train emoji-none", heading="no penalty"),
     Arm("flops", "train emoji-flops", heading="FLOPs loss"),
+    Arm("flops-weak", "train emoji-flops --lambda-image 0.3 --lambda-text 0.3", heading="FLOPs x 0.3"),
     Arm("overuse", "train emoji", heading="LexVLA: overuse penalty"),
     Arm("bow", "train emoji-bow", heading="bag of words for text"),
     Arm("dense", "train emoji-dense", heading="latent baseline, 512 dimensions"),
-    Arm("flops-weak", "train emoji-flops --lambda-image 0.3 --lambda-text 0.3", heading="FLOPs x 0.3", core=False),
     Arm("overuse-weak", "train emoji --lambda-image 0.03 --lambda-text 0.03", heading="overuse x 0.3", core=False),
     Arm("dense-64", "train emoji-dense --dense-dim 64", heading="latent baseline, 64 dimensions", core=False),
     Arm("dense-cls", "train emoji-dense --pool-cls", heading="latent baseline of [CLS]", core=False),
@@ -75,10 +75,12 @@ def rarer(claim: str, metric: str, baseline: str, primary: bool = False, learned
     return Claim(claim, FIGURE_6, metric, "overuse", baseline, -1, None, primary, 5.0, learned_by)
 
 
-CLAIMS = (  # document frequencies, recalls and mIoU in percent
+# Document frequencies, recalls and mIoU in percent. FLOPs has the weight that is best in a claim's metric on pilot seed
+# 100: the lower one for recall, the full one for document frequencies
+CLAIMS = (
     rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True),
     rarer("overuse: most used word rarer than without", SHARED, "none", True),
-    Claim("overuse retrieves better than FLOPs", MOST, RECALL, "overuse", "flops", 1, None, True, 1.0),
+    Claim("overuse retrieves better than FLOPs", MOST, RECALL, "overuse", "flops-weak", 1, None, True, 1.0),
     Claim("LLM better than bags of words, on new words", TABLE_1, ON_NEW, "overuse", "bow", 1, None, True, 1.0),
     Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
     Claim("PatchDis, all classes: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
@@ -87,11 +89,12 @@ CLAIMS = (  # document frequencies, recalls and mIoU in percent
     rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none"),
     rarer("... the captions' too", TEXT_DF, "none"),
     rarer("overuse: most used word rarer than with FLOPs of the nearest recall", EQUAL, "flops"),
+    Claim("overuse retrieves better than FLOPs of full weight", MOST, RECALL, "overuse", "flops", negligible=1.0),
     Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
     Claim("LLM better than bags of words, half new words", TABLE_1, MIXED, "overuse", "bow", negligible=1.0),
     Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", negligible=1.0),
     Claim("words better than 512 dimensions, on new words", "Fig. 5", ON_NEW, "overuse", "dense", negligible=1.0),
-    Claim("overuse retrieves better than FLOPs, single emoji", TABLE_1, EMOJI, "overuse", "flops", negligible=1.0),
+    Claim("overuse retrieves better than FLOPs, single emoji", TABLE_1, EMOJI, "overuse", "flops-weak", negligible=1.0),
     Claim("LLM better than bags of words, single emoji", TABLE_1, EMOJI, "overuse", "bow", negligible=1.0),
     Claim("words better than 512 dimensions, single emoji", "Fig. 5", EMOJI, "overuse", "dense", negligible=1.0),
     Claim("64 words better than 64 dimensions", "Fig. 5", TOP_64, "overuse", "dense-64", learned_by=RECALL),
@@ -371,7 +374,7 @@ STUDY = Study(
     arms=ARMS,
     corpus="Scenes of two or three emoji with sentences; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
     "SmolLM2-135M-Instruct in Llama 2's",
-    minutes={"core": 8.6, "all": 15},
+    minutes={"core": 10, "all": 14},
     # fp32: in bf16, words tie around rank ten
     evaluate=lambda runs: evaluation.main(
         evaluation.Config(runs=tuple(runs), precision="fp32", batch_size=16)  # larger ones are slower on a CPU

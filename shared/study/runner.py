@@ -532,8 +532,8 @@ def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds
         added = set(seeds) - has.get(arm, set())
         if old := sorted(name for name in has if arm in study.derived_from.get(name, ()) and added & has[name]):
             raise ValueError(
-                f"metrics of {', '.join(old)} in {options.results} would be computed from {arm}, too: train and measure "
-                "all arms again"
+                f"metrics of {', '.join(old)} in {options.results} would be computed from {arm}, too: train and "
+                "measure all arms again"
             )
     if merged == earlier["seeds"] and all(len(runs.get(arm, ())) == len(merged) for arm in compared):
         raise ValueError(f"{options.results} has these seeds of {', '.join(compared)} already")
