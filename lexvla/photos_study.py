@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from lexvla import eval as evaluation
 from lexvla.config import PRESETS
-from lexvla.study import ALL, PRESENT, TABLE_1, TABLE_2, patches_by_labels, random_patches, rarer
+from lexvla.study import ALL, MOST, PRESENT, TABLE_1, TABLE_2, patches_by_labels, random_patches, rarer
 from lexvla.text import States
 from shared.study import photos, verdicts
 from shared.study.floors import Floor
@@ -43,13 +43,12 @@ ARMS = (
 SET = "retrieval_en"
 RECALL, SHARED = f"{SET}/mean_recall", f"{SET}/max_document_frequency"
 IMAGE_DF, TEXT_DF = (f"{SET}/{side}/max_document_frequency" for side in ("image", "text"))
-MOST_CASES = f"{TABLE_1}: in most cases"
 
 
 CLAIMS = (  # worded as in study.py, which has the same claims
     rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True, RECALL),
     rarer("overuse: most used word rarer than without", SHARED, "none", True, RECALL),
-    Claim("overuse retrieves better than FLOPs", MOST_CASES, RECALL, "overuse", "flops", 1, None, True, 1.0),
+    Claim("overuse retrieves better than FLOPs", MOST, RECALL, "overuse", "flops", 1, None, True, 1.0),
     Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
     Claim("PatchDis, all classes: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
     Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", negligible=1.0),

@@ -376,9 +376,7 @@ STUDY = Study(
     "SmolLM2-135M-Instruct in Llama 2's",
     minutes={"core": 10, "all": 14},
     # fp32: in bf16, words tie around rank ten
-    evaluate=lambda runs: evaluation.main(
-        evaluation.Config(runs=tuple(runs), precision="fp32", batch_size=16)  # larger ones are slower on a CPU
-    ),
+    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
     alone=True,
     derive=derive,
     derived_from=dict.fromkeys(("overuse", "flops"), ("none", "overuse", *PENALTIES["FLOPs"])),

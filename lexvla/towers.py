@@ -51,6 +51,7 @@ class Lite0Maps(nn.Module):
         return torch.cat([self.tokens(some) for some in pixels.split(size)])
 
     def tokens(self, pixels: Tensor) -> Tensor:
+        """Tokens of all these images at once."""
         x = self.stem(pixels)
         for number, stage in enumerate(self.stages):
             x = stage(x)
