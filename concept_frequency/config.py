@@ -124,7 +124,7 @@ def check(cfg: Config, world_size: int) -> None:
     if not cfg.data:
         raise ValueError(
             "--data is missing: it takes image-text shards in img2dataset layout whose .json has the fields name and "
-            "tags, e.g. --data 'data/emoji/train'; 'python -m shared.corpora.pack classes' makes them of your own "
+            "tags, e.g. --data 'data/emoji/train'; 'python -m shared.pack classes' makes them of your own "
             "pictures"
         )
     cli.check_embedded(cfg.data)

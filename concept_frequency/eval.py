@@ -1,4 +1,4 @@
-"""Evaluate the controlled experiment: `python -m concept_frequency.eval RUN... [--report FILE] [--replay FILE]`.
+"""Evaluate the controlled experiment: `python -m concept_frequency.eval RUN... [--replay FILE]`.
 
 The paper (arXiv 2404.04125; authors' code bethgelab/frequency_determines_performance@11ef009, `U:`) relates the
 accuracy of each concept to its count. This file computes scores of concepts (zero-shot, retrieval); count.py counts
@@ -116,8 +116,6 @@ class Config:
     """Percentages of captions to exchange: after each, the misalignment degree is measured again."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     replay: str | None = None
     """results.json of `concept_frequency.replay`; its claims are added to the table."""
     batch_size: int = 256
@@ -325,18 +323,13 @@ def add_comparisons(results: list[dict[str, Any]], cfg: Config, process: run.Pro
 
 
 def main(cfg: Config) -> list[dict[str, Any]] | None:
-    """Evaluate every run; with --report, compare them. Returns the metrics of each."""
+    """Evaluate every run. Returns the metrics of each."""
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "views", "batch_size")
     cli.check_counts(cfg, "workers", least=0)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
-    if cfg.report:
-        add_comparisons(results, cfg, process)
-        more = {"replayed": checkpoints.read_json(cfg.replay)["claims"]} if cfg.replay else {}
-        evaluation.compare("concept_frequency", cfg.runs, results, cfg.report, **more)
-    return results
+    return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
 
 
 if __name__ == "__main__":

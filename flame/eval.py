@@ -1,4 +1,4 @@
-"""Evaluate FLAME and its baseline: `python -m flame.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+"""Evaluate FLAME and its baseline: `python -m flame.eval RUN_OR_CHECKPOINT...`.
 
 The paper's evaluations (authors' code MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/;
 LAION-AI/CLIP_benchmark@48de38c, `B:` with paths under clip_benchmark/). Zero-shot classification (zeroshot.py), also of
@@ -98,8 +98,6 @@ class Config:
     two classes. For runs of the flame method."""
     episodes: int = 100
     """Number of few-shot episodes."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
     """Images or texts per forward pass."""
     workers: int = 0
@@ -445,7 +443,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]]:
-    """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
+    """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError(NO_EXPORT)
@@ -453,8 +451,6 @@ def main(cfg: Config) -> list[dict[str, float]]:
     cli.check_counts(cfg, "workers", least=0)
     kinds = "run folder or checkpoint file"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, foreign=True)
-    if cfg.report:
-        evaluation.compare("flame", cfg.runs, results, cfg.report)
     return results
 
 

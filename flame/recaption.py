@@ -3,8 +3,8 @@
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every image, and keeps the alt text as a third.
 The embedded corpus has no captioner, so captions are composed from the words of each emoji: raw is the name, short adds
 a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
-(shared.corpora.scenes) have their own captions: raw names the emoji, short adds their positions, long describes each.
-For photographs with several captions (shared.corpora.photos), raw is the first, short the second, long all joined.
+(studies.corpora.scenes) have their own captions: raw names the emoji, short adds their positions, long describes each.
+For photographs with several captions (studies.corpora.photos), raw is the first, short the second, long all joined.
 Files are lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files. captioner.py writes
 such files for other images.
 """

@@ -1,6 +1,6 @@
 """Evaluate LexVLA.
 
-    python -m lexvla.eval RUN... [--report FILE]                measure runs
+    python -m lexvla.eval RUN...                measure runs
     python -m lexvla.eval search RUN "red fruit"                the best images for a query
     python -m lexvla.eval explain RUN apple.png "red fruit"     each word's share of a pair's score
     python -m lexvla.eval patchdis MODEL...                     PatchDis of other dual encoders, as lexvla.patchdis
@@ -95,8 +95,6 @@ class Config:
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
     export: str | None = None
     """Refused: open_clip has no towers like LexVLA's."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -349,7 +347,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]]:
-    """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
+    """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         raise ValueError(NO_EXPORT)
@@ -357,8 +355,6 @@ def main(cfg: Config) -> list[dict[str, float]]:
     if cfg.class_text not in ("prompt", "word"):
         raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, foreign=True)
-    if cfg.report:
-        evaluation.compare("lexvla", cfg.runs, results, cfg.report)
     return results
 
 

@@ -10,7 +10,7 @@ of the other papers, and VDR's published weights. eval.py measures runs of LexVL
     images/KEY.png     or .jpg
     masks/KEY.png      class of each pixel; the largest value of the mask's type, 255 or 65535, means no class
 
-`make photos-coco` and `python -m lexvla.scenes` write such folders.
+`make photos-coco` and `python -m studies.lexvla_scenes` write such folders.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ def classnames(folder: str | Path) -> list[str]:
     """The classes of a PatchDis folder, in the order of their ids."""
     if not (names := Path(folder) / "classnames.txt").is_file():
         raise FileNotFoundError(
-            f"{names} does not exist: 'python -m lexvla.scenes' and 'make photos-coco' write PatchDis folders"
+            f"{names} does not exist: 'python -m studies.lexvla_scenes' and 'make photos-coco' write PatchDis folders"
         )
     if not (found := names.read_text(encoding="utf-8").splitlines()):
         raise ValueError(f"{names} is empty: it needs one class per line")

@@ -1,11 +1,11 @@
-"""Evaluate tuned heads, or compare encoders: `python -m nmtune.eval RUN... [--report FILE]`.
+"""Evaluate tuned heads, or compare encoders: `python -m nmtune.eval RUN...`.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. The paper measures the effect of
 pre-training noise by the singular values of a test set's features F (M, D): `feature_spectrum`,
 `singular_value_entropy` (SVE), `largest_singular_value_ratio` (LSVR).
   - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
   - CLIPs of nmtune.pretrain with --sets: zero-shot accuracy and retrieval
-  - with --report, folders ARM-seedN of encoders that nmtune.encoder_study has measured, and of heads: tables, claims
+  - with --report, folders ARM-seedN of encoders that studies.nmtune_encoders has measured, and of heads: tables, claims
     with verdicts, plots
 """
 
@@ -180,7 +180,7 @@ class Config:
     """Evaluate runs; prints the numbers and writes all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders of nmtune.train. With --report: folders ARM-seedN of encoders that nmtune.encoder_study has
+    """Run folders of nmtune.train. With --report: folders ARM-seedN of encoders that studies.nmtune_encoders has
     evaluated, and of heads of nmtune.train with the test sets id and ood."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH instead of the run's own."""
@@ -192,8 +192,6 @@ class Config:
     """Centring before the spectrum: sample (upstream's svd.py), none (the paper's text), sample+feature (pca.py)."""
     export: str | None = None
     """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, without evaluating it."""
-    report: str | None = None
-    """Compare all runs and write this file with claims and verdicts."""
     batch_size: int = 256
     """Images per forward pass."""
     workers: int = 0
@@ -268,15 +266,15 @@ def encoder_metrics(path: str) -> dict[str, float]:
     """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
     of the default centring have plain names.
 
-    FileNotFoundError if nmtune.encoder_study has not evaluated it.
+    FileNotFoundError if studies.nmtune_encoders has not evaluated it.
     """
     folder = Path(path)
     if not (folder / "study.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no study.json: --report compares encoder folders such as sup-30-seed0, which "
-            "python -m nmtune.encoder_study --encoder FOLDER has measured"
+            "python -m studies.nmtune_encoders --encoder FOLDER has measured"
         )
-    with measurements(folder / "study.json", "nmtune.encoder_study") as study:
+    with measurements(folder / "study.json", "studies.nmtune_encoders") as study:
         tasks = {
             task: {metric: float(np.mean(values)) for metric, values in of.items()}
             for task, of in study["tasks"].items()
@@ -291,10 +289,10 @@ def encoder_metrics(path: str) -> dict[str, float]:
 
 
 def head_accuracies(folder: Path) -> dict[str, float]:
-    """{"TEST/METRIC": per cent} of a tuned head: means over heads if nmtune.head_study has tuned several; otherwise the
-    last line of the run's log that has the test set `id`, or {} if there is none."""
+    """{"TEST/METRIC": per cent} of a tuned head: means over heads if several were tuned; otherwise the last
+    line of the run's log that has the test set `id`, or {} if there is none."""
     if (folder / "heads.json").is_file():
-        with measurements(folder / "heads.json", "nmtune.head_study") as heads:
+        with measurements(folder / "heads.json", "studies.nmtune_heads") as heads:
             return {metric: float(np.mean(values)) for metric, values in heads["tests"].items()}
     last = run.read_metrics(folder, "id/top1")[-1:]
     return {key: value for line in last for key, value in line.items() if "/" in key}
@@ -345,19 +343,14 @@ def export_run(path: str, folder: str) -> None:
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Evaluate every tuned head, or compare encoders if `report` is set. Returns the metrics of each run."""
+    """Evaluate every tuned head. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise ValueError("name at least one run folder")
-    evaluation.check_report(cfg.report)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
     if cfg.centre not in CENTRES:
         raise ValueError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
-    if cfg.report:
-        results = [compared_metrics(path) for path in cfg.runs]
-        evaluation.compare("nmtune", cfg.runs, results, cfg.report)
-        return results
     return [evaluated(path, cfg, process) for path in cfg.runs]
 
 

@@ -1,4 +1,4 @@
-"""Evaluate ProtoCLIP and CLIP checkpoints: `python -m protoclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+"""Evaluate ProtoCLIP and CLIP checkpoints: `python -m protoclip.eval RUN_OR_CHECKPOINT...`.
 
 The paper's evaluations (authors' code megvii-research/protoclip@fde1933, `U:` = its src/): zero-shot, linear probe,
 retrieval, agreement of image clusters with classes, modality gap. All use z, without the heads. Takes our run folders
@@ -86,8 +86,6 @@ class Config:
     """Retrieval set on which the gap between images and their first captions is measured; None skips it."""
     curve: bool = False
     """Also evaluate the checkpoints that --keep-every kept in run folders, and plot curve.png there."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     batch_size: int = 256
@@ -410,7 +408,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
+    """Evaluate every run. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export, cfg.model, cfg.quick_gelu)
@@ -419,8 +417,6 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     if cfg.curve:
         for path in filter(os.path.isdir, cfg.runs):
             plot_curve(path, cfg, process)
-    if cfg.report:
-        evaluation.compare("protoclip", cfg.runs, results, cfg.report)
     return results
 
 

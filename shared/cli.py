@@ -27,7 +27,7 @@ def check_data(config: Any, example: str) -> None:
     if not config.data:
         raise ValueError(
             f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'; "
-            "'python -m shared.corpora.pack' makes them of your own pictures"
+            "'python -m shared.pack' makes them of your own pictures"
         )
     check_embedded(config.data)
     folder = folder_of(config.data)

@@ -214,7 +214,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     if isinstance(spec, str) and os.path.isdir(spec):
         urls = sorted(str(path) for path in Path(spec).glob("*.tar"))
         if not urls:
-            hint = "'python -m shared.corpora.pack' makes shards of pictures and captions"
+            hint = "'python -m shared.pack' makes shards of pictures and captions"
             if any(Path(spec, "train").glob("*.tar")):
                 hint = f"{Path(spec, 'train')} does"
             raise FileNotFoundError(f"folder {spec} holds no .tar shard; {hint}")

@@ -1,8 +1,7 @@
-"""Evaluates run folders: saves metrics beside the checkpoint, prints them, and passes them to the paper's study."""
+"""Evaluates run folders: saves metrics beside the checkpoint and prints them."""
 
 import dataclasses
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
@@ -142,7 +141,7 @@ def measured_run(
     inside = Path(str(path).removeprefix("local-dir:"))
     inside = [inside / name for name in ("checkpoint.pt", "open_clip_model.safetensors")]
     weights = [path] if path.is_file() else [file for file in inside if file.is_file()]
-    unimportant = ("runs", "report", "export", "times", "curve", "workers", "device")
+    unimportant = ("runs", "export", "times", "curve", "workers", "device")
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant} | more
     if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
         setting["model"] = read_json(path / "config.json").get("model", setting["model"])
@@ -202,24 +201,17 @@ def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
     return {Path(folder).name for folder in ours & now}, bool(now - ours)
 
 
-def check_report(path: str | None) -> None:
-    """ValueError if --report does not end in .json, since the file is replaced."""
-    if path and Path(path).suffix != ".json":
-        raise ValueError(f"--report {path} should end in .json")
-
-
 def evaluate_runs(
     cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder", foreign: bool = False
 ) -> list[dict]:
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
     Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
-    ValueError if there are no runs, if `cfg.report` is no .json file, or if a run is another paper's and `foreign` is
+    ValueError if there are no runs, or if a run is another paper's and `foreign` is
     False.
     """
     if not cfg.runs:
         raise ValueError(f"name at least one {kinds}")
-    check_report(cfg.report)
     for path in () if foreign else cfg.runs:
         check_own(path, cfg)
     embedded, own_sets = evaluated_sets(cfg)
@@ -233,15 +225,3 @@ def evaluate_runs(
             shown = ", ".join(f"{heading} {found[key]:.2f}" for key, heading in headings.items() if key in found)
             print(f"{path}: {shown}; all metrics: {kept}", flush=True)
     return results
-
-
-def compare(folder: str, runs: Sequence[str], results: Sequence[dict], path: str, **more: Any) -> None:
-    """Pass the metrics of run folders ARM-seedN to FOLDER/study.py, which judges the paper's claims.
-
-    ValueError if that file cannot be imported.
-    """
-    try:
-        study = importlib.import_module(f"{folder}.study").STUDY
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--report needs {folder}/study.py, which could not be imported") from error
-    study.compare(runs, results, Path(path), **more)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from shared import export, run
-from shared.study import scripts
+from studies.harness import scripts
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"

@@ -3,9 +3,11 @@
 `small_corpus` makes the data, `commands` the command lines without --out, `stages` those of the other scripts.
 """
 
+import importlib
 import io
 import json
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
@@ -23,6 +25,13 @@ EVAL = ROOT / "data/emoji/eval"
 FOLDERS = tuple(presets.folders())
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
 SCRIPTS |= {"tldr_reduction": "tldr_reduction.captioner", "tldr_reduction-clip": "tldr_reduction.train"}  # its two
+
+
+def config(folder: str, script: str) -> type:
+    """The settings class of a script with presets."""
+    table = re.search(r"preset_cli\((\w+)\)", (ROOT / folder / f"{script}.py").read_text())[1]
+    found = getattr(importlib.import_module(f"{folder}.{script}"), table)
+    return type(next(iter(found.values()))[1])
 
 
 def small_corpus(folder: Path, pairs: int = 160, shards: int = 2) -> Path:
@@ -190,7 +199,7 @@ def stages(data: Path, parts: Path) -> dict[str, list[str]]:
             fp32 --short {parts / "short.json"} --long {parts / "long.json"} --shard-size 4""",
         "lexvla.text": f"--data {data} --lm {parts / 'lm'} --precision fp32 --sets",
         "tldr_reduction.reduce": f"{data} --select random --keep 0.5 --chunk 50 --workers 0 --precision fp32",
-        "tldr_reduction.corpus": f"--source {parts / 'source'}",
+        "studies.tldr_reduction_corpus": f"--source {parts / 'source'}",
         "concept_frequency.count": f"shards --data {data} --concepts {parts / 'names.txt'} {pipeline}",
     }
     return {module: text.split() for module, text in arguments.items()}

@@ -14,7 +14,7 @@ import open_clip
 import attentive_mask_clip.model
 import shared.run  # noqa: F401  (adds the configs of the emoji-scale towers)
 import tinyclip.geometry
-from shared.study.scripts import run_module
+from studies.harness.scripts import run_module
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 open_clip.add_model_config(Path(__file__).parent / "model_configs")

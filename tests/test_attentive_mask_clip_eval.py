@@ -25,9 +25,9 @@ from attentive_mask_clip.eval import (
 )
 from attentive_mask_clip.model import create_model
 from shared import tars
-from shared.corpora import scenes
 from shared.evalsets import EvalSet
 from shared.zeroshot import classification_metrics, label_ranks
+from studies.corpora import scenes
 
 
 @pytest.mark.golden("attentive_mask_clip", "zeroshot")

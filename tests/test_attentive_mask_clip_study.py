@@ -9,12 +9,14 @@ import torch
 import tyro
 from scripts import ROOT
 
-from attentive_mask_clip import config, study, timing
+from attentive_mask_clip import config
 from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip.model import create_model
-from shared.study.floors import Floor
-from shared.study.report import Comparison
-from shared.study.runner import Arm
+from studies import attentive_mask_clip as study
+from studies import attentive_mask_clip_timing as timing
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
+from studies.harness.runner import Arm
 
 KEPT = [f"kept/{rule}_pixels" for rule in ("attentive", "random", "centre", "untrained")]
 

@@ -1,4 +1,4 @@
-"""python -m attentive_mask_clip.timing: alternating arms, ratios to CLIP, and refused names."""
+"""python -m studies.attentive_mask_clip_timing: alternating arms, ratios to CLIP, and refused names."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 from scripts import finished, one_sentence
 from test_attentive_mask_clip_train import SECONDS, folder  # noqa: F401
 
-from attentive_mask_clip import timing
+from studies import attentive_mask_clip_timing as timing
 
-SCRIPT = "attentive_mask_clip.timing"
+SCRIPT = "studies.attentive_mask_clip_timing"
 
 
 def test_timing_script(cli, folder: Path):

@@ -20,19 +20,19 @@ from scripts import finished
 from protoclip.config import PRESETS
 from shared import run
 from shared.checkpoints import read_json
-from shared.study import runner
-from tests import bench
-from tests.bench import __main__ as every
-from tests.bench import baselines
-from tests.bench import concept_frequency as frequency
-from tests.bench import data as reading
+from studies import bench
+from studies.bench import __main__ as every
+from studies.bench import baselines
+from studies.bench import concept_frequency as frequency
+from studies.bench import data as reading
+from studies.harness import runner
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, SECONDS = "slow", 120
 BENCH = """
     import os, time
     import torch
-    from tests.bench import arguments, bench, print_row, race
+    from studies.bench import arguments, bench, print_row, race
 
     def measure(options):
         print("a library talks")
@@ -158,7 +158,7 @@ def test_baselines_of_the_studies(name: str, monkeypatch: pytest.MonkeyPatch, ca
             assert measure("run") == 7.0
         return contextlib.nullcontext(measured.append(metric))
 
-    module, kept, built = importlib.import_module(f"tests.bench.{name}"), read_json(ROOT / f"results/{name}.json"), []
+    module, kept, built = importlib.import_module(f"studies.bench.{name}"), read_json(ROOT / f"results/{name}.json"), []
     floors = [
         dataclasses.replace(floor, measure=lambda of=floor.name: kept["floors"][of]) for floor in module.study.FLOORS
     ]
@@ -304,5 +304,5 @@ def test_hours_of_a_count(capsys: pytest.CaptureFixture, monkeypatch: pytest.Mon
 
 
 def test_all_folders_have_a_bench():
-    assert {path.parent.name for path in ROOT.glob("*/study.py")} == set(every.CLONES)
-    assert all((ROOT / f"tests/bench/{folder}.py").is_file() for folder in every.CLONES)
+    assert {path.parent.name for path in ROOT.glob("*/model.py")} == set(every.CLONES)
+    assert all((ROOT / f"studies/bench/{folder}.py").is_file() for folder in every.CLONES)

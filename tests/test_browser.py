@@ -14,8 +14,8 @@ from PIL import Image
 from scripts import ROOT
 
 from shared import presets
-from shared.study import companion, overview
-from shared.study.verdicts import shown
+from studies.harness import companion, overview
+from studies.harness.verdicts import shown
 
 BROWSER = Path(sys.prefix) / "browser"
 FONTS = (

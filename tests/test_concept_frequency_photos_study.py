@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from concept_frequency import photos_study as study
 from concept_frequency.concepts import Concepts
 from concept_frequency.config import CountConfig
 from concept_frequency.count import count_corpus
-from shared.study import verdicts
-from shared.study.report import Comparison
+from studies import concept_frequency_photos as study
+from studies.harness import verdicts
+from studies.harness.report import Comparison
 
 
 def test_captions_with_a_rarer_noun_are_left_out():

@@ -10,10 +10,11 @@ import pytest
 from test_concept_frequency_replay import write_published
 from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
-from concept_frequency import eval, study
+from concept_frequency import eval
 from concept_frequency.concepts import load_counts
-from shared.study import verdicts
-from shared.study.floors import Floor
+from studies import concept_frequency as study
+from studies.harness import verdicts
+from studies.harness.floors import Floor
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
 
 
 def test_study_measures_what_a_report_compares(runs):
-    """`python -m concept_frequency.study` measures the same metrics of each arm as `eval --report`."""
+    """`python -m studies.concept_frequency` measures the same metrics of each arm as `eval --report`."""
     results = study.evaluate([str(path) for path in runs.values()])
     of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from test_corpora_scenes import SETTING, bank  # noqa: F401
 
-from shared.corpora import captions, scenes, sprites
+from studies.corpora import captions, scenes, sprites
 
 NPM = Path(__file__).parent.parent / "data/.npm"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from shared.corpora import emoji, emoji_sources
+from studies.corpora import emoji, emoji_sources
 
 ROOT = Path(__file__).parent.parent
 NPM = ROOT / "data/.npm"
@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "shared.corpora.emoji", *map(str, arguments)]
+    command = [sys.executable, "-m", "studies.corpora.emoji", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 
@@ -84,7 +84,7 @@ def test_wrong_calls_exit_2_with_one_sentence(in_process, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("not a corpus")
     wrong = [["--limit", 0], *[["--out", tmp_path]] * 4]
     for arguments, text in zip(wrong, ("{}", "[", '{"setting": {"recipe": 1}}', "", None), strict=True):
-        result = in_process(*arguments, module="shared.corpora.emoji")
+        result = in_process(*arguments, module="studies.corpora.emoji")
         assert result.code == 2
         assert len(result.err.splitlines()) == 1
         if text is not None:  # the manifest of another corpus, or a damaged one
@@ -229,10 +229,10 @@ def test_licences_come_from_the_packages(corpus: Path) -> None:
 
 
 def test_lock_file_has_hashes_and_no_addresses() -> None:
-    text = (ROOT / "shared/corpora/package-lock.json").read_text()
+    text = (ROOT / "studies/corpora/package-lock.json").read_text()
     lock, wanted = (
         json.loads(text)["packages"],
-        json.loads((ROOT / "shared/corpora/package.json").read_text())["dependencies"],
+        json.loads((ROOT / "studies/corpora/package.json").read_text())["dependencies"],
     )
     assert "resolved" not in text and "://" not in text
     for name, package in lock.items():

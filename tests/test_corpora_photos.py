@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from shared import cli, data, evalsets, tars
-from shared.corpora import photos
+from studies.corpora import photos
 
 
 def photograph(path: Path, width: int = 20, height: int = 16) -> None:

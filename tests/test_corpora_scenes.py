@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from shared import data, evalsets, tars
-from shared.corpora import captions, emoji, emoji_sources, layout, scenes, sprites
+from shared import data, evalsets, layout, tars
+from studies.corpora import captions, emoji, emoji_sources, scenes, sprites
 
 NPM = Path(__file__).parent.parent / "data/.npm"
 SETTING = scenes.Setting(captioned=(2, 3), captioned_size=(0.3, 0.5), clutter=(1, 3), concepts=10)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_corpora_scenes import NPM, bank, corpus  # noqa: F401
 
-from shared.corpora import emoji, sprites
+from studies.corpora import emoji, sprites
 
 
 def test_sprites_are_kept_and_made_again(corpus: Path, bank: sprites.Sprites, tmp_path: Path, monkeypatch) -> None:

@@ -104,14 +104,14 @@ def test_a_run_is_measured_again_if_the_code_changes(tmp_path: Path, monkeypatch
     source, measured_after = tmp_path / "weights", []
     source.write_bytes(b"weights")
     os.utime(source, (1, 1))
-    for name in ("paper/train.py", "other/train.py", "shared/study/run.py", "paper/notes.md"):
+    for name in ("paper/train.py", "other/train.py", "studies/harness/run.py", "paper/notes.md"):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"# {name}")
         evaluation.measured(
             "paper", tmp_path / "results.json", {}, [source], lambda name=name: measured_after.append(name) or {}
         )
-    assert measured_after == ["paper/train.py", "shared/study/run.py"]
+    assert measured_after == ["paper/train.py", "studies/harness/run.py"]
 
 
 def test_results_name_the_model_that_was_trained(tmp_path: Path):

@@ -31,28 +31,28 @@ SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().ran
 
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before
     "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "flame.recaption", "lexvla.text",
-    "nmtune.finetune", "nmtune.train", "protoclip.teacher", "tldr_reduction.corpus", "tldr_reduction.reduce",
+    "nmtune.finetune", "nmtune.train", "protoclip.teacher", "studies.tldr_reduction_corpus", "tldr_reduction.reduce",
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 ELSEWHERE = {  # where each other script is tested
-    "attentive_mask_clip.timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
+    "studies.attentive_mask_clip_timing": "test_attentive_mask_clip_timing.py::test_timing_refuses_unknown_names",
     "concept_frequency.curve": "test_concept_frequency_curve.py::test_inputs_without_a_curve_end_in_one_sentence",
     "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.photos_study": "test_study_locked_clip.py::test_a_stopped_run_goes_on",
+    "studies.concept_frequency_photos": "test_study_locked_clip.py::test_a_stopped_run_goes_on",
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
-    "flame.new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
+    "studies.flame_new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
-    "lexvla.scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
-    "nmtune.encoder_study": "test_nmtune_encoder_study.py::test_study_and_report",
-    "nmtune.head_study": "test_nmtune_head_study.py::test_heads_of_other_runs_are_refused",
+    "studies.lexvla_scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
+    "studies.nmtune_encoders": "test_nmtune_encoder_study.py::test_study_and_report",
+    "studies.nmtune_heads": "test_nmtune_head_study.py::test_heads_of_other_runs_are_refused",
     "nmtune.extract": "test_nmtune_extract.py::test_command_lines_end_in_one_sentence",
     "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
     "tldr_reduction.finetune": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
-    "tldr_reduction.photos_study": "test_tldr_reduction_photos_study.py::test_predictions_are_what_others_said",
-    "tldr_reduction.pool": "test_tldr_reduction_pool.py::test_a_pool_is_written",
+    "studies.tldr_reduction_photos": "test_tldr_reduction_photos_study.py::test_predictions_are_what_others_said",
+    "studies.tldr_reduction_pool": "test_tldr_reduction_pool.py::test_a_pool_is_written",
     "tldr_reduction.retrieval": "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted",
 }
 KILLED = {  # where arms and scripts that are not killed here are
@@ -469,7 +469,7 @@ HOSTILE = {  # what a stage reports of hostile data beside what the headers show
     "flame.recaption": None,
     "lexvla.text": {},
     "protoclip.teacher": {},
-    "tldr_reduction.corpus": None,
+    "studies.tldr_reduction_corpus": None,
     "tldr_reduction.reduce": {BOMB: 4, PIXELS: 4, ENCODING: 4},
 }
 
@@ -477,7 +477,7 @@ HOSTILE = {  # what a stage reports of hostile data beside what the headers show
 @pytest.mark.parametrize("module", HOSTILE)
 def test_a_stage_on_hostile_data(module: str, stage, hostile: Path, tmp_path: Path):
     arguments = []
-    if module == "tldr_reduction.corpus":
+    if module == "studies.tldr_reduction_corpus":
         (tmp_path / "manifest.json").write_text('{"version": "hostile"}')
         (tmp_path / "train").symlink_to(hostile)
         arguments = ["--source", tmp_path]

@@ -27,11 +27,12 @@ from test_flame_train import (  # noqa: F401
     tiny_llm,
 )
 
-from flame import config, study
+from flame import config
 from flame import eval as evaluation
 from flame.eval import linear_probe, retrieval_recall
-from shared.study.floors import Floor
 from shared.zeroshot import retrieval_ranks
+from studies import flame as study
+from studies.harness.floors import Floor
 
 
 @pytest.mark.golden("flame", "retrieval_multi_caption")

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flame import new_names
-from shared import checkpoints, data, tars
-from shared.corpora import layout
+from shared import checkpoints, data, layout, tars
 from shared.evalsets import EvalSet
+from studies import flame_new_names as new_names
 
 NAMES = [f"name {i}" for i in range(40)]
 
@@ -37,7 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_no_training_sample_has_a_new_name(corpus: Path, tmp_path: Path, in_process):
     out = tmp_path / "known"
-    assert in_process("--corpus", corpus, "--out", out, module="flame.new_names").code == 0
+    assert in_process("--corpus", corpus, "--out", out, module="studies.flame_new_names").code == 0
     new = {name for name in NAMES if new_names.is_new(name, 5)}
     trained = dict(tars.descriptions(data.expand_shards(str(out / "train"))))
     assert new and {about["name"] for about in trained.values()} == set(NAMES) - new
@@ -47,10 +46,10 @@ def test_no_training_sample_has_a_new_name(corpus: Path, tmp_path: Path, in_proc
         assert set(found.classnames) == new and found.templates == ["{c}"]
         seen = [(found.classnames[label], NAMES[pixel % 100 % 40]) for _, pixel, label in found]
         assert len(seen) == drawings * len(new) and all(label == drawn for label, drawn in seen)
-    again = in_process("--corpus", corpus, "--out", out, module="flame.new_names")
+    again = in_process("--corpus", corpus, "--out", out, module="studies.flame_new_names")
     assert again.code == 0 and "complete" in again.out
 
 
 def test_a_missing_corpus_ends_in_one_sentence(tmp_path: Path, in_process):
-    refused = in_process("--corpus", tmp_path, "--out", tmp_path / "known", module="flame.new_names")
+    refused = in_process("--corpus", tmp_path, "--out", tmp_path / "known", module="studies.flame_new_names")
     assert refused.code == 2 and "make data" in refused.err and not (tmp_path / "known").exists()

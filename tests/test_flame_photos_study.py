@@ -2,9 +2,10 @@
 
 import pytest
 
-from flame import photos_study, recaption
-from shared.study import verdicts
-from shared.study.report import Comparison
+from flame import recaption
+from studies import flame_photos as photos_study
+from studies.harness import verdicts
+from studies.harness.report import Comparison
 
 
 def test_languages_are_asked_with_a_multilingual_model_alone(monkeypatch: pytest.MonkeyPatch):

@@ -12,13 +12,13 @@ import torch
 import tyro
 from PIL import Image
 
-from flame import config, study
+from flame import config
 from flame.embed import GEMMA, SMOLLM2
-from flame.study import SCRIPTS, facet_similarity
-from shared import checkpoints, tars
-from shared.corpora import layout
-from shared.study import runner, verdicts
-from shared.study.report import Comparison
+from shared import checkpoints, layout, tars
+from studies import flame as study
+from studies.flame import SCRIPTS, facet_similarity
+from studies.harness import runner, verdicts
+from studies.harness.report import Comparison
 
 
 def words(llm: str, arm: str) -> str:
@@ -61,7 +61,7 @@ def test_what_runs_once_is_made_for_the_arms_that_read_it():
     for llm in (GEMMA, SMOLLM2):
         made = {once.command: once.arms for once in study.before(llm)}
         bank, texts = study.BANKS[llm], f"--sets {' '.join(study.NEW_SETS + config.ZERO_SHOT_SETS + config.LONG_SETS)}"
-        assert made["flame.recaption"] == made["flame.new_names"] == ()
+        assert made["flame.recaption"] == made["studies.flame_new_names"] == ()
         assert made[f"flame.embed emoji --llm {llm} {texts} --out {bank}"] == ()
         assert made[f"flame.embed emoji --llm {llm} --mask causal {texts} --out {bank}-causal"] == ("causal",)
         banks = {line.split("--out ")[1].split()[0] for line in made if line.startswith("flame.embed")}
@@ -221,7 +221,7 @@ def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
     scripts = [" ".join(line) for line in called]
-    assert scripts[:2] == ["flame.recaption", "flame.new_names"]
+    assert scripts[:2] == ["flame.recaption", "studies.flame_new_names"]
     assert scripts[2].startswith("flame.embed emoji --llm gemma ")
     assert [line.split()[0] for line in scripts[3:]] == ["flame.train", "flame.train"]
 

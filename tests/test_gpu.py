@@ -165,11 +165,11 @@ def test_a_killed_run_goes_on(start, given, runs, folder: Path, name: str):
 
 
 def test_heads_with_other_seeds(start, runs, folder: Path):
-    """nmtune.head_study tunes heads on a GPU, although features in memory are on the CPU."""
+    """studies.nmtune_heads tunes heads on a GPU, although features in memory are on the CPU."""
     name = "nmtune-features"
     assert runs[name, DEVICE, "fp32", 1]
     out = folder / "runs" / f"{name}-{DEVICE}-fp32-1"
-    finished(ended(start("--run", out, "--heads", "2", "--device", DEVICE, module="nmtune.head_study")))
+    finished(ended(start("--run", out, "--heads", "2", "--device", DEVICE, module="studies.nmtune_heads")))
     assert (out / "heads.json").is_file()
 
 
@@ -217,7 +217,7 @@ def test_steps_do_not_wait_for_the_gpu(start, given, folder: Path, name: str):
 def test_throughput_is_printed():
     """The table of `make bench-gpu` with few steps; with small towers on a CPU."""
     small = "--models ViT-emoji ResNet-emoji --batch 16 --steps 1" if DEVICE == "cpu" else "--steps 5"
-    command = [sys.executable, "-m", "tests.bench.gpu", "--repetitions", "2", *small.split()]
+    command = [sys.executable, "-m", "studies.bench.gpu", "--repetitions", "2", *small.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     print(done.stdout)
     assert done.returncode == 0, done.stderr

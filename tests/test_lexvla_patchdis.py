@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lexvla import patchdis
 from lexvla.model import lexical_map
-from shared.corpora import photos
+from studies.corpora import photos
 
 SCRIPT, CPU = "lexvla.patchdis", torch.device("cpu")
 PIECES = [

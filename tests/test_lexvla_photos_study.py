@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lexvla import photos_study as study
-from lexvla import study as scenes_study
-from shared.corpora import layout
-from shared.study import verdicts
+from shared import layout
+from studies import lexvla as scenes_study
+from studies import lexvla_photos as study
+from studies.harness import verdicts
 
 
 def test_arms_read_the_same_captions():

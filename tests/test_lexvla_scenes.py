@@ -8,11 +8,12 @@ import pytest
 from test_corpora_scenes import bank, corpus  # noqa: F401
 from test_lexvla_train import SCRIPT, SECONDS, folder  # noqa: F401
 
-from lexvla import patchdis, scenes
+from lexvla import patchdis
 from lexvla.towers import normalize
 from shared import data
-from shared.corpora.emoji_sources import Emoji
 from shared.evalsets import EvalSet
+from studies import lexvla_scenes as scenes
+from studies.corpora.emoji_sources import Emoji
 
 SIZES = dict(image_size=64, concepts=6, samples=30, eval_samples=16)
 CAT = Emoji(

@@ -25,11 +25,12 @@ from test_lexvla_train import (  # noqa: F401
     tiny,
 )
 
-from lexvla import config, patchdis, study
+from lexvla import config, patchdis
 from lexvla import eval as evaluation
 from shared import checkpoints
-from shared.study.floors import Floor
-from shared.study.report import Comparison
+from studies import lexvla as study
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
 
 
 def test_arms_differ_only_in_the_settings_of_their_names():

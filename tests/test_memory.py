@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from protoclip.episodes import BatchTransform
-from shared import clip, data, memory
-from shared.corpora import layout
+from shared import clip, data, layout, memory
 
 
 def random_pixels(n: int, side: int = 64) -> torch.Tensor:

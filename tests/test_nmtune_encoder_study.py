@@ -9,10 +9,12 @@ import pytest
 import torch
 from test_nmtune_train import corpus  # noqa: F401
 
-from nmtune import config, encoder_study, model, study
+from nmtune import config, model
 from nmtune import eval as evaluation
 from shared import checkpoints
-from shared.study.floors import Floor
+from studies import nmtune as study
+from studies import nmtune_encoders as encoder_study
+from studies.harness.floors import Floor
 
 
 def test_study_and_report(tmp_path, monkeypatch, capsys):

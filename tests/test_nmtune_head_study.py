@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_nmtune_train import corpus, images, in_process, metrics, one_sentence  # noqa: F401
 
-from nmtune import config, head_study, study
+from nmtune import config
 from nmtune import eval as evaluation
 from shared import checkpoints
+from studies import nmtune as study
+from studies import nmtune_heads as head_study
 
 
 @pytest.fixture
@@ -37,10 +39,10 @@ def test_heads_equal_those_of_training(in_process, features_file, tmp_path, pres
         f"blackbox/{name}": metrics(folder)[-1][f"{name}/top1"] for name in ("id", "ood")
     }
     for said in ("", "nothing to do"):
-        code, out, err = in_process("nmtune.head_study", "--run", folder, "--heads", 3, "--device", "cpu")
+        code, out, err = in_process("studies.nmtune_heads", "--run", folder, "--heads", 3, "--device", "cpu")
         assert code == 0 and said in out, err
     os.utime(features_file, ns=(1, 1))  # another file, older than the results
-    code, out, err = in_process("nmtune.head_study", "--run", folder, "--heads", 3, "--device", "cpu")
+    code, out, err = in_process("studies.nmtune_heads", "--run", folder, "--heads", 3, "--device", "cpu")
     assert code == 0 and "nothing to do" not in out, err
     found = checkpoints.read_json(folder / "heads.json")
     assert found["seeds"] == [30, 31, 32]
@@ -66,7 +68,7 @@ def test_heads_of_other_runs_are_refused(in_process, features_file, tmp_path, im
     }
     for message, (changed, options) in cases.items():
         torch.save(state | changed, folder / "checkpoint.pt")
-        code, _, err = in_process("nmtune.head_study", "--run", folder, *options)
+        code, _, err = in_process("studies.nmtune_heads", "--run", folder, *options)
         assert code == 2 and message in err and one_sentence(err), err
     assert not (folder / "heads.json").exists()
     cfg = dataclasses.replace(config.EMOJI_SUPERVISED, epochs=1)
@@ -80,6 +82,6 @@ def test_each_seed_of_the_study_has_heads_of_its_own():
     for seed in (0, 1, 10):
         first, more = study.STUDY.words(arm, seed)
         number = int(first[first.index("--seed") + 1])
-        assert more == ["nmtune.head_study", "--run", first[-1], "--heads", str(study.TUNINGS)]
+        assert more == ["studies.nmtune_heads", "--run", first[-1], "--heads", str(study.TUNINGS)]
         seeds += range(number, number + study.TUNINGS)
     assert len(set(seeds)) == 3 * study.TUNINGS

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_nmtune_study import compared
 
-from nmtune import photos_study as study
-from shared.corpora import layout
-from shared.study import verdicts
+from shared import layout
 from shared.tars import write_split
+from studies import nmtune_photos as study
+from studies.harness import verdicts
 
 
 def picture(label: int, seed: int) -> bytes:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from nmtune import config, study
-from shared.study import verdicts
+from nmtune import config
+from studies import nmtune as study
+from studies.harness import verdicts
 
 SEEDS = (0, 1, 2)
 
@@ -110,7 +111,7 @@ def test_arms_are_encoders_at_each_noise_ratio_and_heads_on_a_black_box():
     pretraining, tuning = study.STUDY.words(study.STUDY.arms[9], 1)
     out = "runs/nmtune/clip-30-seed1"
     assert pretraining == ["nmtune.pretrain", "emoji-clip-30", "--seed", "1", "--out", out]
-    assert tuning == ["nmtune.encoder_study", "--encoder", out, "--methods", "lp"]
+    assert tuning == ["studies.nmtune_encoders", "--encoder", out, "--methods", "lp"]
     _, tuning = study.STUDY.words(known["sup-30"], 1)
     assert tuning[-3:] == list(study.HEADS)  # C4 on encoders, and the spectra of z
     head, _ = study.STUDY.words(known["lite0-nmtune"], 1)

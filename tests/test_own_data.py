@@ -26,7 +26,7 @@ import shared.resnet  # noqa: F401  (exports of the small ResNet load after it)
 from shared import checkpoints, data
 from shared.evalsets import EvalSet
 
-SCRIPT, SECONDS = "shared.corpora.pack", 300
+SCRIPT, SECONDS = "shared.pack", 300
 COLOURS, FORMS = ("red", "green", "blue", "yellow", "black"), ("circle", "square", "triangle", "cross")
 SIZES, PLACES = ("small", "large"), ("top left", "top right", "middle", "bottom left", "bottom right")
 SHORT = {  # what is appended to a command
@@ -193,7 +193,7 @@ def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: st
     expected, exported = FOLDERS[name]
     scored: dict[str, str] = {}  # run -> what its evaluation has printed
     for words in commands(text):
-        if words[0] in SKIPPED or words[:2] == ["shared.corpora.pack", "classes"]:
+        if words[0] in SKIPPED or words[:2] == ["shared.pack", "classes"]:
             continue
         said = execute(words)
         if words[0].endswith(".eval") and "--export" not in words and words[1] != "search":

@@ -39,7 +39,7 @@ from parity import check_commit
 from test_presets import offered
 
 from shared import evaluation, presets
-from shared.study import companion
+from studies.harness import companion
 
 ROOT = Path(__file__).parent.parent
 RUNS = set(  # where a run is, what it prints and how much memory it takes, not what it computes

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from shared import memory, pretrained
-from shared.corpora import layout
+from shared import layout, memory, pretrained
 from shared.data import ToNormalizedTensor
 
 LANGUAGE_MODELS = {  # function: (package, tokens of TEXT, what the model says next)

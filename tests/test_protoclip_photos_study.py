@@ -9,13 +9,12 @@ from test_protoclip_locked import CPU, cfg  # noqa: F401
 from test_protoclip_train import corpus  # noqa: F401
 
 from protoclip import eval as evaluation
-from protoclip import photos_study as study
 from protoclip import train
-from shared import pretrained
-from shared.corpora import layout
-from shared.study import photos, verdicts
-from shared.study.report import Comparison
+from shared import layout, pretrained
 from shared.tars import write_split
+from studies import protoclip_photos as study
+from studies.harness import photos, verdicts
+from studies.harness.report import Comparison
 
 
 def test_arms_share_data_tower_and_steps():

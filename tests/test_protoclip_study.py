@@ -9,11 +9,11 @@ import torch
 from test_protoclip_eval import EMOJI, cfg, runs, trained  # noqa: F401
 
 from protoclip import eval as evaluation
-from protoclip import study
 from shared import checkpoints
-from shared.study.floors import Floor
-from shared.study.report import Comparison
-from shared.study.verdicts import Claim
+from studies import protoclip as study
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
+from studies.harness.verdicts import Claim
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from scripts import Lazily, ended, finished, kill_at, metrics, same, start_two
-from short_runs import SCRIPTS, commands, image_folder, small_corpus, small_set
-from test_consistency import config
+from short_runs import SCRIPTS, commands, config, image_folder, small_corpus, small_set
 from test_faults import trained
 from test_windows import Flaky
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.study.ceiling import open_clip_tower, trained_on_labels
 from shared.tars import write_split
+from studies.harness.ceiling import open_clip_tower, trained_on_labels
 
 
 def picture(rng: np.random.Generator, label: int) -> bytes:

@@ -10,8 +10,8 @@ import pytest
 from scripts import ROOT
 
 from shared import presets
-from shared.study import companion
-from shared.study.companion import Function, Place
+from studies.harness import companion
+from studies.harness.companion import Function, Place
 
 README = """# A paper
 
@@ -218,7 +218,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     companion.main(("lexvla",), upstream=Path("~"), out=tmp_path)
     printed = capsys.readouterr().out
     assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
-    result = in_process("lexvlo", module="shared.study.companion")
+    result = in_process("lexvlo", module="studies.harness.companion")
     assert result.code == 2 and "lexvlo is not a paper's folder; those are" in result.err
 
 
@@ -230,7 +230,7 @@ def test_damaged_differences_are_refused(tmp_path: Path):
 
 
 def test_the_command_without_its_extra():
-    run = "runpy.run_module('shared.study.companion', run_name='__main__')"
+    run = "runpy.run_module('studies.harness.companion', run_name='__main__')"
     command = [sys.executable, "-c", f"import runpy, sys; sys.modules['markdown'] = None; {run}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     install = "pip install '.[companion]'"

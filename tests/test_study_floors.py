@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from sklearn.feature_extraction.text import CountVectorizer
 
-from shared.study import floors
 from shared.tars import write_split
+from studies.harness import floors
 
 
 def png(color: tuple[int, int, int], at: int = 0) -> bytes:

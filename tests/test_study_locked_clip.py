@@ -13,10 +13,9 @@ import torch
 from test_pretrained import lite0  # noqa: F401
 from test_study_photos import WORDS, corpus, picture  # noqa: F401
 
-from concept_frequency.photos_study import Config
-from shared import checkpoints, data, zeroshot
-from shared.corpora import layout
-from shared.study import locked_clip, photos
+from shared import checkpoints, data, layout, zeroshot
+from studies.concept_frequency_photos import Config
+from studies.harness import locked_clip, photos
 
 
 @pytest.fixture

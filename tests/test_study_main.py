@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from shared.study import __main__ as everything
-from shared.study.runner import Arm, Study
+from studies.harness import __main__ as everything
+from studies.harness.runner import Arm, Study
 
 
 def study(folder: str, arms: str, minutes: float) -> Study:
@@ -65,9 +65,9 @@ def test_all_studies_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(everything, "subprocess", SimpleNamespace(run=call))
     everything.main(everything.Options(seeds=(0, 1)))
     assert calls == [
-        ["-m", "protoclip.study", "--seeds", "0", "1", "--arms", "core"],
-        ["-m", "tinyclip.study", "--seeds", "0", "1", "--arms", "core"],
-        ["-m", "shared.study.overview", "runs"],
+        ["-m", "studies.protoclip", "--seeds", "0", "1", "--arms", "core"],
+        ["-m", "studies.tinyclip", "--seeds", "0", "1", "--arms", "core"],
+        ["-m", "studies.harness.overview", "runs"],
     ]
     assert "2 of 2 papers left: protoclip (24 min), tinyclip (40 min); about 1 h 04 min" in capfd.readouterr().out
     with pytest.raises(ValueError, match="at least one seed"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
-from shared.study import overview, report, verdicts
+from studies.harness import overview, report, verdicts
 
 ROOT = Path(__file__).parent.parent
 

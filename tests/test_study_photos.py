@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from shared import zeroshot
-from shared.corpora import layout
-from shared.study import photos
+from shared import layout, zeroshot
 from shared.tars import write_split
+from studies.harness import photos
 
 WORDS = ["dog", "ball", "snow", "man", "red", "water"]
 

@@ -9,8 +9,8 @@ import pytest
 
 from shared import checkpoints
 from shared.run import machine
-from shared.study import report
-from shared.study.verdicts import VERDICTS
+from studies.harness import report
+from studies.harness.verdicts import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     for row in summary["claims"]:
         assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline", "seeds", "negligible"} == row_of
     assert {row["verdict"] for row in summary["claims"]} <= set(VERDICTS)
-    study = importlib.import_module(f"{file.stem}.study").STUDY
+    study = importlib.import_module(f"studies.{file.stem}").STUDY
     assert set(summary["floors"]) <= {floor.name for floor in study.floors}
     again = study.judged_again(summary)["claims"]
     assert [(row["claim"], row["verdict"]) for row in again] == [
@@ -44,7 +44,7 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/photos/*.json")), ids=lambda file: file.stem)
 def test_committed_results_on_photographs(file: Path):
     """At least three seeds, judged by the study's claims and floors."""
-    summary, study = report.read_results(file), importlib.import_module(f"{file.stem}.photos_study").STUDY
+    summary, study = report.read_results(file), importlib.import_module(f"studies.{file.stem}_photos").STUDY
     assert min(map(len, report.by_seed(summary).values())) >= 3
     assert set(summary["floors"]) <= {floor.name for floor in study.floors}
     again = study.judged_again(summary)["claims"]
@@ -75,9 +75,11 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     said = sentences((ROOT / file.stem / "README.md").read_text())
     plain = re.sub(r"\*([^*]+)\*", "", said)
     assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
-    tables = [(importlib.import_module(f"{file.stem}.study").STUDY, summary)]
+    tables = [(importlib.import_module(f"studies.{file.stem}").STUDY, summary)]
     if (photographs := ROOT / f"results/photos/{file.name}").is_file():
-        tables.append((importlib.import_module(f"{file.stem}.photos_study").STUDY, checkpoints.read_json(photographs)))
+        tables.append(
+            (importlib.import_module(f"studies.{file.stem}_photos").STUDY, checkpoints.read_json(photographs))
+        )
     known: set[str] = set()
     for study, found in tables:
         known |= {row["claim"] for row in found["claims"]} | {study.headings[arm] for arm in found["arms"]}

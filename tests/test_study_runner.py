@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.study import overview, report, runner
-from shared.study.floors import Floor
-from shared.study.runner import Arm, Once, Stage, Study
-from shared.study.verdicts import Claim, not_testable
+from studies.harness import overview, report, runner
+from studies.harness.floors import Floor
+from studies.harness.runner import Arm, Once, Stage, Study
+from studies.harness.verdicts import Claim, not_testable
 
 SCRIPT = """
     import sys, pathlib, shutil

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scripts import ROOT
 
-from shared.study import scripts
+from studies.harness import scripts
 
 
 def test_scripts_start_as_from_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
@@ -32,7 +32,7 @@ def test_scripts_start_as_from_a_command_line(tmp_path: Path, monkeypatch: pytes
 def test_a_study_starts_scripts_without_a_word(tmp_path: Path):
     """Its module is imported once by the server of forks, and not again as the main module of each script."""
     (tmp_path / "study.py").write_text(
-        "import os, sys\nfrom shared.study import scripts\nprint('imported', flush=True)\n"
+        "import os, sys\nfrom studies.harness import scripts\nprint('imported', flush=True)\n"
         "if __name__ == '__main__':\n    sys.exit(scripts.run_script('tool', [], os.environ))\n"
     )
     (tmp_path / "tool.py").write_text("print('done')\n")
@@ -53,7 +53,7 @@ def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.S
     """Although only the study gets the signal; a shell starts commands with & so that they ignore SIGINT."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/study.py").write_text(
-        "from shared.study.runner import Arm, Study, main\n"
+        "from studies.harness.runner import Arm, Study, main\n"
         "arms = tuple(Arm(name, 'train', heading=name) for name in 'abc')\n"
         "STUDY = Study('paper', 'A paper', 'CC3M', arms, minutes={'core': 1}, evaluate=list, metrics={}, claims=())\n"
         "if __name__ == '__main__':\n    main(STUDY)\n"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shared.study import verdicts
-from shared.study.verdicts import Claim, Scatter, half_width, holm, judged, own, pooled, shown, verdict
+from studies.harness import verdicts
+from studies.harness.verdicts import Claim, Scatter, half_width, holm, judged, own, pooled, shown, verdict
 
 CLAIM = Claim("higher", "+4", "m", "ours", "base", 1, 4.0, True, 1.0)
 FLOORS = [((), {"m": 1.0}), ((), {"m": 30.0}), (("ours", "other"), {"m": 46.0})]  # chance, pixels, a pretrained tower

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from shared.study import verdicts
-from tinyclip import photos_study as study
+from studies import tinyclip_photos as study
+from studies.harness import verdicts
 from tinyclip.geometry import CONFIGS
 from tinyclip.inheritance import inherit_weights
 from tinyclip.model import CLIP, parameter_counts

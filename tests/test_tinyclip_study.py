@@ -14,14 +14,15 @@ from scripts import ROOT
 from test_tinyclip_eval import sets, trained  # noqa: F401
 from test_tinyclip_train import arms, folder  # noqa: F401
 
-from shared import checkpoints
-from shared.corpora import layout, scenes
-from shared.study import overview
-from shared.study.floors import Floor
-from shared.study.report import Comparison
-from shared.study.verdicts import Claim
+from shared import checkpoints, layout
 from shared.tars import write_split
-from tinyclip import config, study
+from studies import tinyclip as study
+from studies.corpora import scenes
+from studies.harness import overview
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
+from studies.harness.verdicts import Claim
+from tinyclip import config
 from tinyclip import eval as evaluation
 
 # --------------------------------------------------------------------------------------------------------------- report

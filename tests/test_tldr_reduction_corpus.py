@@ -5,7 +5,7 @@ import json
 import pytest
 from test_tldr_reduction_train import refused
 
-from tldr_reduction import corpus
+from studies import tldr_reduction_corpus as corpus
 
 
 def test_corpus_is_declared(tmp_path):
@@ -42,4 +42,4 @@ def test_a_corpus_of_another_version_leaves_nothing_behind(tmp_path):
 
 
 def test_a_folder_that_is_no_corpus_is_refused(in_process, tmp_path):
-    refused(in_process("--source", tmp_path, module="tldr_reduction.corpus"), "is not the embedded corpus")
+    refused(in_process("--source", tmp_path, module="studies.tldr_reduction_corpus"), "is not the embedded corpus")

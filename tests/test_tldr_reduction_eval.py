@@ -13,11 +13,11 @@ from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
 
 from shared import tars
-from shared.study import report
+from studies.harness import report
+from studies.tldr_reduction import STUDY
 from tldr_reduction import config
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, plain, rerank_scores, retrieval_recall
-from tldr_reduction.study import STUDY
 
 
 @pytest.mark.golden("tldr_reduction", "retrieval_rerank")

@@ -9,11 +9,10 @@ import torch
 from test_study_locked_clip import cfg  # noqa: F401
 from test_study_photos import WORDS, corpus  # noqa: F401
 
-from shared import zeroshot
-from shared.corpora import layout
-from shared.study import locked_clip, photos, report
-from shared.study.runner import in_order
-from tldr_reduction import photos_study as study
+from shared import layout, zeroshot
+from studies import tldr_reduction_photos as study
+from studies.harness import locked_clip, photos, report
+from studies.harness.runner import in_order
 from tldr_reduction.cluster import random_subset, select_fraction
 
 
@@ -97,7 +96,7 @@ def test_reductions_wait_for_the_codes():
     assert jobs.index("reduced/codes") < jobs.index("reduced/random") < jobs.index("random")
     (words,) = study.STUDY.words(study.ARMS[2], 4)
     assert words[:3] == [
-        "tldr_reduction.photos_study",
+        "studies.tldr_reduction_photos",
         "--data",
         "runs/photos/tldr_reduction/reduced/codes-seed4/shards",
     ]

@@ -10,10 +10,10 @@ from test_corpora_scenes import bank  # noqa: F401
 from test_tldr_reduction_train import refused
 
 from shared import tars
-from shared.corpora import scenes
-from shared.corpora.scenes import Scenes, Setting
 from shared.evalsets import EvalSet
-from tldr_reduction import pool
+from studies import tldr_reduction_pool as pool
+from studies.corpora import scenes
+from studies.corpora.scenes import Scenes, Setting
 from tldr_reduction.datasets import open_pairs
 
 NAMES = [f"n{i}" for i in range(20)]
@@ -60,8 +60,8 @@ def test_a_pool_is_written(in_process, tmp_path):
     tars.write_tar(tmp_path / "scenes/train/00000.tar", samples)
     (tmp_path / "scenes/manifest.json").write_text("{}")
     command = ["--source", tmp_path / "scenes", "--out", tmp_path / "out", "--noise", "0", "100", "--oracle", "0"]
-    assert in_process(*command, module="tldr_reduction.pool").code == 0
-    assert "is complete" in in_process(*command, module="tldr_reduction.pool").out
+    assert in_process(*command, module="studies.tldr_reduction_pool").code == 0
+    assert "is complete" in in_process(*command, module="studies.tldr_reduction_pool").out
     clean, noisy = (open_pairs(str(tmp_path / f"out/noise-{name}")) for name in ("00", "100"))
     assert [clean.caption(row) for row in range(8)] == [f"n{i % 4} tag" for i in range(8)]
     assert all(not noisy.caption(row).endswith(" tag") for row in range(8))
@@ -69,8 +69,8 @@ def test_a_pool_is_written(in_process, tmp_path):
     assert said["005"] == {"original": 2, "name": "n1", "noise": "name"}
     spoken = json.loads((tmp_path / "out/oracle-00.json").read_text())
     assert spoken[5] == {"image_id": "005", "caption": "n1"}
-    refused(in_process(*command, "50", module="tldr_reduction.pool"), "other scenes or shares")
-    refused(in_process("--source", tmp_path, module="tldr_reduction.pool"), "holds no scenes")
+    refused(in_process(*command, "50", module="studies.tldr_reduction_pool"), "other scenes or shares")
+    refused(in_process("--source", tmp_path, module="studies.tldr_reduction_pool"), "holds no scenes")
 
 
 def test_validation_has_other_scenes_of_the_drawings_that_are_held_out(in_process, tmp_path, bank, monkeypatch):
@@ -79,8 +79,8 @@ def test_validation_has_other_scenes_of_the_drawings_that_are_held_out(in_proces
     manifest = {"setting": dataclasses.asdict(setting) | {"samples": 9, "eval_samples": 6, "recipe": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     command = ["--source", tmp_path, "--validation", tmp_path / "validation"]
-    assert "6 scenes of 3 concepts" in in_process(*command, module="tldr_reduction.pool").out
-    assert "is complete" in in_process(*command, module="tldr_reduction.pool").out
+    assert "6 scenes of 3 concepts" in in_process(*command, module="studies.tldr_reduction_pool").out
+    assert "is complete" in in_process(*command, module="studies.tldr_reduction_pool").out
     found = list(EvalSet(tmp_path / "validation", np.array))
     held_out = Scenes(dataclasses.replace(setting, distinct=None), "id")
     assert [label for _, _, label in found] == [0, 1, 2, 0, 1, 2]

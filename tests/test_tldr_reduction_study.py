@@ -7,10 +7,11 @@ import pytest
 import torch
 import tyro
 
-from shared.study import verdicts
-from shared.study.runner import Stage, in_order
-from tldr_reduction import config, study
-from tldr_reduction.study import IN_EACH, KINDS, POOLS, REDUCTIONS, STUDY, WHERE, shards
+from studies import tldr_reduction as study
+from studies.harness import verdicts
+from studies.harness.runner import Stage, in_order
+from studies.tldr_reduction import IN_EACH, KINDS, POOLS, REDUCTIONS, STUDY, WHERE, shards
+from tldr_reduction import config
 
 
 def test_reductions_of_a_pool_take_turns():
@@ -73,7 +74,7 @@ def test_pools_have_the_same_arms_and_are_built_for_each_of_them():
             scenes, folder, _ = POOLS[pool]
             assert any(f"--out {scenes} " in command for command in built)
             assert any(command.endswith(f"pool --source {scenes} --out {folder}") for command in built) or (
-                folder == "data/tldr" and "tldr_reduction.pool" in built
+                folder == "data/tldr" and "studies.tldr_reduction_pool" in built
             )
 
 

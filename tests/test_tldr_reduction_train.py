@@ -20,7 +20,8 @@ from test_tldr_reduction_model import exact
 from shared import checkpoints
 from shared import cli as command_line
 from shared.pretrained import efficientnet_lite0
-from tldr_reduction import corpus, train
+from studies import tldr_reduction_corpus as corpus
+from tldr_reduction import train
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.datasets import LockedPairs, open_pairs, view_of
 from tldr_reduction.tokenizer import build_vocab

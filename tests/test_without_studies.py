@@ -1,4 +1,4 @@
-"""The papers run without their studies and the builders of corpora."""
+"""The papers run without studies/."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from graph import BUILDERS
 from scripts import ROOT, ended
 from short_runs import FOLDERS, small_corpus, small_set
 
@@ -19,14 +18,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path: Path, monkeypatch):
-    """In a copy without shared/study, shared/corpora and any study.py, all modules of the papers can be imported, and
-    one paper trains and evaluates. (test_consistency.py tests that no import is hidden in a function.)
+    """In a copy without studies/, all modules of the papers can be imported, and one paper trains and evaluates.
 
     The process is a fork of the tests' server, which has imported the other libraries. It drops the project's modules.
     """
     copy = tmp_path / "copy"
     for package in ("shared", *FOLDERS):
-        ignore = shutil.ignore_patterns("study", "corpora", "study.py", "photos_study.py", "__pycache__")
+        ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / package, copy / package, ignore=ignore)
     (copy / "data").symlink_to(ROOT / "data")
     corpus, out = small_corpus(tmp_path / "corpus"), tmp_path / "runs/protoclip"
@@ -37,12 +35,11 @@ def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path
         f"{package}.{path.stem}"
         for package in ("shared", *FOLDERS)
         for path in sorted((copy / package).glob("*.py"))
-        if path.stem != "__init__" and f"{package}/{path.name}" not in BUILDERS
+        if path.stem != "__init__"
     ]
     lines = [
         ["protoclip.train", "emoji", "--data", str(corpus), *more.split(), "--out", str(out)],
         ["protoclip.eval", str(out), *sets],
-        ["protoclip.eval", str(out), *sets, "--report", str(tmp_path / "r.json")],
     ]
     driver = """
         import importlib, importlib.util, json, os, runpy, sys
@@ -52,7 +49,7 @@ def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path
         packages = {module.partition(".")[0] for module in modules}
         for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
             del sys.modules[name]
-        assert importlib.util.find_spec("shared.study") is importlib.util.find_spec("protoclip.study") is None
+        assert importlib.util.find_spec("studies") is None
         for module in modules:
             assert importlib.import_module(module).__file__.startswith(os.getcwd()), module
         for module, *words in lines:
@@ -68,4 +65,4 @@ def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path
     shown = result.out[-2000:] + result.err[-4000:]
     assert [module for module, *_ in lines] == [line for line in result.out.splitlines() if line in modules], shown
     assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
-    assert result.code == 2 and "protoclip/study.py, which could not be imported" in result.err, shown
+    assert result.code == 2 and "studies/protoclip.py, which could not be imported" in result.err, shown

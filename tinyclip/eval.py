@@ -1,4 +1,4 @@
-"""Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT... [--report FILE]`.
+"""Evaluate TinyCLIP runs and checkpoints: `python -m tinyclip.eval RUN_OR_CHECKPOINT...`.
 
 The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
 throughput, linear probe. Takes our run folders, the authors' checkpoints in either layout, folders of transformers and
@@ -67,8 +67,6 @@ class Config:
     """Activation (True: QuickGELU, False: GELU) of files that do not state it. The authors' files have GELU."""
     throughput: bool = True
     """Measure pairs per second; the machine should be idle otherwise."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     batch_size: int = 256
@@ -278,7 +276,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Evaluate every run; compare them if `report` is set. Returns the metrics of each run."""
+    """Evaluate every run. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "batch_size")
     cli.check_counts(cfg, "workers", least=0)
@@ -288,8 +286,6 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
         return export_run(export.single(cfg), cfg.export, cfg)
     kinds = "run folder, checkpoint file or MODEL@WEIGHTS"
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
-    if cfg.report:
-        evaluation.compare("tinyclip", cfg.runs, results, cfg.report)
     return results
 
 

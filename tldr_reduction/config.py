@@ -372,7 +372,7 @@ def check(cfg: Common, world_size: int) -> None:
     if not cfg.data:
         raise ValueError(
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
-            "; 'python -m shared.corpora.pack' makes them of your own pictures"
+            "; 'python -m shared.pack' makes them of your own pictures"
         )
     for folder, module in (("data/emoji_tldr", "corpus"), ("data/tldr", "pool")):
         cli.check_built(cfg.data, folder, f"'python -m tldr_reduction.{module}' makes it after 'make data'")

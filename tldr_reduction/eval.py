@@ -1,4 +1,4 @@
-"""Evaluate TL;DR's runs: `python -m tldr_reduction.eval RUN... [--report FILE]`.
+"""Evaluate TL;DR's runs: `python -m tldr_reduction.eval RUN...`.
 
 BLIP's retrieval with re-ranking and its recall, ITM score histograms, zero-shot classification and retrieval by the
 shared code, and what a reduction kept. salesforce/BLIP@056a169 is cited as `B:`.
@@ -70,8 +70,6 @@ class Config:
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), and measure nothing. For
     runs other than clip: blip.pth, which stock BLIP loads, and folders for transformers."""
-    report: str | None = None
-    """Also compare all runs, named ARM-seedN, and write this file with claims and verdicts."""
     batch_size: int = 256
     """Images or captions per forward pass."""
     workers: int = 0
@@ -325,16 +323,13 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
-    """Measure every run, and compare them if `--report` is given. Returns the measurements of each."""
+    """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
     cli.check_counts(cfg, "k_test", "batch_size")
     cli.check_counts(cfg, "workers", least=0)
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
-    if cfg.report:
-        evaluation.compare("tldr_reduction", cfg.runs, results, cfg.report)
-    return results
+    return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)
 
 
 if __name__ == "__main__":

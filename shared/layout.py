@@ -1,0 +1,164 @@
+"""Writes corpora: training shards, evaluation sets and masks, in folders that appear only when complete."""
+
+import dataclasses
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shared import checkpoints, run
+from shared.tars import write_split, write_tar
+
+SHARD = 1000  # samples per training shard
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def link(source: str, target: str) -> None:
+    """A second name for a file, so that it takes its space once; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of an array: (H, W, 3) uint8, or (H, W) uint8 or uint16."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "", shard_size: int = SHARD) -> int:
+    """Writes training shards in img2dataset layout, `folder/{prefix}{00000..}.tar`; returns the number of samples.
+
+    A sample maps file endings to contents: an image ending, `txt` (caption), `json` (dict), and others as bytes.
+    """
+    samples, count = iter(samples), 0
+    for shard in itertools.count():
+        some = list(itertools.islice(samples, shard_size))
+        if not some:
+            return count
+        keyed = []
+        for index, sample in enumerate(some):
+            key = f"{shard:05d}{index:04d}"
+            about = {"key": key, "caption": sample["txt"]} | sample["json"]
+            described = json.dumps(about, sort_keys=True, ensure_ascii=False)
+            keyed.append({"__key__": key} | sample | {"json": described})
+        write_tar(folder / f"{prefix}{shard:05d}.tar", keyed)
+        count += len(some)
+
+
+def write_retrieval(folder: Path, samples: Iterable[dict], shard_size: int | None = None) -> int:
+    """Writes a retrieval set with the split `test`, in one shard or in several; returns the number of images."""
+    count = write_split(folder / "test", samples, shard_size)
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    return count
+
+
+def write_classes(folder: Path, classes: Sequence[str], templates: Sequence[str]) -> None:
+    """Writes class names and prompt templates of a classification set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    prompts = "".join(f"{line}\n" for line in templates)
+    (folder / "zeroshot_classification_templates.txt").write_text(prompts, encoding="utf-8")
+
+
+def share_split(source: Path, target: Path) -> None:
+    """Copies a split to a second set, by hard links where possible."""
+    shutil.copytree(source, target, copy_function=link)
+
+
+def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[str, bytes, np.ndarray]]) -> int:
+    """Writes `classnames.txt`, `images/KEY.png` or `.jpg` and `masks/KEY.png`; returns the number of images.
+
+    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none). ValueError if two
+    images have the same KEY.
+    """
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    image_of: dict[str, str] = {}
+    for name, image, labels in samples:
+        mask = Path(name).with_suffix(".png").name
+        if mask in image_of:
+            raise ValueError(f"the images {image_of[mask]} and {name} would share the mask {mask}: rename one of them")
+        image_of[mask] = name
+        (folder / "images" / name).write_bytes(image)
+        (folder / "masks" / mask).write_bytes(mask_png(labels, len(classes)))
+    return len(image_of)
+
+
+def mask_png(labels: np.ndarray, classes: int) -> bytes:
+    """PNG of labels (H, W): uint8 if the number of classes fits, else uint16; -1 becomes the dtype's largest value."""
+    kind = np.uint8 if classes <= 255 else np.uint16
+    return png(np.where(labels < 0, np.iinfo(kind).max, labels).astype(kind))
+
+
+def setting_of(options: Any, recipe: int) -> dict:
+    """The setting of a corpus for `build`: class and fields of a dataclass of options, without paths and `strict`."""
+    fields = {name: value for name, value in dataclasses.asdict(options).items() if not isinstance(value, Path)}
+    del fields["strict"]
+    return {"data": type(options).__name__.lower(), "recipe": recipe} | fields
+
+
+def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
+    """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is complete.
+
+    manifest.json holds `setting`, the facts, and sha256 of every shard. A folder made with the same setting is left
+    unchanged. ValueError if it was made with another setting, is no corpus, or is being built by another process;
+    OSError if the disk is full. What a killed process left is removed.
+    """
+    setting = json.loads(json.dumps(setting))  # as JSON reads it back, for example lists for tuples
+    if is_complete(out, setting):
+        return print(f"{out} is complete")
+    scratch = out.with_name(f".{out.name}-unfinished")
+    folder = scratch / "corpus"
+    with run.lock(scratch) as file:
+        if not os.fstat(file.fileno()).st_nlink:  # removed by another process before it was locked
+            raise ValueError(f"another process has just removed {scratch}: build {out} again")
+        try:
+            if is_complete(out, setting):  # another process has just built it
+                return print(f"{out} is complete")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            facts = write(folder)
+            shards = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.tar"))}
+            checkpoints.write_json(folder / "manifest.json", {"setting": setting, **facts, "sha256": shards})
+            folder.rename(out)
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if cause.errno not in FULL:
+                raise
+            raise OSError(
+                f"{out} could not be built ({cause.strerror}): free some space, and build it again"
+            ) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{out} built: " + ", ".join(f"{name} {count:,}" for name, count in facts["counts"].items()))
+
+
+def is_complete(out: Path, setting: dict) -> bool:
+    """Whether the folder `out` holds a corpus of this setting. ValueError if it holds something else."""
+    advice = f"remove {out} to build it again, or choose another --out if no study reads it"
+    if (out / "manifest.json").is_file():
+        then = checkpoints.read_json(out / "manifest.json", advice).get("setting")
+        if what := checkpoints.changes(then if isinstance(then, dict) else {}, setting):
+            raise ValueError(f"{out} was made with other settings: {what}; {advice}")
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists but is not a corpus (it has no manifest.json): {advice}")
+    return False

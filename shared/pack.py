@@ -1,0 +1,608 @@
+"""Packs your pictures into training shards and evaluation sets: `python -m shared.pack KIND SOURCE --out DIR`.
+
+    python -m shared.pack pairs photos/captions.csv --hold-out 0.1 --out data/mine
+    python -m shared.pack retrieval photos/test.jsonl --out data/my_test
+    python -m shared.pack classes photos/labels.csv --hold-out 0.2 --out data/my_classes
+
+SOURCE names the pictures, and their captions or labels:
+    table        .csv (commas) or .tsv (tabs) with the columns `image` and `caption`, or `image` and `label`
+    JSON lines   .jsonl, a line {"image": "a.jpg", "caption": "a dog"} or {"image": "a.jpg", "caption": ["a dog", ...]}
+    folder       SOURCE/CLASS/picture.jpg, for classes
+A picture with several captions has several rows or, in JSON lines, a list. Further columns go into the samples' .json.
+
+Paths are relative to the folder of SOURCE or to --image-root, and must not leave it. Picture files are copied
+unchanged, except pictures whose EXIF data ask for a rotation, pictures larger than --max-side, and GIF and BMP, which
+become PNG. Unreadable pictures are left out, counted and named. The same source gives the same bytes. DIR appears when
+it is complete and has been read back.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TextIO
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from shared import checkpoints, cli, data, layout, run
+from shared.evalsets import EvalSet, read_lines
+from shared.layout import sha256
+from shared.tars import Broken, write_split
+
+RECIPE = 1  # version; increased when the output for the same pictures and setting changes
+TABLES = {".csv": ",", ".tsv": "\t"}  # ending: separator of columns
+LINES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the pictures in a folder of classes
+ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are not converted
+ORIENTATION = 274  # EXIF tag
+UPRIGHT = {  # value of the tag: operation that turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TEMPLATES = ("{c}", "a photo of a {c}.")
+MOST = 10_000  # most samples per shard, since keys have four digits for them
+CHECKED = 1000  # most pictures of training shards that are decoded when reading back
+
+
+class Picture(NamedTuple):
+    file: str  # real path (links resolved), inside the root folder of the paths
+    name: str  # path relative to this folder
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+
+def read_rows(
+    path: Path, columns: Mapping[str, str], broken: list[Broken]
+) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """(place in the file, picture's path, caption or label, further columns) of the rows of a table or JSON lines.
+
+    columns: {flag: name of the column} for the picture and for the text. A row without a picture is recorded in
+    `broken`. ValueError if the file is not a table or JSON lines.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*TABLES, *LINES):
+        raise ValueError(f"{path} must end in one of {', '.join((*TABLES, *LINES))}")
+    image, text = columns.values()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = json_rows(file, path) if suffix in LINES else table_rows(file, path, TABLES[suffix], columns)
+            for place, row in rows:
+                if not isinstance(row, dict):
+                    broken.append(Broken(place, "no JSON object"))
+                elif not isinstance(name := row.pop(image, None), str) or not name.strip():
+                    broken.append(Broken(place, f"row without {image!r}"))
+                else:
+                    yield place, name.strip(), row.pop(text, None), row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as such") from error
+
+
+def table_rows(
+    file: TextIO, path: Path, separator: str, columns: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """(place, {column: cell}) of a table's rows; without a header, columns are named by their number from 0."""
+    rows = cells(file, path, separator)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{path} is empty")
+    header, names = [name.strip() for name in first[1]], list(columns.values())
+    if not set(names) <= set(header):
+        if not all(name.isdecimal() and int(name) < len(header) for name in names):
+            flags = " and ".join(f"--{flag}" for flag in columns)
+            raise ValueError(
+                f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} select columns by "
+                f"name, or by number from 0 if the first row is not a header"
+            )
+        numbers = map(str, range(len(header)))
+        header, rows = [number if number in names else "" for number in numbers], itertools.chain([first], rows)
+    yield from ((place, dict(zip(header, row, strict=False))) for place, row in rows)
+
+
+def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
+    """(place, cells) of the rows that are not blank. In tab-separated files only whole cells can be quoted.
+
+    ValueError for an unclosed quotation mark, which would swallow the following rows.
+    """
+    csv.field_size_limit(2**31 - 1)
+    tabs = separator == "\t"
+    reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield f"{path.name}, line {reader.line_num}", [unquoted(cell) for cell in row] if tabs else row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} cannot be read as cells: {error}") from error
+
+
+def unquoted(cell: str) -> str:
+    """The content of a quoted cell; other cells unchanged."""
+    inside = cell[1:-1].replace('""', "")
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of the entries of JSON lines or of a JSON list."""
+    text = file.read()
+    if text.lstrip().startswith("["):
+        if not isinstance(entries := parsed(text), list):
+            raise ValueError(f"{path} begins with [ but is not a JSON list")
+        yield from ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path.name}, line {number}", parsed(line)
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, with valid Unicode in its strings; None if it is no JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace"))
+    return None
+
+
+def class_folders(root: Path) -> Iterator[tuple[str, str]]:
+    """(picture's path relative to `root`, its class folder). Prints what was skipped. ValueError without pictures."""
+    found, others, empty = False, Counter(), []
+    for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+        others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in SUFFIXES)
+        found |= bool(pictures)
+        empty += [] if pictures else [home.name]
+        yield from ((path.relative_to(root).as_posix(), home.name) for path in pictures)
+    if not found:
+        raise ValueError(f"{root} holds no folder of a class with pictures, {root}/CLASS/picture.jpg")
+    if empty or others:
+        kinds = [f"{count} {kind}" for kind, count in others.most_common(5)]
+        folders = [f"folder{'s' * (len(empty) > 1)} without pictures {', '.join(empty[:5])}"] * bool(empty)
+        print(f"{root}: skipped {', '.join(kinds + folders)}")
+
+
+def further(columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that go into the sample's .json."""
+    return {name: value for name, value in columns.items() if name and name not in ("key", "caption")}
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[str, bytes]:
+    """{file ending: bytes} of a picture: `content`, or encoded again if it is rotated, too large, GIF or BMP.
+
+    picture: `content` decoded to RGB.
+    """
+    turn = None
+    with Image.open(io.BytesIO(content), formats=data.FORMATS) as opened:
+        ending = ENDINGS.get(opened.format)
+        with contextlib.suppress(Exception):  # damaged EXIF is ignored
+            turn = UPRIGHT.get(opened.getexif().get(ORIENTATION))
+    scale = min(1.0, (max_side or max(picture.size)) / max(picture.size))
+    if turn is None and scale == 1 and ending is not None:
+        return {ending: content}
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if scale < 1:
+        picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BICUBIC)
+    picture.info.pop("exif", None)  # its orientation is no longer valid
+    target, ending = io.BytesIO(), "jpg" if ending in ("jpg", "webp") else "png"
+    picture.save(target, "jpeg" if ending == "jpg" else "png", quality=95)
+    return {ending: target.getvalue()}
+
+
+def size_of(picture: Picture) -> int:
+    """Size of a picture's file in bytes, or -1 if it is not a file."""
+    try:
+        return os.path.getsize(picture.file) if os.path.isfile(picture.file) else -1
+    except (OSError, ValueError):
+        return -1
+
+
+def copies(pictures: Iterable[Picture]) -> list[list[Picture]]:
+    """Groups of pictures with identical bytes."""
+    of_size, groups = defaultdict(list), []
+    for picture in pictures:
+        of_size[size_of(picture)].append(picture)
+    for size, some in of_size.items():
+        if size < 0 or len(some) == 1:
+            groups += [[picture] for picture in some]
+            continue
+        of_digest = defaultdict(list)
+        for picture in some:
+            try:
+                of_digest[sha256(Path(picture.file))].append(picture)
+            except OSError:
+                of_digest[picture.file].append(picture)
+        groups += of_digest.values()
+    return groups
+
+
+def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
+    """`share` of the pictures, at least one but not all, chosen by a hash of their names.
+
+    Copies of a picture stay together, so that no picture is in both splits.
+    """
+    groups, chosen = copies(pictures), set()
+    groups.sort(key=lambda group: data.stable_hash("hold out", min(picture.name for picture in group)))
+    wanted = max(round(share * sum(map(len, groups))), 1)
+    for group in groups[:-1]:
+        if len(chosen) < wanted:
+            chosen.update(group)
+    return chosen
+
+
+# -------------------------------------------------------------------------------------------------------- reading back
+
+
+def check_pairs(folder: Path, count: int) -> None:
+    """OSError if training shards do not hold `count` readable samples; at most CHECKED pictures are decoded."""
+    try:
+        pairs = data.Shards(data.expand_shards(str(folder)), strict=True)
+        found = sum(bool(pairs.caption(row)) for row in range(len(pairs)))
+        for row in np.linspace(0, len(pairs) - 1, min(len(pairs), CHECKED)).astype(int):
+            pairs.read(int(row))
+    except (ValueError, data.BrokenSample) as error:
+        raise OSError(f"what was written cannot be read back: {error}") from error
+    if found != count:
+        raise OSError(f"only {found:,} of {count:,} written samples can be read back")
+
+
+def check_set(folder: Path, split: str, count: int) -> None:
+    """OSError if a split of an evaluation set does not hold `count` readable samples."""
+    try:
+        found = sum(1 for _ in EvalSet(folder, lambda picture: None, split))
+    except ValueError as error:
+        raise OSError(f"what was written cannot be read back: {error}") from error
+    if found != count:
+        raise OSError(f"only {found:,} of {count:,} samples of {folder.name}/{split} can be read back")
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+
+@dataclasses.dataclass
+class Pictures:
+    """Options that all kinds of output share."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Table (.csv, .tsv) or JSON lines (.jsonl) that name the pictures; for classes also a folder of class folders."""
+    out: Path
+    """Output folder. It appears only when it is complete."""
+    image_root: Path | None = None
+    """Folder that the image paths are relative to; None: the folder of SOURCE."""
+    image_column: str = "image"
+    """Column or key of the pictures' paths; in a table without a header its number, from 0."""
+    max_side: int | None = None
+    """Resize pictures whose longer side has more pixels than this; None: no resizing."""
+    shard_size: int = layout.SHARD
+    """Samples per shard, at most 10,000."""
+    strict: bool = False
+    """Stop at the first broken picture instead of counting it."""
+
+    def __post_init__(self):
+        self.broken: list[Broken] = []
+        self.classes: list[str] = []
+        self.prompts: Sequence[str] = ()
+
+    def root_of(self, table: Path) -> str:
+        """The folder that a table's paths are relative to, with links resolved."""
+        root = self.image_root or table.parent
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"{root} is not a folder: set --image-root to the folder that image paths start from"
+            )
+        return os.path.realpath(root)
+
+    def picture(self, root: str, path: str, place: str) -> Picture:
+        """The picture of a path. ValueError if the path leaves `root`, directly or by links."""
+        if "\0" in path:
+            return Picture(path, path)  # no file has such a name
+        file = os.path.realpath(os.path.join(root, path))
+        if not Path(file).is_relative_to(root):
+            raise ValueError(
+                f"{place}: {path} is outside of {root}; set --image-root to a folder that contains all pictures"
+            )
+        name = os.fsencode(Path(file).relative_to(root).as_posix())
+        return Picture(file, name.decode("utf-8", "replace"))
+
+    def lacking(self, place: str, reason: str) -> None:
+        """Record a broken picture or row; with --strict, ValueError."""
+        if self.strict:
+            raise ValueError(f"--strict: {place}: {reason}")
+        self.broken.append(Broken(place, reason))
+
+    def check_any(self, splits: Mapping[str, Mapping]) -> None:
+        """ValueError if a split has no picture."""
+        if empty := [name for name, pictures in splits.items() if not pictures]:
+            why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
+            raise ValueError(f"{self.source} has no picture left for {empty[0]}{why}")
+
+    def rows(self, source: Path, flag: str, column: str) -> Iterator[tuple[Picture, str, Any, dict[str, Any]]]:
+        """(picture, place, caption or label, further columns) of a table's rows; `column` is the value of --`flag`."""
+        if not source.is_file():
+            what = "a folder" if source.is_dir() else "no file"
+            raise FileNotFoundError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
+        root, known, broken = self.root_of(source), {}, []
+        for place, path, text, more in read_rows(source, {"image-column": self.image_column, flag: column}, broken):
+            if path not in known:
+                known[path] = self.picture(root, path, place)
+            yield known[path], place, text, more
+        for one in broken:
+            self.lacking(*one)
+
+    def captioned(self, caption_column: str) -> dict[Picture, list[tuple[str, dict]]]:
+        """{picture: [(caption, further columns), ...]} in the order of the source."""
+        found = defaultdict(list)
+        for picture, place, text, more in self.rows(self.source, "caption-column", caption_column):
+            texts = text if isinstance(text, list) else [text]
+            captions = [" ".join(each.split()) for each in texts if isinstance(each, str)]
+            if not texts or len(captions) < len(texts) or not all(captions):
+                self.lacking(place, f"row without {caption_column!r}")
+            found[picture] += [(caption, further(more)) for caption in captions if caption]
+        return {picture: entries for picture, entries in found.items() if entries}
+
+    def read(self, picture: Picture) -> dict[str, bytes] | None:
+        """{file ending: bytes} of a picture; None if it cannot be read, which is recorded."""
+        try:
+            content = data.read_file(picture.file)
+            return encoded(content, data.decode_image(content), self.max_side)
+        except data.BrokenSample as error:
+            self.lacking(picture.name, str(error))
+            return None
+
+    def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
+        """(picture, content, value in `pictures`) of the readable pictures. ValueError if there are none."""
+        found = False
+        for picture, what in run.progress(pictures.items(), len(pictures), label):
+            if (content := self.read(picture)) is not None:
+                found = True
+                yield picture, content, what
+        if not found:
+            raise ValueError(
+                f"none of the {len(pictures):,} pictures of {self.source} ({label}) can be read, such as "
+                f"{self.broken[-1].key} ({self.broken[-1].reason}): --image-root is the folder that paths start from"
+            )
+
+    def write_retrieval(self, folder: Path, captions: Mapping[Picture, list[str]]) -> tuple[int, int]:
+        """Writes a retrieval set and reads it back; returns the numbers of pictures and captions."""
+        written: Counter[str] = Counter()
+
+        def samples() -> Iterator[dict]:
+            for _, content, texts in self.read_all(captions, folder.name):
+                written["captions"] += len(texts)
+                yield content | {"txt": "\n".join(texts)}
+
+        pictures = layout.write_retrieval(folder, samples(), self.shard_size)
+        check_set(folder, "test", pictures)
+        return pictures, written["captions"]
+
+    def build(self) -> None:
+        """Writes the folder and its manifest, and prints how to use it; a finished folder is left unchanged."""
+        cli.check_counts(self, "max_side", "shard_size")
+        if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
+            raise ValueError(f"--hold-out must be a share of at least 0 and less than 1, not {share}")
+        if self.shard_size > MOST:
+            raise ValueError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
+        plan = self.plan()
+        self.check_any(plan)
+        listed = {name: [(p.name, size_of(p), what) for p, what in split.items()] for name, split in plan.items()}
+        files = data.fingerprint(json.dumps([listed, self.classes, self.prompts]).encode())
+
+        def write(folder: Path) -> dict:
+            counts = self.write(folder, plan)
+            broken = dict(sorted(self.broken))
+            return {"counts": counts | {"broken": len(broken)}, "broken": broken}
+
+        layout.build(self.out, layout.setting_of(self, RECIPE) | {"files": files}, write)
+        broken = checkpoints.read_json(self.out / "manifest.json")["broken"]
+        if line := data.broken_report((Broken(*each) for each in broken.items()), "left out"):
+            print(line)
+        print(self.used_as())
+
+
+@dataclasses.dataclass
+class Pairs(Pictures):
+    """Training shards of pictures and captions, DIR/train/{00000..}.tar in img2dataset layout; with --hold-out also a
+    retrieval set of held-out pictures, DIR/eval/held_out."""
+
+    caption_column: str = "caption"
+    """Column or key of the captions; in a table without a header its number, from 0."""
+    every_caption: bool = True
+    """Write one sample per caption instead of one sample with the first caption."""
+    hold_out: float = 0.0
+    """Share of the pictures to hold out for testing, with all of their captions."""
+
+    def plan(self) -> dict[str, dict[Picture, list[tuple[str, dict]]]]:
+        found = self.captioned(self.caption_column)
+        if not self.hold_out:
+            return {"train": found}
+        kept = held_out(found, self.hold_out)
+        return {
+            "train": {p: entries for p, entries in found.items() if p not in kept},
+            "held_out": {p: entries for p, entries in found.items() if p in kept},
+        }
+
+    def write(self, folder: Path, plan: dict[str, dict[Picture, list[tuple[str, dict]]]]) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+
+        def samples() -> Iterator[dict]:
+            for picture, content, entries in self.read_all(plan["train"], "train"):
+                counts.update(pictures=1, captions=len(entries))
+                about = {"file": picture.name, "captions": [caption for caption, _ in entries]}
+                for caption, more in entries if self.every_caption else entries[:1]:
+                    yield content | {"txt": caption, "json": more | about}
+
+        samples_written = layout.write_pairs(folder / "train", samples(), shard_size=self.shard_size)
+        check_pairs(folder / "train", samples_written)
+        found = {"pictures": counts["pictures"], "captions": counts["captions"], "samples": samples_written}
+        if "held_out" in plan:
+            captions = {p: [caption for caption, _ in entries] for p, entries in plan["held_out"].items()}
+            images, texts = self.write_retrieval(folder / "eval/held_out", captions)
+            found |= {"held_out": images, "held_out_captions": texts}
+        return found
+
+    def used_as(self) -> str:
+        held = f", evaluate with --sets {self.out}/eval/held_out" if self.hold_out else ""
+        return f"train with --data {self.out}/train{held}"
+
+
+@dataclasses.dataclass
+class Retrieval(Pictures):
+    """A retrieval set, DIR, of all pictures with all their captions."""
+
+    caption_column: str = "caption"
+    """Column or key of the captions; in a table without a header its number, from 0."""
+
+    def plan(self) -> dict[str, dict[Picture, list[str]]]:
+        found = self.captioned(self.caption_column)
+        return {"test": {picture: [caption for caption, _ in entries] for picture, entries in found.items()}}
+
+    def write(self, folder: Path, plan: dict[str, dict[Picture, list[str]]]) -> dict[str, int]:
+        return dict(zip(("pictures", "captions"), self.write_retrieval(folder, plan["test"]), strict=True))
+
+    def used_as(self) -> str:
+        return f"evaluate with --sets {self.out}"
+
+
+@dataclasses.dataclass
+class Classes(Pictures):
+    """A classification set, DIR, of labelled pictures; with --hold-out or --train also a train split for probes. Its
+    samples have class names as captions, so that DIR/train can also be used as training data."""
+
+    label_column: str = "label"
+    """Column or key of the labels; in a table without a header its number, from 0."""
+    hold_out: float = 0.0
+    """Share of each class's pictures to hold out for testing; the others are the train split. 0: all pictures are for
+    testing."""
+    train: Path | None = None
+    """Pictures of the train split, in the same formats as SOURCE."""
+    classnames: Path | None = None
+    """File of class names, one a line. Labels may be these names, line numbers from 0, or other words, of which line n
+    names the n-th in alphabetical order. None: names of folders, with spaces for `_`, or the labels themselves."""
+    templates: Path | None = None
+    """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
+
+    def labelled(self, source: Path) -> dict[Picture, tuple[str, dict]]:
+        """{picture: (label, further columns)}. ValueError if a picture has two labels."""
+        found: dict[Picture, tuple[str, dict]] = {}
+        if source.is_dir():
+            root = os.path.realpath(source)
+            if self.out.resolve().is_relative_to(root):
+                raise ValueError(f"--out {self.out} lies in the folder of classes: choose another --out")
+            return {self.picture(root, path, str(source)): (name, {}) for path, name in class_folders(Path(root))}
+        for picture, place, text, more in self.rows(source, "label-column", self.label_column):
+            label = " ".join(str(text).split()) if isinstance(text, (str, int)) else ""
+            if not label:
+                self.lacking(place, f"row without {self.label_column!r}")
+            elif found.setdefault(picture, (label, further(more)))[0] != label:
+                raise ValueError(
+                    f"{place}: {picture.name} has the label {label!r} here, but {found[picture][0]!r} before"
+                )
+        return found
+
+    def plan(self) -> dict[str, dict[Picture, tuple[int, dict]]]:
+        """{split: {picture: (class index, further columns)}}; sets `classes` and `prompts`."""
+        if self.train and self.hold_out:
+            raise ValueError("--train and --hold-out exclude each other: pass only one")
+        splits = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
+        self.check_any(splits)
+        labels = sorted({label for split in splits.values() for label, _ in split.values()})
+        numbers, self.classes = self.number(labels)
+        self.prompts = read_lines(self.templates) if self.templates else TEMPLATES
+        if lacking := [prompt for prompt in self.prompts if "{c}" not in prompt]:
+            raise ValueError(f"{self.templates} has the line {lacking[0]!r}, which lacks {{c}} for the class name")
+        if self.hold_out:
+            whole, of_label = splits["test"], defaultdict(list)
+            for picture, (label, _) in whole.items():
+                of_label[label].append(picture)
+            kept = set().union(*(held_out(pictures, self.hold_out) for pictures in of_label.values()))
+            splits = {
+                "test": {p: about for p, about in whole.items() if p in kept},
+                "train": {p: about for p, about in whole.items() if p not in kept},
+            }
+            if untested := [label for label in labels if kept.isdisjoint(of_label[label])]:
+                print(f"classes too small for a test split, all in the train split: {', '.join(untested[:5])}")
+        if both := splits["test"].keys() & splits.get("train", {}).keys():
+            raise ValueError(f"{min(both).name} is in both splits")
+        return {
+            name: {p: (numbers[label], more) for p, (label, more) in split.items()} for name, split in splits.items()
+        }
+
+    def number(self, labels: list[str]) -> tuple[dict[str, int], list[str]]:
+        """({label: class index}, class names)."""
+        decimal = all(label.isdecimal() for label in labels)
+        order = sorted(labels, key=int) if decimal else labels
+        names = [label.replace("_", " ") for label in order] if self.source.is_dir() else order
+        numbers = {label: number for number, label in enumerate(order)}
+        if self.classnames:
+            names = read_lines(self.classnames)
+            odd = [label for label in labels if label not in names]
+            if not odd:
+                numbers = {label: names.index(label) for label in labels}
+            elif len(odd) < len(labels):
+                raise ValueError(f"{self.classnames} names other labels, but not {odd[0]!r}: name all of them")
+            elif decimal and int(order[-1]) < len(names):
+                numbers = {label: int(label) for label in labels}
+            elif len(names) != len(labels):
+                raise ValueError(
+                    f"{self.classnames} has {len(names)} lines for {len(labels)} labels ({', '.join(order[:3])}, ...)"
+                )
+        elif decimal:
+            print(f"classes are called {', '.join(order[:3])}, ...: pass --classnames to name them")
+        if len(names) < 2:
+            raise ValueError(f"{self.source} has one class, {names[0]}: at least two are needed")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"two classes are called {twice[0]!r}")
+        return numbers, names
+
+    def write(self, folder: Path, plan: dict[str, dict[Picture, tuple[int, dict]]]) -> dict[str, int]:
+        layout.write_classes(folder, self.classes, self.prompts)
+        counts = {"classes": len(self.classes)}
+        for split, labels in plan.items():
+            counts[split] = write_split(folder / split, self.samples(split, labels), self.shard_size)
+            check_set(folder, split, counts[split])
+        if "train" in plan:
+            check_pairs(folder / "train", counts["train"])
+        return counts
+
+    def samples(self, split: str, labels: dict[Picture, tuple[int, dict]]) -> Iterator[dict]:
+        """Samples of a split in the order of the source; those for training are shuffled and have captions."""
+        if split == "train":
+            labels = dict(random.Random(0).sample(list(labels.items()), len(labels)))
+        for picture, content, (label, more) in self.read_all(labels, split):
+            sample = content | {"cls": str(label)}
+            if split == "train":
+                name = self.classes[label]
+                about = more | {"file": picture.name, "name": name, "label": label}
+                sample |= {"txt": name, "json": json.dumps(about, sort_keys=True, ensure_ascii=False)}
+            yield sample
+
+    def used_as(self) -> str:
+        trained = self.train or self.hold_out
+        return f"evaluate with --sets {self.out}" + f", train with --data {self.out}/train" * bool(trained)
+
+
+KINDS = {"pairs": Pairs, "retrieval": Retrieval, "classes": Classes}
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict(KINDS, prog="python -m shared.pack").build()
+
+
+if __name__ == "__main__":
+    cli.command_line(main)

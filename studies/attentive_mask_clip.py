@@ -1,0 +1,345 @@
+"""The small-scale study of A-CLIP: `python -m studies.attentive_mask_clip` (`make reproduce-attentive-mask-clip`).
+
+Arms are trained on scenes, a stand-in for YFCC15M, and compared seed by seed. Before that, training steps of all arms
+are timed once, in one process.
+
+Why the effect can appear: the caption names one emoji, whose box covers about a sixth of the scene; no caption names
+the background or the two symbols (the clutter). Half of the patches can therefore be dropped without loss if they do
+not show that emoji. The effect would vanish if the emoji filled the scene, because any half of the patches would show
+it.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+
+from attentive_mask_clip import eval as evaluation
+from attentive_mask_clip.model import PRESETS as MODELS
+from attentive_mask_clip.model import create_model
+from shared.checkpoints import read_json
+from studies import attentive_mask_clip_timing as timing
+from studies.harness import ceiling, floors, runner, verdicts
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison, with_means
+from studies.harness.runner import Arm, Once, Study
+from studies.harness.verdicts import Claim
+
+STEP_TIMES = "runs/attentive_mask_clip/step_times.json"
+
+# ------------------------------------------------------------------------------------------------------------- corpora
+
+SCENES = "--concepts 30 --ground 0.3 --samples 48000"
+CORPORA = {  # name: (object's side as a share of the scene's, uncaptioned emoji, options of studies.corpora.scenes)
+    "one": (0.42, 2, ""),
+    "small": (0.27, 2, "--captioned-size 0.25 0.30"),
+    "large": (0.70, 2, "--captioned-size 0.65 0.75"),
+    "alone": (0.42, 0, "--clutter 0 0"),
+}
+LOOK = {"small": "small emoji", "large": "large emoji", "alone": "no clutter"}
+SETS = ("names_id", "names_ood")
+
+
+def folder(corpus: str) -> str:
+    return f"data/scenes-{corpus}"
+
+
+def sets_of(corpus: str) -> list[str]:
+    return [f"{folder(corpus)}/eval/{name}" for name in SETS]
+
+
+# ---------------------------------------------------------------------------------------------------------------- arms
+
+# Training scenes of two arms of equal time, from seconds of a pilot: SLIP takes as long as A-CLIP, and the attentive
+# mask as long as the random one.
+SLIP_SAMPLES, ATTENTIVE_SAMPLES = 16_320, 20_544
+WHOLE, SLIP = "train scenes-clip", "train scenes-slip"
+RANDOM = "train scenes --mask random --keep-ratio 0.52 --views 1 --no-ssl"  # 33 of 64 patches, as many as attention
+ATTENTIVE = "train scenes --views 1 --no-ssl"
+MAIN = (  # in the order of the paper's argument
+    Arm("clip", WHOLE, heading="CLIP"),
+    Arm("random", RANDOM, heading="random 1x50%"),
+    Arm("attentive", ATTENTIVE, heading="attentive 1x50%"),
+    Arm("high-drop", f"{ATTENTIVE} --mask high", heading="attentive 1x50%, high scores dropped"),
+    Arm("aclip", "train scenes", heading="A-CLIP: attentive 2x50% + SimCLR + BYOL"),
+    Arm("attentive-2x50", "train scenes --no-ssl", heading="attentive 2x50%", core=False),
+    Arm("aclip-eff", "train scenes --ema-image-size 24", heading="A-CLIP-eff: half-size EMA view", core=False),
+    Arm("slip", SLIP, heading="SLIP", core=False),
+    Arm("slip-equal-time", f"{SLIP} --dataset-size {SLIP_SAMPLES}", heading="SLIP, as many seconds as A-CLIP"),
+    Arm(
+        "attentive-equal-time",
+        f"{ATTENTIVE} --dataset-size {ATTENTIVE_SAMPLES}",
+        heading="attentive 1x50%, as many seconds as random",
+        core=False,
+    ),
+    Arm("frozen", "train scenes --mask none --views 1 --no-ssl", heading="CLIP, patch projection frozen", core=False),
+)
+RULES = {"clip": WHOLE, "random": RANDOM, "attentive": ATTENTIVE}
+VARIED = tuple(  # where masking matters: the same three arms on other scenes
+    Arm(
+        f"{arm}-{corpus}",
+        f"{command} --data {folder(corpus)}/train --eval-set {folder(corpus)}/eval/names_ood",
+        heading=f"{heading}, {LOOK[corpus]}",
+        core=False,
+    )
+    for corpus in list(CORPORA)[1:]
+    for (arm, command), heading in zip(RULES.items(), ("CLIP", "random 1x50%", "attentive 1x50%"), strict=True)
+)
+ARMS = MAIN + VARIED
+
+
+def arms_on(corpus: str) -> tuple[str, ...]:
+    """Names of the arms that are trained on a corpus."""
+    return tuple(arm.name for arm in MAIN) if corpus == "one" else tuple(f"{rule}-{corpus}" for rule in RULES)
+
+
+# -------------------------------------------------------------------------------------------------------------- claims
+
+# Accuracy is the mean over held-out drawings in seen styles and drawings in the unseen style. Masking rules are
+# compared by online towers, which all arms have, and A-CLIP by its EMA towers, as in the paper's suite.
+EMA, ONLINE = "names/top1", "online/names/top1"
+CLAIMS = (  # the paper's numbers: ImageNet zero-shot after training on YFCC15M (README of upstream)
+    Claim("attentive 1x50 above random 1x50", "+4.5", ONLINE, "attentive", "random", 1, 4.5, True, 1.0),
+    Claim("random 1x50 below CLIP", "-2.6", ONLINE, "random", "clip", -1, -2.6, True, 1.0),
+    Claim("A-CLIP above SLIP", "+1.1", EMA, "aclip", "slip", 1, 1.1, True, 0.5),
+    Claim("A-CLIP above SLIP at equal time", "+1.1, 0.43x time", EMA, "aclip", "slip-equal-time", 1, None, True, 0.5),
+    Claim("A-CLIP-eff above CLIP", "+5.3", EMA, "aclip-eff", "clip", 1, 5.3, True, 1.0),
+    Claim("dropping high scores far worse", "-12.8 (2x50)", ONLINE, "high-drop", "attentive", -1, -12.8, False, 1.0),
+    Claim("A-CLIP above CLIP", "+6.3", EMA, "aclip", "clip", 1, 6.3, False, 1.0),
+    Claim("attentive 1x50 above CLIP", "+1.9", ONLINE, "attentive", "clip", 1, 1.9, False, 0.9),
+    Claim("high scores dropped, worse than random", "-9.5 (2x50)", ONLINE, "high-drop", "random", -1, -9.5),
+    Claim("a second view helps", "+1.8", ONLINE, "attentive-2x50", "attentive", 1, 1.8, False, 0.9),
+    Claim("SSL losses help two views", "+2.6", ONLINE, "aclip", "attentive-2x50", 1, 2.6, False, 1.0),
+    Claim("A-CLIP-eff slightly below A-CLIP", "-1.0", EMA, "aclip-eff", "aclip", -1, -1.0, False, 0.5),
+    Claim("SLIP above CLIP", "+5.2", EMA, "slip", "clip", 1, 5.2, False, 1.0),
+    Claim("A-CLIP above CLIP, online towers", None, ONLINE, "aclip", "clip"),
+    Claim("A-CLIP above SLIP at equal time, online towers", None, ONLINE, "aclip", "slip-equal-time"),
+    Claim("attentive 1x50 above random 1x50, EMA towers", None, EMA, "attentive", "random"),
+    Claim("attentive 1x50 above random 1x50, equal time", None, ONLINE, "attentive-equal-time", "random"),
+    Claim("frozen patch projection above a trained one, whole image", None, ONLINE, "frozen", "clip"),
+    *(
+        Claim(f"{LOOK[corpus]}: {what}", None, ONLINE, f"{a}-{corpus}", f"{b}-{corpus}")
+        for corpus in list(CORPORA)[1:]
+        for what, a, b in (
+            ("attentive above random", "attentive", "random"),
+            ("random below CLIP", "random", "clip"),
+        )
+    ),
+)
+METRICS = {
+    EMA: "names",
+    "names_ood/top1": "... unseen style",
+    "names_id/top1": "... seen styles",
+    ONLINE: "names, online towers",
+    "kept/attentive_pixels": "object kept",
+    "kept/untrained_pixels": "... untrained",
+    "kept/high_drop_pixels": "... high drop",
+    "kept/centre_pixels": "... centre",
+    "kept/random_pixels": "... random",
+    "seconds": "seconds",
+}
+MEANS = {  # over both sets
+    EMA: [f"{name}/top1" for name in SETS],
+    ONLINE: [f"online/{name}/top1" for name in SETS],
+}
+
+
+def derive(found: Comparison) -> None:
+    """Add the means over both sets."""
+    for runs in found.arms.values():
+        runs[:] = [with_means(values, MEANS) for values in runs]
+
+
+ATTENDED = "kept/attentive_pixels"
+SELECTIONS = {  # selection: (metric to compare `ATTENDED` with, what the paper shows)
+    "random patches": ("kept/random_pixels", "shown in figures"),
+    "patches at the centre": ("kept/centre_pixels", None),
+    "attention before training": ("kept/untrained_pixels", None),
+}
+
+
+def kept_patches(arms: dict[str, list[dict]]) -> list[dict]:
+    """Claims rows: share of the object that attention keeps, against other selections in the same run."""
+    return [
+        within(arms[arm], f"{arm}: attention keeps more of the object than {other}", paper, ATTENDED, key)
+        for arm in ("attentive", "aclip")
+        if arm in arms
+        for other, (key, paper) in SELECTIONS.items()
+    ]
+
+
+def within(runs: list[dict], claim: str, paper: str | None, metric: str, baseline: str) -> dict:
+    """A row of the claims table for the difference of two measurements of the same runs."""
+    pair = {"method": [{metric: run[metric]} for run in runs], "baseline": [{metric: run[baseline]} for run in runs]}
+    return verdicts.judged([Claim(claim, paper, metric, "method", "baseline")], pair, [])[0]
+
+
+def step_times(times: dict[str, dict]) -> list[dict]:
+    """Claims rows from the step times of `timing.py`: the abstract's two claims about speed, judged by rounds, and the
+    paper's training times beside ours."""
+    claims, rounds = [], {}
+    for text, paper, arm, other, effect in (
+        ("A-CLIP / SLIP's", "2.30x faster", "aclip", "slip", 1.16 / 2.67 - 1),
+        ("A-CLIP-eff / CLIP's", "1.16x faster", "aclip-eff", "clip", 0.86 - 1),
+    ):
+        if {arm, other} <= set(times):
+            name = f"step time of {text} - 1 (by rounds)"
+            claims.append(Claim(name, paper, arm, arm, "0", -1, effect, True, abs(effect) / 2))
+            pairs = zip(times[arm]["rounds"], times[other]["rounds"], strict=True)
+            rounds[arm] = [{arm: own / theirs - 1} for own, theirs in pairs]
+    judged = verdicts.judged(claims, rounds, []) if claims else []
+    return judged + [
+        verdicts.not_testable(
+            f"step time of {STUDY.headings[arm].split(':')[0]} / CLIP's", timing.PAPER[arm], timing.ratio(times[arm])
+        )
+        for arm in ("slip", "aclip", "aclip-eff")
+        if arm in times
+    ]
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """Claims rows: comparisons within an arm, step times if measured, and what this scale cannot show."""
+    arms = found.arms
+    rows = kept_patches(arms)
+    if "aclip" in arms:
+        rows.append(within(arms["aclip"], "A-CLIP: EMA towers above online", None, EMA, ONLINE))
+    rows += step_times(next(iter(arms.values()))[0].get("step_times", {}))
+    claim = "absolute ImageNet, Flickr30K, COCO and 26-set numbers"
+    return [*rows, verdicts.not_testable(claim, "43.9 IN", "needs YFCC15M")]
+
+
+# ----------------------------------------------------------------------------------------------- measurements and plots
+
+
+def evaluate(runs: Sequence[str]) -> list[dict]:
+    """Measurements of runs, each on the evaluation sets of the scenes that it was trained on.
+
+    Kept patches are measured on the main scenes only.
+    """
+    results = []
+    for path in runs:
+        corpus = str(Path(read_json(Path(path) / "config.json")["data"]).parent)
+        sets = tuple(f"{corpus}/eval/{name}" for name in SETS)
+        masked = sets[1] if corpus == folder("one") else None
+        cfg = evaluation.Config((path,), sets=sets, probe=None, foreground=masked, times=STEP_TIMES)
+        results += evaluation.main(cfg)
+    return results
+
+
+class ImageTower(nn.Module):
+    """The arms' image tower without masks: images (B, 3, S, S) -> (B, E)."""
+
+    def __init__(self):
+        super().__init__()
+        self.clip = create_model("clip", "scenes")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_image(images)
+
+
+def on_labels() -> dict[str, float]:
+    """The ceiling: the arms' image tower, trained with names as labels."""
+    shape = MODELS["scenes"]
+    return ceiling.trained_on_labels(
+        lambda: ceiling.Tower(ImageTower(), shape["embed_dim"], shape["image_size"]),
+        sets_of("one"),
+        epochs=2,
+        batch_size=64,
+        lr=1e-3,
+        crop=(0.8, 1.0),
+        shards=f"{folder('one')}/train",
+        stored=1,
+    )
+
+
+def both(found: dict[str, float]) -> dict[str, float]:
+    """Floors and their mean, for EMA and for online towers, since they hold for both."""
+    return with_means(found | {f"online/{key}": value for key, value in found.items()}, MEANS)
+
+
+def floors_on(corpus: str) -> tuple[Floor, Floor]:
+    """The floors of the arms that are trained on a corpus, from that corpus's own scenes."""
+    sets, where = sets_of(corpus), "" if corpus == "one" else f", {LOOK[corpus]}"
+    return (
+        Floor(f"chance{where}", lambda: both(floors.chance(sets)), arms=arms_on(corpus)),
+        Floor(
+            f"nearest neighbour on raw pixels{where}",
+            lambda: both(floors.nearest_neighbour(sets)),
+            arms=arms_on(corpus),
+        ),
+    )
+
+
+FLOORS = (
+    *(floor for corpus in CORPORA for floor in floors_on(corpus)),
+    Floor("image tower trained on labels", lambda: both(on_labels()), ceiling=True),
+)
+
+
+def plot(found: Comparison, out: Path) -> None:
+    """Copy attentive_mask_clip_kept.png from the first seed of A-CLIP."""
+    for path in found.folders.get("aclip", []):
+        if path.name == "aclip-seed0" and (path / "kept.png").exists():
+            shutil.copy(path / "kept.png", out / "attentive_mask_clip_kept.png")
+
+
+def plot_scenes(arms: dict[str, list[dict]], out: Path) -> None:
+    """Draw attentive_mask_clip_scenes.png: accuracy of masking rules over the object's size and over the clutter.
+
+    Nothing is drawn unless the arms on all scenes were trained.
+    """
+    if not all(arm.name in arms for arm in (*MAIN[:3], *VARIED)):
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    sizes = sorted((100 * side**2, name) for name, (side, clutter, _) in CORPORA.items() if clutter)
+    clutter = sorted((count, name) for name, (side, count, _) in CORPORA.items() if side == CORPORA["one"][0])
+    labels = ("object's box (% of the scene), with two uncaptioned emoji", "uncaptioned emoji")
+    for axis, points, label in zip(axes, (sizes, clutter), labels, strict=True):
+        for rule in RULES:
+            values = [[run[ONLINE] for run in arms[rule if name == "one" else f"{rule}-{name}"]] for _, name in points]
+            spread = [np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in values]
+            x, means = [at for at, _ in points], [np.mean(each) for each in values]
+            axis.errorbar(x, means, spread, label=STUDY.headings[rule], marker="o", ms=4, capsize=2)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].set_xticks([count for count, _ in clutter])
+    axes[0].set_ylabel("names, top-1, online towers (%)")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "attentive_mask_clip_scenes.png", dpi=110)
+    plt.close(figure)
+
+
+STUDY = Study(
+    folder="attentive_mask_clip",
+    paper="Attentive Mask CLIP (arXiv 2212.08653)",
+    stands_for="YFCC15M",
+    corpus="Scenes: one captioned emoji of 30, two uncaptioned ones and a faint ground; all towers from scratch",
+    before=(
+        *(
+            Once(f"studies.corpora.scenes --out {folder(name)} {SCENES} {flags}", arms_on(name))
+            for name, (_, _, flags) in CORPORA.items()
+        ),
+        Once(f"studies.attentive_mask_clip_timing --model scenes --batch-size 64 --rounds 20 --out {STEP_TIMES}"),
+    ),
+    arms=ARMS,
+    minutes={"core": 7, "all": 25},
+    terms="1x50: one view of half of the patches; SLIP: CLIP with a self-supervised loss.",
+    evaluate=evaluate,
+    alone=True,
+    derive=derive,
+    metrics=METRICS,
+    sets=tuple(path for corpus in CORPORA for path in sets_of(corpus)),
+    floors=FLOORS,
+    claims=CLAIMS,
+    more_rows=more_rows,
+    plot=plot,
+    plot_arms=plot_scenes,
+)
+
+if __name__ == "__main__":
+    runner.main(STUDY)

@@ -1,0 +1,133 @@
+"""Time of a step of A-CLIP and its baselines, in one process: `python -m studies.attentive_mask_clip_timing`.
+
+The paper's main table has training times relative to CLIP. This script times `train.train_step` on random tensors of
+the given geometry. Arms take turns; a ratio compares an arm's step with CLIP's step of the same round.
+"""
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tyro
+
+from attentive_mask_clip.config import Config as TrainConfig
+from attentive_mask_clip.config import check_model
+from attentive_mask_clip.model import create_model
+from attentive_mask_clip.train import blank_batch, param_groups, train_step
+from shared import checkpoints, cli, evaluation, run
+
+ARMS = {  # changed training settings; `step_times` also halves the EMA view of aclip-eff
+    "clip": dict(method="clip"),
+    "random": dict(mask="random", views=1, ssl=False),
+    "attentive": dict(views=1, ssl=False),
+    "high-drop": dict(mask="high", views=1, ssl=False),
+    "random-2x50": dict(mask="random", ssl=False),
+    "attentive-2x50": dict(ssl=False),
+    "aclip-eff": dict(),
+    "aclip": dict(),
+    "slip": dict(method="slip"),
+}
+PAPER = {"clip": "1.00x", "slip": "2.67x", "aclip": "1.16x", "aclip-eff": "0.86x"}
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = "emoji"
+    """Towers: vit_s16, vit_b16, vit_l16, emoji or scenes."""
+    batch_size: int = 128
+    """Images a step."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Arms to time; clip is always timed."""
+    rounds: int = 5
+    """Timed rounds after one warm-up round; each arm runs one step per round."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: str = "auto"
+    """Autocast, as in training."""
+    out: str | None = None
+    """JSON file for the ratios; one with as many rounds is kept, and nothing is timed."""
+
+
+def stepper(cfg: TrainConfig, device: torch.device) -> Callable[[], dict[str, torch.Tensor]]:
+    """A function that runs one training step of the arm on random tensors and returns its losses."""
+    model = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(device)
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), fused=True)
+    images, boxes, tokens = blank_batch(model, cfg, cfg.batch_size)
+    images = [torch.randn(view.shape, device=device) for view in images]
+    batch = images, boxes.to(device), torch.randint(1, 49406, tokens.shape, device=device)
+    return lambda: train_step(model, batch, optimizer, 1e-4, 0.99, cfg, cfg.precision)
+
+
+def step_times(cfg: Config) -> dict[str, dict]:
+    """Arm -> {"seconds": median of a step, "ratio": median over rounds of step / CLIP's, "low", "high": its extremes,
+    "rounds": seconds of a step in each round}.
+
+    ValueError for an unknown arm.
+    """
+    cli.check_counts(cfg, "batch_size", "rounds")
+    device = run.setup(0, cfg.device).device
+    precision = run.resolve_precision(cfg.precision, device)
+    names = ["clip", *(arm for arm in cfg.arms if arm != "clip")]
+    base = TrainConfig(model=cfg.model, batch_size=cfg.batch_size, precision=precision)
+    check_model(base)
+    steppers = {}
+    for arm in names:
+        if arm not in ARMS:
+            raise ValueError(f"--arms takes {', '.join(ARMS)}, not {arm!r}")
+        setting = dataclasses.replace(base, **ARMS[arm])
+        if arm == "aclip-eff":
+            setting.ema_image_size = create_model("clip", cfg.model).image_size // 2
+        steppers[arm] = stepper(setting, device)
+    times: dict[str, list[float]] = {arm: [] for arm in names}
+    for turn in range(cfg.rounds + 1):
+        for arm, step in steppers.items():
+            gc.collect()
+            start = time.perf_counter()
+            step()["loss"].item()  # waits until a GPU has finished
+            if turn:
+                times[arm].append(time.perf_counter() - start)
+    results = {}
+    for arm, seconds in times.items():
+        ratios = [own / clip for own, clip in zip(seconds, times["clip"], strict=True)]
+        results[arm] = {
+            "seconds": statistics.median(seconds),
+            "ratio": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "rounds": seconds,
+        }
+    return results
+
+
+def ratio(times: dict[str, float]) -> str:
+    """Ratio of an arm's step to CLIP's, with the extremes over rounds: "1.42x (1.31-1.49)"."""
+    return f"{times['ratio']:.2f}x ({times['low']:.2f}-{times['high']:.2f})"
+
+
+def main(cfg: Config) -> None:
+    if cfg.out and Path(cfg.out).exists():
+        kept = checkpoints.read_json(cfg.out, "remove it")
+        if all(len(times.get("rounds", ())) == cfg.rounds for times in kept.values()):
+            return print(f"{cfg.out} exists; remove it to time the steps again")
+    results = step_times(cfg)
+    rows = [
+        {
+            "arm": arm,
+            "paper": PAPER.get(arm, "-"),
+            "step / CLIP's": ratio(times),
+            "seconds": f"{times['seconds']:.3f}",
+        }
+        for arm, times in results.items()
+    ]
+    print(f"{cfg.model}, batch {cfg.batch_size}, {torch.get_num_threads()} threads, {run.machine()}\n")
+    print(evaluation.table(rows))
+    if cfg.out:
+        checkpoints.write_json(Path(cfg.out), results)
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,154 @@
+"""NMTune's speed against the authors' code: `python -m studies.bench.nmtune [--upstream PATH]`.
+
+Ours and theirs take turns on the same inputs, each side at its best thread setting. Prints a Markdown table of medians
+and their ratio theirs/ours with its extremes over the repetitions (above 1: ours is faster). `--upstream` is a clone of
+Hhhhhhao/Noisy-Model-Learning@f249dce; without it our regularisers are compared with their textbook definitions.
+"""
+
+import argparse
+import copy
+import dataclasses
+import statistics
+import time
+from types import SimpleNamespace
+
+import open_clip
+import torch
+
+from nmtune import config, model, pretrain, train
+from shared import accumulate
+from studies import nmtune as study
+from studies import nmtune_encoders as encoder_study
+
+from ..parity import test_nmtune as parity
+from . import CPU, arguments, at_least, bench, print_row, race, step_row
+from .baselines import baseline_rows
+
+WEIGHTS = (1.0, 0.04, 0.001)
+
+
+def textbook_terms() -> dict:
+    def cov(z, f):
+        c = torch.cov(z.T)
+        return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+
+    def svd(z, f):
+        s = torch.linalg.svdvals(z)
+        return -(s[:5] / s.sum()).mean()
+
+    return {"cov": cov, "svd": svd}
+
+
+def ten_times(term, z: torch.Tensor, f: torch.Tensor) -> None:
+    for _ in range(10):
+        parity.value_and_gradient(term, z, f)
+
+
+def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
+    """Covariance and singular-value regulariser, forward and backward."""
+    spread, f = torch.randn(n, dim) * torch.linspace(0.2, 2, dim), torch.randn(n, dim)
+    skewed = spread + 5 * torch.rand(dim)  # features with a large mean: L_SVD goes through fp64
+    for name, z, what, target in (
+        ("cov", spread, "", ">= 11"),
+        ("svd", spread, "", ">= 5"),
+        ("svd", skewed, " large mean,", ""),
+    ):
+        (value, gradient), (own_value, own_gradient) = (
+            parity.value_and_gradient(term, z, f) for term in (theirs[name], parity.OUR_TERMS[name])
+        )
+        gap = (gradient - own_gradient).abs().max().item()
+        calls = [lambda term=side[name], z=z: ten_times(term, z, f) for side in (parity.OUR_TERMS, theirs)]
+        note = f"values within {(value - own_value).abs().item():.0e}, gradients within {gap:.0e}"
+        title = f"L_{name.upper()}, n={n}, D={dim},{what} forward and backward"
+        print_row(*race(title, *calls, repetitions, per=10), target, note)
+
+
+class Clocked(list):
+    """Batches; records the time of each request for one."""
+
+    def __iter__(self):
+        self.times = []
+        for item in super().__iter__():
+            self.times.append(time.perf_counter())
+            yield item
+        self.times.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]  # the first step warms up
+
+
+def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> None:
+    """A whole step of nml_tune (64 images, two views each) on a frozen identity encoder against ours, same weights."""
+    loader = Clocked(parity.toy_batches((64,) * steps, dim, classes))
+    head = model.NMTuneHead(dim, classes)
+    start, seconds = copy.deepcopy(head.state_dict()), []
+    args = SimpleNamespace(**parity.ARGS | dict(epochs=1, batch_size=64))
+    for _ in range(repetitions):
+        head.load_state_dict(start)
+        train.tune("nmtune", head, loader, 1, args.lr, args.wd, WEIGHTS)
+        own = statistics.median(loader.steps())
+        with parity.toy_run(up, up.nml_tune, loader, dim, classes), parity.initial(up, up.nml_tune, start):
+            up.nml_tune.nml_tune(args)
+        seconds.append((own, statistics.median(loader.steps())))
+    print_row(f"NMTune step, batch 64 x 2 views, D={dim}, {classes} classes", seconds, ">= 1.7")
+
+
+def clip_step(repetitions: int) -> None:
+    """Forward and backward pass of the small CLIP's pre-training, against open_clip's model and loss."""
+    cfg = dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji", precision="bf16")
+    network, *_ = model.create_model(cfg)
+    images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
+    tokens[:, 12] = 49407
+    theirs = open_clip.create_model("ViT-emoji", output_dict=True)
+    loss = open_clip.ClipLoss(cache_labels=True)
+
+    def ours():
+        output, backward = accumulate.forward(network, (images, tokens), cfg, "bf16")
+        parts = pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), CPU)
+        backward(parts["loss"])
+
+    def open_clips():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = theirs(images, tokens)
+            loss(**out).backward()
+
+    name = "CLIP step without optimizer, ViT-emoji, batch 128, bf16: open_clip"
+    step_row(name, 128, "bf16", ours, open_clips, repetitions, target=">= 1")
+
+
+def to_the_floor(seeds: int) -> None:
+    """Seconds on one core until a linear probe on the encoder without label noise is better than one on raw pixels."""
+
+    def probe(folder: str) -> float:
+        cfg = config.StudyConfig(folder, methods=("lp",))
+        encoded = encoder_study.encode_splits(cfg, CPU)
+        found = [encoder_study.study_task(cfg, task, encoded, CPU)[0] for task in cfg.tasks]
+        return statistics.mean(numbers["lp/ood"][0] for numbers in found)
+
+    baseline_rows(
+        study.STUDY, "sup-00", config.PRETRAIN_PRESETS, pretrain.main, seeds,
+        "linear probe for other labels, unseen style, ResNet from scratch",
+        {"the probe on raw pixels": "linear probe on raw pixels"}, "lp/ood", probe, save_every=18,
+    )  # fmt: skip
+
+
+def measure(options: argparse.Namespace) -> None:
+    if options.upstream is None:
+        terms(textbook_terms(), 128, 2048, options.repetitions)
+    else:
+        up = parity.load(options.upstream)
+        terms(parity.their_terms(up), 128, 2048, options.repetitions)
+        tuning_step(up, 2048, 100, options.steps, min(options.repetitions, 2))
+        tuning_step(up, 1024, 100, options.steps, min(options.repetitions, 2))
+    clip_step(options.repetitions)
+
+
+def main() -> None:
+    parser = arguments(__doc__, 3, ("Hhhhhhao/Noisy-Model-Learning", "f249dce", "src/models/nml_tune.py"))
+    parser.add_argument("--steps", type=at_least(3), default=6, help="tuning steps a repetition")
+    left_out = "the authors' regularisers and tuning step"
+    bench(measure, parser.parse_args(), left_out, to_the_floor=to_the_floor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The study of concept frequency: `python -m studies.concept_frequency` (`make reproduce-concept-frequency`).
+
+Trains the arms of the controlled experiment on the embedded emoji corpus, a stand-in for CC-3M to LAION-400M, and
+compares them by seed. With a clone of the authors' repository (--upstream), it also recomputes the paper's figures from
+their published files.
+
+Why the effect can appear: frequencies span one to three decades and are assigned to concepts at random, so they are
+independent of the concepts' difficulty. The effect would vanish if all concepts, or none, were frequent enough to be
+learned.
+
+A correlation of bins needs many concepts in each bin. Under Zipf's law most concepts are rare, and the bins of frequent
+ones hold three or eight. The primary claims about the curve are therefore judged where frequencies are spread evenly
+over their logarithm, with the same number of pairs; the claims about rare concepts under Zipf's law.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from concept_frequency import eval as evaluation
+from concept_frequency import replay
+from concept_frequency.config import PRESETS
+from concept_frequency.eval import Table, changes, column
+from concept_frequency.images import read_corpus
+from concept_frequency.statistics import log_linear_curve, slope_per_decade, within_slope
+from shared import probes, run
+from shared.evalsets import EvalSet
+from studies.harness import ceiling, floors, runner, verdicts
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
+from studies.harness.runner import Arm, Study
+from studies.harness.verdicts import Claim
+
+ARMS = (
+    Arm("zipf", "train emoji", heading="Zipf frequencies"),
+    Arm("uniform", "train emoji-uniform", heading="equal frequencies"),
+    Arm("even", "train emoji-log-uniform", heading="frequencies evenly spread over their log"),
+    Arm("flatter", "train emoji --exponent 0.5", heading="flatter: rank to the power of -0.5", core=False),
+    Arm("reassigned", "train emoji-reassigned", heading="Zipf, ranks given to other concepts", core=False),
+)
+
+PLANTED = 5, 20, 40  # percent of captions exchanged in the Zipf arm, to test whether the misalignment degree detects it
+LEARNED = "frequent"  # accuracy on the tenth of concepts that is most frequent in the arm; it must exceed the floor
+
+
+def claim(text: str, paper: str | None, metric: str, method: str, baseline: str, sign: int = 1, **more) -> Claim:
+    """A claim that is judged only if the accuracy of its stronger arm on frequent concepts is above the floor."""
+    return Claim(text, paper, metric, method, baseline, sign, learned_by=LEARNED, **more)
+
+
+RISE, RHO = "accuracy rises with log frequency (points a decade)", "ρ of the bins above that of shuffles"
+LEAST_RHO = 0.83  # in the legends of the paper's main figure
+CLAIMS = (
+    claim(RISE, "log-linear", "slope", "even", "0", primary=True),
+    claim("slope above that at equal frequency", "implied", "slope_on_even", "even", "uniform", primary=True),
+    claim("log frequency explains more than frequency (r)", "implied", "r_log", "even", "even:r_linear", primary=True),
+    claim(RHO, "0.83 to 0.97", "rho", "even", "even:rho_null", effect=LEAST_RHO, primary=True),
+    claim("rare concepts worse than at equal frequency", "implied", "tail", "zipf", "uniform", -1, primary=True),
+    claim(f"Zipf's law: {RISE}", "log-linear", "slope", "zipf", "0"),
+    claim("Zipf's law: slope above that at equal frequency", "implied", "slope_on_zipf", "zipf", "uniform"),
+    claim("Zipf's law: log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear"),
+    claim(f"Zipf's law: {RHO}", "0.83 to 0.97", "rho", "zipf", "zipf:rho_null", effect=LEAST_RHO),
+    claim(f"Zipf's law, assigned again: {RISE}", "log-linear", "slope", "reassigned", "0"),
+    claim(f"flatter law: {RISE}", "log-linear", "slope", "flatter", "0"),
+    claim(f"flatter law: {RHO}", "0.83 to 0.97", "rho", "flatter", "flatter:rho_null", effect=LEAST_RHO),
+    claim("same concept at another frequency (points a decade)", "implied", "within", "reassigned", "0"),
+    claim(
+        "its change of log frequency explains more than that of frequency (r)", "implied", "change_r_log", "reassigned",
+        "reassigned:change_r_linear",
+    ),
+    claim("more points lost on the tail benchmark than at equal frequency", "up to 20", "lost", "zipf", "uniform"),
+    # the frequent tenth has 0.6 decades more pairs than at equal frequency: about 6.4 points by the slope of pilot runs
+    claim("frequent tenth of concepts above equal frequencies", "implied", "head", "zipf", "uniform", negligible=3.2),
+    *(
+        claim(
+            f"misalignment degree with {share} % of captions exchanged, above that with none", None,
+            f"misaligned_{share}", "zipf", "zipf:misaligned",
+        )
+        for share in PLANTED
+    ),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- floors and ceiling
+
+
+@functools.cache
+def concepts() -> list[str]:
+    """Names of the concepts; all arms have the same."""
+    cfg = PRESETS["emoji"][1]
+    offered = EvalSet(cfg.eval_set, lambda image: image).classnames
+    corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, strict=False)
+    return [concept.name for concept in corpus.concepts]
+
+
+def of_all(top1: float) -> dict[str, float]:
+    """The metrics of a model with accuracy `top1`, which is also expected on a random tenth of the concepts."""
+    return {"top1": top1, "head": top1, LEARNED: top1}
+
+
+def pixels() -> dict[str, float]:
+    """Accuracy of the nearest training image by raw pixels."""
+    eval_set, chosen = PRESETS["emoji"][1].eval_set, set(concepts())
+    wanted = torch.tensor([name in chosen for name in EvalSet(eval_set, lambda image: image).classnames])
+    splits = []
+    for split in ("train", "test"):
+        x, labels = floors.read(eval_set, split)
+        splits += [x[wanted[labels]], labels[wanted[labels]]]
+    return of_all(probes.nearest_neighbour(*splits))
+
+
+def on_labels() -> dict[str, float]:
+    """Accuracy of the image tower trained on labels of all drawings: the ceiling."""
+    cfg = PRESETS["emoji"][1]
+    tower = functools.partial(ceiling.open_clip_tower, cfg.model)
+    return of_all(next(iter(ceiling.trained_on_labels(tower, [cfg.eval_set], classes=concepts(), epochs=100).values())))
+
+
+FLOORS = (
+    Floor("chance", lambda: of_all(100 / PRESETS["emoji"][1].num_concepts)),
+    Floor("nearest neighbour on raw pixels", pixels),
+    Floor("image tower trained on labels of all drawings", on_labels, ceiling=True),
+)
+
+
+# -------------------------------------------------------------------------------------------- measurements and verdicts
+
+
+def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
+    """The metrics of run folders from eval.py, with the comparisons of two arms."""
+    found: dict[str, dict[str, Any]] = {}
+    for planted in ((), PLANTED):
+        chosen = tuple(path for path in runs if Path(path).name.startswith("zipf-") is bool(planted))
+        if chosen:
+            found |= zip(chosen, evaluation.main(evaluation.Config(chosen, planted=planted)), strict=True)
+    cfg, results = evaluation.Config(tuple(runs)), [found[path] for path in runs]
+    evaluation.add_comparisons(results, cfg, run.setup(0, cfg.device))
+    return results
+
+
+def replay_clone(clone: Path) -> dict[str, Any]:
+    """Compute the claims rows of the authors' published files, for `more_rows`."""
+    return {"replayed": replay.main(replay.Config(str(clone)))}
+
+
+def derive(found: Comparison) -> None:
+    """Add to each run its accuracy on its most frequent tenth of concepts (on all if they are equally frequent), and
+    the points lost on the tail benchmark; to the arms `even` and `uniform` the slope on the frequencies of `even`."""
+    for runs in found.arms.values():
+        for measured in runs:
+            frequency, accuracy = (column(measured["concepts"], key) for key in ("assigned", "accuracy"))
+            measured[LEARNED] = float(accuracy[frequency >= np.quantile(frequency, 0.9)].mean())
+            if "tail" in measured:
+                measured["lost"] = measured["rest"] - measured["tail"]
+    even = found.arms.get("even", [])
+    for arm in {"even", "uniform"} & set(found.arms):
+        for measured, spread in zip(found.arms[arm], even, strict=False):
+            frequency, accuracy = column(spread["concepts"], "assigned"), column(measured["concepts"], "accuracy")
+            measured["slope_on_even"] = slope_per_decade(frequency, accuracy, 1)["slope"]
+
+
+def tables_of(runs: Sequence[dict[str, Any]]) -> list[Table]:
+    """The table of concepts of each run."""
+    return [measured["concepts"] for measured in runs]
+
+
+def pooled_within(zipf: list[Table], reassigned: list[Table]) -> dict[str, Any]:
+    """A claims row: the slope within concepts over all seeds, with a bootstrap interval over concepts.
+
+    The interval does not include the variation between training runs, so the row has no verdict.
+    """
+    found = within_slope(*changes(zipf, reassigned))
+    low, high = found["low"], found["high"]
+    return {
+        "claim": f"... all {len(zipf)} seeds together, 95 % bootstrap over concepts", "primary": False, "paper": "-",
+        "metric": "within", "difference": found["slope"], "interval": [low, high], "resolves": (high - low) / 2,
+        "verdict": "no claim",
+    }  # fmt: skip
+
+
+def pooled_rows(found: Comparison, reference: str, other: str) -> list[dict[str, Any]]:
+    """`pooled_within` of two arms; no row if one is missing or a run has no table, as in results that are extended."""
+    arms = [found.arms.get(arm, []) for arm in (reference, other)]
+    if not all(arms) or not all("concepts" in measured for runs in arms for measured in runs):
+        return []
+    return [pooled_within(*map(tables_of, arms))]
+
+
+def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> list[dict[str, Any]]:
+    """Rows for all seeds together, for the published files, and for claims that cannot be tested at this scale."""
+    if "zipf" not in found.arms:
+        raise ValueError("--report needs the arm zipf among the runs")
+    rows = pooled_rows(found, "zipf", "reassigned")
+    files = verdicts.not_testable("published files: all correlations", "0.83 to 1.00", "name UPSTREAM=CLONE")
+    corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
+    return [*rows, *(map(as_row, replayed) if replayed else [files]), corpora]
+
+
+def as_row(claim: dict[str, str]) -> dict[str, Any]:
+    """The row of the claims table for a claim of the replay, which does not compare arms."""
+    return verdicts.not_testable(claim["claim"], claim["paper"], claim["here"]) | {"verdict": claim["verdict"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+COLORS = plt.get_cmap("tab10").colors
+
+
+def plot(found: Comparison, out: Path) -> None:
+    """Draw concept_frequency_curves.png: accuracy by frequency; and with the arm `reassigned` of ARMS=all, the changes
+    of both for the same concept."""
+    tables = {arm: tables_of(runs) for arm, runs in found.arms.items()}
+    panels = 1 + ("reassigned" in tables)
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
+    for color, (arm, label) in zip(COLORS, STUDY.headings.items(), strict=False):
+        if arm in tables:
+            plot_arm(left, tables, arm, color, label)
+    left.set(
+        xscale="log", xlabel="concept frequency, right edge of the bin", ylabel="accuracy, unseen style (%)",
+        title="between concepts: mean of a bin, ± 95 % over concepts",
+    )  # fmt: skip
+    left.set_ylim(bottom=-2)
+    left.legend(fontsize=8, loc="upper left")
+    if "reassigned" in tables:
+        plot_changes(right, *changes(tables["zipf"], tables["reassigned"]))
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "concept_frequency_curves.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_arm(axis: plt.Axes, tables: dict[str, list[Table]], arm: str, color, label: str) -> None:
+    """Draw the bins of an arm over all seeds. The arm of equal frequencies is drawn at the Zipf arm's frequencies."""
+    placed = tables["zipf" if arm == "uniform" else arm]
+    frequency = np.concatenate([column(table, "assigned") for table in placed])
+    curve = log_linear_curve(
+        frequency, np.concatenate([column(table, "accuracy") for table in tables[arm]]), evaluation.NUM_BINS
+    )
+    error = 1.96 * curve.std / np.sqrt(np.maximum(curve.size / len(placed), 1))  # seeds have the same concepts
+    label += ", at the Zipf arm's" * (arm == "uniform")
+    low = np.minimum(error, curve.mean)  # no accuracy is below 0
+    shift = 1.05 ** (list(STUDY.headings).index(arm) - 1)  # so that arms do not overlap
+    axis.errorbar(curve.position * shift, curve.mean, (low, error), marker="o", capsize=2, color=color, label=label)
+
+
+def plot_changes(axis: plt.Axes, change: np.ndarray, gain: np.ndarray) -> None:
+    """Draw each concept of each seed, the means of ten bins of equal size, and the line of `within_slope`."""
+    found = within_slope(change, gain)
+    axis.scatter(change, gain, s=4, alpha=0.15, color="grey", label="a concept in one seed")
+    order = np.argsort(change, axis=None)
+    bins = np.array_split(order, 10)
+    x, y = ([values.flat[rows].mean() for rows in bins] for values in (change, gain))
+    error = [1.96 * gain.flat[rows].std() / np.sqrt(len(rows) / len(gain)) for rows in bins]
+    axis.errorbar(x, y, error, fmt="o", capsize=2, color=COLORS[2], label="mean of a tenth of them")
+    ends = np.array([change.min(), change.max()])
+    label = f"{found['slope']:.1f} points a decade ({found['low']:.1f} to {found['high']:.1f})"
+    axis.plot(ends, gain.mean() + found["slope"] * (ends - change.mean()), color="black", label=label)
+    axis.set(
+        xlabel="change of log10 frequency between two assignments", ylabel="change of accuracy (points)",
+        title="within concepts: the same one at two frequencies",
+    )  # fmt: skip
+    axis.legend(fontsize=8, loc="lower right")
+
+
+STUDY = Study(
+    folder="concept_frequency",
+    paper='No "zero-shot" without exponential data (arXiv 2404.04125)',
+    stands_for="CC3M to LAION-400M",
+    corpus="Embedded emoji corpus, of which 400 concepts with frequencies assigned at random; all towers from scratch",
+    arms=ARMS,
+    minutes={"core": 4.5, "all": 7.5},
+    evaluate=evaluate,
+    derive=derive,
+    derived_from={"uniform": ("even",)} | {arm.name: ("zipf",) for arm in ARMS if arm.name not in ("zipf", "uniform")},
+    metrics=evaluation.METRICS | {LEARNED: "frequent tenth"},
+    sets=(PRESETS["emoji"][1].eval_set,),
+    floors=FLOORS,
+    claims=CLAIMS,
+    more_rows=more_rows,
+    plot=plot,
+    upstream=replay_clone,
+)
+
+if __name__ == "__main__":
+    runner.main(STUDY)

@@ -1,0 +1,472 @@
+"""Writes an HTML page, which opens offline, with equations, our source and the authors' source side by side.
+
+    python -m studies.harness.companion protoclip [--upstream CLONE] [--out companion]
+
+The page is made from the README's map. For each row it shows the README's sentence and equation, the source of our
+functions, the authors' lines beside them if a clone is given, the numbered details, and the largest differences that
+tests have measured (`runs/parity/FOLDER.json`, written by every test run).
+"""
+
+import ast
+import html
+import json
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+import shared
+from shared import cli, presets
+from shared.checkpoints import read_json
+
+try:
+    import latex2mathml.converter
+    import markdown
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+except ModuleNotFoundError:
+    shared.tell_missing_packages("companion")
+    raise
+
+COLUMNS = ("part of the paper", "paper", "ours", "authors' code", "detail")
+REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")
+LETTER = re.compile(r"`(\w+):` is its (?:`([\w./-]+)`|root)")
+LONG, WIDE = 80, 200  # most lines shown of a function or file; most characters shown of a line
+
+
+@dataclass(frozen=True)
+class Function:
+    """One of our functions, classes or methods, and its file."""
+
+    file: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Lines of one of the authors' files, and the definition around them; the whole file if `first` is None."""
+
+    letter: str
+    path: str
+    first: int | None = None
+    last: int | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        lines = "" if self.first is None else f":{self.first}" + f"-{self.last}" * (self.last != self.first)
+        return f"{self.letter}:{self.path}{lines}"
+
+
+@dataclass
+class Row:
+    """A row of the map, with the README's text on it."""
+
+    part: str
+    paper: str
+    ours: str
+    code: str
+    functions: list[Function]
+    places: list[Place]
+    details: list[int]
+    text: str = ""  # Markdown: a sentence, equations
+
+
+@dataclass
+class Readme:
+    """The parts of a README that a page shows."""
+
+    folder: str
+    title: str
+    opening: str
+    method: str
+    rows: list[Row]
+    details: dict[int, str]
+    roots: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # letter -> repository, commit, folder in it
+
+
+# ----------------------------------------------------------------------------------------------------- the README read
+
+
+def section(page: str, heading: str) -> str:
+    """The text under a second-level heading; empty if there is none."""
+    found = re.search(rf"^## {re.escape(heading)}.*?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""
+
+
+def split_row(line: str) -> list[str]:
+    """Cells of a line of a Markdown table."""
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+
+
+def functions_of(cell: str, folder: str) -> list[Function]:
+    """Functions named in a cell: `file.py` in backticks, then names in this file in backticks."""
+    found, file = [], None
+    for word in re.findall(r"`([^`]+)`", cell):
+        if word.endswith(".py"):
+            file = word if "/" in word else f"{folder}/{word}"
+        elif file is not None and re.fullmatch(r"[\w.]+", word):
+            found.append(Function(file, word))
+    return found
+
+
+def places_of(cell: str) -> list[Place]:
+    """Places named in a cell, as U:a/loss.py:61, 84-90 `Loss`, data.py:24. A bare file name is in the last folder."""
+    found: list[Place] = []
+    letter, path = "", ""
+    for entry in re.split(r", *", re.sub(r"\([^)]*\)", "", cell)):
+        match = re.fullmatch(
+            r"(?:([A-Z]\d?):)?(?:([\w./-]+?(?:\.\w+|/))(?::(\d+)(?:-(\d+))?)?|(\d+)(?:-(\d+))?)(?: `([\w.]+)`)?",
+            entry.strip(),
+        )
+        if match is None:
+            continue
+        if match[1]:
+            letter = match[1]
+        if match[2]:
+            beside = not match[1] and "/" not in match[2] and "/" in path
+            path = f"{path.rpartition('/')[0]}/{match[2]}" if beside else match[2]
+        first, last = match[3] or match[5], match[4] or match[6]
+        if letter and path:
+            lines = (int(first), int(last or first)) if first else (None, None)
+            found.append(Place(letter, path, *lines, match[7]))
+    return found
+
+
+def numbers_of(cell: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", cell)]
+
+
+def read(folder: str) -> Readme:
+    """Parse the README of a folder. ValueError if it has no map."""
+    page = (Path(folder) / "README.md").read_text(encoding="utf-8")
+    lines = page.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("| part of the paper |")]
+    if not starts:
+        raise ValueError(f"{folder}/README.md has no map: a table that begins with 'part of the paper'")
+    rows = []
+    for line in lines[starts[0] + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells = split_row(line)
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"{folder}/README.md: a row of the map has {len(cells)} cells, not {len(COLUMNS)}: {line}")
+        part, paper, ours, code, detail = cells
+        rows.append(Row(part, paper, ours, code, functions_of(ours, folder), places_of(code), numbers_of(detail)))
+    blocks = re.split(r"^\*\*(.+?)\.\*\* ", section(page, "Equations"), flags=re.MULTILINE)
+    texts = dict(zip(blocks[1::2], blocks[2::2], strict=True))
+    for row in rows:
+        row.text = texts.get(row.part, "").strip()
+    items = re.split(r"^(\d+)\. ", section(page, "Implementation details"), flags=re.MULTILINE)
+    details = {int(n): text.strip() for n, text in zip(items[1::2], items[2::2], strict=True)}
+    method = section(page, "The method in one page").split("| part of the paper |")[0]
+    title, _, opening = page.removeprefix("# ").partition("\n")
+    opening = opening.split("\n## ", 1)[0]
+    roots: dict[str, tuple[str, str, str]] = {}
+    parts = REPOSITORY.split(" ".join(opening.split()))
+    for repository, commit, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        roots |= {letter: (repository, commit, below) for letter, below in LETTER.findall(text)}
+    return Readme(folder, title, opening, method, rows, details, roots)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def definitions(text: str) -> Iterator[tuple[str, int, int]]:
+    """(name, first line, last line) of all functions, classes and methods, and of names assigned outside functions."""
+
+    def walk(nodes: Iterable[ast.AST], prefix: str, local: bool) -> Iterator[tuple[str, int, int]]:
+        for node in nodes:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                yield prefix + node.name, first, node.end_lineno
+                yield from walk(node.body, f"{prefix}{node.name}.", local or not isinstance(node, ast.ClassDef))
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    if isinstance(target, ast.Name) and not local:
+                        yield prefix + target.id, node.lineno, node.end_lineno
+            elif isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.ExceptHandler)):
+                yield from walk(ast.iter_child_nodes(node), prefix, local)
+
+    yield from walk(ast.parse(text).body, "", False)
+
+
+def source(function: Function) -> tuple[int, str]:
+    """(first line, source) of one of our functions. ValueError if the file does not define it."""
+    text = Path(function.file).read_text(encoding="utf-8")
+    for name, first, last in definitions(text):
+        if name == function.name:
+            return first, "\n".join(text.splitlines()[first - 1 : last])
+    raise ValueError(f"{function.file} has no {function.name}: correct the map in the README")
+
+
+def commits(roots: dict[str, tuple[str, str, str]]) -> dict[str, str]:
+    """{repository: commit that its clone should be at}; if the README names several, the first."""
+    return {repository: commit for repository, commit, _ in reversed(roots.values())}
+
+
+def authors_path(place: Place, roots: dict[str, tuple[str, str, str]], clones: dict[str, Path]) -> Path | None:
+    """Path of a place in its repository's clone (the file may be missing); None if there is no clone for its commit."""
+    repository, commit, below = roots[place.letter]
+    if repository not in clones or commit != commits(roots)[repository]:
+        return None
+    return clones[repository] / below / place.path
+
+
+def enclosing(text: str, first: int, last: int | None = None) -> list[tuple[str, int, int]]:
+    """The `definitions` that contain lines of Python, smallest first; empty if the text does not parse."""
+    try:
+        around = [each for each in definitions(text) if each[1] <= first and (last or first) <= each[2]]
+    except SyntaxError:
+        return []
+    return sorted(around, key=lambda each: each[2] - each[1])
+
+
+def code_cells(text: str) -> str:
+    """The code cells of a notebook, each after a comment with its number."""
+    cells = json.loads(text)["cells"]
+    sources = {number: "".join(cell["source"]) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"}
+    return "\n\n".join(f"# cell {number}\n{source}" for number, source in sources.items() if source.strip())
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Lines of a file from `first` on, the range that the README names (`marked`), and a note on omitted lines."""
+
+    first: int
+    text: str
+    marked: range
+    cut: str
+
+
+def authors_lines(file: Path, place: Place) -> Excerpt:
+    """Lines of a place. For a single line of Python, up to `LONG` lines of the function around it."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    what = file.name
+    if file.suffix == ".ipynb":
+        text, what = code_cells(text), f"the code cells of {file.name}"
+    lines = text.splitlines()
+    first, last = (place.first, min(place.last, len(lines))) if place.first is not None else (1, len(lines))
+    if place.first is not None and first == last and file.suffix == ".py":
+        around = enclosing(text, first)[:1]
+        what, first, last = around[0] if around else (what, first, last)
+    whole, marked = (first, last), range(0)
+    if place.first is not None and whole != (place.first, place.last):
+        marked = range(place.first, place.last + 1)
+    if last - first >= LONG and (place.first is None or marked):
+        first = max(first, min((place.first or first) - LONG // 2, last - LONG + 1))
+        last = first + LONG - 1
+    cut = [f"lines {first}-{last} of {what}, {whole[0]}-{whole[1]}"] * ((first, last) != whole)
+    shown = lines[first - 1 : last]
+    if any(len(line) > WIDE for line in shown):
+        shown = [line if len(line) <= WIDE else f"{line[:WIDE]} ..." for line in shown]
+        cut.append(f"lines of more than {WIDE} characters are cut")
+    return Excerpt(first, "\n".join(shown), marked, "; ".join(cut))
+
+
+# ----------------------------------------------------------------------------------------------------------------- HTML
+
+STYLE = """
+:root { color-scheme: light dark } body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 84rem;
+padding: 0 1rem; overflow-wrap: anywhere } nav { columns: 18rem; font-size: .92rem } nav a { display: block }
+h2 { border-top: 1px solid #8884;
+margin-top: 2.5rem; padding-top: 1rem } .sides { display: grid; gap: 1rem; grid-template-columns: 1fr 1fr }
+.sides > div { min-width: 0 } @media (max-width: 60rem) { .sides { grid-template-columns: 1fr } }
+pre { font: .8rem/1.4 ui-monospace, monospace; margin: 0; max-height: 44rem; overflow: auto; padding: .6rem }
+.highlight { background: #f6f8fa; color: #222; border-radius: .3rem } .where { color: #777; font-size: .85rem }
+math { font-size: 1.1rem } .equation { overflow-x: auto; padding: .4rem 0 } .detail { border-left: 3px solid #8886;
+margin: .6rem 0; padding-left: .8rem } table { border-collapse: collapse; font-size: .9rem } .wide { overflow-x: auto }
+th, td { border-bottom: 1px solid #8884; padding: .2rem .6rem; text-align: left; vertical-align: top }
+"""
+
+
+def code(text: str, first: int, marked: range = range(0)) -> str:
+    """Python as highlighted HTML with line numbers; the lines `marked` are emphasised."""
+    lines = [line - first + 1 for line in marked]
+    formatter = HtmlFormatter(linenos="inline", linenostart=first, nobackground=True, hl_lines=lines)
+    return highlight(text, PythonLexer(stripnl=False), formatter)
+
+
+def prose(text: str) -> str:
+    """Markdown with $$ equations -> HTML with MathML. ValueError names an invalid equation."""
+    equations: list[str] = []
+
+    def keep(match: re.Match) -> str:
+        try:
+            equations.append(latex2mathml.converter.convert(match[1].strip(), display="block"))
+        except Exception as error:  # of any type
+            raise ValueError(f"an equation could not be read ({type(error).__name__}): {match[1].strip()}") from error
+        return f"\n\nEQUATION{len(equations) - 1}END\n\n"
+
+    found = markdown.markdown(re.sub(r"^\$\$\n(.*?)\n\$\$$", keep, text, flags=re.M | re.S), extensions=["tables"])
+    return re.sub(
+        r"<p>EQUATION(\d+)END</p>", lambda match: f'<div class="equation">{equations[int(match[1])]}</div>', found
+    )
+
+
+def anchor(part: str) -> str:
+    return re.sub(r"\W+", "-", part.lower()).strip("-")
+
+
+def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
+    """HTML link to a place on GitHub."""
+    repository, commit, below = roots[place.letter]
+    path = f"{below.rstrip('/')}/{place.path}".lstrip("/")
+    lines = "" if place.first is None else f"#L{place.first}-L{place.last}"
+    label = f"{place} {place.name}" if place.name else str(place)
+    return (
+        f'<a href="https://github.com/{repository}/blob/{commit}/{html.escape(path)}{lines}">{html.escape(label)}</a>'
+    )
+
+
+def measured(functions: list[Function], tests: list[dict]) -> str:
+    """HTML table of the largest differences in tests of these functions, with date and commit.
+
+    Tests name functions with their module, as `paper.model.loss`, and a `forward` by its class.
+    """
+    names = {f"{each.file.removesuffix('.py').replace('/', '.')}.{each.name}" for each in functions}
+    names |= {name.removesuffix(".forward") for name in names}
+    rows = [test for test in tests if names & set(test["functions"])]
+    if not rows:
+        return ""
+    cells = "".join(
+        f"<tr><td>{html.escape(row['test'])}</td><td>{row['values']:.1e}</td>"
+        f"<td>{'-' if row['gradients'] is None else format(row['gradients'], '.1e')}</td>"
+        f"<td>{html.escape(row['against'])}</td><td>{row['date']}, {html.escape(row['commit'])}</td></tr>"
+        for row in rows
+    )
+    head = "<tr><th>test</th><th>largest difference</th><th>of gradients</th><th>against</th><th>measured</th></tr>"
+    return f'<div class="wide"><table>{head}{cells}</table></div>'
+
+
+def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
+    """HTML of a row of the map: text, both sources, details, differences."""
+    ours = []
+    for function in row.functions:
+        first, text = source(function)
+        ours.append(f'<p class="where">{html.escape(function.file)}:{first}</p>{code(text, first)}')
+    theirs = []
+    for place in row.places:
+        file = authors_path(place, readme.roots, clones)
+        theirs.append(f'<p class="where">{link_to(place, readme.roots)}</p>')
+        if file is not None and file.is_file():
+            found = authors_lines(file, place)
+            cut = f'<p class="where">{html.escape(found.cut)}</p>' if found.cut else ""
+            theirs.append(cut + code(found.text, found.first, found.marked))
+    details = "".join(
+        f'<div class="detail"><b>{n}.</b> {prose(readme.details[n])}</div>' for n in row.details if n in readme.details
+    )
+    return (
+        f'<h2 id="{anchor(row.part)}">{html.escape(row.part)} <a href="#top">↑</a></h2>'
+        f'<p class="where">paper: {html.escape(row.paper)}</p>{prose(row.text)}'
+        f'<div class="sides"><div>{"".join(ours) or prose(row.ours)}</div>'
+        f"<div>{''.join(theirs) or prose(row.code)}</div></div>{details}{measured(row.functions, tests)}"
+    )
+
+
+def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
+    """HTML of the whole page."""
+    links = "".join(f'<a href="#{anchor(row.part)}">{html.escape(row.part)}</a>' for row in readme.rows)
+    body = "".join(row_html(row, readme, clones, tests) for row in readme.rows)
+    colours = HtmlFormatter(nobackground=True).get_style_defs(".highlight")
+    command = f"make parity-{readme.folder.replace('_', '-')} UPSTREAM=CLONE"
+    nothing = f"<p>No differences have been measured here: <code>{command}</code> measures them.</p>"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(readme.title)}</title>'
+        f'<style>{STYLE}{colours}</style></head><body><h1 id="top">{html.escape(readme.title)}</h1>'
+        f"{prose(readme.opening)}<nav>{links}</nav><h2>The method in one page</h2>{prose(readme.method)}"
+        f"{'' if tests else nothing}{body}</body></html>\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- script
+
+
+def is_clone(folder: Path, repository: str, readme: Readme) -> bool:
+    """Whether a folder holds all of a repository's files that the README names."""
+    places = [place for row in readme.rows for place in row.places]
+    found = [authors_path(place, readme.roots, {repository: folder}) for place in places]
+    return any(found) and all(path is None or path.exists() for path in found)
+
+
+def clones_of(readme: Readme, upstream: Path | None, clones: Path | None) -> dict[str, Path]:
+    """Repository -> folder of its clone.
+
+    clones: a folder that contains clones, named like their repositories. upstream: one clone, recognised by its name
+    or its files, with others beside it; or also a folder that contains clones.
+    """
+    names = {each: each.partition("/")[2] for each in dict.fromkeys(root[0] for root in readme.roots.values())}
+    found = {} if clones is None else {each: clones / name for each, name in names.items()}
+    if upstream is not None:
+        own = [each for each, name in names.items() if name == upstream.name]
+        own += [each for each in names if is_clone(upstream, each, readme)]
+        beside = upstream.parent if own else upstream
+        found |= {each: beside / name for each, name in names.items() if (beside / name).is_dir()}
+        found |= {each: upstream for each in own[:1]}
+    return {repository: path for repository, path in found.items() if path.is_dir()}
+
+
+def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
+    """Print which clones are missing, and which are not at the README's commit."""
+    for repository, commit in commits(readme.roots).items():
+        if repository not in clones:
+            print(f"note: no clone of {repository} was found: its lines are shown as links only")
+            continue
+        git = ["git", "-C", str(clones[repository]), "rev-parse", "HEAD"]
+        head = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        if head and not head.startswith(commit):
+            print(f"note: {clones[repository]} is at {head[:7]}, the README's lines are those of {commit}")
+
+
+def tests_in(file: Path) -> list[dict]:
+    """The tests in runs/parity/FOLDER.json. ValueError if the file is damaged."""
+    advice = "remove it; the next test run writes it again"
+    tests = read_json(file, advice).get("tests")
+    if not isinstance(tests, list) or not all(isinstance(test, dict) and "functions" in test for test in tests):
+        raise ValueError(f"{file} holds no measured differences: {advice}")
+    return tests
+
+
+def main(
+    folders: tyro.conf.Positional[tuple[str, ...]] = (),
+    upstream: Path | None = None,
+    clones: Path | None = None,
+    out: Path = Path("companion"),
+) -> None:
+    """Write companion pages: each part of a paper with our source, the authors' source, and measured differences.
+
+    Args:
+        folders: Folders of the papers; all if none is given.
+        upstream: Clone of the authors' repository, for a single folder. Clones of other repositories that the README
+            names are expected beside it, under their names; or this is the folder that contains all clones.
+        clones: Folder that contains clones named like their repositories, for several folders.
+        out: Output folder for FOLDER.html.
+    """
+    names = [folder.replace("-", "_") for folder in folders] or presets.folders()
+    for name in names:
+        if name not in presets.folders():
+            raise ValueError(f"{name} is not a paper's folder; those are {', '.join(presets.folders())}")
+    if upstream is not None and len(names) != 1:
+        raise ValueError("--upstream needs exactly one folder: name it, or pass --clones for several")
+    upstream, clones = (path and path.expanduser().resolve() for path in (upstream, clones))
+    for flag, path in (("--upstream", upstream), ("--clones", clones)):
+        if path is not None and not path.is_dir():
+            raise ValueError(f"{flag} {path} is no folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"
+        tests = tests_in(file) if file.is_file() else []
+        beside = clones_of(readme, upstream, clones)
+        if upstream is not None or clones is not None:
+            check_clones(readme, beside)
+        path.write_text(page(readme, beside, tests), encoding="utf-8")
+        functions = sum(len(row.functions) for row in readme.rows)
+        print(f"{path}: {len(readme.rows)} parts, {functions} functions of ours, {len(tests)} measured differences")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: tyro.cli(main, prog="python -m studies.harness.companion"))

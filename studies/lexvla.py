@@ -1,0 +1,393 @@
+"""The small-scale study of LexVLA: `python -m studies.lexvla` (`make reproduce-lexvla`).
+
+Arms are trained on scenes of two or three emoji with sentences about them, a stand-in for CC12M, and compared seed by
+seed. The paper's tables are pictures that could not be read, so the paper's column gives a direction and its source.
+
+Why the effects can appear: all samples share one vocabulary, and without a penalty one word is among the ten strongest
+of many scenes and sentences. Scenes show several objects at known positions. Some test sentences name objects by words
+that training sentences never use for them; a language model may know these words, a bag of words cannot. The effects
+would vanish if each word belonged to few scenes anyway (nothing would be overused), if pictures had one object (patches
+would not differ), or if test sentences used the words of training.
+"""
+
+import functools
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.feature_extraction.text import CountVectorizer
+from torch import Tensor
+
+from lexvla import eval as evaluation
+from lexvla import patchdis
+from lexvla.config import LITE0
+from lexvla.eval import KS, METRICS, NEW, SET, SETS
+from lexvla.text import EMOJI_NAMES, SCENES
+from lexvla.towers import Lite0Maps, eval_transform, normalize
+from shared import data
+from shared.checkpoints import read_json
+from shared.evalsets import EvalSet
+from shared.zeroshot import extract_image_features, owners
+from studies.harness import floors, photos, runner, verdicts
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
+from studies.harness.runner import Arm, Once, Study
+from studies.harness.verdicts import Claim
+
+BEFORE = (  # lexvla.text: the frozen language model encodes all captions once
+    Once("shared.pretrained smollm2"),
+    Once("shared.pretrained efficientnet_lite0"),
+    Once("studies.lexvla_scenes"),
+    Once("lexvla.text"),
+)
+ARMS = (
+    Arm("none", "train emoji-none", heading="no penalty"),
+    Arm("flops", "train emoji-flops", heading="FLOPs loss"),
+    Arm("flops-weak", "train emoji-flops --lambda-image 0.3 --lambda-text 0.3", heading="FLOPs x 0.3"),
+    Arm("overuse", "train emoji", heading="LexVLA: overuse penalty"),
+    Arm("bow", "train emoji-bow", heading="bag of words for text"),
+    Arm("dense", "train emoji-dense", heading="latent baseline, 512 dimensions"),
+    Arm("overuse-weak", "train emoji --lambda-image 0.03 --lambda-text 0.03", heading="overuse x 0.3", core=False),
+    Arm("dense-64", "train emoji-dense --dense-dim 64", heading="latent baseline, 64 dimensions", core=False),
+    Arm("dense-cls", "train emoji-dense --pool-cls", heading="latent baseline of [CLS]", core=False),
+)
+PENALTIES = {"FLOPs": ("flops-weak", "flops"), "overuse": ("overuse-weak", "overuse")}  # by rising weight
+
+RECALL, ON_NEW, MIXED = f"{SET}/mean_recall", f"{NEW}/mean_recall", "retrieval_mixed/mean_recall"
+TOP_64 = f"{SET}/top64/mean_recall"
+EMOJI = f"{Path(EMOJI_NAMES).name}/mean_recall"
+SHARED, EQUAL = f"{SET}/max_document_frequency", "equal/max_document_frequency"
+IMAGE_DF, TEXT_DF = (f"{SET}/{side}/max_document_frequency" for side in ("image", "text"))
+ALL, PRESENT = "patchdis/miou", "patchdis/miou_present"
+FIGURE_6, TABLE_1, TABLE_2 = "Fig. 6: shared words removed", "Table 1", "Table 2"
+MOST = f"{TABLE_1}: in most cases"
+
+
+def rarer(claim: str, metric: str, baseline: str, primary: bool = False, learned_by: str = RECALL) -> Claim:
+    """With the overuse penalty, fewer samples have the most used word in their ten strongest than in `baseline`."""
+    return Claim(claim, FIGURE_6, metric, "overuse", baseline, -1, None, primary, 5.0, learned_by)
+
+
+# Document frequencies, recalls and mIoU in percent. FLOPs has the weight that is best in a claim's metric on pilot seed
+# 100: the lower one for recall, the full one for document frequencies
+CLAIMS = (
+    rarer("overuse: most used word rarer than with FLOPs", SHARED, "flops", True),
+    rarer("overuse: most used word rarer than without", SHARED, "none", True),
+    Claim("overuse retrieves better than FLOPs", MOST, RECALL, "overuse", "flops-weak", 1, None, True, 1.0),
+    Claim("LLM better than bags of words, on new words", TABLE_1, ON_NEW, "overuse", "bow", 1, None, True, 1.0),
+    Claim("words retrieve better than 512 dimensions", "Fig. 5", RECALL, "overuse", "dense", 1, None, True, 1.0),
+    Claim("PatchDis, all classes: words above latent dimensions", TABLE_2, ALL, "overuse", "dense", 1, None, True, 0.5),
+    rarer("overuse: images' most used word rarer than with FLOPs", IMAGE_DF, "flops"),
+    rarer("... the captions' too", TEXT_DF, "flops"),
+    rarer("overuse: images' most used word rarer than without", IMAGE_DF, "none"),
+    rarer("... the captions' too", TEXT_DF, "none"),
+    rarer("overuse: most used word rarer than with FLOPs of the nearest recall", EQUAL, "flops"),
+    Claim("overuse retrieves better than FLOPs of full weight", MOST, RECALL, "overuse", "flops", negligible=1.0),
+    Claim("overuse retrieves better than no penalty", None, RECALL, "overuse", "none"),
+    Claim("LLM better than bags of words, half new words", TABLE_1, MIXED, "overuse", "bow", negligible=1.0),
+    Claim("LLM better than bags of words, known words", TABLE_1, RECALL, "overuse", "bow", negligible=1.0),
+    Claim("words better than 512 dimensions, on new words", "Fig. 5", ON_NEW, "overuse", "dense", negligible=1.0),
+    Claim("overuse retrieves better than FLOPs, single emoji", TABLE_1, EMOJI, "overuse", "flops-weak", negligible=1.0),
+    Claim("LLM better than bags of words, single emoji", TABLE_1, EMOJI, "overuse", "bow", negligible=1.0),
+    Claim("words better than 512 dimensions, single emoji", "Fig. 5", EMOJI, "overuse", "dense", negligible=1.0),
+    Claim("64 words better than 64 dimensions", "Fig. 5", TOP_64, "overuse", "dense-64", learned_by=RECALL),
+    Claim("PatchDis of present classes: words, latent dimensions", None, PRESENT, "overuse", "dense"),
+    Claim("PatchDis: words above the latent baseline of [CLS]", TABLE_2, ALL, "overuse", "dense-cls"),
+)
+
+
+def derive(found: Comparison) -> None:
+    """Add metrics that need several arms: recall of 64 dimensions beside that of 64 words, and the most used word's
+    share with FLOPs at the recall of overuse.
+
+    equal/max_document_frequency: for `overuse` its own; for `flops` the value at the recall of `overuse`, interpolated
+    linearly between the FLOPs arms (the arm without penalty counts as weight 0). Outside of their range, it is the
+    value of the arm with the nearest recall. It needs all of these arms.
+    """
+    arms = found.arms
+    for values in arms.get("dense-64", ()):
+        values[TOP_64] = values[RECALL]
+    compared = ("none", *PENALTIES["FLOPs"], "overuse")
+    if not all(SHARED in run for arm in compared for run in arms.get(arm, [{}])):
+        return
+    for *with_flops, overuse in zip(*(arms[arm] for arm in compared), strict=True):
+        points = sorted((run[RECALL], run[SHARED]) for run in with_flops)
+        overuse[EQUAL] = overuse[SHARED]
+        with_flops[-1][EQUAL] = float(np.interp(overuse[RECALL], *zip(*points, strict=True)))
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """Comparisons of an arm with random patches and with all of its words, and the claims that cannot be tested at this
+    scale."""
+    arms = {arm: runs for arm, runs in found.arms.items() if arm in ("overuse", "dense")}
+    pairs = {"random": (ALL, "patchdis/random_miou"), "all words": (RECALL, f"{SET}/dense/mean_recall")}
+    for name, (metric, other) in pairs.items():
+        runs = found.arms.get("overuse") or found.arms.get("dense", [])
+        if all(other in run for run in runs):
+            arms[name] = [{metric: run[other]} for run in runs]
+    claims = (
+        Claim("PatchDis of words above random patches", TABLE_2, ALL, "overuse", "random"),
+        Claim("PatchDis of latent dimensions above random patches", f"{TABLE_2}: slightly", ALL, "dense", "random"),
+        Claim("words above 1/sqrt(V) alone, against all words", None, RECALL, "overuse", "all words"),
+    )
+    needs = "needs CC12M, Llama 2"
+    return [
+        *verdicts.judged(claims, arms, []),
+        verdicts.not_testable("absolute recalls and mIoU on Flickr30k and COCO", "Tables 1, 2", needs),
+        verdicts.not_testable("above CLIP at 0.4B and 1.1B pairs, VDR, STAIR", TABLE_1, needs, primary=True),
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- floors and ceiling
+
+TRAIN = f"{SCENES}/train"
+PATCHDIS = f"{SCENES}/eval/patchdis"
+
+
+@functools.cache
+def network() -> Lite0Maps:
+    return Lite0Maps().eval()
+
+
+@torch.no_grad()
+def tokens(pixels: Tensor) -> Tensor:
+    """Frozen tokens (B, 1 + P, 432) of normalised images."""
+    return network().forward_features(pixels)
+
+
+class Pooled(torch.nn.Module):
+    """The mean patch of the frozen maps, as a unit vector."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(tokens(pixels)[:, 0], dim=-1)
+
+
+class Unit(torch.nn.Module):
+    """An image's pixels as a unit vector."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(pixels, dim=-1)
+
+
+class Corpus(NamedTuple):
+    """Features of the scenes, and their captions."""
+
+    train: Tensor
+    """(N, D), of the training scenes."""
+    captions: list[str]
+    """Captions of the training scenes."""
+    tests: dict[str, tuple[Tensor, list[list[str]]]]
+    """{set: (features (M, D), captions of each image)} of the evaluation sets."""
+
+
+def read_corpus(tower: torch.nn.Module, transform: Callable[[Image.Image], Tensor]) -> Corpus:
+    """The scenes, with the tower's features of transformed images."""
+    pairs = data.open_pairs(TRAIN)
+    batches = torch.arange(len(pairs)).split(256)
+    seen = [tower(torch.stack([transform(pairs.read(int(i)).image) for i in batch])) for batch in batches]
+    sets = [EvalSet(folder, transform) for folder in SETS]
+    tests = {each.name: extract_image_features(tower, each.batches(256), desc=each.name) for each in sets}
+    return Corpus(torch.cat(seen), [pairs.caption(row) for row in range(len(pairs))], tests)
+
+
+@functools.cache
+def on_lite0() -> Corpus:
+    """The scenes, with the mean frozen patch of EfficientNet-Lite0."""
+    return read_corpus(Pooled(), eval_transform(LITE0, 128))
+
+
+def correlated() -> dict[str, float]:
+    """Recall by canonical correlation of the mean frozen patch with the words of captions, in closed form."""
+    correlation, found = photos.correlate(on_lite0().train, on_lite0().captions), {}
+    for name, test in on_lite0().tests.items():
+        found |= {f"{name}/{metric}": value for metric, value in correlation.recalls(*test).items()}
+    return found
+
+
+def nearest_caption(corpus: Corpus) -> dict[str, float]:
+    """Recall when an image is replaced by the caption of the nearest training scene (by the cosine of features), scored
+    by common words."""
+    bags, found = CountVectorizer(stop_words="english", binary=True).fit(corpus.captions), {}
+    for name, (features, of_images) in corpus.tests.items():
+        texts = [text for of_image in of_images for text in of_image]
+        said, asked = floors.captions_of_neighbours(features, corpus.train, corpus.captions, bags, texts)
+        recalls = evaluation.retrieval(said, asked, owners(of_images))
+        found |= {f"{name}/{metric}": value for metric, value in recalls.items()}
+    return found
+
+
+def random_patches(folder: str = PATCHDIS) -> dict[str, float]:
+    """PatchDis of random similarities, which `patchdis.measure` adds to that of any patches (here zeros)."""
+    images = patchdis.labelled_images(folder, 128, normalize(LITE0))
+    classes = torch.zeros(len(patchdis.classnames(folder)), 1)
+    found = patchdis.measure(lambda pixels: torch.zeros(len(pixels), 64, 1), classes, images)
+    return {f"patchdis/{name}": found[f"random_{name}"] for name in ("miou", "miou_present")}
+
+
+def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens (P, 432) and classes (P,) of the patches that are at least half covered by one class."""
+    classes = 1 + len(patchdis.classnames(folder))  # class 0: none
+    for pixels, mask, ignore in patchdis.labelled_images(folder, 128, normalize(LITE0)):
+        label = torch.where(mask[0] == ignore, 0, mask[0] + 1)
+        of_patch = patchdis.patch_of_pixels((8, 8), *label.shape) * classes + label
+        counts = of_patch.flatten().bincount(minlength=64 * classes).view(64, classes)  # pixels of each class
+        label = counts.argmax(1)
+        chosen = (label > 0) & (2 * counts.amax(1) >= counts.sum(1))
+        yield tokens(pixels)[0, 1:][chosen], label[chosen] - 1
+
+
+def patches_by_labels(train: str = f"{PATCHDIS}_train", test: str = PATCHDIS) -> dict[str, float]:
+    """PatchDis by labels: least squares from the frozen patches of training images to their classes.
+
+    No upper bound, since it classifies each patch alone.
+    """
+    x, y = (torch.cat(of_images) for of_images in zip(*labelled_patches(train), strict=True))
+    x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(test))
+    weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()
+    images = patchdis.labelled_images(test, 128, normalize(LITE0))
+    found = patchdis.measure(
+        lambda pixels: F.pad(tokens(pixels)[:, 1:], (0, 1), value=1.0) @ weights, torch.eye(C), images
+    )
+    return {f"patchdis/{name}": found[name] for name in ("miou", "miou_present")}
+
+
+FLOORS = (
+    Floor("chance", lambda: floors.chance(SETS)),
+    Floor(
+        "caption of the nearest training scene, raw pixels",
+        lambda: nearest_caption(read_corpus(Unit(), floors.raw_pixels)),
+    ),
+    Floor("caption of the nearest training scene, on EfficientNet-Lite0", lambda: nearest_caption(on_lite0())),
+    Floor("canonical correlation of EfficientNet-Lite0 with words", correlated),
+    Floor("random patches", random_patches),
+    Floor("patches by least squares on labels", patches_by_labels, ceiling=True),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_metrics(arms: dict[str, list[dict]], out: Path) -> None:
+    """lexvla_{sparsity,penalties}.png, if the arms were measured on scenes."""
+    if all(RECALL in seed for seeds in arms.values() for seed in seeds):
+        plot_sweep(arms, out / "lexvla_sparsity.png")
+        plot_penalties(arms, out / "lexvla_penalties.png")
+
+
+def plot(found: Comparison, out: Path) -> None:
+    """lexvla_{words,clouds,patches,classes}.png, for the arms and sets that were measured."""
+    plot_usage(found.folders, out / "lexvla_words.png")
+    if "overuse" in found.folders:  # plots that eval.py drew for the method's first seed
+        for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches"), ("classes.png", "classes")):
+            if (drawn := found.folders["overuse"][0] / file).exists():
+                shutil.copyfile(drawn, out / f"lexvla_{name}.png")
+
+
+def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
+    """R@1, 5 and 10 against the words kept on both sides (Fig. 5), from one to all.
+
+    A dot marks the threshold, a dashed line the latent baseline.
+    """
+    ways, colors = ("image_to_text", "text_to_image"), plt.get_cmap("tab10").colors
+    figure, axes = plt.subplots(2, len(KS), figsize=(4.2 * len(KS) + 2, 7.4), sharex=True)
+    for row, way in zip(axes, ways, strict=True):
+        for axis, k in zip(row, KS, strict=True):
+            for color, (arm, seeds) in zip(colors, arms.items(), strict=False):
+                recall, label = mean(seeds, f"{SET}/{way}_R@{k}"), STUDY.headings.get(arm, arm)
+                levels = sorted(int(key.split("/")[1][3:]) for key in seeds[0] if key.startswith(f"{SET}/top")
+                                and key.endswith(f"{way}_R@{k}"))  # fmt: skip
+                if not levels:
+                    axis.axhline(recall, color=color, ls="--", label=label)
+                    continue
+                axis.plot(levels, [mean(seeds, f"{SET}/top{n}/{way}_R@{k}") for n in levels], color=color, label=label)
+                active = (mean(seeds, f"{SET}/image/active") + mean(seeds, f"{SET}/text/active")) / 2
+                axis.plot(active, recall, "o", color=color)
+            axis.set(xscale="log", xlabel="words kept on both sides", title=f"{way.replace('_', ' ')}, R@{k} (%)")
+            axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_penalties(arms: dict[str, list[dict]], path: Path) -> None:
+    """Overuse against FLOPs at all weights: share of samples with the most used word, against recall."""
+    figure, axis = plt.subplots(figsize=(6, 4.2))
+    points = {
+        arm: (mean(runs, SHARED), mean(runs, RECALL))
+        for arm, runs in arms.items()
+        if all(SHARED in run and RECALL in run for run in runs)
+    }
+    for name, of_penalty in PENALTIES.items():
+        if line := [points[arm] for arm in ("none", *of_penalty) if arm in points]:
+            axis.plot(*zip(*line, strict=True), "o-", label=f"{name}, weight rising from 0")
+    beside = dict.fromkeys(("none", *PENALTIES["FLOPs"]), ((7, -3), "left"))
+    beside |= {"overuse-weak": ((2, -13), "right"), "overuse": ((0, 7), "center")}  # so that names do not overlap
+    for arm in points.keys() & beside.keys():
+        place, side = beside[arm]
+        axis.annotate(STUDY.headings[arm], points[arm], place, textcoords="offset points", ha=side, fontsize=7)
+    axis.margins(0.2)
+    axis.set(xlabel="samples with the most used word among their ten strongest (%)", ylabel="mean recall (%)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def mean(seeds: list[dict], metric: str) -> float:
+    return float(np.mean([seed[metric] for seed in seeds]))
+
+
+def plot_usage(folders: dict[str, list[Path]], path: Path) -> None:
+    """The most used words of each lexical arm (first seed), and the share of samples they are in (Fig. 6)."""
+    lexical = {arm: of_arm[0] for arm, of_arm in folders.items() if (of_arm[0] / f"words_{SET}.json").exists()}
+    if not lexical:
+        return
+    figure, axes = plt.subplots(2, len(lexical), figsize=(2.3 * len(lexical), 5), squeeze=False, sharex="row")
+    for column, (arm, folder) in zip(axes.T, lexical.items(), strict=True):
+        most = read_json(folder / f"words_{SET}.json")
+        for axis, side in zip(column, ("image", "text"), strict=True):
+            words, shares = zip(*reversed(most[side]), strict=True)
+            axis.barh(range(len(words)), shares)  # by index: a piece may occur with and without its space
+            axis.set_yticks(range(len(words)), [word.strip() or word for word in words])
+            axis.set_title(textwrap.fill(f"{STUDY.headings.get(arm, arm)}: {side}s", 24), fontsize=8)
+            axis.tick_params(labelsize=7)
+    figure.supxlabel("samples with the word among their ten strongest (%)", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+STUDY = Study(
+    folder="lexvla",
+    paper="LexVLA (arXiv 2407.17827)",
+    stands_for="CC12M",
+    before=BEFORE,
+    arms=ARMS,
+    corpus="Scenes of two or three emoji with sentences; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
+    "SmolLM2-135M-Instruct in Llama 2's",
+    minutes={"core": 10, "all": 14},
+    # fp32: in bf16, words tie around rank ten
+    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
+    alone=True,
+    derive=derive,
+    derived_from=dict.fromkeys(("overuse", "flops"), ("none", "overuse", *PENALTIES["FLOPs"])),
+    metrics=METRICS,
+    sets=SETS,
+    floors=FLOORS,
+    claims=CLAIMS,
+    more_rows=more_rows,
+    plot=plot,
+    plot_arms=plot_metrics,
+)
+
+if __name__ == "__main__":
+    runner.main(STUDY)

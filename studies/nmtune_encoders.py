@@ -1,0 +1,155 @@
+"""The controlled study of one encoder: `python -m studies.nmtune_encoders --encoder RUN`, on the embedded corpus.
+
+For an encoder that `nmtune.pretrain` trained at one noise ratio, as in the study of NMTune (arXiv 2309.17002):
+  1. encode once: V training views of the tuning set, one view of the in-domain and of the out-of-domain test set
+  2. measure the spectrum of the test features: SVE and LSVR in the three centring modes
+  3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z, and for
+     comparison the accuracy of the nearest neighbour
+Writes numbers to RUN/study.json and singular values to RUN/spectra.npz, which `nmtune.eval --report` compares.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from nmtune.config import PRESETS, PretrainConfig, StudyConfig
+from nmtune.datasets import LabelledImages, open_labelled
+from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
+from nmtune.features import Bank, encode_set, split_encoder
+from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
+from nmtune.train import tuned_head
+from shared import checkpoints, cli, evaluation, probes, run
+
+
+class Encoded(NamedTuple):
+    """Features of all drawings in the splits of the corpus that pre-training has not seen."""
+
+    images: dict[str, LabelledImages]
+    """By split: tune, id, ood."""
+    plain: dict[str, Tensor]
+    """Features (N, D) of the evaluation view, by split."""
+    views: Tensor
+    """Features (V, N, D) of training views of the split tune."""
+
+    def indices(self, split: str, images: LabelledImages) -> Tensor:
+        """Indices (M,) of the drawings `images`, a subset of the split, in the split's features."""
+        known = {key: i for i, key in enumerate(self.images[split].keys.tolist())}
+        return torch.tensor([known[key] for key in images.keys.tolist()])
+
+
+def encode_splits(cfg: StudyConfig, process: run.Process) -> Encoded:
+    """Features of the splits tune, id and ood; their drawings are the same for all tasks."""
+    encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
+    encoder.to(process.device, memory_format=torch.channels_last)
+    images = {split: open_labelled(f"data/emoji:group:{split}") for split in ("tune", "id", "ood")}
+    precision = run.resolve_precision("auto", process.device)
+    options = {"process": process, "precision": precision, "label": Path(cfg.encoder).name}
+    plain = {split: encode_set(encoder, each, eval_view, **options)[0][0] for split, each in images.items()}
+    if all(PRESETS[method][1].views == "eval" for method in cfg.methods):
+        return Encoded(images, plain, plain["tune"][None])  # no head needs more views
+    return Encoded(images, plain, encode_set(encoder, images["tune"], train_view, views=cfg.bank, **options)[0])
+
+
+def spectrum_metrics(features: Tensor, center: str = "sample") -> dict[str, float]:
+    """{"sve", "lsvr", "share"} of F (M, D); share = sigma_1 / sum sigma, in per cent."""
+    s = feature_spectrum(features, center=center)
+    lsvr = largest_singular_value_ratio(s)
+    return {"sve": singular_value_entropy(s).item(), "lsvr": lsvr.item(), "share": 100 * torch.exp(-lsvr).item()}
+
+
+@torch.no_grad()
+def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Top-1 in per cent on each test set; for NMTune's head also the spectrum, L_COV and leading share of z."""
+    head.eval()
+    results = {}
+    for name, (features, labels) in tests.items():
+        z, logits = transformed(head, features)
+        results[name] = 100 * accuracy(logits, labels)
+        if z is not features:
+            spectrum = spectrum_metrics(z)
+            results |= {f"{split}_{name}": value for split, value in spectrum.items()}
+            results[f"cov_{name}"] = covariance_loss(z).item()
+            results[f"top5_{name}"] = -500 * dominant_singular_value_loss(z).item()
+    return results
+
+
+def study_task(
+    cfg: StudyConfig, task: str, encoded: Encoded, process: run.Process
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Results of one task: {"METHOD/METRIC": one number per seed, "nearest/SPLIT": [top-1 of the nearest neighbour]},
+    and {"METHOD/SPLIT": singular values of z}."""
+    sets = {split: open_labelled(f"data/emoji:{task}:{split}") for split in encoded.images}
+    indices = {split: encoded.indices(split, images) for split, images in sets.items()}
+    labels = {split: torch.from_numpy(images.labels) for split, images in sets.items()}
+    tests = {split: (encoded.plain[split][indices[split]], labels[split]) for split in ("id", "ood")}
+    views = Bank(encoded.views[:, indices["tune"]], labels["tune"])
+    plain = Bank(encoded.plain["tune"][None, indices["tune"]], labels["tune"])
+    found = {split: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for split, test in tests.items()}
+    numbers: dict[str, list[float]] = {f"nearest/{split}": [top1] for split, top1 in found.items()}
+    spectra: dict[str, np.ndarray] = {}
+    heads = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
+    for method, seed in run.progress(heads, len(heads), f"{Path(cfg.encoder).name} {task}", 1, process):
+        preset = dataclasses.replace(PRESETS[method][1], epochs=cfg.epochs, batch_size=cfg.batch_size, seed=seed)
+        bank, count = (plain, 1) if preset.views == "eval" else (views, 2)
+        head = tuned_head(preset, bank, sets["tune"].num_classes, count, torch.device("cpu"))
+        for metric, value in head_metrics(head, tests).items():
+            numbers.setdefault(f"{method}/{metric}", []).append(value)
+        if seed == 0 and preset.method != "lp":
+            with torch.no_grad():
+                for split, (features, _) in tests.items():
+                    spectra[f"{method}/{split}"] = feature_spectrum(head.transform(features)).numpy()
+    return numbers, spectra
+
+
+def main(cfg: StudyConfig) -> None:
+    """Study a finished encoder, unless its study.json is from the same checkpoint, data, settings and code."""
+    process = run.setup(0, cfg.device)
+    folder = Path(cfg.encoder)
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+    pretrained = checkpoints.config_in(state, PretrainConfig, folder)
+    if state["epoch"] < pretrained.epochs:
+        raise ValueError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
+    if unknown := [method for method in cfg.methods if method not in PRESETS]:
+        raise ValueError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
+    cli.check_counts(cfg, "seeds", "epochs", "batch_size")
+    cli.check_counts(cfg, "bank", least=2)
+    file = folder / "study.json"
+    images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
+    sources = evaluation.stamp([folder / "checkpoint.pt", *images])
+    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune"), "sources": sources}
+    setting = json.loads(json.dumps(setting))
+    if file.exists() and checkpoints.read_json(file).get("setting") == setting:
+        print(f"{file} exists for this checkpoint, these data and these settings; nothing to do")
+        return
+    start, tasks = time.perf_counter(), {}
+    encoded = encode_splits(cfg, process)
+    tests = {split: encoded.plain[split] for split in ("id", "ood")}
+    spectra = {f"F/{split}": feature_spectrum(features).numpy() for split, features in tests.items()}
+    spectrum = {
+        f"{metric}_{split}@{center}": value
+        for center in CENTRES
+        for split, features in tests.items()
+        for metric, value in spectrum_metrics(features, center).items()
+    }
+    for task in cfg.tasks:
+        tasks[task], found = study_task(cfg, task, encoded, process)
+        spectra |= {f"{task}/{name}": values for name, values in found.items()}
+        shown = {m: [np.mean(tasks[task][f"{m}/{split}"]) for split in ("id", "ood")] for m in cfg.methods}
+        line = ", ".join(f"{method} {i:.2f} / {o:.2f}" for method, (i, o) in shown.items())
+        print(f"{folder.name}, {task}, top-1 ID / OOD in %: {line}", flush=True)
+    with checkpoints.replaced(folder / "spectra.npz") as kept:
+        np.savez(kept, **spectra)
+    about = {"setting": setting, "noise": state["noise"], "kind": pretrained.kind, "commit": state["commit"]}
+    seconds = {"pretrain_seconds": state["seconds"], "study_seconds": time.perf_counter() - start}
+    checkpoints.write_json(file, about | seconds | {"spectrum": spectrum, "tasks": tasks})
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(StudyConfig)))

@@ -1,0 +1,493 @@
+"""The small-scale study of TL;DR: `python -m studies.tldr_reduction` (`make reproduce-tldr-reduction`).
+
+Scenes of one emoji stand in for CC3M: near copies of a thousand scenes, many of a few and few of most, with a known
+share of bad captions (pool.py). A text tower and an MLP on EfficientNet-Lite0's features (the paper's image towers
+start from ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
+
+Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
+distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and
+refinement appends a caption that is mostly right. The gain of selection would vanish without copies; the gain of
+refinement would vanish with true captions, or with a captioner that is never right. The study varies these shares, and
+the kinds of bad captions.
+"""
+
+import csv
+import functools
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from shared import data, probes, tars
+from shared.evalsets import EvalSet
+from shared.pretrained import cached_lite0_features
+from studies.harness import floors, runner, verdicts
+from studies.harness.floors import Floor
+from studies.harness.report import Comparison
+from studies.harness.runner import Arm, Once, Stage, Study
+from studies.harness.verdicts import Claim
+from tldr_reduction import eval as evaluation
+from tldr_reduction.datasets import LockedPairs, eval_transform, of_lite0, open_pairs
+
+# ------------------------------------------------------------------------------------------------------------- corpora
+
+SCENES = "--concepts 200 --clutter 0 0 --captioned-size 0.7 0.9 --samples 8000 --eval-samples 600 --caption tags"
+POOLS = {  # name: folder of its scenes, its own folder, percent of bad captions
+    "": ("data/tldr-scenes", "data/tldr", 30),
+    "-clean": ("data/tldr-scenes", "data/tldr", 0),
+    "-noisy": ("data/tldr-scenes", "data/tldr", 60),
+    "-half": ("data/tldr-scenes-half", "data/tldr-half", 30),
+    "-distinct": ("data/tldr-scenes-distinct", "data/tldr-distinct", 30),
+    "-other": ("data/tldr-scenes", "data/tldr-other", 30),
+    "-generic": ("data/tldr-scenes", "data/tldr-generic", 30),
+    "-mixed": ("data/tldr-scenes", "data/tldr-mixed", 30),
+}
+WHERE = {  # what differs from the main pool
+    "-clean": "all captions true",
+    "-noisy": "60 % bad captions",
+    "-half": "half of the pictures are copies",
+    "-distinct": "no copies",
+}
+IN_EACH = ("random", "codes", "random-refined", "tldr", "full-refined")  # reductions of each pool in WHERE
+KINDS = {  # pools of the main pool's pictures with bad captions of one kind; each has two arms
+    "-other": "30 % name another emoji",
+    "-generic": "30 % are generic",
+    "-mixed": "30 % name another emoji, too",
+}
+OF_KINDS = ("random", "random-refined")
+SETS = tuple(f"data/tldr-scenes/eval/names_{split}" for split in ("id", "ood"))
+BEFORE = (
+    Once(f"studies.corpora.scenes --out data/tldr-scenes {SCENES} --distinct 1000 --skew 1.3"),
+    Once("studies.tldr_reduction_pool"),
+    *(
+        Once(command, arms=tuple(f"{name}{pool}" for name in ("full", *IN_EACH)))
+        for pool, copies in (("-half", "--distinct 4000 --skew 1.3"), ("-distinct", ""))
+        for command in (
+            f"studies.corpora.scenes --out data/tldr-scenes{pool} {SCENES} {copies}",
+            f"studies.tldr_reduction_pool --source data/tldr-scenes{pool} --out data/tldr{pool}",
+        )
+    ),
+    *(
+        Once(
+            f"studies.tldr_reduction_pool --bad {pool[1:]} --noise 30 --oracle 20 --out data/tldr{pool}",
+            arms=tuple(f"{name}{pool}" for name in OF_KINDS),
+        )
+        for pool in KINDS
+    ),
+)
+
+
+def shards(pool: str) -> str:
+    """Folder of the shards of a pool, by its name in POOLS."""
+    _, folder, percent = POOLS[pool]
+    return f"{folder}/noise-{percent:02}"
+
+
+def oracle(pool: str, wrong: int = 20) -> str:
+    """File of captions by the oracle that names the wrong emoji in `wrong` % of a pool's samples."""
+    return f"{POOLS[pool][1]}/oracle-{wrong}.json"
+
+
+# ---------------------------------------------------------------------------------------------------------- reductions
+
+AS_MANY = "--select random --match {reduced/codes%s}"  # as many pairs as selected by codes from the same pictures
+REDUCTIONS = {  # name: (pool, flags)
+    "codes": ("", "--captions original --check auto"),
+    "random": ("", f"{AS_MANY % ''} --captions original"),
+    "random-refined": ("", f"{AS_MANY % ''} --predictions data/tldr/oracle-20.json"),
+    "tldr": ("", "--predictions data/tldr/oracle-20.json --scorer {full}"),
+    "full-refined": ("", "--select all --predictions data/tldr/oracle-20.json"),
+    "image": ("", "--features image --predictions data/tldr/oracle-20.json"),
+    "generated": ("", "--captions generated --predictions data/tldr/oracle-20.json"),
+    "random-refined-50": ("", f"{AS_MANY % ''} --predictions data/tldr/oracle-50.json"),
+    "random-refined-80": ("", f"{AS_MANY % ''} --predictions data/tldr/oracle-80.json"),
+    "dropped-random": ("", "--select random --keep 0.5 --captions original"),
+    "dropped-low": ("", "--select itm --keep 0.5 --captions original --scorer {full}"),
+    **{
+        f"{name}{pool}": (pool, flags)
+        for pool in WHERE
+        for name, flags in (
+            ("codes", "--captions original"),
+            ("random", f"{AS_MANY % pool} --captions original"),
+            ("random-refined", f"{AS_MANY % pool} --predictions {oracle(pool)}"),
+            ("tldr", f"--predictions {oracle(pool)}"),
+            ("full-refined", f"--select all --predictions {oracle(pool)}"),
+        )
+    },
+    **{
+        f"{name}{pool}": (pool, f"{AS_MANY % ''} {captions}")
+        for pool in KINDS
+        for name, captions in zip(OF_KINDS, ("--captions original", f"--predictions {oracle(pool)}"), strict=True)
+    },
+}
+# There are more clusters than distinct scenes in the main pool, so that a cluster is a scene with its copies, a quarter
+# of which is kept, but at least one. The paper's shares for CC3M and YFCC15M (24 and 16.7 %) are not used: all pools
+# have the same share, so that they differ in captions or copies alone; a smaller one would still keep a sample of each
+# cluster.
+REDUCE = "reduce {pool} --keep 0.25 --clusters 1500 --work runs/tldr_reduction/work{name}-seed{{seed}}"
+
+
+def reductions() -> Iterator[Stage]:
+    """Stages that reduce the pools. Stages of one pool run one after the other, because they share a work folder: each
+    computes only the codes and scores that are missing there."""
+    before: dict[str, tuple[str, ...]] = {pool: () for pool in POOLS}
+    for name, (pool, flags) in REDUCTIONS.items():
+        checked = "" if "--check" in flags else " --check none"
+        command = f"{REDUCE.format(pool=shards(pool), name=pool)} --seed {{seed}} --out {{out}} {flags}{checked}"
+        yield Stage(f"reduced/{name}", command, after=before[pool])
+        before[pool] += (f"reduced/{name}",)
+
+
+# ---------------------------------------------------------------------------------------------------------------- arms
+
+# Steps of every arm. Choose them with another seed, on data/tldr-validation, which no table uses:
+#     python -m studies.tldr_reduction_pool --validation data/tldr-validation
+#     python -m tldr_reduction.train emoji-scenes --steps 217 --seed 100 --out runs/pilot \
+#         --eval-every 5 --eval-set data/tldr-validation
+STEPS = 217
+
+
+def on(reduction: str, heading: str, core: bool = False) -> Arm:
+    """The arm that trains on a reduction and has its name."""
+    command = f"train emoji-scenes --data {{reduced/{reduction}}}/shards --steps {STEPS}"
+    return Arm(reduction, command, heading=heading, core=core)
+
+
+ARMS = (  # T_o: original captions; T_g: captions by an oracle, wrong in 20 % unless a heading says otherwise
+    Arm("full", f"train emoji-scenes --steps {STEPS}", heading="full, T_o"),
+    on("random", "third at random, T_o", core=True),
+    on("codes", "third by codes, T_o", core=True),
+    on("random-refined", "third at random, T_o; T_g", core=True),
+    on("tldr", "third by codes, T_o; T_g = TL;DR", core=True),
+    on("full-refined", "full, T_o; T_g", core=True),
+    on("image", "third by image features, T_o; T_g"),
+    on("generated", "third by codes, T_g only"),
+    on("random-refined-50", "third at random, T_g wrong in 50 %"),
+    on("random-refined-80", "third at random, T_g wrong in 80 %"),
+    on("dropped-random", "half dropped at random, T_o"),
+    on("dropped-low", "half of lowest self-score dropped, T_o"),  # a model's scores of the captions that it learned
+    *(
+        on(f"{name}{pool}", f"{heading}; {where}")
+        for pool, where in WHERE.items()
+        for name, heading in (
+            ("random", "third at random, T_o"),
+            ("codes", "third by codes, T_o"),
+            ("random-refined", "third at random, T_o; T_g"),
+            ("tldr", "third by codes, T_o; T_g"),
+            ("full-refined", "full, T_o; T_g"),
+        )
+    ),
+    *(
+        on(f"{name}{pool}", f"{heading}; {where}")
+        for pool, where in KINDS.items()
+        for name, heading in zip(OF_KINDS, ("third at random, T_o", "third at random, T_o; T_g"), strict=True)
+    ),
+    *(
+        Arm(
+            f"full{pool}",
+            f"train emoji-scenes --data {shards(pool)} --steps {STEPS}",
+            heading=f"full, T_o; {WHERE[pool]}",
+            core=False,
+        )
+        for pool in WHERE
+    ),
+)
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+SCORE, KEPT = "names_ood/top1", "data/scenes"
+COVERED, COHERENT = "pixels/coverage", "pixels/cohesion"  # cosines times 100
+D = 1.0  # points of top-1; a difference whose whole interval is within +-D is negligible. Smaller for small effects
+CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit, so only signs count
+    Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
+    Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
+    Claim("TL;DR above random, T_o", "+7.5", SCORE, "tldr", "random", 1, None, True, D),
+    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, 0.9),
+    Claim("TL;DR above random, refined", "+3.4", SCORE, "tldr", "random-refined", negligible=D),
+    Claim("selection alone below full data, T_o", "-2.3", SCORE, "codes", "full", -1, negligible=D),
+    Claim("TL;DR below full data, refined", "-2.3", SCORE, "tldr", "full-refined", -1, negligible=D),
+    Claim("refinement above T_o, full data", "+4.5", SCORE, "full-refined", "full", negligible=D),
+    Claim("codes above image features", "+2.2", SCORE, "tldr", "image", negligible=D),
+    Claim("T_g alone below T_o; T_g", "collapses", SCORE, "generated", "tldr", -1, negligible=D),
+    Claim("lowest self-scores dropped, above random", "+4.4", SCORE, "dropped-low", "dropped-random", negligible=D),
+    # scores of the pairs that TL;DR keeps, by one scorer; the paper compares CC3M with its reduction
+    Claim(
+        "share of scores below the cut, after refinement below before",
+        "37 % to 16 % below 0.5",
+        "itm/after_below_cut",
+        "tldr",
+        "tldr:itm/before_below_cut",
+        -1,
+        learned_by="itm/auc",
+    ),
+    Claim("distinct scenes kept, codes above random", None, KEPT, "codes", "random"),
+    Claim("coverage on pixels, codes above random", None, COVERED, "codes", f"codes:{COVERED}_random"),
+    Claim("cohesion on pixels, codes above shuffled clusters", None, COHERENT, "codes", f"codes:{COHERENT}_shuffled"),
+    Claim("refinement, T_g wrong in 50 %", None, SCORE, "random-refined-50", "random"),
+    Claim("refinement, T_g wrong in 80 %", None, SCORE, "random-refined-80", "random"),
+    *(
+        Claim(f"{what}; {where}", None, SCORE, f"{method}{pool}", f"random{pool}")
+        for pool, where in WHERE.items()
+        for what, method in (("selection above random", "codes"), ("refinement above T_o", "random-refined"))
+    ),
+    *(
+        Claim(f"refinement above T_o; {where}", None, SCORE, f"random-refined{pool}", f"random{pool}")
+        for pool, where in KINDS.items()
+    ),
+    *(
+        Claim(f"TL;DR below full data, refined; {where}", None, SCORE, f"tldr{pool}", f"full-refined{pool}", -1)
+        for pool, where in WHERE.items()
+    ),
+    *(
+        Claim(f"TL;DR above full data, T_o; {where}", None, SCORE, f"tldr{pool}", f"full{pool}")
+        for pool, where in WHERE.items()
+        if pool != "-noisy"
+    ),
+    Claim(
+        f"TL;DR above full data, T_o; {WHERE['-noisy']}",
+        "+0.8, YFCC15M",
+        SCORE,
+        "tldr-noisy",
+        "full-noisy",
+        negligible=0.4,
+    ),
+)
+
+
+def more_rows(found: Comparison) -> list[dict]:
+    """The paper's claims that cannot be tested at this scale."""
+    return [
+        verdicts.not_testable("absolute COCO, Flickr30K and ImageNet numbers", "72.8 TR@1", "needs CC3M and COCO"),
+        verdicts.not_testable("training time at 25 %", "19 h to 4.7 h", "follows from the number of steps"),
+    ]
+
+
+LITE0_VIEW = eval_transform(128, of_lite0)  # one object, since `floors.read` caches by it
+
+
+@functools.cache
+def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
+    """Features (N, 1280) of all pictures of a pool of POOLS, their true names, the names in their captions ("" if a
+    caption names no concept), and the names in the oracle's captions T_g."""
+    everything = dict(tars.descriptions(data.expand_shards(shards(pool))))
+    pairs = open_pairs(shards(pool))
+    about = [everything[str(key)] for key in pairs.keys]
+    called = {"name": lambda row: about[row]["name"], "other": pairs.caption, "generic": lambda row: ""}
+    by_oracle = json.loads(Path(oracle(pool)).read_text(encoding="utf-8"))
+    generated = {each["image_id"]: each["caption"] for each in by_oracle}
+    return (
+        LockedPairs(pairs, LITE0_VIEW, 0).features,
+        [each["name"] for each in about],
+        [called[each["noise"]](row) for row, each in enumerate(about)],
+        [generated[str(key)] for key in pairs.keys],
+    )
+
+
+def reduced(seeds: Sequence[int], runs: str = "runs/tldr_reduction") -> list[Path]:
+    """Tables of the finished reductions with these seeds."""
+    return sorted(table for seed in seeds for table in Path(runs, "reduced").glob(f"*-seed{seed}/report.csv"))
+
+
+def kept(reduction: str, seed: int) -> Tensor:
+    """Indices of the samples that a finished reduction keeps."""
+    path = Path("runs/tldr_reduction/reduced", f"{reduction}-seed{seed}", "report.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        return torch.tensor([line["kept"] == "1" for line in csv.DictReader(file)]).nonzero()[:, 0]
+
+
+def nearest_caption(
+    reduction: str | None = None, pool: str = "", seed: int | None = None, refined: bool = False
+) -> dict[str, float]:
+    """Top-1 in percent, by set, of naming each test picture by the caption of the nearest picture that a reduction
+    with this seed keeps, or of the whole pool.
+
+    `refined`: the name in T_g is used, which is true more often than the name in T_o.
+    """
+    features, _, called, generated = pool_features(pool)
+    names = EvalSet(SETS[0], None).classnames
+    labels = torch.tensor([names.index(name) if name else -1 for name in (generated if refined else called)])
+    rows, found = kept(reduction, seed) if reduction else torch.arange(len(labels)), {}
+    for path in SETS:
+        test = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
+        found[f"{Path(path).name}/top1"] = probes.nearest_neighbour(features[rows], labels[rows], *test)
+    return found
+
+
+def on_labels() -> dict[str, float]:
+    """Top-1 in percent, by set, of a linear layer on the locked tower's features, trained on the true names of the
+    whole pool: the ceiling."""
+    features, names, *_ = pool_features("")
+    probe, classnames = LogisticRegression(C=0.01, max_iter=200).fit(features, names), EvalSet(SETS[0], None).classnames
+    found = {}
+    for path in SETS:
+        test, truth = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
+        found[f"{Path(path).name}/top1"] = 100 * probe.score(test, [classnames[label] for label in truth])
+    return found
+
+
+NEAREST, REFINED = "nearest caption by EfficientNet-Lite0", "nearest refined caption by EfficientNet-Lite0"
+TRAINED_ON = {  # reduction, "" for the whole pool: (its name in floors, arms that are trained on its pictures)
+    "": ("all", ("full", "full-refined")),
+    "random": ("the random third", ("random", "random-refined", "random-refined-50", "random-refined-80")),
+    "codes": ("the third by codes", ("codes", "tldr", "generated")),
+    "image": ("the third by image features", ("image",)),
+    "dropped-random": ("half at random", ("dropped-random",)),
+    "dropped-low": ("the half of higher scores", ("dropped-low",)),
+}
+WITH_T_G = ("random-refined", "tldr", "full-refined", "image", "generated")  # trained on the better oracle's T_g
+
+
+def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:
+    """Yield a pool's floors: naming by the nearest original or refined caption of an arm's training pictures."""
+    there = {arm.name for arm in ARMS}
+    for refined, name in ((False, NEAREST), (True, REFINED)):
+        for reduction, (which, trained) in TRAINED_ON.items():
+            arms = [f"{arm}{pool}" for arm in trained if (arm in WITH_T_G if refined else arm != "generated")]
+            arms = tuple(arm for arm in arms if arm in there)
+            if arms and (not pool or reduction in ("", "codes")):
+                kept_by = f"{reduction}{pool}" if reduction else None
+                measure = functools.partial(nearest_caption, kept_by, pool, refined=refined)
+                yield Floor(f"{name}, {which}{where}", measure, arms=arms, by_seed=bool(reduction))
+
+
+FLOORS = (
+    Floor("chance", lambda: floors.chance(SETS) | {"itm/auc": 50.0}),
+    Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour(SETS)),
+    *nearest_captions(),
+    *(floor for pool, where in WHERE.items() for floor in nearest_captions(pool, f"; {where}")),
+    Floor("linear layer on EfficientNet-Lite0, all true names", on_labels, ceiling=True),
+)
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot(found: Comparison, out: Path) -> None:
+    """Write three plots, tldr_reduction_*.png: gains in accuracy by pool; for arm tldr and the first seed, scores of
+    captions and members of clusters."""
+    plot_fractions(found.arms, out)
+    if "tldr" in found.folders:
+        reduction = Path(json.loads((found.folders["tldr"][0] / "config.json").read_text())["data"]).parent
+        if (reduction / "report.json").is_file():
+            plot_itm(reduction, out)
+            plot_clusters(reduction, out)
+
+
+def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
+    """tldr_reduction_fractions.png: points that selection and refinement add to a random sample of each pool.
+
+    arms: {arm: metrics of each seed}.
+    """
+    pools = {
+        "-clean": "true captions",
+        "": "30 % bad",
+        "-noisy": "60 % bad",
+        "-half": "30 % bad,\nhalf copies",
+        "-distinct": "30 % bad,\nno copies",
+        "-other": "30 %\nanother",
+        "-generic": "30 %\ngeneric",
+        "-mixed": "30 %\nmixed",
+    }
+    pools = {pool: label for pool, label in pools.items() if f"random{pool}" in arms}
+    figure, axis = plt.subplots(figsize=(9, 3.8))
+    for shift, (method, label) in enumerate((("codes", "selection by codes"), ("random-refined", "refined captions"))):
+        shown = [pool for pool in pools if {f"{method}{pool}", f"random{pool}"} <= arms.keys()]
+        added = [
+            np.array([run[SCORE] for run in arms[f"{method}{pool}"]])
+            - np.array([run[SCORE] for run in arms[f"random{pool}"]])
+            for pool in shown
+        ]
+        places = [list(pools).index(pool) + 0.4 * shift for pool in shown]
+        axis.bar(places, [each.mean() for each in added], 0.38, label=label)
+        for place, each in zip(places, added, strict=True):
+            axis.scatter([place] * len(each), each, color="black", s=8, zorder=3)
+    axis.set_xticks(np.arange(len(pools)) + 0.2, pools.values())
+    axis.set_ylabel("names, unseen style, added (points)")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_fractions.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_itm(reduction: Path, out: Path) -> None:
+    """tldr_reduction_itm.png: histogram of matching scores of all pairs before, and of the kept ones after."""
+    itm = json.loads((reduction / "report.json").read_text()).get("itm")
+    if itm is None:
+        return
+    low, high = itm["before"]["span"]
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for shift, (when, label) in enumerate((("before", "pool, T_o"), ("after", "TL;DR, T_o; T_g"))):
+        density = np.array(itm[when]["histogram"])
+        places = low + (high - low) * (np.arange(len(density)) + 0.3 + 0.4 * shift) / len(density)
+        axis.bar(places, density, 0.4 * (high - low) / len(density), label=label)
+    axis.set(xlabel="score of image and caption", ylabel="density")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_itm.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_clusters(reduction: Path, out: Path, clusters: int = 6, columns: int = 8) -> None:
+    """tldr_reduction_clusters.png: members of some clusters; kept ones framed, with T_o; T_g, dropped ones with T_o."""
+    source = json.loads((reduction / "config.json").read_text())["data"]
+    if any(map(data.is_remote, source.split("::"))):  # a plot neither fetches shards nor runs a pipe:COMMAND
+        return
+    pairs = open_pairs(source)
+    row_of = {str(key): row for row, key in enumerate(pairs.keys)}
+    members: dict[str, list[dict]] = {}
+    with open(reduction / "report.csv", newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line.get("cluster"):
+                members.setdefault(line["cluster"], []).append(line)
+    fitting = sorted((c for c in members if len(members[c]) >= columns), key=int)
+    chosen = [fitting[i] for i in np.linspace(0, len(fitting) - 1, min(clusters, len(fitting))).astype(int)]
+    if not chosen:
+        return
+    figure, axes = plt.subplots(len(chosen), columns, figsize=(1.7 * columns, 1.9 * len(chosen)), squeeze=False)
+    for axis_row, cluster in zip(axes, chosen, strict=True):
+        for axis, line in zip(axis_row, members[cluster], strict=False):
+            pair = pairs.read(row_of[line["key"]])
+            axis.imshow(pair.image)
+            axis.set(xticks=[], yticks=[])
+            is_kept = line["kept"] == "1"
+            for spine in axis.spines.values():
+                spine.set(color="tab:green" if is_kept else "lightgrey", linewidth=3 if is_kept else 1)
+            text = textwrap.fill(line["caption"] if is_kept else f"dropped: {pair.caption}", 24, max_lines=3)
+            axis.set_xlabel(text, fontsize=6, color="black" if is_kept else "grey")
+        axis_row[0].set_ylabel(f"cluster {cluster}", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_clusters.png", dpi=110)
+    plt.close(figure)
+
+
+STUDY = Study(
+    folder="tldr_reduction",
+    paper="TL;DR (arXiv 2305.20087)",
+    stands_for="CC3M",
+    corpus="Scenes of one emoji: 8,000 pictures, of which 1,000 are not near copies of others, 30 % of the captions "
+    "exchanged or generic; T_g is an oracle's, wrong in 20 %; codes are of EfficientNet-Lite0, pretrained on "
+    "ImageNet-1k, which is also the locked trunk of the image tower; the MLP on it and the text tower are from scratch",
+    before=BEFORE,
+    stages=tuple(reductions()),
+    arms=ARMS,
+    minutes={"core": 4, "all": 15},
+    terms="T_o: the original captions.",
+    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), sets=SETS, rerank=())),
+    alone=True,
+    metrics=evaluation.METRICS,
+    sets=SETS,
+    floor_files=reduced,
+    floors=FLOORS,
+    claims=CLAIMS,
+    more_rows=more_rows,
+    plot=plot,
+)
+
+if __name__ == "__main__":
+    runner.main(STUDY)

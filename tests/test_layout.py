@@ -1,0 +1,120 @@
+"""Builders write complete folders or none, and masks are read back unchanged."""
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared import checkpoints, data, layout
+
+
+def write(folder: Path) -> dict:
+    samples = [
+        {"png": layout.png(np.full((4, 6, 3), i, np.uint8)), "txt": f"grey {i}", "json": {"grey": i}} for i in (7, 9)
+    ]
+    return {"counts": {"train": layout.write_pairs(folder / "train", samples)}}
+
+
+def test_a_folder_is_made_once_with_one_setting(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for _ in range(2):
+        layout.build(tmp_path / "corpus", {"side": (4, 6)}, write)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/corpus built: train 2",
+        f"{tmp_path}/corpus is complete",
+    ]
+    manifest = json.loads((tmp_path / "corpus/manifest.json").read_text())
+    assert manifest["setting"] == {"side": [4, 6]} and list(manifest["sha256"]) == ["train/00000.tar"]
+    with pytest.raises(ValueError, match=r"was made with other settings: side \(was \[4, 6\], now 5\)"):
+        layout.build(tmp_path / "corpus", {"side": 5}, write)
+    pairs = data.open_pairs(str(tmp_path / "corpus/train"))
+    assert [pairs.caption(row) for row in range(2)] == ["grey 7", "grey 9"]
+    assert pairs.read(1).image.size == (6, 4) and pairs.read(1).image.getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
+    def fail(folder: Path) -> dict:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        layout.build(tmp_path / "corpus", {}, fail)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/mine.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match="is not a corpus .*: remove .*/corpus to build it again, or choose another --out if"
+    ):
+        layout.build(tmp_path / "corpus", {}, write)
+    (tmp_path / "corpus/manifest.json").write_text('{"setting": 3}')
+    with pytest.raises(ValueError, match="was made with other settings: side"):
+        layout.build(tmp_path / "corpus", {"side": 5}, write)
+
+
+def test_a_full_disk_is_named_with_the_corpus(tmp_path: Path):
+    def fail(folder: Path) -> dict:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail_in_a_shard(folder: Path) -> dict:
+        with checkpoints.replaced(folder / "0.tar"):
+            fail(folder)
+
+    for failing in (fail, fail_in_a_shard):
+        with pytest.raises(OSError, match="/corpus could not be built .No space left on device.: free some space"):
+            layout.build(tmp_path / "corpus", {}, failing)
+        assert not list(tmp_path.iterdir())
+
+
+def test_one_process_builds_and_what_a_killed_one_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    first = multiprocessing.get_context("fork").Process(target=layout.build, args=(tmp_path / "corpus", {}, wait))
+    first.start()
+    while not (tmp_path / ".corpus-unfinished/corpus/train").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="corpus-unfinished belongs to a run that is still going: wait"):
+        layout.build(tmp_path / "corpus", {}, write)
+    first.kill()
+    first.join()
+    (tmp_path / ".corpus-unfinished/corpus/train/00001.tar").write_bytes(b"half")
+    layout.build(tmp_path / "corpus", {}, write)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert [path.name for path in (tmp_path / "corpus/train").iterdir()] == ["00000.tar"]
+
+
+def test_what_a_third_process_builds_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lock file that the process before removed, after this one opened it, locks nothing."""
+
+    def late(folder: Path):
+        file = lock(folder)
+        shutil.rmtree(folder)
+        (folder / "corpus/train").mkdir(parents=True)
+        return file
+
+    lock = layout.run.lock
+    monkeypatch.setattr(layout.run, "lock", late)
+    with pytest.raises(ValueError, match="another process has just removed .*corpus-unfinished: build .*/corpus again"):
+        layout.build(tmp_path / "corpus", {}, write)
+    assert (tmp_path / ".corpus-unfinished/corpus/train").is_dir() and not (tmp_path / "corpus").exists()
+
+
+def wait(folder: Path) -> dict:
+    write(folder)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(("classes", "kind", "nothing"), [(3, np.uint8, 255), (300, np.uint16, 65535)])
+def test_masks_hold_labels_and_the_largest_value_for_none(classes: int, kind: type, nothing: int):
+    mask = np.asarray(Image.open(io.BytesIO(layout.mask_png(np.array([[0, -1], [classes - 1, 1]]), classes))))
+    assert mask.tolist() == [[0, nothing], [classes - 1, 1]] and mask.max() <= np.iinfo(kind).max
+
+
+def test_two_images_do_not_share_a_mask(tmp_path: Path):
+    labels = np.zeros((4, 6), int)
+    with pytest.raises(ValueError, match=r"the images a\.jpg and a\.png would share the mask a\.png: rename one"):
+        layout.write_masks(tmp_path, ["dog"], [("a.jpg", b"", labels), ("b.jpg", b"", labels), ("a.png", b"", labels)])

@@ -1,0 +1,483 @@
+"""Packing a user's own pictures: small made-up folders and tables, read back like in training and evaluation."""
+
+import json
+import os
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scripts import one_sentence
+from test_corpora_photos import contents, photograph, read_manifest, read_set
+
+from shared import cli, data, evalsets, pack, tars
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten pictures, two of them in a subfolder, and captions.csv with two captions for each of the first three."""
+    root = tmp_path / "photos"
+    names = [*(f"{i}.jpg" for i in range(8)), "more/8.png", "more/9.JPEG"]
+    for name in names:
+        photograph(root / name)
+    rows = [f"{name},picture {i},of {i}" for i, name in enumerate(names)]
+    rows[2:2] = [f'{name}," the  same ""picture"", {i} ",and {i}' for i, name in enumerate(names[:2])]
+    rows.append("./more/../2.jpg,2 again,and 2")
+    write(root / "captions.csv", "image,caption,source", *rows)
+    return root
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def samples(folder: Path) -> list[dict[str, bytes]]:
+    """Samples of a folder's shards in order, as {ending: content} with the key as `key`."""
+    found: dict[str, dict] = {}
+    for shard in sorted(folder.glob("*.tar")):
+        for name, content in tars.read_tar(shard, []):
+            key, ending = tars.key_of(name)
+            found.setdefault(key, {"key": key})[ending] = content
+    return list(found.values())
+
+
+def about(folder: Path) -> list[dict]:
+    return [json.loads(sample["json"]) for sample in samples(folder)]
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_every_caption_of_a_table_is_a_sample(photos: Path, capsys) -> None:
+    out = photos.parent / "out"
+    pack.Pairs(photos / "captions.csv", out).build()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{out} built: pictures 10, captions 13, samples 13, broken 0",
+        f"train with --data {out}/train",
+    ]
+    pairs = data.open_pairs(str(out / "train"))
+    first = [pairs.caption(row) for row in range(6)]
+    assert first == ["picture 0", 'the same "picture", 0', "picture 1", 'the same "picture", 1', "picture 2", "2 again"]
+    kept = samples(out / "train")
+    assert kept[1]["jpg"] == (photos / "0.jpg").read_bytes(), "bytes as they are"
+    assert [set(sample) for sample in kept[-2:]] == [{"key", "png", "txt", "json"}, {"key", "jpg", "txt", "json"}]
+    assert about(out / "train")[5] == {
+        "key": "000000005", "caption": "2 again", "file": "2.jpg", "captions": ["picture 2", "2 again"],
+        "source": "and 2",
+    }  # fmt: skip
+    assert about(out / "train")[-2]["file"] == "more/8.png"
+
+
+def test_the_first_caption_alone(photos: Path) -> None:
+    pack.Pairs(photos / "captions.csv", photos.parent / "out", every_caption=False).build()
+    found = about(photos.parent / "out/train")
+    assert [each["caption"] for each in found] == [f"picture {i}" for i in range(10)]
+    assert found[2]["captions"] == ["picture 2", "2 again"]
+    counts = read_manifest(photos.parent / "out")["counts"]
+    assert counts == {"pictures": 10, "captions": 13, "samples": 10, "broken": 0}
+
+
+def test_other_tables(photos: Path) -> None:
+    """JSON lines, a JSON list, tabs, other column names, no header, another folder."""
+    texts = {"0.jpg": ["a", "b"], "1.jpg": ["c"]}
+    lines = [json.dumps({"image": name, "caption": some, "tags": ["x", 1]}) for name, some in texts.items()]
+    write(photos / "a.jsonl", lines[0], "", lines[1])
+    write(photos / "b.json", f"[{lines[0]},", f"{lines[1]}]")
+    write(photos / "c.tsv", "path\ttitle", '0.jpg\t"a "b', '"0.jpg"\t"b"', '1.jpg\t"say ""c"""')
+    write(photos.parent / "elsewhere/d.csv", "x,0.jpg,a", "y,0.jpg,b", "z,1.jpg,c")
+    (photos / "e.csv").write_bytes("\ufeffcaption,image\r\na,0.jpg\r\nb,0.jpg\r\nc,1.jpg\r\n".encode())
+    write(photos / "f.jsonl", '{"path": "0.jpg", "text": "a"}', '{"path": "1.jpg", "text": ["b", "c"]}')
+
+    def captions(name: str, **options) -> list[str]:
+        out = photos.parent / f"out-{name.replace('/', '-')}"
+        pack.Pairs((photos / name).resolve(), out, **options).build()
+        pairs = data.open_pairs(str(out / "train"))
+        return [pairs.caption(row) for row in range(len(pairs))]
+
+    assert captions("a.jsonl") == captions("b.json") == captions("e.csv") == ["a", "b", "c"]
+    assert about(photos.parent / "out-a.jsonl/train")[0]["tags"] == ["x", 1]
+    assert captions("c.tsv", image_column="path", caption_column="title") == ['"a "b', "b", 'say "c"']
+    numbers = {"image_column": "1", "caption_column": "2", "image_root": photos}
+    assert captions("../elsewhere/d.csv", **numbers) == ["a", "b", "c"]
+    assert captions("f.jsonl", image_column="path", caption_column="text") == ["a", "b", "c"]
+
+
+def test_held_out_pictures_are_a_retrieval_set(photos: Path, capsys) -> None:
+    out = photos.parent / "out"
+    photograph(photos / "copy.jpg")
+    (photos / "copy.jpg").write_bytes((photos / "3.jpg").read_bytes())
+    with open(photos / "captions.csv", "a") as file:
+        file.write("copy.jpg,a copy,of 3\n")
+    shares = {}
+    for share in (0.1, 0.3, 0.6, 0.9):
+        pack.Pairs(photos / "captions.csv", out / str(share), hold_out=share).build()
+        trained = {each["file"] for each in about(out / f"{share}/train")}
+        tested = read_set(out / f"{share}/eval/held_out")
+        counts = read_manifest(out / str(share))["counts"]
+        assert counts["held_out"] == len(tested) and counts["pictures"] == len(trained)
+        assert counts["held_out"] + counts["pictures"] == 11 and abs(len(tested) - 11 * share) <= 1
+        said = [caption for _, _, captions in tested for caption in captions]
+        assert counts["held_out_captions"] == len(said) and len(said) + counts["captions"] == 14
+        assert ("picture 3" in said) == ("a copy" in said) == ("3.jpg" not in trained), "copies stay together"
+        for _, _, captions in tested:
+            assert ("picture 2" in captions) == ("2 again" in captions), "with all of its captions"
+        shares[share] = set(said)
+    assert shares[0.1] < shares[0.3] < shares[0.6] < shares[0.9], "a larger share holds out more pictures, no others"
+    assert f"evaluate with --sets {out}/0.9/eval/held_out" in capsys.readouterr().out
+    assert evalsets.EvalSet(out / "0.1/eval/held_out", np.asarray).kind == "retrieval"
+
+
+def test_a_retrieval_set_of_everything(photos: Path, capsys) -> None:
+    out = photos.parent / "out"
+    pack.Retrieval(photos / "captions.csv", out).build()
+    found = [captions for _, _, captions in read_set(out)]
+    assert found[:3] == [
+        ["picture 0", 'the same "picture", 0'], ["picture 1", 'the same "picture", 1'], ["picture 2", "2 again"]
+    ]  # fmt: skip
+    assert len(found) == 10 and capsys.readouterr().out.endswith(f"evaluate with --sets {out}\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+@pytest.fixture
+def labelled(photos: Path) -> Path:
+    rows = [f"{i}.jpg,{('red fox', 'cat')[i % 2]},{i}" for i in range(8)]
+    write(photos / "labels.csv", "image,label,tags", *rows, rows[0])
+    return photos
+
+
+def test_classes_of_a_table(labelled: Path, capsys) -> None:
+    out = labelled.parent / "out"
+    pack.Classes(labelled / "labels.csv", out).build()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out} built: classes 2, test 8, broken 0",
+        f"evaluate with --sets {out}",
+    ]
+    known = evalsets.EvalSet(out, np.asarray)
+    assert known.classnames == ["cat", "red fox"] and known.templates == ["{c}", "a photo of a {c}."]
+    assert [label for _, _, label in known] == [1, 0] * 4 and not (out / "train").exists()
+    assert all(set(sample) == {"key", "jpg", "cls"} for sample in samples(out / "test"))
+
+
+def test_the_train_split_is_training_data(labelled: Path, capsys) -> None:
+    out = labelled.parent / "out"
+    pack.Classes(labelled / "labels.csv", out, hold_out=0.3).build()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out} built: classes 2, test 2, train 6, broken 0",
+        f"evaluate with --sets {out}, train with --data {out}/train",
+    ]
+    test, train = (read_set(out, split) for split in ("test", "train"))
+    assert sorted(label for _, _, label in test) == [0, 1] and len(train) == 6
+    pairs = data.open_pairs(str(out / "train"), strict=True)
+    said = [pairs.caption(row) for row in range(6)]
+    assert sorted(said) == ["cat"] * 3 + ["red fox"] * 3 and said not in (sorted(said), sorted(said, reverse=True))
+    for each in about(out / "train"):
+        assert each["name"] == ["cat", "red fox"][each["label"]] and each["tags"] == each["file"][0]
+
+
+def test_classes_of_folders(tmp_path: Path, capsys) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        for name in ("10", "9", "hot_dog"):
+            for i in range(count):
+                photograph(tmp_path / split / name / f"deep/{split}{i}.png")
+    write(tmp_path / "test/9/notes.txt", "none")
+    write(tmp_path / "test/9/.hidden.png", "none")
+    write(tmp_path / "test/9/phone.HEIC", "none")
+    (tmp_path / "test/empty").mkdir()
+    pack.Classes(tmp_path / "test", tmp_path / "out", train=tmp_path / "train").build()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("test: skipped 1 .txt, 1 .heic, folder without pictures empty")
+    assert said[1] == f"{tmp_path}/out built: classes 3, test 6, train 9, broken 0"
+    assert (tmp_path / "out/classnames.txt").read_text().splitlines() == ["10", "9", "hot dog"]
+    assert [label for _, _, label in read_set(tmp_path / "out")] == [0, 0, 1, 1, 2, 2]
+    for split in ("train", "test"):
+        (tmp_path / split / "hot_dog").rename(tmp_path / split / "8")
+    pack.Classes(tmp_path / "test", tmp_path / "numbers").build()
+    assert (tmp_path / "numbers/classnames.txt").read_text().splitlines() == ["8", "9", "10"]
+    assert "classes are called 8, 9, 10, ...: pass --classnames to name them" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--out .*test/8/out lies in the folder of classes"):
+        pack.Classes(tmp_path / "test", tmp_path / "test/8/out").build()
+    with pytest.raises(ValueError, match=r"holds no folder of a class with pictures, .*/CLASS/picture\.jpg"):
+        pack.Classes(tmp_path / "test/9/deep", tmp_path / "other").build()
+
+
+def test_class_names_from_a_file(labelled: Path) -> None:
+    def named(*lines: str, labels: str = "labels.csv", **options) -> tuple[list[str], list[int]]:
+        out = labelled.parent / f"out{len(list(labelled.parent.iterdir()))}"
+        names = write(labelled / "names.txt", *lines)
+        pack.Classes(labelled / labels, out, classnames=names, **options).build()
+        found = evalsets.EvalSet(out, np.asarray)
+        return found.classnames, [label for _, _, label in found]
+
+    assert named("red fox", "bear", "cat") == (["red fox", "bear", "cat"], [0, 2] * 4), "labels are names"
+    assert named("house cat", "fox") == (["house cat", "fox"], [1, 0] * 4), "names in the order of labels"
+    write(labelled / "numbers.csv", "image,label", *(f"{i}.jpg,{2 * (i % 2)}" for i in range(8)))
+    assert named("a", "b", "c", labels="numbers.csv") == (["a", "b", "c"], [0, 2] * 4), "labels are numbers of lines"
+    with pytest.raises(ValueError, match=r"names\.txt has 3 lines for 2 labels \(cat, red fox, \.\.\.\)"):
+        named("a", "b", "c")
+    with pytest.raises(ValueError, match=r"names\.txt names other labels, but not 'red fox': name all of them"):
+        named("cat", "bear")
+    with pytest.raises(ValueError, match="two classes are called 'a'"):
+        named("a", "a")
+    with pytest.raises(ValueError, match=r"names\.txt has an empty line"):
+        named("a", "", "b")
+
+
+def test_prompts_from_a_file(labelled: Path) -> None:
+    prompts = write(labelled / "prompts.txt", "ein Bild: {c}", "größer: {c}.")
+    pack.Classes(labelled / "labels.csv", labelled.parent / "out", templates=prompts).build()
+    assert evalsets.EvalSet(labelled.parent / "out", np.asarray).templates == ["ein Bild: {c}", "größer: {c}."]
+    write(prompts, "a {c}", "b {}")
+    with pytest.raises(ValueError, match=r"prompts\.txt has the line 'b \{\}', which lacks \{c\}"):
+        pack.Classes(labelled / "labels.csv", labelled.parent / "other", templates=prompts).build()
+
+
+# -------------------------------------------------------------------------------------------------------- broken input
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG header that states a size, without pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 10) + b"IDAT" + bytes(14)
+
+
+def test_what_cannot_be_read_is_left_out_counted_and_named(photos: Path, capsys) -> None:
+    whole = (photos / "0.jpg").read_bytes()
+    (photos / "0.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "1.jpg").unlink()
+    (photos / "2.jpg").write_bytes(b"")
+    (photos / "3.jpg").write_text("<html>404</html>")
+    (photos / "4.jpg").write_bytes(png_of(10_000, 10_000))
+    (photos / "5.jpg").unlink()
+    os.mkfifo(photos / "5.jpg")
+    with open(photos / "captions.csv", "a") as file:
+        file.write("7.jpg,  ,x\n,nothing,x\n6.jpg\n")
+    out = photos.parent / "out"
+    pack.Pairs(photos / "captions.csv", out).build()
+    manifest = read_manifest(out)
+    assert manifest["counts"] == {"pictures": 4, "captions": 4, "samples": 4, "broken": 9}
+    reasons = {key.rpartition("line")[2].strip(): reason for key, reason in manifest["broken"].items()}
+    assert reasons == {
+        "0.jpg": "unreadable image: OSError", "1.jpg": "missing image", "2.jpg": reasons["3.jpg"],
+        "3.jpg": "unreadable image: UnidentifiedImageError", "5.jpg": "missing image",
+        "4.jpg": f"10000x10000 pixels are more than the {data.MAX_PIXELS} allowed",
+        "15": "row without 'caption'", "16": "row without 'image'", "17": "row without 'caption'",
+    }  # fmt: skip
+    said = capsys.readouterr().out
+    assert "9 broken samples, left out: " in said and "2 missing image" in said and "(0.jpg, 1.jpg, 2.jpg, ...)" in said
+    with pytest.raises(ValueError, match=r"--strict: captions\.csv, line 15: row without 'caption'"):
+        pack.Pairs(photos / "captions.csv", photos.parent / "strict", strict=True).build()
+    assert not (photos.parent / "strict").exists()
+
+
+def test_json_that_is_none(photos: Path) -> None:
+    good = '{"image": "0.jpg", "caption": "a"}'
+    deep = "[" * 100_000
+    bad = ['{"image": ', "7", f'{{"image": {deep}}}', '{"image": 5, "caption": "a"}', '{"image": "1.jpg"}']
+    worse = ['{"image": "1.jpg", "caption": [3, "b"]}', '{"image": "1.jpg", "caption": []}']
+    write(photos / "a.jsonl", good, *bad, *worse, '{"image": "2.jpg", "caption": "\\ud800 c", "x": "\\udfff"}')
+    pack.Pairs(photos / "a.jsonl", photos.parent / "out").build()
+    assert [each["caption"] for each in about(photos.parent / "out/train")] == ["a", "b", "? c"]
+    broken = read_manifest(photos.parent / "out")["broken"]
+    assert [(key.rpartition(" ")[2], reason) for key, reason in broken.items()] == [
+        *((str(line), "no JSON object") for line in (2, 3, 4)),
+        ("5", "row without 'image'"),
+        *((str(line), "row without 'caption'") for line in (6, 7, 8)),
+    ]
+
+
+@pytest.mark.parametrize("way", ["up", "absolute", "a link to a file", "a link to a folder"])
+def test_paths_that_lead_out_are_refused(photos: Path, way: str, capsys, monkeypatch) -> None:
+    photograph(photos.parent / "secret/key.jpg")
+    path = "../secret/key.jpg" if way == "up" else str(photos.parent / "secret/key.jpg")
+    if way == "a link to a file":
+        (photos / (path := "link.jpg")).symlink_to("../secret/key.jpg")
+    elif way == "a link to a folder":
+        (photos / "link").symlink_to(photos.parent / "secret")
+        path = "link/key.jpg"
+    write(photos / "hostile.csv", "image,caption", "0.jpg,a", f"{path},b")
+    write(photos / "hostile-labels.csv", "image,label", "0.jpg,a", f"{path},b")
+    for kind, table in (("pairs", "hostile"), ("retrieval", "hostile"), ("classes", "hostile-labels")):
+        code, said = called(monkeypatch, capsys, kind, photos / f"{table}.csv", "--out", photos.parent / "out")
+        assert code == 2 and one_sentence(said) and f"line 3: {path} is outside of {photos}" in said
+    assert not (photos.parent / "out").exists()
+
+
+def test_links_and_paths_within_the_folder_are_fine(photos: Path) -> None:
+    (photos / "link.jpg").symlink_to("more/8.png")
+    (photos.parent / "photos2").symlink_to(photos)
+    names = [f"{photos}/0.jpg", "link.jpg", "more/../1.jpg", "nul\0.jpg", "n" * 3000]
+    write(photos / "a.jsonl", *(json.dumps({"image": name, "caption": "a"}) for name in names))
+    pack.Pairs(photos.parent / "photos2/a.jsonl", photos.parent / "out").build()
+    assert read_manifest(photos.parent / "out")["counts"]["broken"] == 2
+    assert [each["file"] for each in about(photos.parent / "out/train")] == ["0.jpg", "more/8.png", "1.jpg"]
+
+
+def test_a_link_out_of_a_folder_of_classes_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photograph(tmp_path / f"in/{name}/1.png")
+    photograph(tmp_path / "secret.png")
+    (tmp_path / "in/a/2.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match=r"a/2\.png is outside of"):
+        pack.Classes(tmp_path / "in", tmp_path / "out").build()
+
+
+def called(monkeypatch, capsys, *arguments) -> tuple[int, str]:
+    """(exit code, stderr) of the command line."""
+    monkeypatch.setattr(sys, "argv", ["pack", *map(str, arguments)])
+    code = 0
+    try:
+        cli.command_line(pack.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def test_the_command_line(photos: Path, monkeypatch, capsys) -> None:
+    arguments = ["pairs", photos / "captions.csv", "--hold-out", "0.2", "--out", photos.parent / "out"]
+    assert called(monkeypatch, capsys, *arguments)[0] == 0
+    assert len(read_set(photos.parent / "out/eval/held_out")) == 2
+
+
+WRONG = {  # what is called -> what is said
+    "pairs missing.csv": r"missing\.csv is no file: name a table",
+    "pairs .": r". is a folder: name a table",
+    "pairs 0.jpg": r"0\.jpg must end in one of \.csv, \.tsv, \.jsonl",
+    "pairs empty.csv": r"empty\.csv is empty",
+    "pairs header.csv": r"header\.csv has no picture left for train",
+    "pairs labels.csv": r"labels\.csv has the columns image, label, tags, not image and caption: --image-column and",
+    "classes captions.csv": r"captions\.csv has the columns image, caption, source, not image and label: .*label-col",
+    "pairs captions.csv --image-column 0 --caption-column 9": r"has the columns .*, not 0 and 9",
+    "pairs latin.csv": r"latin\.csv is not UTF-8 text",
+    "pairs quotes.csv": r"quotes\.csv, line 3 cannot be read as cells: unexpected end of data",
+    "pairs list.json": r"list\.json begins with \[ but is not a JSON list",
+    "pairs captions.csv --image-root more": r"none of the 10 pictures of captions\.csv \(train\) can be read.*--image",
+    "pairs captions.csv --image-root nowhere": r"nowhere is not a folder: set --image-root",
+    "pairs captions.csv --hold-out 1": r"--hold-out must be a share of at least 0 and less than 1, not 1",
+    "pairs captions.csv --shard-size 0": r"--shard-size must be at least 1",
+    "pairs captions.csv --shard-size 10001": r"--shard-size must be at most 10,000, not 10,001",
+    "pairs captions.csv --max-side 0": r"--max-side must be at least 1",
+    "pairs one.csv --hold-out 0.5": r"one\.csv has no picture left for held_out",
+    "classes labels.csv --train labels.csv": r"0\.jpg is in both splits",
+    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out exclude each other",
+    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg has the label 'b' here, but 'a' before",
+    "classes oneclass.csv": r"oneclass\.csv has one class, a: at least two",
+    "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt is missing",
+    "classes header-labels.csv": r"header-labels\.csv has no picture left for test",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_calls_exit_2_with_one_sentence(labelled: Path, arguments: str, monkeypatch, capsys) -> None:
+    write(labelled / "empty.csv")
+    write(labelled / "header.csv", "image,caption")
+    write(labelled / "header-labels.csv", "image,label")
+    (labelled / "latin.csv").write_bytes("image,caption\n0.jpg,größer\n".encode("latin-1"))
+    write(labelled / "list.json", "[1, 2")
+    write(labelled / "quotes.csv", "image,caption", '0.jpg,"a', "1.jpg,b")
+    write(labelled / "one.csv", "image,caption", "0.jpg,a", "0.jpg,b")
+    write(labelled / "twice.csv", "image,label", "0.jpg,a", "0.jpg,b")
+    write(labelled / "oneclass.csv", "image,label", "0.jpg,a", "1.jpg,a")
+    monkeypatch.chdir(labelled)
+    code, said = called(monkeypatch, capsys, *arguments.split(), "--out", "out")
+    assert code == 2 and one_sentence(said), said
+    assert re.search(WRONG[arguments], said), said
+    assert not (labelled / "out").exists() and not list(labelled.glob(".out*"))
+
+
+# ------------------------------------------------------------------------------------------------- bytes, sizes, shards
+
+
+def test_pictures_are_upright_and_of_kinds_that_shards_hold(photos: Path) -> None:
+    picture = Image.new("RGB", (40, 20), "white")
+    picture.paste("red", (0, 0, 20, 20))  # the left half
+    exif = Image.Exif()
+    exif[pack.ORIENTATION] = 6  # the camera was turned: what is left is stored above
+    picture.transpose(Image.Transpose.ROTATE_90).save(photos / "0.jpg", exif=exif, quality=95)
+    picture.save(photos / "1.jpg", "gif")
+    picture.save(photos / "2.jpg", "bmp")
+    picture.save(photos / "3.jpg", "webp")
+    Image.new("RGBA", (8, 8)).save(photos / "4.jpg", "png")
+    pack.Pairs(photos / "captions.csv", photos.parent / "out", every_caption=False).build()
+    found = samples(photos.parent / "out/train")[:5]
+    endings = [next(ending for ending in sample if ending in tars.IMAGE_EXTENSIONS) for sample in found]
+    assert endings == ["jpg", "png", "png", "webp", "png"]
+    for i, (sample, ending) in enumerate(zip(found, endings, strict=True)):
+        kept = (photos / f"{i}.jpg").read_bytes() == sample[ending]
+        assert kept == (i in (3, 4)), i
+    shown = data.decode_image(found[0]["jpg"])
+    assert shown.size == (40, 20) and not Image.open(photos / "0.jpg").size == (40, 20)
+    assert np.abs(np.asarray(shown, float)[:, 4:16] - (254, 0, 0)).max() < 30
+    assert Image.open(pack.io.BytesIO(found[0]["jpg"])).getexif().get(pack.ORIENTATION) is None
+
+
+def test_resized_to_the_longer_side(photos: Path) -> None:
+    photograph(photos / "3.jpg", 6, 8)
+    pack.Pairs(photos / "captions.csv", photos.parent / "out", max_side=10, every_caption=False).build()
+    pairs = data.open_pairs(str(photos.parent / "out/train"))
+    assert [pairs.read(row).image.size for row in (2, 3, 8)] == [(10, 8), (6, 8), (10, 8)]
+    assert samples(photos.parent / "out/train")[3]["jpg"] == (photos / "3.jpg").read_bytes()
+
+
+def test_shards_of_other_sizes(labelled: Path) -> None:
+    out = labelled.parent
+    pack.Pairs(labelled / "captions.csv", out / "pairs", shard_size=5, hold_out=0.3).build()
+    train = sorted(path.name for path in (out / "pairs/train").iterdir())
+    assert train == ["00000.tar", "00001.tar"] and [s["key"] for s in samples(out / "pairs/train")][5] == "000010000"
+    pack.Classes(labelled / "labels.csv", out / "classes", shard_size=4).build()
+    assert sorted(path.name for path in (out / "classes/test").iterdir()) == ["0.tar", "1.tar", "nshards.txt"]
+    pack.Classes(labelled / "labels.csv", out / "others", shard_size=3).build()
+    for name, count in (("classes", 2), ("others", 3)):
+        assert (out / f"{name}/test/nshards.txt").read_text() == f"{count}\n"
+        found = read_set(out / name)
+        assert [key for key, _, _ in found] == [f"s{i:07d}" for i in range(8)]
+        assert [label for _, _, label in found] == [1, 0] * 4
+
+
+def test_the_same_bytes_again_and_a_finished_folder_is_left(labelled: Path, monkeypatch, capsys) -> None:
+    out = labelled.parent
+    for kind, table in ((pack.Pairs, "captions.csv"), (pack.Classes, "labels.csv")):
+        for name in ("one", "two"):
+            kind(labelled / table, out / f"{name}-{table}", hold_out=0.3).build()
+        assert contents(out / f"one-{table}") == contents(out / f"two-{table}")
+    monkeypatch.setattr(pack.Pairs, "write", lambda *_: pytest.fail("packed again"))
+    (labelled / "0.jpg").rename(labelled / "away.jpg")
+    (labelled / "away.jpg").rename(labelled / "0.jpg")
+    pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
+    assert "is complete" in capsys.readouterr().out
+    for options in ({"hold_out": 0.2}, {"hold_out": 0.3, "max_side": 5}, {"hold_out": 0.3, "every_caption": False}):
+        with pytest.raises(ValueError, match="was made with other settings: "):
+            pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", **options).build()
+    photograph(labelled / "0.jpg", 30, 30)
+    with pytest.raises(ValueError, match="was made with other settings: files"):
+        pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
+
+
+def test_what_was_written_is_read_back(labelled: Path, monkeypatch) -> None:
+    """A tar that lost bytes while being written is noticed, and nothing is left behind."""
+
+    def damaged(path: Path, samples) -> None:
+        whole(path, samples)
+        path.write_bytes(path.read_bytes()[:1500])
+
+    whole = tars.write_tar
+    for module in ("shared.tars", "shared.layout"):
+        monkeypatch.setattr(f"{module}.write_tar", damaged)
+    out = labelled.parent / "out"
+    for packed in (
+        pack.Pairs(labelled / "captions.csv", out),
+        pack.Retrieval(labelled / "captions.csv", out),
+        pack.Classes(labelled / "labels.csv", out),
+    ):
+        with pytest.raises(OSError, match="read back"):
+            packed.build()
+        assert not list(labelled.parent.glob("*out*"))
