@@ -10,6 +10,7 @@ from typing import Literal
 
 from attentive_mask_clip.model import PRESETS as MODELS
 from shared import cli
+from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 
 
@@ -232,11 +233,11 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "workers", "window_shards", "eval_every", least=0)
     cli.check_batch(cfg, world_size)
     if cfg.keep_best and not cfg.eval_every:
-        raise ValueError("--keep-best needs the evaluations of --eval-every: pass that, or --no-keep-best")
+        raise UserError("--keep-best needs the evaluations of --eval-every: pass that, or --no-keep-best")
     if cfg.batch_size == world_size * cfg.accumulate and cfg.method != "clip" and (cfg.ssl or cfg.method == "slip"):
-        raise ValueError("BatchNorm needs more than one pair per process and micro-batch: raise --batch-size")
+        raise UserError("BatchNorm needs more than one pair per process and micro-batch: raise --batch-size")
     if cfg.keep_in_memory and (cfg.window_shards or cfg.workers):
-        raise ValueError("--keep-in-memory needs a corpus that fits into memory, --workers 0 and no --window-shards")
+        raise UserError("--keep-in-memory needs a corpus that fits into memory, --workers 0 and no --window-shards")
     check_model(cfg)
 
 
@@ -244,34 +245,34 @@ def check_model(cfg: Config) -> None:
     """Raise ValueError on invalid settings of model, masks and schedule; reads no files, as a dry run needs."""
     cli.check_counts(cfg, "epochs", "batch_size", "dataset_size", "accumulate", "image_size", "ema_image_size")
     if cfg.model not in MODELS:
-        raise ValueError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
+        raise UserError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     if not 0 < cfg.keep_ratio <= 1:
-        raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
+        raise UserError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if cfg.released_boxes and cfg.views == 1:
-        raise ValueError("--released-boxes needs two views: pass --views 2, or --no-released-boxes")
+        raise UserError("--released-boxes needs two views: pass --views 2, or --no-released-boxes")
     for name in ("crop_scale", "ssl_crop_scale"):
         scale = getattr(cfg, name)
         if scale is not None and not 0 < scale <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most 1, not {scale}")
     cli.check_rates(cfg, "lr", "text_lr", "warmup_lr", "min_lr", "weight_decay", "simclr_weight", "byol_weight")
     cli.check_adam(cfg)
     if not 0 < cfg.temperature < math.inf:
-        raise ValueError(f"--temperature must be above 0, not {cfg.temperature}")
+        raise UserError(f"--temperature must be above 0, not {cfg.temperature}")
     if not 0 <= cfg.ema_momentum <= 1:
-        raise ValueError(f"--ema-momentum must be in 0..1, not {cfg.ema_momentum}")
+        raise UserError(f"--ema-momentum must be in 0..1, not {cfg.ema_momentum}")
     if not 0 <= cfg.warmup_epochs <= cfg.epochs:
-        raise ValueError(f"--warmup-epochs {cfg.warmup_epochs} must be in 0..{cfg.epochs}, the number of epochs")
+        raise UserError(f"--warmup-epochs {cfg.warmup_epochs} must be in 0..{cfg.epochs}, the number of epochs")
     patch, size = MODELS[cfg.model].get("patch_size", 16), cfg.image_size or MODELS[cfg.model].get("image_size", 224)
     if size < patch or size % patch:
-        raise ValueError(f"--image-size {size} cannot be cut into patches of {patch} pixels")
+        raise UserError(f"--image-size {size} cannot be cut into patches of {patch} pixels")
     ema = cfg.ema_image_size or size
     if ema < patch or ema % patch:
-        raise ValueError(f"--ema-image-size {ema} cannot be cut into patches of {patch} pixels")
+        raise UserError(f"--ema-image-size {ema} cannot be cut into patches of {patch} pixels")
     if cfg.mask == "random" and int((size // patch) ** 2 * cfg.keep_ratio) == 0:
-        raise ValueError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
+        raise UserError(f"--keep-ratio {cfg.keep_ratio} keeps none of {(size // patch) ** 2} patches")
     block = MODELS[cfg.model].get("block", 2)
     if cfg.method == "aclip" and cfg.mask in ("attentive", "high") and size // patch % block:
-        raise ValueError(
+        raise UserError(
             f"blocks of {block}x{block} patches do not tile {size // patch} patches a side: choose another --image-size"
         )
 

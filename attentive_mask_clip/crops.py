@@ -144,8 +144,10 @@ class ViewDataset(Dataset):
             pairs.read = functools.cache(pairs.read)
         own = {"aclip": "aclip", "slip": "plain", "clip": "plain"}[cfg.method]
         online, ssl = ("plain", "plain") if cfg.augmentation == "crop" else (own, "slip")
-        self.online, self.ssl, self.plain = (data.in_two(view_transform(kind))[0] for kind in (online, ssl, "plain"))
-        self.normalise = data.in_two(view_transform("plain"))[1]
+        self.online, self.ssl, self.plain = (
+            data.split_normalisation(view_transform(kind))[0] for kind in (online, ssl, "plain")
+        )
+        self.normalise = data.split_normalisation(view_transform("plain"))[1]
 
     def __len__(self) -> int:
         return len(self.pairs)

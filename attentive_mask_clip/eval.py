@@ -35,6 +35,7 @@ from attentive_mask_clip.model import (
     load_checkpoint,
 )
 from shared import checkpoints, cli, evaluation, export, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.tars import read_tar
@@ -145,7 +146,7 @@ def zero_shot(
     tokens = torch.cat(list(class_prompts))
     counts = torch.tensor([len(prompts) for prompts in class_prompts])
     if not len(counts) or counts.min() == 0:
-        raise ValueError("every class needs at least one prompt")
+        raise UserError("every class needs at least one prompt")
     encoded = encode_texts(
         towers.encode_text, lambda rows: torch.stack(rows), list(tokens), batch_size, device, precision, "prompts"
     )
@@ -239,7 +240,7 @@ def linear_probe(
 def object_masks(eval_set: EvalSet) -> Tensor | None:
     """(N, S, S) 1 where a sample's `mask.png` marks an object (sets of scenes have it); None if a set has no masks.
 
-    ValueError if a mask cannot be read, or if masks differ in size.
+    UserError if a mask cannot be read, or if masks differ in size.
     """
     masks = []
     for shard in eval_set.shards:
@@ -248,9 +249,9 @@ def object_masks(eval_set: EvalSet) -> Tensor | None:
                 mask = np.array(Image.open(io.BytesIO(content), formats=["PNG"]))
                 masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
             except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ...
-                raise ValueError(f"{name} in {shard} is no mask: {checkpoints.one_line(error, 100)}") from error
+                raise UserError(f"{name} in {shard} is no mask: {checkpoints.one_line(error, 100)}") from error
             if mask.shape != masks[0].shape:
-                raise ValueError(f"{name} in {shard} is {mask.shape}, but other masks are {tuple(masks[0].shape)}")
+                raise UserError(f"{name} in {shard} is {mask.shape}, but other masks are {tuple(masks[0].shape)}")
     return torch.stack(masks).float() if masks else None
 
 
@@ -275,17 +276,17 @@ def attention_scores(model: CLIP, images: Tensor) -> Tensor:
 def images_and_objects(folder: str, model: CLIP, batch_size: int) -> tuple[Tensor, Tensor]:
     """A set's images (N, 3, S, S) for the model, and (N, S, S) 1 where they show an object, by masks or `foreground`.
 
-    ValueError if the masks do not have the size of the images, or if blocks do not tile the model's patches.
+    UserError if the masks do not have the size of the images, or if blocks do not tile the model's patches.
     """
     eval_set, side = EvalSet(folder, eval_transform(model.image_size)), model.image_size // model.patch_size
     if side % model.block:
-        raise ValueError(
+        raise UserError(
             f"--foreground {folder}: blocks of {model.block}x{model.block} patches do not tile this model's {side} "
             "patches a side; pass --foreground None"
         )
     images, masks = torch.cat([batch for batch, _ in eval_set.batches(batch_size)]), object_masks(eval_set)
     if masks is not None and masks.shape != images[:, 0].shape:
-        raise ValueError(
+        raise UserError(
             f"--foreground {folder} has masks of shape {tuple(masks.shape)} for images of shape "
             f"{tuple(images[:, 0].shape)}: it must have a mask of the model's image size for each image"
         )
@@ -367,16 +368,16 @@ def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio:
 def load_model(path: str | Path, method: str = "aclip", preset: str = "vit_b16") -> CLIP:
     """Model in eval mode from a run folder, from our checkpoint file, or from the authors' (`method`, `preset`).
 
-    ValueError if a weight is not finite.
+    UserError if a weight is not finite.
     """
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds no weights")
+        raise UserError(f"{path} holds no weights")
     model = untrained(state, path) if path.is_dir() or "config" in state else create_model(method, preset)
     load_checkpoint(model, state)
     if odd := next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None):
-        raise ValueError(f"{path} holds {odd} with numbers that are not finite: its training had diverged")
+        raise UserError(f"{path} holds {odd} with numbers that are not finite: its training had diverged")
     return model.eval()
 
 
@@ -462,7 +463,7 @@ def same_shape(shape: dict, preset: dict) -> bool:
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """All metrics of one checkpoint: {"names_ood/top1": ..., "online/names_ood/top1": ..., ...}.
 
-    All sets are opened first. ValueError if one is of a wrong kind, if two have the same name, or if the masks of
+    All sets are opened first. UserError if one is of a wrong kind, if two have the same name, or if the masks of
     --foreground do not fit.
     """
     model = load_model(path, cfg.method, cfg.model).to(process.device)
@@ -549,14 +550,14 @@ def main(cfg: Config) -> list[dict] | None:
     content of `--times`."""
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
-        raise ValueError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
+        raise UserError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
     cli.check_counts(cfg, "batch_size")
     cli.check_counts(cfg, "workers", least=0)
     cli.check_rates(cfg, "probe_lr")
     if not 0 < cfg.keep_ratio <= 1:
-        raise ValueError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
+        raise UserError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if not (cfg.sets or cfg.probe or cfg.foreground or cfg.export):
-        raise ValueError("nothing to evaluate: name --sets, --probe or --foreground")
+        raise UserError("nothing to evaluate: name --sets, --probe or --foreground")
     if cfg.export:
         return export_model(load_model(export.single(cfg), cfg.method, cfg.model), cfg.export)
     times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}

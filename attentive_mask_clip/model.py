@@ -30,6 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints
+from shared.errors import UserError
 from shared.run import gather, own_columns
 
 # Keyword arguments of `create_model`; U:models.py:717-780. Text tower of all three: 12 layers of width 512.
@@ -101,7 +102,7 @@ class MaskedViT(nn.Module):
         self.grad_checkpointing, norm = False, partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=width, strict_img_size=False)
         if any(side % patch_size for side in self.patch_embed.img_size):
-            raise ValueError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
+            raise UserError(f"patches of {patch_size} pixels do not tile an image of {image_size}")
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, width))
         self.blocks = nn.ModuleList(
@@ -214,7 +215,7 @@ def attentive_keep_ids(scores: Tensor, keep_ratio: float = 0.5, block: int = 2, 
     """
     grid = math.isqrt(scores.shape[1])
     if grid * grid != scores.shape[1] or grid % block:
-        raise ValueError(f"{scores.shape[1]} patches do not form a square grid that blocks of {block} x {block} tile")
+        raise UserError(f"{scores.shape[1]} patches do not form a square grid that blocks of {block} x {block} tile")
     side = grid // block
     blocks = F.avg_pool2d(scores.unflatten(1, (1, grid, grid)), block).flatten(1)  # rounds like upstream's resize
     order = blocks.argsort(dim=1, descending=drop == "low", stable=True)
@@ -410,7 +411,7 @@ class ACLIP(CLIP):
     ):
         super().__init__(freeze_patch_proj=freeze_patch_proj, **towers)
         if mask not in ("attentive", "high", "random", "none"):
-            raise ValueError(f"mask is attentive, high, random or none, not {mask!r}")
+            raise UserError(f"mask is attentive, high, random or none, not {mask!r}")
         self.mask, self.keep_ratio, self.ssl = mask, keep_ratio, ssl
         if ssl:
             width = self.image_projection.shape[0]
@@ -517,13 +518,13 @@ class Towers(nn.Module):
 def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> CLIP | SLIP | ACLIP:
     """The model of a preset, as `method` aclip, clip or slip; `settings` override the preset's.
 
-    ValueError if there is no such preset or method.
+    UserError if there is no such preset or method.
     """
     if preset not in PRESETS:
-        raise ValueError(f"model {preset!r} is none of {', '.join(PRESETS)}")
+        raise UserError(f"model {preset!r} is none of {', '.join(PRESETS)}")
     methods = {"aclip": ACLIP, "clip": CLIP, "slip": SLIP}
     if method not in methods:
-        raise ValueError(f"method {method!r} is none of {', '.join(methods)}")
+        raise UserError(f"method {method!r} is none of {', '.join(methods)}")
     settings = {**PRESETS[preset], **settings}
     if method == "clip":
         settings = {name: value for name, value in settings.items() if not name.startswith("ssl_")}
@@ -626,7 +627,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
     """Load a checkpoint of the authors, of SLIP or of ours, strictly, with or without DDP's prefix `module.`.
 
     The authors' files contain an argparse.Namespace and NumPy numbers; these and plain values are unpickled, nothing
-    else. A CLIP model loads the towers of a SLIP file, without its SimCLR head. ValueError if the weights do not fit.
+    else. A CLIP model loads the towers of a SLIP file, without its SimCLR head. UserError if the weights do not fit.
     """
     state = path_or_dict
     if not isinstance(state, dict):
@@ -634,7 +635,7 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         where = "the checkpoint" if isinstance(path_or_dict, dict) else path_or_dict
-        raise ValueError(f"{where} holds no weights")
+        raise UserError(f"{where} holds no weights")
     weights = {key.removeprefix("module."): value for key, value in state.items()}
     if type(model) is CLIP:
         weights = {key: value for key, value in weights.items() if not key.startswith("image_mlp.")}
@@ -642,6 +643,4 @@ def load_checkpoint(model: nn.Module, path_or_dict: str | Path | dict) -> None:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
         reason = checkpoints.one_line(error, 300)
-        raise ValueError(
-            f"the checkpoint does not hold the weights of this {type(model).__name__}: {reason}"
-        ) from error
+        raise UserError(f"the checkpoint does not hold the weights of this {type(model).__name__}: {reason}") from error

@@ -35,6 +35,7 @@ import tyro
 from tqdm import tqdm
 
 from shared import checkpoints, cli, data, run, tars
+from shared.errors import UserError
 
 TAGS = re.compile(r"<a.*?>|</a>|</?[bi]>")  # S:make_dataset.py:15
 URLS = re.compile(r"(?:http|www)\S+")  # S:make_dataset.py:16
@@ -66,16 +67,16 @@ class Config:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, tuples, dicts, strings and numbers; imports nothing. ValueError for any other type."""
+    """Reads lists, tuples, dicts, strings and numbers; imports nothing. UserError for any other type."""
 
     def find_class(self, module: str, name: str):
-        raise ValueError(f"it holds {module}.{name}, but only plain lists, tuples, strings and numbers are read")
+        raise UserError(f"it holds {module}.{name}, but only plain lists, tuples, strings and numbers are read")
 
 
 def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
-    """(number, title, description) of all images, sorted by number. ValueError if the pickle contains anything else."""
+    """(number, title, description) of all images, sorted by number. UserError if the pickle contains anything else."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: SLIP's make_dataset.py writes yfcc15m.pkl")
+        raise UserError(f"{path} does not exist: SLIP's make_dataset.py writes yfcc15m.pkl")
     try:
         with open(path, "rb") as file:
             rows = PlainUnpickler(file).load()
@@ -83,16 +84,16 @@ def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
         raise
     except Exception as error:  # a damaged pickle can raise almost any exception
         reason = str(error) if type(error) is ValueError else f"it cannot be unpickled ({type(error).__name__})"
-        raise ValueError(f"{path} is no yfcc15m.pkl of SLIP's: {reason}") from error
+        raise UserError(f"{path} is no yfcc15m.pkl of SLIP's: {reason}") from error
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} is no yfcc15m.pkl of SLIP's: it holds no list of images")
+        raise UserError(f"{path} is no yfcc15m.pkl of SLIP's: it holds no list of images")
     for i, row in enumerate(rows):
         if not (
             isinstance(row, (tuple, list))
             and [type(value) for value in row] == [int, str, str]
             and 0 <= row[0] < 10**8  # two digits of the folder, three of the zip, three of the file
         ):
-            raise ValueError(f"{path}, entry {i} is no (number of up to eight digits, title, description)")
+            raise UserError(f"{path}, entry {i} is no (number of up to eight digits, title, description)")
     return sorted(rows, key=itemgetter(0))
 
 
@@ -162,13 +163,13 @@ def shard_file(out: str, shard: int) -> Path:
 
 
 def shard_stats(out: str, shard: int) -> dict | None:
-    """The content of a shard's _stats.json; None without the file. ValueError if this script did not write it."""
+    """The content of a shard's _stats.json; None without the file. UserError if this script did not write it."""
     path = stats_file(out, shard)
     if not path.exists():
         return None
     stats = checkpoints.read_json(path)
     if not {"rows", "pairs", "left_out", "zips"} <= set(stats):
-        raise ValueError(f"{path} holds no statistics of this script: choose another --out")
+        raise UserError(f"{path} holds no statistics of this script: choose another --out")
     return stats
 
 
@@ -220,7 +221,7 @@ def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
 
 
 def report(cfg: Config, shards: int) -> None:
-    """Print the number of pairs, what was skipped and why, and how to train on them. ValueError if there are none."""
+    """Print the number of pairs, what was skipped and why, and how to train on them. UserError if there are none."""
     found = [shard_stats(cfg.out, shard) for shard in range(shards)]
     rows, pairs = (sum(stats[name] for stats in found) for name in ("rows", "pairs"))
     left_out = sum((Counter(stats["left_out"]) for stats in found), Counter())
@@ -232,7 +233,7 @@ def report(cfg: Config, shards: int) -> None:
         names = [name for name in zips if zips[name] == reason]
         print(f"{reason}: {count:,} ({', '.join(names[:3])}{', ...' * (count > 3)})")
     if not pairs:
-        raise ValueError(f"none of the images of {cfg.metadata} could be read below {cfg.root}")
+        raise UserError(f"none of the images of {cfg.metadata} could be read below {cfg.root}")
     print(f"train on them with --data '{cfg.out}/{{00000..{shards - 1:05}}}.tar' --dataset-size {pairs}")
 
 
@@ -241,7 +242,7 @@ def main(cfg: Config) -> None:
     cli.check_counts(cfg, "dataset_size", "shard_size")
     cli.check_counts(cfg, "workers", least=0)
     if not (Path(cfg.root) / "images").is_dir():
-        raise ValueError(f"--root {cfg.root} has no folder images with images/00/000.zip and so on")
+        raise UserError(f"--root {cfg.root} has no folder images with images/00/000.zip and so on")
     out = Path(cfg.out)
     with run.lock(out):
         rows = read_metadata(cfg.metadata)[: cfg.dataset_size]
@@ -253,9 +254,9 @@ def main(cfg: Config) -> None:
         }
         if (out / "config.json").exists():
             if what := checkpoints.changes(checkpoints.read_json(out / "config.json"), made_from):
-                raise ValueError(f"{out} holds shards that were made with other settings: {what}; choose another --out")
+                raise UserError(f"{out} holds shards that were made with other settings: {what}; choose another --out")
         elif list(out.glob("*.tar")):
-            raise ValueError(f"{out} holds shards that this script did not write: choose another --out")
+            raise UserError(f"{out} holds shards that this script did not write: choose another --out")
         checkpoints.write_json(out / "config.json", made_from)
         pack(cfg, rows)
         report(cfg, math.ceil(len(rows) / cfg.shard_size))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared import checkpoints
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 
 # SLIP's name of a set (S:dataset_catalog.json) and CLIP-benchmark's; None: CLIP-benchmark does not have the set.
@@ -92,7 +93,7 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     missile). ValueError in any other case.
     """
     if len(classnames) != len(entries):
-        raise ValueError(f"{where} has {len(classnames)} classes, but SLIP's labels.json has {len(entries)}")
+        raise UserError(f"{where} has {len(classnames)} classes, but SLIP's labels.json has {len(entries)}")
     places: dict[str, set[int]] = {}
     for i, synonyms in enumerate(entries):
         for name in synonyms:
@@ -103,29 +104,29 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     if 2 * sum(map(bool, found)) >= len(entries) and all(i in at for i, at in enumerate(found) if at):
         return [list(synonyms) for synonyms in entries]
     other = next(name for i, (name, at) in enumerate(zip(classnames, found, strict=True)) if i not in at)
-    raise ValueError(f"the classes of {where} do not match SLIP's labels.json, which has no {other!r} at that position")
+    raise UserError(f"the classes of {where} do not match SLIP's labels.json, which has no {other!r} at that position")
 
 
 def read_prompts(clone: str | Path, sets: Sequence[EvalSet]) -> dict[str, Prompts]:
-    """Prompts of evaluation sets from a clone of SLIP, by folder name. ValueError if a set is not one of the 26."""
+    """Prompts of evaluation sets from a clone of SLIP, by folder name. UserError if a set is not one of the 26."""
     files = [Path(clone) / name for name in FILES]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"--slip {clone} is not a clone of facebookresearch/SLIP: it has no {file.name}")
+            raise UserError(f"--slip {clone} is not a clone of facebookresearch/SLIP: it has no {file.name}")
     labels, templates = map(checkpoints.read_json, files)
     found: dict[str, Prompts] = {}
     seen: dict[str, str] = {}
     for each in sets:
         name = suite_name(each.name)
         if name is None:
-            raise ValueError(f"--prompts slip: {each.folder} is not one of the suite's sets: {', '.join(SUITE)}")
+            raise UserError(f"--prompts slip: {each.folder} is not one of the suite's sets: {', '.join(SUITE)}")
         if name in seen:
-            raise ValueError(f"--prompts slip: {seen[name]} and {each.folder} are both the suite's {name}")
+            raise UserError(f"--prompts slip: {seen[name]} and {each.folder} are both the suite's {name}")
         seen[name] = str(each.folder)
         entries = [[entry] if isinstance(entry, str) else entry for entry in labels.get(name) or []]
         theirs = templates.get(name)
         if not entries or not all(map(are_texts, (theirs, *entries))) or not all("{}" in text for text in theirs):
-            raise ValueError(f"{clone} has no class names or no templates of {name}")
+            raise UserError(f"{clone} has no class names or no templates of {name}")
         ours = [template.replace("{}", "{c}") for template in theirs]
         found[each.name] = Prompts(in_order_of(each.classnames, entries, str(each.folder)), ours)
     return found

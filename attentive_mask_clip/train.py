@@ -238,7 +238,7 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
         broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (images, boxes, tokens, _) in enumerate(data.watch(batches, broken), start + 1):
+        for batch, (images, boxes, tokens, _) in enumerate(data.collect_broken(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # a resumed run draws the same masks
             images = [dataset.normalise(view.to(process.device, non_blocking=True)) for view in images]

@@ -16,12 +16,13 @@ from concept_frequency.train import load_run
 from shared import checkpoints, export
 from shared.clip import image_side
 from shared.data import ToNormalizedTensor
+from shared.errors import UserError
 from shared.evaluation import named
 
 
 def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
     """(model in eval mode, image transform, tokenizer) of an open_clip model, a checkpoint file, or any source that
-    `shared.export.load_model` accepts. ValueError if no such model exists."""
+    `shared.export.load_model` accepts. UserError if no such model exists."""
     if export.trained_by(name) == "concept_frequency":
         cfg, model = load_run(name, device)
         transform = plain_view(image_side(model))
@@ -32,13 +33,13 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
         model, transform, tokenizer = load_file(name, pretrained)
     else:
         if open_clip.get_model_config(name) is None and not name.startswith("hf-hub:"):
-            raise ValueError(f"model {name!r} is not an open_clip config, a model of the paper or a run folder")
+            raise UserError(f"model {name!r} is not an open_clip config, a model of the paper or a run folder")
         try:
             model, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained or None, force_quick_gelu=pretrained == "openai"
             )
         except RuntimeError as error:
-            raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
         tokenizer = open_clip.get_tokenizer(name)
     return model.to(device).eval(), transform, tokenizer
 
@@ -63,12 +64,12 @@ def load_file(name: str, path: str) -> tuple[nn.Module, Callable, Callable]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str, name: str) -> None:
-    """Load weights into a model. ValueError names the file and the model if they do not match."""
+    """Load weights into a model. UserError names the file and the model if they do not match."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         why = str(error).splitlines()[-1].strip()[:200]
-        raise ValueError(f"{path} does not hold the weights of {name}: {why}") from error
+        raise UserError(f"{path} does not hold the weights of {name}: {why}") from error
 
 
 def slip(weights: dict[str, Tensor]) -> tuple[nn.Module, Callable, Callable]:

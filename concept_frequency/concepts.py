@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from concept_frequency.model import clean
+from shared.errors import UserError
 
 
 class Concepts(NamedTuple):
@@ -87,15 +88,13 @@ def read_concepts(path: str | Path) -> list[str]:
     path = Path(path)
     file = path / "classnames.txt" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} does not exist: a list of concepts is a folder with classnames.txt, .txt or .json"
-        )
+        raise UserError(f"{file} does not exist: a list of concepts is a folder with classnames.txt, .txt or .json")
     if file.suffix != ".json":
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     else:
         value = load_json(file)
         if not isinstance(value, (list, dict)):
-            raise ValueError(f"{file} holds no list of concepts but a {type(value).__name__}")
+            raise UserError(f"{file} holds no list of concepts but a {type(value).__name__}")
         names = [name for entry in value for name in (entry if isinstance(entry, dict) else [entry])]
     return list(dict.fromkeys(name for name in names if name))
 
@@ -105,16 +104,16 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
     value = load_json(path)
     entries = [value] if isinstance(value, dict) else value
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path} holds no descriptions: it should be a dictionary, name -> texts, or a list of these")
+        raise UserError(f"{path} holds no descriptions: it should be a dictionary, name -> texts, or a list of these")
     return {name: list(texts) for entry in entries for name, texts in entry.items()}
 
 
 def load_json(path: str | Path):
-    """The content of a JSON file; ValueError names the file if it is not JSON."""
+    """The content of a JSON file; UserError names the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def load_counts(path: str | Path) -> dict[str, int]:
@@ -135,11 +134,11 @@ def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str,
     """`load_results` for the content of the file `path`."""
     key = model_key(model)
     if key not in value:
-        raise ValueError(f"{path} has no model {key}; it has {', '.join(value)}")
+        raise UserError(f"{path} has no model {key}; it has {', '.join(value)}")
     found = value[key] if isinstance(value[key], dict) else {}
     found = found.get("classwise", found.get("conceptwise"))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} has no scores of concepts under {key}, classwise or conceptwise")
+        raise UserError(f"{path} has no scores of concepts under {key}, classwise or conceptwise")
     scores = dict(found)
     if Path(path).name.startswith("cifar10_") and "plane" in scores:
         scores["airplane"] = scores.pop("plane")

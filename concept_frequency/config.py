@@ -10,6 +10,7 @@ from typing import Literal
 
 from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, PRINTED, TABLE9
 from shared import cli
+from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 
 # ------------------------------------------------------------------------------------------- the controlled experiment
@@ -122,16 +123,16 @@ PRESETS = {
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     if not cfg.data:
-        raise ValueError(
+        raise UserError(
             "--data is missing: it takes image-text shards in img2dataset layout whose .json has the fields name and "
             "tags, e.g. --data 'data/emoji/train'; 'python -m shared.pack classes' makes them of your own "
             "pictures"
         )
     cli.check_embedded(cfg.data)
     if not cfg.eval_set:
-        raise ValueError("--eval-set is missing: it takes a classification set in the CLIP-benchmark layout")
+        raise UserError("--eval-set is missing: it takes a classification set in the CLIP-benchmark layout")
     if not Path(cfg.eval_set).is_dir():
-        raise ValueError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
+        raise UserError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
     check_sizes(cfg, world_size)
 
 
@@ -141,15 +142,15 @@ def check_sizes(cfg: Config, world_size: int) -> None:
     cli.check_counts(cfg, "warmup", "eval_every", least=0)
     cli.check_batch(cfg, world_size)
     if cfg.num_concepts and cfg.total < cfg.num_concepts:
-        raise ValueError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
+        raise UserError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
     if cfg.total < cfg.batch_size:
-        raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
+        raise UserError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
     cli.check_rates(cfg, "lr", "weight_decay", "exponent")
     cli.check_positive(cfg, "max_grad_norm")
     if not 0 <= cfg.misaligned <= 1:
-        raise ValueError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
+        raise UserError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
     if cfg.law != "zipf" and cfg.exponent != 1:
-        raise ValueError(f"--exponent belongs to --law zipf: leave it out with --law {cfg.law}")
+        raise UserError(f"--exponent belongs to --law zipf: leave it out with --law {cfg.law}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the count
@@ -274,27 +275,25 @@ COUNT_PRESETS = {
 def check_count(cfg: CountConfig) -> None:
     """Raise ValueError on invalid settings before work starts."""
     if not cfg.data:
-        raise ValueError(
+        raise UserError(
             "--data is missing: it takes captions, e.g. --data 'cc3m/{00000..00331}.tar' or 'part-*.parquet'"
         )
     if not cfg.concepts:
-        raise ValueError("--concepts is missing: name lists of concepts (.txt, .json, or a folder with classnames.txt)")
+        raise UserError("--concepts is missing: name lists of concepts (.txt, .json, or a folder with classnames.txt)")
     if cfg.memory < 1:
-        raise ValueError(f"--memory is at least 1 MiB, not {cfg.memory}")
+        raise UserError(f"--memory is at least 1 MiB, not {cfg.memory}")
     if not 0 <= cfg.threshold <= 1:
-        raise ValueError(f"--threshold is a probability, not {cfg.threshold}")
+        raise UserError(f"--threshold is a probability, not {cfg.threshold}")
     if cfg.tagger and cfg.label_column:
-        raise ValueError("--tagger and --label-column exclude each other: pass only one")
+        raise UserError("--tagger and --label-column exclude each other: pass only one")
     if cfg.keep and not cfg.tagger:
-        raise ValueError("--keep needs a --tagger")
+        raise UserError("--keep needs a --tagger")
     if cfg.images and not cfg.tagger:
-        raise ValueError("--images needs a --tagger")
+        raise UserError("--images needs a --tagger")
     if cfg.also and cfg.ids in ("cc12m", "yfcc15m"):
-        raise ValueError(f"--also drops rows, but --ids {cfg.ids} numbers all rows: leave --also out")
+        raise UserError(f"--also drops rows, but --ids {cfg.ids} numbers all rows: leave --also out")
     if bool(cfg.images) != (cfg.ids != "row"):
-        raise ValueError(
-            "pass --images (image shards) and --ids (how an image's row of the captions is found) together"
-        )
+        raise UserError("pass --images (image shards) and --ids (how an image's row of the captions is found) together")
 
 
 # ------------------------------------------------------------------------------------------ the paper's models and rows

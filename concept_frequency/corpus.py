@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared import checkpoints, data, tars
+from shared.errors import UserError
 
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
 
@@ -63,7 +64,7 @@ def list_partitions(specs: Sequence[str], partition_captions: int, cache: Path) 
     for number, path in enumerate(expand(specs)):
         kind = Path(urlsplit(path).path).suffix if data.is_remote(path) else Path(path).suffix
         if kind not in KINDS:
-            raise ValueError(f"{path} is none of {', '.join(KINDS)}")
+            raise UserError(f"{path} is none of {', '.join(KINDS)}")
         if kind == ".tar":
             file = path if data.is_remote(path) else os.path.abspath(path.removeprefix("file:"))
             partitions.append(Partition(path, kind, file, number))
@@ -84,9 +85,9 @@ def expand(specs: Sequence[str]) -> list[str]:
         if Path(spec).is_dir():
             found = sorted(str(p) for p in Path(spec).iterdir() if p.suffix in KINDS)
             if not found:
-                raise FileNotFoundError(f"folder {spec} holds none of {', '.join(KINDS)}")
+                raise UserError(f"folder {spec} holds none of {', '.join(KINDS)}")
             if len(kinds := {Path(path).suffix for path in found}) > 1:  # img2dataset writes a .parquet beside a .tar
-                raise ValueError(
+                raise UserError(
                     f"folder {spec} holds {' and '.join(sorted(kinds))} files, which may have the same captions: name "
                     f"the files, '{spec}/{{00000..00331}}.tar'"
                 )
@@ -128,7 +129,7 @@ def read_columns(partition: Partition, names: Sequence[str]) -> Iterator[tuple]:
     file, row = pq.ParquetFile(partition.file), 0
     missing = [name for name in names if name not in file.schema_arrow.names]
     if missing:
-        raise ValueError(f"{partition.path} has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
+        raise UserError(f"{partition.path} has no column {missing[0]!r}, but {', '.join(file.schema_arrow.names)}")
     for group in range(file.num_row_groups):
         length = file.metadata.row_group(group).num_rows
         if row + length > partition.start and row < partition.stop:
@@ -145,7 +146,7 @@ def read_cells(partition: Partition, columns: Sequence[str]) -> Iterator[tuple[s
     if partition.kind == ".txt":
         columns = ["0"]
     elif not all(column.isdecimal() for column in columns):
-        raise ValueError(
+        raise UserError(
             f"columns of {partition.path} are numbers from 0, not {', '.join(columns)}: name --caption-column"
         )
     places = [int(column) for column in columns]
@@ -162,7 +163,7 @@ def read_captions(partition: Partition, column: str, also: str, broken: list[dat
             yield from read_tar_captions(file, broken)
         return
     if also and partition.kind == ".txt":
-        raise ValueError(
+        raise UserError(
             f"{partition.path} has no column {also!r} because it holds lines of text: pass --also '', or preset shards"
         )
     columns = [column, also] if also else [column]

@@ -54,6 +54,7 @@ from concept_frequency.search import (
 )
 from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
 from shared import checkpoints, cli, data, evaluation, run, tars
+from shared.errors import UserError
 
 CONNECT_SECONDS = 5.0  # time limit for a Ray head to answer
 
@@ -70,7 +71,7 @@ def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
     broken = [b for done in texts for b in done.broken]
     if not sum(done.documents for done in texts):
         why = f": {broken[0].reason} ({broken[0].key})" if broken else ""
-        raise ValueError(f"{', '.join(cfg.data)} holds no caption{why}")
+        raise UserError(f"{', '.join(cfg.data)} holds no caption{why}")
     data.say_damaged(damaged_tars(partitions, texts))
     tags, broken_images = tag_stage(cfg, names, partitions, out)
     broken += broken_images
@@ -180,9 +181,9 @@ def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list
 
 
 def refuse_broken(result: Done, cfg: CountConfig) -> None:
-    """With --strict, raise ValueError if a partition has a broken sample, even if an earlier run read it."""
+    """With --strict, raise UserError if a partition has a broken sample, even if an earlier run read it."""
     if cfg.strict and result.broken:
-        raise ValueError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
+        raise UserError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
 
 def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
@@ -339,7 +340,7 @@ def connect(address: str) -> None:
     try:
         import ray
     except ImportError:
-        raise ValueError("--address needs Ray: pip install 'ray[client]>=2.40'") from None
+        raise UserError("--address needs Ray: pip install 'ray[client]>=2.40'") from None
     if address not in ("auto", "local"):
         check_head(address)
     folders = [str(Path(__file__).resolve().parents[1]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
@@ -351,11 +352,11 @@ def connect(address: str) -> None:
         )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"--address {address}: no Ray cluster found ({why})") from None
+        raise UserError(f"--address {address}: no Ray cluster found ({why})") from None
 
 
 def check_head(address: str) -> None:
-    """ValueError unless a gRPC server answers at [ray://]HOST:PORT, as a Ray head does."""
+    """UserError unless a gRPC server answers at [ray://]HOST:PORT, as a Ray head does."""
     import grpc
 
     where = urlsplit(address if "://" in address else f"ray://{address}")
@@ -364,11 +365,11 @@ def check_head(address: str) -> None:
     except ValueError:
         host = port = None
     if not host or not port:
-        raise ValueError(f"--address is auto, local, HOST:PORT or ray://HOST:PORT, not {address!r}")
+        raise UserError(f"--address is auto, local, HOST:PORT or ray://HOST:PORT, not {address!r}")
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise ValueError(f"--address {address}: no answer ({error}); `ray status` shows the head's address") from None
+        raise UserError(f"--address {address}: no answer ({error}); `ray status` shows the head's address") from None
     if os.environ.get("RAY_USE_TLS", "0") == "1":
         return
     with grpc.insecure_channel(where.netloc, [("grpc.enable_http_proxy", 0)]) as channel:
@@ -376,7 +377,7 @@ def check_head(address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
             text = f"--address {address}: this is not a Ray head; `ray status` shows the head's address"
-            raise ValueError(text) from None
+            raise UserError(text) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -453,7 +454,7 @@ def main(cfg: CountConfig) -> None:
     check_count(cfg)
     lists = {Path(path).stem if Path(path).is_file() else Path(path).name: read_concepts(path) for path in cfg.concepts}
     if len(lists) < len(cfg.concepts):
-        raise ValueError(f"lists of concepts need different names, not {', '.join(cfg.concepts)}")
+        raise UserError(f"lists of concepts need different names, not {', '.join(cfg.concepts)}")
     names = list(dict.fromkeys(name for wanted in lists.values() for name in wanted))
     start = time.perf_counter()
     with run.lock(Path(cfg.out)):

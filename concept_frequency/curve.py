@@ -26,6 +26,7 @@ from concept_frequency.concepts import load_json, scores_of
 from concept_frequency.joining import Joined, join, numbered
 from concept_frequency.published import short
 from shared import checkpoints, cli, evaluation
+from shared.errors import UserError
 
 NAMES = ("concept", "class", "classname", "name")  # names of a table's column of concepts
 COUNTS = ("integrated", "count", "counts", "frequency", "text")  # names of its column of counts, if none is given
@@ -80,7 +81,7 @@ class Pairs(NamedTuple):
 
 
 def read_table(path: Path) -> dict[str, list]:
-    """Columns of a parquet or CSV file by name; ValueError if no column has concept names."""
+    """Columns of a parquet or CSV file by name; UserError if no column has concept names."""
     if path.suffix == ".parquet":
         columns = pq.read_table(path).to_pydict()
     else:
@@ -89,17 +90,17 @@ def read_table(path: Path) -> dict[str, list]:
             rows = list(reader)
         columns = {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
     if not any(name in columns for name in NAMES):
-        raise ValueError(f"{path} has no column {' or '.join(NAMES)}; it has {', '.join(columns) or 'none'}")
+        raise UserError(f"{path} has no column {' or '.join(NAMES)}; it has {', '.join(columns) or 'none'}")
     return columns
 
 
 def column(columns: dict[str, list], wanted: Iterable[str], path: Path) -> list:
-    """The first of the given columns that exists; ValueError if none does."""
+    """The first of the given columns that exists; UserError if none does."""
     wanted = tuple(wanted)
     for name in wanted:
         if name in columns:
             return columns[name]
-    raise ValueError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(columns)}")
+    raise UserError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(columns)}")
 
 
 def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
@@ -111,18 +112,18 @@ def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
         values = column(columns, (count_column,) if count_column else COUNTS, path)
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{path} has two counts of {twice}")
+            raise UserError(f"{path} has two counts of {twice}")
         found = dict(zip(names, values, strict=True))
     else:
         found = load_json(path)
         if not isinstance(found, dict):
-            raise ValueError(f"{path} holds no counts, name -> number, but a {type(found).__name__}")
+            raise UserError(f"{path} holds no counts, name -> number, but a {type(found).__name__}")
     try:
         counts = {name: int(float(value)) for name, value in found.items()}
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{path} holds no counts: a value is no finite number") from None
+        raise UserError(f"{path} holds no counts: a value is no finite number") from None
     if negative := [name for name, count in counts.items() if count < 0]:
-        raise ValueError(f"{path} holds no counts: {negative[0]} has {counts[negative[0]]}")
+        raise UserError(f"{path} holds no counts: {negative[0]} has {counts[negative[0]]}")
     return counts
 
 
@@ -141,9 +142,9 @@ def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
         return [Scores(path.stem, model, values) for model, values in found.items()]
     value = load_json(path)
     if not isinstance(value, dict) or not value:
-        raise ValueError(f"{path} holds no scores, name -> number, but a {type(value).__name__}")
+        raise UserError(f"{path} holds no scores, name -> number, but a {type(value).__name__}")
     if "metrics" in value and "task" in value:
-        raise ValueError(
+        raise UserError(
             f"{path} is a result of CLIP-benchmark for a whole set; save the recall by class that it prints "
             "(`clip_benchmark eval ... --dump_classnames | tee log.txt`) and name log.txt"
         )
@@ -166,17 +167,17 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
             continue
         places = (Path(name.strip()), path.parent / Path(name.strip()).name)
         if (file := next((each for each in places if each.is_file()), None)) is None:
-            raise ValueError(f"{path} names {name.strip()}, but that file is neither there nor beside {path.name}")
+            raise UserError(f"{path} names {name.strip()}, but that file is neither there nor beside {path.name}")
         about = load_json(file)
         if not about.get("classnames"):
-            raise ValueError(f"{file} has no names of classes: run clip_benchmark with --dump_classnames")
+            raise UserError(f"{file} has no names of classes: run clip_benchmark with --dump_classnames")
         names = numbered(about["classnames"])
         if max(int(row[0]) for row in rows) >= len(names):
-            raise ValueError(f"{path} reports more classes than {file} names")
+            raise UserError(f"{path} reports more classes than {file} names")
         values = {names[int(c)]: 100 * float(recall) for c, recall, images in rows if int(images)}
         found.append(Scores(about["dataset"], f"{about['model']}|{about['pretrained']}", values))
     if not found:
-        raise ValueError(f"{path} holds no report by class, which clip_benchmark prints unless --quiet is given")
+        raise UserError(f"{path} holds no report by class, which clip_benchmark prints unless --quiet is given")
     return found
 
 
@@ -184,17 +185,17 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
 
 
 def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
-    """({model: its pairs}, {data set: names that did not match}). ValueError if no name of any file of scores has a
+    """({model: its pairs}, {data set: names that did not match}). UserError if no name of any file of scores has a
     count."""
     if not cfg.counts or not cfg.scores:
-        raise ValueError("--counts and --scores are both needed: files of counts, and of scores of the same concepts")
+        raise UserError("--counts and --scores are both needed: files of counts, and of scores of the same concepts")
     if len(cfg.counts) not in (1, len(cfg.scores)):
-        raise ValueError(f"{len(cfg.counts)} files of counts, {len(cfg.scores)} of scores: name one, or one for each")
+        raise UserError(f"{len(cfg.counts)} files of counts, {len(cfg.scores)} of scores: name one, or one for each")
     one_for_all = len(cfg.counts) < len(cfg.scores)
     files = cfg.counts * len(cfg.scores) if one_for_all else cfg.counts
     aliases = load_json(cfg.aliases) if cfg.aliases else {}
     if not isinstance(aliases, dict):
-        raise ValueError(f"--aliases {cfg.aliases} should be a dictionary, name in the scores -> name in the counts")
+        raise UserError(f"--aliases {cfg.aliases} should be a dictionary, name in the scores -> name in the counts")
     rows: dict[str, list[tuple[str, int, float, str]]] = {}
     report: dict[str, dict] = {}
     unmatched = None
@@ -204,7 +205,7 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
             if cfg.models and scores.model not in cfg.models:
                 continue
             if odd := next((name for name, value in scores.values.items() if not math.isfinite(value)), None):
-                raise ValueError(f"{scores_file} has a score of {odd} that is not finite")
+                raise UserError(f"{scores_file} has a score of {odd} that is not finite")
             joined = join(counts, scores.values, aliases)
             if not joined.names and unmatched is None:
                 theirs, ours = (next(iter(each), "nothing") for each in (scores.values, counts))
@@ -217,9 +218,9 @@ def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
                 (name, counts[other], scores.values[name], scores.dataset) for name, other in joined.names.items()
             )
     if missing := [model for model in cfg.models if model not in rows]:
-        raise ValueError(f"no file of scores has the model {missing[0]}")
+        raise UserError(f"no file of scores has the model {missing[0]}")
     if unmatched and not any(rows.values()):
-        raise ValueError(unmatched)
+        raise UserError(unmatched)
     return {model: pooled(of) for model, of in rows.items() if of}, report
 
 
@@ -234,7 +235,7 @@ def described(joined: Joined, one_for_all: bool) -> dict:
 
 
 def pooled(rows: list[tuple[str, int, float, str]]) -> Pairs:
-    """Pairs of one model from (name, count, score, data set). ValueError if there is nothing to correlate, or if some
+    """Pairs of one model from (name, count, score, data set). UserError if there is nothing to correlate, or if some
     data sets have scores in percent and others fractions."""
     names, counts, scores, datasets = (list(each) for each in zip(*rows, strict=True))
     largest: dict[str, float] = {}
@@ -242,19 +243,19 @@ def pooled(rows: list[tuple[str, int, float, str]]) -> Pairs:
         largest[dataset] = max(largest.get(dataset, 0.0), score)
     fractions = [dataset for dataset, score in largest.items() if 0 < score <= 1]
     if fractions and (percent := [dataset for dataset, score in largest.items() if score > 1]):
-        raise ValueError(
+        raise UserError(
             f"scores of {fractions[0]} are fractions (at most {largest[fractions[0]]:g}), those of {percent[0]} are in "
             f"percent (up to {largest[percent[0]]:g}): pool data sets with one unit"
         )
     if len(set(counts)) < 2:
-        raise ValueError(f"all {len(counts)} concepts have the count {counts[0]}: a curve needs different counts")
+        raise UserError(f"all {len(counts)} concepts have the count {counts[0]}: a curve needs different counts")
     return Pairs(names, np.array(counts, dtype=np.int64), np.array(scores, dtype=np.float64), datasets)
 
 
 def parse_slice(text: str) -> slice:
     """`1:-1` -> slice(1, -1)."""
     if not re.fullmatch(r"-?\d*:-?\d*", text):
-        raise ValueError(f"--bins is a slice such as 1:-1 or 3:, not {text!r}")
+        raise UserError(f"--bins is a slice such as 1:-1 or 3:, not {text!r}")
     return slice(*(int(each) if each else None for each in text.split(":")))
 
 

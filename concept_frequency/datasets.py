@@ -25,6 +25,7 @@ from PIL import Image
 
 from concept_frequency.concepts import load_json
 from shared import cli, data, tars
+from shared.errors import UserError
 
 TEMPLATES = tuple(template("{c}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)  # the paper's ensemble of 80
 WAG_ENDINGS = ("_bird", "_flowers", "_aircraft", "_food")  # of folder names in Let It Wag!; not part of the class names
@@ -70,16 +71,16 @@ def read_split(root: Path, name: str) -> LabelledImages:
     """The test images of a set in LAYOUTS. U:src/downstream_dataloader.py:73-111, 306-352.
 
     Class names are collected from all splits and sorted by label. For Caltech-256, the prefix up to the dot and `-101`
-    are removed. FileNotFoundError if the file of splits is missing; ValueError if labels are not 0, 1, 2, ...
+    are removed. UserError if the file of splits is missing; UserError if labels are not 0, 1, 2, ...
     """
     layout = LAYOUTS[name]
     file = root / layout.split
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: --root is the folder with {layout.split} and the images")
+        raise UserError(f"{file} does not exist: --root is the folder with {layout.split} and the images")
     splits = load_json(file)
     by_label = {label: title for split in ("train", "val", "test") for _, label, title in splits[split]}
     if sorted(by_label) != list(range(len(by_label))):
-        raise ValueError(f"{file} has labels other than 0 to {len(by_label) - 1}")
+        raise UserError(f"{file} has labels other than 0 to {len(by_label) - 1}")
     titles = [by_label[label] for label in range(len(by_label))]
     if name == "caltech256":
         titles = [title.split(".")[1].replace("-101", "") for title in titles]
@@ -101,7 +102,7 @@ def read_let_it_wag(root: Path) -> LabelledImages:
     else:
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         if not folders:
-            raise FileNotFoundError(f"{root} has neither parquet files nor folders of images, so it is not Let It Wag!")
+            raise UserError(f"{root} has neither parquet files nor folders of images, so it is not Let It Wag!")
         titles = [folder.name for folder in folders]
         images = (
             (label, file.read_bytes())
@@ -121,7 +122,7 @@ def parquet_classes(files: Sequence[Path]) -> list[str]:
     for page in (files[0].parent / "README.md", files[0].parent.parent / "README.md"):
         if page.is_file() and (found := re.findall(r"^ +'(\d+)': (.+)$", page.read_text(encoding="utf-8"), re.M)):
             return [title.strip().strip("'\"") for _, title in sorted(found, key=lambda each: int(each[0]))]
-    raise ValueError(f"{files[0]} does not name its classes: put README.md beside the parquet files")
+    raise UserError(f"{files[0]} does not name its classes: put README.md beside the parquet files")
 
 
 def parquet_images(files: Sequence[Path]) -> Iterator[tuple[int, bytes]]:
@@ -144,7 +145,7 @@ def encoded(image: bytes) -> dict[str, bytes]:
     try:
         return {"png": png(data.decode_image(image))}
     except data.BrokenSample as error:
-        raise ValueError(f"an image of {len(image)} bytes cannot be read ({error})") from error
+        raise UserError(f"an image of {len(image)} bytes cannot be read ({error})") from error
 
 
 def png(image: Image.Image) -> bytes:
@@ -186,22 +187,22 @@ class Config:
 
 
 def checked_images(test: LabelledImages, root: Path) -> Iterator[tuple[int, bytes]]:
-    """The images of a set; ValueError for a label without a class name."""
+    """The images of a set; UserError for a label without a class name."""
     for label, image in test.images:
         if not 0 <= label < len(test.classnames):
-            raise ValueError(f"{root} has an image with label {label}, but {len(test.classnames)} class names")
+            raise UserError(f"{root} has an image with label {label}, but {len(test.classnames)} class names")
         yield label, image
 
 
 def main(cfg: Config) -> None:
     """Write the set; print its numbers of images and classes beside the authors'."""
     if cfg.name not in (*LAYOUTS, "let_it_wag"):
-        raise ValueError(f"there is no set {cfg.name!r}: choose {', '.join(LAYOUTS)} or let_it_wag")
+        raise UserError(f"there is no set {cfg.name!r}: choose {', '.join(LAYOUTS)} or let_it_wag")
     root, layout = Path(cfg.root), LAYOUTS.get(cfg.name, WAG)
     test = read_let_it_wag(root) if cfg.name == "let_it_wag" else read_split(root, cfg.name)
     templates = Path(cfg.templates).read_text(encoding="utf-8").splitlines() if cfg.templates else TEMPLATES
     if wrong := [template for template in templates or [""] if "{c}" not in template]:
-        raise ValueError(f"--templates {cfg.templates}: {wrong[0]!r} lacks {{c}} for the class")
+        raise UserError(f"--templates {cfg.templates}: {wrong[0]!r} lacks {{c}} for the class")
     images = ((label, encoded(image)) for label, image in checked_images(test, root))
     number = write_set(Path(cfg.out), test.classnames, images, templates)
     print(

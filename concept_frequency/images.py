@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared import data, tars
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 
 SIDE = 64  # pixels of the images kept in memory
@@ -43,7 +44,7 @@ def read_corpus(
 ) -> Corpus:
     """Read the images of `num_concepts` concepts, drawn from the `names` that occur in the shards; None takes them all.
 
-    The draw depends only on the names, so all arms and seeds have the same concepts. ValueError if there are too few.
+    The draw depends only on the names, so all arms and seeds have the same concepts. UserError if there are too few.
     """
     wanted, broken = set(names), []
     rows: dict[str, list[tuple[str, bytes]]] = {}
@@ -54,7 +55,7 @@ def read_corpus(
                 rows.setdefault(about["name"], []).append((key, image))
                 words[about["name"]] = other_words(about.get("tags"))
     if len(rows) < (num_concepts or 1):
-        raise ValueError(
+        raise UserError(
             f"{spec} has {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts or 1}"
         )
     chosen = sorted(sorted(rows, key=lambda name: data.stable_hash("concept", name))[:num_concepts])
@@ -69,10 +70,10 @@ def read_corpus(
                 continue
             keys.append(key)
         if len(keys) == first:
-            raise ValueError(f"concept {name!r} has no readable image in {spec}")
+            raise UserError(f"concept {name!r} has no readable image in {spec}")
         concepts.append(Concept(name, words[name], list(range(first, len(keys)))))
     if strict and broken:
-        raise ValueError(f"--strict: sample {broken[0].key}: {broken[0].reason}")
+        raise UserError(f"--strict: sample {broken[0].key}: {broken[0].reason}")
     return Corpus(concepts, keys, torch.stack(images), broken)
 
 
@@ -113,14 +114,14 @@ class TestSet(NamedTuple):
 
 
 def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSet:
-    """Read the evaluation set's images of the concepts `names`. ValueError if it has none."""
+    """Read the evaluation set's images of the concepts `names`. UserError if it has none."""
     place = {name: c for c, name in enumerate(names)}
     evaluation = EvalSet(folder, small)
     concept = torch.tensor([place.get(name, -1) for name in evaluation.classnames])
     images, labels = map(torch.cat, zip(*evaluation.batches(256, workers), strict=True))
     kept = concept[labels] >= 0
     if not kept.any():
-        raise ValueError(f"{folder} has no image of the run's {len(names)} concepts: choose another --eval-set")
+        raise UserError(f"{folder} has no image of the run's {len(names)} concepts: choose another --eval-set")
     return TestSet(images[kept], concept[labels[kept]])
 
 

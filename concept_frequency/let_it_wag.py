@@ -22,6 +22,7 @@ from scipy.fft import dct
 from concept_frequency.curve import read_counts
 from concept_frequency.datasets import png, write_set
 from shared import cli, data, tars
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 
 
@@ -174,7 +175,7 @@ def collect(folders: Sequence[str], names: set[str]) -> dict[str, list[Image.Ima
                     found[name].append(image)
             continue
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder: --images takes class folders or evaluation sets")
+            raise UserError(f"{folder} is not a folder: --images takes class folders or evaluation sets")
         for place in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
             if (name := plain.get(place.name.replace("_", " "))) is not None:
                 for file in sorted(place.iterdir()):
@@ -208,16 +209,16 @@ def clean(images: dict[str, list[Image.Image]], network: str, similarity: float)
 
 
 def build(cfg: Config) -> dict[str, int]:
-    """Write the benchmark. Returns {concept: number of its images without near-duplicates}. ValueError for a number out
+    """Write the benchmark. Returns {concept: number of its images without near-duplicates}. UserError for a number out
     of range."""
     cli.check_counts(cfg, "n", "per_class")
     if not -1 <= cfg.similarity <= 1:
-        raise ValueError(f"--similarity {cfg.similarity} should be a cosine, from -1 to 1")
+        raise UserError(f"--similarity {cfg.similarity} should be a cosine, from -1 to 1")
     if not 0 <= cfg.max_distance <= 64:
-        raise ValueError(f"--max-distance {cfg.max_distance} should be a number of bits, from 0 to 64")
+        raise UserError(f"--max-distance {cfg.max_distance} should be a number of bits, from 0 to 64")
     tail = select_tail([read_counts(path) for path in cfg.counts], cfg.n, cfg.zeros)
     if len(tail) < cfg.n:
-        raise ValueError(f"--n {cfg.n} is more than the {len(tail)} concepts in all of --counts: lower it")
+        raise UserError(f"--n {cfg.n} is more than the {len(tail)} concepts in all of --counts: lower it")
     images = collect(cfg.images, set(tail))
     if cfg.network:
         images = clean(images, cfg.network, cfg.similarity)
@@ -229,7 +230,7 @@ def build(cfg: Config) -> dict[str, int]:
     chosen = balance_classes(kept, cfg.per_class, torch.Generator().manual_seed(cfg.seed))
     if not chosen:
         most = max(map(len, kept.values()), default=0)
-        raise ValueError(f"no concept has more than --per-class {cfg.per_class} images (at most {most}): lower it")
+        raise UserError(f"no concept has more than --per-class {cfg.per_class} images (at most {most}): lower it")
     classes = [name for name in tail if name in chosen]
     rows = ((c, images[name][int(file.partition(".")[0])]) for c, name in enumerate(classes) for file in chosen[name])
     write_set(Path(cfg.out), classes, ((label, {"png": png(image)}) for label, image in rows))

@@ -30,6 +30,7 @@ from concept_frequency.eval import concept_recall, per_class_accuracy
 from concept_frequency.joining import numbered
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, export, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.evaluation import named, open_sets
 from shared.index import locked
@@ -114,26 +115,26 @@ def write(folder: Path, title: str, key: str, result: dict) -> None:
 
 
 def check_same(folder: Path, key: str, weights: str, sets: Sequence[EvalSet]) -> None:
-    """ValueError if `folder` has results of `key` from other weights, or on another set of the same name."""
+    """UserError if `folder` has results of `key` from other weights, or on another set of the same name."""
     places = {each.name: os.path.abspath(each.folder) for each in sets}
     for path in sorted(folder.glob("*_results.json")):
         result = checkpoints.read_json(path).get(key, {})
         weights_then, set_then = result.get("weights", weights), result.get("set", "")
         for then, now in ((weights_then, weights), (set_then, places.get(Path(set_then).name, set_then))):
             if then != now:
-                raise ValueError(f"{path} has {key} of {then}, not of {now}: choose another --label or --out")
+                raise UserError(f"{path} has {key} of {then}, not of {now}: choose another --label or --out")
 
 
 def main(cfg: Config) -> None:
     """Evaluate the model on all sets; write the scores and print a line for each file."""
     process = run.setup(0, cfg.device)
     if not cfg.sets:
-        raise ValueError("--sets is missing: it takes evaluation sets in the CLIP-benchmark layout")
+        raise UserError("--sets is missing: it takes evaluation sets in the CLIP-benchmark layout")
     if unknown := set(cfg.prompts) - {*PROMPTS, "ensemble"}:
-        raise ValueError(f"--prompts are class, simple, ensemble and ensemble80, not {unknown.pop()}")
+        raise UserError(f"--prompts are class, simple, ensemble and ensemble80, not {unknown.pop()}")
     name, tag = MODELS.get(cfg.model, (cfg.model, ""))
     if cfg.model in MODELS and not (cfg.pretrained or tag):
-        raise ValueError(f"{cfg.model} is not among open_clip's weights: pass its checkpoint with --pretrained FILE")
+        raise UserError(f"{cfg.model} is not among open_clip's weights: pass its checkpoint with --pretrained FILE")
     model, transform, tokenizer = load_model(name, cfg.pretrained or tag, process.device)
     theirs = "fp16" if process.device.type == "cuda" else "fp32"
     precision = theirs if cfg.precision == "authors" else cfg.precision

@@ -18,6 +18,7 @@ from concept_frequency import statistics
 from concept_frequency.concepts import load_counts, load_json, mean_scores, scores_of
 from concept_frequency.config import COUNT_PRESETS
 from concept_frequency.paper_numbers import TABLE9
+from shared.errors import UserError
 
 # ------------------------------------------------------------------------------------------------ names in the files
 
@@ -99,7 +100,7 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise ValueError(f"a published pickle contains {module}.{name}, but only arrays and plain values are read")
+            raise UserError(f"a published pickle contains {module}.{name}, but only arrays and plain values are read")
         return super().find_class(module, name)
 
 
@@ -118,7 +119,7 @@ class Results:
         self.study = self.folder / "src/text_to_image_experiments/human_experiment_evaluation"
         for name in ("search_counts", "zero_shot_evaluations", "retrieval_evaluations"):
             if not (self.folder / name).is_dir():
-                raise FileNotFoundError(
+                raise UserError(
                     f"{self.folder} has no folder {name}: name a clone of bethgelab/frequency_determines_performance"
                 )
 

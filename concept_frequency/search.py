@@ -29,6 +29,7 @@ from concept_frequency.model import InvertedIndex, controlled_counts, matched_co
 from concept_frequency.statistics import misalignment
 from concept_frequency.tagging import Tagger, load_tagger, tag_captions, tag_images
 from shared import checkpoints, data, tars
+from shared.errors import UserError
 
 BATCH = 64  # images per forward pass
 
@@ -151,10 +152,10 @@ def tag_partition(job: Job, device: str = "cpu", decoders: int = 0) -> Done:
     """
     cfg, broken, found = job.cfg, [], [(np.zeros(0),) * 3]
     if job.partition.kind != ".tar":
-        raise ValueError(f"--tagger needs image shards, but {job.partition.path} is not a .tar")
+        raise UserError(f"--tagger needs image shards, but {job.partition.path} is not a .tar")
     tagger = tagger_of(json.dumps(dataclasses.asdict(cfg)), job.names, device)
     table = RowTable.load(job.table) if job.table else None
-    pixels, normalise = data.in_two(tagger.transform)
+    pixels, normalise = data.split_normalisation(tagger.transform)
     with job.partition.local() as file, open(file, "rb", buffering=0) as tar:
         shard = ShardImages(tar, job.partition.number, cfg.ids, table, pixels)
         loader = DataLoader(

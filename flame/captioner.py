@@ -18,6 +18,7 @@ import tyro
 from PIL import Image
 
 from shared import checkpoints, cli, data, evaluation, run
+from shared.errors import UserError
 
 
 @dataclasses.dataclass
@@ -71,7 +72,7 @@ class Captioner:
 
 
 def load_captioner(cfg: Config, device: torch.device) -> Captioner:
-    """Load the captioner named by `cfg`. ValueError if it cannot be loaded."""
+    """Load the captioner named by `cfg`. UserError if it cannot be loaded."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -81,7 +82,7 @@ def load_captioner(cfg: Config, device: torch.device) -> Captioner:
         model = transformers.AutoModelForImageTextToText.from_pretrained(cfg.model, dtype=dtype)
     except (OSError, ValueError) as error:
         what = checkpoints.one_line(error, 200)
-        raise ValueError(f"--model {cfg.model} could not be loaded as an image-to-text model: {what}") from error
+        raise UserError(f"--model {cfg.model} could not be loaded as an image-to-text model: {what}") from error
     return Captioner(model.to(device), processor, cfg.instruction, cfg.max_length)
 
 
@@ -108,7 +109,7 @@ def main(cfg: Config) -> None:
     process = run.setup(0, cfg.device)
     cli.check_counts(cfg, "batch_size", "shard_size", "max_length", "dataset_size")
     if not cfg.data:
-        raise ValueError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
+        raise UserError("--data is missing: it takes image-text shards, e.g. --data 'mine/{00000..00009}.tar'")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     out, shards, setting = Path(cfg.out), Path(f"{cfg.out}.shards"), dataclasses.asdict(cfg)
     setting["data"] = evaluation.images_of(pairs)
@@ -118,7 +119,7 @@ def main(cfg: Config) -> None:
     about = made if finished else shards / "about.json"
     if process.main and about.exists() and checkpoints.read_json(about) != setting:
         there = out if finished else shards
-        raise ValueError(f"{there} holds captions of other settings or data: remove it, or choose another --out")
+        raise UserError(f"{there} holds captions of other settings or data: remove it, or choose another --out")
     if finished:
         return print(f"{out} is there already; nothing to do") if process.main else None
     if process.main:

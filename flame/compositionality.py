@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shared.errors import UserError
 from shared.zeroshot import percent
 
 SUGAR_CREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -60,16 +61,16 @@ READERS: dict[str, Callable[[Path], dict[str, list[Instance]]]] = {"winoground":
 def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
     """Read the instances of `name`, a key of READERS, in the folder `root` -> {set: instances}.
 
-    ValueError if the files have another format.
+    UserError if the files have another format.
     """
     try:
         found = READERS[name](Path(root))
     except OSError as error:
-        raise FileNotFoundError(f"{error.filename} is missing") from error
+        raise UserError(f"{error.filename} is missing") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{root} is not {name} in its authors' format ({error!r})") from error
+        raise UserError(f"{root} is not {name} in its authors' format ({error!r})") from error
     if empty := [kind for kind, instances in found.items() if not instances]:
-        raise ValueError(f"{root} holds no instance of {empty[0]}")
+        raise UserError(f"{root} holds no instance of {empty[0]}")
     return found
 
 

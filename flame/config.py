@@ -10,6 +10,7 @@ from typing import Literal
 
 from flame.model import TOWERS
 from shared import cli
+from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 
 EVAL = "data/emoji/eval/"
@@ -232,27 +233,27 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_adam(cfg)
     cli.check_batch(cfg, world_size)
     if cfg.model not in TOWERS:
-        raise ValueError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
+        raise UserError(f"--model is one of {', '.join(TOWERS)}, not {cfg.model!r}")
     if cfg.lock_image and cfg.model != "Lite0-emoji":
-        raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
+        raise UserError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
     cli.check_in_memory(cfg)
     if not 1 <= cfg.logit_scale <= 100:
-        raise ValueError(f"--logit-scale must be in 1..100, its range during training, not {cfg.logit_scale}")
+        raise UserError(f"--logit-scale must be in 1..100, its range during training, not {cfg.logit_scale}")
     if not 0 < cfg.crop_scale <= 1:
-        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+        raise UserError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if len(set(cfg.facet_ids)) < len(cfg.facet_ids) or min(cfg.facet_ids, default=0) < 0:
-        raise ValueError(f"--facet-ids {' '.join(map(str, cfg.facet_ids))} should be different numbers from 0 on")
+        raise UserError(f"--facet-ids {' '.join(map(str, cfg.facet_ids))} should be different numbers from 0 on")
     if cfg.facet_ids and cfg.facets > len(cfg.facet_ids):
-        raise ValueError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.facet_ids)} --facet-ids")
+        raise UserError(f"--facets {cfg.facets} cannot be drawn from {len(cfg.facet_ids)} --facet-ids")
     if (cfg.cooldown > 0) != (cfg.schedule == "const-cooldown"):
-        raise ValueError("--cooldown and --schedule const-cooldown must be passed together")
+        raise UserError("--cooldown and --schedule const-cooldown must be passed together")
 
 
 def check_inputs(cfg: Config) -> None:
-    """ValueError if --data or --bank is not given, or the evaluation set is missing. A dry run needs none of them."""
+    """UserError if --data or --bank is not given, or the evaluation set is missing. A dry run needs none of them."""
     cli.check_data(cfg, "cc3m/{0000..0575}.tar")
     if cfg.method == "flame" and not cfg.bank:
-        raise ValueError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
+        raise UserError("--bank is missing: it takes the folder that 'python -m flame.embed' makes from --data")
 
 
 URBAN = "Urban-1k R@1 (I2T/T2I) "

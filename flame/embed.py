@@ -29,6 +29,7 @@ from flame.config import LANGUAGE_SETS, LONG_SETS, ZERO_SHOT_SETS
 from flame.model import LONG, PLAIN, RAW, SHORT, SLOT, FrozenLLM, Prompt, SentenceEncoder
 from flame.recaption import read_captions
 from shared import checkpoints, cli, data, pretrained, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.index import Strings, file_fingerprint
 
@@ -134,13 +135,13 @@ def parse_prompt(template: str) -> Prompt:
 
 
 def read_prompts(clone: str | Path) -> Prompts:
-    """Read the authors' three prompts from a clone. ValueError if they are not those of the released model.
+    """Read the authors' three prompts from a clone. UserError if they are not those of the released model.
 
     U:training/embed_cc3m_mask.py:224-228.
     """
     path = Path(clone) / "src/training/embed_cc3m_mask.py"
     if not path.is_file():
-        raise FileNotFoundError(f"--upstream {clone} is no clone of MIV-XJTU/FLAME: {path} does not exist")
+        raise UserError(f"--upstream {clone} is no clone of MIV-XJTU/FLAME: {path} does not exist")
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -150,7 +151,7 @@ def read_prompts(clone: str | Path) -> Prompts:
                 found[name.partition("_")[0]] = parse_prompt(value[0] if isinstance(value, list) else value)
     for name, digest in FINGERPRINTS.items():
         if name not in found or hashlib.sha256(render(found[name], "CAPTION").encode()).hexdigest() != digest:
-            raise ValueError(f"the {name} prompt in {path} is not that of commit 4d2b9a9: check that commit out")
+            raise UserError(f"the {name} prompt in {path} is not that of commit 4d2b9a9: check that commit out")
     return found["raw"], found["short"], found["long"]
 
 
@@ -172,13 +173,13 @@ def load_causal_lm(cfg: Config, device: torch.device | str = "cpu") -> tuple[tor
         source = str(make(FOLDERS[source]))
     elif source.endswith(".gguf"):
         if not Path(source).is_file():
-            raise FileNotFoundError(f"--llm {source} does not exist")
+            raise UserError(f"--llm {source} does not exist")
         source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=run.DTYPES[precision], **options)
-    except (OSError, ValueError) as error:  # older transformers raise ValueError for a path that does not exist
-        raise ValueError(
+    except (OSError, ValueError) as error:  # older transformers raise UserError for a path that does not exist
+        raise UserError(
             f"language model {cfg.llm!r} could not be loaded from disk or the Hugging Face hub; offline, pass a folder"
         ) from error
     return lm.to(device), tokenizer
@@ -244,7 +245,7 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
     for kind in ("raw", "short", "long"):
         path = getattr(cfg, kind)
         if path is None and kind != "raw":
-            raise ValueError(
+            raise UserError(
                 f'--{kind} is missing: a file with a JSON list of {{"__key__": sample, "caption": {kind} caption}}, or '
                 f"`--{kind} raw` for the raw captions again"
             )
@@ -254,7 +255,7 @@ def captions_of(cfg: Config) -> tuple[Strings, list[tuple[str, str, str]]]:
         found, keys = read_captions(path), pairs.keys.tolist()
         missing = [key for key in keys if key not in found]
         if missing and (kind == "raw" or len(missing) == len(keys)):
-            raise ValueError(f"{path} has no caption of sample {missing[0]}, which is in {cfg.data}")
+            raise UserError(f"{path} has no caption of sample {missing[0]}, which is in {cfg.data}")
         if missing:
             print(
                 f"{path} lacks {len(missing):,} of {len(keys):,} samples, such as {missing[0]}: raw captions are used"
@@ -272,14 +273,12 @@ def settings_of(cfg: Config, prompts: Prompts) -> dict:
 
 
 def check_settings(out: Path, settings: dict) -> bool:
-    """Whether the bank in `out` was begun before. ValueError if it was begun with other settings."""
+    """Whether the bank in `out` was begun before. UserError if it was begun with other settings."""
     if not (out / "index.json").exists():
         return False
     index = {"precision": settings["precision"]} | checkpoints.read_json(out / "index.json")  # not in older banks
     if changed := [name for name in settings if index.get(name) != settings[name]]:
-        raise ValueError(
-            f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder"
-        )
+        raise UserError(f"{out} was made with another {', '.join(changed)}: choose another --out, or remove the folder")
     return True
 
 
@@ -318,7 +317,7 @@ def embed_bank(cfg: Config, prompts: Prompts, llm: Callable[[], FrozenLLM], proc
                 captions = distinct[shard * cfg.shard_size : (shard + 1) * cfg.shard_size]
                 bank = embed_captions(llm(), *zip(*captions, strict=True), prompts, cfg.batch_size, tick)
                 if not bank.isfinite().all():
-                    raise ValueError("the language model gave NaN: use --precision bf16 or fp32")
+                    raise UserError("the language model gave NaN: use --precision bf16 or fp32")
                 checkpoints.save_array(Bank.shard_path(out, shard), bank.half().numpy())
         seconds = time.perf_counter() - start
         total = sum(run.gather_lists([total], process))  # waits for all shards
@@ -361,7 +360,7 @@ class Texts:
             self.folder.mkdir(parents=True, exist_ok=True)
             unit = F.normalize(hidden.mean(1), dim=-1).half().numpy()
             if not np.isfinite(unit).all():
-                raise ValueError(f"embeddings of {self.settings['llm']} are not finite: use --precision bf16 or fp32")
+                raise UserError(f"embeddings of {self.settings['llm']} are not finite: use --precision bf16 or fp32")
             checkpoints.save_array(path, unit, f".{os.getpid()}.tmp")  # several evaluations may write the same texts
         return F.normalize(torch.from_numpy(np.load(path).astype(np.float32)), dim=-1)
 
@@ -369,7 +368,7 @@ class Texts:
 def bank_config(bank: str | Path) -> Config:
     """The settings of a bank that decide how texts are embedded: LLM, layers, mask, precision."""
     if not (Path(bank) / "index.json").is_file():
-        raise FileNotFoundError(f"{bank} has no index.json, which is needed to embed the texts of an evaluation")
+        raise UserError(f"{bank} has no index.json, which is needed to embed the texts of an evaluation")
     index = checkpoints.read_json(Path(bank) / "index.json")
     precision = index.get("precision", "auto")  # not in older banks
     return Config(
@@ -389,7 +388,7 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
     @functools.cache
     def llm() -> FrozenLLM:
         if not load:
-            raise ValueError(
+            raise UserError(
                 "the texts of this evaluation set are not embedded: name it in --sets of flame.embed,"
                 " or pass --eval-every 0"
             )
@@ -399,10 +398,10 @@ def texts_of_bank(bank: str | Path, device: torch.device | str = "cpu", load: bo
 
 
 def open_set(folder: str | Path, transform: Callable, *kinds: str, split: str = "test") -> EvalSet:
-    """Open an evaluation set. ValueError if it is of none of these kinds (classification, retrieval)."""
+    """Open an evaluation set. UserError if it is of none of these kinds (classification, retrieval)."""
     eval_set = EvalSet(folder, transform, split)
     if eval_set.kind not in kinds:
-        raise ValueError(f"{folder} is a {eval_set.kind} set, but a {' or '.join(kinds)} set is needed")
+        raise UserError(f"{folder} is a {eval_set.kind} set, but a {' or '.join(kinds)} set is needed")
     return eval_set
 
 
@@ -414,7 +413,7 @@ def prompts_of(classnames: Sequence[str], templates: Sequence[str]) -> list[str]
 def evenly_spaced(items: Sequence, limit: int | None) -> list:
     """At most `limit` of the items, evenly spaced; None: all."""
     if limit is not None and limit < 1:
-        raise ValueError(f"--gallery and --language-gallery must be at least 1, not {limit}")
+        raise UserError(f"--gallery and --language-gallery must be at least 1, not {limit}")
     if limit is None or limit >= len(items):
         return list(items)
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, limit)]
@@ -481,9 +480,9 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
     if not cfg.data:
-        raise ValueError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
+        raise UserError("--data is missing: it takes the shards that will be trained on, e.g. 'cc3m/{0000..0575}.tar'")
     if cfg.mask not in ("decoupled", "causal"):
-        raise ValueError(f"--mask is decoupled or causal, not {cfg.mask!r}")
+        raise UserError(f"--mask is decoupled or causal, not {cfg.mask!r}")
     sets = read_sets(cfg) if process.main else []  # before the bank, so that their errors show early
     prompts = PROMPTS if cfg.upstream is None else read_prompts(cfg.upstream)
     if cfg.llm == MINILM:

@@ -43,6 +43,7 @@ from flame.zeroshot import (
     zero_shot_classifier,  # noqa: F401  (offered here, too)
 )
 from shared import checkpoints, cli, evaluation, export, run
+from shared.errors import UserError
 from shared.probes import Probe, fit
 from shared.zeroshot import classification_metrics, owners, retrieval_ranks
 
@@ -235,16 +236,16 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
     if path.is_dir() or (isinstance(state, dict) and {"config", "text_dim"} <= set(state)):
         train_cfg, text_dim = checkpoints.config_in(state, TrainConfig, path), state.get("text_dim")
         if type(text_dim) is not int:
-            raise ValueError(f"{path} is no run of flame.train: it does not say the width of its texts")
+            raise UserError(f"{path} is no run of flame.train: it does not say the width of its texts")
         index = Path(train_cfg.bank or "", "index.json")
         if state.get("bank") and not cfg.bank and index.is_file() and Bank(train_cfg.bank).digest != state["bank"]:
-            raise ValueError(f"{path} was trained with another bank than {train_cfg.bank} is now: pass --bank")
+            raise UserError(f"{path} was trained with another bank than {train_cfg.bank} is now: pass --bank")
     else:
         train_cfg = TrainConfig(model=cfg.model, bank=cfg.bank or "")
         weights = state.get("state_dict", state) if isinstance(state, dict) else {}
         last = next((value for name, value in weights.items() if name.endswith("mm.3.weight")), None)
         if last is None:
-            raise ValueError(f"{path} holds no weights of FLAME: mm.3.weight is missing")
+            raise UserError(f"{path} holds no weights of FLAME: mm.3.weight is missing")
         text_dim = len(last)
     model = create_model(train_cfg, text_dim)
     load_checkpoint(model, state)
@@ -254,7 +255,7 @@ def load_model(path: str | Path, cfg: Config) -> tuple[FLAME | DualEncoder, Trai
 
 
 def check_sets(cfg: Config) -> dict[str, Any]:
-    """Open all evaluation sets, so that errors come early. ValueError for another kind, or for two sets of one name.
+    """Open all evaluation sets, so that errors come early. UserError for another kind, or for two sets of one name.
 
     Returns {entry: its texts} of --long-sets, --compositional and --multilingual.
     """
@@ -262,7 +263,7 @@ def check_sets(cfg: Config) -> dict[str, Any]:
     nothing = lambda image: image  # noqa: E731
     languages = [Path(folder).name.rpartition("_")[2] for folder in cfg.language_sets]
     if len(set(languages)) < len(languages):
-        raise ValueError(f"--language-sets need different languages, not {', '.join(languages)}")
+        raise UserError(f"--language-sets need different languages, not {', '.join(languages)}")
     evaluation.open_sets("sets", cfg.sets, nothing, "classification", "retrieval")
     evaluation.open_sets("language-sets", cfg.language_sets, nothing, "retrieval")
     for split in ("train", "test"):
@@ -287,7 +288,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     model, train_cfg = load_model(path, cfg)
     model = model.to(process.device)
     if not isinstance(model, TrainedText | DualEncoder) and not (cfg.bank or train_cfg.bank):
-        raise ValueError(f"{path} names no bank: pass --bank, its LLM and prompts embed the texts")
+        raise UserError(f"{path} names no bank: pass --bank, its LLM and prompts embed the texts")
     device, dtype = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     lists = check_sets(cfg)
     texts = text_features(model, train_cfg, device, dtype, cfg.bank)
@@ -325,10 +326,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 
 
 def named_folder(option: str, entry: str, known: Iterable[str]) -> tuple[str, str]:
-    """Split NAME:FOLDER into (name, folder). ValueError if the name is unknown."""
+    """Split NAME:FOLDER into (name, folder). UserError if the name is unknown."""
     name, _, folder = entry.partition(":")
     if name not in known:
-        raise ValueError(f"--{option} {entry} should be one of {', '.join(known)}, a colon and a folder")
+        raise UserError(f"--{option} {entry} should be one of {', '.join(known)}, a colon and a folder")
     return name, folder
 
 
@@ -342,7 +343,7 @@ def multilingual_imagenet(
     flat = {}
     for language, (classes, templates) in named.items():
         if len(classes) != len(eval_set.classnames):
-            raise ValueError(f"{folder} has {len(eval_set.classnames)} classes, but {names} names {len(classes)}")
+            raise UserError(f"{folder} has {len(eval_set.classnames)} classes, but {names} names {len(classes)}")
         classifier = name_classifier(texts, classes, templates)
         metrics = classification_metrics(F.normalize(features, dim=-1), labels, classifier)
         flat |= {f"imagenet_{language}/{key}": value for key, value in metrics.items()}
@@ -446,7 +447,7 @@ def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        raise ValueError(NO_EXPORT)
+        raise UserError(NO_EXPORT)
     cli.check_counts(cfg, "batch_size", "episodes", "gallery", "language_gallery")
     cli.check_counts(cfg, "workers", least=0)
     kinds = "run folder or checkpoint file"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame.model import FLAME
+from shared.errors import UserError
 
 
 def pool_patches(tokens: Tensor, kernel: int, padding: int = 0) -> Tensor:
@@ -84,7 +85,7 @@ def episodes(labels: Tensor, ways: int, shots: int, count: int, seed: int = 0) -
 
     classes, sizes = labels.unique(return_counts=True)
     if (sizes > shots).sum() < ways:
-        raise ValueError(f"episodes of {ways} classes need as many with more than {shots} images each")
+        raise UserError(f"episodes of {ways} classes need as many with more than {shots} images each")
     for _ in range(count):
         chosen = drawn(classes[sizes > shots], ways)
         examples = [drawn((labels == one).nonzero()[:, 0], shots + 1) for one in chosen]

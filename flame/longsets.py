@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from shared.data import BrokenSample, decode_image
+from shared.errors import UserError
 
 Pairs = list[tuple[Path, str]]
 
@@ -78,34 +79,34 @@ def imagenet_names(root: str | Path) -> dict[str, tuple[list[str], list[str]]]:
         try:
             found[language] = tuple(json.loads(_text(path))["imagenet1k"] for path in (names, templates))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{names} and {templates.name} hold no class names of imagenet1k ({error!r})") from error
+            raise UserError(f"{names} and {templates.name} hold no class names of imagenet1k ({error!r})") from error
     return found
 
 
 def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pairs:
-    """Read pairs below `root`. ValueError if there are none or the files have another format."""
+    """Read pairs below `root`. UserError if there are none or the files have another format."""
     try:
         pairs = reader(Path(root), *more)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{root} is not {reader.__name__} in its authors' format ({error!r})") from error
+        raise UserError(f"{root} is not {reader.__name__} in its authors' format ({error!r})") from error
     if not pairs:
-        raise ValueError(f"{root} holds no image with a caption for {' '.join((reader.__name__, *more))}")
+        raise UserError(f"{root} holds no image with a caption for {' '.join((reader.__name__, *more))}")
     return pairs
 
 
 def read_image(path: Path) -> Image.Image:
-    """RGB image. FileNotFoundError if the file is missing, ValueError if it is unreadable."""
+    """RGB image. UserError if the file is missing, UserError if it is unreadable."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     try:
         return decode_image(path.read_bytes())
     except BrokenSample as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     return path
 
 
@@ -116,5 +117,5 @@ def _lines(path: Path) -> list[str]:
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise UserError(f"{path} is missing")
     return path.read_text(encoding="utf-8")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import shared.resnet  # noqa: F401  (registers its network with timm)
 from shared import checkpoints
+from shared.errors import UserError
 from shared.memory import CLIP_STATISTICS
 from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 from shared.run import gather, own_columns
@@ -82,7 +83,7 @@ def facet_decoupled_mask(attention_mask: Tensor, facet_lens: Sequence[int]) -> T
     """
     size, device = attention_mask.shape[1], attention_mask.device
     if sum(facet_lens) > size:
-        raise ValueError(f"facets of {sum(facet_lens)} tokens do not fit a sequence of {size}")
+        raise UserError(f"facets of {sum(facet_lens)} tokens do not fit a sequence of {size}")
     facet = torch.zeros(size, dtype=torch.long, device=device)
     lengths = torch.tensor(facet_lens, device=device)
     facet[size - sum(facet_lens) :] = torch.arange(1, len(lengths) + 1, device=device).repeat_interleave(lengths)
@@ -119,7 +120,7 @@ class FrozenLLM(nn.Module):
         depth = lm.config.get_text_config().num_hidden_layers
         self.layers = tuple(layers) if layers else (max(depth - 1, 1),)
         if not all(1 <= n <= depth for n in self.layers):
-            raise ValueError(f"layers {self.layers} are not all in 1..{depth}, the blocks of this language model")
+            raise UserError(f"layers {self.layers} are not all in 1..{depth}, the blocks of this language model")
         self.blocks = next(m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
         self.decoupled, self.restart_positions = decoupled, restart_positions
         self.max_caption, self.max_length = max_caption, max_length
@@ -291,12 +292,12 @@ def image_tower(name: str, image_size: int | None = None) -> VisionTransformer |
     A ViT's final norm and projection exist, as upstream, but are not used.
     """
     if name not in TOWERS:
-        raise ValueError(f"model {name!r} is none of {', '.join(TOWERS)}")
+        raise UserError(f"model {name!r} is none of {', '.join(TOWERS)}")
     sizes = TOWERS[name] | ({} if image_size is None else {"image_size": image_size})
     if "network" in sizes:
         return Convolutional(**sizes)
     if sizes["image_size"] % sizes["patch_size"]:
-        raise ValueError(f"patches of {sizes['patch_size']} pixels do not tile an image of {sizes['image_size']}")
+        raise UserError(f"patches of {sizes['patch_size']} pixels do not tile an image of {sizes['image_size']}")
     return VisionTransformer(mlp_ratio=4.0, pool_type="avg", **sizes)
 
 
@@ -448,13 +449,13 @@ def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
     """Load the weights of one of our runs or of the authors' file, without the prefix `module.` and the LLM (`text.*`).
 
-    ValueError if the other weights do not match the model. Upstream loads with strict=False, and its evaluation models
+    UserError if the other weights do not match the model. Upstream loads with strict=False, and its evaluation models
     have no logit_bias; here only logit_bias may be missing.
     """
     state = source if isinstance(source, dict) else checkpoints.load_checkpoint(source)
     state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{'this' if isinstance(source, dict) else source} holds no weights")
+        raise UserError(f"{'this' if isinstance(source, dict) else source} holds no weights")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if not isinstance(model, TrainedText):
         state = {name: value for name, value in state.items() if not name.startswith("text.")}
@@ -464,4 +465,4 @@ def load_checkpoint(model: FLAME, source: str | Path | dict) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         what = checkpoints.one_line(error, 300)
-        raise ValueError(f"the file does not hold the weights of this {type(model).__name__}: {what}") from error
+        raise UserError(f"the file does not hold the weights of this {type(model).__name__}: {what}") from error

@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from shared import checkpoints, cli, data, tars
+from shared.errors import UserError
 
 KINDS = ("raw", "short", "long")
 SHORT = (
@@ -63,11 +64,11 @@ def main(cfg: Config) -> None:
         needed = {"captions"} if described else {"hexcode", "name", "tags", "group", "subgroup"}
         if lacking := needed - about.keys():
             missing = ", ".join(sorted(lacking))
-            raise ValueError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")
+            raise UserError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")
         for kind, text in zip(KINDS, captions(about), strict=True):
             lists[kind].append({"__key__": key, "caption": text})
     if not lists["raw"]:
-        raise ValueError(f"{cfg.data} holds no sample with a .json: 'make data' builds the embedded corpus")
+        raise UserError(f"{cfg.data} holds no sample with a .json: 'make data' builds the embedded corpus")
     Path(cfg.out).mkdir(parents=True, exist_ok=True)
     for kind, entries in lists.items():
         checkpoints.write_json(Path(cfg.out) / f"{kind}.json", entries)
@@ -80,7 +81,7 @@ def read_captions(path: str) -> dict[str, str]:
     A null caption becomes an empty string.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"caption file {path} does not exist")
+        raise UserError(f"caption file {path} does not exist")
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         found = {}
@@ -89,7 +90,7 @@ def read_captions(path: str) -> dict[str, str]:
             found[entry["__key__"]] = "" if text is None else str(text)
         return found
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f'{path} is no caption file: it should be a JSON list of {{"__key__": sample, "caption": text}}'
         ) from error
 

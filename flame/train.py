@@ -27,6 +27,7 @@ from flame.recaption import read_captions
 from flame.zeroshot import Curve
 from shared import accumulate, cli, data, memory, run, windows
 from shared.clip import cut_padding
+from shared.errors import UserError
 from shared.index import Strings
 from shared.pretrained import efficientnet_lite0
 
@@ -92,7 +93,7 @@ def view(size: int, train: bool, crop_scale: float = 0.9, statistics=memory.CLIP
 def sample_facets(bank: Tensor, num: int = 6, generator: torch.Generator | None = None) -> Tensor:
     """(T, D) facets of an image -> (num, D), drawn without replacement, in random order. U:training/data.py:409-411."""
     if not 1 <= num <= len(bank):
-        raise ValueError(f"{num} of {len(bank)} facets cannot be drawn")
+        raise UserError(f"{num} of {len(bank)} facets cannot be drawn")
     return bank[torch.randperm(len(bank), generator=generator)[:num]]
 
 
@@ -116,7 +117,7 @@ class FacetDataset(Dataset):
     ):
         self.pairs, self.cfg, self.seed, self.bank = pairs, cfg, seed, bank
         self.captions, self.tokenizer = captions, tokenizer
-        self.view, self.normalise = data.in_two(view(size, True, cfg.crop_scale, statistics))
+        self.view, self.normalise = data.split_normalisation(view(size, True, cfg.crop_scale, statistics))
         self.centres = bank.centres[: bank.facets] if cfg.centre and bank is not None else None
 
     def __len__(self) -> int:
@@ -138,7 +139,7 @@ class FacetDataset(Dataset):
             choice = int(torch.randint(len(self.captions), (1,)))
             caption = self.captions[choice].get(pair.key)
             if caption is None:
-                raise ValueError(f"{self.cfg.captions[choice]} has no caption of sample {pair.key}")
+                raise UserError(f"{self.cfg.captions[choice]} has no caption of sample {pair.key}")
         return image, self.tokenizer([caption])[0], broken
 
 
@@ -205,12 +206,12 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     mlp = sum(p.numel() for p in model.mm.parameters())
     try:
         samples = data.planned_size(cfg)
-    except FileNotFoundError:
+    except UserError:
         samples = SIZES.get(cfg.data, 0)
     per_epoch = samples // cfg.batch_size
     total = per_epoch * cfg.epochs
     if samples and not total:
-        raise ValueError(f"{samples:,} samples are less than one batch of {cfg.batch_size}")
+        raise UserError(f"{samples:,} samples are less than one batch of {cfg.batch_size}")
     side = model.visual.image_size[0]
     images, texts, about_texts = torch.zeros(2, 3, side, side), torch.ones(2, cfg.max_length, dtype=torch.long), []
     if cfg.method == "flame":
@@ -257,7 +258,7 @@ def open_texts(
 ) -> tuple[Bank | AuthorsBank | None, list[dict[str, str]], Callable | None]:
     """(bank, [], None), or for the clip method (None, captions by sample key, tokenizer).
 
-    ValueError if a sample has no text, the bank lacks the facets to draw from, or, in the main process only, a caption
+    UserError if a sample has no text, the bank lacks the facets to draw from, or, in the main process only, a caption
     file has changed since the bank was made. With windows, a missing text is found only when its sample is read.
     """
     keys = Strings.of([]) if isinstance(pairs, windows.Windowed) else pairs.keys
@@ -266,16 +267,16 @@ def open_texts(
         for path, found in zip(cfg.captions, captions, strict=True):
             missing = next((key for key in keys if key not in found), None)
             if missing is not None:
-                raise ValueError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
+                raise UserError(f"{path} has no caption of sample {missing}, which is in {cfg.data}")
         return None, captions, data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=cfg.max_length))
     bank = open_bank(cfg.bank)
     bank.check(keys)  # also sorts its keys, once before the loader processes fork and share them
     if main and isinstance(bank, Bank):
         bank.check_captions()
     if max(cfg.facet_ids, default=0) >= bank.facets or cfg.facets > bank.facets:
-        raise ValueError(f"{cfg.bank} has {bank.facets} facets an image, too few for --facet-ids and --facets")
+        raise UserError(f"{cfg.bank} has {bank.facets} facets an image, too few for --facet-ids and --facets")
     if (cfg.centre or cfg.keep_in_memory) and not isinstance(bank, Bank):
-        raise ValueError("--centre and --keep-in-memory need a bank made by 'python -m flame.embed'")
+        raise UserError("--centre and --keep-in-memory need a bank made by 'python -m flame.embed'")
     return bank, [], None
 
 
@@ -323,7 +324,7 @@ def main(cfg: Config) -> Path | None:
         return folder.path
     data.check_pairs(pairs, cfg, folder.state, process)
     if cfg.cooldown > total:
-        raise ValueError(f"--cooldown {cfg.cooldown} is longer than the {total} steps of the run")
+        raise UserError(f"--cooldown {cfg.cooldown} is longer than the {total} steps of the run")
     curve = Curve(model, cfg, process.device, run.DTYPES[precision]) if cfg.eval_every and process.main else None
     first, start = folder.state["epoch"], folder.state["batch"]
     folder.check_same("bank", digest := getattr(bank, "digest", None), f"with another bank than {cfg.bank} is")
@@ -337,7 +338,7 @@ def main(cfg: Config) -> Path | None:
         broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (images, texts, _) in enumerate(data.watch(batches, broken), start + 1):
+        for batch, (images, texts, _) in enumerate(data.collect_broken(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             lr = schedule(cfg, step - 1, total)
             images, texts = on_device(images, texts, cfg, process.device)

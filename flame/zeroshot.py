@@ -153,7 +153,7 @@ def zero_shot(
 class Curve:
     """Zero-shot top-1 on `cfg.eval_set` during training.
 
-    Creating it raises ValueError if this is no classification set or its texts are not embedded.
+    Creating it raises UserError if this is no classification set or its texts are not embedded.
     """
 
     def __init__(self, model: FLAME, cfg: Config, device: torch.device, precision: torch.dtype):

@@ -14,6 +14,7 @@ from lexvla.model import ImageEncoder, LexVLA
 from lexvla.text import Bags, Prompts, States, load_lm, of_same_lm
 from lexvla.towers import create_model, text_input
 from shared import checkpoints, data
+from shared.errors import UserError
 
 
 def _renamed(name: str) -> str:
@@ -35,19 +36,19 @@ def backbone_fingerprint(image: ImageEncoder) -> str:
 
 
 def check_lm(lm: nn.Module, state: dict, folder: str | Path) -> None:
-    """ValueError if `lm` is another LM than the checkpoint's."""
+    """UserError if `lm` is another LM than the checkpoint's."""
     if not of_same_lm(state.get("lm"), lm):
-        raise ValueError(f"{folder} was trained with another language model than {state['config']['lm']} holds now")
+        raise UserError(f"{folder} was trained with another language model than {state['config']['lm']} holds now")
 
 
 def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
-    """Copy a checkpoint's weights into the model; ValueError if they belong to another model or backbone."""
+    """Copy a checkpoint's weights into the model; UserError if they belong to another model or backbone."""
     if backbone_fingerprint(model.image) != state["backbone"]:
-        raise ValueError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
+        raise UserError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
     weights = state["weights"]
     own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
-        raise ValueError("the checkpoint does not hold the weights of the model that its configuration describes")
+        raise UserError("the checkpoint does not hold the weights of the model that its configuration describes")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
@@ -59,7 +60,7 @@ def load_run(
     """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights."""
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     if "weights" not in state or "vocab_ids" not in state:
-        raise ValueError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
+        raise UserError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
     cfg = checkpoints.config_in(state, Config, folder)
     lm, tokenizer = load_lm(cfg.lm, dtype)
     check_lm(lm, state, folder)

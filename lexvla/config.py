@@ -11,6 +11,7 @@ from typing import Literal
 
 from lexvla.model import LLAMA_LINEARS
 from shared import cli
+from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 
 LITE0 = "efficientnet_lite0"  # the backbone from shared.pretrained
@@ -220,7 +221,7 @@ def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc12m/{00000..01242}.tar")
     if cfg.states and not Path(cfg.states).is_file():
-        raise FileNotFoundError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
+        raise UserError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
     cli.check_batch(cfg, world_size)
     check_model(cfg)
 
@@ -240,24 +241,24 @@ def check_model(cfg: Config) -> None:
     cli.check_finite(cfg, "bias")
     cli.check_adam(cfg)
     if not 0 < cfg.crop_scale <= 1:
-        raise ValueError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
+        raise UserError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
     if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):
-        raise ValueError("--text bow has no LM: leave --head lexical and --states ''")
+        raise UserError("--text bow has no LM: leave --head lexical and --states ''")
     if cfg.text == "bow" and cfg.bias is None:
-        raise ValueError("--text bow has no logits to take a bias from: pass a number as --bias")
+        raise UserError("--text bow has no logits to take a bias from: pass a number as --bias")
     if cfg.encode_once and cfg.window_shards:
-        raise ValueError("--encode-once keeps all tokens in memory; --window-shards is for data that do not fit")
+        raise UserError("--encode-once keeps all tokens in memory; --window-shards is for data that do not fit")
     if cfg.head == "dense" and cfg.penalty != "none":
-        raise ValueError("--head dense has no words to penalise: pass --penalty none")
+        raise UserError("--head dense has no words to penalise: pass --penalty none")
     if cfg.head == "dense" and cfg.sparse_training:
-        raise ValueError("--head dense has no words to leave out: pass --no-sparse-training")
+        raise UserError("--head dense has no words to leave out: pass --no-sparse-training")
     if cfg.pattern is not None:
         try:
             re.compile(cfg.pattern)
         except re.error as error:
-            raise ValueError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
     if cfg.backbone == LITE0 and cfg.image_size % 32:
-        raise ValueError(f"--image-size {cfg.image_size} is no multiple of 32, which --backbone {LITE0} needs")
+        raise UserError(f"--image-size {cfg.image_size} is no multiple of 32, which --backbone {LITE0} needs")
 
 
 CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"

@@ -35,6 +35,7 @@ from lexvla.search import Explain, Search, explain, explain_pair, search, top_wo
 from lexvla.text import EMOJI_NAMES, SCENES, SETS, encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, side_step
 from shared import checkpoints, cli, evaluation, export, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.zeroshot import (
     classification_metrics,
@@ -237,7 +238,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if cfg.patchdis:
         names = classnames(cfg.patchdis)
         if cfg.patchdis_side % (step := side_step(model.image.backbone)):
-            raise ValueError(
+            raise UserError(
                 f"--patchdis-side {cfg.patchdis_side} is no multiple of {step}, which the backbone of {path} needs"
             )
         check_folder(cfg.patchdis)
@@ -341,7 +342,7 @@ def draw_words(
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
-        raise FileNotFoundError(f"{checkpoint} does not exist: train the run first")
+        raise UserError(f"{checkpoint} does not exist: train the run first")
     files = [file for file in Path(cfg.patchdis).rglob("*") if file.is_file()] if cfg.patchdis else []
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), files)
 
@@ -350,10 +351,10 @@ def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     if cfg.export:
-        raise ValueError(NO_EXPORT)
+        raise UserError(NO_EXPORT)
     cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
     if cfg.class_text not in ("prompt", "word"):
-        raise ValueError(f"--class-text is prompt or word, not {cfg.class_text!r}")
+        raise UserError(f"--class-text is prompt or word, not {cfg.class_text!r}")
     results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, foreign=True)
     return results
 

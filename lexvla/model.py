@@ -25,6 +25,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from shared import run
+from shared.errors import UserError
 
 CHUNK = 2**26  # numbers in the largest block of logits that exists at a time: 256 MB of float32
 
@@ -280,16 +281,16 @@ def add_lora(
 ) -> nn.Module:
     """Replace, in place, linear layers whose name ends in one of `targets` by `LoRALinear`; freeze everything else.
 
-    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. ValueError for lm_head, which
+    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. UserError for lm_head, which
     is the text codebook, and if no layer has such a name.
     """
     if "lm_head" in targets:
-        raise ValueError("LoRA on lm_head would change the frozen text codebook: leave it out of the targets")
+        raise UserError("LoRA on lm_head would change the frozen text codebook: leave it out of the targets")
     module.requires_grad_(False)
     found = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     found = [(name, m) for name, m in found if name.rpartition(".")[2] in targets]
     if not found:
-        raise ValueError(f"none of {', '.join(targets)} is a linear layer of this {type(module).__name__}")
+        raise UserError(f"none of {', '.join(targets)} is a linear layer of this {type(module).__name__}")
     for name, linear in found:
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, LoRALinear(linear, rank, alpha))

@@ -37,6 +37,7 @@ from lexvla.model import lexical_map
 from lexvla.plots import ClassMap, plot_class_maps
 from shared import checkpoints, cli, data, evaluation, export, run
 from shared.clip import quiet_open_clip
+from shared.errors import UserError
 
 IGNORE = 65535  # value of unlabelled pixels in 16-bit masks; in 8-bit masks 255
 DRAWN = 6  # number of images with drawn predictions
@@ -149,37 +150,37 @@ def measure(
 def classnames(folder: str | Path) -> list[str]:
     """The classes of a PatchDis folder, in the order of their ids."""
     if not (names := Path(folder) / "classnames.txt").is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{names} does not exist: 'python -m studies.lexvla_scenes' and 'make photos-coco' write PatchDis folders"
         )
     if not (found := names.read_text(encoding="utf-8").splitlines()):
-        raise ValueError(f"{names} is empty: it needs one class per line")
+        raise UserError(f"{names} is empty: it needs one class per line")
     return found
 
 
 def labelled_files(folder: str | Path) -> Iterator[tuple[Path, np.ndarray, int]]:
     """(image file, mask (H, W), value to ignore) of each mask of a PatchDis folder.
 
-    The image may be a smaller or larger copy of what the mask was drawn on. Errors: FileNotFoundError if a mask has no
-    image; ValueError if a file cannot be read, a class is out of range, or the aspect ratios of image and mask differ
+    The image may be a smaller or larger copy of what the mask was drawn on. Errors: UserError if a mask has no
+    image; UserError if a file cannot be read, a class is out of range, or the aspect ratios of image and mask differ
     by more than the rounding of a side.
     """
     classes, masks = len(classnames(folder)), sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:
-        raise FileNotFoundError(f"{folder}/masks holds no .png")
+        raise UserError(f"{folder}/masks holds no .png")
     pictures = {image.stem: image for image in sorted((Path(folder) / "images").glob("*.*"))}
     for file in masks:
         if (image := pictures.get(file.stem)) is None:
-            raise FileNotFoundError(f"{folder}/images has no picture for masks/{file.name}")
+            raise UserError(f"{folder}/images has no picture for masks/{file.name}")
         mask = read_mask(file)
         if mask.ndim != 2:
-            raise ValueError(f"{file} has {mask.shape[-1]} channels; a mask has one, with the class id of each pixel")
+            raise UserError(f"{file} has {mask.shape[-1]} channels; a mask has one, with the class id of each pixel")
         ignore = 255 if mask.dtype == np.uint8 else IGNORE
         if (largest := mask[mask != ignore].max(initial=0)) >= classes:
-            raise ValueError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
+            raise UserError(f"{file} has class {largest}, but classnames.txt has {classes} lines")
         (height, width), (of_image, by) = mask.shape, image_size(image)
         if abs(of_image * height - width * by) > max(width, height, of_image, by):
-            raise ValueError(
+            raise UserError(
                 f"{file} has {width}x{height} pixels, but {image} {of_image}x{by}, which is another aspect ratio: make"
                 " masks of their images' size"
             )
@@ -203,27 +204,27 @@ def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) 
         try:
             picture = data.decode_image(data.read_file(image))
         except data.BrokenSample as error:
-            raise ValueError(f"{image}: {error}") from error
+            raise UserError(f"{image}: {error}") from error
         yield transform(picture)[None], torch.from_numpy(mask.astype(np.int64))[None], ignore
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """The values of a .png as they are. ValueError if it cannot be read, or has more pixels than an image may have."""
+    """The values of a .png as they are. UserError if it cannot be read, or has more pixels than an image may have."""
     try:
         image = Image.open(io.BytesIO(data.read_file(file)), formats=("PNG",))
         if image.width * image.height > data.MAX_PIXELS:
             raise data.BrokenSample(f"more than the {data.MAX_PIXELS} pixels allowed")
         return np.asarray(image)
     except Exception as error:  # PIL raises many kinds
-        raise ValueError(f"{file} cannot be read as a mask: {error}") from error
+        raise UserError(f"{file} cannot be read as a mask: {error}") from error
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """(width, height) of an image that is not decoded. ValueError if the file cannot be read."""
+    """(width, height) of an image that is not decoded. UserError if the file cannot be read."""
     try:
         return Image.open(io.BytesIO(data.read_file(file)), formats=data.FORMATS).size
     except Exception as error:  # PIL raises many kinds
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        raise UserError(f"{file} cannot be read as an image: {error}") from error
 
 
 @torch.no_grad()
@@ -257,22 +258,22 @@ class DualEncoder(NamedTuple):
 def open_clip_encoder(name: str, device: torch.device) -> DualEncoder:
     """Load MODEL@TAG or local-dir:FOLDER; patch tokens go through the last LayerNorm and the projection of [CLS].
 
-    This is the usual definition of CLIP's patch features; the paper does not state its own. ValueError for towers that
+    This is the usual definition of CLIP's patch features; the paper does not state its own. UserError for towers that
     are not open_clip's ViT.
     """
     model_name, _, tag = name.partition("@")
     if not tag and not name.startswith("local-dir:"):
-        raise ValueError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
+        raise UserError(f"{name} names no weights: it takes MODEL@TAG, such as ViT-B-32@openai, or local-dir:FOLDER")
     try:
         with quiet_open_clip():
             quick = export.quick_gelu(model_name, tag)
             model = open_clip.create_model(model_name, pretrained=tag or None, force_quick_gelu=quick).to(device).eval()
             tokenizer = open_clip.get_tokenizer(model_name)
     except Exception as error:  # open_clip, safetensors and pickle raise many kinds
-        raise ValueError(f"{name} is no MODEL@TAG that open_clip can load: {error}") from error
+        raise UserError(f"{name} is no MODEL@TAG that open_clip can load: {error}") from error
     visual = model.visual
     if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool is not None:
-        raise ValueError(f"{name} has a {type(visual).__name__}: PatchDis needs a ViT whose patches can be projected")
+        raise UserError(f"{name} has a {type(visual).__name__}: PatchDis needs a ViT whose patches can be projected")
     visual.output_tokens = True
     about = open_clip.get_model_preprocess_cfg(model)
 
@@ -345,7 +346,7 @@ def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
     """Load VDR's published towers from a folder or the hub, in the format of VDR's own `from_pretrained`.
 
     config.json describes `encoder_q` (text) and `encoder_p` (image); the names of weights start with these names.
-    ValueError if the folder cannot be read or its weights do not fit.
+    UserError if the folder cannot be read or its weights do not fit.
     """
     from transformers import AutoTokenizer, BertConfig
 
@@ -366,9 +367,9 @@ def vdr_encoder(name: str, device: torch.device) -> DualEncoder:
             tower.load_state_dict(weights)
             tower.to(device).eval()
         if len(kept) != len(towers[1].proj):
-            raise ValueError(f"{len(kept)} words in the text tower, {len(towers[1].proj)} in the image tower")
+            raise UserError(f"{len(kept)} words in the text tower, {len(towers[1].proj)} in the image tower")
     except Exception as error:  # transformers, safetensors and pickle raise many kinds
-        raise ValueError(f"vdr:{name} is no folder or hub name of VDR's cross-modal weights: {error}") from error
+        raise UserError(f"vdr:{name} is no folder or hub name of VDR's cross-modal weights: {error}") from error
     length = text.get("max_len", 256)
 
     def classes(texts: Sequence[str]) -> Tensor:
@@ -392,9 +393,9 @@ def from_hub(name: str) -> str:
 def main(cfg: Config) -> dict[str, dict[str, float]]:
     """Measure each model, print a table, and draw the predicted class of each patch of a few images."""
     if not cfg.models:
-        raise ValueError("name at least one model: MODEL@TAG of open_clip, local-dir:FOLDER or vdr:FOLDER")
+        raise UserError("name at least one model: MODEL@TAG of open_clip, local-dir:FOLDER or vdr:FOLDER")
     if "{}" not in cfg.template:
-        raise ValueError(f"--template {cfg.template!r} has no {{}} for the class's name")
+        raise UserError(f"--template {cfg.template!r} has no {{}} for the class's name")
     cli.check_counts(cfg, "batch_size")
     check_folder(cfg.folder)
     device, names = run.setup(0, cfg.device).device, classnames(cfg.folder)

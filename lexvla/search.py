@@ -28,6 +28,7 @@ from lexvla.plots import plot_pair, word_mask, word_rows
 from lexvla.text import SCENES, SETS, encode_texts, pieces
 from lexvla.towers import eval_transform
 from shared import checkpoints, cli, data, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.evaluation import files_of, stamp
 from shared.zeroshot import extract_image_features
@@ -142,7 +143,7 @@ def index_of(folder: Path, model: LexVLA, eval_set: EvalSet, topk: int | None, d
     elif eval_set.kind == "retrieval":
         names = [captions[0] for captions in targets]
     else:
-        raise ValueError(f"{where} is a {eval_set.kind} set; classification and retrieval sets are searched")
+        raise UserError(f"{where} is a {eval_set.kind} set; classification and retrieval sets are searched")
     rows = scipy.sparse.csr_matrix(sparsify(s_img, topk).numpy())
     with checkpoints.replaced(path) as file:
         np.savez(
@@ -164,7 +165,7 @@ def lexical_run(path: str) -> tuple[LexVLA, TrainConfig, Callable, list[str]]:
     """(model, configuration, text input, words) of a run folder, for `search` and `explain`."""
     model, train_cfg, tokenizer, read = load_run(path)
     if train_cfg.head == "dense":
-        raise ValueError(f"{path} is a latent baseline: its dimensions are no words; name a lexical run")
+        raise UserError(f"{path} is a latent baseline: its dimensions are no words; name a lexical run")
     return model, train_cfg, read, pieces(tokenizer, model.text.vocab_ids.tolist())
 
 
@@ -176,12 +177,12 @@ def search(cfg: Search) -> None:
     model.to(device)
     images = cfg.images or (SETS[0] if train_cfg.data.startswith(SCENES) else "")
     if not images:
-        raise ValueError(f"--images is missing: {cfg.run} was trained on {train_cfg.data}; name a set to search")
+        raise UserError(f"--images is missing: {cfg.run} was trained on {train_cfg.data}; name a set to search")
     eval_set = EvalSet(images, eval_transform(train_cfg.backbone, train_cfg.image_size))
     index, names = index_of(Path(cfg.run), model, eval_set, train_cfg.topk, device)
     query = sparsify(encode_texts(model, read, [cfg.query], device=device)[0], train_cfg.topk)
     if not query.any():
-        raise ValueError(f"none of the {len(words):,} words that this run knows is in {cfg.query!r}")
+        raise UserError(f"none of the {len(words):,} words that this run knows is in {cfg.query!r}")
     print(f"query: {listed(top_words(query, words, 8))}")
     found = index.search(query, cfg.k)
     if not found:
@@ -196,16 +197,16 @@ def explain_pair(cfg: Explain) -> None:
     """Print each word's share of the score of an image and a caption, and draw it."""
     cli.check_counts(cfg, "k")
     if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
-        raise ValueError(f"--out {cfg.out} is no .png in a folder that exists")
+        raise UserError(f"--out {cfg.out} is no .png in a folder that exists")
     device = run.setup(0).device
     model, train_cfg, read, words = lexical_run(cfg.run)
     model.to(device)
     if not Path(cfg.image).is_file():
-        raise FileNotFoundError(f"{cfg.image} does not exist")
+        raise UserError(f"{cfg.image} does not exist")
     try:
         picture = data.decode_image(Path(cfg.image).read_bytes())
     except data.BrokenSample as error:
-        raise ValueError(f"{cfg.image} cannot be read: {error}") from error
+        raise UserError(f"{cfg.image} cannot be read: {error}") from error
     pixels = eval_transform(train_cfg.backbone, train_cfg.image_size)(picture)[None].to(device)
     s_img, s_txt = model.image(pixels)[0].cpu(), encode_texts(model, read, [cfg.caption], device=device)[0]
     sparse_img, sparse_txt = (sparsify(s, train_cfg.topk) for s in (s_img, s_txt))

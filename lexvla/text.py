@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lexvla.model import EXAMPLE, FOCUS, LexVLA, bag_of_words, last_token, lexical_prompt, refine_vocabulary
 from shared import checkpoints, cli, data, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every loader process
@@ -64,7 +65,7 @@ class Config:
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """(causal LM, its tokenizer) of a folder or hub name; ValueError if there is none."""
+    """(causal LM, its tokenizer) of a folder or hub name; UserError if there is none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.set_verbosity_error()
@@ -74,9 +75,9 @@ def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, o
         lm, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         hint = "; 'python -m shared.pretrained smollm2' makes it" if "smollm2" in name else ""
-        raise ValueError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
+        raise UserError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
     if not hasattr(getattr(lm, "model", None), "layers"):
-        raise ValueError(f"--lm {name} is a {type(lm).__name__}; a model in Llama's layout is needed")
+        raise UserError(f"--lm {name} is a {type(lm).__name__}; a model in Llama's layout is needed")
     return lm, tokenizer
 
 
@@ -104,7 +105,7 @@ class Prompts:
     """Captions -> (input_ids (B, T), attention_mask (B, T)) of the lexical prompt, padded on the right.
 
     If a prompt exceeds `max_length` tokens, its caption is cut, never the prompt's end, which states the task. A prompt
-    starts with BOS if the tokenizer adds one, and has no EOS. ValueError if `max_length` is too short for an empty
+    starts with BOS if the tokenizer adds one, and has no EOS. UserError if `max_length` is too short for an empty
     caption.
     """
 
@@ -126,7 +127,7 @@ class Prompts:
             ids = self.tokenizer(lexical_prompt(caption[: ends[min(room, len(ends) - 1)]]) + self.end)["input_ids"]
             if len(ids) <= self.max_length:
                 return ids
-        raise ValueError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")
+        raise UserError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         return pad(self.ids(captions))
@@ -172,23 +173,21 @@ class States:
 
     def __init__(self, file: str, lm_name: str, max_length: int = 128, end: str = ""):
         if not Path(file).is_file():
-            raise FileNotFoundError(
-                f"--states {file} does not exist: make it with 'python -m lexvla.text --out {file}'"
-            )
+            raise UserError(f"--states {file} does not exist: make it with 'python -m lexvla.text --out {file}'")
         kept = checkpoints.load_checkpoint(file)
         made = made_with(lm_name, max_length, end)
         for name, value in made.items():
             if kept.get(name) != value:
-                raise ValueError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
+                raise UserError(f"--states {file} was made with {name} {kept.get(name)!r}, this run has {value!r}")
         self.file, self.states, self.max_length, self.end = file, kept["states"].float(), max_length, end
         self.row = {text: row for row, text in enumerate(kept["texts"])}
         self.precision, self.sample = kept.get("precision"), kept.get("lm_sample")  # older files lack them
         self.lm = self.tokenizer = None
 
     def check_lm(self, lm: nn.Module, name: str) -> None:
-        """ValueError if the states were computed by another LM than `lm`, which `name` holds now."""
+        """UserError if the states were computed by another LM than `lm`, which `name` holds now."""
         if not of_same_lm(self.sample, lm):
-            raise ValueError(f"--states {self.file} was made with another language model than {name} holds now")
+            raise UserError(f"--states {self.file} was made with another language model than {name} holds now")
 
     @contextlib.contextmanager
     def unknown_through(self, lm: nn.Module, tokenizer) -> Iterator[None]:
@@ -200,7 +199,7 @@ class States:
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor]:
         unknown = [caption for caption in dict.fromkeys(captions) if caption not in self.row]
         if unknown and self.lm is None:
-            raise ValueError(f"--states {self.file} lacks the caption {unknown[0]!r}: make the file from the same data")
+            raise UserError(f"--states {self.file} lacks the caption {unknown[0]!r}: make the file from the same data")
         if unknown:
             device = next(self.lm.parameters()).device
             prompts = Prompts(self.tokenizer, self.max_length, self.end)
@@ -302,7 +301,7 @@ def caption_vocabulary(
 ) -> Tensor:
     """Token ids to keep, from the counts (V,) of all pieces: `refine_vocabulary` without special and byte pieces.
 
-    pattern: a regular expression that must match the whole piece (see `pieces`). ValueError if fewer than two are left.
+    pattern: a regular expression that must match the whole piece (see `pieces`). UserError if fewer than two are left.
     """
     texts = pieces(tokenizer, range(len(counts)))
     refused = set(tokenizer.all_special_ids) | {i for i, text in enumerate(texts) if re.fullmatch("<0x..>", text)}
@@ -310,7 +309,7 @@ def caption_vocabulary(
         refused |= {i for i, text in enumerate(texts) if not re.fullmatch(pattern, text)}
     kept = refine_vocabulary(counts, [i for i in refused if i < len(counts)], min_count, max_size)
     if len(kept) < 2:
-        raise ValueError(f"{len(kept)} pieces of the vocabulary are left: lower --min-count or change --pattern")
+        raise UserError(f"{len(kept)} pieces of the vocabulary are left: lower --min-count or change --pattern")
     return kept
 
 
@@ -332,15 +331,15 @@ def texts_of(cfg: Config) -> list[str]:
 
 
 def check_made(cfg: Config) -> None:
-    """ValueError if the finished file was made with other settings, or lacks captions of the data."""
+    """UserError if the finished file was made with other settings, or lacks captions of the data."""
     kept = States(cfg.out, cfg.lm, cfg.max_length, cfg.prompt_end)
     if kept.precision not in (None, cfg.precision):
-        raise ValueError(
+        raise UserError(
             f"{cfg.out} was made with precision {kept.precision!r}, not {cfg.precision!r}: choose another --out, or"
             " remove it"
         )
     if lacking := [text for text in texts_of(cfg) if text not in kept.row]:
-        raise ValueError(
+        raise UserError(
             f"{cfg.out} lacks {len(lacking):,} captions of --data and --sets, such as {lacking[0][:80]!r}: it was made"
             " from other data; choose another --out, or remove it"
         )

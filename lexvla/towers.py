@@ -25,6 +25,7 @@ from lexvla.model import (
 )
 from lexvla.text import Bags, Prompts, States
 from shared import data
+from shared.errors import UserError
 from shared.pretrained import LITE0 as LITE0_OF_TIMM
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
 
@@ -67,7 +68,7 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
     """(network with [CLS] and patches as tokens, its width D).
 
     name: `LITE0` for EfficientNet-Lite0's maps, a folder or hub name of transformers (with a /), or a model of timm.
-    ValueError if it cannot be loaded or has other tokens before its patches than [CLS].
+    UserError if it cannot be loaded or has other tokens before its patches than [CLS].
     """
     if name == LITE0:
         return Lite0Maps(pretrained), Lite0Maps.num_features
@@ -80,14 +81,12 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
             return vit, vit.config.hidden_size
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, dynamic_img_size=True)
     except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--backbone {name} could not be loaded from disk, from the Hugging Face hub or as a ViT of timm; offline, "
             f"pass a folder or {LITE0}"
         ) from error
     if vit.num_prefix_tokens != 1:
-        raise ValueError(
-            f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read"
-        )
+        raise UserError(f"--backbone {name} has {vit.num_prefix_tokens} tokens before its patches; [CLS] alone is read")
     return vit, vit.num_features
 
 
@@ -104,10 +103,10 @@ def side_step(backbone: nn.Module) -> int:
 
 
 def create_image_encoder(cfg: Config, codebook: Tensor, bias: float, pretrained: bool = True) -> ImageEncoder:
-    """Backbone and adapter of the configuration; the codebook (V, d) is copied. ValueError if an image has no patch."""
+    """Backbone and adapter of the configuration; the codebook (V, d) is copied. UserError if an image has no patch."""
     backbone, dim = create_backbone(cfg.backbone, cfg.image_size, pretrained)
     if cfg.image_size < (side := patch_side(backbone)):
-        raise ValueError(f"--image-size {cfg.image_size} is below the {side} pixels of a patch of {cfg.backbone}")
+        raise UserError(f"--image-size {cfg.image_size} is below the {side} pixels of a patch of {cfg.backbone}")
     width = cfg.adapter_width or dim
     adapter = VisualAdapter(width, max(width // 64, 1), cfg.adapter_hidden, codebook.shape[1], dim)
     cls = DenseImageEncoder if cfg.head == "dense" else ImageEncoder
@@ -125,7 +124,7 @@ def with_lora(lm: nn.Module, cfg: Config) -> nn.Module:
         linear = {name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, nn.Linear)}
         if unknown := set(cfg.lora_targets) - linear:
             wrong, found = (", ".join(sorted(names)) for names in (unknown, linear - {"lm_head"}))
-            raise ValueError(f"--lora-targets {wrong}: the LM's layers are {found}")
+            raise UserError(f"--lora-targets {wrong}: the LM's layers are {found}")
         add_lora(lm.model.layers[-1].mlp if cfg.states else lm, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     return lm
 
@@ -150,7 +149,7 @@ def create_model(cfg: Config, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.
 
 
 def text_input(cfg: Config, lm: nn.Module, tokenizer, vocab_ids: Tensor) -> Prompts | Bags | States:
-    """The function that turns captions into the text tower's input. ValueError if --states are of another LM."""
+    """The function that turns captions into the text tower's input. UserError if --states are of another LM."""
     if cfg.text == "bow":
         return Bags(tokenizer, vocab_ids)
     if cfg.states:

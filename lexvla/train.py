@@ -27,6 +27,7 @@ from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
 from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, lm_sample, load_lm, piece_counts
 from lexvla.towers import create_model, eval_transform, patch_side, text_input, train_transform
 from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
 
@@ -68,7 +69,7 @@ class PairDataset(Dataset):
 
     def __init__(self, pairs, transform: Callable, seed: int = 0):
         self.pairs, self.seed = pairs, seed
-        self.transform, self.normalise = data.in_two(transform)
+        self.transform, self.normalise = data.split_normalisation(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -88,7 +89,7 @@ class TokenDataset(Dataset):
     def __init__(
         self, pairs, transform: Callable, image: ImageEncoder, process: run.Process, precision: str, file: Path
     ):
-        self.pairs, self.normalise, self.file = pairs, data.as_it_is, file
+        self.pairs, self.normalise, self.file = pairs, data.identity, file
         views = PairDataset(pairs, transform)
         alone = run.Process(0, 1, process.device)
         [(_, first, *_)] = encoded(Subset(views, range(1)), views.normalise, image, alone, precision)
@@ -262,7 +263,7 @@ def dry_run(cfg: Config, world_size: int = 1) -> None:
     cli.check_batch(cfg, world_size)
     try:
         n = data.planned_size(cfg)
-    except FileNotFoundError:
+    except UserError:
         n = 0
     V = cfg.max_vocabulary or 2_000
     model, lm_config = model_without_weights(cfg, V)
@@ -409,7 +410,7 @@ def main(cfg: Config) -> Path | None:
         broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
         batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (pixels, text, _) in enumerate(data.watch(batches, broken), start + 1):
+        for batch, (pixels, text, _) in enumerate(data.collect_broken(batches, broken), start + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run is equal
             pixels = dataset.normalise(pixels.to(device, non_blocking=True))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from shared import cli
+from shared.errors import UserError
 from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
 
 # -------------------------------------------------------------------------------------------------------- pre-training
@@ -156,16 +157,14 @@ def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
             if cfg.kind == "clip"
             else "labelled images, e.g. --data /data/imagenet/train or --data /data/wds_imagenet1k:train"
         )
-        raise ValueError(f"--data is missing: it takes {wanted}")
+        raise UserError(f"--data is missing: it takes {wanted}")
     if cfg.kind == "supervised" and (cfg.dataset_size is not None or cfg.window_shards):
-        raise ValueError("--dataset-size and --window-shards are for --kind clip, not for labelled images")
+        raise UserError("--dataset-size and --window-shards are for --kind clip, not for labelled images")
     if cfg.kind == "clip" and cfg.asymmetric:
-        raise ValueError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
+        raise UserError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
     cli.check_in_memory(cfg)
     if ":pretrain" in cfg.data and cfg.window_shards:
-        raise ValueError(
-            "--window-shards reads whole shards, but :pretrain selects some of their samples: leave it out"
-        )
+        raise UserError("--window-shards reads whole shards, but :pretrain selects some of their samples: leave it out")
     check_numbers(cfg, world_size)
 
 
@@ -173,10 +172,10 @@ def check_numbers(cfg: "PretrainConfig | Config | FinetuneConfig", world_size: i
     """Raise ValueError on numbers that are out of range; a dry run checks only these."""
     for name in ("noise", "label_noise", "label_smoothing"):
         if not 0 <= getattr(cfg, name, 0) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
     for name in ("train_fraction", "crop_scale"):
         if not 0 < getattr(cfg, name, 1) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share above 0, at most 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share above 0, at most 1")
     names = {field.name for field in dataclasses.fields(cfg)}
     cli.check_counts(cfg, *names & {"epochs", "batch_size", "save_every", "log_every", "svd_k", "dataset_size"})
     cli.check_counts(cfg, *names & {"warmup", "workers", "layers", "window_shards", "keep_every"}, least=0)
@@ -340,16 +339,16 @@ PRESETS = {
 
 
 def named_tests(tests: Sequence[str]) -> dict[str, str]:
-    """{name: path} of --tests NAME=PATH. ValueError for other words, and for a name twice or with another meaning."""
+    """{name: path} of --tests NAME=PATH. UserError for other words, and for a name twice or with another meaning."""
     found: dict[str, str] = {}
     for test in tests:
         name, given, path = test.partition("=")
         if not (name and given and path):
-            raise ValueError(f"--tests takes NAME=PATH, not {test!r}")
+            raise UserError(f"--tests takes NAME=PATH, not {test!r}")
         if name in found:
-            raise ValueError(f"--tests names {name} twice")
+            raise UserError(f"--tests names {name} twice")
         if name in ("features", "labels", "about", "classnames") or name.endswith(("_features", "_labels")):
-            raise ValueError(f"--tests {test}: {name} has a meaning of its own in a features file; choose another name")
+            raise UserError(f"--tests {test}: {name} has a meaning of its own in a features file; choose another name")
         found[name] = path
     return found
 
@@ -359,23 +358,23 @@ def check(cfg: Config, world_size: int = 1) -> None:
     sources = [name for name in ("features", "benchmark", "data") if getattr(cfg, name)]
     if len(sources) != 1:
         given = " and ".join(f"--{name}" for name in sources) or "none"
-        raise ValueError(
+        raise UserError(
             f"name one source of training data, not {given}: --features FILE.npz, --benchmark NAME --root DIR, or "
             "--data PATH, a folder DIR/CLASS/*.jpg, DIR:train of a webdataset or a list FILE.txt"
         )
     if cfg.features and cfg.encoder:
-        raise ValueError("--features replaces the encoder: leave out --encoder, or name images with --data")
+        raise UserError("--features replaces the encoder: leave out --encoder, or name images with --data")
     if not cfg.features and not cfg.encoder:
-        raise ValueError(
+        raise UserError(
             "--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of `python -m nmtune.pretrain`"
         )
     named_tests(cfg.tests)
     if cfg.zero_shot and (cfg.method != "lp" or cfg.features):
-        raise ValueError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")
+        raise UserError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")
     if cfg.select and not (cfg.features or cfg.bank or cfg.views == "eval"):
-        raise ValueError("--select needs features in memory: pass --features, --bank V or --views eval")
+        raise UserError("--select needs features in memory: pass --features, --bank V or --views eval")
     if cfg.bank == 1 or cfg.bank < 0:
-        raise ValueError(f"--bank {cfg.bank} must be 0, or at least 2, because each step draws two views")
+        raise UserError(f"--bank {cfg.bank} must be 0, or at least 2, because each step draws two views")
     check_numbers(cfg, world_size)
 
 
@@ -463,13 +462,13 @@ FINETUNE_PRESETS = {
 def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
     """Raise ValueError on invalid settings before work starts."""
     if world_size > 1:
-        raise ValueError(
+        raise UserError(
             "fine-tuning computes its regularisers on the whole batch of one process: start it without torchrun"
         )
     if not cfg.encoder:
-        raise ValueError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
+        raise UserError("--encoder is missing: timm:NAME, open_clip:NAME, or a run folder of nmtune.pretrain")
     if bool(cfg.data) == bool(cfg.benchmark):
-        raise ValueError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
+        raise UserError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
     check_numbers(cfg, world_size)
 
 

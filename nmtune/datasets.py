@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data import BrokenSample, check_absent, decode_image, stable_hash
+from shared.errors import UserError
 from shared.index import Strings, cached, fingerprint, forget
 from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
 
@@ -42,11 +43,11 @@ class LabelledImages:
 
     def __init__(self, files: Sequence[str], spans: np.ndarray, labels: Sequence[int], classnames: Sequence[str]):
         if not len(labels):
-            raise ValueError(f"no labelled image in {files[0] if len(files) else 'an empty set'}")
+            raise UserError(f"no labelled image in {files[0] if len(files) else 'an empty set'}")
         self.files, self.spans = files, np.asarray(spans, dtype=np.int64).reshape(-1, 3)
         self.labels, self.classnames = np.asarray(labels, dtype=np.int64), list(classnames)
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.classnames):
-            raise ValueError(
+            raise UserError(
                 f"labels {self.labels.min()} to {self.labels.max()} of {files[0]} do not fit {len(classnames)} classes"
             )
         self.strict, self.border, self._files = False, 0, OpenFiles(self.files)
@@ -154,7 +155,7 @@ def tar_members(path: str | Path) -> dict[str, dict[str, tuple[int, int]]]:
         key, ending = key_of(member.name)
         members.setdefault(key, {})[ending] = (member.offset_data, member.size)
     if broken:
-        raise ValueError(f"{path} cannot be read as a tar file: {broken[0].reason} ({broken[0].key})")
+        raise UserError(f"{path} cannot be read as a tar file: {broken[0].reason} ({broken[0].key})")
     return members
 
 
@@ -171,13 +172,13 @@ def clip_benchmark(folder: Path, split: str, cache: Path | None = None) -> Label
     for name in split.split("+"):
         found = sorted((folder / name).glob("*.tar"), key=lambda path: (len(path.name), path.name))
         if not found:
-            raise FileNotFoundError(f"{folder / name} holds no .tar file; a set is named DIR:test or DIR:train")
+            raise UserError(f"{folder / name} holds no .tar file; a set is named DIR:test or DIR:train")
         stated = folder / name / "nshards.txt"
         if stated.is_file() and stated.read_text().strip() != str(len(found)):
-            raise ValueError(f"{stated} says {stated.read_text().strip()} shards, but there are {len(found)}")
+            raise UserError(f"{stated} says {stated.read_text().strip()} shards, but there are {len(found)}")
         tars += found
     if not (folder / "classnames.txt").is_file():
-        raise FileNotFoundError(f"{folder} has no classnames.txt, which names the classes, one a line")
+        raise UserError(f"{folder} has no classnames.txt, which names the classes, one a line")
     names = (folder / "classnames.txt").read_text(encoding="utf-8").strip("\n").splitlines()
     files = [str(tar) for tar in tars]
     index, _ = cached(files, cache / "labelled" if cache else None, lambda: (labelled_index(files), {}))
@@ -191,12 +192,12 @@ def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
         for key, files in tar_members(tar).items():
             image, span = _image(files), files.get("cls")
             if image is None or span is None:
-                raise ValueError(f"{tar}, sample {key!r} has no {'image' if image is None else '.cls file'}")
+                raise UserError(f"{tar}, sample {key!r} has no {'image' if image is None else '.cls file'}")
             text = opened.read(i, span[0], min(span[1], LABEL_BYTES))
             try:
                 labels.append(int(text))
             except ValueError as error:
-                raise ValueError(f"{tar}, sample {key!r} has the label {text[:20]!r}, which is no integer") from error
+                raise UserError(f"{tar}, sample {key!r} has the label {text[:20]!r}, which is no integer") from error
             spans.append((i, *image))
     spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
     return {"spans": spans, "labels": np.array(labels, dtype=np.int64)}
@@ -217,7 +218,7 @@ def image_folder(root: Path, cache: Path | None = None) -> LabelledImages:
         found, about = cached(names, cache, lambda: walked(folders), LARGE_FOLDERS)
     files = Strings(found["files"], found["ends"])
     if not len(files):
-        raise FileNotFoundError(f"{root} holds no folder of a class with images, {root}/CLASS/*.jpg")
+        raise UserError(f"{root} holds no folder of a class with images, {root}/CLASS/*.jpg")
     return _whole(files, found["labels"], [folder.name for folder in folders])
 
 
@@ -252,7 +253,7 @@ def image_list(path: Path) -> LabelledImages:
         rows = [line.rsplit(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         labels = [int(label) for _, label in rows]
     except ValueError as error:
-        raise ValueError(f"{path} has a line that is not `path label` ({error})") from error
+        raise UserError(f"{path} has a line that is not `path label` ({error})") from error
     names = [str(i) for i in range(max(labels, default=-1) + 1)]
     folders: dict[int, str] = {}
     for (file, _), label in zip(rows, labels, strict=True):
@@ -304,10 +305,10 @@ def emoji(folder: Path, task: str, split: str) -> LabelledImages:
     """
     if task not in ("group", "subgroup", "name") or split not in ("pretrain", "tune", "id", "ood", "known"):
         known = "(group|subgroup|name):(pretrain|tune|id|ood|known)"
-        raise ValueError(f"the emoji sets are {folder}:{known}, not :{task}:{split}")
+        raise UserError(f"the emoji sets are {folder}:{known}, not :{task}:{split}")
     tars = sorted((folder / "train").glob("*.tar"))
     if not tars:
-        raise FileNotFoundError(f"{folder} holds no corpus: 'make data' builds the embedded one")
+        raise UserError(f"{folder} holds no corpus: 'make data' builds the embedded one")
     about, spans = described(tuple(tars), tuple(tar.stat().st_mtime_ns for tar in tars))
     held_out = np.array([is_held_out(one["hexcode"]) for one in about])
     id_test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
@@ -336,7 +337,7 @@ def emoji(folder: Path, task: str, split: str) -> LabelledImages:
 
 
 def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages:
-    """Open a data set by its path (see the top of this file). FileNotFoundError or ValueError if it cannot be used.
+    """Open a data set by its path (see the top of this file). FileNotFoundError or UserError if it cannot be used.
 
     `cache` stores the index of large tars, and the list of files in large folders.
     """
@@ -345,10 +346,10 @@ def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages
         return emoji(Path(path), *rest)
     if len(rest) == 1:
         if not Path(path).is_dir():
-            raise FileNotFoundError(f"data set {path} does not exist")
+            raise UserError(f"data set {path} does not exist")
         return clip_benchmark(Path(path), rest[0], cache)
     if not Path(path).exists():
-        raise FileNotFoundError(f"data set {path} does not exist")
+        raise UserError(f"data set {path} does not exist")
     return image_list(Path(path)) if path.endswith(".txt") else image_folder(Path(path), cache)
 
 
@@ -392,7 +393,7 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
     """(training set, {test name: test set}) of one of the paper's downstream tasks, below the folder `root`.
 
     cifar10 ... rendered_sst2: in-domain transfer. domainnet-real ...: tuned on one domain, tested on four.
-    imagenet: tested on its validation set and on the variants that `root` has. FileNotFoundError names what is missing.
+    imagenet: tested on its validation set and on the variants that `root` has. UserError names what is missing.
     """
     base = Path(root)
     if name in ID_SETS:
@@ -422,10 +423,10 @@ def benchmark(name: str, root: str) -> tuple[str, dict[str, str]]:
             training = f"{base}/wds_imagenet1k:train"
     else:
         names = ", ".join([*ID_SETS, *(f"domainnet-{domain}" for domain in DOMAINS), "imagenet"])
-        raise ValueError(f"--benchmark is one of {names}, not {name!r}")
+        raise UserError(f"--benchmark is one of {names}, not {name!r}")
     missing = [path for path in (training, *tests.values()) if not Path(path.partition(":")[0]).exists()]
     if missing:
-        raise FileNotFoundError(f"{missing[0]} does not exist: --benchmark {name} --root {base} needs {wanted}")
+        raise UserError(f"{missing[0]} does not exist: --benchmark {name} --root {base} needs {wanted}")
     return training, tests
 
 
@@ -435,7 +436,7 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     Tries in this order: `groups.json` in the set's folder, a list of lists of trained class numbers; the mappings of
     Vid-Robust or ObjectNet; the order of the classes, if their number is the same but they are named in another way
     (words, WordNet ids or numbers, such as ImageNet-V2's folders); names that all occur among the trained ones
-    (ImageNet-A and -R, by WordNet id in image folders and by name in webdatasets). ValueError if none applies.
+    (ImageNet-A and -R, by WordNet id in image folders and by name in webdatasets). UserError if none applies.
     """
     images = open_labelled(spec)
     folder = Path(spec.partition(":")[0])
@@ -445,7 +446,7 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
         if not isinstance(groups, list) or len(groups) != images.num_classes or not all(
             isinstance(group, list) and group and all(label in known for label in group) for group in groups
         ):  # fmt: skip
-            raise ValueError(
+            raise UserError(
                 f"{folder / 'groups.json'} should hold, for each of {images.num_classes} classes, a list of numbers of "
                 f"trained classes, 0 to {len(trained) - 1}"
             )
@@ -462,7 +463,7 @@ def open_test(spec: str, trained: Sequence[str]) -> tuple[LabelledImages, list[l
     unknown = [name for name in images.classnames if name not in index]
     if not unknown:
         return images, [[index[name]] for name in images.classnames]
-    raise ValueError(
+    raise UserError(
         f"{spec} has the class {unknown[0]!r}, which was not trained; write {folder}/groups.json, "
         "a list with the corresponding trained class numbers for each of its classes"
     )

@@ -30,6 +30,7 @@ from nmtune.datasets import vid_robust
 from nmtune.features import RunFeatures
 from nmtune.model import create_model, head_from, read_head, transformed
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
+from shared.errors import UserError
 
 CENTRES = ("none", "sample", "sample+feature")
 METRICS = {  # headings in tables
@@ -61,7 +62,7 @@ def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sa
     (U:src/models/pca.py:38).
     """
     if center not in CENTRES:
-        raise ValueError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
+        raise UserError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
     x = features.double()
     if normalize:
         x = F.normalize(x, dim=1)
@@ -207,15 +208,13 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     """({"SET/METRIC": number}, singular values by name) of one tuned head."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if "head" not in state:
-        raise ValueError(
-            f"{path} holds no head of nmtune.train; encoders are compared with --report, CLIPs take --sets"
-        )
+        raise UserError(f"{path} holds no head of nmtune.train; encoders are compared with --report, CLIPs take --sets")
     settings = checkpoints.config_in(state, TrainConfig, path)
     changed = {"tests": tuple(cfg.tests or settings.tests), "workers": cfg.workers, "precision": cfg.precision}
     precision = run.resolve_precision(cfg.precision, process.device)
     source = RunFeatures(dataclasses.replace(settings, **changed), process, precision, cfg.batch_size)
     if state["classnames"] != source.classnames or state.get("data", source.fingerprint) != source.fingerprint:
-        raise ValueError(f"{path} was tuned on other data or on another encoder than there are now")
+        raise UserError(f"{path} was tuned on other data or on another encoder than there are now")
     head = read_head(cfg.head, source.dim, len(source.classnames)) if cfg.head else head_from(state["head"])
     results, spectra = {}, {}
     for name in source.tests:
@@ -254,23 +253,23 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 @contextlib.contextmanager
 def measurements(file: Path, program: str) -> Iterator[dict]:
     """The JSON object in a file that a program has written. A missing or wrong entry that the block meets becomes a
-    ValueError that names both."""
+    UserError that names both."""
     advice = f"remove it, and run 'python -m {program}' again"
     try:
         yield checkpoints.read_json(file, advice)
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{file} holds no measurements of {program}: {advice}") from error
+        raise UserError(f"{file} holds no measurements of {program}: {advice}") from error
 
 
 def encoder_metrics(path: str) -> dict[str, float]:
     """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
     of the default centring have plain names.
 
-    FileNotFoundError if studies.nmtune_encoders has not evaluated it.
+    UserError if studies.nmtune_encoders has not evaluated it.
     """
     folder = Path(path)
     if not (folder / "study.json").is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder} has no study.json: --report compares encoder folders such as sup-30-seed0, which "
             "python -m studies.nmtune_encoders --encoder FOLDER has measured"
         )
@@ -305,19 +304,19 @@ def compared_metrics(path: str) -> dict[str, float]:
     if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
         found = head_accuracies(folder)
         if "id/top1" in found and "ood/top1" not in found:
-            raise ValueError(f"{folder} has no test set named ood: --report needs heads tuned with --tests id=X ood=Y")
+            raise UserError(f"{folder} has no test set named ood: --report needs heads tuned with --tests id=X ood=Y")
         if "id/top1" in found:
             return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
     return encoder_metrics(path)
 
 
 def pretrained_clip(path: str) -> tuple[PretrainConfig, nn.Module, Callable]:
-    """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain. ValueError for other runs,
+    """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain. UserError for other runs,
     which have no text tower."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     settings = checkpoints.config_in(state, PretrainConfig, path)
     if settings.kind != "clip":
-        raise ValueError(
+        raise UserError(
             f"{path} is no CLIP: it has no text tower, which zero-shot evaluation and a model of open_clip need"
         )
     model, _, side = create_model(settings)
@@ -346,11 +345,11 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every tuned head. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
     if not cfg.runs:
-        raise ValueError("name at least one run folder")
+        raise UserError("name at least one run folder")
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
     if cfg.centre not in CENTRES:
-        raise ValueError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
+        raise UserError(f"--centre is one of {', '.join(CENTRES)}, not {cfg.centre!r}")
     return [evaluated(path, cfg, process) for path in cfg.runs]
 
 

@@ -26,6 +26,7 @@ from nmtune.datasets import LabelledImages, open_labelled, open_test
 from nmtune.features import encode_set, split_encoder
 from nmtune.model import load_encoder
 from shared import checkpoints, cli, run
+from shared.errors import UserError
 from shared.index import file_fingerprint
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -125,7 +126,7 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
     for name, (images, groups) in opened.items():
         groups = groups or [[label] for label in range(len(train.classnames))]
         if any(len(group) > 1 for group in groups):
-            raise ValueError(
+            raise UserError(
                 f"{tests[name]} has a class that stands for several of {cfg.data}: measure it with nmtune.train"
             )
         features, labels = encode_set(encoder, images, eval_view, **options, label=name)
@@ -133,12 +134,12 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
 
 
 def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Lines of a .jsonl or .tsv as dicts. ValueError names a bad line, or a file without lines.
+    """Lines of a .jsonl or .tsv as dicts. UserError names a bad line, or a file without lines.
 
     header: column names of a .tsv; if empty, they are read from its first line.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     found = []
     with open(path, encoding="utf-8", newline="") as file:
         if path.endswith(".tsv"):
@@ -148,23 +149,23 @@ def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
                 try:
                     found.append(json.loads(line))
                 except ValueError as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}, line {number} is not JSON ({error}); files other than .tsv are read as JSON lines"
                     ) from error
     if not found:
-        raise ValueError(f"{path} has no entries")
+        raise UserError(f"{path} has no entries")
     return found
 
 
 def value(path: str, number: int, entry: Any, key: str) -> Any:
-    """entry[key]; dots in `key` separate nested keys. ValueError names file, line and key."""
+    """entry[key]; dots in `key` separate nested keys. UserError names file, line and key."""
     for name in key.split("."):
         try:
             entry = entry[int(name) if isinstance(entry, list) else name]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, entry {number} has no {key!r}") from error
+            raise UserError(f"{path}, entry {number} has no {key!r}") from error
     if entry is None:
-        raise ValueError(f"{path}, entry {number} has no {key!r}")
+        raise UserError(f"{path}, entry {number} has no {key!r}")
     return entry
 
 
@@ -200,7 +201,7 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("texts need transformers: pip install 'transformers>=4.56'") from error
+        raise UserError("texts need transformers: pip install 'transformers>=4.56'") from error
     process = run.setup(0, cfg.device)
     paths = {"": cfg.data, **tests}
     read = {name: entries(path, cfg.header) for name, path in paths.items()}  # before the encoder, to fail early
@@ -208,7 +209,7 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.encoder)
         model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--encoder {cfg.encoder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--encoder {cfg.encoder} cannot be loaded: {str(error).splitlines()[0]}") from error
     cli.check_max_length(cfg.max_length, model, tokenizer, cfg.encoder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for name, lines in read.items():
@@ -225,7 +226,7 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
         try:
             features = torch.tensor(embeddings, dtype=torch.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {cfg.embedding} should be lists of numbers of one length ({error})") from error
+            raise UserError(f"{path}: {cfg.embedding} should be lists of numbers of one length ({error})") from error
         yield name, features, labels_of(path, lines, cfg.label)
 
 
@@ -239,7 +240,7 @@ def main(cfg: Images | Texts | Answers) -> Path:
     cli.check_counts(cfg, *names & {"views", "workers"}, least=0)
     out, tests = Path(cfg.out), named_tests(cfg.tests)
     if out.suffix != ".npz":
-        raise ValueError(f"--out {out} should end in .npz")
+        raise UserError(f"--out {out} should end in .npz")
     unimportant = ("out", "workers", "device", "batch_size")
     about = {name: setting for name, setting in vars(cfg).items() if name not in unimportant}
     if isinstance(cfg, Images):
@@ -253,7 +254,7 @@ def main(cfg: Images | Texts | Answers) -> Path:
     if out.is_file():
         with np.load(out, allow_pickle=False) as file:
             if "about" not in file.files or str(file["about"]) != made_with:
-                raise ValueError(f"{out} holds features of other data or settings: choose another --out")
+                raise UserError(f"{out} holds features of other data or settings: choose another --out")
         print(f"{out} exists for these data and settings; nothing to do")
         return out
     arrays: dict[str, np.ndarray] = {"about": np.array(made_with)}
@@ -268,9 +269,9 @@ def main(cfg: Images | Texts | Answers) -> Path:
 
 
 def fingerprint(path: str) -> str:
-    """Hash of a file's content. FileNotFoundError if the file does not exist."""
+    """Hash of a file's content. UserError if the file does not exist."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     return file_fingerprint(Path(path))
 
 

@@ -22,6 +22,7 @@ from nmtune.config import Config, FinetuneConfig, PretrainConfig, named_tests
 from nmtune.datasets import LabelledImages, benchmark, flip_labels, open_labelled, open_test
 from nmtune.model import load_encoder
 from shared import checkpoints, data, run
+from shared.errors import UserError
 
 
 def subset_per_class(labels: np.ndarray, ratio: float, rng: np.random.RandomState) -> np.ndarray:
@@ -139,7 +140,7 @@ def encode_set(
 ) -> tuple[Tensor, Tensor]:
     """Features (V, N, D) of V views of every image, and labels (N,); images are split over ranks. Reports broken
     images; `label` names the set in progress and reports."""
-    pixels, normalise = data.in_two(transform)
+    pixels, normalise = data.split_normalisation(transform)
     many = pixels if views == 1 else lambda image: tuple(pixels(image) for _ in range(views))
     rows = np.array_split(np.arange(len(images)), process.world_size)[process.rank].tolist()
     step = max(1, batch_size // views)
@@ -151,7 +152,7 @@ def encode_set(
     )  # fmt: skip
     bar = run.progress(loader, len(order), label, step * views, process)
     features, labels = [], []
-    for batch, batch_labels, _ in data.watch(bar, broken):
+    for batch, batch_labels, _ in data.collect_broken(bar, broken):
         batch = normalise(batch.to(process.device, non_blocking=True))
         features.append(encode(encoder, batch, process.device, precision).cpu())
         labels.append(batch_labels)
@@ -254,26 +255,26 @@ def read_features(path: str | Path, seed: int = 0) -> FeatureSets:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"features file {path} does not exist")
+        raise UserError(f"features file {path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no .npz file of plain arrays: write it by np.savez, names as np.array(names, dtype=str)"
         ) from error
     if "features" not in arrays or "labels" not in arrays:
         found = ", ".join(arrays) or "nothing"
-        raise ValueError(f"{path} needs the arrays `features` (N, D) and `labels` (N,); it holds {found}")
+        raise UserError(f"{path} needs the arrays `features` (N, D) and `labels` (N,); it holds {found}")
     names = {key.removesuffix("_features").removesuffix("_labels") for key in arrays} - {"features", "labels"}
     tests = sorted(name for name in names if f"{name}_features" in arrays or f"{name}_labels" in arrays)
     for name in tests:
         for have, lack in (("features", "labels"), ("labels", "features")):
             if f"{name}_{lack}" not in arrays:
-                raise ValueError(f"{path} has {name}_{have} without {name}_{lack}")
+                raise UserError(f"{path} has {name}_{have} without {name}_{lack}")
     classnames, labels = np.unique(checked_labels(path, "labels", arrays["labels"]), return_inverse=True)
     if len(classnames) < 2:
-        raise ValueError(f"`labels` of {path} has {len(classnames)} class: at least 2 are needed")
+        raise UserError(f"`labels` of {path} has {len(classnames)} class: at least 2 are needed")
     known = {name: i for i, name in enumerate(classnames.tolist())}
     features = arrays["features"]
     features = checked_features(path, "features", features[None] if features.ndim == 2 else features, labels)
@@ -282,17 +283,17 @@ def read_features(path: str | Path, seed: int = 0) -> FeatureSets:
         given = checked_labels(path, f"{name}_labels", arrays[f"{name}_labels"]).tolist()
         unknown = [label for label in given if label not in known]
         if unknown:
-            raise ValueError(f"{name}_labels of {path} has the label {unknown[0]!r}, which is not in `labels`")
+            raise UserError(f"{name}_labels of {path} has the label {unknown[0]!r}, which is not in `labels`")
         rows = checked_features(path, f"{name}_features", arrays[f"{name}_features"][None], given)[0]
         if rows.shape[1] != features.shape[2]:
-            raise ValueError(
+            raise UserError(
                 f"{name}_features of {path} has {rows.shape[1]} columns, `features` has {features.shape[2]}"
             )
         sets[name] = rows, torch.tensor([known[label] for label in given])
     if not sets:
         kept, rest = hold_out(labels, seed)
         if not len(kept):
-            raise ValueError(f"{path} has too few rows to hold some out for testing; add test_features and test_labels")
+            raise UserError(f"{path} has too few rows to hold some out for testing; add test_features and test_labels")
         sets["test"] = train.features[0, rest], train.labels[rest]
         run.say(f"{path} has no test set: {len(rest):,} of {len(labels):,} rows, 20% of each class, are held out")
         train = Bank(train.features[:, kept], train.labels[kept])
@@ -302,28 +303,28 @@ def read_features(path: str | Path, seed: int = 0) -> FeatureSets:
 def checked_labels(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
     """Check labels (N,): names or integers; whole floats become integers."""
     if labels.ndim != 1 or not len(labels):
-        raise ValueError(f"`{name}` of {path} has the shape {labels.shape}: it must have one label per row, (rows,)")
+        raise UserError(f"`{name}` of {path} has the shape {labels.shape}: it must have one label per row, (rows,)")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.round(labels)).all():
         return labels.astype(np.int64)
     if labels.dtype.kind not in "iubUS":
-        raise ValueError(f"`{name}` of {path} must hold whole numbers or names, not {labels.dtype} like {labels[0]}")
+        raise UserError(f"`{name}` of {path} must hold whole numbers or names, not {labels.dtype} like {labels[0]}")
     return labels
 
 
 def checked_features(path: Path, name: str, features: np.ndarray, labels: Sequence) -> Tensor:
     """Check shape and values of features and return them as (V, N, D) fp32."""
     if features.ndim != 3 or features.shape[1] != len(labels) or not features.size:
-        raise ValueError(
+        raise UserError(
             f"`{name}` of {path} has the shape {features.shape[1:] if len(features) == 1 else features.shape}, not "
             f"one that fits {len(labels)} labels: (rows, dimensions), or of several views (views, rows, dimensions)"
         )
     if features.dtype.kind not in "fiu":
-        raise ValueError(f"`{name}` of {path} must hold real numbers, not {features.dtype}")
+        raise UserError(f"`{name}` of {path} must hold real numbers, not {features.dtype}")
     with np.errstate(over="ignore"):
         features = np.ascontiguousarray(features, dtype=np.float32)
     if not np.isfinite(features).all():
         row = np.argwhere(~np.isfinite(features))[0][1]
-        raise ValueError(f"`{name}` of {path} has values that are not finite in 32 bits, first in row {row}")
+        raise UserError(f"`{name}` of {path} has values that are not finite in 32 bits, first in row {row}")
     return torch.from_numpy(features)
 
 
@@ -339,7 +340,7 @@ def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | No
         return "open_clip" if pretrained.kind == "clip" else "timm", pretrained.model, name
     source, _, model = name.partition(":")
     if source not in ("timm", "open_clip", "lite0") or not model:
-        raise ValueError(
+        raise UserError(
             f"encoder {name!r} is neither timm:NAME, open_clip:NAME, lite0:SIDE nor a run folder with a checkpoint.pt"
         )
     return source, model, checkpoint or None
@@ -360,7 +361,7 @@ def reduced(labels: np.ndarray, cfg: Config) -> np.ndarray:
         return np.arange(len(labels))
     rows = subset_per_class(labels, cfg.train_fraction, np.random.RandomState(cfg.seed))
     if not len(rows):
-        raise ValueError(f"--train-fraction {cfg.train_fraction} keeps no image: every class has too few for it")
+        raise UserError(f"--train-fraction {cfg.train_fraction} keeps no image: every class has too few for it")
     return rows
 
 
@@ -396,7 +397,7 @@ class RunFeatures:
 
     def _from_file(self) -> None:
         if self.cfg.tests:
-            raise ValueError(f"--tests cannot be added to --features: {self.cfg.features} has its own test sets")
+            raise UserError(f"--tests cannot be added to --features: {self.cfg.features} has its own test sets")
         sets = read_features(self.cfg.features, seed=self.cfg.seed)
         rows = reduced(sets.train.labels.numpy(), self.cfg)
         labels = noisy(sets.train.labels.numpy()[rows], len(sets.classnames), self.cfg)
@@ -409,7 +410,7 @@ class RunFeatures:
         cfg = self.cfg
         self.model = source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)
         if cfg.zero_shot and source != "open_clip":
-            raise ValueError(f"--zero-shot needs an encoder with a text tower, but {cfg.encoder} has none")
+            raise UserError(f"--zero-shot needs an encoder with a text tower, but {cfg.encoder} has none")
         training, self.tests = data_sets(cfg)
         images = open_labelled(training)
         images = images.subset(reduced(images.labels, cfg))
@@ -431,7 +432,7 @@ class RunFeatures:
         one = self.cfg.views == "eval"
         transform, views = (self.eval_view, 1) if one else (self.train_view, self.cfg.bank)
         if self.cfg.views == "train+rand":
-            raise ValueError("--views train+rand draws new views in every step: leave --bank 0")
+            raise UserError("--views train+rand draws new views in every step: leave --bank 0")
         self.bank = Bank(*self.encoded(self.images, transform, views, "training set"))
 
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
@@ -452,11 +453,14 @@ class RunFeatures:
                     yield tuple(run.pinned(x, process.device).to(process.device, non_blocking=True) for x in chosen)
             return
         strong = with_rand_augment(self.train_view) if cfg.views == "train+rand" else self.train_view
-        (pixels_w, normalise), (pixels_s, _) = data.in_two(self.train_view), data.in_two(strong)
+        (pixels_w, normalise), (pixels_s, _) = (
+            data.split_normalisation(self.train_view),
+            data.split_normalisation(strong),
+        )
         views = Views(self.images, TwoViews(pixels_w, pixels_s), cfg.seed)
         loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
         sizes = shares(len(views), cfg.batch_size, epochs, start, process.world_size)
-        for counts, (images, labels, _) in zip(sizes, data.watch(loader, self.broken), strict=True):
+        for counts, (images, labels, _) in zip(sizes, data.collect_broken(loader, self.broken), strict=True):
             feats = torch.zeros(2, 0, self.dim, device=process.device)
             if len(labels):
                 images = normalise(images.to(process.device, non_blocking=True))

@@ -20,6 +20,7 @@ from nmtune.model import finetune_loss, load_encoder, make_classifier
 from nmtune.train import cosine_lr, make_optimizer, plan_rows, planned_encoder, planned_samples
 from shared import accumulate, cli, data, run
 from shared.clip import set_grad_checkpointing
+from shared.errors import UserError
 
 LORA_TARGETS = {"timm": r".*\.mlp\.fc\d", "open_clip": r".*\.mlp\.(c_fc|c_proj)"}  # U:src/models/nml_finetune.py:68-81
 
@@ -43,12 +44,12 @@ def add_lora(model: ImageClassifier, source: str) -> nn.Module:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("LoRA needs peft; in the project's folder: pip install '.[nmtune]'") from error
+        raise UserError("LoRA needs peft; in the project's folder: pip install '.[nmtune]'") from error
     config = peft.LoraConfig(r=8, target_modules=LORA_TARGETS[source], modules_to_save=["classification_head"])
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"this {source} encoder has no MLP blocks for LoRA ({str(error)[:80]} ...)") from error
+        raise UserError(f"this {source} encoder has no MLP blocks for LoRA ({str(error)[:80]} ...)") from error
 
 
 def create_model(cfg: FinetuneConfig, source: str, encoder: nn.Module, dim: int, num_classes: int) -> nn.Module:
@@ -155,12 +156,12 @@ def main(cfg: FinetuneConfig) -> Path | None:
     steps, first, start = math.ceil(len(images) / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
     total, weights = steps * cfg.epochs, (cfg.w_cov, cfg.w_svd)
     folder.start(steps * first + start, total, len(images), data=images.fingerprint, classnames=images.classnames)
-    pixels, normalise = data.in_two(train_view)
+    pixels, normalise = data.split_normalisation(train_view)
     views, epochs = Views(images, pixels, cfg.seed), range(first, cfg.epochs)
     loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
     for epoch in epochs:
         broken, label = [], f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        batches = data.watch(run.progress(loader, steps - start, label, cfg.batch_size, process), broken)
+        batches = data.collect_broken(run.progress(loader, steps - start, label, cfg.batch_size, process), broken)
         model.train()
         for done, (batch, labels, _) in enumerate(batches, steps * epoch + start + 1):
             lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, done - 1)

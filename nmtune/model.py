@@ -31,6 +31,7 @@ from torchvision import transforms
 from nmtune.config import PretrainConfig
 from shared import checkpoints, data
 from shared.clip import image_side, quiet_open_clip, without_padding
+from shared.errors import UserError
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
 from shared.resnet import ARCHITECTURE
 from shared.zeroshot import build_classifier
@@ -126,7 +127,7 @@ def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor, bool]:
                 return eigenvalues, vectors, True
         product = z.double() @ z.double().T
         if not product.isfinite().all():
-            raise ValueError("L_SVD got features that are not finite: lower the learning rate")
+            raise UserError("L_SVD got features that are not finite: lower the learning rate")
         eigenvalues, vectors = torch.linalg.eigh(product)
         return eigenvalues, vectors, bool(eigenvalues[0] > 1e-10 * eigenvalues[-1])
 
@@ -277,12 +278,12 @@ def create_model(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Modul
     """
     if cfg.kind == "clip":
         if open_clip.get_model_config(cfg.model) is None:
-            raise ValueError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
+            raise UserError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
         model, transform, _ = create_clip(cfg.model)
         without_padding(model)
         return model, transform, image_side(model)
     if not timm.is_model(cfg.model):
-        raise ValueError(f"timm has no model {cfg.model!r}; timm.list_models() lists the names")
+        raise UserError(f"timm has no model {cfg.model!r}; timm.list_models() lists the names")
     model = timm.create_model(cfg.model, num_classes=num_classes)
     return model, timm_transforms(model.pretrained_cfg, cfg.crop_scale)[0], model.pretrained_cfg["input_size"][-1]
 
@@ -300,18 +301,18 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
     weights = encoder_weights(checkpoint) if checkpoint and Path(checkpoint).exists() else None
     if source == "timm":
         if not timm.is_model(name):
-            raise ValueError(f"timm has no model {name!r}; timm.list_models() lists the names")
+            raise UserError(f"timm has no model {name!r}; timm.list_models() lists the names")
         if checkpoint and weights is None and checkpoint != "pretrained":
-            raise FileNotFoundError(f"encoder checkpoint {checkpoint} does not exist")
+            raise UserError(f"encoder checkpoint {checkpoint} does not exist")
         encoder = timm.create_model(name, pretrained=checkpoint == "pretrained", num_classes=0)
         dim, views = encoder.num_features, timm_transforms(encoder.pretrained_cfg)
         dim = getattr(encoder, "head_hidden_size", dim)
     elif source == "open_clip":
         config = open_clip.get_model_config(name)
         if config is None:
-            raise ValueError(f"open_clip has no model {name!r}; open_clip.list_models() lists the names")
+            raise UserError(f"open_clip has no model {name!r}; open_clip.list_models() lists the names")
         if checkpoint and weights is None and checkpoint not in open_clip.list_pretrained_tags_by_model(name):
-            raise FileNotFoundError(f"{checkpoint} is neither a file nor a tag of open_clip's {name}")
+            raise UserError(f"{checkpoint} is neither a file nor a tag of open_clip's {name}")
         tag = checkpoint if weights is None else None
         model, *views = create_clip(name, tag or None)
         encoder, dim = model.visual, config["embed_dim"]
@@ -319,12 +320,12 @@ def load_encoder(source: str, name: str, checkpoint: str | None = None) -> tuple
             weights = {key.removeprefix("visual."): w for key, w in weights.items() if key.startswith("visual.")}
     elif source == "lite0":
         if not name.isdecimal() or not int(name) or int(name) % 32:
-            raise ValueError(f"lite0:{name} should give the image size in pixels, a multiple of 32, such as lite0:128")
+            raise UserError(f"lite0:{name} should give the image size in pixels, a multiple of 32, such as lite0:128")
         size = {"input_size": (3, int(name), int(name)), "crop_pct": 1.0, "interpolation": "bicubic"}
         encoder, dim = fold_batch_norms(efficientnet_lite0()), 1280
         views = timm_transforms(size | {"mean": LITE0_MEAN, "std": LITE0_STD})
     else:
-        raise ValueError(f"an encoder comes from timm, open_clip or lite0, not from {source!r}")
+        raise UserError(f"an encoder comes from timm, open_clip or lite0, not from {source!r}")
     if weights is not None:
         load_weights(encoder, weights, source, name, checkpoint)
     elif source != "lite0" and not checkpoint:
@@ -353,11 +354,11 @@ def load_weights(encoder: nn.Module, weights: dict[str, Tensor], source: str, na
     try:
         missing, unexpected = encoder.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not fit {source} {name}: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(f"{checkpoint} does not fit {source} {name}: {str(error).splitlines()[1].strip()}") from error
     unexpected = [key for key in unexpected if not key.startswith(prefixes)] if prefixes else unexpected
     if missing or unexpected:
         key = (missing + unexpected)[0]
-        raise ValueError(f"{checkpoint} does not fit {source} {name}: {'no' if missing else 'unknown'} weight {key}")
+        raise UserError(f"{checkpoint} does not fit {source} {name}: {'no' if missing else 'unknown'} weight {key}")
 
 
 def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable, Callable]:
@@ -369,12 +370,12 @@ def create_clip(name: str, tag: str | None = None) -> tuple[nn.Module, Callable,
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Weights by name in a checkpoint file, or in its `state_dict`, without prefixes `module.`. ValueError if it has
+    """Weights by name in a checkpoint file, or in its `state_dict`, without prefixes `module.`. UserError if it has
     none."""
     state = checkpoints.load_checkpoint(path)
     weights = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        raise ValueError(f"{path} holds no weights: it should be a state dict, or have one under `state_dict`")
+        raise UserError(f"{path} holds no weights: it should be a state dict, or have one under `state_dict`")
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
@@ -405,12 +406,12 @@ def split_upstream(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def read_head(path: str, dim: int, num_classes: int) -> nn.Module:
-    """The head in a file for `split_upstream`. ValueError if it has none for `dim` features and `num_classes`."""
+    """The head in a file for `split_upstream`. UserError if it has none for `dim` features and `num_classes`."""
     weights = split_upstream(read_weights(path))[0]
     classifier = weights.get("classification_head.weight")
     if classifier is None or classifier.shape != (num_classes, dim):
         found = "no head" if classifier is None else "a head for {1} features and {0} classes".format(*classifier.shape)
-        raise ValueError(f"--head {path} holds {found}, but the run has {dim} features and {num_classes} classes")
+        raise UserError(f"--head {path} holds {found}, but the run has {dim} features and {num_classes} classes")
     return head_from(weights)
 
 

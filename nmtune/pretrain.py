@@ -46,7 +46,7 @@ class NoisyLabels(Dataset):
         self.images = images
         self.images.strict = cfg.strict
         self.seed = cfg.seed
-        self.transform, self.normalise = data.in_two(transform)
+        self.transform, self.normalise = data.split_normalisation(transform)
         rng = np.random.RandomState(cfg.seed if cfg.noise_seed is None else cfg.noise_seed)
         given, classes = self.images.labels, self.images.num_classes
         labels = flip_labels(given, classes, cfg.noise, rng, cfg.exclude_true, cfg.asymmetric)
@@ -74,7 +74,7 @@ class SwappedCaptions(Dataset):
 
     def __init__(self, cfg: PretrainConfig, transform: Callable, tokenizer: Callable, pairs):
         self.pairs, self.broken, self.tokenizer, self.seed = pairs, pairs.broken, tokenizer, cfg.seed
-        self.transform, self.normalise = data.in_two(transform)
+        self.transform, self.normalise = data.split_normalisation(transform)
         self.noise, self.noise_seed = cfg.noise, cfg.seed if cfg.noise_seed is None else cfg.noise_seed
         self.fingerprint = data.fingerprint(pairs.fingerprint.encode(), self.swap(cfg))
 
@@ -407,7 +407,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     for epoch in range(first, cfg.epochs):
         broken, label = list(samples.broken), f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
         bar = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for step, (weight, *batch, _) in enumerate(data.watch(bar, broken), per_epoch * epoch + start):
+        for step, (weight, *batch, _) in enumerate(data.collect_broken(bar, broken), per_epoch * epoch + start):
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # the same dropout after a resume
             images = batch[0].to(process.device, non_blocking=True, memory_format=torch.channels_last)
             batch[0] = samples.normalise(images)

@@ -36,6 +36,7 @@ from nmtune.features import (  # noqa: F401
 )
 from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed, zero_shot_weights
 from shared import cli, data, run
+from shared.errors import UserError
 
 RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (1e-4, 1e-2, 1e-1, 1.0)  # candidates of `choose`
 
@@ -107,7 +108,7 @@ def tune(
     `views`: number of views per image in a batch. `main` has a loop of its own, which logs, saves and resumes.
     """
     if method not in ("lp", "mlp", "nmtune"):
-        raise ValueError(f"method is lp, mlp or nmtune, not {method!r}")
+        raise UserError(f"method is lp, mlp or nmtune, not {method!r}")
     weights = weights if method == "nmtune" else (0.0, 0.0, 0.0)
     optimizer, steps, history = make_optimizer(head, lr, wd), len(loader), []
     for epoch in range(epochs):
@@ -140,7 +141,7 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
     features, labels = source.bank.features.to(device), source.bank.labels.to(device)
     kept, rest = hold_out(labels.cpu().numpy(), cfg.seed)
     if not len(kept):
-        raise ValueError("--select holds out a fifth of every class, but every class is too small for that")
+        raise UserError("--select holds out a fifth of every class, but every class is too small for that")
     smaller = Bank(features[:, kept], labels[kept])
 
     def score(tried: Config) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import math
 from typing import Literal
 
 from shared import cli, export
+from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 from shared.pretrained import LITE0
 
@@ -225,7 +226,7 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_data(cfg, "cc3m/{00000..00331}.tar")
     cli.check_zero_shot_set(cfg)
     if cfg.w_external != 0 and not cfg.external_teacher:
-        raise ValueError(
+        raise UserError(
             "--w-external is not 0 but --external-teacher is missing: make the file with "
             "'python -m protoclip.teacher roberta-large --data ... --out teacher.npz', or pass --w-external 0"
         )
@@ -235,9 +236,9 @@ def check(cfg: Config, world_size: int) -> None:
 def check_settings(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings; reads no files, as a dry run needs."""
     if cfg.lock_image and export.open_clip_config(cfg.model)["vision_cfg"].get("timm_model_name") != LITE0:
-        raise ValueError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
+        raise UserError(f"--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not {cfg.model}")
     if cfg.w_external != 0 and not cfg.back_translate:
-        raise ValueError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
+        raise UserError("the external teacher needs back translation: pass --back-translate, or --w-external 0")
     cli.check_counts(cfg, "episodes", "episode_size", "batch_size", "k", "niter", "nredo", "save_every", "log_every")
     cli.check_counts(cfg, "dataset_size", "image_size", "hidden_dim", "projection_dim")
     cli.check_counts(cfg, "num_layers", "text_start", "text_end", "infonce_warmup", "warmup", "workers", least=0)
@@ -248,24 +249,24 @@ def check_settings(cfg: Config, world_size: int) -> None:
     cli.check_adam(cfg)
     cli.check_batch(cfg, world_size)
     if cfg.episode_size < cfg.batch_size:
-        raise ValueError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")
+        raise UserError(f"--episode-size {cfg.episode_size} is less than one batch of {cfg.batch_size}")
     if cfg.heads and cfg.k > cfg.episode_size:
-        raise ValueError(f"--k {cfg.k} prototypes cannot be made from --episode-size {cfg.episode_size} samples")
+        raise UserError(f"--k {cfg.k} prototypes cannot be made from --episode-size {cfg.episode_size} samples")
     if cfg.lit_start is not None and not 1 < cfg.lit_start <= cfg.episodes:
-        raise ValueError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
+        raise UserError(f"--lit-start {cfg.lit_start} is not in 2..{cfg.episodes} (the number of episodes)")
     if cfg.episode_shards and cfg.dataset_size:
-        raise ValueError("--dataset-size cannot be combined with --episode-shards: pass --dataset-size None")
+        raise UserError("--dataset-size cannot be combined with --episode-shards: pass --dataset-size None")
     if cfg.episode_shards and cfg.w_external != 0 and str(cfg.external_teacher).endswith(".npy"):
-        raise ValueError(
+        raise UserError(
             f"--external-teacher {cfg.external_teacher} has features in the order of the data, but --episode-shards "
             "reads shards in random order: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
         )
     cli.check_in_memory(cfg, "episode_shards")
     cli.check_crop(cfg)
     if cfg.lock_image and cfg.keep_in_memory and cfg.augmentation == "light":
-        raise ValueError("--lock-image with --keep-in-memory sees whole images: --augmentation light has no effect")
+        raise UserError("--lock-image with --keep-in-memory sees whole images: --augmentation light has no effect")
     if cfg.image_size is not None and cfg.augmentation == "light" and cfg.image_size <= 10:
-        raise ValueError(
+        raise UserError(
             f"--augmentation light blurs over 21 pixels and needs --image-size above 10, not {cfg.image_size}"
         )
 

@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
 from shared import data, memory, run, windows
+from shared.errors import UserError
 
 
 def image_transform(
@@ -68,7 +69,7 @@ class BatchTransform:
         return memory.normalized(images, self.statistics)
 
 
-def as_it_is(features: Tensor, u: Tensor) -> Tensor:
+def identity(features: Tensor, u: Tensor) -> Tensor:
     """Return the features (B, C) of a locked trunk unchanged: features are not augmented."""
     return features
 
@@ -117,7 +118,7 @@ class EpisodeDataset(Dataset):
 
     def __init__(self, pairs, samples: np.ndarray, transform, tokenizer, seed: tuple[int, ...] = (0,)):
         self.pairs, self.samples, self.tokenizer, self.seed = pairs, samples, tokenizer, seed
-        self.transform, self.normalise = data.in_two(transform)
+        self.transform, self.normalise = data.split_normalisation(transform)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -171,7 +172,7 @@ class EpisodeSampler:
         if cfg.episode_shards:
             self.shards = data.expand_shards(cfg.data)
             if not 0 < cfg.episode_shards <= len(self.shards):
-                raise ValueError(
+                raise UserError(
                     f"--episode-shards must be in 1..{len(self.shards)}, the number of shards, not {cfg.episode_shards}"
                 )
             self.pairs, self.fetcher = None, windows.Fetcher(windows.own_cache(cfg))

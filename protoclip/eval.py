@@ -34,6 +34,7 @@ from protoclip.episodes import image_transform
 from protoclip.model import ProtoCLIP, create_model, image_statistics, kmeans
 from shared import checkpoints, cli, evaluation, export, memory, run
 from shared.clip import image_side
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.probes import nearest_neighbour, sgd_probe
 from shared.zeroshot import (
@@ -182,16 +183,16 @@ def load_model(path: str | Path, name: str = "RN50", quick_gelu: bool | None = N
     """(model in eval mode, open_clip config name) of a run folder, or of a checkpoint file in upstream's layout.
 
     Keys may have DistributedDataParallel's prefix `module.`; the heads' shape is read from the weights. `name` and
-    `quick_gelu` are for files that do not state them. ValueError if the weights do not fit the config, or if the
+    `quick_gelu` are for files that do not state them. UserError if the weights do not fit the config, or if the
     activation is unknown: a file without heads may be of open_clip's trainer, where it depends on the config.
     """
     path = Path(path)
     state = checkpoints.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     content = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(content, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
-        raise ValueError(f"{path} holds no weights by name")
+        raise UserError(f"{path} holds no weights by name")
     if (paper := state.get("paper", "protoclip")) != "protoclip":
-        raise ValueError(f"{path} is of {paper}: use 'python -m {paper}.eval'")
+        raise UserError(f"{path} is of {paper}: use 'python -m {paper}.eval'")
     config = state.get("config") if isinstance(state.get("config"), dict) else {}
     weights = {key.removeprefix("module."): value for key, value in content.items()}
     linears = [weights[k] for k in sorted(weights) if k.startswith("text_projection_head.") and weights[k].ndim == 2]
@@ -201,7 +202,7 @@ def load_model(path: str | Path, name: str = "RN50", quick_gelu: bool | None = N
     last = max((int(k.split(".")[1]) for k in weights if k.startswith("text_projection_head.")), default=0)
     projection = weights[f"text_projection_head.{last}.weight"].shape[0] if linears else 0
     if quick_gelu is None and not (config or linears or "quickgelu" in name):
-        raise ValueError(
+        raise UserError(
             f"{path} does not say whether its activation is QuickGELU: pass --quick-gelu True, right for CLIPs of "
             "the authors' trainer, or False"
         )
@@ -211,25 +212,25 @@ def load_model(path: str | Path, name: str = "RN50", quick_gelu: bool | None = N
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         why = checkpoints.one_line(error, 300)
-        raise ValueError(f"{path} does not hold the weights of {name} (another --model?): {why}") from error
+        raise UserError(f"{path} does not hold the weights of {name} (another --model?): {why}") from error
     return model.eval(), name
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
     """(model in eval mode, image transform, tokenizer) of open_clip's MODEL@PRETRAINED, such as RN50@openai.
 
-    ValueError if open_clip knows no such weights, or cannot load them.
+    UserError if open_clip knows no such weights, or cannot load them.
     """
     model, _, tag = name.partition("@")
     if tag not in open_clip.list_pretrained_tags_by_model(model):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "nothing"
-        raise ValueError(f"open_clip knows no weights {tag!r} of {model}, but {known}: see open_clip.list_pretrained()")
+        raise UserError(f"open_clip knows no weights {tag!r} of {model}, but {known}: see open_clip.list_pretrained()")
     try:
         network, _, transform = open_clip.create_model_and_transforms(
             model, pretrained=tag, force_quick_gelu=export.quick_gelu(model, tag)
         )
     except Exception as error:  # the hub and the network raise many types
-        raise ValueError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
+        raise UserError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
     return network.eval(), transform, open_clip.get_tokenizer(model)
 
 
@@ -366,7 +367,7 @@ def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
     folder = Path(path)
     kept = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
     if not kept:
-        raise ValueError(f"{folder} has no checkpoint-STEP.pt: train with --keep-every, or leave out --curve")
+        raise UserError(f"{folder} has no checkpoint-STEP.pt: train with --keep-every, or leave out --curve")
     seconds = {line["step"]: line["seconds"] for line in run.read_metrics(folder, "seconds")}
     points = []
     for file in kept:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import clip, export, run
+from shared.errors import UserError
 from shared.memory import CLIP_STATISTICS
 from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 
@@ -133,13 +134,13 @@ def create_model(
     """A ProtoCLIP with the towers of an open_clip config (`open_clip.list_models()`), randomly initialised.
 
     If `quick_gelu` is None, QuickGELU is forced on, RN50 included, whatever the config says (as upstream,
-    U:open_clip/model.py:347); only with a timm image tower the text tower keeps GELU (:359). ValueError for a config
+    U:open_clip/model.py:347); only with a timm image tower the text tower keeps GELU (:359). UserError for a config
     with a custom text tower.
     """
     config = export.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
     if "hf_model_name" in text or config.get("custom_text"):
-        raise ValueError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")
+        raise UserError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")
     if image_size is not None:
         vision["image_size"] = image_size
     quick_gelu = "timm_model_name" not in vision if quick_gelu is None else quick_gelu
@@ -190,7 +191,7 @@ def prototypical_loss(
     if target_temperature is None or target_temperature <= 0:
         return F.cross_entropy(logits, labels)
     if teacher_prototypes is None:
-        raise ValueError("soft targets (target_temperature > 0) need teacher_prototypes (K, P)")
+        raise UserError("soft targets (target_temperature > 0) need teacher_prototypes (K, P)")
     targets = (teacher_prototypes[labels] @ teacher_prototypes.T / target_temperature).softmax(dim=1)
     return F.cross_entropy(logits, targets)
 
@@ -283,11 +284,11 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
     """faiss K-means of (N, D) -> labels (N,) int64, centroids (k, D) float32. U:training/clustering.py:123.
 
     Euclidean, not spherical: centroids of unit vectors are plain means, not normalised again. Best of `nredo` runs.
-    faiss trains on at most 256 * k of the N samples. ValueError if N < k.
+    faiss trains on at most 256 * k of the N samples. UserError if N < k.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if len(x) < k:
-        raise ValueError(f"K-means of {k} prototypes needs at least {k} samples, the episode has {len(x)}")
+        raise UserError(f"K-means of {k} prototypes needs at least {k} samples, the episode has {len(x)}")
     gpu = getattr(faiss, "get_num_gpus", int)() > 0  # with faiss-gpu, as upstream
     clustering = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, gpu=gpu, min_points_per_centroid=1)
     clustering.train(x)
@@ -325,11 +326,11 @@ def build_prototypes(
 ) -> Prototypes:
     """Prototypes of one episode from its cached features h_I, h_T (N, P) and the external teacher's (N, X).
 
-    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0. ValueError if
+    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0. UserError if
     N < k, or if an external teacher is used without back translation.
     """
     if external is not None and not back_translate:
-        raise ValueError("an external teacher needs back_translate=True: its centroids are not in the student's space")
+        raise UserError("an external teacher needs back_translate=True: its centroids are not in the student's space")
     h_image = torch.where(image_projected.isnan(), 0.0, image_projected)
     h_text = torch.where(text_projected.isnan(), 0.0, text_projected)
     image_labels, image = kmeans(h_image, k, niter, nredo)

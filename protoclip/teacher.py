@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import checkpoints, cli, data, pretrained, run
+from shared.errors import UserError
 from shared.index import Lookup, Strings, hashed
 
 
@@ -114,7 +115,7 @@ def batches_by_length(
 def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
     """A float32 tensor, memory-mapped to a temporary file in `folder` that is deleted even if the process is killed.
 
-    OSError if there is no room for it.
+    UserError if there is no room for it.
     """
     size = 4 * math.prod(shape)
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -125,7 +126,7 @@ def on_disk(folder: Path, *shape: int) -> Iterator[Tensor]:
                 file.truncate(size)
         except OSError as error:
             need = f"{size / 1e9:.1f} GB of features could not be written into {folder}"
-            raise OSError(f"{need} ({error.strerror})") from error
+            raise UserError(f"{need} ({error.strerror})") from error
         yield torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 
@@ -133,11 +134,11 @@ def pca(features: Tensor, dim: int = 64) -> Tensor:
     """(N, D) -> (N, dim) float32: centred, rotated to the leading components; neither whitened nor normalised again.
 
     faiss' PCAMatrix, src/utils/RoBERTa.py:30, fitted on at most 1,000 * D rows. Column signs are arbitrary.
-    ValueError if N or D is below `dim`.
+    UserError if N or D is below `dim`.
     """
     x = features.detach().float().cpu().contiguous().numpy()
     if min(x.shape) < dim:
-        raise ValueError(f"PCA to {dim} dimensions needs at least {dim} rows and columns, not {x.shape}")
+        raise UserError(f"PCA to {dim} dimensions needs at least {dim} rows and columns, not {x.shape}")
     matrix = faiss.PCAMatrix(x.shape[1], dim)
     matrix.train(x)
     blocks = (slice(first, first + BLOCK) for first in range(0, len(x), BLOCK))
@@ -161,7 +162,7 @@ def mapped(path: str, name: str) -> np.ndarray:
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, fortran, dtype = read_header[np.lib.format.read_magic(content)](content)
             if dtype.hasobject:
-                raise ValueError(f"{path} holds pickled objects")
+                raise UserError(f"{path} holds pickled objects")
             offset = content.tell()
         file.seek(member.header_offset + 26)
         names = np.frombuffer(file.read(4), "<u2")  # lengths of the file name and of the extra field after it
@@ -183,7 +184,7 @@ class Teacher:
 
     def __init__(self, path: str):
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"teacher file {path} does not exist; make it with 'python -m protoclip.teacher'")
+            raise UserError(f"teacher file {path} does not exist; make it with 'python -m protoclip.teacher'")
         self.path, self.about = path, {}
         try:
             if path.endswith(".npy"):
@@ -193,37 +194,37 @@ class Teacher:
                 with np.load(path, allow_pickle=False) as kept:
                     self.about = {name: str(kept[name]) for name in ("made", "data") if name in kept.files}
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
+            raise UserError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
         if self.features.ndim != 2 or (self.keys is not None and len(self.keys) != len(self.features)):
-            raise ValueError(f"{path} is no teacher file: it should hold a row of features for each sample")
+            raise UserError(f"{path} is no teacher file: it should hold a row of features for each sample")
         self.pairs = self.rows = None  # the pairs looked up last, and the row of `features` of each of their samples
 
     def find(self, pairs: data.Shards | data.TSV, samples: np.ndarray) -> np.ndarray:
-        """Indices of samples in `pairs` (N,) -> rows of `features` (N,). ValueError if a sample has none, or two."""
+        """Indices of samples in `pairs` (N,) -> rows of `features` (N,). UserError if a sample has none, or two."""
         if not np.isfinite(self.some).all():
-            raise ValueError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
+            raise UserError(f"{self.path} holds features that are not finite: make it again, with --precision fp32")
         if self.keys is None:
             if pairs.broken:  # later samples would get the features of others
-                raise ValueError(
+                raise UserError(
                     f"{self.path} has features in the order of the data, but {len(pairs.broken):,} samples were left "
                     "out: make a .npz, which has the samples' keys, with 'python -m protoclip.teacher'"
                 )
             if len(self.features) < len(pairs):  # upstream's file covers its whole CSV; --dataset-size keeps the first
-                raise ValueError(
+                raise UserError(
                     f"{self.path} has {len(self.features)} rows, the data {len(pairs)}: make it from the same data"
                 )
             return samples
         if self.keys.equals(pairs.keys):  # the same samples in the same order; here keys may repeat
             if (made_from := self.about.get("data")) and made_from != pairs.fingerprint:
                 if json.loads(self.about["made"])["captions"] != fingerprint(all_captions(pairs)):
-                    raise ValueError(f"{self.path} was made from other captions: make it again from this --data")
+                    raise UserError(f"{self.path} was made from other captions: make it again from this --data")
             return samples
         if self.pairs is not pairs:
             self.pairs, self.rows = pairs, self.lookup.find(pairs.keys)
         rows = self.rows[samples]
         if (missing := np.flatnonzero(rows < 0)).size:
             key = pairs.keys[int(samples[missing[0]])]
-            raise ValueError(f"{self.path} has no features of sample {key}: make it again from this --data")
+            raise UserError(f"{self.path} has no features of sample {key}: make it again from this --data")
         return rows
 
     @functools.cached_property
@@ -238,10 +239,10 @@ class Teacher:
 
     @functools.cached_property
     def lookup(self) -> Lookup:
-        """Row of each key; ValueError if a key has two rows."""
+        """Row of each key; UserError if a key has two rows."""
         lookup = Lookup(self.keys)
         if (row := lookup.twice()) is not None:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has features of sample {self.keys[row]} twice; make it again from this --data"
             )
         return lookup
@@ -274,7 +275,7 @@ def load_encoder(name: str):
     try:
         return AutoModel.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"model {name!r} could not be loaded from disk or the Hugging Face hub; offline, pass a local folder"
         ) from error
 
@@ -284,9 +285,9 @@ def main(cfg: Config) -> Path:
     process = run.setup(0, cfg.device)
     out = Path(cfg.out)
     if not cfg.data:
-        raise ValueError("--data is missing: it takes the shards (or .tsv) that the student will be trained on")
+        raise UserError("--data is missing: it takes the shards (or .tsv) that the student will be trained on")
     if out.suffix != ".npz":
-        raise ValueError(f"--out {out} should end in .npz")
+        raise UserError(f"--out {out} should end in .npz")
     cli.check_counts(cfg, "dim", "batch_size", "max_length", "dataset_size")
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     captions = all_captions(pairs)
@@ -298,7 +299,7 @@ def main(cfg: Config) -> Path:
         teacher = Teacher(str(out))
         teacher.find(pairs, np.arange(len(pairs)))
         if teacher.about.get("made") != made:
-            raise ValueError(
+            raise UserError(
                 f"{out} was made from other captions or with other settings: remove it, or choose another --out"
             )
         print(f"{out} holds {len(pairs):,} samples already; nothing to do")
@@ -306,14 +307,14 @@ def main(cfg: Config) -> Path:
     model, tokenizer = load_encoder(cfg.model)
     precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size
     if cfg.dim > min(len(captions), width):
-        raise ValueError(f"--dim {cfg.dim} needs as many captions and dimensions, not {len(captions)} and {width}")
+        raise UserError(f"--dim {cfg.dim} needs as many captions and dimensions, not {len(captions)} and {width}")
     cli.check_max_length(cfg.max_length, model, tokenizer, cfg.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with on_disk(out.parent, len(captions), width) as means, run.autocast(precision, process.device):
         how = cfg.max_length, cfg.attend_padding, cfg.batch_size
         embed_captions(captions, model.to(process.device), tokenizer, *how, means)
         if not means.isfinite().all():
-            raise ValueError("the encoder's features are not finite: use --precision fp32")
+            raise UserError("the encoder's features are not finite: use --precision fp32")
         features = pca(means, cfg.dim)
     with checkpoints.replaced(out) as file:
         keys = pairs.keys.text[: int(pairs.keys.ends[-1])]

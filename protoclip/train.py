@@ -28,9 +28,9 @@ from protoclip.episodes import (  # noqa: F401
     BatchTransform,
     EpisodeDataset,
     EpisodeSampler,
-    as_it_is,
     ascii_caption,
     episode_batches,
+    identity,
     image_transform,
     sample_episode,
 )
@@ -335,7 +335,7 @@ class EpisodicData:
             tokenize = lambda captions: tokenizer([ascii_caption(caption) for caption in captions])  # noqa: E731
             if cfg.lock_image:
                 self.in_memory = locked_features(cfg, pairs, size, tokenize, process)
-                self.train_view = self.eval_view = as_it_is
+                self.train_view = self.eval_view = identity
             else:
                 self.in_memory = memory.read(pairs, 2 * size, tokenize, process)
             self.in_memory = self.in_memory.to(process.device)
@@ -363,7 +363,7 @@ class EpisodicData:
         """Batches of the pass `what`: "extract", and then "train"; images are on the device."""
         label = f"{Path(self.cfg.out).name} {what} {self.episode + 1}/{self.cfg.episodes}"
         bar = run.progress(self.batches(), self.count[what], label, self.cfg.batch_size, self.process)
-        return data.watch(bar, self.broken) if what == "train" else bar
+        return data.collect_broken(bar, self.broken) if what == "train" else bar
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, list[data.Broken]]]:
         """The remaining batches of the episode. Uses `next`: a for loop would keep the workers of `reading` alive."""

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from shared.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent  # folder of the project
 
 
@@ -29,11 +31,11 @@ def one_line(error: Exception | str, length: int) -> str:
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` to `path` atomically.
 
-    ValueError if a tensor is not finite, OSError if `state` cannot be written; `path` is then unchanged.
+    UserError if a tensor is not finite, UserError if `state` cannot be written; `path` is then unchanged.
     """
     for name, tensor in tensors(state):
         if not tensor.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{name} is no longer finite, and {path} is left as it was: lower --lr, or use --precision fp32"
             )
     with replaced(path) as file:
@@ -44,7 +46,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     """Open a temporary file for writing; at the end, fsync it and atomically rename it to `path`.
 
-    OSError that names `path` if it cannot be written; `path` is then unchanged. Errors of other files pass unchanged.
+    UserError that names `path` if it cannot be written; `path` is then unchanged. Errors of other files pass unchanged.
     """
     temporary = path.with_name(path.name + ending)
     try:
@@ -58,7 +60,7 @@ def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
         why = error if isinstance(error, OSError) else error.__context__  # torch turns a failed write into RuntimeError
         if not isinstance(why, OSError) or why.filename not in (None, str(temporary)):
             raise
-        raise OSError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
+        raise UserError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
 
 
 def save_array(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:
@@ -94,20 +96,20 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     """Load a checkpoint, ours or the authors', without running code from it (`weights_only=True`), or the tensors of a
     .safetensors file by name.
 
-    FileNotFoundError if there is no file; ValueError if it cannot be read, or holds types other than tensors, plain
+    UserError if there is no file; UserError if it cannot be read, or holds types other than tensors, plain
     values and AUTHORS_GLOBALS.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise UserError(f"no checkpoint at {path}")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path, device=str(map_location))
         with torch.serialization.safe_globals(AUTHORS_GLOBALS):
             return torch.load(path, map_location=map_location, weights_only=True)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+        raise UserError(f"{path} is not a complete safetensors file: {error}") from error
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint that loads with weights_only=True ({type(error).__name__})"
         ) from error
 
@@ -129,13 +131,13 @@ def trained_by(run: str | Path) -> str | None:
 
 
 def config_in(state: Any, config: type, path: str | Path) -> Any:
-    """The configuration in the checkpoint `state`, as the dataclass `config`. ValueError if another script wrote it, or
+    """The configuration in the checkpoint `state`, as the dataclass `config`. UserError if another script wrote it, or
     if a value has another type than its field."""
     values, kinds = state.get("config") if isinstance(state, dict) else None, get_type_hints(config)
     if not isinstance(values, dict) or values.keys() - kinds.keys():
-        raise ValueError(f"{path} is not a run of {config.__module__.partition('.')[0]} that can be used here")
+        raise UserError(f"{path} is not a run of {config.__module__.partition('.')[0]} that can be used here")
     if odd := next((name for name, value in values.items() if not fits(value, kinds[name])), None):
-        raise ValueError(f"the checkpoint of {path} is damaged: its {odd} is {one_line(repr(values[odd]), 80)}")
+        raise UserError(f"the checkpoint of {path} is damaged: its {odd} is {one_line(repr(values[odd]), 80)}")
     return config(**values)
 
 
@@ -153,10 +155,10 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 class State(dict):
-    """Content of a run's checkpoint; ValueError for a missing key."""
+    """Content of a run's checkpoint; UserError for a missing key."""
 
     def __missing__(self, key: str):
-        raise ValueError(f"the checkpoint has no {key!r}: another script wrote it; choose another --out")
+        raise UserError(f"the checkpoint has no {key!r}: another script wrote it; choose another --out")
 
 
 def changes(then: dict, now: dict) -> str:
@@ -176,18 +178,18 @@ FREE = {
 def resume(folder: Path, config: Any) -> dict | None:
     """The state in `folder`/checkpoint.pt, or None if the run is new.
 
-    ValueError if the checkpoint was written with another configuration; FREE fields may differ.
+    UserError if the checkpoint was written with another configuration; FREE fields may differ.
     """
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise ValueError(f"{path} is not a checkpoint of this script: choose another --out, or remove the folder")
+        raise UserError(f"{path} is not a checkpoint of this script: choose another --out, or remove the folder")
     now = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     then = {field.name: field.default for field in dataclasses.fields(config)}  # for fields newer than the checkpoint
     if what := changes(then | state["config"], now):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run with another configuration: {what}; choose another --out, or remove the folder"
         )
     return State(state)
@@ -197,13 +199,13 @@ def resume(folder: Path, config: Any) -> dict | None:
 
 
 def read_json(path: str | Path, advice: str = "remove it, or name another folder") -> dict:
-    """The JSON object in a file. ValueError, which ends in `advice`, if it holds none."""
+    """The JSON object in a file. UserError, which ends in `advice`, if it holds none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: {advice}")
+        raise UserError(f"{path} holds no JSON object: {advice}")
     return value
 
 

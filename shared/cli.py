@@ -1,6 +1,7 @@
 """Command lines: check settings before work starts, print dry runs, report errors in one sentence with exit code 2."""
 
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -14,18 +15,20 @@ import tyro
 from torch import nn
 
 from shared.clip import set_grad_checkpointing
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.run import QUIET, finish, paper_of
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
 
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
 def check_data(config: Any, example: str) -> None:
-    """ValueError if --data is missing, the embedded corpus is not built, or the evaluation set does not exist."""
+    """UserError if --data is missing, the embedded corpus is not built, or the evaluation set does not exist."""
     if not config.data:
-        raise ValueError(
+        raise UserError(
             f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'; "
             "'python -m shared.pack' makes them of your own pictures"
         )
@@ -33,19 +36,19 @@ def check_data(config: Any, example: str) -> None:
     folder = folder_of(config.data)
     if folder.is_relative_to("data") and "scenes" in str(folder) and not folder.exists():
         study = f"reproduce-{paper_of(config).replace('_', '-')}"
-        raise ValueError(f"{config.data} does not exist: 'make {study}' first builds the scenes of its presets")
+        raise UserError(f"{config.data} does not exist: 'make {study}' first builds the scenes of its presets")
     check_eval_set(config)
 
 
 def check_embedded(shards: str) -> None:
-    """ValueError if --data names the embedded corpus and it is not built."""
+    """UserError if --data names the embedded corpus and it is not built."""
     check_built(shards, "data/emoji", "'make data' builds the embedded corpus")
 
 
 def check_built(shards: str, corpus: str, advice: str) -> None:
-    """ValueError, which ends in `advice`, if --data is in the folder `corpus` and does not exist."""
+    """UserError, which ends in `advice`, if --data is in the folder `corpus` and does not exist."""
     if (folder := folder_of(shards)).is_relative_to(corpus) and not folder.exists():
-        raise ValueError(f"{shards} does not exist: {advice}")
+        raise UserError(f"{shards} does not exist: {advice}")
 
 
 def folder_of(shards: str) -> Path:
@@ -55,102 +58,102 @@ def folder_of(shards: str) -> Path:
 
 
 def check_eval_set(config: Any) -> None:
-    """ValueError if --eval-every is negative, or is on and --eval-set is missing or does not exist."""
+    """UserError if --eval-every is negative, or is on and --eval-set is missing or does not exist."""
     if config.eval_every < 0:
-        raise ValueError(f"--eval-every must be at least 0 (never), not {config.eval_every}")
+        raise UserError(f"--eval-every must be at least 0 (never), not {config.eval_every}")
     if config.eval_every and not config.eval_set:
-        raise ValueError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
+        raise UserError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
     if config.eval_every and not Path(config.eval_set).is_dir():
-        raise ValueError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
+        raise UserError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
 
 
 def check_zero_shot_set(config: Any) -> None:
-    """ValueError if --eval-every is on and --eval-set is no classification set."""
+    """UserError if --eval-every is on and --eval-set is no classification set."""
     if config.eval_every and (kind := EvalSet(config.eval_set, None).kind) != "classification":
-        raise ValueError(f"--eval-set {config.eval_set} is a {kind} set: it must be a classification set")
+        raise UserError(f"--eval-set {config.eval_set} is a {kind} set: it must be a classification set")
 
 
 def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """ValueError if one of the fields `names` is less than `least`. Fields set to None are skipped."""
+    """UserError if one of the fields `names` is less than `least`. Fields set to None are skipped."""
     for name in names:
         if (value := getattr(config, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def check_max_length(length: int, model: Any, tokenizer: Any, name: str) -> None:
-    """ValueError if a Hugging Face model takes fewer tokens than --max-length.
+    """UserError if a Hugging Face model takes fewer tokens than --max-length.
 
     Its tokenizer's limit counts, too: RoBERTa has 514 positions, but the first two are not for tokens.
     """
     most = min(getattr(model.config, "max_position_embeddings", None) or length, tokenizer.model_max_length)
     if length > most:
-        raise ValueError(f"--max-length {length} is more than the {most} tokens that {name} takes")
+        raise UserError(f"--max-length {length} is more than the {most} tokens that {name} takes")
 
 
 def check_rates(config: Any, *names: str) -> None:
-    """ValueError unless the fields `names` are finite numbers of at least 0. Fields set to None are skipped."""
+    """UserError unless the fields `names` are finite numbers of at least 0. Fields set to None are skipped."""
     for name in names:
         if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
             finite = " and finite" * (value == math.inf)
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0{finite}, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 0{finite}, not {value}")
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """ValueError unless the fields `names` are numbers above 0. Fields set to None are skipped."""
+    """UserError unless the fields `names` are numbers above 0. Fields set to None are skipped."""
     for name in names:
         if (value := getattr(config, name)) is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
 
 
 def check_finite(config: Any, *names: str) -> None:
-    """ValueError unless the fields `names` are finite numbers. Fields set to None are skipped."""
+    """UserError unless the fields `names` are finite numbers. Fields set to None are skipped."""
     for name in names:
         if (value := getattr(config, name)) is not None and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} must be finite, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be finite, not {value}")
 
 
 def check_adam(config: Any) -> None:
-    """ValueError unless beta1 and beta2 are at least 0 and below 1, and eps is at least 0. None is skipped."""
+    """UserError unless beta1 and beta2 are at least 0 and below 1, and eps is at least 0. None is skipped."""
     check_rates(config, "beta1", "beta2", "eps")
     for name in ("beta1", "beta2"):
         if (value := getattr(config, name)) is not None and value >= 1:
-            raise ValueError(f"--{name} must be below 1, not {value}")
+            raise UserError(f"--{name} must be below 1, not {value}")
 
 
 def check_batch(config: Any, world_size: int) -> None:
-    """ValueError if the batch cannot be divided evenly over processes and micro-batches."""
+    """UserError if the batch cannot be divided evenly over processes and micro-batches."""
     micro_batches = getattr(config, "accumulate", 1)
     if micro_batches < 1:
-        raise ValueError(f"--accumulate must be at least 1, not {micro_batches}")
+        raise UserError(f"--accumulate must be at least 1, not {micro_batches}")
     if config.batch_size % (equal := world_size * micro_batches):
         next_size = (config.batch_size // equal + 1) * equal
         each = f" and {micro_batches} micro-batches in each" if micro_batches > 1 else ""
         shares = f"{world_size} processes{each}"
-        raise ValueError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
+        raise UserError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
 
 
 def check_in_memory(config: Any, shards: str = "window_shards") -> None:
-    """ValueError if --keep-in-memory comes with --window-shards (or with the field that `shards` names), or
+    """UserError if --keep-in-memory comes with --window-shards (or with the field that `shards` names), or
     --distinct-captions without --keep-in-memory."""
     if config.keep_in_memory and getattr(config, shards):
         flag = shards.replace("_", "-")
-        raise ValueError(f"--keep-in-memory needs a corpus that fits into memory; --{flag} reads one that does not")
+        raise UserError(f"--keep-in-memory needs a corpus that fits into memory; --{flag} reads one that does not")
     if getattr(config, "distinct_captions", False) and not config.keep_in_memory:
-        raise ValueError("--distinct-captions needs --keep-in-memory")
+        raise UserError("--distinct-captions needs --keep-in-memory")
 
 
 def check_crop(config: Any) -> None:
-    """ValueError unless --crop (if set) is two shares of the image, and --crop-ratio two ratios, smaller first.
+    """UserError unless --crop (if set) is two shares of the image, and --crop-ratio two ratios, smaller first.
 
     With --keep-in-memory a crop may be larger than the image, up to four times its area.
     """
     most = 4 if config.keep_in_memory else 1
     if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= most:
         least, largest = config.crop
-        raise ValueError(f"--crop {least} {largest} should be two shares with 0 < least <= most <= {most}")
+        raise UserError(f"--crop {least} {largest} should be two shares with 0 < least <= most <= {most}")
     if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
         narrow, wide = config.crop_ratio
-        raise ValueError(f"--crop-ratio {narrow} {wide} should be two ratios above 0")
+        raise UserError(f"--crop-ratio {narrow} {wide} should be two ratios above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
@@ -262,20 +265,21 @@ def fail(sentence: str) -> None:
 
 
 def preset_cli(presets: dict[str, tuple[str, Any]]) -> Any:
-    """The configuration of the command line `PRESET [--overrides]`; ValueError if it does not begin with a preset."""
+    """The configuration of the command line `PRESET [--overrides]`; UserError if it does not begin with a preset."""
     words, known = sys.argv[1:], {name.replace("_", "-") for name in presets}
     if not {"-h", "--help"} & set(words) and (not words or words[0].replace("_", "-") not in known):
         found = f"{words[0]!r} is no preset" if words and not words[0].startswith("-") else "a preset must come first"
-        raise ValueError(f"{found}; presets are {', '.join(presets)}")
+        raise UserError(f"{found}; presets are {', '.join(presets)}")
     return tyro.extras.overridable_config_cli(presets)
 
 
 def explained(error: Exception) -> str | None:
     """What a user can do about an error; None for a bug, which keeps its traceback."""
     text = str(error)
-    if isinstance(error, (ValueError, OSError)):
-        # from a loader worker: the message contains its traceback
+    if isinstance(error, UserError):  # from a loader worker, the message contains its traceback
         return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+    if isinstance(error, OSError) and error.errno in (*FULL, errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename or 'a file'} could not be read or written ({error.strerror})"
     if isinstance(error, BrokenProcessPool) or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
         return "a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again"
     if isinstance(error, EOFError):

@@ -12,6 +12,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared.errors import UserError
+
 GROUPS = 4  # groups of texts by length; on a CPU only, where time is proportional to the number of tokens
 
 
@@ -88,12 +90,12 @@ def set_grad_checkpointing(model: nn.Module, on: bool = True) -> None:
 
     Works for modules with an attribute `grad_checkpointing` (towers of open_clip and timm) and for open_clip's ResNet,
     which lacks it. If blocks have batch norms, run the backward pass inside `accumulate.frozen_statistics`.
-    ValueError if the model has no such block.
+    UserError if the model has no such block.
     """
     switches = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
     resnets = [module for module in model.modules() if isinstance(module, ModifiedResNet)]
     if on and not switches and not resnets:
-        raise ValueError(f"--grad-checkpointing: {type(model).__name__} has no blocks that can be recomputed")
+        raise UserError(f"--grad-checkpointing: {type(model).__name__} has no blocks that can be recomputed")
     for module in switches:
         module.grad_checkpointing = on
     for resnet in resnets if on else ():

@@ -6,7 +6,7 @@ ranks, and a resumed run skips the samples that it has seen without reading them
 
 A sample's index is its position in the data set, from 0 on. With N samples, item i of a run is sample i % N in epoch
 i // N. So one set of workers serves all epochs, and reads ahead from one epoch into the next. Workers return uint8
-pixels, which the training process normalises on its device (`in_two`).
+pixels, which the training process normalises on its device (`split_normalisation`).
 
 Samples that lack an image or a caption, or that a damaged tar cuts off, have no index. A sample that proves unusable
 when it is read (broken image, empty caption, wrong encoding) is replaced by the next readable one. Both are recorded as
@@ -41,6 +41,7 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
+from shared.errors import UserError
 from shared.index import Strings, cached, fingerprint, locked, read_index
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
@@ -86,9 +87,9 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENAMETO
 
 
 def check_absent(error: Exception, path: str | Path, absent: Container[int | None] = ABSENT) -> None:
-    """Raise an OSError that names `path` if `error` may be temporary: an OSError whose errno is not in `absent`."""
+    """Raise an UserError that names `path` if `error` may be temporary: an OSError whose errno is not in `absent`."""
     if isinstance(error, OSError) and error.errno not in absent:
-        raise OSError(
+        raise UserError(
             f"{path} could not be read ({error.strerror}): run the command again; to leave it out, remove it"
         ) from error
 
@@ -96,7 +97,7 @@ def check_absent(error: Exception, path: str | Path, absent: Container[int | Non
 def read_file(path: str | Path) -> bytes:
     """Bytes of an image file. BrokenSample if it is not a regular file (a device or pipe) or larger than MAX_BYTES.
 
-    OSError for faults that may be temporary, so that no sample is left out for good.
+    UserError for faults that may be temporary, so that no sample is left out for good.
     """
     try:
         if not os.path.isfile(path):
@@ -140,11 +141,11 @@ class ToNormalizedTensor:
         return pixels.float().div_(255).sub_(mean).div_(std)
 
 
-def as_it_is(pixels: torch.Tensor) -> torch.Tensor:
+def identity(pixels: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:
+def split_normalisation(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torch.Tensor]]:
     """Split an image transform -> (its steps up to uint8 pixels (3, H, W), its normalisation for batches).
 
     Loader processes run the first half, so that they transfer a quarter of the bytes; the device runs the second. A
@@ -154,7 +155,7 @@ def in_two(transform: Callable) -> tuple[Callable, Callable[[torch.Tensor], torc
     if isinstance(last, Normalize) and steps and isinstance(steps[-1], ToTensor):  # torchvision's own
         *steps, last = *steps[:-1], ToNormalizedTensor(last.mean, last.std)
     if not isinstance(last, ToNormalizedTensor):
-        return transform, as_it_is
+        return transform, identity
     return Compose([*steps, to_pixels]), last.normalise
 
 
@@ -210,20 +211,20 @@ def is_remote(url: str) -> bool:
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
-    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> shards. FileNotFoundError names a missing one."""
+    """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> shards. UserError names a missing one."""
     if isinstance(spec, str) and os.path.isdir(spec):
         urls = sorted(str(path) for path in Path(spec).glob("*.tar"))
         if not urls:
             hint = "'python -m shared.pack' makes shards of pictures and captions"
             if any(Path(spec, "train").glob("*.tar")):
                 hint = f"{Path(spec, 'train')} does"
-            raise FileNotFoundError(f"folder {spec} holds no .tar shard; {hint}")
+            raise UserError(f"folder {spec} holds no .tar shard; {hint}")
         return urls
     urls = [url for part in ([spec] if isinstance(spec, str) else spec) for url in expand_urls(part)]
     for url in urls:
         if not is_remote(url) and not os.path.isfile(url.removeprefix("file:")):
             typed = "" if url == spec else f" (expanded from {spec!r})"
-            raise FileNotFoundError(
+            raise UserError(
                 f"shard {url} does not exist{typed}; shards are tar files such as 'cc3m/{{00000..00331}}.tar'"
             )
     return urls
@@ -238,7 +239,7 @@ def cached_path(url: str, folder: Path) -> Path:
 def fetch(url: str, folder: Path) -> str:
     """Local path of a shard; a remote one (http, gs, hf, pipe:) is first copied to `folder` with webdataset.
 
-    FileNotFoundError if it cannot be copied in ATTEMPTS attempts.
+    UserError if it cannot be copied in ATTEMPTS attempts.
     """
     if not is_remote(url):
         return url.removeprefix("file:")
@@ -265,7 +266,7 @@ def fetch(url: str, folder: Path) -> str:
                 except Exception as error:  # gopen's libraries have exceptions of their own
                     temporary.unlink(missing_ok=True)
                     if attempt + 1 == ATTEMPTS or "no gopen handler" in str(error):
-                        raise FileNotFoundError(f"shard {url} could not be fetched: {error}") from error
+                        raise UserError(f"shard {url} could not be fetched: {error}") from error
                     time.sleep(PAUSE * 4**attempt)
     return str(path)
 
@@ -289,7 +290,7 @@ def alive(process: int) -> bool:
     return True
 
 
-class NoPairs(ValueError):
+class NoPairs(UserError):
     """Raised for shards without a readable pair; `broken` has the reasons."""
 
     def __init__(self, message: str, broken: list[Broken]):
@@ -309,7 +310,7 @@ class Shards:
         self._files = OpenFiles(self.paths)
         self._read_index()
         if strict and self.broken:
-            raise ValueError(f"--strict: sample {self.broken[0].key}: {self.broken[0].reason}")
+            raise UserError(f"--strict: sample {self.broken[0].key}: {self.broken[0].reason}")
         if not len(self.keys):
             raise NoPairs(f"no readable image-text pair in {', '.join(map(str, paths[:3]))}", self.broken)
 
@@ -396,7 +397,7 @@ def stated_size(shard: str) -> int | None:
 
 def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
     """Columns `title` and `filepath` of a tab-separated file -> ({"captions", "files": bytes, "caption_ends",
-    "file_ends": end offset of each row (N,)}, {"digest": their hash}). ValueError if it cannot be read.
+    "file_ends": end offset of each row (N,)}, {"digest": their hash}). UserError if it cannot be read.
     """
     captions, caption_ends, files, file_ends = bytearray(), array.array("q"), bytearray(), array.array("q")
     csv.field_size_limit(2**31 - 1)
@@ -406,16 +407,16 @@ def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
             missing = {"title", "filepath"} - set(table.fieldnames or ())
             if missing:
                 names = " and ".join(sorted(missing))
-                raise ValueError(f"{path} lacks the column {names}; its header should be title<tab>filepath")
+                raise UserError(f"{path} lacks the column {names}; its header should be title<tab>filepath")
             for row in table:
                 captions += (row["title"] or "").encode("utf-8", errors="surrogateescape")
                 files += (row["filepath"] or "").encode("utf-8", errors="surrogateescape")
                 caption_ends.append(len(captions))
                 file_ends.append(len(files))
     except csv.Error as error:
-        raise ValueError(f"{path} is not a tab-separated file: {error}") from error
+        raise UserError(f"{path} is not a tab-separated file: {error}") from error
     if not file_ends:
-        raise ValueError(f"{path} has no row")
+        raise UserError(f"{path} has no row")
     of_bytes = {name: np.frombuffer(text, dtype=np.uint8) for name, text in (("captions", captions), ("files", files))}
     ends = {"caption_ends": np.asarray(caption_ends), "file_ends": np.asarray(file_ends)}
     return of_bytes | ends, {"digest": fingerprint(captions, files, *ends.values())}
@@ -457,7 +458,7 @@ def open_pairs(
     """Pairs of brace-expanded shards or of a .tsv file. `cache` is the folder of indices and copied remote shards."""
     if spec.endswith((".tsv", ".csv")):
         if not os.path.isfile(spec):
-            raise FileNotFoundError(f"{spec} does not exist")
+            raise UserError(f"{spec} does not exist")
         return TSV(spec, limit, strict, cache)
     return Shards(local_shards(spec, cache), limit, strict, cache)
 
@@ -476,12 +477,12 @@ def planned_size(cfg) -> int:
 
 
 def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
-    """ValueError if `pairs` are not the data of the checkpoint `state`, or fewer than a batch; else `say_size`."""
+    """UserError if `pairs` are not the data of the checkpoint `state`, or fewer than a batch; else `say_size`."""
     if state.get("data", pairs.fingerprint) != pairs.fingerprint:
         dealt = ", or with another number of processes" * hasattr(pairs, "place")
-        raise ValueError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
+        raise UserError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
     if len(pairs) < cfg.batch_size:
-        raise ValueError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
+        raise UserError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
     say_size(pairs, cfg, process)
 
 
@@ -522,7 +523,7 @@ def read_or_next(
     """`pairs.read(index)`, or the next readable pair; broken samples on the way are appended to `broken`.
 
     `decode`, if passed, is used instead of `decode_image`. `index` may also be an item of a run (see the top of this
-    file). ValueError for a broken sample if `pairs` are strict, or after 1000 of them.
+    file). UserError for a broken sample if `pairs` are strict, or after 1000 of them.
     """
     if hasattr(pairs, "place"):  # a window of shards
         pairs, index = pairs.place(index)
@@ -533,9 +534,9 @@ def read_or_next(
             return pairs.read(candidate) if decode is None else pairs.read(candidate, decode)
         except BrokenSample as error:
             if pairs.strict:
-                raise ValueError(f"--strict: sample {pairs.keys[candidate]}: {error}") from error
+                raise UserError(f"--strict: sample {pairs.keys[candidate]}: {error}") from error
             broken.append(Broken(str(pairs.keys[candidate]), str(error)))
-    raise ValueError(f"1000 samples in a row from {pairs.keys[index % n]} on are unreadable ({broken[-1].reason})")
+    raise UserError(f"1000 samples in a row from {pairs.keys[index % n]} on are unreadable ({broken[-1].reason})")
 
 
 def read_item(pairs: Any, i: int, seed: int) -> tuple[Any, list[Broken]]:
@@ -617,7 +618,7 @@ def seed_views(seed: int, item: int, n: int) -> None:
     torch.default_generator.manual_seed(stable_hash(seed, *divmod(int(item), n)))
 
 
-def watch(batches: Iterable, broken: list[Broken]) -> Iterable:
+def collect_broken(batches: Iterable, broken: list[Broken]) -> Iterable:
     """Yield the batches; the last item of each is its list of broken samples, which is added to `broken`."""
     for batch in batches:
         broken.extend(batch[-1])

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from shared.data import BrokenSample, decode_image, in_two
+from shared.data import BrokenSample, decode_image, split_normalisation
+from shared.errors import UserError
 from shared.tars import IMAGE_EXTENSIONS, MAX_BYTES, Broken, key_of, tar_files
 
 KINDS = ("classification", "multilabel", "retrieval")
@@ -44,7 +45,7 @@ class EvalSet(IterableDataset):
         if (self.folder / "dataset_type.txt").exists():
             self.kind = _read(self.folder / "dataset_type.txt").strip().lower()
         if self.kind not in KINDS:
-            raise ValueError(f"{self.folder / 'dataset_type.txt'} says {self.kind!r}, which is not one of {KINDS}.")
+            raise UserError(f"{self.folder / 'dataset_type.txt'} says {self.kind!r}, which is not one of {KINDS}.")
         self.shards = self._shards()
         self.classnames: list[str] = []
         self.templates: list[str] = []
@@ -54,21 +55,21 @@ class EvalSet(IterableDataset):
             self.templates = read_lines(path)
             for template in self.templates:
                 if "{c}" not in template:
-                    raise ValueError(f"{path} has the template {template!r}, which lacks {{c}} for the class name.")
+                    raise UserError(f"{path} has the template {template!r}, which lacks {{c}} for the class name.")
 
     def _shards(self) -> list[Path]:
         if not self.folder.is_dir():
             ours = self.folder.is_relative_to("data/emoji")
             hint = " 'make data' builds the embedded corpus; --help shows which flags name sets of your own." * ours
-            raise FileNotFoundError(f"evaluation set {self.folder} does not exist.{hint}")
+            raise UserError(f"evaluation set {self.folder} does not exist.{hint}")
         path = self.folder / self.split / "nshards.txt"
         text = _read(path).strip()
         if not text.isdecimal() or int(text) == 0:
-            raise ValueError(f"{path} says {text!r} instead of a number of shards, at least 1.")
+            raise UserError(f"{path} says {text!r} instead of a number of shards, at least 1.")
         shards = [self.folder / self.split / f"{i}.tar" for i in range(int(text))]
         for shard in shards:
             if not shard.is_file():
-                raise FileNotFoundError(f"{shard} is missing, but {path} counts {text} shard(s).")
+                raise UserError(f"{shard} is missing, but {path} counts {text} shard(s).")
         return shards
 
     def _samples(self) -> Iterator[tuple[Path, dict]]:
@@ -90,7 +91,7 @@ class EvalSet(IterableDataset):
                         yield shard, {"__key__": key} | _contents(file, files)
                     index += 1
         if index == 0 and worker is None:
-            raise ValueError(f"{self.folder / self.split} holds no samples.")
+            raise UserError(f"{self.folder / self.split} holds no samples.")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor, int | torch.Tensor | list[str]]]:
         for shard, sample in self._samples():
@@ -105,30 +106,30 @@ class EvalSet(IterableDataset):
     def _target(self, sample: dict, where: str) -> int | torch.Tensor | list[str]:
         extension = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}[self.kind]
         if extension not in sample:
-            raise ValueError(f"{where} has no .{extension} file.")
+            raise UserError(f"{where} has no .{extension} file.")
         data, num_classes = sample[extension], len(self.classnames)
         if self.kind == "retrieval":
             try:
                 captions = [line for line in data.decode().splitlines() if line.strip()]
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where} has captions that are not UTF-8.") from error
+                raise UserError(f"{where} has captions that are not UTF-8.") from error
             if not captions:
-                raise ValueError(f"{where} has no caption.")
+                raise UserError(f"{where} has no caption.")
             return captions
         if self.kind == "multilabel":
             try:
                 target = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
             except (ValueError, EOFError, OSError, TypeError) as error:
-                raise ValueError(f"{where} has a .npy file that cannot be read ({_first(error)}).") from error
+                raise UserError(f"{where} has a .npy file that cannot be read ({_first(error)}).") from error
             if target.shape != (num_classes,):
-                raise ValueError(f"{where} has labels of shape {tuple(target.shape)} for {num_classes} classes.")
+                raise UserError(f"{where} has labels of shape {tuple(target.shape)} for {num_classes} classes.")
             return target
         try:
             label = int(data)
         except ValueError as error:
-            raise ValueError(f"{where} has the label {data[:20]!r}, which is no integer.") from error
+            raise UserError(f"{where} has the label {data[:20]!r}, which is no integer.") from error
         if not 0 <= label < num_classes:
-            raise ValueError(f"{where} has label {label}, outside of the {num_classes} classes of classnames.txt.")
+            raise UserError(f"{where} has label {label}, outside of the {num_classes} classes of classnames.txt.")
         return label
 
     def batches(
@@ -138,7 +139,7 @@ class EvalSet(IterableDataset):
 
         With workers the order differs from shard order, but is the same on every run. Workers' errors are raised here.
         """
-        pixels, normalise = in_two(self.transform)
+        pixels, normalise = split_normalisation(self.transform)
         own, empty = copy.copy(self), True
         own.transform = pixels
         # Workers return errors as items: DataLoader would add a long traceback to a raised error.
@@ -153,7 +154,7 @@ class EvalSet(IterableDataset):
             yield normalise(images.to(device, non_blocking=True)), targets
             empty = False
         if empty:
-            raise ValueError(f"{self.folder / self.split} holds no samples.")
+            raise UserError(f"{self.folder / self.split} holds no samples.")
 
 
 class _ErrorsAsItems(IterableDataset):
@@ -177,7 +178,7 @@ def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exceptio
 
 
 def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, {extension: (offset, size)}) of a tar's samples; files of a sample are adjacent. ValueError if damaged."""
+    """(key, {extension: (offset, size)}) of a tar's samples; files of a sample are adjacent. UserError if damaged."""
     broken: list[Broken] = []
     key, files = None, {}
     for member in tar_files(shard, broken):
@@ -188,10 +189,10 @@ def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
             yield key, files
             files = {}
         if extension in files:
-            raise ValueError(f"{shard}, sample {found!r} has two .{extension} files.")
+            raise UserError(f"{shard}, sample {found!r} has two .{extension} files.")
         key, files[extension] = found, (member.offset_data, member.size)
     if broken:
-        raise ValueError(f"{shard} cannot be read as a tar file ({broken[0].reason}).")
+        raise UserError(f"{shard} cannot be read as a tar file ({broken[0].reason}).")
     if files:
         yield key, files
 
@@ -203,10 +204,10 @@ def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, by
     for extension in {image, "cls", "npy", "txt"} & files.keys():
         offset, size = files[extension]
         if size > MAX_BYTES:
-            raise ValueError(f"{file.name} holds a file of more than {MAX_BYTES} bytes.")
+            raise UserError(f"{file.name} holds a file of more than {MAX_BYTES} bytes.")
         contents[extension] = os.pread(file.fileno(), size, offset)
         if len(contents[extension]) < size:
-            raise ValueError(f"{file.name} cannot be read as a tar file (truncated or damaged tar).")
+            raise UserError(f"{file.name} cannot be read as a tar file (truncated or damaged tar).")
     return contents
 
 
@@ -214,27 +215,27 @@ def _image(sample: dict, where: str) -> Image.Image:
     """RGB image; transparency is composited on white."""
     extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
     if extension is None:
-        raise ValueError(f"{where} has no image (.{', .'.join(IMAGE_EXTENSIONS)}).")
+        raise UserError(f"{where} has no image (.{', .'.join(IMAGE_EXTENSIONS)}).")
     try:
         return decode_image(sample[extension])
     except BrokenSample as error:
-        raise ValueError(f"{where} has a .{extension} image that cannot be read ({error}).") from error
+        raise UserError(f"{where} has a .{extension} image that cannot be read ({error}).") from error
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows editors begin UTF-8 files with a mark
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing.") from error
+        raise UserError(f"{path} is missing.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text.") from error
+        raise UserError(f"{path} is not UTF-8 text.") from error
 
 
 def read_lines(path: Path) -> list[str]:
-    """Stripped lines of a file of class names or prompts. ValueError if a line is empty or not UTF-8."""
+    """Stripped lines of a file of class names or prompts. UserError if a line is empty or not UTF-8."""
     lines = [line.strip() for line in _read(path).rstrip().splitlines()]
     if not lines or "" in lines:
-        raise ValueError(f"{path} has an empty line where every line must hold one entry.")
+        raise UserError(f"{path} has an empty line where every line must hold one entry.")
     return lines
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from shared.checkpoints import ROOT, read_json, trained_by, write_json, write_text
 from shared.data import TSV, Shards
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.run import paper_of, read_metrics
 
@@ -70,31 +71,31 @@ def named(path: str | Path) -> bool:
 
 
 def check_names(option: str, folders: Iterable[str | Path]) -> None:
-    """ValueError if two folders of an option have the same name, since metrics are named after it."""
+    """UserError if two folders of an option have the same name, since metrics are named after it."""
     known: dict[str, str | Path] = {}
     for folder in folders:
         if (name := Path(folder).name) in known:
-            raise ValueError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
+            raise UserError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
         known[name] = folder
 
 
 def open_sets(
     option: str, folders: Iterable[str | Path], transform: Callable, *kinds: str, split: str = "test"
 ) -> list[EvalSet]:
-    """Open all evaluation sets of an option, so that errors come early. ValueError if a set is of another kind than
+    """Open all evaluation sets of an option, so that errors come early. UserError if a set is of another kind than
     `kinds`, or if two have the same name."""
     folders = list(folders)
     check_names(option, folders)
     sets = [EvalSet(folder, transform, split) for folder in folders]
     if odd := next((each for each in sets if each.kind not in kinds), None):
-        raise ValueError(f"--{option} {odd.folder} is a {odd.kind} set: it must be a {' or '.join(kinds)} set")
+        raise UserError(f"--{option} {odd.folder} is a {odd.kind} set: it must be a {' or '.join(kinds)} set")
     return sets
 
 
 def check_own(path: str | Path, cfg: Any) -> None:
-    """ValueError if `path` is a run of another paper than `cfg`."""
+    """UserError if `path` is a run of another paper than `cfg`."""
     if (paper := trained_by(path)) not in (None, paper_of(cfg)):
-        raise ValueError(f"{path} is a run of {paper}: use 'python -m {paper}.eval {path}'")
+        raise UserError(f"{path} is a run of {paper}: use 'python -m {paper}.eval {path}'")
 
 
 def results_folder(path: str | Path, cfg: Any) -> Path:
@@ -207,11 +208,11 @@ def evaluate_runs(
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
     Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
-    ValueError if there are no runs, or if a run is another paper's and `foreign` is
+    UserError if there are no runs, or if a run is another paper's and `foreign` is
     False.
     """
     if not cfg.runs:
-        raise ValueError(f"name at least one {kinds}")
+        raise UserError(f"name at least one {kinds}")
     for path in () if foreign else cfg.runs:
         check_own(path, cfg)
     embedded, own_sets = evaluated_sets(cfg)

@@ -35,6 +35,7 @@ import shared.resnet  # noqa: F401  (registers its model with timm)
 from shared import checkpoints
 from shared.checkpoints import ROOT, trained_by
 from shared.clip import without_padding
+from shared.errors import UserError
 from shared.evaluation import check_own, named
 
 LOCAL = "local-dir:"
@@ -43,9 +44,9 @@ TOLERANCE = 1e-5  # largest difference of unit features that passes as rounding
 
 
 def single(cfg: Any) -> str:
-    """The only one of `cfg.runs`. ValueError if there is not exactly one, or if it is another paper's run."""
+    """The only one of `cfg.runs`. UserError if there is not exactly one, or if it is another paper's run."""
     if len(cfg.runs) != 1:
-        raise ValueError(f"--export takes one run or checkpoint, not {len(cfg.runs)}")
+        raise UserError(f"--export takes one run or checkpoint, not {len(cfg.runs)}")
     check_own(cfg.runs[0], cfg)
     return cfg.runs[0]
 
@@ -61,7 +62,7 @@ def named_config(name: str, image_size: int | None = None, **changes: Any) -> di
 def open_clip_config(name: str) -> dict:
     config = open_clip.get_model_config(name)
     if config is None:
-        raise ValueError(f"model {name!r} is not an open_clip config; open_clip.list_models() lists the names")
+        raise UserError(f"model {name!r} is not an open_clip config; open_clip.list_models() lists the names")
     return config
 
 
@@ -89,10 +90,10 @@ def no_export(paper: str) -> str:
 
 def exported(run: str | Path) -> Path:
     """RUN/open_clip, a folder that open_clip loads. The paper's eval.py writes it if it is missing or older than the
-    checkpoint. ValueError if the run cannot be exported; eval.py is not started for a paper that has `no_export`."""
+    checkpoint. UserError if the run cannot be exported; eval.py is not started for a paper that has `no_export`."""
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
-        raise ValueError(
+        raise UserError(
             f"{run}/checkpoint.pt does not name its paper: export it first, python -m FOLDER.eval {run} --export DIR"
         )
 
@@ -104,7 +105,7 @@ def exported(run: str | Path) -> Path:
         return folder
     refused = f"{run}, a run of {paper}, cannot be used here"
     if why := no_export(paper):
-        raise ValueError(f"{refused}: {why}")
+        raise UserError(f"{refused}: {why}")
     new = run / f"open_clip.{os.getpid()}"
     alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "SLURM_NTASKS")}
     paths = os.pathsep.join([str(ROOT), *filter(None, [alone.get("PYTHONPATH")])])
@@ -113,7 +114,7 @@ def exported(run: str | Path) -> Path:
     if done.returncode:
         shutil.rmtree(new, ignore_errors=True)
         why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-        raise ValueError(f"{refused}: {why}")
+        raise UserError(f"{refused}: {why}")
     if not is_fresh():  # else another process was faster
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -128,19 +129,19 @@ def quick_gelu(name: str, tag: str) -> bool:
 
 
 def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of `source`, one of KINDS. ValueError if it cannot be loaded."""
+    """(model in eval mode, image transform, tokenizer) of `source`, one of KINDS. UserError if it cannot be loaded."""
     folder = local_folder(source)
     if folder is None and (Path(source) / "checkpoint.pt").is_file():
         folder = exported(source)
     name, _, tag = (f"{LOCAL}{folder}", "", "") if folder else source.partition("@")
     if not folder and (not named(source) or tag not in open_clip.list_pretrained_tags_by_model(name)):
-        raise ValueError(f"{source} is not a model that can be used here: name {KINDS}")
+        raise UserError(f"{source} is not a model that can be used here: name {KINDS}")
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             name, pretrained=tag or None, force_quick_gelu=quick_gelu(name, tag)
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{source} could not be loaded: {str(error).splitlines()[0]}") from error
     return without_padding(model).to(device).eval(), transform, open_clip.get_tokenizer(name)
 
 
@@ -148,12 +149,12 @@ def load_model(source: str, device: str | torch.device = "cpu") -> tuple[nn.Modu
 
 
 def new_folder(path: str | Path) -> Path:
-    """The folder for an export; makes it if it is missing. NotADirectoryError or ValueError for a file or a run."""
+    """The folder for an export; makes it if it is missing. NotADirectoryError or UserError for a file or a run."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--export {folder} is a file: name a folder")
+        raise UserError(f"--export {folder} is a file: name a folder")
     if (folder / "checkpoint.pt").exists():
-        raise ValueError(f"--export {folder} is a run folder: name another folder")
+        raise UserError(f"--export {folder} is a run folder: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

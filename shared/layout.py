@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from shared import checkpoints, run
+from shared.errors import UserError
 from shared.tars import write_split, write_tar
 
 SHARD = 1000  # samples per training shard
@@ -85,7 +86,7 @@ def share_split(source: Path, target: Path) -> None:
 def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[str, bytes, np.ndarray]]) -> int:
     """Writes `classnames.txt`, `images/KEY.png` or `.jpg` and `masks/KEY.png`; returns the number of images.
 
-    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none). ValueError if two
+    A sample is (name of its image file, the image's bytes, class of each pixel (H, W), -1 for none). UserError if two
     images have the same KEY.
     """
     for name in ("images", "masks"):
@@ -95,7 +96,7 @@ def write_masks(folder: Path, classes: Sequence[str], samples: Iterable[tuple[st
     for name, image, labels in samples:
         mask = Path(name).with_suffix(".png").name
         if mask in image_of:
-            raise ValueError(f"the images {image_of[mask]} and {name} would share the mask {mask}: rename one of them")
+            raise UserError(f"the images {image_of[mask]} and {name} would share the mask {mask}: rename one of them")
         image_of[mask] = name
         (folder / "images" / name).write_bytes(image)
         (folder / "masks" / mask).write_bytes(mask_png(labels, len(classes)))
@@ -119,8 +120,8 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
     """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is complete.
 
     manifest.json holds `setting`, the facts, and sha256 of every shard. A folder made with the same setting is left
-    unchanged. ValueError if it was made with another setting, is no corpus, or is being built by another process;
-    OSError if the disk is full. What a killed process left is removed.
+    unchanged. UserError if it was made with another setting, is no corpus, or is being built by another process;
+    UserError if the disk is full. What a killed process left is removed.
     """
     setting = json.loads(json.dumps(setting))  # as JSON reads it back, for example lists for tuples
     if is_complete(out, setting):
@@ -129,7 +130,7 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
     folder = scratch / "corpus"
     with run.lock(scratch) as file:
         if not os.fstat(file.fileno()).st_nlink:  # removed by another process before it was locked
-            raise ValueError(f"another process has just removed {scratch}: build {out} again")
+            raise UserError(f"another process has just removed {scratch}: build {out} again")
         try:
             if is_complete(out, setting):  # another process has just built it
                 return print(f"{out} is complete")
@@ -143,7 +144,7 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             if cause.errno not in FULL:
                 raise
-            raise OSError(
+            raise UserError(
                 f"{out} could not be built ({cause.strerror}): free some space, and build it again"
             ) from error
         finally:
@@ -152,13 +153,13 @@ def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
 
 
 def is_complete(out: Path, setting: dict) -> bool:
-    """Whether the folder `out` holds a corpus of this setting. ValueError if it holds something else."""
+    """Whether the folder `out` holds a corpus of this setting. UserError if it holds something else."""
     advice = f"remove {out} to build it again, or choose another --out if no study reads it"
     if (out / "manifest.json").is_file():
         then = checkpoints.read_json(out / "manifest.json", advice).get("setting")
         if what := checkpoints.changes(then if isinstance(then, dict) else {}, setting):
-            raise ValueError(f"{out} was made with other settings: {what}; {advice}")
+            raise UserError(f"{out} was made with other settings: {what}; {advice}")
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists but is not a corpus (it has no manifest.json): {advice}")
+        raise UserError(f"{out} exists but is not a corpus (it has no manifest.json): {advice}")
     return False

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from shared import data, run
+from shared.errors import UserError
 from shared.tars import Broken
 
 CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -45,11 +46,11 @@ def square_pixels(image: Image.Image, side: int) -> Tensor:
 
 
 def check_size(count: int, side: int, process: run.Process | None = None) -> None:
-    """ValueError if `count` images of `side` pixels in each process of this machine exceed half of its memory."""
+    """UserError if `count` images of `side` pixels in each process of this machine exceed half of its memory."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", process.world_size if process else 1))
     needed, there = 3 * side**2 * count * processes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there / 2:
-        raise ValueError(
+        raise UserError(
             f"{count:,} images of {side} pixels take {needed / 2**30:.0f} GiB in {processes} processes, "
             f"more than half of the machine's {there / 2**30:.0f} GiB: pass --no-keep-in-memory"
         )
@@ -63,7 +64,7 @@ def read(
 ) -> InMemory:
     """Decode every pair: images as centre squares of `side` pixels, captions as tokens.
 
-    An image with several captions is decoded once. ValueError if the images exceed half of the machine's memory (see
+    An image with several captions is decoded once. UserError if the images exceed half of the machine's memory (see
     `check_size`).
     """
     check_size(len(pairs), side, process)

@@ -34,6 +34,7 @@ import tyro
 from PIL import Image
 
 from shared import checkpoints, cli, data, layout, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet, read_lines
 from shared.layout import sha256
 from shared.tars import Broken, write_split
@@ -72,11 +73,11 @@ def read_rows(
     """(place in the file, picture's path, caption or label, further columns) of the rows of a table or JSON lines.
 
     columns: {flag: name of the column} for the picture and for the text. A row without a picture is recorded in
-    `broken`. ValueError if the file is not a table or JSON lines.
+    `broken`. UserError if the file is not a table or JSON lines.
     """
     suffix = path.suffix.lower()
     if suffix not in (*TABLES, *LINES):
-        raise ValueError(f"{path} must end in one of {', '.join((*TABLES, *LINES))}")
+        raise UserError(f"{path} must end in one of {', '.join((*TABLES, *LINES))}")
     image, text = columns.values()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -89,7 +90,7 @@ def read_rows(
                 else:
                     yield place, name.strip(), row.pop(text, None), row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as such") from error
+        raise UserError(f"{path} is not UTF-8 text: save it as such") from error
 
 
 def table_rows(
@@ -99,12 +100,12 @@ def table_rows(
     rows = cells(file, path, separator)
     first = next(rows, None)
     if first is None:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     header, names = [name.strip() for name in first[1]], list(columns.values())
     if not set(names) <= set(header):
         if not all(name.isdecimal() and int(name) < len(header) for name in names):
             flags = " and ".join(f"--{flag}" for flag in columns)
-            raise ValueError(
+            raise UserError(
                 f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} select columns by "
                 f"name, or by number from 0 if the first row is not a header"
             )
@@ -116,7 +117,7 @@ def table_rows(
 def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
     """(place, cells) of the rows that are not blank. In tab-separated files only whole cells can be quoted.
 
-    ValueError for an unclosed quotation mark, which would swallow the following rows.
+    UserError for an unclosed quotation mark, which would swallow the following rows.
     """
     csv.field_size_limit(2**31 - 1)
     tabs = separator == "\t"
@@ -126,7 +127,7 @@ def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[
             if row:
                 yield f"{path.name}, line {reader.line_num}", [unquoted(cell) for cell in row] if tabs else row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} cannot be read as cells: {error}") from error
+        raise UserError(f"{path}, line {reader.line_num} cannot be read as cells: {error}") from error
 
 
 def unquoted(cell: str) -> str:
@@ -141,7 +142,7 @@ def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
     text = file.read()
     if text.lstrip().startswith("["):
         if not isinstance(entries := parsed(text), list):
-            raise ValueError(f"{path} begins with [ but is not a JSON list")
+            raise UserError(f"{path} begins with [ but is not a JSON list")
         yield from ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -167,7 +168,7 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
         empty += [] if pictures else [home.name]
         yield from ((path.relative_to(root).as_posix(), home.name) for path in pictures)
     if not found:
-        raise ValueError(f"{root} holds no folder of a class with pictures, {root}/CLASS/picture.jpg")
+        raise UserError(f"{root} holds no folder of a class with pictures, {root}/CLASS/picture.jpg")
     if empty or others:
         kinds = [f"{count} {kind}" for kind, count in others.most_common(5)]
         folders = [f"folder{'s' * (len(empty) > 1)} without pictures {', '.join(empty[:5])}"] * bool(empty)
@@ -250,26 +251,26 @@ def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
 
 
 def check_pairs(folder: Path, count: int) -> None:
-    """OSError if training shards do not hold `count` readable samples; at most CHECKED pictures are decoded."""
+    """UserError if training shards do not hold `count` readable samples; at most CHECKED pictures are decoded."""
     try:
         pairs = data.Shards(data.expand_shards(str(folder)), strict=True)
         found = sum(bool(pairs.caption(row)) for row in range(len(pairs)))
         for row in np.linspace(0, len(pairs) - 1, min(len(pairs), CHECKED)).astype(int):
             pairs.read(int(row))
     except (ValueError, data.BrokenSample) as error:
-        raise OSError(f"what was written cannot be read back: {error}") from error
+        raise UserError(f"what was written cannot be read back: {error}") from error
     if found != count:
-        raise OSError(f"only {found:,} of {count:,} written samples can be read back")
+        raise UserError(f"only {found:,} of {count:,} written samples can be read back")
 
 
 def check_set(folder: Path, split: str, count: int) -> None:
-    """OSError if a split of an evaluation set does not hold `count` readable samples."""
+    """UserError if a split of an evaluation set does not hold `count` readable samples."""
     try:
         found = sum(1 for _ in EvalSet(folder, lambda picture: None, split))
     except ValueError as error:
-        raise OSError(f"what was written cannot be read back: {error}") from error
+        raise UserError(f"what was written cannot be read back: {error}") from error
     if found != count:
-        raise OSError(f"only {found:,} of {count:,} samples of {folder.name}/{split} can be read back")
+        raise UserError(f"only {found:,} of {count:,} samples of {folder.name}/{split} can be read back")
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds
@@ -303,18 +304,16 @@ class Pictures:
         """The folder that a table's paths are relative to, with links resolved."""
         root = self.image_root or table.parent
         if not root.is_dir():
-            raise FileNotFoundError(
-                f"{root} is not a folder: set --image-root to the folder that image paths start from"
-            )
+            raise UserError(f"{root} is not a folder: set --image-root to the folder that image paths start from")
         return os.path.realpath(root)
 
     def picture(self, root: str, path: str, place: str) -> Picture:
-        """The picture of a path. ValueError if the path leaves `root`, directly or by links."""
+        """The picture of a path. UserError if the path leaves `root`, directly or by links."""
         if "\0" in path:
             return Picture(path, path)  # no file has such a name
         file = os.path.realpath(os.path.join(root, path))
         if not Path(file).is_relative_to(root):
-            raise ValueError(
+            raise UserError(
                 f"{place}: {path} is outside of {root}; set --image-root to a folder that contains all pictures"
             )
         name = os.fsencode(Path(file).relative_to(root).as_posix())
@@ -323,20 +322,20 @@ class Pictures:
     def lacking(self, place: str, reason: str) -> None:
         """Record a broken picture or row; with --strict, ValueError."""
         if self.strict:
-            raise ValueError(f"--strict: {place}: {reason}")
+            raise UserError(f"--strict: {place}: {reason}")
         self.broken.append(Broken(place, reason))
 
     def check_any(self, splits: Mapping[str, Mapping]) -> None:
-        """ValueError if a split has no picture."""
+        """UserError if a split has no picture."""
         if empty := [name for name, pictures in splits.items() if not pictures]:
             why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
-            raise ValueError(f"{self.source} has no picture left for {empty[0]}{why}")
+            raise UserError(f"{self.source} has no picture left for {empty[0]}{why}")
 
     def rows(self, source: Path, flag: str, column: str) -> Iterator[tuple[Picture, str, Any, dict[str, Any]]]:
         """(picture, place, caption or label, further columns) of a table's rows; `column` is the value of --`flag`."""
         if not source.is_file():
             what = "a folder" if source.is_dir() else "no file"
-            raise FileNotFoundError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
+            raise UserError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
         root, known, broken = self.root_of(source), {}, []
         for place, path, text, more in read_rows(source, {"image-column": self.image_column, flag: column}, broken):
             if path not in known:
@@ -366,14 +365,14 @@ class Pictures:
             return None
 
     def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
-        """(picture, content, value in `pictures`) of the readable pictures. ValueError if there are none."""
+        """(picture, content, value in `pictures`) of the readable pictures. UserError if there are none."""
         found = False
         for picture, what in run.progress(pictures.items(), len(pictures), label):
             if (content := self.read(picture)) is not None:
                 found = True
                 yield picture, content, what
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"none of the {len(pictures):,} pictures of {self.source} ({label}) can be read, such as "
                 f"{self.broken[-1].key} ({self.broken[-1].reason}): --image-root is the folder that paths start from"
             )
@@ -395,9 +394,9 @@ class Pictures:
         """Writes the folder and its manifest, and prints how to use it; a finished folder is left unchanged."""
         cli.check_counts(self, "max_side", "shard_size")
         if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
-            raise ValueError(f"--hold-out must be a share of at least 0 and less than 1, not {share}")
+            raise UserError(f"--hold-out must be a share of at least 0 and less than 1, not {share}")
         if self.shard_size > MOST:
-            raise ValueError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
+            raise UserError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
         plan = self.plan()
         self.check_any(plan)
         listed = {name: [(p.name, size_of(p), what) for p, what in split.items()] for name, split in plan.items()}
@@ -498,19 +497,19 @@ class Classes(Pictures):
     """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
 
     def labelled(self, source: Path) -> dict[Picture, tuple[str, dict]]:
-        """{picture: (label, further columns)}. ValueError if a picture has two labels."""
+        """{picture: (label, further columns)}. UserError if a picture has two labels."""
         found: dict[Picture, tuple[str, dict]] = {}
         if source.is_dir():
             root = os.path.realpath(source)
             if self.out.resolve().is_relative_to(root):
-                raise ValueError(f"--out {self.out} lies in the folder of classes: choose another --out")
+                raise UserError(f"--out {self.out} lies in the folder of classes: choose another --out")
             return {self.picture(root, path, str(source)): (name, {}) for path, name in class_folders(Path(root))}
         for picture, place, text, more in self.rows(source, "label-column", self.label_column):
             label = " ".join(str(text).split()) if isinstance(text, (str, int)) else ""
             if not label:
                 self.lacking(place, f"row without {self.label_column!r}")
             elif found.setdefault(picture, (label, further(more)))[0] != label:
-                raise ValueError(
+                raise UserError(
                     f"{place}: {picture.name} has the label {label!r} here, but {found[picture][0]!r} before"
                 )
         return found
@@ -518,14 +517,14 @@ class Classes(Pictures):
     def plan(self) -> dict[str, dict[Picture, tuple[int, dict]]]:
         """{split: {picture: (class index, further columns)}}; sets `classes` and `prompts`."""
         if self.train and self.hold_out:
-            raise ValueError("--train and --hold-out exclude each other: pass only one")
+            raise UserError("--train and --hold-out exclude each other: pass only one")
         splits = {"test": self.labelled(self.source)} | ({"train": self.labelled(self.train)} if self.train else {})
         self.check_any(splits)
         labels = sorted({label for split in splits.values() for label, _ in split.values()})
         numbers, self.classes = self.number(labels)
         self.prompts = read_lines(self.templates) if self.templates else TEMPLATES
         if lacking := [prompt for prompt in self.prompts if "{c}" not in prompt]:
-            raise ValueError(f"{self.templates} has the line {lacking[0]!r}, which lacks {{c}} for the class name")
+            raise UserError(f"{self.templates} has the line {lacking[0]!r}, which lacks {{c}} for the class name")
         if self.hold_out:
             whole, of_label = splits["test"], defaultdict(list)
             for picture, (label, _) in whole.items():
@@ -538,7 +537,7 @@ class Classes(Pictures):
             if untested := [label for label in labels if kept.isdisjoint(of_label[label])]:
                 print(f"classes too small for a test split, all in the train split: {', '.join(untested[:5])}")
         if both := splits["test"].keys() & splits.get("train", {}).keys():
-            raise ValueError(f"{min(both).name} is in both splits")
+            raise UserError(f"{min(both).name} is in both splits")
         return {
             name: {p: (numbers[label], more) for p, (label, more) in split.items()} for name, split in splits.items()
         }
@@ -555,19 +554,19 @@ class Classes(Pictures):
             if not odd:
                 numbers = {label: names.index(label) for label in labels}
             elif len(odd) < len(labels):
-                raise ValueError(f"{self.classnames} names other labels, but not {odd[0]!r}: name all of them")
+                raise UserError(f"{self.classnames} names other labels, but not {odd[0]!r}: name all of them")
             elif decimal and int(order[-1]) < len(names):
                 numbers = {label: int(label) for label in labels}
             elif len(names) != len(labels):
-                raise ValueError(
+                raise UserError(
                     f"{self.classnames} has {len(names)} lines for {len(labels)} labels ({', '.join(order[:3])}, ...)"
                 )
         elif decimal:
             print(f"classes are called {', '.join(order[:3])}, ...: pass --classnames to name them")
         if len(names) < 2:
-            raise ValueError(f"{self.source} has one class, {names[0]}: at least two are needed")
+            raise UserError(f"{self.source} has one class, {names[0]}: at least two are needed")
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"two classes are called {twice[0]!r}")
+            raise UserError(f"two classes are called {twice[0]!r}")
         return numbers, names
 
     def write(self, folder: Path, plan: dict[str, dict[Picture, tuple[int, dict]]]) -> dict[str, int]:

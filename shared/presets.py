@@ -13,6 +13,7 @@ import tyro
 
 from shared import cli
 from shared.checkpoints import ROOT
+from shared.errors import UserError
 from shared.evaluation import table
 
 NOT_STATED = "not stated"
@@ -78,7 +79,7 @@ def main(
     """
     name = folder and folder.replace("-", "_")
     if name not in (None, *folders()):
-        raise ValueError(f"{folder} is not a paper's folder; those are {', '.join(folders())}")
+        raise UserError(f"{folder} is not a paper's folder; those are {', '.join(folders())}")
     chosen = [each for each in folders() if name in (None, each)]
     found = [row for each in chosen for row in rows(each)]
     if as_json:

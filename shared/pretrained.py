@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from shared import checkpoints, cli, data, memory, run
+from shared.errors import UserError
 
 
 def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
@@ -46,7 +47,7 @@ def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -
     """
     found = [importlib.util.find_spec(name) for name in (package, *needs)]
     if not all(found) or not (path := Path(found[0].submodule_search_locations[0]) / file).exists():
-        raise FileNotFoundError(f"packages of the pretrained weights are missing: {install}")
+        raise UserError(f"packages of the pretrained weights are missing: {install}")
     return path
 
 
@@ -68,7 +69,7 @@ def efficientnet_lite0() -> nn.Module:
     model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(path)
     ours = model.state_dict()  # the same tensors in the same order, under other names
     if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
-        raise ValueError(f"{path} does not hold EfficientNet-Lite0: {LITE0_INSTALL}")
+        raise UserError(f"{path} does not hold EfficientNet-Lite0: {LITE0_INSTALL}")
     model.load_state_dict(dict(zip(ours, state.values(), strict=True)))
     model.reset_classifier(0)
     return model.eval()
@@ -228,20 +229,20 @@ def gemma3_270m(out: Path = Path("data/gemma3-270m")) -> Path:
 
 
 def is_made(out: Path, name: str, kind: tuple[str, int, int]) -> bool:
-    """Whether `out` holds the model `kind` = (type, width, depth). ValueError if it holds anything else."""
+    """Whether `out` holds the model `kind` = (type, width, depth). UserError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     whole = (out / "config.json").is_file() and (out / "model.safetensors").is_file()
     about = json.loads((out / "config.json").read_text(encoding="utf-8")) if whole else {}
     if (about.get("model_type"), about.get("hidden_size"), about.get("num_hidden_layers")) != kind:
-        raise ValueError(f"{out} holds another model than {name}, or not all of it: choose another --out")
+        raise UserError(f"{out} holds another model than {name}, or not all of it: choose another --out")
     return True
 
 
 def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, beside: Sequence[Path] = ()) -> None:
     """Join `parts` to a GGUF file and write it as the transformers folder `out`, in float32.
 
-    The folder, with copies of the files `beside`, appears only when it is complete. ValueError if the joined file has
+    The folder, with copies of the files `beside`, appears only when it is complete. UserError if the joined file has
     another `sha256`.
     """
     from safetensors.torch import save_file
@@ -259,7 +260,7 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
                 digest.update(content)
                 file.write(content)
         if sha256 not in (None, digest.hexdigest()):
-            raise ValueError(
+            raise UserError(
                 f"{parts[0].name} or one of its {len(parts) - 1} other files is damaged: install the package again"
             )
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=joined.name, dtype=torch.float32)
@@ -304,7 +305,7 @@ def main(
         make = smollm2 if model == "smollm2" else gemma3_270m
         where = make(out) if out else make()
     elif out is not None:
-        raise ValueError(f"--out is only for smollm2 and gemma3_270m: {model} stays in its installed package")
+        raise UserError(f"--out is only for smollm2 and gemma3_270m: {model} stays in its installed package")
     elif model == "minilm":
         where = minilm()
     else:

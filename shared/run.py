@@ -35,6 +35,7 @@ from torch.amp import GradScaler
 from tqdm import tqdm
 
 from shared.checkpoints import ROOT, replaced, resume, save_checkpoint, write_json
+from shared.errors import UserError
 
 matplotlib.use("Agg")  # plots go to files
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # configs of the emoji-scale towers
@@ -66,13 +67,13 @@ def setup(seed: int, device: str = "auto") -> Process:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"there is no device {device!r}: --device is auto, cpu, cuda, cuda:N or mps")
+        raise UserError(f"there is no device {device!r}: --device is auto, cpu, cuda, cuda:N or mps")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device 'mps' was requested, but torch finds no Apple GPU; use --device cpu")
+        raise UserError("device 'mps' was requested, but torch finds no Apple GPU; use --device cpu")
     if device == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--device mps supports only one process: start the script without torchrun")
+        raise UserError("--device mps supports only one process: start the script without torchrun")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was requested, but torch finds no CUDA device; use --device cpu")
+        raise UserError(f"device {device!r} was requested, but torch finds no CUDA device; use --device cpu")
     if "SLURM_NTASKS" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         os.environ.setdefault("WORLD_SIZE", "1")  # in an allocation, but not by srun: there are no peers to wait for
     crowded = device.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count()
@@ -172,12 +173,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def resolve_precision(name: str, device: torch.device) -> str:
     """Precision for a device: auto -> bf16 if the hardware supports it, else fp16 on a GPU, fp32 on a CPU or Mac.
 
-    ValueError for other names, or fp16 on a CPU.
+    UserError for other names, or fp16 on a CPU.
     """
     if name not in ("auto", "bf16", "fp16", "fp32"):
-        raise ValueError(f"--precision is one of auto, bf16, fp16, fp32, not {name!r}")
+        raise UserError(f"--precision is one of auto, bf16, fp16, fp32, not {name!r}")
     if name == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     if name != "auto":
         return name
     if device.type == "mps":  # untested; its half precisions depend on the version
@@ -272,7 +273,7 @@ def progress(
 def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> IO[str] | contextlib.nullcontext:
     """Lock a folder for this process -> the lock file; the lock lasts until it is closed or the process ends.
 
-    ValueError if another process has the lock. Ranks above 0 do nothing: rank 0 locks for them.
+    UserError if another process has the lock. Ranks above 0 do nothing: rank 0 locks for them.
     """
     if process is not None and not process.main:
         return contextlib.nullcontext()
@@ -283,7 +284,7 @@ def lock(folder: Path, process: Process | None = None, name: str = ".lock") -> I
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
-            raise ValueError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
+            raise UserError(f"{folder} belongs to a run that is still going: wait, or choose another --out") from error
         print(f"{folder} is on a file system without locks ({error.strerror}): do not start another run in it")
     return file
 
@@ -292,7 +293,7 @@ class RunLog:
     """Writes a run folder's config.json, metrics.jsonl and tensorboard/; does nothing on ranks above 0.
 
     On resume at `step`, lines of later steps (written after the last checkpoint) are removed, so that metrics.jsonl
-    becomes that of an uninterrupted run. The writing process locks it: ValueError if another process has the lock.
+    becomes that of an uninterrupted run. The writing process locks it: UserError if another process has the lock.
     """
 
     def __init__(self, folder: Path, config: Any, process: Process, step: int = 0):
@@ -319,7 +320,7 @@ class RunLog:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.file.close()  # else Python tries to flush again at exit
-            raise OSError(f"{self.file.name} could not be written ({error.strerror})") from error
+            raise UserError(f"{self.file.name} could not be written ({error.strerror})") from error
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.board.add_scalar(name, value, step)
@@ -416,15 +417,15 @@ class RunFolder:
             )
 
     def check_same(self, name: str, value: str | None, than: str) -> None:
-        """ValueError if the checkpoint's entry `name` is not `value`; None on either side is unknown, and passes.
+        """UserError if the checkpoint's entry `name` is not `value`; None on either side is unknown, and passes.
 
         `than` completes the message "PATH was trained ... now", as in "on other data than DATA holds".
         """
         if None not in (before := self.state.get(name), value) and before != value:
-            raise ValueError(f"{self.path} was trained {than} now: choose another --out")
+            raise UserError(f"{self.path} was trained {than} now: choose another --out")
 
     def log(self, step: int, /, **values: Any) -> None:
-        """Like `write`, but ValueError if a `loss` among the values is not finite."""
+        """Like `write`, but UserError if a `loss` among the values is not finite."""
         self.write(step, **values)
         if "loss" in values:
             check_loss(values["loss"], step)
@@ -457,7 +458,7 @@ class RunFolder:
         """
         if self.total and silent(EVERY - 10):  # earlier than the progress bar of the same loop
             self.say(step, {})
-        return step - self.saved >= self.cfg.save_every or self.stays(step)
+        return step - self.saved >= self.cfg.save_every or self.is_kept(step)
 
     @contextlib.contextmanager
     def evaluation(self, step: int, /, **values: Any) -> Iterator[None]:
@@ -469,7 +470,7 @@ class RunFolder:
             self.save(step, **values)
             raise
 
-    def stays(self, step: int) -> bool:
+    def is_kept(self, step: int) -> bool:
         """Whether the checkpoint of this step is also kept as checkpoint-STEP.pt."""
         every = getattr(self.cfg, "keep_every", 0)
         return every > 0 and step % every == 0
@@ -486,7 +487,7 @@ class RunFolder:
             about["paper"] = paper_of(self.cfg)
             for name in ["checkpoint-best.pt"] * is_best + ["checkpoint.pt"]:
                 save_checkpoint(self.path / name, states | values | self.fixed | about)
-            if self.stays(step):
+            if self.is_kept(step):
                 with replaced(self.path / f"checkpoint-{step}.pt") as file:
                     file.write((self.path / "checkpoint.pt").read_bytes())
 
@@ -543,15 +544,15 @@ def commit() -> str:
 
 
 def check_loss(loss: torch.Tensor, step: int) -> None:
-    """ValueError if the loss () of a step is not finite."""
+    """UserError if the loss () of a step is not finite."""
     if not math.isfinite(value := loss.item()):
-        raise ValueError(f"the loss is {value} at step {step}: lower --lr, or use --precision fp32")
+        raise UserError(f"the loss is {value} at step {step}: lower --lr, or use --precision fp32")
 
 
 def read_metrics(folder: Path, key: str = "step") -> list[dict]:
     """The lines of a run's metrics.jsonl that contain `key`; a last line that is not complete is left out.
 
-    ValueError names a line that is damaged.
+    UserError names a line that is damaged.
     """
     file = Path(folder) / "metrics.jsonl"
     lines = [line for line in parsed(file.read_text().splitlines(keepends=True), file) if key in line]
@@ -562,7 +563,7 @@ def read_metrics(folder: Path, key: str = "step") -> list[dict]:
 
 def parsed(lines: Iterable[str], file: Path) -> Iterator[dict]:
     """The lines of a metrics.jsonl as dicts, with their number of bytes as "bytes". A last line that is not complete
-    (of a run that still writes, or was killed) is left out; ValueError names a damaged one."""
+    (of a run that still writes, or was killed) is left out; UserError names a damaged one."""
     for number, text in enumerate(lines, 1):
         if not text.endswith("\n"):
             return
@@ -570,5 +571,5 @@ def parsed(lines: Iterable[str], file: Path) -> Iterator[dict]:
             line = json.loads(text)
             line["step"], line["bytes"] = line["step"], len(text.encode())
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number} is damaged: remove this line") from error
+            raise UserError(f"{file}, line {number} is damaged: remove this line") from error
         yield line

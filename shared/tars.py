@@ -19,6 +19,7 @@ import numpy as np
 from webdataset import TarWriter
 
 from shared.checkpoints import replaced
+from shared.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_BYTES = 2**28  # of one file
@@ -129,7 +130,7 @@ def read_tar(path: str | Path, broken: list[Broken], extensions: Container[str] 
 
 
 def samples(shards: Iterable[str], extensions: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: content}) of all samples, in order; other files are skipped. ValueError for a damaged shard, or
+    """(key, {extension: content}) of all samples, in order; other files are skipped. UserError for a damaged shard, or
     for a sample without one of the files."""
     for shard in shards:
         found: dict[str, dict[str, bytes]] = {}
@@ -139,14 +140,14 @@ def samples(shards: Iterable[str], extensions: Collection[str]) -> Iterator[tupl
             found.setdefault(key, {})[extension] = content
         broken += [Broken(key, "a file is missing") for key, files in found.items() if len(files) < len(extensions)]
         if broken:
-            raise ValueError(
+            raise UserError(
                 f"{shard} is damaged, {broken[0].reason} ({broken[0].key}): remove its folder and build it again"
             )
         yield from found.items()
 
 
 def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
-    """(key, content of its .json) of all samples that have one. ValueError names an unreadable shard or sample."""
+    """(key, content of its .json) of all samples that have one. UserError names an unreadable shard or sample."""
     for shard in shards:
         broken: list[Broken] = []
         for name, content in read_tar(shard, broken, {"json"}):
@@ -155,10 +156,10 @@ def descriptions(shards: Iterable[str]) -> Iterator[tuple[str, dict]]:
             except ValueError:
                 about = None
             if not isinstance(about, dict):
-                raise ValueError(f"{shard}, {name} is no JSON object")
+                raise UserError(f"{shard}, {name} is no JSON object")
             yield key_of(name)[0], about
         if broken:
-            raise ValueError(f"{shard}: {broken[0].reason} ({broken[0].key})")
+            raise UserError(f"{shard}: {broken[0].reason} ({broken[0].key})")
 
 
 def index_shard(path: str) -> ShardIndex:

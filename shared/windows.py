@@ -25,6 +25,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from shared import data, index, run
+from shared.errors import UserError
 
 AHEAD = 4  # shards fetched at a time
 
@@ -82,11 +83,11 @@ class Windowed:
         strict: bool = False,
     ):
         if len(urls) < process.world_size:
-            raise ValueError(f"--window-shards: {len(urls)} shards are fewer than the {process.world_size} processes")
+            raise UserError(f"--window-shards: {len(urls)} shards are fewer than the {process.world_size} processes")
         if samples < batch_size:
-            raise ValueError(f"--dataset-size {samples} is less than one batch of {batch_size}")
+            raise UserError(f"--dataset-size {samples} is less than one batch of {batch_size}")
         if len(set(urls)) < len(urls):
-            raise ValueError("--data names a shard more than once, which --window-shards cannot read")
+            raise UserError("--data names a shard more than once, which --window-shards cannot read")
         self.urls, self.samples, self.seed, self.strict = list(urls), samples, seed, strict
         self.cache = cache / f"window-{process.rank}"  # used by this process only
         self.rank, self.world_size = process.rank, process.world_size
@@ -236,15 +237,15 @@ def training_batches(
 def open_pairs(cfg: Any, process: run.Process) -> data.Shards | data.TSV | Windowed:
     """Training pairs, read by index, or with --window-shards by window. ValueError on invalid settings."""
     if cfg.window_shards < 0:
-        raise ValueError(
+        raise UserError(
             f"--window-shards must be a number of shards, or 0 to shuffle all samples, not {cfg.window_shards}"
         )
     if not cfg.window_shards:
         return data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     if not cfg.dataset_size:
-        raise ValueError("--window-shards needs --dataset-size, the number of samples of an epoch")
+        raise UserError("--window-shards needs --dataset-size, the number of samples of an epoch")
     if (ending := Path(cfg.data).suffix) in (".tsv", ".csv", ".json"):
-        raise ValueError(f"--window-shards needs tar shards; leave it out for a {ending} file")
+        raise UserError(f"--window-shards needs tar shards; leave it out for a {ending} file")
     urls = data.expand_shards(cfg.data)
     return Windowed(
         urls, cfg.window_shards, cfg.dataset_size, cfg.batch_size, cfg.seed, process, own_cache(cfg), cfg.strict

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.run import autocast, counting, progress
 
@@ -97,7 +98,7 @@ def build_classifier(
     prompts = [_fill(template, name) for synonyms in names for name in synonyms for template in templates]
     counts = torch.tensor([len(synonyms) * len(templates) for synonyms in names])
     if not len(counts) or counts.min() == 0:
-        raise ValueError("Every class needs at least one name and one template.")
+        raise UserError("Every class needs at least one name and one template.")
     embeddings = encode_texts(encode_text, tokenizer, prompts, batch_size, device, precision, desc="prompts")
     return mean_prompts(embeddings, counts)
 
@@ -127,9 +128,9 @@ def label_ranks(logits: Tensor, labels: Tensor, classifier: Tensor | None = None
     """
     num_classes = (logits if classifier is None else classifier).shape[1]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(f"Labels {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes.")
+        raise UserError(f"Labels {int(labels.min())} to {int(labels.max())} do not fit {num_classes} classes.")
     if len(labels) != len(logits) or not len(labels):
-        raise ValueError(f"{len(labels)} labels do not match {len(logits)} rows of logits.")
+        raise UserError(f"{len(labels)} labels do not match {len(logits)} rows of logits.")
     ranks = []
     for rows in chunks(len(labels), num_classes):
         scores = logits[rows] if classifier is None else logits[rows] @ classifier
@@ -216,9 +217,9 @@ def _ranks(
     text_to_image: Tensor,
 ) -> tuple[Tensor, Tensor]:
     if len(text_to_image) != num_texts or not num_texts:
-        raise ValueError(f"{len(text_to_image)} entries of text_to_image do not fit {num_texts} texts.")
+        raise UserError(f"{len(text_to_image)} entries of text_to_image do not fit {num_texts} texts.")
     if not 0 <= int(text_to_image.min()) <= int(text_to_image.max()) < num_images:
-        raise ValueError(f"text_to_image has an index beyond the {num_images} images.")
+        raise UserError(f"text_to_image has an index beyond the {num_images} images.")
     index = torch.arange(num_images, device=text_to_image.device)
     to_text = [text_ranks(image_rows(r), text_to_image, index[r]) for r in chunks(num_images, num_texts)]
     to_image = [image_ranks(text_rows(r), text_to_image[r]) for r in chunks(num_texts, num_images)]
@@ -258,12 +259,12 @@ def evaluate(
 
     model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is put into eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
-    `retrieval_metrics` over all captions. ValueError if two sets have the same folder name.
+    `retrieval_metrics` over all captions. UserError if two sets have the same folder name.
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
     """
     sets = [EvalSet(folder, transform) for folder in set_dirs]  # all opened first, so that errors come early
     if len({eval_set.name for eval_set in sets}) < len(sets):
-        raise ValueError(f"Evaluation sets need different folder names, not {[eval_set.name for eval_set in sets]}.")
+        raise UserError(f"Evaluation sets need different folder names, not {[eval_set.name for eval_set in sets]}.")
     training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
     for module in training:
         module.training = False

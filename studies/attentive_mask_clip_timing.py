@@ -19,6 +19,7 @@ from attentive_mask_clip.config import check_model
 from attentive_mask_clip.model import create_model
 from attentive_mask_clip.train import blank_batch, param_groups, train_step
 from shared import checkpoints, cli, evaluation, run
+from shared.errors import UserError
 
 ARMS = {  # changed training settings; `step_times` also halves the EMA view of aclip-eff
     "clip": dict(method="clip"),
@@ -66,7 +67,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
     """Arm -> {"seconds": median of a step, "ratio": median over rounds of step / CLIP's, "low", "high": its extremes,
     "rounds": seconds of a step in each round}.
 
-    ValueError for an unknown arm.
+    UserError for an unknown arm.
     """
     cli.check_counts(cfg, "batch_size", "rounds")
     device = run.setup(0, cfg.device).device
@@ -77,7 +78,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
     steppers = {}
     for arm in names:
         if arm not in ARMS:
-            raise ValueError(f"--arms takes {', '.join(ARMS)}, not {arm!r}")
+            raise UserError(f"--arms takes {', '.join(ARMS)}, not {arm!r}")
         setting = dataclasses.replace(base, **ARMS[arm])
         if arm == "aclip-eff":
             setting.ema_image_size = create_model("clip", cfg.model).image_size // 2

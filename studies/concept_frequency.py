@@ -29,6 +29,7 @@ from concept_frequency.eval import Table, changes, column
 from concept_frequency.images import read_corpus
 from concept_frequency.statistics import log_linear_curve, slope_per_decade, within_slope
 from shared import probes, run
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from studies.harness import ceiling, floors, runner, verdicts
 from studies.harness.floors import Floor
@@ -194,7 +195,7 @@ def pooled_rows(found: Comparison, reference: str, other: str) -> list[dict[str,
 def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> list[dict[str, Any]]:
     """Rows for all seeds together, for the published files, and for claims that cannot be tested at this scale."""
     if "zipf" not in found.arms:
-        raise ValueError("--report needs the arm zipf among the runs")
+        raise UserError("--report needs the arm zipf among the runs")
     rows = pooled_rows(found, "zipf", "reassigned")
     files = verdicts.not_testable("published files: all correlations", "0.83 to 1.00", "name UPSTREAM=CLONE")
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")

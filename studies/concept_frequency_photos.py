@@ -36,6 +36,7 @@ from concept_frequency.statistics import (
 )
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, data, run, zeroshot
+from shared.errors import UserError
 from studies.concept_frequency import COLORS, plot_changes, pooled_rows
 from studies.harness import floors, locked_clip, photos, verdicts
 from studies.harness.floors import Floor
@@ -77,12 +78,12 @@ def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: i
 def train(cfg: Config) -> Path:
     """Run `locked_clip.train` on the captions that are kept, whose rows are written to rows.npy in the run folder."""
     if not 0 <= cfg.thin <= 1:
-        raise ValueError(f"--thin is a share of 0 to 1, not {cfg.thin}")
+        raise UserError(f"--thin is a share of 0 to 1, not {cfg.thin}")
     captions = captions_of(cfg.data)
     rows = thinned(captions, test_nouns().names, cfg.thin, cfg.seed) if cfg.thin else list(range(len(captions)))
     kept = Path(cfg.out) / "rows.npy"
     if kept.exists() and not np.array_equal(np.load(kept), rows):
-        raise ValueError(f"{cfg.out} has a run on other captions: choose another --out")
+        raise UserError(f"{cfg.out} has a run on other captions: choose another --out")
     kept.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.save_array(kept, np.array(rows))
     return locked_clip.train(cfg, rows)

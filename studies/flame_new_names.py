@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 from shared import cli, data, layout, tars
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 
 
@@ -64,7 +65,7 @@ def main(cfg: Config) -> None:
     cli.check_counts(cfg, "every", least=2)
     manifest = Path(cfg.corpus) / "manifest.json"
     if not manifest.is_file():
-        raise FileNotFoundError(f"{cfg.corpus} holds no corpus: 'make data' builds it")
+        raise UserError(f"{cfg.corpus} holds no corpus: 'make data' builds it")
     setting = {"every": cfg.every, "corpus": data.fingerprint(manifest.read_bytes())}
     layout.build(Path(cfg.out), setting, lambda folder: {"counts": write(folder, cfg)})
 

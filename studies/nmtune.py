@@ -30,6 +30,7 @@ from nmtune.features import Bank, encode_set, read_features, subset_per_class
 from nmtune.model import create_model, timm_transforms
 from nmtune.train import tuned_head
 from shared import checkpoints, probes, run
+from shared.errors import UserError
 from studies.harness import floors, runner, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
@@ -183,9 +184,9 @@ def over_levels(arms: dict[str, list[dict]]) -> None:
 
 
 def more_rows(found: Comparison) -> list[dict]:
-    """The claim that cannot be tested at this scale. ValueError for an arm that is not in this study."""
+    """The claim that cannot be tested at this scale. UserError for an arm that is not in this study."""
     if unknown := set(found.arms) - set(STUDY.headings):
-        raise ValueError(f"--report compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
+        raise UserError(f"--report compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
     return [verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")]
 
 

@@ -26,6 +26,7 @@ from nmtune.features import Bank, encode_set, split_encoder
 from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
 from nmtune.train import tuned_head
 from shared import checkpoints, cli, evaluation, probes, run
+from shared.errors import UserError
 
 
 class Encoded(NamedTuple):
@@ -115,9 +116,9 @@ def main(cfg: StudyConfig) -> None:
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
     pretrained = checkpoints.config_in(state, PretrainConfig, folder)
     if state["epoch"] < pretrained.epochs:
-        raise ValueError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
+        raise UserError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
     if unknown := [method for method in cfg.methods if method not in PRESETS]:
-        raise ValueError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
+        raise UserError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
     cli.check_counts(cfg, "seeds", "epochs", "batch_size")
     cli.check_counts(cfg, "bank", least=2)
     file = folder / "study.json"

@@ -17,6 +17,7 @@ from nmtune.features import RunFeatures
 from nmtune.model import head_from
 from nmtune.train import tuned_head
 from shared import checkpoints, cli, evaluation, run
+from shared.errors import UserError
 
 
 def main(cfg: HeadStudyConfig) -> None:
@@ -28,7 +29,7 @@ def main(cfg: HeadStudyConfig) -> None:
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
     first = checkpoints.config_in(state, Config, folder)
     if state["epoch"] < first.epochs:
-        raise ValueError(f"{folder} is not finished: {state['epoch']} of {first.epochs} epochs")
+        raise UserError(f"{folder} is not finished: {state['epoch']} of {first.epochs} epochs")
     seeds = list(range(first.seed, first.seed + cfg.heads))
     file, encoder = folder / "heads.json", Path(first.encoder) / "checkpoint.pt"
     weights = [folder / "checkpoint.pt", encoder, *map(Path, filter(None, (first.features, first.checkpoint)))]
@@ -39,9 +40,9 @@ def main(cfg: HeadStudyConfig) -> None:
     source = RunFeatures(first, process, run.resolve_precision(first.precision, process.device))
     source.encode_training_set()
     if source.bank is None:
-        raise ValueError(f"{folder} drew new views in every step: tune it on --features, --bank V or --views eval")
+        raise UserError(f"{folder} drew new views in every step: tune it on --features, --bank V or --views eval")
     if state["data"] != source.fingerprint:
-        raise ValueError(f"{folder} was trained on other data than there is now: tune it again with another --out")
+        raise UserError(f"{folder} was trained on other data than there is now: tune it again with another --out")
     first, tests = dataclasses.replace(first, **state["chosen"]), {}
     for seed in run.progress(seeds, len(seeds), f"{folder.name} heads", 1, process):
         if seed == first.seed:

@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from shared import checkpoints, cli, data, tars
+from shared.errors import UserError
 from tldr_reduction.tokenizer import build_vocab
 
 CLEAN_STYLE = "noto"
@@ -71,7 +72,7 @@ def write(folder: Path, entries: list[tuple[str, bytes, str, dict]], size: int =
 def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
-        raise FileNotFoundError(f"{source} is not the embedded corpus: 'make data' builds it")
+        raise UserError(f"{source} is not the embedded corpus: 'make data' builds it")
     version = checkpoints.read_json(source / "manifest.json").get("version")
     made, marker = {"version": version, "seed": SEED, "shares": SHARES}, out / "noise.json"
     if marker.is_file() and made.items() <= checkpoints.read_json(marker).items():

@@ -23,6 +23,7 @@ from typing import Literal
 import tyro
 
 from shared import checkpoints, cli, data, layout, tars
+from shared.errors import UserError
 from studies.corpora import scenes
 
 GENERIC = ("an image of an icon", "picture", "a drawing on a background", "symbol clip art")
@@ -92,9 +93,7 @@ def write_validation(setting: dict, folder: Path) -> None:
 def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
-        raise FileNotFoundError(
-            f"{source} holds no scenes: 'python -m studies.corpora.scenes --out {source}' builds them"
-        )
+        raise UserError(f"{source} holds no scenes: 'python -m studies.corpora.scenes --out {source}' builds them")
     if cfg.validation:
         return write_validation(checkpoints.read_json(source / "manifest.json")["setting"], cfg.validation)
     made = {"recipe": RECIPE, "noise": list(cfg.noise), "oracle": list(cfg.oracle)}
@@ -103,7 +102,7 @@ def main(cfg: Config) -> None:
     if (out / "manifest.json").is_file():
         if checkpoints.read_json(out / "manifest.json") == made:
             return print(f"{out} is complete")
-        raise ValueError(f"{out} was made of other scenes or shares: choose another --out, or remove it")
+        raise UserError(f"{out} was made of other scenes or shares: choose another --out, or remove it")
     shards = tars.samples(data.expand_shards(str(source / "train")), ("png", "json"))
     everything = [(key, files["png"], json.loads(files["json"])) for key, files in shards]
     names = sorted({about["names"][0] for _, _, about in everything})

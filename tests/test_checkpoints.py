@@ -46,7 +46,7 @@ def test_weights_in_a_safetensors_file(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file"):
         checkpoints.load_checkpoint(file)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+    with pytest.raises(ValueError, match="no checkpoint at"):
         checkpoints.load_checkpoint(tmp_path / "none.safetensors")
 
 
@@ -61,7 +61,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(ValueError, match="no space left"):
             checkpoints.save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == before and checkpoints.load_checkpoint(path) == {"step": 1}
     checkpoints.save_checkpoint(path, {"step": 2})  # what the crash left behind is in nobody's way
@@ -99,7 +99,7 @@ def test_garbage_is_no_checkpoint(tmp_path: Path, content: bytes):
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(ValueError, match="is not a checkpoint"):
         checkpoints.resume(tmp_path, Config())
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+    with pytest.raises(ValueError, match="no checkpoint at"):
         checkpoints.load_checkpoint(tmp_path / "none.pt")
 
 

@@ -35,7 +35,7 @@ def test_checkpoints_in_other_layouts(tmp_path):
 
 def assert_in_two(transform) -> None:
     """The transform can be split in two: decoder processes give uint8, and normalising later gives equal bits."""
-    pixels, normalise = data.in_two(transform)
+    pixels, normalise = data.split_normalisation(transform)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 250, 3), dtype=np.uint8))
     assert pixels(image).dtype == torch.uint8
     assert torch.equal(normalise(pixels(image)), transform(image))

@@ -38,7 +38,7 @@ def test_files_of_concepts(tmp_path):
     (tmp_path / "bad.json").write_text("3")
     with pytest.raises(ValueError, match="no list of concepts"):
         read_concepts(tmp_path / "bad.json")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_concepts(tmp_path / "none.txt")
     (tmp_path / "bad.json").write_text('["dog"]')
     with pytest.raises(ValueError, match="holds no descriptions"):

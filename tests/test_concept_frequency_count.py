@@ -174,7 +174,7 @@ def test_remote_files_are_counted(tmp_path, server, monkeypatch):
     counted(tmp_path, "remote{0.", data=(f"{address}/{{0..1}}.tar",), memory=1)  # there already
     assert len(asked) == before
     monkeypatch.setattr(data, "PAUSE", 0)
-    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+    with pytest.raises(ValueError, match="could not be fetched"):
         counted(tmp_path, "missing", data=(f"{address}/none.tar",))
 
 

@@ -50,7 +50,7 @@ def test_files_of_a_clone(tmp_path):
     assert imagenet["RN50|cc3m"] == 40 and "RN50|openai" not in imagenet
     every = with_table9(imagenet)
     assert every["RN50|openai"] == 59.82 and every["RN50|cc3m"] == 40
-    with pytest.raises(FileNotFoundError, match="has no folder search_counts"):
+    with pytest.raises(ValueError, match="has no folder search_counts"):
         Results(tmp_path / "none")
 
 

@@ -256,7 +256,7 @@ def test_settings_that_cannot_be_drawn(bank: sprites.Sprites, change: dict, sent
 
 
 def test_errors_of_the_command_line(config: scenes.Config, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no emoji corpus: 'make data'"):
+    with pytest.raises(ValueError, match="holds no emoji corpus: 'make data'"):
         scenes.main(dataclasses.replace(config, out=tmp_path / "a", corpus=tmp_path))
     with pytest.raises(ValueError, match="--samples must be at least 1"):
         scenes.main(dataclasses.replace(config, out=tmp_path / "a", samples=0))

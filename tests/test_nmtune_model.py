@@ -335,7 +335,7 @@ def test_wrong_checkpoints_are_named(tmp_path):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match="does not fit timm resnet_emoji"):
         load_encoder("timm", "resnet_emoji", str(tmp_path / "wrong.pt"))
-    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+    with pytest.raises(ValueError, match="nowhere.pt"):
         load_encoder("timm", "resnet_emoji", "nowhere.pt")
     with pytest.raises(ValueError, match="not from 'clip'"):
         load_encoder("clip", "RN50")

@@ -478,6 +478,6 @@ def test_what_was_written_is_read_back(labelled: Path, monkeypatch) -> None:
         pack.Retrieval(labelled / "captions.csv", out),
         pack.Classes(labelled / "labels.csv", out),
     ):
-        with pytest.raises(OSError, match="read back"):
+        with pytest.raises(ValueError, match="read back"):
             packed.build()
         assert not list(labelled.parent.glob("*out*"))

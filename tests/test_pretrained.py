@@ -213,7 +213,7 @@ def test_damaged_parts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_its_package(part: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(ValueError) as error:
         getattr(pretrained, part)()
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -174,7 +174,7 @@ def test_no_room_for_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     sentence = r"0.2 GB of features could not be written into .* \(No space left"
-    with pytest.raises(OSError, match=sentence), on_disk(tmp_path, 10**5, 512):
+    with pytest.raises(ValueError, match=sentence), on_disk(tmp_path, 10**5, 512):
         pass
 
 

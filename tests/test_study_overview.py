@@ -139,7 +139,7 @@ def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monk
         overview.main()
     Path("results/lexvla.json").unlink()
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="RESULTS.md could not be written and is left as it was"):
+    with pytest.raises(ValueError, match="RESULTS.md could not be written and is left as it was"):
         overview.main()
     assert [page.read_text() for page in pages] == ["before"] * 3
 

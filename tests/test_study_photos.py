@@ -91,7 +91,7 @@ def test_features_are_computed_before_runs_need_them(corpus: Path, monkeypatch: 
     photos.main((corpus / "train", corpus / "retrieval/test"))
     assert photos.test_set(corpus / "retrieval", side=128)[0].shape == (12, 8) and seen.pop() == 128
     assert seen == [photos.SIDE] * 2 and "features of 60 images" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="holds no shards"):
+    with pytest.raises(ValueError, match="holds no shards"):
         photos.main((corpus,))
 
 

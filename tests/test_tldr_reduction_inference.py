@@ -75,7 +75,7 @@ def test_merged_codes_are_memory_mapped(tmp_path):
     codes = np.arange(60, dtype=np.uint16).reshape(20, 3)
     alone, rows = run.Process(0, 1, torch.device("cpu")), np.delete(np.arange(20), 7)
     cached_rows(tmp_path, np.arange(20), 6, alone, lambda missing: {"codes": codes[missing]})
-    with room(200), pytest.raises(OSError, match="codes.npy could not be written"):
+    with room(200), pytest.raises(ValueError, match="codes.npy could not be written"):
         gathered_codes(tmp_path, rows, 6)
     merged = gathered_codes(tmp_path, rows, 6)
     assert isinstance(merged, np.memmap) and merged.dtype == np.uint16 and np.array_equal(merged, codes[rows])

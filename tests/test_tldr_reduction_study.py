@@ -128,5 +128,5 @@ def test_the_nearest_caption_is_of_the_samples_that_a_reduction_keeps(monkeypatc
     monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
     assert study.nearest_caption(refined=True)["names_ood/top1"] == 100
     assert study.nearest_caption("codes", seed=0, refined=True)["names_ood/top1"] == 50
-    with pytest.raises(FileNotFoundError, match="reduced/image-seed0/report.csv"):
+    with pytest.raises(ValueError, match="reduced/image-seed0/report.csv"):
         study.kept("image", 0)

@@ -33,7 +33,7 @@ def test_word_pieces(tmp_path):
     caption = torch.cat([torch.tensor([[tokenizer.dec]]), tokenizer(["a red blue car"])[0][:, 1:]], 1)
     assert prompt.tolist() == [tokenizer.cls, *caption[0, 1:3].tolist(), tokenizer.sep]
     assert tokenizer.decode(caption, "a red ") == ["blue car"]
-    with pytest.raises(FileNotFoundError, match="vocabulary"):
+    with pytest.raises(ValueError, match="vocabulary"):
         WordPiece(tmp_path / "missing.txt")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import cli, export
+from shared.errors import UserError
 from shared.evaluation import named
 from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
 from tinyclip.geometry import CONFIGS, WEIGHTS, weights_file
@@ -276,7 +277,7 @@ def check(cfg: Config, world_size: int) -> None:
     cli.check_zero_shot_set(cfg)
     check_stage(cfg)
     if cfg.alpha > 0 and cfg.teacher is None:
-        raise ValueError(
+        raise UserError(
             "affinity mimicking needs --teacher, which 'python -m tinyclip.train small-teacher' trains; without one "
             "pass --alpha 0"
         )
@@ -290,22 +291,22 @@ def check(cfg: Config, world_size: int) -> None:
 
 
 def check_source(cfg: Config, name: Literal["teacher", "init"]) -> None:
-    """Raise ValueError if --teacher or --init is a path that does not exist or holds no weights of a finished run."""
+    """Raise UserError if --teacher or --init is a path that does not exist or holds no weights of a finished run."""
     source = getattr(cfg, name)
     if source is None or named(source):
         return
     path = Path(source.removeprefix(export.LOCAL))
     own = export.trained_by(path) in (None, "tinyclip")  # other papers' runs need no model.pt
     if own and path.is_dir() and weights_file(path) == path / "checkpoint.pt":
-        raise ValueError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
+        raise UserError(f"--{name} {source} has no model.pt: its run is not finished; run its command again")
     if own and path.is_dir() and weights_file(path) == path:
-        raise ValueError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
+        raise UserError(f"--{name} {source} is a folder without weights: it has none of {', '.join(WEIGHTS)}")
     if not path.exists():
         hint = ""
         if "emoji" in cfg.model and "teacher" in path.name:
             preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
             hint = f"; 'python -m tinyclip.train {preset} --out PATH' trains the emoji one"
-        raise ValueError(
+        raise UserError(
             f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip{hint}"
         )
 
@@ -313,50 +314,50 @@ def check_source(cfg: Config, name: Literal["teacher", "init"]) -> None:
 def check_stage(cfg: Config) -> None:
     """Raise ValueError on invalid settings of a stage; reads no files."""
     if cfg.model not in CONFIGS:
-        raise ValueError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
+        raise UserError(f"--model {cfg.model!r} is none of {', '.join(CONFIGS)}")
     cli.check_counts(cfg, "steps", "batch_size", "dataset_size", "accumulate", "save_every", "log_every")
     cli.check_counts(cfg, "epochs", "warmup", "workers", "window_shards", least=0)
     cli.check_rates(cfg, "lr", "weight_decay", "weight")
     cli.check_adam(cfg)
     cli.check_positive(cfg, "max_grad_norm")
     if not 0 <= cfg.alpha <= 1:
-        raise ValueError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
+        raise UserError(f"--alpha {cfg.alpha} is not between 0 (contrastive) and 1 (affinity mimicking)")
     if cfg.image_size is not None and cfg.image_size < 1:
-        raise ValueError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
+        raise UserError(f"--image-size must be at least 1 pixel, or None for the model's own, not {cfg.image_size}")
     vision = CONFIGS[cfg.model]["vision"]
     convolutional = not isinstance(vision["layers"], int)
     if cfg.logit_scale is not None and not 0 < cfg.logit_scale < math.inf:
-        raise ValueError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
+        raise UserError(f"--logit-scale {cfg.logit_scale} must be above 0, or None to learn it")
     check_locked(cfg)
     if cfg.inherit_only is not None and (cfg.masks or cfg.inherit != "manual" or cfg.init is None):
-        raise ValueError("--inherit-only is a control of manual inheritance: it needs --init without --masks")
+        raise UserError("--inherit-only is a control of manual inheritance: it needs --init without --masks")
     if cfg.inherit == "random" and cfg.init is None:
-        raise ValueError("--inherit random takes random channels of --init: pass that, or --inherit manual")
+        raise UserError("--inherit random takes random channels of --init: pass that, or --inherit manual")
     if convolutional and "block" not in vision and cfg.image_size is not None and cfg.image_size < 32:
-        raise ValueError(f"--image-size {cfg.image_size} is too small for the ResNet of {cfg.model}: at least 32")
+        raise UserError(f"--image-size {cfg.image_size} is too small for the ResNet of {cfg.model}: at least 32")
     if not cfg.masks:
         return
     if convolutional:
-        raise ValueError(f"--masks act on transformers, not on the ResNet of {cfg.model}")
+        raise UserError(f"--masks act on transformers, not on the ResNet of {cfg.model}")
     if not 0 < cfg.prune_step < cfg.steps:
-        raise ValueError(f"--prune-step {cfg.prune_step} is not within the {cfg.steps} steps")
+        raise UserError(f"--prune-step {cfg.prune_step} is not within the {cfg.steps} steps")
     if not 0 <= cfg.start_sparsity <= cfg.target_sparsity < 1:
-        raise ValueError(
+        raise UserError(
             f"--start-sparsity {cfg.start_sparsity} and --target-sparsity {cfg.target_sparsity} must satisfy "
             "0 <= start <= target < 1"
         )
     if not cfg.mask_lr > 0 > cfg.lambda_lr:
-        raise ValueError(
+        raise UserError(
             f"--mask-lr {cfg.mask_lr} must be above 0, and --lambda-lr {cfg.lambda_lr} below, since it ascends"
         )
     if not {"heads", "intermediate"} <= set(cfg.mask_types):
-        raise ValueError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
+        raise UserError("--mask-types needs both heads and intermediate: the sparsity counts the parameters of both")
     if cfg.inherit == "random":
-        raise ValueError("--inherit random is a control without masks")
+        raise UserError("--inherit random is a control without masks")
 
 
 def in_steps(cfg: Config, per_epoch: int) -> Config:
-    """The settings with `steps` scaled to `epochs`; ValueError if they leave too few steps for the masks."""
+    """The settings with `steps` scaled to `epochs`; UserError if they leave too few steps for the masks."""
     if not cfg.epochs:
         return cfg
     steps = cfg.epochs * per_epoch
@@ -367,20 +368,20 @@ def in_steps(cfg: Config, per_epoch: int) -> Config:
 
 
 def check_locked(cfg: Config) -> None:
-    """Raise ValueError if both towers are locked, or if one is locked that cannot be."""
+    """Raise UserError if both towers are locked, or if one is locked that cannot be."""
     image, text = cfg.lock_image or cfg.use_teacher_image, cfg.lock_text or cfg.use_teacher_text
     if image and text:
-        raise ValueError(
+        raise UserError(
             "--lock-image or --use-teacher-image with --lock-text or --use-teacher-text leave no tower to train"
         )
     if (image or text) and cfg.masks:
-        raise ValueError("--masks train both towers: leave out --lock-image, --lock-text and --use-teacher-*")
+        raise UserError("--masks train both towers: leave out --lock-image, --lock-text and --use-teacher-*")
     if (cfg.use_teacher_image or cfg.use_teacher_text) and cfg.teacher is None:
-        raise ValueError("--use-teacher-image and --use-teacher-text need --teacher")
+        raise UserError("--use-teacher-image and --use-teacher-text need --teacher")
     if (cfg.lock_image or cfg.lock_text) and cfg.init is None:
-        raise ValueError("--lock-image and --lock-text would lock random weights: pass --init")
+        raise UserError("--lock-image and --lock-text would lock random weights: pass --init")
     if (cfg.lock_image and cfg.inherit_only == "text") or (cfg.lock_text and cfg.inherit_only == "image"):
-        raise ValueError(f"--inherit-only {cfg.inherit_only} leaves the other tower random, which would be locked")
+        raise UserError(f"--inherit-only {cfg.inherit_only} leaves the other tower random, which would be locked")
 
 
 def _zoo(row: str, imagenet: float, data: str = "LAION-400M", gpus: str = "32") -> Row:

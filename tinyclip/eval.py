@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import open_clip_config, statistics_beside, weights_file
@@ -173,13 +174,13 @@ def throughput(
 
 
 def export_run(path: str, folder: str, cfg: Config) -> None:
-    """Write the run as an open_clip model. ValueError if open_clip has no such towers."""
+    """Write the run as an open_clip model. UserError if open_clip has no such towers."""
     model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path)
     config = open_clip_config(model.geometry)
     if config is None:
         plain = "block" in model.geometry["vision"]
         why = "its image tower is a plain ResNet" if plain else "its masks left layers of different widths"
-        raise ValueError(f"{path} cannot be exported: {why}, which open_clip does not support")
+        raise UserError(f"{path} cannot be exported: {why}, which open_clip does not support")
     mean, std = image_statistics(path)
     transform = image_transform(model.geometry["vision"]["image_size"], statistics=(mean, std))
     export.write(folder, model, config, model.state_dict(), transform, mean=mean, std=std)
@@ -191,7 +192,7 @@ def image_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def probe_sets(cfg: Config, transform: Callable) -> list[tuple[EvalSet, EvalSet]]:
-    """Both splits of each set of --probe. ValueError for a set without classes, or for two sets of one name."""
+    """Both splits of each set of --probe. UserError for a set without classes, or for two sets of one name."""
     both = ("train", "test")
     splits = (evaluation.open_sets("probe", cfg.probe, transform, "classification", split=split) for split in both)
     return list(zip(*splits, strict=True))
@@ -234,7 +235,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path).to(process.device)
     geometry = model.geometry
     if cfg.quick_gelu not in (None, geometry["quick_gelu"]):
-        raise ValueError(f"{path} says itself that QuickGELU is {geometry['quick_gelu']}: leave out --quick-gelu")
+        raise UserError(f"{path} says itself that QuickGELU is {geometry['quick_gelu']}: leave out --quick-gelu")
     transform = image_transform(geometry["vision"]["image_size"], statistics=image_statistics(path))
     precision = run.resolve_precision(cfg.precision, process.device)
     dtype = run.DTYPES[precision]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.checkpoints import read_json
+from shared.errors import UserError
 from shared.memory import CLIP_STATISTICS
 
 # ------------------------------------------------------------------------------------------------- geometries by name
@@ -164,7 +165,7 @@ def config_beside(file: Path, transformers: bool) -> dict:
     """Read quick_gelu and head_width (image, text) from the configuration beside a weight file of transformers
     (config.json) or open_clip (open_clip_config.json); {} if there is no configuration. Shapes do not contain them.
 
-    ValueError if the configuration is not a CLIP's, or describes a tower that this code does not have.
+    UserError if the configuration is not a CLIP's, or describes a tower that this code does not have.
     """
     path = file.with_name("config.json" if transformers else "open_clip_config.json")
     if not path.is_file():
@@ -181,16 +182,16 @@ def config_beside(file: Path, transformers: bool) -> dict:
         text = common | {"hidden_size": 512, "num_attention_heads": 8} | config["text_config"]
         activations, eps = ({tower[key] for tower in (vision, text)} for key in ("hidden_act", "layer_norm_eps"))
         if activations not in ({"gelu"}, {"quick_gelu"}) or eps != {1e-5}:
-            raise ValueError(f"{path}: both towers must use gelu or both quick_gelu, and LayerNorms of eps 1e-5")
+            raise UserError(f"{path}: both towers must use gelu or both quick_gelu, and LayerNorms of eps 1e-5")
         widths = tuple(tower["hidden_size"] // tower["num_attention_heads"] for tower in (vision, text))
         return {"quick_gelu": activations == {"quick_gelu"}, "head_width": widths}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the configuration of a CLIP: {error}") from error
+        raise UserError(f"{path} is not the configuration of a CLIP: {error}") from error
 
 
 def statistics_beside(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of a network's images, each of three numbers, from the configuration beside its weight file: of
-    open_clip, or of transformers (preprocessor_config.json). CLIP's if there is none. ValueError if it is damaged."""
+    open_clip, or of transformers (preprocessor_config.json). CLIP's if there is none. UserError if it is damaged."""
     for name, mean, std in (
         ("open_clip_config.json", "mean", "std"),
         ("preprocessor_config.json", "image_mean", "image_std"),
@@ -204,7 +205,7 @@ def statistics_beside(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]
             except (TypeError, ValueError):
                 found = ((), ())
             if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
-                raise ValueError(f"{path} has no three means and three positive standard deviations of images")
+                raise UserError(f"{path} has no three means and three positive standard deviations of images")
             return found
     return CLIP_STATISTICS
 
@@ -221,11 +222,11 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
     """State dict of a CLIP in OpenAI's layout, pruned or not -> its geometry: embed_dim, vision and text.
 
     `head_width`, for both towers or (image, text), cannot be read from shapes; all released models have 64.
-    ValueError if these are not the weights of a CLIP.
+    UserError if these are not the weights of a CLIP.
     """
     widths = head_width if isinstance(head_width, tuple) else (head_width, head_width)
     if min(widths) < 1:
-        raise ValueError(f"a head must be at least 1 wide, not {min(widths)}")
+        raise UserError(f"a head must be at least 1 wide, not {min(widths)}")
 
     def depth(pattern: str) -> int:
         return 1 + max((int(m[1]) for key in state_dict if (m := re.match(pattern + r"\.(\d+)\.", key))), default=-1)
@@ -264,9 +265,9 @@ def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int]
             }
         return {"embed_dim": state_dict["text_projection"].shape[1], "vision": vision, "text": text}
     except KeyError as error:
-        raise ValueError(f"these are not the weights of a CLIP: {error.args[0]} is missing") from error
+        raise UserError(f"these are not the weights of a CLIP: {error.args[0]} is missing") from error
     except IndexError as error:
-        raise ValueError("these are not the weights of a CLIP: an embedding or projection has too few axes") from error
+        raise UserError("these are not the weights of a CLIP: an embedding or projection has too few axes") from error
 
 
 def open_clip_config(shape: Mapping) -> dict | None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from tinyclip.geometry import block_sizes
 from tinyclip.masks import prune, resized
 
@@ -25,12 +26,12 @@ def depth_indices(teacher_depth: int, student_depth: int, rule: str = "interval_
     interval_front: every (teacher_depth // student_depth)-th, so 12 -> 9 takes the first nine; uniform: an even spread.
     """
     if not 0 < student_depth <= teacher_depth:
-        raise ValueError(f"{student_depth} layers cannot inherit from {teacher_depth}")
+        raise UserError(f"{student_depth} layers cannot inherit from {teacher_depth}")
     if rule == "interval_front":
         return [i * (teacher_depth // student_depth) for i in range(student_depth)]
     if rule == "uniform":
         return [i * teacher_depth // student_depth for i in range(student_depth)]
-    raise ValueError(f"depth rule {rule!r} is neither interval_front nor uniform")
+    raise UserError(f"depth rule {rule!r} is neither interval_front nor uniform")
 
 
 BLOCK = re.compile(r"(.*(?:resblocks|layer\d))\.(\d+)\.(.+)")  # transformer blocks, and blocks of a ResNet's stages
@@ -47,7 +48,7 @@ def inherit_weights(
 
     Takes the layers of `depth_indices` in each transformer or ResNet stage, and of each tensor the front slice on every
     axis; of the fused (3 h d, H) projection the first heads of q, k and v. Uses only names and shapes of `student_sd`.
-    ValueError if a tensor of the student is larger than the teacher's or has no counterpart there.
+    UserError if a tensor of the student is larger than the teacher's or has no counterpart there.
     """
 
     def depths(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -65,10 +66,10 @@ def inherit_weights(
         match = BLOCK.fullmatch(name)
         source = name if match is None else f"{match[1]}.{layers[match[1]][int(match[2])]}.{match[3]}"
         if source not in teacher_sd:
-            raise ValueError(f"the student's {name} has nothing to inherit from: the teacher has no {source}")
+            raise UserError(f"the student's {name} has nothing to inherit from: the teacher has no {source}")
         value = teacher_sd[source]
         if "visual" in name and name.endswith("positional_embedding") and len(value) != len(target):
-            raise ValueError(
+            raise UserError(
                 f"{name} has {len(target)} positions and the teacher's {len(value)}: another patch grid, "
                 "which cannot be sliced; resize it first (resize_positional_embedding)"
             )
@@ -76,7 +77,7 @@ def inherit_weights(
             heads = value.unflatten(0, (3, -1, head_dim))
             value = heads[:, : len(target) // (3 * head_dim)].flatten(0, 2)
         if any(have < need for have, need in zip(value.shape, target.shape, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {tuple(target.shape)} in the student, more than {tuple(value.shape)} of the teacher"
             )
         inherited[name] = value[tuple(slice(0, size) for size in target.shape)].clone()
@@ -97,11 +98,11 @@ def resize_positional_embedding(table: Tensor, grid: int) -> Tensor:
 def inherit_at_random(teacher: nn.Module, student: Mapping, generator: torch.Generator) -> nn.Module:
     """A `model.CLIP` of the student's geometry from random layers, channels, heads and neurons of the teacher.
 
-    ValueError if a tower of teacher or student is a ResNet.
+    UserError if a tower of teacher or student is a ResNet.
     """
     towers = [(teacher.geometry[tower], student[tower]) for tower in ("vision", "text")]
     if not all(isinstance(tower["layers"], int) for pair in towers for tower in pair):
-        raise ValueError("--inherit random works on transformers, not on a ResNet")
+        raise UserError("--inherit random works on transformers, not on a ResNet")
     masks = [random_masks(*pair, generator) for pair in towers]
     return without_empty_blocks(prune(teacher, *masks, exact=True))
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from shared.errors import UserError
 from tinyclip.geometry import block_sizes, convert_state_dict, named_towers
 
 Masks = Mapping[str, Tensor]  # of a tower: hidden (H,), heads (L, h), intermediate (L, I); also mha (L,), ffn (L,)
@@ -68,7 +69,7 @@ class L0Mask(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if unknown := set(types) - set(KINDS):
-            raise ValueError(f"mask type {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+            raise UserError(f"mask type {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
         self.hidden, self.intermediate, self.heads, self.layers = hidden, intermediate, heads, layers
         self.types = tuple(types)
         shapes = {"hidden": (hidden,), "heads": (layers, heads), "intermediate": (layers, intermediate)}
@@ -226,7 +227,7 @@ def prune_tower(state: dict, prefix: str, tower: Mapping, masks: Masks, exact: b
     z = masks.get("hidden", torch.ones(tower["width"], device=state["logit_scale"].device))
     kept = z.nonzero().squeeze(1)
     if not len(kept):
-        raise ValueError("the masks leave no hidden dimension: lower the target sparsity")
+        raise UserError("the masks leave no hidden dimension: lower the target sparsity")
     zk = z[kept]
     state = prune_ends(dict(state), prefix, kept, zk, exact)
     # The last bias before the block, to which the output bias of an attention without heads is added
@@ -312,17 +313,17 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
 
     The rest of `model` is set to 0. Gates are open (a = 10) for the slots of the pruned network and closed (a = -10)
     elsewhere; the multipliers restart at 10. The slots do not record which channels of the teacher they were.
-    ValueError if the pruned network does not fit into `model`.
+    UserError if the pruned network does not fit into `model`.
     """
     small = convert_state_dict(pruned_sd)
     state = model.state_dict()  # shares the model's memory
     if strange := small.keys() - state.keys():
-        raise ValueError(f"the pruned network has {min(strange)}, but the full-size one does not")
+        raise UserError(f"the pruned network has {min(strange)}, but the full-size one does not")
     for name, full in state.items():
         full.zero_()
         if name not in small:
             if "resblocks" not in name:
-                raise ValueError(f"the pruned weights lack {name}")
+                raise UserError(f"the pruned weights lack {name}")
             continue
         pruned = small[name].to(full.device)
         if ".attn.in_proj_" in name and pruned.numel():
@@ -331,7 +332,7 @@ def expand_pruned(model: nn.Module, image_mask: L0Mask, text_mask: L0Mask, prune
             full, pruned = full.unflatten(0, split), pruned.unflatten(0, split)
         sizes = enumerate(zip(full.shape, pruned.shape, strict=True))
         if any(a < b or (a > b and axis == WHOLE.get(name)) for axis, (a, b) in sizes):
-            raise ValueError(
+            raise UserError(
                 f"{name} of the pruned network, {tuple(small[name].shape)}, does not fit {tuple(state[name].shape)}"
             )
         full[tuple(slice(0, size) for size in pruned.shape)] = pruned

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints, run
+from shared.errors import UserError
 from shared.evaluation import named
 from shared.resnet import resnet7_small
 from tinyclip.geometry import (
@@ -260,7 +261,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, patch, self.image_size = tower["width"], tower["patch_size"], tower["image_size"]
         if self.image_size % patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {patch}")
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {patch}")
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (self.image_size // patch) ** 2 + 1
@@ -340,7 +341,7 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, 3, R, R) -> (B, D)."""
         if masks and not isinstance(self.visual, VisionTransformer):
-            raise ValueError("masks act on transformers; use manual inheritance (inherit_weights) for a ResNet tower")
+            raise UserError("masks act on transformers; use manual inheritance (inherit_weights) for a ResNet tower")
         features = self.visual(image, masks) if masks else self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -448,7 +449,7 @@ class Student(nn.Module):
 def create_model(name: str, quick_gelu: bool = False) -> CLIP:
     """A randomly initialised CLIP of one of `CONFIGS`."""
     if name not in CONFIGS:
-        raise ValueError(f"model {name!r} is none of {', '.join(CONFIGS)}")
+        raise UserError(f"model {name!r} is none of {', '.join(CONFIGS)}")
     return CLIP(**CONFIGS[name], quick_gelu=quick_gelu)
 
 
@@ -463,7 +464,7 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
     """A CLIP in eval mode from a run folder of ours, a checkpoint file in either of the authors' layouts, a folder of
     transformers or open_clip, or `MODEL@WEIGHTS` of open_clip (`ViT-B-32@laion2b_e16`), which it downloads.
 
-    `head_width` and `quick_gelu` are for files that do not state them. ValueError if `source` has no CLIP, or if its
+    `head_width` and `quick_gelu` are for files that do not state them. UserError if `source` has no CLIP, or if its
     activation is unknown.
     """
     if named(source):
@@ -473,16 +474,16 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
     try:
         model = CLIP(**({"quick_gelu": quick_gelu} | shape))
     except (TypeError, KeyError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{source} describes a geometry that this code does not support: {error}") from error
+        raise UserError(f"{source} describes a geometry that this code does not support: {error}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"{source} does not hold a CLIP that this code knows (unless the file states the width of heads, it is "
             f"--head-width {head_width}): {checkpoints.one_line(error, 300)}"
         ) from error
     if model.geometry["quick_gelu"] is None:
-        raise ValueError(
+        raise UserError(
             f"{source} does not say whether its activation is QuickGELU: pass --quick-gelu (of a teacher, "
             "--teacher-quick-gelu), True for weights of OpenAI, False for what the authors of TinyCLIP have released"
         )
@@ -490,23 +491,23 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
 
 
 def open_clip_weights(source: str) -> tuple[dict[str, Tensor], dict]:
-    """(state dict, arguments of `CLIP`) of MODEL@WEIGHTS. ValueError if open_clip lacks them or cannot download."""
+    """(state dict, arguments of `CLIP`) of MODEL@WEIGHTS. UserError if open_clip lacks them or cannot download."""
     name, _, tag = source.partition("@")
     tags = {known: open_clip.list_pretrained_tags_by_model(known) for known in OPEN_CLIP}
     if tag not in tags.get(name, ()):
         known = "; ".join(f"{model}@ {', '.join(weights)}" for model, weights in tags.items())
-        raise ValueError(f"{source} is not among the weights of open_clip that fit here: {known}")
+        raise UserError(f"{source} is not among the weights of open_clip that fit here: {known}")
     try:
         state = open_clip.create_model(name, pretrained=tag).state_dict()
     except (RuntimeError, OSError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"{source}: open_clip could not download these weights ({why}); name a file") from error
+        raise UserError(f"{source}: open_clip could not download these weights ({why}); name a file") from error
     quick_gelu = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", tag == "openai"))
     return state, {"quick_gelu": quick_gelu} | CONFIGS[name]
 
 
 def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], dict]:
-    """(state dict in OpenAI's layout, arguments of `CLIP`) of a folder or file. ValueError if it has none.
+    """(state dict in OpenAI's layout, arguments of `CLIP`) of a folder or file. UserError if it has none.
 
     The arguments lack quick_gelu if the source does not state it.
     """
@@ -514,18 +515,16 @@ def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], 
     content = checkpoints.load_checkpoint(file)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise ValueError(
-            f"{path} holds no weights by name: a checkpoint is a dict of tensors, or has one as state_dict"
-        )
+        raise UserError(f"{path} holds no weights by name: a checkpoint is a dict of tensors, or has one as state_dict")
     stated = config_of_trainer(content.get("args")) | config_beside(file, of_transformers(state))
     state = convert_state_dict(state)
     if "masks" in content and content["masks"] is not None:
-        raise ValueError(f"{path} is in the middle of learning its masks; let it run past its --prune-step")
+        raise UserError(f"{path} is in the middle of learning its masks; let it run past its --prune-step")
     if "geometry" in content:
         return state, content["geometry"]
     if any("mask." in key for key in state):
-        raise ValueError(f"{path} still has its masks; prune it with the authors' code, or load its last stage")
+        raise UserError(f"{path} still has its masks; prune it with the authors' code, or load its last stage")
     try:
         return state, geometry(state, stated.pop("head_width", head_width)) | stated
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error

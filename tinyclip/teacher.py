@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shared import checkpoints, data, export
 from shared.clip import cuts, image_side
+from shared.errors import UserError
 from shared.evaluation import named
 from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import statistics_beside, weights_file
@@ -37,30 +38,30 @@ def as_clip(source: str) -> str | Path | None:
 
 
 def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
-    """The model that initial weights come from. ValueError if its towers cannot be cut."""
+    """The model that initial weights come from. UserError if its towers cannot be cut."""
     path = as_clip(source)
     if path is None and named(source):
-        raise ValueError(f"--init {source}: of open_clip's models, only {', '.join(OPEN_CLIP)} are loaded by name")
+        raise UserError(f"--init {source}: of open_clip's models, only {', '.join(OPEN_CLIP)} are loaded by name")
     if path is None:
-        raise ValueError(
+        raise UserError(
             f"--init {source} has towers without inheritable weights: it must be a CLIP with transformers or a ResNet"
         )
     return checked_clip(path, head_width, quick_gelu, f"--init {source}")
 
 
 def checked_clip(path: str | Path, head_width: int, quick_gelu: bool | None, source: str) -> CLIP:
-    """`load_clip(path)`; ValueError that names `source` if a weight is not finite, or the vocabulary is not CLIP's."""
+    """`load_clip(path)`; UserError that names `source` if a weight is not finite, or the vocabulary is not CLIP's."""
     model = finite(load_clip(path, head_width, quick_gelu), source)
     if (size := model.geometry["text"]["vocab_size"]) != VOCABULARY:
-        raise ValueError(f"{source} has a vocabulary of {size:,} tokens, and CLIP's tokenizer {VOCABULARY:,}")
+        raise UserError(f"{source} has a vocabulary of {size:,} tokens, and CLIP's tokenizer {VOCABULARY:,}")
     return model
 
 
 def finite(model: nn.Module, source: str) -> nn.Module:
-    """The model itself; ValueError if one of its weights is not finite."""
+    """The model itself; UserError if one of its weights is not finite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{source} holds {name} with numbers that are not finite: its training had diverged")
+            raise UserError(f"{source} holds {name} with numbers that are not finite: its training had diverged")
     return model
 
 
@@ -106,7 +107,7 @@ def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
 
 def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: int, context: int) -> CLIP | Teacher:
     """The teacher of a student with images of `side` pixels and `context` tokens: a `CLIP` if the sizes and the images'
-    statistics are equal, else wrapped in `Teacher`. ValueError if it has another tokenizer, or is not finite."""
+    statistics are equal, else wrapped in `Teacher`. UserError if it has another tokenizer, or is not finite."""
     path = as_clip(source)
     if path is not None:
         model = checked_clip(path, head_width, quick_gelu, f"--teacher {source}")
@@ -118,7 +119,7 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
     else:
         model, _, tokenizer = export.load_model(source)
         if getattr(tokenizer, "vocab_size", VOCABULARY) != VOCABULARY:
-            raise ValueError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
+            raise UserError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
         own, whole = (image_side(model), model.context_length), not cuts(model)
         statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
         finite(model, f"--teacher {source}")

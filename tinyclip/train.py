@@ -27,6 +27,7 @@ from torchvision.transforms import InterpolationMode
 
 from shared import accumulate, checkpoints, cli, data, memory, run, windows
 from shared.clip import cut_padding, set_grad_checkpointing
+from shared.errors import UserError
 from shared.memory import CLIP_STATISTICS
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, STAGES, Config, Stage, check, check_stage, in_steps  # noqa: F401
@@ -146,7 +147,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         if all(isinstance(each["layers"], int) for each in sizes):
             theirs, ours = (block_sizes(each)[0] for each in sizes)
             if theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"--init {cfg.init}: heads of its {tower} tower are {theirs} wide, and those of --model "
                     f"{cfg.model} {ours}; choose a --model with heads of that width"
                 )
@@ -161,7 +162,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         clip = inherit_at_random(source, clip.geometry, generator)
         shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (clip.state_dict(), own))
         if shapes != wanted or source.geometry["quick_gelu"] != cfg.quick_gelu:
-            raise ValueError(
+            raise UserError(
                 f"--inherit random cannot cut {cfg.model} out of {cfg.init}: their sizes or activations do not fit"
             )
         clip.logit_scale.data.copy_(own["logit_scale"])
@@ -170,7 +171,7 @@ def first_weights(cfg: Config) -> tuple[CLIP, list[L0Mask]]:
         try:
             taken = inherit_weights(own, state, head_width, cfg.depth_rule)
         except ValueError as error:
-            raise ValueError(f"--model {cfg.model} cannot start from --init {cfg.init}: {error}") from error
+            raise UserError(f"--model {cfg.model} cannot start from --init {cfg.init}: {error}") from error
         towers = {None: ("vision", "text"), "image": ("vision",), "text": ("text",)}[cfg.inherit_only]
         clip.load_state_dict(own | {name: value for name, value in taken.items() if tower_of(name) in towers})
     return clip, masks
@@ -180,14 +181,14 @@ def trained_towers(clip: CLIP, teacher: CLIP | None, stage: Stage) -> CLIP:
     """The student of a stage. With --use-teacher-* the teacher's tower replaces the student's. Such a tower, or a
     locked one, gets no gradients. U:open_clip/model.py:947, 1015.
 
-    ValueError if the teacher's tower does not fit the student's other tower.
+    UserError if the teacher's tower does not fit the student's other tower.
     """
     taken = {"vision": stage.use_teacher_image, "text": stage.use_teacher_text}
     shape, state = copy.deepcopy(clip.geometry), clip.state_dict()
     for tower in (tower for tower, theirs in taken.items() if theirs):
         for key in ("embed_dim", "quick_gelu"):
             if teacher.geometry[key] != shape[key]:
-                raise ValueError(
+                raise UserError(
                     f"the teacher's {tower} tower does not fit this student: {key} is {teacher.geometry[key]} "
                     f"in the teacher and {shape[key]} in the student"
                 )
@@ -376,7 +377,7 @@ class PairDataset(Dataset):
 
     def __init__(self, pairs: data.Shards | data.TSV | windows.Windowed, transform, tokenizer, seed: int = 0):
         self.pairs, self.tokenizer, self.seed = pairs, tokenizer, seed
-        self.transform, self.normalise = data.in_two(transform)
+        self.transform, self.normalise = data.split_normalisation(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -437,7 +438,7 @@ class Corpus:
     def read(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, None]]:
         """Shuffled batches of these epochs, from batch `first` of the first on; read by `workers` processes."""
         loader = windows.training_batches(self.dataset, collate, self.cfg, self.process, epochs, first)
-        for images, tokens, _ in data.watch(loader, self.broken):
+        for images, tokens, _ in data.collect_broken(loader, self.broken):
             yield self.dataset.normalise(images.to(self.process.device, non_blocking=True)), tokens, None
 
     def recall(self, epochs: range, first: int) -> Iterator[tuple[Tensor, Tensor, TeacherOutput | None]]:
@@ -548,7 +549,7 @@ def locked_rows(cfg: Config) -> list[tuple[str, str]]:
 
 
 def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | Teacher | None:
-    """The teacher, or None if the stage needs none. ValueError if the student uses the teacher's tower but has another
+    """The teacher, or None if the stage needs none. UserError if the student uses the teacher's tower but has another
     image size or context length."""
     borrowed, (side, context) = cfg.use_teacher_image or cfg.use_teacher_text, image_and_context(student)
     if cfg.alpha == 0 and not borrowed:
@@ -561,11 +562,11 @@ def frozen_teacher(cfg: Config, student: CLIP, process: run.Process) -> CLIP | T
     if isinstance(teacher, Teacher):
         sizes = f"{teacher.side} pixels and {teacher.context} tokens, the student {side} and {context}"
         if borrowed and (teacher.side, teacher.context) == (side, context):
-            raise ValueError(
+            raise UserError(
                 "--use-teacher-* need a teacher with towers like tinyclip.model.CLIP's, and CLIP's image statistics"
             )
         if borrowed:
-            raise ValueError(f"--use-teacher-* need a teacher with the student's sizes: the teacher sees {sizes}")
+            raise UserError(f"--use-teacher-* need a teacher with the student's sizes: the teacher sees {sizes}")
         if (teacher.side, teacher.context) != (side, context):
             run.say(f"the teacher sees {sizes}: its images are resized, its captions cut", process)
     return teacher.to(process.device).requires_grad_(False)
@@ -577,10 +578,10 @@ def distributed(student: Student, process: run.Process) -> nn.Module:
 
 
 def check_skipped(skipped: Tensor, step: int, last: bool) -> None:
-    """ValueError if more than 100 steps in a row were skipped, or all steps of a run."""
+    """UserError if more than 100 steps in a row were skipped, or all steps of a run."""
     if skipped > 100 or (last and skipped > step):
         text = f"gradients were not finite {int(skipped)} times in a row up to step {step}"
-        raise ValueError(f"{text}: lower --lr, or use --precision fp32")
+        raise UserError(f"{text}: lower --lr, or use --precision fp32")
 
 
 def cut_masks(student: Student, cfg: Config, folder: run.RunFolder, epoch: int) -> Student:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared.errors import UserError
 from shared.run import Process, gather, gather_lists
 
 PAD, SEP = 0, 102  # of bert-base-uncased
@@ -184,7 +185,7 @@ class TextTransformer(nn.Module):
         covers earlier ones."""
         end, device = attention_mask.shape[1], input_ids.device
         if end > self.max_positions:
-            raise ValueError(f"a text of {end} tokens is longer than the model's {self.max_positions} positions")
+            raise UserError(f"a text of {end} tokens is longer than the model's {self.max_positions} positions")
         positions = torch.arange(end - input_ids.shape[1], end, device=device)
         x = self.embeddings["word_embeddings"](input_ids) + self.embeddings["position_embeddings"](positions)
         x = F.dropout(self.embeddings["LayerNorm"](x), self.dropout, self.training)
@@ -333,7 +334,7 @@ def beam_search(
     """
     n, device, length = num_beams, prompt_ids.device, len(prompt_ids)
     if not 0 < length < max_length:
-        raise ValueError(f"--max-length {max_length} must exceed the prompt's {length} tokens")
+        raise UserError(f"--max-length {max_length} must exceed the prompt's {length} tokens")
     ids = prompt_ids.expand(batch * n, length)
     order = torch.arange(batch * n, device=device)
     beam_scores = torch.full((batch, n), -1e9, device=device)
@@ -604,7 +605,7 @@ class BLIP(nn.Module):
         """Replace the oldest keys by those of the global batch. B:models/blip_pretrain.py:232."""
         size, count = self.image_queue.shape[1], len(image_features)
         if count > size:
-            raise ValueError(f"a queue of {size} keys is smaller than the batch of {count}: raise --queue-size")
+            raise UserError(f"a queue of {size} keys is smaller than the batch of {count}: raise --queue-size")
         places = (self.queue_ptr + torch.arange(count, device=self.queue_ptr.device)) % size
         self.image_queue[:, places], self.text_queue[:, places] = image_features.T, text_features.T
         if image_ids is not None:

@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, export
+from shared.errors import UserError
 from tldr_reduction import config
 from tldr_reduction.blip import VisionTransformer, resize_pos_embed
 from tldr_reduction.model import build, build_for
@@ -47,13 +48,13 @@ NEEDED = {  # stage: prefixes of the weights that it needs
 def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | open_clip.SimpleTokenizer]:
     """Model in eval mode, settings and tokenizer of a run folder."""
     if not (Path(path) / "checkpoint.pt").is_file():
-        raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
+        raise UserError(f"{path} is no run folder: it has no checkpoint.pt")
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     kept = state.get("config") if isinstance(state, dict) else None
     cfg = checkpoints.config_in(state, config.class_of(kept if isinstance(kept, dict) else {}), path)
     tokenizer = tokenizer_of(cfg)
     if state.get("vocab") not in (None, getattr(tokenizer, "fingerprint", None)):
-        raise ValueError(f"{path} was trained with another vocabulary than {cfg.vocab} holds now: restore that file")
+        raise UserError(f"{path} was trained with another vocabulary than {cfg.vocab} holds now: restore that file")
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
     return model.eval(), cfg, tokenizer
@@ -63,19 +64,19 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
     """Load the model, settings and tokenizer of a run folder, or of transformers' BLIP (a folder, or a name on the
     Hugging Face hub), as captioner, finetune (writes captions) or blip (scores matching).
 
-    Raise ValueError or FileNotFoundError if the model is missing or cannot serve as that stage.
+    Raise ValueError or UserError if the model is missing or cannot serve as that stage.
     """
     folder = Path(path)
     if stage != "captioner" and not (folder / "checkpoint.pt").is_file():
         if is_hugging_face(folder) or (not folder.exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)):
             return load_hugging_face(path, stage)
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} is no run folder (it has no checkpoint.pt), and no transformers' BLIP: a folder with its "
             "config.json, or a name on the Hugging Face hub"
         )
     model, settings, tokenizer = load_run(path)
     if settings.stage != stage and (settings.stage, stage) != ("retrieval", "blip"):  # retrieval also scores
-        raise ValueError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
+        raise UserError(f"{path} is a run of stage {settings.stage}, where one of stage {stage} is needed")
     return model, settings, tokenizer
 
 
@@ -112,7 +113,7 @@ def hub_folder(name: str) -> Path:
     except Exception as error:  # the hub and the network raise all kinds
         instead = "a folder with its config.json, tokenizer.json and model.safetensors"
         raise not_on_hub(f"{name} is no run folder", error, instead) from error
-    raise ValueError(f"{name} on the Hugging Face hub has no model.safetensors")
+    raise UserError(f"{name} on the Hugging Face hub has no model.safetensors")
 
 
 def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPiece]:
@@ -123,7 +124,7 @@ def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, 
     folder = Path(path) if Path(path).exists() else hub_folder(path)
     file, theirs = weights_of(str(folder)), BlipConfig.from_pretrained(folder)
     if file is None:
-        raise FileNotFoundError(f"{folder} has no model.safetensors")
+        raise UserError(f"{folder} has no model.safetensors")
     vision, text = theirs.vision_config, theirs.text_config
     sizes = dict(image_size=vision.image_size, patch_size=vision.patch_size, width=vision.hidden_size)
     sizes |= dict(layers=vision.num_hidden_layers, heads=vision.num_attention_heads, text_width=text.hidden_size)
@@ -138,7 +139,7 @@ def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, 
     missing = load_blip(model, checkpoints.load_checkpoint(file))
     if lost := [name for name in missing if name.startswith(NEEDED[stage]) and "_m." not in name]:
         what = "write captions" if stage == "finetune" else "score matching"
-        raise ValueError(f"{path} cannot {what}: it lacks {lost[0]}")
+        raise UserError(f"{path} cannot {what}: it lacks {lost[0]}")
     return model.eval(), settings, tokenizer
 
 
@@ -179,7 +180,7 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
     """
     state, own = blip_state(source), model.state_dict()
     if not set(own) & set(state):
-        raise ValueError(f"{source} holds none of the model's parameters: it is no BLIP or TL;DR checkpoint")
+        raise UserError(f"{source} holds none of the model's parameters: it is no BLIP or TL;DR checkpoint")
     state = {key: value for key, value in state.items() if key in own}
     for key in [key for key in state if key.endswith("pos_embed")]:
         state[key] = resize_pos_embed(state[key], math.isqrt(own[key].shape[1] - 1))
@@ -307,7 +308,7 @@ def init_vision(tower: VisionTransformer, name: str) -> None:
     try:
         state = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # the hub and the network raise all kinds
-        raise ValueError(unavailable("--vision-init", name, error)) from error
+        raise UserError(unavailable("--vision-init", name, error)) from error
     state["pos_embed"] = resize_pos_embed(state["pos_embed"], math.isqrt(tower.pos_embed.shape[1] - 1))
     tower.load_state_dict({key: state[key] for key in tower.state_dict()})
 
@@ -323,13 +324,13 @@ def init_text(model: nn.Module, name: str) -> None:
     try:
         state = transformers.AutoModelForMaskedLM.from_pretrained(name).state_dict()
     except Exception as error:  # the hub and the network raise all kinds
-        raise ValueError(unavailable("--text-init", name, error)) from error
+        raise UserError(unavailable("--text-init", name, error)) from error
     for key, value in model.state_dict().items():
         tower, _, rest = key.partition(".")
         source = state.get({"text_encoder": "bert.", "text_decoder": ""}.get(tower, "?") + rest)
         if source is not None:
             if source.shape[1:] != value.shape[1:] or len(source) > len(value):
-                raise ValueError(
+                raise UserError(
                     f"--text-init {name} does not fit: its {rest} is {tuple(source.shape)}, here {tuple(value.shape)}"
                 )
             value[: len(source)].copy_(source)
@@ -353,7 +354,7 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
         sizes |= dict(text_heads=max(text_width // 64, 1), image_size=0)
         sizes["image_size"] = patch * math.isqrt(state["visual_encoder.pos_embed"].shape[1] - 1)
     except (KeyError, ValueError) as error:
-        raise ValueError("the file is no BLIP or TL;DR checkpoint") from error
+        raise UserError("the file is no BLIP or TL;DR checkpoint") from error
     if "vision_proj.weight" in state:
         sizes["embed_dim"] = len(state["vision_proj.weight"])
     if "quantize.embedding.weight" in state:
@@ -381,13 +382,13 @@ class Config:
 def main(cfg: Config) -> None:
     """Write the run folder."""
     if not Path(cfg.source).is_file():
-        raise FileNotFoundError(f"{cfg.source} does not exist")
+        raise UserError(f"{cfg.source} does not exist")
     folder = Path(cfg.out)
     if (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} holds a run already: choose another --out")
+        raise UserError(f"{folder} holds a run already: choose another --out")
     state = checkpoints.load_checkpoint(cfg.source)
     if "seconds" in state:
-        raise ValueError(f"{cfg.source} belongs to a run folder already: it needs no conversion")
+        raise UserError(f"{cfg.source} belongs to a run folder already: it needs no conversion")
     state = blip_state(state)
     sizes = sizes_of(state) | ({"image_size": cfg.image_size} if cfg.image_size else {})
     known = {"captioner": config.CaptionerConfig, "finetune": config.FinetuneConfig, "blip": config.Config}[cfg.stage]
@@ -396,11 +397,11 @@ def main(cfg: Config) -> None:
     queue = {"queue_size": 1} if cfg.stage == "blip" else {}
     settings = known(out=cfg.out, init=cfg.source, vocab=cfg.vocab, epochs=1, batch_size=1, **queue, **sizes)
     if settings.image_size % settings.patch_size:
-        raise ValueError(f"--image-size {cfg.image_size} is no multiple of the patches' {settings.patch_size} pixels")
+        raise UserError(f"--image-size {cfg.image_size} is no multiple of the patches' {settings.patch_size} pixels")
     model = build_for(settings, tokenizer_of(settings))
     missing = [name for name in load_blip(model, state) if "_m." not in name and "queue" not in name]
     if lost := [name for name in missing if name.startswith(NEEDED[cfg.stage])]:
-        raise ValueError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")
+        raise UserError(f"{cfg.source} lacks {', '.join(lost[:3])}: it cannot serve as --stage {cfg.stage}")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints.write_json(folder / "config.json", dataclasses.asdict(settings))
     (folder / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')  # read as a run of 0 seconds

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.errors import UserError
+
 CHUNK = 2**12  # code vectors per chunk of whitening and assignment, which fit the cache as float32
 
 # --------------------------------------------------------------------------------------------------------- whitening
@@ -99,7 +101,7 @@ def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | 
     """Centroids and objective of `kmeans`."""
     x = as_float(x).detach().cpu().contiguous()
     if not 1 <= k <= len(x):
-        raise ValueError(f"{len(x)} samples cannot make {k} clusters: choose --clusters between 1 and {len(x)}")
+        raise UserError(f"{len(x)} samples cannot make {k} clusters: choose --clusters between 1 and {len(x)}")
     clustering = faiss.Clustering(x.shape[1], k)
     clustering.seed, clustering.niter = seed, niter
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 10_000_000

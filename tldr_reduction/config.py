@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from shared import checkpoints, cli, export
+from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 from shared.pretrained import LITE0
 
@@ -370,7 +371,7 @@ def check(cfg: Common, world_size: int) -> None:
     if cfg.dry_run:
         return
     if not cfg.data:
-        raise ValueError(
+        raise UserError(
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data 'cc3m/{00000..00331}.tar'"
             "; 'python -m shared.pack' makes them of your own pictures"
         )
@@ -379,28 +380,26 @@ def check(cfg: Common, world_size: int) -> None:
     if isinstance(cfg, (FinetuneConfig, RetrievalConfig)):
         what = "a captioner" if isinstance(cfg, FinetuneConfig) else "a blip"
         if not cfg.init:
-            raise ValueError(f"--init is missing: {cfg.stage} starts from the run folder or checkpoint of {what}")
+            raise UserError(f"--init is missing: {cfg.stage} starts from the run folder or checkpoint of {what}")
         if not Path(cfg.init).exists():
-            raise FileNotFoundError(f"--init {cfg.init} does not exist")
+            raise UserError(f"--init {cfg.init} does not exist")
     if isinstance(cfg, CaptionerConfig) and cfg.keywords is not None and cfg.codebook_init == "keywords":
         if not Path(cfg.keywords).is_file():
-            raise FileNotFoundError(f"--keywords {cfg.keywords} does not exist: a text file with one keyword a line")
+            raise UserError(f"--keywords {cfg.keywords} does not exist: a text file with one keyword a line")
         lines = len(read_lines(cfg.keywords, "--keywords"))
         if lines < cfg.num_codes:
-            raise ValueError(
-                f"--keywords {cfg.keywords} holds {lines} keywords, fewer than --num-codes {cfg.num_codes}"
-            )
+            raise UserError(f"--keywords {cfg.keywords} holds {lines} keywords, fewer than --num-codes {cfg.num_codes}")
     if isinstance(cfg, Config):
         cli.check_eval_set(cfg)
         cli.check_zero_shot_set(cfg)
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    """Lines of a text file. ValueError that names the file, as `what`, if it is not UTF-8."""
+    """Lines of a text file. UserError that names the file, as `what`, if it is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{what} {path} is not UTF-8 text") from error
+        raise UserError(f"{what} {path} is not UTF-8 text") from error
 
 
 def for_steps(cfg: Common, per_epoch: int) -> Common:
@@ -434,45 +433,45 @@ def check_sizes(cfg: Common, world_size: int) -> None:
         cli.check_counts(cfg, "steps")
     for name in ("dropout", "drop_path", "momentum", "alpha"):
         if not 0 <= getattr(cfg, name, 0.0) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is not in [0, 1]")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is not in [0, 1]")
     cli.check_batch(cfg, world_size)
     if isinstance(cfg, Config) and cfg.lock_image:
         check_lock(cfg)
     if isinstance(cfg, Config) and cfg.bag_of_words and cfg.objective != "clip":
-        raise ValueError("--bag-of-words is for --objective clip")
+        raise UserError("--bag-of-words is for --objective clip")
     if isinstance(cfg, Config) and cfg.accumulate > 1 and cfg.objective != "clip":
-        raise ValueError(
+        raise UserError(
             "--accumulate is for --objective clip: a blip's losses need more of a pair than its features; "
             "--grad-checkpointing saves memory, too"
         )
     if cfg.image_size % cfg.patch_size:
-        raise ValueError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
+        raise UserError(f"--image-size {cfg.image_size} is no multiple of --patch-size {cfg.patch_size}")
     if isinstance(cfg, CaptionerConfig) or (isinstance(cfg, FinetuneConfig) and cfg.quantize):
         cli.check_counts(cfg, "num_codes", "code_dim")
         if cfg.width % cfg.code_dim:
-            raise ValueError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
+            raise UserError(f"--width {cfg.width} cannot be cut into codes of --code-dim {cfg.code_dim}")
     for width, heads, what in ((cfg.width, cfg.heads, ""), (cfg.text_width, cfg.text_heads, "text-")):
         if width % heads:
-            raise ValueError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
+            raise UserError(f"--{what}width {width} is no multiple of --{what}heads {heads}")
     if not 2 <= cfg.max_length <= cfg.max_positions:
-        raise ValueError(f"--max-length {cfg.max_length} is not in 2..{cfg.max_positions} (--max-positions)")
+        raise UserError(f"--max-length {cfg.max_length} is not in 2..{cfg.max_positions} (--max-positions)")
     if not 0 < cfg.crop_scale <= 1:
-        raise ValueError(f"--crop-scale {cfg.crop_scale} is not in (0, 1]")
+        raise UserError(f"--crop-scale {cfg.crop_scale} is not in (0, 1]")
     if cfg.stage in ("blip", "retrieval") and cfg.queue_size < cfg.batch_size:
-        raise ValueError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
+        raise UserError(f"--queue-size {cfg.queue_size} is smaller than --batch-size {cfg.batch_size}")
 
 
 def check_lock(cfg: Config) -> None:
-    """Raise ValueError unless --lock-image is possible: with EfficientNet-Lite0, and data read without windows."""
+    """Raise UserError unless --lock-image is possible: with EfficientNet-Lite0, and data read without windows."""
     vision = export.open_clip_config(cfg.clip_model)["vision_cfg"]
     if cfg.objective != "clip" or vision.get("timm_model_name") != LITE0:
         tower = "blip" if cfg.objective == "blip" else cfg.clip_model
-        raise ValueError(
+        raise UserError(
             "--lock-image has weights of EfficientNet-Lite0 only: --objective clip --clip-model Lite0-emoji, not "
             f"{tower}"
         )
     if cfg.window_shards:
-        raise ValueError("--lock-image computes the features of all images once: it needs --window-shards 0")
+        raise UserError("--lock-image computes the features of all images once: it needs --window-shards 0")
 
 
 # ----------------------------------------------------------------------------------------------------------- reductions
@@ -625,7 +624,7 @@ def without_effect(cfg: ReduceConfig, n: int) -> list[str]:
 def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
     """Return the settings of a reduction of n samples, completed by the recipe. ValueError on invalid settings."""
     if cfg.recipe not in RECIPES:
-        raise ValueError(f"--recipe {cfg.recipe} is none of {', '.join(RECIPES)}")
+        raise UserError(f"--recipe {cfg.recipe} is none of {', '.join(RECIPES)}")
     recipe = RECIPES[cfg.recipe]
     clusters = cfg.clusters if cfg.clusters is not None else default_clusters(cfg.recipe, n)
     keep = recipe["keep"] if cfg.keep is None else cfg.keep
@@ -634,42 +633,40 @@ def check_reduction(cfg: ReduceConfig, n: int) -> ReduceConfig:
     captions = cfg.captions or ("refined" if written else "original")
     for name, value in (("keep", keep), ("itm-keep", itm_keep)):
         if value is not None and not 0 < value <= 1:
-            raise ValueError(f"--{name} {value} is not in (0, 1]")
+            raise UserError(f"--{name} {value} is not in (0, 1]")
     if not 1 <= clusters <= n:
-        raise ValueError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
+        raise UserError(f"--clusters {clusters} is not in 1..{n}, the number of samples")
     counts = ("chunk", "batch_size", "niter", "points_per_centroid", "whiten_dim", "num_beams", "num_codes", "code_dim")
     cli.check_counts(cfg, *counts)
     cli.check_counts(cfg, "workers", least=0)
     if cfg.num_codes > 2**16:
-        raise ValueError(f"--num-codes {cfg.num_codes} is more than the 65536 that code vectors are stored with")
+        raise UserError(f"--num-codes {cfg.num_codes} is more than the 65536 that code vectors are stored with")
     if cfg.max_length < max(5, cfg.min_length):  # [CLS] a picture of
-        raise ValueError(
+        raise UserError(
             f"--max-length {cfg.max_length} must exceed the prompt's 4 tokens and reach --min-length {cfg.min_length}"
         )
     if cfg.caption_model and cfg.predictions:
-        raise ValueError("--caption-model and --predictions are two captioners: choose one")
+        raise UserError("--caption-model and --predictions are two captioners: choose one")
     if captions != "original" and not written:
-        raise ValueError(
+        raise UserError(
             f"--captions {captions} needs --caption-model, a run folder of finetune.py or transformers' BLIP, or "
             "--predictions, a file of captions"
         )
     if (itm_keep is not None or cfg.select == "itm" or cfg.features in ("blip", "text")) and not cfg.scorer:
-        raise ValueError(
-            "ITM scores, blip and text features need --scorer, a run, transformers' BLIP or a dual encoder"
-        )
+        raise UserError("ITM scores, blip and text features need --scorer, a run, transformers' BLIP or a dual encoder")
     for name, folder in (("out", cfg.out), ("work", cfg.work)):
         if folder and Path(folder).exists() and not Path(folder).is_dir():
-            raise NotADirectoryError(f"--{name} {folder} is a file: name a folder")
+            raise UserError(f"--{name} {folder} is a file: name a folder")
     if Path(cfg.data).resolve() in (Path(cfg.out).resolve(), Path(cfg.out, "annotation.json").resolve()):
-        raise ValueError(f"--out {cfg.out} is the folder of the data: choose another")
+        raise UserError(f"--out {cfg.out} is the folder of the data: choose another")
     if cfg.extract_images and cfg.data.endswith(".json"):
-        raise ValueError(f"--extract-images is for shards: the images of {cfg.data} are files already")
+        raise UserError(f"--extract-images is for shards: the images of {cfg.data} are files already")
     if cfg.match and not 0 < kept_by(cfg.match) <= n:
-        raise ValueError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, but {cfg.data} has only {n:,}")
+        raise UserError(f"--match {cfg.match} kept {kept_by(cfg.match):,} samples, but {cfg.data} has only {n:,}")
     if cfg.match and cfg.select not in ("random", "first", "itm"):
-        raise ValueError(f"--match goes with --select random, first or itm, not {cfg.select}")
+        raise UserError(f"--match goes with --select random, first or itm, not {cfg.select}")
     if cfg.match and itm_keep is not None:
-        raise ValueError(
+        raise UserError(
             "--match fixes the number of kept samples, which an ITM filter would reduce: choose one of them"
         )
     return dataclasses.replace(cfg, clusters=clusters, keep=keep, itm_keep=itm_keep, captions=captions)
@@ -680,7 +677,7 @@ def kept_by(folder: str) -> int:
     path = Path(folder) / "report.json"
     kept = checkpoints.read_json(path).get("kept") if path.is_file() else None
     if kept is None:
-        raise FileNotFoundError(f"--match {folder} holds no report.json of a finished reduction")
+        raise UserError(f"--match {folder} holds no report.json of a finished reduction")
     return kept
 
 

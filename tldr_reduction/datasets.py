@@ -20,6 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import data
+from shared.errors import UserError
 from shared.index import Strings, cached
 from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
 from tldr_reduction.config import Common
@@ -88,17 +89,17 @@ class RandomAugment:
 def read_annotations(path: str) -> tuple[dict[str, np.ndarray], dict]:
     """Image paths and captions of an annotation file, each as joined bytes with the end of each text, and a digest.
 
-    ValueError if the file is not a list of annotations.
+    UserError if the file is not a list of annotations.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         files, texts = Strings.of(str(entry["image"]) for entry in entries), [entry["caption"] for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is no annotation file, a JSON list of {{"image": ..., "caption": ...}}') from error
+        raise UserError(f'{path} is no annotation file, a JSON list of {{"image": ..., "caption": ...}}') from error
     if not texts:
-        raise ValueError(f"{path} has no entry")
+        raise UserError(f"{path} has no entry")
     if other := [row for row, text in enumerate(texts) if not isinstance(text, str)]:
-        raise ValueError(f"{path}: the caption of {files[other[0]]} is no text (entry {other[0]})")
+        raise UserError(f"{path}: the caption of {files[other[0]]} is no text (entry {other[0]})")
     captions = Strings.of(text.encode(errors="replace") for text in texts)
     arrays = {"files": files.text, "file_ends": files.ends, "captions": captions.text, "caption_ends": captions.ends}
     return arrays, {"digest": data.fingerprint(*(array.tobytes() for array in arrays.values()))}
@@ -143,7 +144,7 @@ def open_pairs(spec: str, root: str | None = None, limit: int | None = None, str
     """Open an annotation .json, or shards or a .tsv by `shared.data.open_pairs`."""
     if spec.endswith(".json"):
         if not os.path.isfile(spec):
-            raise FileNotFoundError(f"{spec} does not exist")
+            raise UserError(f"{spec} does not exist")
         return Annotations(spec, root, limit, strict, Path(cache or "data/cache"))
     return data.open_pairs(spec, limit, strict, Path(cache or "data/cache"))
 
@@ -153,7 +154,7 @@ def local_pairs(spec: str, root: str | None = None, limit: int | None = None, ca
     try:
         if not any(map(data.is_remote, data.expand_shards(spec))):
             return open_pairs(spec, root, limit, False, cache)
-    except FileNotFoundError:
+    except UserError:
         pass
     return None
 
@@ -171,7 +172,7 @@ class PairDataset(Dataset):
 
     def __init__(self, pairs, transform, seed: int, max_words: int = 30):
         self.pairs, self.seed, self.max_words = pairs, seed, max_words
-        self.transform, self.normalise = data.in_two(transform)
+        self.transform, self.normalise = data.split_normalisation(transform)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -192,7 +193,7 @@ class LockedPairs(PairDataset):
         super().__init__(pairs, transform, seed, max_words)
         self.captions: list[str] = []
         self.broken: list[data.Broken] = []
-        self.normalise = data.as_it_is
+        self.normalise = data.identity
         self.features = cached_lite0_features(self.views(), cache)
 
     def views(self, size: int = 256) -> Iterator[Tensor]:
@@ -249,7 +250,7 @@ class OrderedDataset(Dataset):
             pair = self.pairs.read(row)
         except data.BrokenSample as error:
             if self.pairs.strict:
-                raise ValueError(f"--strict: sample {self.pairs.keys[row]}: {error}") from error
+                raise UserError(f"--strict: sample {self.pairs.keys[row]}: {error}") from error
             return row, self.transform(Image.new("RGB", (8, 8))), "", 0, str(error)
         return row, self.transform(pair.image), pair.caption, pixel_hash(pair.image), ""
 

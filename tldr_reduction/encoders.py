@@ -19,6 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import checkpoints, data, export, pretrained
+from shared.errors import UserError
 from tldr_reduction.cluster import as_float, nearest, train_kmeans
 
 LITE0 = "efficientnet_lite0"
@@ -50,7 +51,7 @@ def square(size: int, mean: tuple, std: tuple) -> transforms.Compose:
 
 
 def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
-    """Load an encoder by its name (NAMES). ValueError or FileNotFoundError if it cannot be loaded."""
+    """Load an encoder by its name (NAMES). ValueError or UserError if it cannot be loaded."""
     kind, _, rest = name.partition(":")
     if name == LITE0:
         model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
@@ -66,7 +67,7 @@ def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
         return Encoder(
             transform, in_batches(last_map(model.visual.forward_intermediates)), in_batches(model.encode_image)
         )
-    raise ValueError(f"there is no encoder {name!r}: it is {NAMES}")
+    raise UserError(f"there is no encoder {name!r}: it is {NAMES}")
 
 
 def in_batches(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -95,18 +96,18 @@ def load_timm(name: str, file: str = "") -> nn.Module:
         model = timm.create_model(name, pretrained=not file, num_classes=0)
     except Exception as error:  # timm, the hub and the network raise all kinds
         why = checkpoints.one_line(error, 120)
-        raise ValueError(
+        raise UserError(
             f"timm:{name} is not on this machine and could not be fetched ({why}); timm:{name}:FILE takes weights from "
             f"a file, or name {LITE0}"
         ) from error
     if file:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"{file}, the weights of timm:{name}, does not exist")
+            raise UserError(f"{file}, the weights of timm:{name}, does not exist")
         state = checkpoints.load_checkpoint(file)
         state = state.get("state_dict", state.get("model", state))
         missing, _ = model.load_state_dict(state, strict=False)
         if missing:
-            raise ValueError(f"{file} holds no weights of timm:{name}: it lacks {missing[0]}")
+            raise UserError(f"{file} holds no weights of timm:{name}: it lacks {missing[0]}")
     return model.eval()
 
 

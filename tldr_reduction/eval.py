@@ -18,6 +18,7 @@ from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 from torch import Tensor
 
 from shared import checkpoints, cli, data, evaluation, export, run, tars
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.zeroshot import evaluate, owners
 from tldr_reduction.checkpoints import export_blip, load_run
@@ -211,7 +212,7 @@ def descriptions(spec: str) -> dict[str, dict]:
     try:
         shards = data.expand_shards(spec)
         if any(map(data.is_remote, shards)):
-            raise ValueError("they are remote")
+            raise UserError("they are remote")
         return dict(tars.descriptions(shards))
     except (OSError, ValueError) as error:
         print(f"metrics of the samples in {spec} are left out: {error}")
@@ -289,7 +290,7 @@ def export_run(path: str, folder: str) -> None:
     if settings.stage != "clip":
         return export_blip(model, settings, tokenizer, folder)
     if settings.bag_of_words:
-        raise ValueError(f"{path} cannot be exported: open_clip has no text tower like that of --bag-of-words")
+        raise UserError(f"{path} cannot be exported: open_clip has no text tower like that of --bag-of-words")
     config = export.named_config(settings.clip_model)
     config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip then takes the tokenizer in the folder
     save_tokenizer(folder)
@@ -300,7 +301,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     """All measurements of one run: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
     model, settings, tokenizer = load_run(path)
     if settings.stage not in ("clip", "blip", "retrieval"):
-        raise ValueError(f"{path} is a run of stage {settings.stage}; clip, blip and retrieval runs are evaluated")
+        raise UserError(f"{path} is a run of stage {settings.stage}; clip, blip and retrieval runs are evaluated")
     model = model.to(process.device)
     transform = view_of(model, settings)
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
@@ -318,7 +319,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
     if not (Path(path) / "checkpoint.pt").is_file():
-        raise FileNotFoundError(f"{path} is no run folder: it has no checkpoint.pt")
+        raise UserError(f"{path} is no run folder: it has no checkpoint.pt")
     return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.rerank), lambda _: evaluate_run(path, cfg, process))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import checkpoints, data, run
+from shared.errors import UserError
 from shared.index import locked
 from tldr_reduction.checkpoints import load_model, weights_of
 from tldr_reduction.config import ReduceConfig
@@ -117,7 +118,7 @@ def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarra
             kept, wanted = file["rows"], rows_in(rows, number, size)
             places = np.searchsorted(kept, wanted).clip(max=len(kept) - 1)
             if not np.array_equal(kept[places], wanted):  # another reduction replaced the file meanwhile
-                raise ValueError(f"{folder}/{number:06}.npz lacks samples that were written: run the reduction again")
+                raise UserError(f"{folder}/{number:06}.npz lacks samples that were written: run the reduction again")
             found.append(file[name][places])
     return np.concatenate(found)
 
@@ -186,7 +187,7 @@ class Inference:
 
     def loader(self, rows: np.ndarray, transform: Callable) -> Iterator[tuple]:
         """Batches (rows (b,), images on the device, captions, hashes, reasons)."""
-        (pixels, normalise), device = data.in_two(transform), self.process.device
+        (pixels, normalise), device = data.split_normalisation(transform), self.process.device
         pin = device.type == "cuda"
         for index, images, *rest in ordered_loader(
             self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers, pin
@@ -308,7 +309,7 @@ class Inference:
         if not (cfg.check == "auto" and cfg.coded_by == LITE0):
             try:
                 encoder = self.encoder(name)
-            except FileNotFoundError as error:
+            except UserError as error:
                 if cfg.check != "auto":
                     raise
                 missing = str(error)

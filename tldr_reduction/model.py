@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import shared.resnet  # noqa: F401  (registers its model with timm)
 from shared import clip
+from shared.errors import UserError
 from tldr_reduction.blip import (
     BLIP,
     PAD,
@@ -102,7 +103,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         code_dim = self.embedding.embedding_dim
         if z.shape[-1] % code_dim:
-            raise ValueError(f"tokens of width {z.shape[-1]} cannot be cut into codes of {code_dim} dimensions")
+            raise UserError(f"tokens of width {z.shape[-1]} cannot be cut into codes of {code_dim} dimensions")
         a, b = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().reshape(-1, code_dim)
@@ -175,7 +176,7 @@ def frequent_keywords(captions: Iterable[str], count: int) -> list[str]:
         found |= {f"{words[i]} {words[i + 1]}" for i in range(len(words) - 1) if plain[i] and plain[i + 1]}
         counts.update(found)
     if len(counts) < count:
-        raise ValueError(
+        raise UserError(
             f"the captions hold {len(counts)} keywords, fewer than {count} codes: lower --num-codes, or choose "
             "another --codebook-init"
         )
@@ -267,7 +268,7 @@ class CodebookCaptioner(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Code vector of each image, (B, L') int64. U:codebook_extractor.py:36-42."""
         if self.quantize is None:
-            raise ValueError("this captioner has no codebook: codes come from one trained by captioner.py")
+            raise UserError("this captioner has no codebook: codes come from one trained by captioner.py")
         return self.quantize.encode(self.visual_encoder(image))
 
     @torch.no_grad()
@@ -357,7 +358,7 @@ def build(cfg: Common, vocab_size: int, sep_token_id: int = SEP) -> nn.Module:
     if cfg.stage == "clip":
         settings = open_clip.get_model_config(cfg.clip_model)
         if settings is None or "hf_model_name" in settings["text_cfg"] or settings.get("custom_text"):
-            raise ValueError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
+            raise UserError(f"--clip-model {cfg.clip_model} is no open_clip config with its plain text tower")
         towers = settings["vision_cfg"], settings["text_cfg"]
         kind = open_clip.CustomTextCLIP if cfg.bag_of_words else open_clip.CLIP
         model = kind(settings["embed_dim"], *towers, settings.get("quick_gelu", False))

@@ -31,6 +31,7 @@ import tyro
 from torch import Tensor
 
 from shared import checkpoints, cli, data, run, tars
+from shared.errors import UserError
 from tldr_reduction.checkpoints import weights_of
 from tldr_reduction.cluster import (
     Clusters,
@@ -238,14 +239,14 @@ def dry_run(cfg: ReduceConfig) -> None:
 
 
 def filtered(cfg: ReduceConfig, selected: np.ndarray, good: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
-    """The `selected` samples that the ITM filter leaves; scores (N,) of all samples. ValueError if none is left."""
+    """The `selected` samples that the ITM filter leaves; scores (N,) of all samples. UserError if none is left."""
     kept = selected
     if cfg.itm_keep is not None:
         top = good[keep_top(torch.from_numpy(scores[good]), cfg.itm_keep).numpy()]
         kept = selected[np.isin(selected, top)]
     if not len(kept):
         by_score = f" with --itm-keep {cfg.itm_keep:g}" if cfg.itm_keep is not None else ""
-        raise ValueError(f"--keep {cfg.keep:g}{by_score} leaves none of {len(good):,} samples: choose a larger share")
+        raise UserError(f"--keep {cfg.keep:g}{by_score} leaves none of {len(good):,} samples: choose a larger share")
     return kept
 
 
@@ -253,26 +254,24 @@ def is_finished(out: Path, settings: dict) -> bool:
     """Whether `out` holds this reduction already, finished.
 
     `settings["weights"]`: by path, fingerprints of the files of weights and of predictions, and the number of samples
-    that the reduction of --match kept. ValueError if `out` holds a reduction with other settings, data or files, or
+    that the reduction of --match kept. UserError if `out` holds a reduction with other settings, data or files, or
     shards that no reduction has written.
     """
     if not (out / "config.json").exists():
         if list((out / "shards").glob("*.tar")):
-            raise ValueError(
-                f"{out}/shards holds shards that no reduction into {out} has written: choose another --out"
-            )
+            raise UserError(f"{out}/shards holds shards that no reduction into {out} has written: choose another --out")
         return False
     then, weights = checkpoints.read_json(out / "config.json"), settings["weights"]
     if then.get("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older folders lack it
-        raise ValueError(f"{out} reduces other data than {settings['data']} holds now: choose another --out")
+        raise UserError(f"{out} reduces other data than {settings['data']} holds now: choose another --out")
     for path, made in then.get("weights", {}).items():
         if weights.get(path, made) != made:  # a changed path is reported below, as a changed flag
-            raise ValueError(f"{out} was made when {path} had other content: choose another --out")
+            raise UserError(f"{out} was made when {path} had other content: choose another --out")
     free = ("out", "workers", "device", "batch_size", "cache", "work", "weights", "fingerprint")
     then = {field.name: field.default for field in dataclasses.fields(ReduceConfig)} | then  # older ones lack fields
     changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
     if changed:
-        raise ValueError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
+        raise UserError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
     return (out / "report.json").exists()
 
 
@@ -347,22 +346,22 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
 def read_predictions(path: str, keys: Sequence[str]) -> dict[str | int, str]:
     """Read a file of predictions: {key or row number: caption}; of several captions of a sample, the last one is used.
 
-    keys: (N,) of all samples. ValueError if the file is no list of {"image_id": key or row number, "caption": text}, or
+    keys: (N,) of all samples. UserError if the file is no list of {"image_id": key or row number, "caption": text}, or
     has captions for none of the samples.
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {entry["image_id"]: entry["caption"] for entry in entries}
     except OSError as error:
-        raise ValueError(f"--predictions {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"--predictions {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f'--predictions {path} is no JSON list of {{"image_id": key or row number, "caption": text}}'
         ) from error
     if other := [name for name, text in known.items() if not isinstance(text, str)]:
-        raise ValueError(f"--predictions {path}: the caption of {other[0]!r} is no text")
+        raise UserError(f"--predictions {path}: the caption of {other[0]!r} is no text")
     if not any(str(key) in known or row in known for row, key in enumerate(keys)):
-        raise ValueError(
+        raise UserError(
             f"--predictions {path} has captions for none of the {len(keys):,} samples: its image_id must be a sample's "
             f"key, like {str(keys[0])!r}, or its row number"
         )
@@ -407,13 +406,13 @@ def write_tables(
 def original_scores(cfg: ReduceConfig, inference: Inference, good: np.ndarray) -> np.ndarray | None:
     """Scores (N,) of all samples with their own captions, or None without a scorer.
 
-    ValueError if one of the readable samples `good` has no finite score.
+    UserError if one of the readable samples `good` has no finite score.
     """
     if not cfg.scorer:
         return None
     scores = inference.scores(inference.rows, None, "itm")
     if (wrong := ~np.isfinite(scores[good])).any():
-        raise ValueError(
+        raise UserError(
             f"--scorer {cfg.scorer} gives no finite score for {wrong.sum():,} of {len(good):,} samples, the first is "
             f"{inference.pairs.keys[good[wrong.argmax()]]}: choose another scorer or --precision"
         )
@@ -433,7 +432,7 @@ def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     features = inference.features(cfg.captioner) if cfg.clustered and cfg.features in ("image", "blip") else None
     good = rows[reasons == ""]
     if not len(good):
-        raise ValueError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
+        raise UserError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
     with timed(seconds, "itm"):
         before = original_scores(cfg, inference, good)
 
@@ -484,7 +483,7 @@ def main(cfg: ReduceConfig) -> None:
     """Check the settings and the output folder, then `reduce`; or --dry-run."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.data.endswith((".tsv", ".csv")):
-        raise ValueError(f"{cfg.data} is no set of shards: reduce takes .tar files, or an annotation .json")
+        raise UserError(f"{cfg.data} is no set of shards: reduce takes .tar files, or an annotation .json")
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
     pairs = open_pairs(cfg.data, cfg.image_root, None, cfg.strict, cfg.cache)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import export
+from shared.errors import UserError
 from tldr_reduction.checkpoints import load_model, load_run
 from tldr_reduction.datasets import eval_transform, view_of
 from tldr_reduction.model import BLIP
@@ -50,7 +51,7 @@ def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
     """Load a scorer: a run folder (BLIP's matching, or CLIP's cosine), transformers' BLIP, or any dual encoder that
     shared/export.py loads.
 
-    `cls`: a BLIP scores with [CLS] at position 0. ValueError or FileNotFoundError if `name` cannot be loaded.
+    `cls`: a BLIP scores with [CLS] at position 0. ValueError or UserError if `name` cannot be loaded.
     """
     if export.foreign(name, "tldr_reduction"):
         model, transform, tokenizer = export.load_model(name, device)
@@ -60,7 +61,7 @@ def load_scorer(name: str, device: torch.device, cls: bool = False) -> Scorer:
         if settings.stage == "clip":
             return cosines(model, view_of(model, settings), eval_tokenizer(tokenizer, settings), device)
     if name.startswith(export.LOCAL):
-        raise FileNotFoundError(f"{name} holds no open_clip_config.json: name a folder that --export wrote")
+        raise UserError(f"{name} holds no open_clip_config.json: name a folder that --export wrote")
     blip, settings, tokenizer = load_model(name, "blip")
     blip.to(device)
 

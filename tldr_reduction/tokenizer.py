@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 from shared import checkpoints
+from shared.errors import UserError
 from shared.index import fingerprint
 from tldr_reduction.config import Common, read_lines
 
@@ -70,7 +71,7 @@ class WordPiece:
             try:
                 self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # what tokenizers raises
-                raise ValueError(f"{folder}/tokenizer.json is damaged ({checkpoints.one_line(error, 120)})") from error
+                raise UserError(f"{folder}/tokenizer.json is damaged ({checkpoints.one_line(error, 120)})") from error
         elif Path(vocab).is_file():
             lines = read_lines(vocab, "vocabulary")
             model = models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]")
@@ -79,7 +80,7 @@ class WordPiece:
             self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
             self.tokenizer.decoder = decoders.WordPiece()
         elif str(vocab).endswith(".txt"):
-            raise FileNotFoundError(f"vocabulary {vocab} does not exist: name a vocab.txt, or bert-base-uncased")
+            raise UserError(f"vocabulary {vocab} does not exist: name a vocab.txt, or bert-base-uncased")
         else:
             try:
                 self.tokenizer = Tokenizer.from_pretrained(str(vocab))
@@ -93,7 +94,7 @@ class WordPiece:
         self.dec, self.enc = size, size + 1
         last = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
         if self.pad != 0 or None in (unk, self.cls, self.sep) or last >= size:
-            raise ValueError(
+            raise UserError(
                 f"vocabulary {vocab} is not BERT's or one like it: it should begin with [PAD], have [UNK], [CLS] and "
                 "[SEP], and have no piece twice"
             )

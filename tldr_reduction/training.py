@@ -165,7 +165,7 @@ def of_epoch(
     broken, left = list(pairs.broken), len(pairs) // cfg.batch_size - start
     label = f"{Path(cfg.out).name} epoch {epoch + 1}/{cfg.epochs}"
     bar = run.progress(loader, left, label, cfg.batch_size, process)
-    return data.watch(bar, broken), broken
+    return data.collect_broken(bar, broken), broken
 
 
 def on_device(inputs: list[Tensor], dataset: PairDataset, device: torch.device, prompt_length: int = 0) -> list[Tensor]:

@@ -28,8 +28,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared import cli, run
-
-from ..parity import check_commit
+from shared.errors import UserError
+from tests.parity import check_commit
 
 HEAD = "| what | ours | theirs | theirs/ours | min .. max | repetitions | target | threads | |\n|" + " --- |" * 9
 SETTING = "PAPER_CLIPS_BENCH"  # environment variable: the thread setting of a process that measures, set by its parent
@@ -164,7 +164,7 @@ def merged(tables: dict[str, list[dict]]) -> list[str]:
     for setting, table in tables.items():
         for row in table:
             if setting in rows.setdefault(row["row"], {}):
-                raise ValueError(f"two rows are called {row['row']!r}")
+                raise UserError(f"two rows are called {row['row']!r}")
             rows[row["row"]][setting] = row
     return [best_of(name, found) for name, found in rows.items()]
 

@@ -25,8 +25,8 @@ from attentive_mask_clip.config import PRESETS, Config
 from studies import attentive_mask_clip as study
 from studies import attentive_mask_clip_timing as timing
 from studies.harness.report import with_means
+from tests.parity import test_attentive_mask_clip as parity
 
-from ..parity import test_attentive_mask_clip as parity
 from . import (
     CPU,
     arguments,

@@ -28,8 +28,8 @@ from concept_frequency.search import Job, index_partition
 from concept_frequency.tagging import load_spacy, tag_captions
 from shared import cli, data, run
 from studies import concept_frequency as study
+from tests.parity import import_beside
 
-from ..parity import import_beside
 from . import arguments, bench, one_thread, peak_memory, print_row, race, step_row
 from .baselines import baseline_rows
 

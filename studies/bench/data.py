@@ -35,7 +35,7 @@ from . import at_least, resident
 SIDE, VIEW, BATCH = 256, 224, 64
 MEAN = STD = (0.5, 0.5, 0.5)
 VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor(MEAN, STD)])
-PIXELS_OF, NORMALISE = data.in_two(VIEW_OF)  # for the worker, and for the measuring process
+PIXELS_OF, NORMALISE = data.split_normalisation(VIEW_OF)  # for the worker, and for the measuring process
 
 
 # ----------------------------------------------------------------------------------------------------------- the shards

@@ -33,8 +33,8 @@ from flame.config import PRESETS
 from flame.recaption import read_captions
 from shared import checkpoints, run
 from studies import flame as study
+from tests.parity import test_flame as parity
 
-from ..parity import test_flame as parity
 from . import arguments, at_least, bench, matmul_peak, print_row, race, step_row
 from .baselines import baseline_rows
 from .open_clip_loop import open_clip_loop

@@ -19,8 +19,8 @@ from nmtune import config, model, pretrain, train
 from shared import accumulate
 from studies import nmtune as study
 from studies import nmtune_encoders as encoder_study
+from tests.parity import test_nmtune as parity
 
-from ..parity import test_nmtune as parity
 from . import CPU, arguments, at_least, bench, print_row, race, step_row
 from .baselines import baseline_rows
 

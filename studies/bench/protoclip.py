@@ -25,8 +25,8 @@ from protoclip import model, train
 from shared.clip import image_side
 from studies import protoclip as study
 from studies.harness import floors
+from tests.parity import test_protoclip as parity
 
-from ..parity import test_protoclip as parity
 from . import CPU, arguments, at_least, attention, bench, print_row, race, step_row
 from .baselines import Training, floor_rows, trained
 from .open_clip_loop import open_clip_loop

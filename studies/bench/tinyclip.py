@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 
 from studies import tinyclip as study
+from tests.parity import test_tinyclip as parity
 from tinyclip import model, train
 from tinyclip.config import PRESETS, Stage
 from tinyclip.eval import macs, throughput
 from tinyclip.geometry import open_clip_config
 from tinyclip.inheritance import random_masks
 
-from ..parity import test_tinyclip as parity
 from . import arguments, at_least, attention, bench, print_row, race, step_row
 from .baselines import baseline_rows
 from .open_clip_loop import open_clip_loop

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shared import checkpoints, cli, data, layout
+from shared.errors import UserError
 from shared.tars import IMAGE_EXTENSIONS, write_split
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot hold
@@ -65,13 +66,13 @@ class Photographs:
         self.used: list[Path] = []
 
     def find(self, path: Path, layout_says: str) -> Path:
-        """`path`; records its files as sources of the corpus. FileNotFoundError if it does not exist, ValueError if a
+        """`path`; records its files as sources of the corpus. UserError if it does not exist, UserError if a
         name is not UTF-8."""
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: {layout_says}")
+            raise UserError(f"{path} is missing: {layout_says}")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         if odd := next((file for file in files if SURROGATE.search(str(file))), None):
-            raise ValueError(f"the name of {str(odd)!r} is not UTF-8: rename the file")
+            raise UserError(f"the name of {str(odd)!r} is not UTF-8: rename the file")
         self.used += files
         return path
 
@@ -85,7 +86,7 @@ class Photographs:
             picture = data.decode_image(content)
         except data.BrokenSample as error:
             if self.strict:
-                raise ValueError(f"--strict: {file}: {error}") from error
+                raise UserError(f"--strict: {file}: {error}") from error
             self.broken.append(data.Broken(file.relative_to(self.root).as_posix(), str(error)))
             return None
         if self.image_size and min(picture.size) > self.image_size:
@@ -97,14 +98,14 @@ class Photographs:
         return {kind: content}
 
     def read_all(self, files: Iterable, label: str) -> Iterator[tuple]:
-        """(file, content, ...) for each readable (file, ...). ValueError if there are none."""
+        """(file, content, ...) for each readable (file, ...). UserError if there are none."""
         files, found = list(files), False
         for file, *rest in tqdm(files, label, unit="image", disable=None):
             if (content := self.read(file)) is not None:
                 found = True
                 yield file, content, *rest
         if not found:
-            raise ValueError(f"none of the {len(files)} photographs of {self.root} ({label}) can be read")
+            raise UserError(f"none of the {len(files)} photographs of {self.root} ({label}) can be read")
 
     def build(self) -> None:
         """Writes shards, evaluation sets and manifest; a finished folder is left unchanged."""
@@ -151,20 +152,20 @@ def one_line(text: str) -> str:
 
 
 def check_names(names: list[str], file: Path) -> None:
-    """ValueError if `file` names a photograph twice, or by something else than the name of a file in its folder."""
+    """UserError if `file` names a photograph twice, or by something else than the name of a file in its folder."""
     if odd := next((name for name in names if name != Path(name).name), None):
-        raise ValueError(f"{file} names the photograph {odd!r}: it should be the name of a file, without folders")
+        raise UserError(f"{file} names the photograph {odd!r}: it should be the name of a file, without folders")
     if len(set(names)) < len(names):
-        raise ValueError(f"{file} names the photograph {Counter(names).most_common(1)[0][0]} twice")
+        raise UserError(f"{file} names the photograph {Counter(names).most_common(1)[0][0]} twice")
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. ValueError if it is not such a file."""
+    """Lines of a UTF-8 text file, gzipped if its name ends in .gz. UserError if it is not such a file."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         return content.decode("utf-8-sig").rstrip("\n").split("\n")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} is no {'gzipped ' if file.suffix == '.gz' else ''}UTF-8 text ({error})") from error
+        raise UserError(f"{file} is no {'gzipped ' if file.suffix == '.gz' else ''}UTF-8 text ({error})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- Flickr8k
@@ -206,16 +207,16 @@ class Flickr8k(Photographs):
             names = [name for line in read_lines(file) if (name := line.strip())]
             check_names(names, file)
             if not names:
-                raise ValueError(f"{file} names no photographs: {says}")
+                raise UserError(f"{file} names no photographs: {says}")
             for other in splits:
                 if both := [name for name in names if images / name in splits[other]]:
-                    raise ValueError(
+                    raise UserError(
                         f"{file} puts the photograph {both[0]} into the {split} split, but the {other} split has it too"
                     )
             for name in names:
                 about = {kind: of[name] for kind, of in texts.items() if name in of}
                 if "captions" not in about:
-                    raise ValueError(f"{self.root}/Flickr8k.token.txt has no caption of {name} of the {split} split")
+                    raise UserError(f"{self.root}/Flickr8k.token.txt has no caption of {name} of the {split} split")
                 splits[split][images / name] = about | translations.get(name.partition("_")[0], {})
         return splits
 
@@ -227,7 +228,7 @@ class Flickr8k(Photographs):
             if tab and "#" in name:
                 entries.append([name, text])
             elif not entries:
-                raise ValueError(f"{file} does not begin with name.jpg#k<tab>caption")
+                raise UserError(f"{file} does not begin with name.jpg#k<tab>caption")
             else:  # the Arabic file has a line break within a caption
                 entries[-1][1] += line
                 self.joined_lines += 1
@@ -250,7 +251,7 @@ class Flickr8k(Photographs):
             for language in LANGUAGES:
                 lines = read_lines(file := self.find(self.multi30k / f"raw/{split}.{language}.gz", says))
                 if len(lines) != len(names):
-                    raise ValueError(f"{file} has {len(lines)} lines for the {len(names)} names of {split}.txt")
+                    raise UserError(f"{file} has {len(lines)} lines for the {len(names)} names of {split}.txt")
                 for name, text in zip(names, lines, strict=True):
                     if text := one_line(text):
                         found[name.strip().removesuffix(".jpg")][f"captions_multi30k_{language}"] = [text]
@@ -278,7 +279,7 @@ class Labelled(Photographs):
     """Photographs in one folder per class."""
 
     def classes_in(self, folder: Path, layout_says: str) -> dict[str, list[Path]]:
-        """{class: its photographs}. ValueError if a class has none."""
+        """{class: its photographs}. UserError if a class has none."""
         self.find(folder, layout_says)
         found = {
             one_line(home.name): [file for file in sorted(home.iterdir()) if file.suffix.lower() in SUFFIXES]
@@ -286,9 +287,9 @@ class Labelled(Photographs):
             if home.is_dir()
         }
         if not any(found.values()):
-            raise ValueError(f"{folder} holds no <class>/*.jpg: {layout_says}")
+            raise UserError(f"{folder} holds no <class>/*.jpg: {layout_says}")
         if empty := [name for name, files in found.items() if not files]:
-            raise ValueError(f"{folder / empty[0]} holds no photographs: {layout_says}")
+            raise UserError(f"{folder / empty[0]} holds no photographs: {layout_says}")
         return found
 
     def write_train(self, folder: Path, files: list[tuple[Path, int]], classes: list[str], prefix: str = "") -> int:
@@ -320,7 +321,7 @@ class PACS(Labelled):
         for domain, classes in found.items():
             if odd := classes.keys() ^ found["photo"].keys():
                 which = f"only one of photo and {domain} has {min(odd)}"
-                raise ValueError(f"the domains of {self.root}/PACS do not have the same classes, {which}: {says}")
+                raise UserError(f"the domains of {self.root}/PACS do not have the same classes, {which}: {says}")
         return found
 
     def write(self, folder: Path, domains: dict[str, dict[str, list[Path]]]) -> dict[str, int]:
@@ -360,7 +361,7 @@ class CIFAR10(Labelled):
         for split in ("train", "test"):
             classes = self.classes_in(self.root / split, says)
             if tuple(classes) != self.classes:
-                raise ValueError(f"{self.root / split} has the classes {', '.join(classes)}: {says}")
+                raise UserError(f"{self.root / split} has the classes {', '.join(classes)}: {says}")
             found[split] = [(file, label) for label, files in enumerate(classes.values()) for file in files]
         return found
 
@@ -406,7 +407,7 @@ class COCO(Photographs):
                 check_lists(content, lists, file, says)
             known, instances = {one["id"] for one in found[split][1]["categories"]}, found[split][1]["annotations"]
             if unknown := {one["category_id"] for one in instances} - known:
-                raise ValueError(
+                raise UserError(
                     f"{files[1]} has instances of category {min(unknown)}, which its categories lack: {says}"
                 )
         return found
@@ -449,22 +450,22 @@ class COCO(Photographs):
 
 
 def check_lists(content: dict, lists: dict[str, dict[str, Any]], file: Path, layout_says: str) -> None:
-    """ValueError if COCO's `file` lacks one of `lists` (see IMAGES), or has wrong texts, names or sizes."""
+    """UserError if COCO's `file` lacks one of `lists` (see IMAGES), or has wrong texts, names or sizes."""
     for name, keys in lists.items():
         rows = content.get(name)
         if not isinstance(rows, list) or not all(
             isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in keys.items()) for row in rows
         ):
             kinds = ", ".join(sorted(keys))
-            raise ValueError(f"{file} lacks {name} with {kinds}, or one of these has a wrong type: {layout_says}")
+            raise UserError(f"{file} lacks {name} with {kinds}, or one of these has a wrong type: {layout_says}")
         texts = [row[key] for row in rows for key, kind in keys.items() if kind is str]
         if odd := next((text for text in texts if SURROGATE.search(text)), None):
-            raise ValueError(f"{file} has the text {odd[:80]!r}, half of a surrogate pair: correct it in the file")
+            raise UserError(f"{file} has the text {odd[:80]!r}, half of a surrogate pair: correct it in the file")
     check_names([image["file_name"] for image in content["images"]], file)
     for image in content["images"]:
         height, width = image["height"], image["width"]
         if min(height, width) < 1 or height * width > data.MAX_PIXELS:
-            raise ValueError(f"{file} has a photograph of {width} x {height} pixels, {image['file_name']}")
+            raise UserError(f"{file} has a photograph of {width} x {height} pixels, {image['file_name']}")
 
 
 def draw_instances(instances: list[dict], label: dict[int, int], height: int, width: int) -> np.ndarray:
@@ -475,7 +476,7 @@ def draw_instances(instances: list[dict], label: dict[int, int], height: int, wi
             try:
                 labels[instance_mask(one["segmentation"], height, width)] = label[one["category_id"]]
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
+                raise UserError(
                     f"COCO's instance {one['id']} has no mask for an image of {width} x {height} pixels: {error}"
                 ) from error
     return labels
@@ -483,20 +484,20 @@ def draw_instances(instances: list[dict], label: dict[int, int], height: int, wi
 
 def instance_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """COCO's run lengths, or polygons [x, y, x, y, ...], -> mask (H, W) bool of the pixels whose centres are inside.
-    ValueError for compressed run lengths.
+    UserError for compressed run lengths.
     """
     mask = np.zeros((height, width), bool)
     if isinstance(segmentation, dict):
         if not isinstance(segmentation["counts"], list):
-            raise ValueError("an instance has compressed run lengths, which COCO's own annotation files do not have")
+            raise UserError("an instance has compressed run lengths, which COCO's own annotation files do not have")
         runs = segmentation["counts"]
         if sum(runs) != height * width:
-            raise ValueError(f"its run lengths have {sum(runs)} pixels")
+            raise UserError(f"its run lengths have {sum(runs)} pixels")
         return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     for polygon in segmentation:
         points = np.array(polygon, float).reshape(-1, 2)
         if not np.isfinite(points).all():
-            raise ValueError("a polygon has a corner that is no number")
+            raise UserError("a polygon has a corner that is no number")
         (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
         left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
         x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)

@@ -33,6 +33,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from shared import cli, data, layout
+from shared.errors import UserError
 from shared.tars import write_split
 from studies.corpora import emoji_sources
 from studies.corpora.captions import FORMS, write_caption
@@ -346,31 +347,31 @@ def check(s: Setting) -> None:
     for name, least in (("captioned", 1), ("clutter", 0)):
         low, high = getattr(s, name)
         if not least <= low <= high:
-            raise ValueError(
+            raise UserError(
                 f"--{name} must be two numbers of at least {least}, the second not smaller, not {low} {high}"
             )
         small, large = getattr(s, f"{name}_size")
         if not 4 / s.image_size <= small <= large <= 1:
-            raise ValueError(
+            raise UserError(
                 f"--{name}-size must be two shares of the image side, the smaller first, from {4 / s.image_size:.3g} "
                 f"(4 pixels) to 1, not {small} {large}"
             )
     largest = sides(s.captioned_size, s.image_size)[-1]
     if s.captioned[1] > (s.image_size // largest) ** 2:
-        raise ValueError(
+        raise UserError(
             f"{s.captioned[1]} captioned emoji of {largest} pixels do not fit into {s.image_size} x {s.image_size}: "
             "lower --captioned or --captioned-size"
         )
     for name in ("ground", "noise"):
         if not 0 <= getattr(s, name) <= 1:
-            raise ValueError(f"--{name} must lie between 0 and 1, not {getattr(s, name)}")
+            raise UserError(f"--{name} must lie between 0 and 1, not {getattr(s, name)}")
     if not s.styles or (unknown := set(s.styles) - set(emoji_sources.TRAIN_STYLES)):
         names = ", ".join(emoji_sources.TRAIN_STYLES)
-        raise ValueError(f"--styles takes one or more of {names}, not {', '.join(sorted(unknown)) or 'none'}")
+        raise UserError(f"--styles takes one or more of {names}, not {', '.join(sorted(unknown)) or 'none'}")
 
 
 def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
-    """({concept: {split: indices in `sprites`}}, {split: indices of clutter}). ValueError if there are too few."""
+    """({concept: {split: indices in `sprites`}}, {split: indices of clutter}). UserError if there are too few."""
     rows: dict[emoji_sources.Emoji, dict[str, list[int]]] = defaultdict(lambda: {split: [] for split in SPLITS})
     for row, (one, style) in enumerate(zip(sprites.emoji, sprites.styles, strict=True)):
         if style == emoji_sources.OOD_STYLE:
@@ -388,14 +389,14 @@ def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
     ]
     usable = sorted(usable, key=lambda one: data.stable_hash("concept", s.seed, one.hexcode))[: s.concepts]
     if len(usable) < max(s.concepts or 1, 2 * s.captioned[1]):
-        raise ValueError(
+        raise UserError(
             f"only {len(usable)} concepts of these groups have {s.min_drawings} drawings: lower "
             "--concepts, --captioned or --min-drawings, or name more --groups or --styles"
         )
     others = [of for one, of in rows.items() if one.group in s.clutter_groups and one not in usable]
     clutter = {split: [row for of in others for row in of[split]] for split in SPLITS}
     if s.clutter[1] and not all(clutter.values()):
-        raise ValueError(f"--clutter-groups {' '.join(s.clutter_groups)} have no drawings besides those of concepts")
+        raise UserError(f"--clutter-groups {' '.join(s.clutter_groups)} have no drawings besides those of concepts")
     return {one: rows[one] for one in usable}, clutter
 
 

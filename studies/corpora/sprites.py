@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shared import checkpoints
+from shared.errors import UserError
 from studies.corpora import emoji, emoji_sources
 
 SPRITE = 96  # side of sprites in pixels, before scaling
@@ -52,21 +53,21 @@ def load_sprites(corpus: Path) -> Sprites:
     try:
         modules = emoji_sources.install(corpus.parent / ".npm")
     except emoji_sources.BuildError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     sprites = render_sprites(modules, emoji_sources.read_emoji(modules, None))
     write_sprites(file, versions, sprites)
     return sprites
 
 
 def read_sprites(file: Path, versions: str) -> Sprites | None:
-    """The sprites in a file of `write_sprites`; None if it has other `versions`. ValueError if it cannot be read."""
+    """The sprites in a file of `write_sprites`; None if it has other `versions`. UserError if it cannot be read."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             if stored["versions"].item() != versions:
                 return None
             listed, ends, content = json.loads(stored["drawings"].item()), stored["ends"], stored["pngs"].tobytes()
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} cannot be read ({error}): remove it, and run this again") from error
+        raise UserError(f"{file} cannot be read ({error}): remove it, and run this again") from error
     words = [emoji_sources.Emoji(a, b, tuple(tags), *rest) for a, b, tags, *rest in listed["emoji"]]
     pngs = [content[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return Sprites([words[i] for i in listed["of"]], listed["styles"], pngs)
@@ -93,7 +94,7 @@ def write_sprites(file: Path, versions: str, sprites: Sprites) -> None:
 def packages(corpus: Path) -> dict[str, dict]:
     """Versions and licences of the packages that the emoji corpus was made from."""
     if not (corpus / "manifest.json").is_file():
-        raise FileNotFoundError(f"{corpus} holds no emoji corpus: 'make data' builds data/emoji")
+        raise UserError(f"{corpus} holds no emoji corpus: 'make data' builds data/emoji")
     return checkpoints.read_json(corpus / "manifest.json")["packages"]
 
 

@@ -16,6 +16,7 @@ import tyro
 
 from shared import cli, presets, run
 from shared.checkpoints import read_json
+from shared.errors import UserError
 from studies.harness.report import by_seed
 from studies.harness.runner import Study, checked_seeds
 
@@ -91,7 +92,7 @@ def main(options: Options) -> None:
             options.arms,
         ]
         if subprocess.run(command).returncode:
-            raise ValueError(f"'python -m {' '.join(command[2:])}' failed; run this command again to resume")
+            raise UserError(f"'python -m {' '.join(command[2:])}' failed; run this command again to resume")
     print(sentence(remaining(options, papers), len(papers)))
     subprocess.run([sys.executable, "-m", "studies.harness.overview", "runs"], check=True)
 

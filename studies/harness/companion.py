@@ -21,6 +21,7 @@ import tyro
 import shared
 from shared import cli, presets
 from shared.checkpoints import read_json
+from shared.errors import UserError
 
 try:
     import latex2mathml.converter
@@ -141,19 +142,19 @@ def numbers_of(cell: str) -> list[int]:
 
 
 def read(folder: str) -> Readme:
-    """Parse the README of a folder. ValueError if it has no map."""
+    """Parse the README of a folder. UserError if it has no map."""
     page = (Path(folder) / "README.md").read_text(encoding="utf-8")
     lines = page.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("| part of the paper |")]
     if not starts:
-        raise ValueError(f"{folder}/README.md has no map: a table that begins with 'part of the paper'")
+        raise UserError(f"{folder}/README.md has no map: a table that begins with 'part of the paper'")
     rows = []
     for line in lines[starts[0] + 2 :]:
         if not line.startswith("|"):
             break
         cells = split_row(line)
         if len(cells) != len(COLUMNS):
-            raise ValueError(f"{folder}/README.md: a row of the map has {len(cells)} cells, not {len(COLUMNS)}: {line}")
+            raise UserError(f"{folder}/README.md: a row of the map has {len(cells)} cells, not {len(COLUMNS)}: {line}")
         part, paper, ours, code, detail = cells
         rows.append(Row(part, paper, ours, code, functions_of(ours, folder), places_of(code), numbers_of(detail)))
     blocks = re.split(r"^\*\*(.+?)\.\*\* ", section(page, "Equations"), flags=re.MULTILINE)
@@ -195,12 +196,12 @@ def definitions(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def source(function: Function) -> tuple[int, str]:
-    """(first line, source) of one of our functions. ValueError if the file does not define it."""
+    """(first line, source) of one of our functions. UserError if the file does not define it."""
     text = Path(function.file).read_text(encoding="utf-8")
     for name, first, last in definitions(text):
         if name == function.name:
             return first, "\n".join(text.splitlines()[first - 1 : last])
-    raise ValueError(f"{function.file} has no {function.name}: correct the map in the README")
+    raise UserError(f"{function.file} has no {function.name}: correct the map in the README")
 
 
 def commits(roots: dict[str, tuple[str, str, str]]) -> dict[str, str]:
@@ -291,14 +292,14 @@ def code(text: str, first: int, marked: range = range(0)) -> str:
 
 
 def prose(text: str) -> str:
-    """Markdown with $$ equations -> HTML with MathML. ValueError names an invalid equation."""
+    """Markdown with $$ equations -> HTML with MathML. UserError names an invalid equation."""
     equations: list[str] = []
 
     def keep(match: re.Match) -> str:
         try:
             equations.append(latex2mathml.converter.convert(match[1].strip(), display="block"))
         except Exception as error:  # of any type
-            raise ValueError(f"an equation could not be read ({type(error).__name__}): {match[1].strip()}") from error
+            raise UserError(f"an equation could not be read ({type(error).__name__}): {match[1].strip()}") from error
         return f"\n\nEQUATION{len(equations) - 1}END\n\n"
 
     found = markdown.markdown(re.sub(r"^\$\$\n(.*?)\n\$\$$", keep, text, flags=re.M | re.S), extensions=["tables"])
@@ -423,11 +424,11 @@ def check_clones(readme: Readme, clones: dict[str, Path]) -> None:
 
 
 def tests_in(file: Path) -> list[dict]:
-    """The tests in runs/parity/FOLDER.json. ValueError if the file is damaged."""
+    """The tests in runs/parity/FOLDER.json. UserError if the file is damaged."""
     advice = "remove it; the next test run writes it again"
     tests = read_json(file, advice).get("tests")
     if not isinstance(tests, list) or not all(isinstance(test, dict) and "functions" in test for test in tests):
-        raise ValueError(f"{file} holds no measured differences: {advice}")
+        raise UserError(f"{file} holds no measured differences: {advice}")
     return tests
 
 
@@ -449,13 +450,13 @@ def main(
     names = [folder.replace("-", "_") for folder in folders] or presets.folders()
     for name in names:
         if name not in presets.folders():
-            raise ValueError(f"{name} is not a paper's folder; those are {', '.join(presets.folders())}")
+            raise UserError(f"{name} is not a paper's folder; those are {', '.join(presets.folders())}")
     if upstream is not None and len(names) != 1:
-        raise ValueError("--upstream needs exactly one folder: name it, or pass --clones for several")
+        raise UserError("--upstream needs exactly one folder: name it, or pass --clones for several")
     upstream, clones = (path and path.expanduser().resolve() for path in (upstream, clones))
     for flag, path in (("--upstream", upstream), ("--clones", clones)):
         if path is not None and not path.is_dir():
-            raise ValueError(f"{flag} {path} is no folder")
+            raise UserError(f"{flag} {path} is no folder")
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         readme, file, path = read(name), Path(f"runs/parity/{name}.json"), out / f"{name}.html"

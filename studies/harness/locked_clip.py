@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, export, run
 from shared.clip import quiet_open_clip, trimmed, without_padding
+from shared.errors import UserError
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
 from studies.harness import photos
 
@@ -92,7 +93,7 @@ def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPE
     process = run.setup(cfg.seed, cfg.device)
     cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
     if cfg.total < cfg.batch_size:
-        raise ValueError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
+        raise UserError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size
     settings = dataclasses.asdict(cfg)
     model = towers.create(settings).to(process.device)
@@ -144,7 +145,7 @@ def load(folder: str | Path, towers: Towers = OPEN_CLIP) -> tuple[nn.Module, Cal
     try:
         model.load_state_dict(state["state_dict"])
     except RuntimeError as error:
-        raise ValueError(f"{folder} holds other towers than those of this study") from error
+        raise UserError(f"{folder} holds other towers than those of this study") from error
     return model.eval(), towers.texts(state["config"])
 
 
@@ -155,7 +156,7 @@ def export_run(folder: str | Path, out: str | Path) -> dict[str, float]:
     """
     settings = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt").get("config", {})
     if not {"model", "max_length"} <= settings.keys():
-        raise ValueError(f"{folder} cannot be exported: it is no run of this study with open_clip's text tower")
+        raise UserError(f"{folder} cannot be exported: it is no run of this study with open_clip's text tower")
     model, _ = load(folder)
     model.visual.trunk = efficientnet_lite0()
     config = export.named_config(settings["model"], photos.SIDE)

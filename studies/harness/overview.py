@@ -16,6 +16,7 @@ from typing import Any
 
 from shared import cli, presets
 from shared.checkpoints import write_json, write_text
+from shared.errors import UserError
 from shared.evaluation import table
 from studies.harness import report
 from studies.harness.runner import Options, Study, study_of
@@ -350,7 +351,7 @@ def html_section(study: Study, summary: dict, other: dict | None, pictures: Path
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json. ValueError if they are not its."""
+    """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json. UserError if they are not its."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
     found = ((paper, path) for paper, paths in files.items() for path in paths if path.is_file())
     return {paper: report.read_results(path, study_of(paper).paper) for paper, path in found}
@@ -374,7 +375,7 @@ def main() -> None:
         judge_again(folder / "photos", "photos")
     found, photographs = read(folder), read(folder / "photos")
     if not (papers := sorted(found | photographs)):
-        raise ValueError(f"{folder} holds no results: run 'make reproduce-all'")
+        raise UserError(f"{folder} holds no results: run 'make reproduce-all'")
     if committed:
         write_text("RESULTS.md", markdown(found, photographs))
         readme = Path("README.md")

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from shared import cli, data, evaluation, zeroshot
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.memory import square_pixels
 from shared.pretrained import lite0_features_of_files
@@ -52,7 +53,7 @@ def pictures(files: Iterable[Path]) -> list[bytes]:
     broken: list[Broken] = []
     found = [content for file in files for _, content in read_tar(file, broken, IMAGE_EXTENSIONS)]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"the shards of photographs have a damaged sample, {broken[0].key} ({broken[0].reason}): build them again"
         )
     return found
@@ -232,7 +233,7 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     """
     for folder in folders:
         if not (files := sorted(folder.glob("*.tar"))):
-            raise FileNotFoundError(f"{folder} holds no shards")
+            raise UserError(f"{folder} holds no shards")
         print(f"{folder}: features of {len(features_of(files)):,} images are in data/cache")
 
 

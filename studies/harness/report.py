@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared.checkpoints import FREE, load_checkpoint, read_json, write_text
+from shared.errors import UserError
 from shared.evaluation import table
 from shared.run import machine
 from studies.harness.verdicts import VERDICTS, shown
@@ -100,7 +101,7 @@ def setting_of(config: dict) -> str:
 def compare_runs(
     runs: Sequence[str], results: Sequence[dict], order: Iterable[str], passes: str = "epoch"
 ) -> Comparison:
-    """Group run folders by arm, in `order`, and by seed. ValueError if one is misnamed, unfinished or missing.
+    """Group run folders by arm, in `order`, and by seed. UserError if one is misnamed, unfinished or missing.
 
     A run is finished when its checkpoint's `passes` (epoch, episode or step) has reached the total in its settings.
     """
@@ -110,11 +111,11 @@ def compare_runs(
     for folder, values in zip(map(Path, runs), results, strict=True):
         arm, _, seed = folder.name.rpartition("-seed")
         if not arm or not seed.isdigit():
-            raise ValueError(f"--report compares run folders named ARM-seedN, not {folder}")
+            raise UserError(f"--report compares run folders named ARM-seedN, not {folder}")
         state = load_checkpoint(folder / "checkpoint.pt")
         done, total = state[passes], state["config"][f"{passes}s"]
         if done < total:
-            raise ValueError(f"{folder} is not finished: {done} of {total} {passes}s")
+            raise UserError(f"{folder} is not finished: {done} of {total} {passes}s")
         commits.add(state.get("commit", "unknown"))
         settings[arm] = setting_of(state["config"])
         arms.setdefault(arm, {})[int(seed)] = values
@@ -123,7 +124,7 @@ def compare_runs(
     seeds = sorted(arms[names[0]])
     for arm in names:
         if sorted(arms[arm]) != seeds:
-            raise ValueError(f"arm {arm} has seeds {sorted(arms[arm])}, but {names[0]} has {seeds}")
+            raise UserError(f"arm {arm} has seeds {sorted(arms[arm])}, but {names[0]} has {seeds}")
     return Comparison(
         {arm: [arms[arm][seed] for seed in seeds] for arm in names},
         seeds,
@@ -165,7 +166,7 @@ OPTIONAL = dict.fromkeys(("negligible", "floor", "method", "baseline"), NUMBER |
 
 
 def read_results(path: str | Path, paper: str | None = None) -> dict:
-    """The results in a file. ValueError if it holds none or damaged ones, or those of another title than `paper`."""
+    """The results in a file. UserError if it holds none or damaged ones, or those of another title than `paper`."""
     advice = "name a results file that a study has written"
     summary = read_json(path, advice)
     odd = [name for name, kind in RESULTS.items() if not isinstance(summary.get(name), kind)]
@@ -179,9 +180,9 @@ def read_results(path: str | Path, paper: str | None = None) -> dict:
         }
         odd += [name for name, right in checks.items() if not right]
     if odd:
-        raise ValueError(f"{path} holds no results of a study ({odd[0]} is missing or damaged): {advice}")
+        raise UserError(f"{path} holds no results of a study ({odd[0]} is missing or damaged): {advice}")
     if paper not in (None, summary["paper"]):
-        raise ValueError(f"{path} holds results of {summary['paper']}, not of {paper}: {advice}")
+        raise UserError(f"{path} holds results of {summary['paper']}, not of {paper}: {advice}")
     return summary
 
 
@@ -242,7 +243,7 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
 def extended_seeds(earlier: dict, arms: Iterable[str], seeds: Sequence[int]) -> list[int]:
     """The seeds of results after runs of these `arms` with these `seeds` are added to them.
 
-    ValueError if an arm would then have seeds that are not the first ones, since claims compare the seeds that both
+    UserError if an arm would then have seeds that are not the first ones, since claims compare the seeds that both
     arms have.
     """
     known, before = earlier["seeds"], by_seed(earlier)
@@ -251,7 +252,7 @@ def extended_seeds(earlier: dict, arms: Iterable[str], seeds: Sequence[int]) -> 
         of_arm = {*known[: len(before.get(arm, ()))], *seeds}
         if of_arm != set(merged[: len(of_arm)]):
             lacks = [seed for seed in merged[: len(of_arm)] if seed not in of_arm]
-            raise ValueError(
+            raise UserError(
                 f"arm {arm} would have seeds {sorted(of_arm)} without {lacks}, which other arms have: add them"
             )
     return merged
@@ -261,16 +262,16 @@ def joined(earlier: dict, found: Comparison, order: Iterable[str]) -> Comparison
     """`found` with earlier results added: more seeds of all or some of their arms, or more arms.
 
     A run that both have is taken from the earlier results. Arms are in `order`, and seeds too if all arms have all of
-    them; `folders` are those of `found`. ValueError if an arm has other settings or metrics there.
+    them; `folders` are those of `found`. UserError if an arm has other settings or metrics there.
     """
     before, known = by_seed(earlier), earlier["seeds"]
     seeds = extended_seeds(earlier, found.arms, found.seeds)
     arms = dict(before)
     for arm, runs in found.arms.items():
         if earlier["settings"].get(arm, found.settings.get(arm)) != found.settings.get(arm):
-            raise ValueError(f"arm {arm} of the earlier results has other settings: train all seeds again")
+            raise UserError(f"arm {arm} of the earlier results has other settings: train all seeds again")
         if missing := {metric for run in before.get(arm, ())[:1] for metric in run} - set(runs[0]):
-            raise ValueError(f"arm {arm} has no {sorted(missing)[0]}, which it has in the earlier results")
+            raise UserError(f"arm {arm} has no {sorted(missing)[0]}, which it has in the earlier results")
         of_seed = dict(zip(found.seeds, runs, strict=True)) | dict(zip(known, before.get(arm, ()), strict=False))
         arms[arm] = [of_seed[seed] for seed in seeds if seed in of_seed]
     if all(len(runs) == len(seeds) for runs in arms.values()):

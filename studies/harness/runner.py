@@ -29,6 +29,7 @@ import tyro
 
 from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
+from shared.errors import UserError
 from shared.run import QUIET, machine
 from studies.harness import report, scripts, verdicts
 from studies.harness.floors import Floor
@@ -162,12 +163,12 @@ class Study:
         return {arm.name: arm.heading for arm in self.arms}
 
     def chosen(self, arms: str) -> list[Arm]:
-        """The arms for words separated by spaces: core, all, names of arms. ValueError for others."""
+        """The arms for words separated by spaces: core, all, names of arms. UserError for others."""
         words, known = set(arms.split()), ", ".join(self.headings)
         if unknown := words - {"core", "all"} - set(self.headings):
-            raise ValueError(f"there is no arm {sorted(unknown)[0]!r}: --arms is core, all, or some of {known}")
+            raise UserError(f"there is no arm {sorted(unknown)[0]!r}: --arms is core, all, or some of {known}")
         if not words:
-            raise ValueError(f"--arms names no arm: it is core, all, or some of {known}")
+            raise UserError(f"--arms names no arm: it is core, all, or some of {known}")
         return [arm for arm in self.arms if "all" in words or arm.core and "core" in words or arm.name in words]
 
     def jobs(self, arms: Sequence[Stage]) -> list[Stage]:
@@ -353,9 +354,9 @@ class Options:
 
 
 def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """The seeds without duplicates. ValueError if there are none, or one is negative."""
+    """The seeds without duplicates. UserError if there are none, or one is negative."""
     if not seeds or min(seeds) < 0:
-        raise ValueError("--seeds names at least one seed, each 0 or more")
+        raise UserError("--seeds names at least one seed, each 0 or more")
     return tuple(dict.fromkeys(seeds))
 
 
@@ -404,7 +405,7 @@ def clocked(file: Path, out: Path, cores: int) -> Iterator[None]:
 
 
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
-    """Train arms and the jobs that they need, `at_once` in parallel. ValueError names a failed command."""
+    """Train arms and the jobs that they need, `at_once` in parallel. UserError names a failed command."""
     jobs = in_order(study.jobs(arms))
     names = {job.name for job in jobs}
     environment = environment_of(at_once) | {QUIET: "1"}  # lines of parallel runs would mix
@@ -444,7 +445,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
 
 
 def run_job(study: Study, job: Stage, seed: int, environment: dict[str, str], cores: int) -> None:
-    """Run the commands of a stage or an arm, and keep their time. ValueError names one that failed."""
+    """Run the commands of a stage or an arm, and keep their time. UserError names one that failed."""
     commands = study.words(job, seed)
     if study.alone and isinstance(job, Arm):
         corpus = [] if study.on == "emoji" else ["--corpus", study.on]
@@ -453,16 +454,16 @@ def run_job(study: Study, job: Stage, seed: int, environment: dict[str, str], co
         for module, *words in commands:
             if code := scripts.run_script(module, words, environment):
                 failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
-                raise ValueError(f"{failed}; finished work is kept: run the study again to resume")
+                raise UserError(f"{failed}; finished work is kept: run the study again to resume")
 
 
 def prepare(study: Study, arms: Sequence[str], photos: str | None = None) -> None:
-    """Run the study's commands that run once before these arms. ValueError names a failed command."""
+    """Run the study's commands that run once before these arms. UserError names a failed command."""
     for once in study.before:
         if not once.arms or set(arms) & set(once.arms):
             words = [word.replace("{photos}", str(photos)) for word in once.command.split()]
             if code := subprocess.run([sys.executable, "-m", *words]).returncode:
-                raise ValueError(f"'python -m {' '.join(words)}' failed (exit code {code})")
+                raise UserError(f"'python -m {' '.join(words)}' failed (exit code {code})")
 
 
 def run(study: Study, options: Options) -> None:
@@ -474,31 +475,31 @@ def run(study: Study, options: Options) -> None:
     arms = study.chosen(options.arms)
     path, clone = options.results, options.upstream
     if path is not None and not path.endswith(".json"):
-        raise ValueError(f"--results {path} should end in .json")
+        raise UserError(f"--results {path} should end in .json")
     if path is not None and (Path(path).is_dir() or Path(path).parent.is_file()):
-        raise ValueError(f"--results {path} cannot be written there: name a file")
+        raise UserError(f"--results {path} cannot be written there: name a file")
     if clone is not None and study.upstream is None:
-        raise ValueError(f"{study.folder}'s study does not use a clone: leave out --upstream")
+        raise UserError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     seeds = checked_seeds(options.seeds)
     earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
     if path is not None and not options.extend and Path(path).exists():
         advice = "name another file, or remove that one"
         there = read_json(path, advice)
         if there.get("paper") != study.paper:
-            raise ValueError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
+            raise UserError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
         if there.get("corpus") != study.corpus:
-            raise ValueError(f"--results {path} would replace {other_corpus(there)}: {advice}")
+            raise UserError(f"--results {path} would replace {other_corpus(there)}: {advice}")
     if study.on == "photos" and options.photos is None:
-        raise ValueError(
+        raise UserError(
             "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "
             "flickr8k, pacs, ..."
         )
     if study.on != "photos" and options.photos is not None:
-        raise ValueError("--photos is used only with --corpus photos (CORPUS=photos with make)")
+        raise UserError("--photos is used only with --corpus photos (CORPUS=photos with make)")
     if options.photos is not None and not (options.photos and Path(options.photos).is_dir()):
-        raise ValueError(f"--photos {options.photos!r} is no folder: name the one that holds flickr8k, pacs, ...")
+        raise UserError(f"--photos {options.photos!r} is no folder: name the one that holds flickr8k, pacs, ...")
     if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
+        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     more = study.upstream(Path(clone)) if clone is not None else {}
     prepare(study, [arm.name for arm in arms], options.photos)
     train(study, arms, seeds, options.jobs, study.minutes.get(options.arms))
@@ -514,39 +515,39 @@ def other_corpus(earlier: dict) -> str:
 
 
 def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds: Sequence[int]) -> dict:
-    """The results of --results, to which --extend adds other seeds or other arms. ValueError if it cannot."""
+    """The results of --results, to which --extend adds other seeds or other arms. UserError if it cannot."""
     if options.results is None or not Path(options.results).is_file():
-        raise ValueError("--extend needs --results FILE.json, the results that it adds to")
+        raise UserError("--extend needs --results FILE.json, the results that it adds to")
     earlier = report.read_results(options.results, study.paper)
     if earlier["corpus"] != study.corpus:
-        raise ValueError(f"{options.results} has {other_corpus(earlier)}: train and measure all arms again")
+        raise UserError(f"{options.results} has {other_corpus(earlier)}: train and measure all arms again")
     if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
-        raise ValueError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
+        raise UserError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
     compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
     needed, known = set(compared), set(earlier["arms"])
     while sources := {name for arm in needed for name in study.derived_from.get(arm, ())} & known - needed:
         needed |= sources
     if missing := sorted(needed - set(compared)):
-        raise ValueError(f"metrics of these arms are computed from others: add {', '.join(missing)} to --arms")
+        raise UserError(f"metrics of these arms are computed from others: add {', '.join(missing)} to --arms")
     merged, runs = report.extended_seeds(earlier, compared, seeds), report.by_seed(earlier)
     has = {arm: set(earlier["seeds"][: len(each)]) for arm, each in runs.items()}
     for arm in compared:
         added = set(seeds) - has.get(arm, set())
         if old := sorted(name for name in has if arm in study.derived_from.get(name, ()) and added & has[name]):
-            raise ValueError(
+            raise UserError(
                 f"metrics of {', '.join(old)} in {options.results} would be computed from {arm}, too: train and "
                 "measure all arms again"
             )
     if merged == earlier["seeds"] and all(len(runs.get(arm, ())) == len(merged) for arm in compared):
-        raise ValueError(f"{options.results} has these seeds of {', '.join(compared)} already")
+        raise UserError(f"{options.results} has these seeds of {', '.join(compared)} already")
     return earlier
 
 
 def study_of(folder: str, on: str = "emoji") -> Study:
-    """A paper's study on a corpus. ValueError if it has none on photographs."""
+    """A paper's study on a corpus. UserError if it has none on photographs."""
     module = f"studies.{folder}" if on == "emoji" else f"studies.{folder}_photos"
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{folder} has no study on photographs: leave out --corpus")
+        raise UserError(f"{folder} has no study on photographs: leave out --corpus")
     return importlib.import_module(module).STUDY
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
+from shared.errors import UserError
+
 VERDICTS = {  # in this precedence
     "not testable here": "needs the paper's data, models or machines",
     "has not learned": "the stronger of the two arms is not above its floors, for which no encoder is trained "
@@ -248,7 +250,7 @@ def judged(
     found, means = [], []
     for claim in chosen:
         if claim.negligible is not None and claim.effect is not None and claim.negligible > abs(claim.effect) / 2:
-            raise ValueError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
+            raise UserError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
         n = min(len(arms[arm]) for arm in (claim.method, claim.baseline))
         sides = [[run[claim.metric] for run in arms[arm][:n]] for arm in (claim.method, claim.baseline)]
         difference = float(np.mean([a - b for a, b in zip(*sides, strict=True)]))
