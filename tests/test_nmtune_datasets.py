@@ -16,7 +16,7 @@ from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: 
 from nmtune import datasets
 from nmtune.datasets import flip_labels_per_sample
 from nmtune.pretrain import flip_labels, swap_captions
-from shared import data, index
+from shared import index
 
 
 @pytest.mark.golden("nmtune", "label_noise")
