@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from webdataset.tariterators import group_by_keys
 
-from shared import clip, data, run
+from shared import data, run
+from shared.corpus import on_device
 from shared.errors import UserError
 from shared.fetch import fetch, is_remote
 from shared.tars import IMAGE_EXTENSIONS, Broken, key_of, read_tar
@@ -181,20 +181,3 @@ class Samples(IterableDataset):
         if self.strict:
             raise UserError(f"--strict: sample {key}: {reason}")
         self.broken.append(Broken(key, reason))
-
-
-def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
-    """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
-    positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
-    return moved(positions, device), normalise(moved(images, device)), texts
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or lists and named tuples of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (list, tuple)):
-        parts = [moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value

@@ -18,7 +18,6 @@ from server import serving
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from protoclip.episodes import EpisodeDataset, episode_batches
 from shared import data, fetch, run, tars
 
 
@@ -94,22 +93,6 @@ def test_start_gives_the_tail(start: int):
     whole = data.batches(90, 8, (1,), rank=1, world_size=2)
     tail = data.batches(90, 8, (1,), rank=1, world_size=2, start=start)
     assert [b.tolist() for b in tail] == [b.tolist() for b in whole[start:]]
-
-
-def test_workers_change_nothing(tmp_path: Path):
-    broken = ("x.png", b"no image"), ("x.txt", "x")
-    shard = write_tar(tmp_path / "0.tar", *[file for i in range(9) for file in pair(f"{i}")], *broken)
-    rows = np.random.RandomState(0).choice(10, 20)
-    noise = lambda image: torch.rand(3)  # noqa: E731  a view that is random in every draw
-    dataset = EpisodeDataset(data.Shards([str(shard)]), rows, noise, lambda text: torch.tensor([[len(text)]]), (0, 1))
-    process = run.Process(0, 1, torch.device("cpu"))
-    cfg = lambda workers: SimpleNamespace(batch_size=4, workers=workers, distinct_captions=False)  # noqa: E731
-    read = lambda workers: list(episode_batches(cfg(workers), process, [dataset])[1])  # noqa: E731
-    expected = read(0)
-    assert sum(len(batch[0]) for batch in expected) == 20 and any(batch[3] for batch in expected)
-    for workers in (1, 2):
-        for batch, same in zip(expected, read(workers), strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(batch[:3], same[:3], strict=True)) and batch[3] == same[3]
 
 
 class Where(Dataset):
