@@ -1,6 +1,6 @@
 """Data loading: `python -m studies.bench.data` (`make bench-data`) builds shards and measures reading them.
 
-A million samples of a few bytes show start-up time and memory; 20,000 samples of 20 KB show throughput. Each
+A million samples of a few bytes show start-up time and memory; 20,480 samples of 20 KB show throughput. Each
 measurement runs in a new process. The readers take turns on the same shards and do the same work in the same
 processes: a worker decodes, crops and returns uint8, and the measuring process normalises, although webdataset and
 open_clip would normalise in their workers. The last column is our target; many rows have none.
@@ -191,7 +191,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
 
     (folder / "real").mkdir()
     rng, samples = np.random.default_rng(0), options.real
-    shards = max(samples // 1000, 1)
+    shards = max(samples // 1024, 1)  # whole batches in each
     real = build(folder / "real", shards, samples // shards, lambda i: photograph(rng))
     first, block = f"{folder}/real/00000.tar", os.stat(folder).st_blksize
     for name in READERS:
@@ -221,7 +221,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparse", type=at_least(2), default=1_000_000, help="samples of a few bytes")
-    parser.add_argument("--real", type=at_least(2 * BATCH), default=20_000, help="samples of 20 KB")
+    parser.add_argument("--real", type=at_least(2 * BATCH), default=20_480, help="samples of 20 KB")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each throughput")
     parser.add_argument("--repetitions", type=at_least(1), default=3, help="of each throughput, in turns")
     parser.add_argument("--folder", type=Path, help="where the shards are built, about 600 MB; removed afterwards")
