@@ -21,6 +21,22 @@ from shared import clip, data, run
 from shared.errors import UserError
 
 
+def open_corpus(
+    cfg: Any,
+    process: run.Process,
+    text: Callable[[Any], Any],
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
+) -> Any:
+    """The corpus of a run: by row, or with --stream a `streams.Stream`, which has no `batches` of chosen rows."""
+    from shared.streams import Stream  # which imports this module
+
+    if cfg.stream:
+        return Stream(cfg, process, text, cut_padding)
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
+
+
 class Corpus:
     """Pairs by row. `text(pair)` -> tensor(s) of a sample's text, computed in a loader process.
 
