@@ -98,9 +98,8 @@ class Corpus:
 
     def loaded(self, items: list) -> Iterator:
         """Batches of these lists of items. The same loader processes serve all passes."""
-        if self.loader is None or self.loader.views < len(
-            self.samples.views
-        ):  # processes know the views at their start
+        known = 0 if self.loader is None else self.loader.views
+        if known < len(self.samples.views):  # loader processes know the views that there were at their start
             self.loader = DataLoader(
                 self.samples,
                 batch_sampler=Order(),
@@ -121,12 +120,17 @@ class Corpus:
 
 
 def open_corpus(
-    cfg: Any, process: run.Process, text: Callable, *, cut_padding: bool = False, side: int | None = None
+    cfg: Any,
+    process: run.Process,
+    text: Callable,
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
 ) -> "Corpus | Stream":
     """The corpus of --data: by row, or with --stream a `Stream`, which has no `batches` of chosen rows."""
     if cfg.stream:
         return Stream(cfg, process, text, cut_padding)
-    return Corpus(cfg, process, text, cut_padding=cut_padding, side=side)
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
 
 
 class Order:
