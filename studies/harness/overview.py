@@ -233,8 +233,9 @@ def html_page(here: Summaries, photographs: Summaries, home: Path) -> str:
         return Markup(re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL))
 
     def plots(folder: str) -> list[tuple[str, str]]:
-        names = (f"{where}{folder}_*.png" for of in ("", "photos/") for where in (of, f"{of}{folder}/"))
-        files = [file for pattern in names for file in sorted(home.glob(pattern))]
+        homes = [home] * (folder in here) + [home / "photos"] * (folder in photographs)
+        names = [f"{folder}_*.png", f"{folder}/{folder}_*.png"]
+        files = [file for each in homes for name in names for file in sorted(each.glob(name))]
         return [(file.stem.replace("_", " "), base64.b64encode(file.read_bytes()).decode()) for file in files]
 
     papers = sections(here, photographs, home.name).items()
