@@ -55,9 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
     sets = tuple(small_set(name, tmp_path / "sets") for name in ("groups_id", "retrieval_xm_en"))
-    return evaluation.Config(
-        runs=tuple(runs), sets=sets, probe=sets[:1], gap=sets[1], report=str(tmp_path / "results.json"), device="cpu"
-    )
+    return evaluation.Config(runs=tuple(runs), sets=sets, probe=sets[:1], gap=sets[1], device="cpu")
 
 
 def test_towers_load_into_open_clip(runs: list[str]):
@@ -75,7 +73,7 @@ def test_towers_load_into_open_clip(runs: list[str]):
 
 def test_other_protocols_of_the_probe(cfg: evaluation.Config):
     """Shuffled samples and logistic regression, which are off unless asked for."""
-    one = dataclasses.replace(cfg, runs=cfg.runs[2:3], report=None)
+    one = dataclasses.replace(cfg, runs=cfg.runs[2:3])
     usual = evaluation.main(one)[0]
     (found,) = evaluation.main(dataclasses.replace(one, shuffled=True, logistic=True))
     more = {"groups_id/probe_shuffled_best", "groups_id/probe_shuffled_final", "groups_id/probe_logistic"}
