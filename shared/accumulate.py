@@ -31,7 +31,10 @@ class MicroBatches(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         chunks = zip(*(x.chunk(self.count) if torch.is_tensor(x) else repeat(x) for x in inputs), strict=False)
-        outputs = [recomputed(self.model, self.model, *chunk) for chunk in chunks]
+        outputs = []
+        for chunk in chunks:
+            torch.clear_autocast_cache()  # else gradients of micro-batches would be summed in half precision
+            outputs.append(recomputed(self.model, self.model, *chunk))
         first = outputs[0]
         if torch.is_tensor(first):
             return torch.cat(outputs)

@@ -96,7 +96,9 @@ class EvalSet(IterableDataset):
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor, int | torch.Tensor | list[str]]]:
         for shard, sample in self._samples():
             where = f"{shard}, sample {sample['__key__']!r}"
-            yield sample["__key__"], self.transform(_image(sample, where)), self._target(sample, where)
+            image = _image(sample, where)
+            seen = image if isinstance(image, torch.Tensor) else self.transform(image)  # features have no views
+            yield sample["__key__"], seen, self._target(sample, where)
 
     def targets(self) -> Iterator[tuple[str, int | torch.Tensor | list[str]]]:
         """(key, target) of each sample, in the order of iteration, without decoding images."""
@@ -151,7 +153,8 @@ class EvalSet(IterableDataset):
             if isinstance(batch, Exception):
                 raise batch
             images, targets = batch
-            yield normalise(images.to(device, non_blocking=True)), targets
+            images = images.to(device, non_blocking=True)
+            yield images if images.is_floating_point() else normalise(images), targets
             empty = False
         if empty:
             raise UserError(f"{self.folder / self.split} holds no samples.")
@@ -212,8 +215,8 @@ def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, by
 
 
 def _image(sample: dict, where: str) -> Image.Image:
-    """RGB image; transparency is composited on white."""
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
+    """RGB image; transparency is composited on white. Features of a locked tower (.npy) -> float32 tensor."""
+    extension = next((extension for extension in (*IMAGE_EXTENSIONS, "npy") if extension in sample), None)
     if extension is None:
         raise UserError(f"{where} has no image (.{', .'.join(IMAGE_EXTENSIONS)}).")
     try:
