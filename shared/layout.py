@@ -45,14 +45,14 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "", shard_size: int = SHARD) -> int:
+def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "") -> int:
     """Writes training shards in img2dataset layout, `folder/{prefix}{00000..}.tar`; returns the number of samples.
 
     A sample maps file endings to contents: an image ending, `txt` (caption), `json` (dict), and others as bytes.
     """
     samples, count = iter(samples), 0
     for shard in itertools.count():
-        some = list(itertools.islice(samples, shard_size))
+        some = list(itertools.islice(samples, SHARD))
         if not some:
             return count
         keyed = []

@@ -90,7 +90,7 @@ def install(npm_folder: Path) -> Path:
         if result.returncode != 0:
             cause = re.search(r"npm error code (\S+)", result.stderr)
             raise UserError(
-                f"npm could not install the emoji packages ({cause[1] if cause else f'exit code {result.returncode}'}); "
+                f"npm could not install the emoji packages ({cause[1] if cause else f'code {result.returncode}'}); "
                 f"is the npm registry reachable? `npm ci --ignore-scripts` in {npm_folder} shows its full report."
             )
         done.write_bytes(pinned)
