@@ -61,8 +61,8 @@ def test_cached_features_give_the_numbers_of_eval(cfg, tmp_path: Path, monkeypat
     monkeypatch.setattr(photos, "SIDE", 32)
     monkeypatch.setattr(study, "ZERO_SHOT", sets["photo_all"])
     monkeypatch.setattr(study, "PROBES", (sets["art_painting"], sets["cartoon"]))
+    features = photos.lite0_features_of_files
     monkeypatch.setattr(photos, "lite0_features_of_files", lambda files, side: features(files, side, tmp_path))
-    features = pretrained.lite0_features_of_files
     found = study.measure_run(run)
     asked = dict(sets=(sets["retrieval_en"], sets["photo_all"]), probe=(), gap=sets["retrieval_en"])
     shown = evaluation.Config((str(run),), **asked, precision="fp32")
