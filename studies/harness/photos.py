@@ -236,7 +236,9 @@ def evaluated(
     for folder in map(Path, runs):
         of_run = functools.partial(measure, folder)
         sources = [folder / "checkpoint.pt", *files]
-        found.append(evaluation.measured(paper, folder / "results.json", {"sets": list(sets)}, sources, of_run))
+        found.append(
+            evaluation.measured(f"studies.{paper}", folder / "results.json", {"sets": list(sets)}, sources, of_run)
+        )
     return found
 
 
