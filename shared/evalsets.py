@@ -135,35 +135,18 @@ class EvalSet(IterableDataset):
         own, empty = copy.copy(self), True
         own.transform = pixels
         pin = torch.device(device).type == "cuda"
-        loader = DataLoader(
-            _ErrorsAsItems(own), batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin
-        )
-        for batch in loader:
-            if isinstance(batch, Exception):
-                raise batch
-            images, targets = batch
-            yield normalise(images.to(device, non_blocking=True)), targets
-            empty = False
+        loader = DataLoader(own, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
+        try:
+            for images, targets in loader:
+                yield normalise(images.to(device, non_blocking=True)), targets
+                empty = False
+        except UserError as error:  # DataLoader puts a worker's traceback before the message
+            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
         if empty:
             raise UserError(f"{self.folder / self.split} holds no samples.")
 
 
-class _ErrorsAsItems(IterableDataset):
-    """Ends with a user's error as an item: DataLoader would add a long traceback to an error of a worker."""
-
-    def __init__(self, dataset: EvalSet):
-        self.dataset = dataset
-
-    def __iter__(self):
-        try:
-            yield from self.dataset
-        except UserError as error:
-            yield error
-
-
-def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exception:
-    if isinstance(items[-1], Exception):  # an error ends the worker's stream, so it is always last
-        return items[-1]
+def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list]:
     _, images, targets = zip(*items, strict=True)
     if isinstance(targets[0], list):
         return torch.stack(images), list(targets)
