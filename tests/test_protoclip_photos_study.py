@@ -78,6 +78,8 @@ def test_a_head_on_features_is_measured_on_pictures(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(photos, "SIDE", 32)
     monkeypatch.setattr(study, "ZERO_SHOT", sets["photo_all"])
     monkeypatch.setattr(study, "PROBES", (sets["art_painting"], sets["cartoon"]))
+    computed = photos.lite0_features_of_files
+    monkeypatch.setattr(photos, "lite0_features_of_files", lambda files, side: computed(files, side, tmp_path))
     found = study.measure_run(run)
     features.main(features.Config(tuple(map(Path, sets.values())), tmp_path / "sets", side=32))
     at = {name: str(tmp_path / "sets" / name) for name in sets}
