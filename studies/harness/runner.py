@@ -208,7 +208,7 @@ def measured_floors(study: Study, path: Path, found: report.Comparison) -> tuple
     sources = [file for folder in study.sets for file in evaluation.files_of(folder)]
     sources += study.floor_files(found.seeds if seeds else ())
     setting = {"floors": [floor.name for floor in floors], "known": known, "seeds": seeds}
-    return evaluation.measured(study.folder, kept, setting, sources, measure), seeds
+    return evaluation.measured(f"studies.{study.folder}", kept, setting, sources, measure), seeds
 
 
 def judged(
