@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, PRINTED, TABLE9
+from concept_frequency.published.numbers import CURVE_MODELS, DERIVED, PRINTED, TABLE9
 from shared import cli
 from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
@@ -155,13 +155,11 @@ def check_sizes(cfg: Config, world_size: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the count
 
-CAPTION_BYTES = 2_000  # memory of a caption while its partition is indexed: text, noun set, postings
-DOC_BYTES = 100_000  # memory of a caption inside spaCy
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class CountConfig:
-    """Settings of a count."""
+    """Settings of a count. The paper's are the defaults, and what a preset sets; `data` to `out`, `corrected`,
+    `label_column`, `partition` and the settings after it are ours."""
 
     data: tuple[str, ...] = ()
     """Captions: .tar shards (img2dataset layout), .parquet, .tsv or .txt (one a line), folders of them, or URLs; braces
@@ -182,22 +180,12 @@ class CountConfig:
     """Pipeline that tags captions; `python -m spacy download NAME` installs one."""
     query_spacy: str = "en_core_web_sm"
     """Pipeline that lemmatises the words of concepts, one by one."""
-    exact: bool = True
-    """Skip only the recognition of named entities, which does not change noun sets. --no-exact also skips the parser,
-    which is faster, but adds nouns that the parser's rules would make auxiliaries."""
     lemmatize: bool = True
     """Lemmatise the words of concepts. --no-lemmatize: use them in lower case (upstream's method `lowercased`)."""
-    casefold: bool = False
-    """Index nouns in lower case. Otherwise, as upstream, `Eagles` in a title is never found."""
-    last_token: bool = True
-    """If a concept's word has several tokens, only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
-    clean_terms: bool = False
-    """Clean concepts' terms as nouns are cleaned, so that `crème` can match. Upstream does not."""
-    phrases: bool = True
-    """Also count the captions that contain a concept's name as written, ignoring case. This comparison is not in the
-    paper. Concepts added later need another pass over the captions."""
-    unknown: Literal["drop", "zero"] = "drop"
-    """Terms in no caption. drop: ignore them, as upstream (`unicorn dog` counts as `dog`). zero: the count is 0."""
+    corrected: bool = False
+    """Search what the paper's text says. Otherwise, as upstream, proper nouns are never found (`Eagles`), only the last
+    token of a word counts (`t-shirt` is searched as `shirt`), signs and accents are never found (`crème`), and words in
+    no caption are ignored (`unicorn dog` counts as `dog`)."""
 
     label_column: str = ""
     """Parquet column with the concept in each image, instead of a tagger."""
@@ -213,8 +201,6 @@ class CountConfig:
     descriptions: str = ""
     """Descriptions of the concepts: JSON {concept: texts}, or the authors' list of such dictionaries; empty: `a photo
     of a {c}.`"""
-    average: bool = True
-    """Average the descriptions of a concept, as the authors do. --no-average: RAM++ weights them by the image."""
     threshold: float = 0.7
     """A concept is in an image if its probability exceeds this (compared in half precision, as upstream)."""
     images: tuple[str, ...] = ()
@@ -227,28 +213,24 @@ class CountConfig:
     size: int | None = None
     """Size of the corpus for the misalignment degree; None: the number of captions counted."""
 
+    partition: int = 100_000
+    """Captions of a partition of a table; a worker needs about 2 KB for each, beside its spaCy pipeline. A tar is one
+    partition."""
+    part: str = ""
+    """i/n, with i from 0: only index and tag every n-th partition from the i-th on, as one of n jobs that share --out.
+    When all have ended, the same command without it adds up."""
     workers: int = 0
     """Processes on this machine; 0: one per core. With GPUs, one process per GPU tags images, and the others decode
     them."""
-    address: str = ""
-    """Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for Ray on this machine; the extra `ray`."""
-    memory: int = 256
-    """MiB a worker may use for captions and postings, in addition to its spaCy pipeline; sets the size of partitions
-    and batches. A tar is not split."""
-    merge: bool = False
-    """Also write one index of all captions, index.npz; it must fit in memory (8 bytes a posting)."""
     strict: bool = False
     """Stop at the first broken sample instead of counting and skipping it."""
 
-    @property
-    def partition_captions(self) -> int:
-        """Captions of a partition, within `memory`."""
-        return max(self.memory * 2**20 // CAPTION_BYTES, 1)
-
-    @property
-    def batch_captions(self) -> int:
-        """Captions that spaCy tags at a time, within `memory`."""
-        return min(max(self.memory * 2**20 // 4 // DOC_BYTES, 1), 5000)
+    def part_of(self) -> tuple[int, int]:
+        """(i, n) of `part`. UserError unless it is two numbers with i below n."""
+        number, slash, parts = self.part.partition("/")
+        if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise UserError(f"--part is i/n with i from 0 to n - 1, not {self.part!r}")
+        return int(number), int(parts)
 
 
 COUNT_PRESETS = {
@@ -280,8 +262,10 @@ def check_count(cfg: CountConfig) -> None:
         )
     if not cfg.concepts:
         raise UserError("--concepts is missing: name lists of concepts (.txt, .json, or a folder with classnames.txt)")
-    if cfg.memory < 1:
-        raise UserError(f"--memory is at least 1 MiB, not {cfg.memory}")
+    if cfg.partition < 1:
+        raise UserError(f"--partition is at least 1 caption, not {cfg.partition}")
+    if cfg.part:
+        cfg.part_of()
     if not 0 <= cfg.threshold <= 1:
         raise UserError(f"--threshold is a probability, not {cfg.threshold}")
     if cfg.tagger and cfg.label_column:

@@ -17,7 +17,8 @@ import torch
 import tyro
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from scipy.fft import dct
+from scipy.fft import dctn
+from scipy.spatial.distance import cdist
 
 from concept_frequency.curve import read_counts
 from concept_frequency.datasets import png, write_set
@@ -85,14 +86,13 @@ def phash(image: Image.Image | ArrayLike) -> NDArray[np.bool_]:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image).astype(np.uint8))
     grey = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS).convert("L"), dtype=np.float64)
-    low = dct(dct(grey, axis=0), axis=1)[:8, :8].flatten()
+    low = dctn(grey)[:8, :8].flatten()
     return low >= np.median(low[1:])
 
 
 def hamming_distances(bits: ArrayLike) -> NDArray[np.int64]:
     """(n, n) number of differing bits of hashes (n, 64)."""
-    x = np.asarray(bits, dtype=np.int64)
-    return x @ (1 - x).T + (1 - x) @ x.T
+    return cdist(bits, bits, "cityblock").astype(np.int64)
 
 
 def deduplicate(hamming: ArrayLike, order: Sequence[int], max_distance: int = 10) -> list[int]:

@@ -14,153 +14,29 @@ The arms differ only in `law`, `exponent` and `assignment`. The experiment is ou
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import open_clip
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from concept_frequency.assigned import (
+    NOISE,
+    TestSet,
+    frequencies,
+    make_pairs,
+    read_corpus,
+    read_test_set,
+    views,
+    write_pairs,
+)
 from concept_frequency.config import PRESETS, Config, check, check_sizes
-from concept_frequency.images import NOISE, Concept, Corpus, TestSet, read_corpus, read_test_set, views
 from shared import accumulate, checkpoints, cli, data, export, run
 from shared.clip import image_side, quiet_open_clip, trimmed, without_padding
-from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
-
-# ------------------------------------------------------------------------------ the treatment: each concept's frequency
-
-
-def permutation(n: int, generator: torch.Generator | np.random.Generator | None) -> np.ndarray:
-    """A random permutation of range(n)."""
-    if isinstance(generator, np.random.Generator):
-        return generator.permutation(n)
-    return torch.randperm(n, generator=generator).numpy()
-
-
-def zipf_counts(
-    num_concepts: int, total: int, exponent: float, generator: torch.Generator | np.random.Generator | None
-) -> np.ndarray:
-    """Frequencies proportional to rank^-exponent with random ranks: (K,) int64, sum = total, each at least 1.
-
-    UserError if total < K.
-    """
-    share = np.arange(1, num_concepts + 1, dtype=np.float64) ** -exponent
-    return rounded(share / share.sum() * total, total)[permutation(num_concepts, generator)]
-
-
-def log_uniform_counts(
-    num_concepts: int, total: int, generator: torch.Generator | np.random.Generator | None
-) -> np.ndarray:
-    """Frequencies from 1 up with a constant ratio, in random order: (K,) int64, sum = total.
-
-    Their logarithms are evenly spaced, so that the bins of a curve hold about equally many concepts (a bin without a
-    whole number in it is empty). UserError if total < K.
-    """
-    places = np.linspace(1, 0, num_concepts)
-    span = 0.0 if total <= num_concepts else brentq(lambda x: np.exp(x * places).sum() - total, 0, math.log(total))
-    return rounded(np.exp(span * places), total)[permutation(num_concepts, generator)]
-
-
-def rounded(exact: np.ndarray, total: int) -> np.ndarray:
-    """Round decreasing frequencies (K,) to int64 with sum = total, each at least 1. UserError if total < K.
-
-    Frequencies are rounded down, and the largest remainders are rounded up until the sum is right. If raising zeros to
-    1 makes the sum too large, the most frequent concepts are reduced.
-    """
-    if total < len(exact):
-        raise UserError(f"--total {total} pairs cannot hold each of {len(exact)} concepts")
-    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
-    missing = total - counts.sum()
-    counts[np.argsort(counts - exact, kind="stable")[: max(missing, 0)]] += 1
-    while missing < 0:
-        payers = np.flatnonzero(counts > 1)[:-missing]
-        counts[payers] -= 1
-        missing += len(payers)
-    return counts
-
-
-def frequencies(cfg: Config, num_concepts: int, generator: torch.Generator | None) -> np.ndarray:
-    """The frequencies (K,) of an arm's concepts."""
-    if cfg.law == "log-uniform":
-        return log_uniform_counts(num_concepts, cfg.total, generator)
-    return zipf_counts(num_concepts, cfg.total, cfg.exponent, generator)
-
-
-class Pairs(NamedTuple):
-    """The training corpus of an arm. Row i is document i of the count."""
-
-    concept: np.ndarray  # (N,) int64 concept of the image
-    image: np.ndarray  # (N,) int64 row of Corpus.images
-    caption: list[str]
-
-
-def sample_pairs(counts: np.ndarray, concepts: Sequence[Concept], misaligned: float, seed: int) -> Pairs:
-    """Draw N = sum(counts) pairs: f_c pairs of concept c, which use its images in turn, each with a random caption.
-
-    The captions of a random share `misaligned` of the pairs are permuted cyclically.
-    """
-    rng = np.random.default_rng(seed)
-    concept = np.repeat(np.arange(len(concepts)), counts)
-    image = np.empty(len(concept), dtype=np.int64)
-    for c, start in enumerate(np.cumsum(counts) - counts):
-        order = rng.permutation(concepts[c].images)
-        image[start : start + counts[c]] = np.resize(order, counts[c])
-    caption = [make_caption(concepts[c], rng) for c in concept.tolist()]
-    moved = rng.permutation(len(concept))[: round(misaligned * len(concept))]
-    for row, text in zip(moved, [caption[i] for i in np.roll(moved, 1)], strict=True):
-        caption[row] = text
-    order = rng.permutation(len(concept))
-    return Pairs(concept[order], image[order], [caption[i] for i in order])
-
-
-FORMS = (
-    "{name}",
-    "a drawing of {name}",
-    "{name} icon",
-    "picture of {name}",
-    "{name}, {tags}",
-    "{tags} {name}",
-    "the {name}",
-)
-
-
-def make_caption(concept: Concept, rng: np.random.Generator) -> str:
-    """A caption with the concept's name. Three of the seven forms also have one to three of its other words."""
-    tags = [tag for tag in concept.tags if tag != concept.name]
-    some = rng.permutation(tags)[: rng.integers(1, 4)] if tags else []
-    form = FORMS[rng.integers(len(FORMS) if len(some) else 4)]
-    return form.format(name=concept.name, tags=" ".join(some))
-
-
-def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
-    """(frequencies, pairs) of an arm, determined by its settings."""
-    generator = torch.Generator().manual_seed(data.stable_hash("assignment", cfg.seed, cfg.assignment))
-    counts = frequencies(cfg, len(corpus.concepts), generator)
-    return counts, sample_pairs(
-        counts, corpus.concepts, cfg.misaligned, data.stable_hash("pairs", cfg.seed, cfg.assignment)
-    )
-
-
-def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
-    """Write pairs.parquet (key, caption, concept), the input of `concept_frequency.count`."""
-    names = [concept.name for concept in corpus.concepts]
-    table = pa.table(
-        {
-            "key": [corpus.keys[i] for i in pairs.image],
-            "caption": pairs.caption,
-            "concept": [names[c] for c in pairs.concept],
-        }
-    )
-    with checkpoints.replaced(path) as file:
-        pq.write_table(table, file)
-
 
 # ---------------------------------------------------------------------------------------------------------------- model
 

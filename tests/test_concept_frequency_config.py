@@ -9,7 +9,7 @@ from test_concept_frequency_train import TINY, shards  # noqa: F401
 
 from concept_frequency import train
 from concept_frequency.config import MODELS, PRESETS, check
-from concept_frequency.paper_numbers import CURVE_MODELS, TABLE9
+from concept_frequency.published.numbers import CURVE_MODELS, TABLE9
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -44,10 +44,10 @@ def test_captions_are_tagged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "some.txt").write_text("".join(f"{captions[row]}\n" for row in rows))
     cfg = CountConfig(
         data=(str(tmp_path / "some.txt"),), out=str(tmp_path / "alone"), spacy=study.SPACY, query_spacy=study.SPACY,
-        phrases=False, workers=1,
+        workers=1,
     )  # fmt: skip
     assert found[rows].sum(0).tolist() == count_corpus(cfg, study.test_nouns().names).text.tolist()
-    monkeypatch.setattr(study, "count_corpus", lambda *_: pytest.fail("tagged again"))
+    monkeypatch.setattr(study, "tag_captions", lambda *_: pytest.fail("tagged again"))
     study.nouns_of_captions.cache_clear()
     assert np.array_equal(study.nouns_of_captions("shards"), found)
     study.nouns_of_captions.cache_clear()

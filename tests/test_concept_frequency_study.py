@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_concept_frequency_replay import write_published
+from test_concept_frequency_published_replay import write_published
 from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
 from concept_frequency import eval
-from concept_frequency.concepts import load_counts
+from concept_frequency.concepts import load_json
 from studies import concept_frequency as study
 from studies.harness import verdicts
 from studies.harness.floors import Floor
@@ -45,7 +45,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
     assert planted["difference"] == pytest.approx(values["misaligned_20"] - values["misaligned"])
     table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
-    assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
+    assert {name: row["image"] for name, row in table.items()} == load_json(runs["zipf"] / "frequencies.json")
     assert "tail benchmark" in capsys.readouterr().out
     stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
     eval.main(dataclasses.replace(cfg, report=None))  # kept
@@ -58,6 +58,20 @@ def test_study_measures_what_a_report_compares(runs):
     of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
     assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == [*runs][1:]
+
+
+def test_changes_are_of_the_same_concept():
+    def table(frequency: list[int], accuracy: list[float]) -> eval.Table:
+        rows = zip("abc", frequency, accuracy, strict=True)
+        return {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
+
+    zipf, other = table([100, 10, 1], [50.0, 30.0, 10.0]), table([1, 10, 100], [40.0, 30.0, 20.0])
+    change, gain = study.changes([zipf], [other])
+    assert change.tolist() == [[2, 0, -2]] and gain.tolist() == [[10, 0, -10]]
+    found = study.beside_zipf(other, zipf)
+    assert found["within"] == pytest.approx(5) and found["slope_on_zipf"] == pytest.approx(10)
+    assert found["head"] == 40 and found["change_r_log"] == pytest.approx(1)
+    assert "within" not in study.beside_zipf(zipf, zipf)
 
 
 def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
@@ -75,7 +89,7 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
             found |= {f"misaligned_{share}": share + seed for share in study.PLANTED}
             rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
             found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
-            arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
+            arms[arm].append(found | study.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
     study.derive(SimpleNamespace(arms=arms))
     return arms
 

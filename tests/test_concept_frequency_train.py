@@ -12,9 +12,9 @@ import torch
 from scripts import ROOT, SHARDS, Lazily, ended, in_turn, kill_when, start_two
 
 from concept_frequency import train
-from concept_frequency.concepts import load_counts
+from concept_frequency.assigned import log_uniform_counts, zipf_counts
+from concept_frequency.concepts import load_json
 from concept_frequency.config import Config
-from concept_frequency.train import log_uniform_counts, zipf_counts
 from shared import checkpoints, run
 
 EVAL = ROOT / "data/emoji/eval/names_ood"
@@ -69,7 +69,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_pairs_have_the_assigned_frequencies(arms):
     for name in ARMS:
         out = arms[name]
-        assigned = load_counts(out / "frequencies.json")
+        assigned = load_json(out / "frequencies.json")
         table = pq.read_table(out / "pairs.parquet").to_pydict()
         assert sum(assigned.values()) == len(table["key"]) == TINY.total and len(assigned) == TINY.num_concepts
         assert {c: table["concept"].count(c) for c in assigned} == assigned
@@ -78,7 +78,7 @@ def test_pairs_have_the_assigned_frequencies(arms):
         lines = run.read_metrics(out)
         assert lines[-1]["step"] == STEPS and "zero_shot_top1" in lines[-1]
         assert lines[-2]["loss"] < lines[0]["loss"]
-    zipf, reassigned = (load_counts(arms[arm] / "frequencies.json") for arm in ("zipf", "reassigned"))
+    zipf, reassigned = (load_json(arms[arm] / "frequencies.json") for arm in ("zipf", "reassigned"))
     assert (
         zipf != reassigned and sorted(zipf.values()) == sorted(reassigned.values()) and list(zipf) == list(reassigned)
     )
@@ -154,9 +154,3 @@ def test_log_uniform_counts(k, total):
         assert inner[0] == pytest.approx(inner[1], rel=0.15)
     with pytest.raises(ValueError, match="cannot hold"):
         log_uniform_counts(10, 9, None)
-
-
-def test_contract_is_importable():
-    """Names of the contract are in the file that it gives."""
-    names = "zipf_counts sample_pairs train"
-    assert all(hasattr(train, name) for name in names.split())

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from concept_frequency.corpus import list_partitions
+from concept_frequency.search import Job, index_partition
+from concept_frequency.tagging import load_spacy, tag_captions
 
 from concept_frequency import train
 from concept_frequency.config import COUNT_PRESETS, PRESETS, CountConfig
-from concept_frequency.corpus import list_partitions
 from concept_frequency.count import spread
 from concept_frequency.model import InvertedIndex, noun_set
-from concept_frequency.search import Job, index_partition
-from concept_frequency.tagging import load_spacy, tag_captions
 from shared import cli, data, run
 from studies import concept_frequency as study
 from tests.parity import import_beside

@@ -1,7 +1,7 @@
 """Compute the paper's other tables from the authors' files: properties of counts, generated images, Let It Wag!
 
 Sections 5 and 6, appendix C: tables 3, 4 and 9, figures 3, 5, 6 and 11 to 17. Each function returns (table rows, claims
-rows), both empty if the clone lacks the files. published_curves.py has the curves of classification and retrieval.
+rows), both empty if the clone lacks the files. curves.py has the curves of classification and retrieval.
 """
 
 from typing import NamedTuple
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from concept_frequency import statistics
-from concept_frequency.joining import fold
-from concept_frequency.paper_numbers import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
-from concept_frequency.published import (
+from concept_frequency.concepts import fold
+from concept_frequency.published.curves import Rows, as_printed, counted, largest_gap, number
+from concept_frequency.published.files import (
     BINS,
     CORPORA,
     FINE_GRAINED,
@@ -22,7 +22,7 @@ from concept_frequency.published import (
     plotted_bins,
     with_table9,
 )
-from concept_frequency.published_curves import Rows, as_printed, counted, largest_gap, number
+from concept_frequency.published.numbers import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
 
 # -------------------------------------------------------------------------------------------- properties of counts
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concept_frequency import statistics
-from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
-from concept_frequency.published import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
+from concept_frequency.published.files import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
+from concept_frequency.published.numbers import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
 from concept_frequency.statistics import Curve, Diagnostics
 
 Rows = list[dict[str, str]]  # rows of a table
