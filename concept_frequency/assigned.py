@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import brentq
-from torch import Tensor
+from torch import Tensor, nn
 
 from concept_frequency.config import Config
-from shared import checkpoints, data, tars
+from shared import checkpoints, data, run, tars
+from shared.clip import image_side
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
 SIDE = 64  # pixels of the images kept in memory
 NOISE = 7  # random numbers of one view
@@ -41,7 +43,7 @@ class Corpus(NamedTuple):
 
     concepts: list[Concept]
     keys: list[str]  # (I,) sample keys
-    images: Tensor  # (I, 3, SIDE, SIDE) uint8
+    images: list[Image.Image]  # SIDE pixels wide and high
     broken: list[data.Broken]
 
 
@@ -70,7 +72,7 @@ def read_corpus(
         first = len(keys)
         for key, encoded in rows[name]:
             try:
-                images.append(small(data.decode_image(encoded)))
+                images.append(data.decode_image(encoded).resize((SIDE, SIDE)))
             except data.BrokenSample as error:
                 broken.append(data.Broken(key, str(error)))
                 continue
@@ -80,7 +82,7 @@ def read_corpus(
         concepts.append(Concept(name, words[name], list(range(first, len(keys)))))
     if strict and broken:
         raise UserError(f"--strict: sample {broken[0].key}: {broken[0].reason}")
-    return Corpus(concepts, keys, torch.stack(images), broken)
+    return Corpus(concepts, keys, images, broken)
 
 
 def other_words(tags: object) -> list[str]:
@@ -109,7 +111,8 @@ def read_labelled(path: str, broken: list[data.Broken]) -> Iterator[tuple[str, d
 
 def small(image: Image.Image) -> Tensor:
     """Resize an image to uint8 (3, SIDE, SIDE)."""
-    return torch.from_numpy(np.array(image.resize((SIDE, SIDE)))).permute(2, 0, 1)
+    image = image if image.size == (SIDE, SIDE) else image.resize((SIDE, SIDE))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------ the treatment: each concept's frequency
@@ -142,7 +145,7 @@ def rounded(exact: np.ndarray, total: int) -> np.ndarray:
     1 makes the sum too large, the most frequent concepts are reduced.
     """
     if total < len(exact):
-        raise UserError(f"--total {total} pairs cannot hold each of {len(exact)} concepts")
+        raise UserError(f"--dataset-size {total} pairs cannot hold each of {len(exact)} concepts")
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
     missing = total - counts.sum()
     counts[np.argsort(counts - exact, kind="stable")[: max(missing, 0)]] += 1
@@ -156,8 +159,8 @@ def rounded(exact: np.ndarray, total: int) -> np.ndarray:
 def frequencies(cfg: Config, num_concepts: int, generator: torch.Generator | None) -> np.ndarray:
     """The frequencies (K,) of an arm's concepts."""
     if cfg.law == "log-uniform":
-        return log_uniform_counts(num_concepts, cfg.total, generator)
-    return zipf_counts(num_concepts, cfg.total, cfg.exponent, generator)
+        return log_uniform_counts(num_concepts, cfg.dataset_size, generator)
+    return zipf_counts(num_concepts, cfg.dataset_size, cfg.exponent, generator)
 
 
 class Pairs(NamedTuple):
@@ -215,6 +218,40 @@ def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
     )
 
 
+class Arm:
+    """The pairs of an arm for `shared.corpus.Corpus`; pair i is document i of the count."""
+
+    strict = False
+
+    def __init__(self, corpus: Corpus, counts: np.ndarray, pairs: Pairs):
+        self.corpus, self.counts, self.pairs, self.broken = corpus, counts, pairs, corpus.broken
+        self.names = [concept.name for concept in corpus.concepts]
+        self.keys = np.array(corpus.keys)[pairs.image]
+        pixels = (image.tobytes() for image in corpus.images)
+        self.fingerprint = data.fingerprint(*pixels, "\n".join(pairs.caption).encode())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> data.Pair:
+        return data.Pair(str(self.keys[row]), self.corpus.images[self.pairs.image[row]], self.pairs.caption[row])
+
+    def caption(self, row: int) -> str:
+        return self.pairs.caption[row]
+
+    def write(self, folder: Path) -> None:
+        """Write pairs.parquet and frequencies.json."""
+        write_pairs(folder / "pairs.parquet", self.corpus, self.pairs)
+        checkpoints.write_json(folder / "frequencies.json", dict(zip(self.names, self.counts.tolist(), strict=True)))
+
+
+def open_arm(cfg: Config) -> Arm:
+    """The pairs of an arm, drawn from the images of --data."""
+    offered = EvalSet(cfg.eval_set, None).classnames
+    corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, cfg.strict)
+    return Arm(corpus, *make_pairs(cfg, corpus))
+
+
 def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
     """Write pairs.parquet (key, caption, concept), the input of `concept_frequency.count`."""
     names, keys = np.array([concept.name for concept in corpus.concepts]), np.array(corpus.keys)
@@ -223,7 +260,58 @@ def write_pairs(path: Path, corpus: Corpus, pairs: Pairs) -> None:
         table.to_parquet(file)
 
 
+def frequency_row(cfg: Config) -> tuple[str, str]:
+    """The row of a dry run with the arm's frequencies."""
+    concepts = cfg.num_concepts or 400
+    if not cfg.num_concepts and Path(cfg.eval_set or "none").is_dir():
+        concepts = len(EvalSet(cfg.eval_set, None).classnames)
+    counts = np.sort(frequencies(cfg, concepts, None))[::-1]
+    return "frequencies", f"{counts[0]:,} (most), {counts[concepts // 2]:,} (median), {counts[-1]:,} (least)"
+
+
 # ---------------------------------------------------------------------------------------------------------------- views
+
+
+def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float views (B, 3, size, size) in -1..1.
+
+    A view zooms by 0.8 to 1.25, shifts by up to a tenth of the side, rotates by up to 15 degrees and tints the image;
+    the outside is white. Noise of 0.5 leaves the image unchanged.
+    """
+    u = 2 * noise - 1  # (B, 7) in -1..1
+    zoom, angle = 1.25 ** u[:, 0], u[:, 1] * math.pi / 12
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    theta = torch.stack([torch.stack([cos, -sin, 0.2 * u[:, 2]], 1), torch.stack([sin, cos, 0.2 * u[:, 3]], 1)], 1)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # padding: white
+    return (1 - ink * (1 + 0.3 * u[:, 4:7, None, None])).clamp(0, 1) * 2 - 1
+
+
+class RandomView:
+    """PIL image -> random view (3, S, S) in -1..1: pixels and noise in a loader process, `views` on the device."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def pixels(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """(uint8 (3, SIDE, SIDE), noise (7,))."""
+        return small(image), torch.rand(NOISE)
+
+    def normalise(self, batch: list[Tensor]) -> Tensor:
+        return views(*batch, self.size)
+
+
+def plain_view(size: int) -> Callable[[Image.Image], Tensor]:
+    """The image transform of evaluation, image -> (3, size, size): the view with noise 0.5."""
+    plain = torch.full((1, NOISE), 0.5)
+
+    def transform(image: Image.Image) -> Tensor:
+        return views(small(image)[None], plain, size)[0]
+
+    return transform
+
+
+# ------------------------------------------------------------------------------------------------------------- accuracy
 
 
 class TestSet(NamedTuple):
@@ -245,26 +333,30 @@ def read_test_set(folder: str, names: Sequence[str], workers: int = 0) -> TestSe
     return TestSet(images[kept], concept[labels[kept]])
 
 
-def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float views (B, 3, size, size) in -1..1.
-
-    A view zooms by 0.8 to 1.25, shifts by up to a tenth of the side, rotates by up to 15 degrees and tints the image;
-    the outside is white. Noise of 0.5 leaves the image unchanged.
-    """
-    u = 2 * noise - 1  # (B, 7) in -1..1
-    zoom, angle = 1.25 ** u[:, 0], u[:, 1] * math.pi / 12
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, 0.2 * u[:, 2]], 1), torch.stack([sin, cos, 0.2 * u[:, 3]], 1)], 1)
-    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # padding: white
-    return (1 - ink * (1 + 0.3 * u[:, 4:7, None, None])).clamp(0, 1) * 2 - 1
-
-
-def plain_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """The image transform of evaluation, image -> (3, size, size): the view with noise 0.5."""
-    plain = torch.full((1, NOISE), 0.5)
-
-    def transform(image: Image.Image) -> Tensor:
-        return views(small(image)[None], plain, size)[0]
-
-    return transform
+@torch.no_grad()
+def zero_shot(
+    model: nn.Module,
+    tokenizer: Callable,
+    test: TestSet,
+    names: Sequence[str],
+    num_views: int,
+    device: torch.device,
+    precision: str,
+    batch_size: int = 256,
+) -> Tensor:
+    """Accuracy (K,) in percent of each concept among all K, prompt `{c}`, over `num_views` fixed views per image."""
+    was_training = model.training
+    model.eval()
+    dtype = run.DTYPES[run.resolve_precision(precision, device)]
+    classifier = build_classifier(model.encode_text, tokenizer, list(names), ["{c}"], batch_size, device, dtype)
+    noise = torch.rand(num_views, NOISE, generator=torch.Generator().manual_seed(0))
+    noise[0] = 0.5
+    hits = []
+    for view in noise:
+        for rows in torch.arange(len(test.labels)).split(batch_size):
+            x = views(test.images[rows].to(device), view.expand(len(rows), NOISE).to(device), image_side(model))
+            with run.autocast(precision, device):
+                features = F.normalize(model.encode_image(x).float(), dim=-1).cpu()
+            hits.append(label_ranks(features, test.labels[rows], classifier) < 1)
+    model.train(was_training)
+    return per_class_accuracy(torch.cat(hits), test.labels.repeat(num_views), len(names))

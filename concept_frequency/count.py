@@ -37,7 +37,7 @@ from concept_frequency.captions import (
     tag_captions,
 )
 from concept_frequency.concepts import load_json, read_concepts
-from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
+from concept_frequency.config import COUNT_PRESETS, CountConfig
 from concept_frequency.images import CaptionRows, Tagger, Tags, load_tagger, tag_shard
 from concept_frequency.model import (
     InvertedIndex,
@@ -239,7 +239,7 @@ def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[i
     Images are tagged by one process per GPU, with its share of the workers as decoders; without a GPU, and for all
     other work, there is a process per worker.
     """
-    workers = cfg.workers or cli.cores()
+    workers = cfg.workers or run.cores()
     devices = gpus()[: min(workers, len(jobs))] if work is tag_partition else []
     size = len(devices) or min(workers, len(jobs))
     decoders = workers // size if devices and workers > size else 0
@@ -419,7 +419,7 @@ def degrees(cfg: CountConfig, counted: Counted) -> tuple[float, float]:
 
 def main(cfg: CountConfig) -> None:
     """Count the concepts of the lists, write the counts, print the most frequent."""
-    check_count(cfg)
+    cfg.check()
     lists = {Path(path).stem if Path(path).is_file() else Path(path).name: read_concepts(path) for path in cfg.concepts}
     if len(lists) < len(cfg.concepts):
         raise UserError(f"lists of concepts need different names, not {', '.join(cfg.concepts)}")

@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor
 
 from concept_frequency import count, train
-from concept_frequency.assigned import TestSet, plain_view, read_test_set
+from concept_frequency.assigned import TestSet, plain_view, read_test_set, zero_shot
 from concept_frequency.concepts import load_json
 from concept_frequency.config import CountConfig
 from concept_frequency.statistics import (
@@ -30,6 +30,7 @@ from concept_frequency.statistics import (
 )
 from shared import cli, evaluation, export, run
 from shared.clip import image_side
+from shared.settings import Count, Whole, check_limits
 
 METRICS = {  # metrics in the table of a run, with their headings
     "top1": "top-1",
@@ -54,15 +55,15 @@ class Config:
     """Run folders of `concept_frequency.train`."""
     eval_set: str = "data/emoji/eval/names_ood"
     """Classification set in the CLIP-benchmark layout whose classes include the concepts."""
-    views: int = 8
+    views: Count = 8
     """Fixed views of each test image, the first without augmentation; more views make accuracy less noisy."""
     spacy: str = "en_core_web_sm"
     """spaCy pipeline that tags the captions."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images or captions per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -73,10 +74,9 @@ class Config:
 def scored(
     model: torch.nn.Module, test: TestSet, names: list[str], settings: train.Config, cfg: Config, process: run.Process
 ) -> Tensor:
-    """`train.zero_shot`, (K,) percent, for a model and its training settings."""
+    """`zero_shot`, (K,) percent, for a model and its training settings."""
     tokenizer = open_clip.get_tokenizer(settings.model, context_length=model.context_length)
-    precision = run.resolve_precision(cfg.precision, process.device)
-    return train.zero_shot(model, tokenizer, test, names, cfg.views, process.device, precision, cfg.batch_size)
+    return zero_shot(model, tokenizer, test, names, cfg.views, process.device, cfg.precision, cfg.batch_size)
 
 
 def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[str, float], Table]:
@@ -175,8 +175,7 @@ def export_run(path: str, folder: str) -> None:
 def main(cfg: Config) -> list[dict[str, Any]] | None:
     """Evaluate every run. Returns the metrics of each."""
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "views", "batch_size")
-    cli.check_counts(cfg, "workers", least=0)
+    check_limits(cfg)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export)
     return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS)

@@ -25,6 +25,7 @@ from concept_frequency.datasets import png, write_set
 from shared import cli, data, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.settings import Count, Whole, check_limits
 
 
 def select_tail(counts: Sequence[dict[str, int]], n: int = 290, zeros: bool = True) -> list[str]:
@@ -147,9 +148,9 @@ class Config:
     """Sources of images: folders with one subfolder per concept, or sets in the CLIP-benchmark layout."""
     out: str = "data/let_it_wag"
     """Folder of the benchmark."""
-    n: int = 290
+    n: Count = 290
     """Number of least frequent concepts."""
-    per_class: int = 450
+    per_class: Count = 450
     """Images per class; classes without more images than that are left out."""
     zeros: bool = True
     """Include concepts with a count of 0 in all pretraining sets."""
@@ -159,7 +160,7 @@ class Config:
     """Cosine similarity of features above which images are duplicates: 0.9, or 0.95 for fine-grained classes."""
     max_distance: int = 10
     """Images are near-duplicates if their hashes differ in at most this number of the 64 bits."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the draw of each class's images."""
 
 
@@ -211,7 +212,7 @@ def clean(images: dict[str, list[Image.Image]], network: str, similarity: float)
 def build(cfg: Config) -> dict[str, int]:
     """Write the benchmark. Returns {concept: number of its images without near-duplicates}. UserError for a number out
     of range."""
-    cli.check_counts(cfg, "n", "per_class")
+    check_limits(cfg)
     if not -1 <= cfg.similarity <= 1:
         raise UserError(f"--similarity {cfg.similarity} should be a cosine, from -1 to 1")
     if not 0 <= cfg.max_distance <= 64:

@@ -16,7 +16,7 @@ from torchvision.transforms import Compose
 
 from concept_frequency import captions, count, images, model
 from concept_frequency.concepts import load_json
-from concept_frequency.config import CountConfig, check_count
+from concept_frequency.config import CountConfig
 from shared import data
 
 
@@ -105,7 +105,7 @@ def test_images_are_counted(tmp_path, monkeypatch):
         ids="cc3m",
         keep="", out=str(tmp_path / "separate"),
     )  # fmt: skip
-    check_count(dataclasses.replace(separate, concepts=("x",)))
+    dataclasses.replace(separate, concepts=("x",)).check()
     found = count.count_corpus(separate, ["dog", "cat"])
     assert found.image.tolist() == [1, 1] and found.both.tolist() == [1, 1] and found.misaligned == 0
     by_caption = dataclasses.replace(separate, ids="cc12m", out=str(tmp_path / "bycaption"))
@@ -113,7 +113,7 @@ def test_images_are_counted(tmp_path, monkeypatch):
     (tmp_path / "captions.tsv").write_text("a cat\tu0\na dog\tu1\na cat and a dog\tu2\n")  # other rows
     assert count.count_corpus(by_caption, ["dog", "cat"]).both.tolist() == [1, 1]
     with pytest.raises(ValueError, match="--also drops rows, but --ids cc12m numbers all rows: leave --also out"):
-        check_count(dataclasses.replace(by_caption, concepts=("x",), tagger="x", also="1"))
+        dataclasses.replace(by_caption, concepts=("x",), tagger="x", also="1").check()
 
 
 def test_images_of_any_partition_of_the_captions(tmp_path, monkeypatch):

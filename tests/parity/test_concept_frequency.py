@@ -20,7 +20,7 @@ import torch
 from concept_frequency import concepts, evaluate, model, statistics, train
 from concept_frequency.config import Config
 from concept_frequency.published.files import BINS, Results
-from shared import run
+from shared import clip
 from shared.clip import without_padding
 
 from . import Table, check_commit, import_beside, race, run_block, trajectory
@@ -312,8 +312,9 @@ def test_trajectory(table):
     text = dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2)
     start = open_clip.CLIP(24, vision, text, output_dict=True)
     tokens = open_clip.SimpleTokenizer(context_length=24)(captions)
-    cfg = Config(epochs=epochs, batch_size=batch_size, total=trajectory.STEPS // epochs * batch_size, warmup=20)
-    per_epoch = cfg.steps_per_epoch()
+    size = trajectory.STEPS // epochs * batch_size
+    cfg = Config(epochs=epochs, batch_size=batch_size, dataset_size=size, warmup=20, precision="fp32")
+    per_epoch = cfg.steps_per_epoch
     rows = trajectory.orders(len(captions), batch_size, epochs * per_epoch)
     args = SimpleNamespace(
         model="CLIP", train_data="shards", opt="adamw", trace=False, precision="fp32", device="cpu", rank=0,
@@ -341,9 +342,10 @@ def test_trajectory(table):
         network = without_padding(network)
         groups = train.parameter_groups(network, cfg.weight_decay)
         adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-        scaler, process = torch.amp.GradScaler(enabled=False), run.Process(0, 1, torch.device("cpu"))
-        for step, batch in enumerate(batches(dtype)):
-            yield train.train_step(network, *batch, adamw, scaler, step, cfg, process, "fp32")
+        scaler = torch.amp.GradScaler(enabled=False)
+        for step, (images, texts) in enumerate(batches(dtype)):
+            train.set_learning_rate(adamw, cfg, step)
+            yield train.train_step(network, images, clip.cut_padding(texts, images.device), adamw, scaler, cfg)
 
     where = f"open_clip_train/train.py:{loop.train_one_epoch.__code__.co_firstlineno}"
     curves, against = trajectory.run(theirs, ours), "open_clip's trainer"
