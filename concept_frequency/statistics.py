@@ -121,26 +121,6 @@ def slope_per_decade(counts: ArrayLike, scores: ArrayLike, repetitions: int = 10
     return {"slope": float(stats.linregress(x, y).slope), "low": float(low), "high": float(high)}
 
 
-def within_slope(changes: ArrayLike, gains: ArrayLike, repetitions: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Slope of the gain in score on the change of log10 frequency of the *same* concept, from (S, K) seeds by concepts.
-
-    Properties of a concept that are equal in both arms (such as its difficulty) cancel in the differences. Each seed
-    has an intercept, since one arm may be better overall. 95 % bootstrap interval over concepts; a concept is drawn
-    with all its seeds. Not in the paper, which has no model at two frequencies.
-    """
-    x, y = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (changes, gains))
-    rng, (_, num_concepts) = np.random.default_rng(seed), x.shape
-
-    def slope(columns: NDArray[np.int64]) -> float:
-        dx, dy = x[:, columns], y[:, columns]
-        dx = dx - dx.mean(axis=1, keepdims=True)
-        return float((dx * dy).sum() / (dx**2).sum())
-
-    drawn = [slope(rng.integers(num_concepts, size=num_concepts)) for _ in range(repetitions)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return {"slope": slope(np.arange(num_concepts)), "low": float(low), "high": float(high)}
-
-
 def small_bins(sizes: ArrayLike) -> list[int]:
     """Bins whose size is more than 1.5 interquartile ranges below the first quartile, the usual rule for outliers.
 

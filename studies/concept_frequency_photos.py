@@ -32,11 +32,10 @@ from concept_frequency.statistics import (
     permutation_null,
     slope_per_decade,
     unbinned,
-    within_slope,
 )
 from shared import checkpoints, cli, data, run, zeroshot
 from shared.errors import UserError
-from studies.concept_frequency import COLORS, changes, column, plot_changes, pooled_rows
+from studies.concept_frequency import COLORS, changes, column, plot_changes, pooled_rows, within_slope
 from studies.harness import floors, locked_clip, photos, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison

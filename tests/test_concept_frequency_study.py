@@ -1,6 +1,5 @@
 """The concept frequency study: arms, commands, comparison and report, and claims that follow the effect."""
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from concept_frequency import eval
 from concept_frequency.concepts import load_json
 from studies import concept_frequency as study
 from studies.harness import verdicts
-from studies.harness.floors import Floor
 
 
 @pytest.fixture(scope="module")
@@ -22,42 +20,52 @@ def runs(arms) -> dict[str, Path]:
     return {arm: arms[arm] for arm in ARMS}
 
 
-def test_arms_are_compared(runs, folder, capsys, monkeypatch):
-    cfg = eval.Config(
-        runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
-        planted=study.PLANTED, report=str(folder / "results.json"),
-    )  # fmt: skip
-    panels, close = [], study.plt.close
-    monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
-    bars = (Floor("none", lambda: study.of_all(-1.0)),)
-    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
-    with monkeypatch.context() as here:
-        here.chdir(folder)
-        eval.main(cfg)
-    summary = json.loads((folder / "results.json").read_text())
-    assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
-    assert panels == [1 + ("reassigned" in runs)]  # none is empty
-    values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
-    assert values["counted_both"] > 0.5 and values["misaligned_40"] > values["misaligned_20"] > values["misaligned"]
-    rows = {row["claim"]: row for row in summary["claims"]}
-    assert {claim.claim for claim in study.CLAIMS} < set(rows)
-    assert {row["verdict"] for row in rows.values()} == {"not resolved", "not testable here", "no claim"}
-    planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
-    assert planted["difference"] == pytest.approx(values["misaligned_20"] - values["misaligned"])
-    table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
-    assert {name: row["image"] for name, row in table.items()} == load_json(runs["zipf"] / "frequencies.json")
-    assert "tail benchmark" in capsys.readouterr().out
-    stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
-    eval.main(dataclasses.replace(cfg, report=None))  # kept
-    assert (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
-
-
-def test_study_measures_what_a_report_compares(runs):
-    """`python -m studies.concept_frequency` measures the same metrics of each arm as `eval --report`."""
-    results = study.evaluate([str(path) for path in runs.values()])
+def test_arms_are_measured_and_compared(runs, folder, capsys, monkeypatch):
+    """The study's metrics of each arm, its claims and its plot; what eval.py measured is not measured again."""
+    paths = [str(path) for path in runs.values()]
+    results = study.evaluate(paths)
     of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
     assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == [*runs][1:]
+    zipf = results[0]
+    assert zipf["counted_both"] > 0.5 and zipf["misaligned_40"] > zipf["misaligned_20"] > zipf["misaligned"]
+    assert {name: row["image"] for name, row in zipf["concepts"].items()} == load_json(
+        runs["zipf"] / "frequencies.json"
+    )
+    assert json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"] == zipf["concepts"]
+    assert "rank r of our counts" in capsys.readouterr().out
+    stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
+    assert study.evaluate(paths) == results and (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
+
+    found = SimpleNamespace(arms={arm: [measured] for arm, measured in zip(runs, results, strict=True)})
+    study.derive(found)
+    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, [((), study.of_all(-1.0))])}
+    assert {claim.claim for claim in study.CLAIMS} == set(rows)
+    assert {row["verdict"] for row in rows.values()} == {"not resolved", "no claim"}
+    planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
+    assert planted["difference"] == pytest.approx(zipf["misaligned_20"] - zipf["misaligned"])
+    panels, close = [], study.plt.close
+    monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
+    study.plot(found, folder)
+    assert (folder / "concept_frequency_curves.png").is_file() and panels == [2]  # none is empty
+
+
+def test_within_slope_is_not_biased_by_differences_between_concepts():
+    """Accuracy that depends on the concept but not on its frequency biases only the slope between concepts."""
+    rng = np.random.default_rng(0)
+    frequency = 10 ** np.linspace(0, 3, 200)
+    for effect in (0.0, 5.0):
+        easy = 10 * np.log10(frequency)  # frequent concepts happen to be easy
+        first, second = frequency, rng.permutation(frequency)
+        scores = [
+            easy + effect * np.log10(f) + rng.normal(0, 2, 200) + better for f, better in ((first, 7), (second, 0))
+        ]
+        between = study.slope_per_decade(first, scores[0])
+        within = study.within_slope(np.log10(first) - np.log10(second), scores[0] - scores[1])
+        assert between["low"] > effect + 8
+        assert within["low"] < effect < within["high"] and within["high"] - within["low"] < 2
+        two = study.within_slope(*(np.stack([x, x]) for x in (np.log10(first / second), scores[0] - scores[1])))
+        assert two == pytest.approx(within)  # the same seed twice is no more evidence
 
 
 def test_changes_are_of_the_same_concept():
