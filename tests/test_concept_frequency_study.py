@@ -40,7 +40,8 @@ def test_arms_are_measured_and_compared(runs, folder, capsys, monkeypatch):
     found = SimpleNamespace(arms={arm: [measured] for arm, measured in zip(runs, results, strict=True)})
     study.derive(found)
     rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, [((), study.of_all(-1.0))])}
-    assert {claim.claim for claim in study.CLAIMS} == set(rows)
+    defined = {claim.claim for claim in study.CLAIMS if "ρ" not in claim.claim}  # bins of tiny arms may all be equal
+    assert defined <= set(rows) <= {claim.claim for claim in study.CLAIMS}
     assert {row["verdict"] for row in rows.values()} == {"not resolved", "no claim"}
     planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
     assert planted["difference"] == pytest.approx(zipf["misaligned_20"] - zipf["misaligned"])
