@@ -68,13 +68,8 @@ def threshold_columns(results: Results, threshold: float) -> list[Column]:
 
         def draw(axis: Axes, corpus: str = corpus, models: list[str] = models) -> None:
             for i, model in enumerate(models):
-                counts, scores, _ = results.pairs("classification", "image", model, "class", method)
-                curve, bins = (
-                    statistics.log_linear_curve(counts, scores, BINS["classification"]),
-                    plotted_bins("classification", corpus),
-                )
-                label = figures.legend(model.partition("|")[0], *statistics.correlation(curve, bins))
-                figures.draw_curve(axis, curve, bins, label, i, len(models))
+                curve, _, bins, rho, p = curves.plotted(results, model, "image", method=method)
+                figures.draw_curve(axis, curve, bins, figures.legend(model.partition("|")[0], rho, p), i, len(models))
             figures.frame(axis, "accuracy (%)")
 
         plot = f"log-linear-plot-image-queried-search-rampp-threshold-{method}"

@@ -4,6 +4,7 @@ Sections 5 and 6, appendix C: tables 3, 4 and 9, figures 3, 5, 6 and 11 to 17. E
 rows), both empty if the clone lacks the files. curves.py has the curves of classification and retrieval.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -51,25 +52,18 @@ def agreement(results: Results) -> tuple[Rows, Rows]:
 def tails(results: Results) -> tuple[Rows, Rows]:
     """Figure 5: how unevenly the classes of 17 data sets are distributed."""
     rows, few = [], {search: [] for search in METHODS}
-    for corpus, size in SIZES.items():
-        for search in METHODS:
-            if results.has(search, corpus):
-                counts = results.tail_counts(corpus, search)
-                tail = statistics.long_tail(counts)
-                few[search].append(100 * statistics.negligible(counts, size))
-                rows.append(
-                    {
-                        "corpus": CORPORA[corpus],
-                        "counts": search,
-                        "below 1e-5 of the corpus": f"{few[search][-1]:.1f} %",
-                        "below 1e-6": f"{100 * statistics.negligible(counts, size, 1e-6):.1f} %",
-                        "below max/1000": f"{tail['frac_norm_below_1e-3']:.1%}",
-                        "never": f"{tail['n_zero'] / tail['n']:.1%}",
-                        "Gini": f"{tail['gini']:.3f}",
-                        "share of top 1 %": f"{tail['top1pct_share']:.1%}",
-                        "median": f"{tail['median']:,.0f}",
-                    }
-                )
+    for (corpus, size), search in itertools.product(SIZES.items(), METHODS):
+        if results.has(search, corpus):
+            counts = results.tail_counts(corpus, search)
+            tail = statistics.long_tail(counts)
+            few[search].append(100 * statistics.negligible(counts, size))
+            rows.append({
+                "corpus": CORPORA[corpus], "counts": search, "below 1e-5 of the corpus": f"{few[search][-1]:.1f} %",
+                "below 1e-6": f"{100 * statistics.negligible(counts, size, 1e-6):.1f} %",
+                "below max/1000": f"{tail['frac_norm_below_1e-3']:.1%}", "never": f"{tail['n_zero'] / tail['n']:.1%}",
+                "Gini": f"{tail['gini']:.3f}", "share of top 1 %": f"{tail['top1pct_share']:.1%}",
+                "median": f"{tail['median']:,.0f}",
+            })  # fmt: skip
     if not rows:
         return [], []
     shares = [f"{search} {min(values):.0f} to {max(values):.0f} %" for search, values in few.items() if values]
