@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import default_collate as collate
 
-from shared import clip, data, run
+from shared import data, run
 from shared.errors import UserError
+from shared.streams import Stream
 
 
 class Corpus:
@@ -80,7 +81,7 @@ class Corpus:
         batches = run.progress(self.loaded(items), len(items), label, self.cfg.batch_size, self.process)
         for positions, images, texts, broken in batches:
             self.replaced += broken
-            yield on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
+            yield data.on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
 
     def order(self, rows: np.ndarray, seed: Sequence[int], start: int, drop_last: bool) -> list[np.ndarray]:
         """This rank's batches of positions in `rows`."""
@@ -97,9 +98,8 @@ class Corpus:
 
     def loaded(self, items: list) -> Iterator:
         """Batches of these lists of items. The same loader processes serve all passes."""
-        if self.loader is None or self.loader.views < len(
-            self.samples.views
-        ):  # processes know the views at their start
+        known = 0 if self.loader is None else self.loader.views
+        if known < len(self.samples.views):  # loader processes know the views that there were at their start
             self.loader = DataLoader(
                 self.samples,
                 batch_sampler=Order(),
@@ -117,6 +117,20 @@ class Corpus:
         """Print the samples of all ranks that were left out, or replaced since the last report, with reasons."""
         data.report_broken([*self.pairs.broken, *self.replaced], self.process, label)
         self.replaced.clear()
+
+
+def open_corpus(
+    cfg: Any,
+    process: run.Process,
+    text: Callable,
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
+) -> "Corpus | Stream":
+    """The corpus of --data: by row, or with --stream a `Stream`, which has no `batches` of chosen rows."""
+    if cfg.stream:
+        return Stream(cfg, process, text, cut_padding)
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
 
 
 class Order:
@@ -150,29 +164,14 @@ class Samples(Dataset):
         broken: list[data.Broken] = []
         pair = data.read_or_next(self.pairs, row, broken)
         torch.default_generator.manual_seed(run.stable_hash(*seed, position))  # the view depends on (seed, position)
-        return position, self.views[number][1](pair.image), self.text(pair), broken
+        features = isinstance(pair.image, Tensor)  # of a locked tower: they have no views
+        image = pair.image if features else self.views[number][1](pair.image)
+        return position, image, self.text(pair), broken
 
 
 def collated(items: list) -> tuple[Tensor, Any, Any, list[data.Broken]]:
     positions, images, texts, broken = zip(*items, strict=True)
     return torch.tensor(positions), collate(images), collate(texts), [one for each in broken for one in each]
-
-
-def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
-    """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
-    positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
-    return moved(positions, device), normalise(moved(images, device)), texts
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or lists and named tuples of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (list, tuple)):
-        parts = [moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ small corpora
@@ -193,19 +192,21 @@ class InMemory:
             pairs.broken,
         )
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / process.world_size
-        distinct: dict[bytes, Any] = {}
+        distinct: dict[bytes, Any] = {}  # by hash of the pixels
+        size = 0
         for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
             try:
                 pair = pairs.read(row)
             except data.BrokenSample:
                 continue
             image = reduced(pair.image, side)
-            image = distinct.setdefault(data.file_hash(image.tobytes()), image)
-            self.kept[row] = pair._replace(image=image)
-            if 3 * image.width * image.height * len(distinct) > room:
+            content = image.numpy().tobytes() if isinstance(image, Tensor) else image.tobytes()
+            key = data.file_hash(content)
+            size += 0 if key in distinct else len(content)
+            self.kept[row] = pair._replace(image=distinct.setdefault(key, image))
+            if size > room:
                 raise UserError(
-                    f"{len(pairs):,} images of {image.width}x{image.height} pixels take more than half of the "
-                    "machine's memory: pass --no-keep-in-memory"
+                    f"{len(pairs):,} images take more than half of the machine's memory: pass --no-keep-in-memory"
                 )
 
     def __len__(self) -> int:
@@ -219,8 +220,8 @@ class InMemory:
 
 
 def reduced(image: Any, side: int | None) -> Any:
-    """The image, its shorter side at most `side` pixels."""
-    if side is None or min(image.size) <= side:
+    """The image, its shorter side at most `side` pixels; features are unchanged."""
+    if side is None or isinstance(image, Tensor) or min(image.size) <= side:
         return image
     scale = side / min(image.size)
     return image.resize([max(round(length * scale), side) for length in image.size], data.Image.Resampling.BICUBIC)

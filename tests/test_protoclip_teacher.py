@@ -10,7 +10,8 @@ import torch
 from scripts import finished, metrics, one_sentence
 from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
 
-from protoclip.teacher import Teacher, all_captions, embed_captions, fingerprint, on_disk, pca
+from protoclip.teacher import embed_captions, on_disk, pca
+from protoclip.teacher_file import Teacher, all_captions, captions_digest
 from shared import data
 from shared.index import Strings
 
@@ -92,7 +93,7 @@ def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
         return data.open_pairs(str(tmp_path / "pairs.tsv"))
 
     pairs = pairs_of("a cat", "a dog")
-    made, about = {"captions": fingerprint(all_captions(pairs))}, {"keys": pairs.keys.text, "ends": pairs.keys.ends}
+    made, about = {"captions": captions_digest(all_captions(pairs))}, {"keys": pairs.keys.text, "ends": pairs.keys.ends}
     for data_of_file in (pairs.fingerprint, "another"):
         about |= {"made": np.array(json.dumps(made)), "data": np.array(data_of_file)}
         np.savez(tmp_path / "t.npz", features=np.ones((2, 3), np.float32), **about)
@@ -183,7 +184,7 @@ def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):
     np.savez(tmp_path / "t.npz", keys=pairs.keys[:-1], features=np.zeros((len(pairs) - 1, 4), np.float32))
     result = in_process("emoji", *TINY, "--external-teacher", tmp_path / "t.npz", "--out", tmp_path / "run")
     assert result.code == 2 and f"has no features of sample {pairs.keys[-1]}" in result.err and one_sentence(result.err)
-    assert not (tmp_path / "run").exists()  # before the first episode, not after it
+    assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first episode, not after it
 
 
 def test_teacher_command_line_errors(in_process, tmp_path: Path):
