@@ -48,7 +48,12 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(
-    spec: str, names: Sequence[str], groups: Sequence[str], num_concepts: int | None, strict: bool
+    spec: str,
+    names: Sequence[str],
+    groups: Sequence[str],
+    num_concepts: int | None,
+    strict: bool,
+    cache: str = "data/cache",
 ) -> Corpus:
     """Read the images of `num_concepts` concepts, drawn from the `names` that occur in the shards; None takes them all.
 
@@ -57,7 +62,7 @@ def read_corpus(
     wanted, broken = set(names), []
     rows: dict[str, list[tuple[str, bytes]]] = {}
     words: dict[str, list[str]] = {}
-    for path in data.local_shards(spec):
+    for path in data.local_shards(spec, Path(cache)):
         for key, about, image in read_labelled(path, broken):
             if about["name"] in wanted and (not groups or about.get("group") in groups):
                 rows.setdefault(about["name"], []).append((key, image))
@@ -248,7 +253,7 @@ class Arm:
 def open_arm(cfg: Config) -> Arm:
     """The pairs of an arm, drawn from the images of --data."""
     offered = EvalSet(cfg.eval_set, None).classnames
-    corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, cfg.strict)
+    corpus = read_corpus(cfg.data, offered, cfg.groups, cfg.num_concepts, cfg.strict, cfg.cache)
     return Arm(corpus, *make_pairs(cfg, corpus))
 
 
