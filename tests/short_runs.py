@@ -118,7 +118,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
     two. `parts` is the folder of the files that they need."""
     arms = {
         "attentive_mask_clip": "emoji --model test --image-size 20 --epochs 2 --warmup-epochs 1",
-        "concept_frequency": f"""emoji --model ViT-test --image-size 16 --num-concepts 12 --total 160 --epochs 2
+        "concept_frequency": f"""emoji --model ViT-test --image-size 16 --num-concepts 12 --dataset-size 160 --epochs 2
             --warmup 2 --eval-set {EVAL}/names_ood""",
         "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
             --epochs 2 --warmup 2""",
@@ -135,10 +135,9 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "tldr_reduction-clip": f"""emoji-clip --clip-model ViT-test --vocab {parts / "vocab.txt"} --image-size 16
             --epochs 2 --warmup 2""",
     }
-    common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
-    workers = {name: ["--workers", "0"] for name in arms} | {"concept_frequency": []}
+    common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2 --workers 0".split()
     evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": []}
-    return {name: [*arms[name].split(), *common, *workers[name], *evaluation[name]] for name in arms}
+    return {name: [*arms[name].split(), *common, *evaluation[name]] for name in arms}
 
 
 def image_folder(folder: Path, data: Path) -> Path:

@@ -116,7 +116,7 @@ def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_set
     said = finished(cli(f"local-dir:{theirs}/open_clip", *plain, "--patchdis", "None", module="lexvla.eval")).out
     assert "mean_recall" in said and "runs/lexvla/open_clip/results.md" in said
     out = folder / "scores"
-    finished(cli(theirs, "--sets", sets[0], "--prompts", "class", "--out", out, module="concept_frequency.measure"))
+    finished(cli(theirs, "--sets", sets[0], "--prompts", "class", "--out", out, module="concept_frequency.evaluate"))
     assert list(json.loads((out / "subgroups_ood_class_results.json").read_text())) == ["protoclip"]
     words = [folder / "corpus", "--select", "itm", "--keep", "0.5", "--scorer", theirs, "--out", folder / "reduced"]
     finished(cli(*words, "--precision", "fp32", module="tldr_reduction.reduce"))

@@ -39,9 +39,10 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.curve": "test_concept_frequency_curve.py::test_inputs_without_a_curve_end_in_one_sentence",
     "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
+    "concept_frequency.evaluate": "test_concept_frequency_evaluate.py::test_command_lines_end_in_one_sentence",
     "studies.concept_frequency_nouns": "test_study_locked_clip.py::test_a_stopped_run_goes_on",
-    "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
+    "concept_frequency.published.replay": "test_concept_frequency_published_replay.py::"
+    "test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "studies.flame_new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",

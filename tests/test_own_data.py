@@ -45,7 +45,7 @@ SHORT = {  # what is appended to a command
     "nmtune.pretrain": "--model ViT-test --epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",
     "concept_frequency.count": "--workers 1",
-    "concept_frequency.train": "--model ViT-test --image-size 16 --total 300 --epochs 2 --batch-size 64 --warmup 2",
+    "concept_frequency.train": "--model ViT-test --image-size 16 --dataset-size 300 --epochs 2 --batch-size 64 --warmup 2",
 }
 SKIPPED = {"shared.pretrained", "flame.captioner"}  # need a package or a model of the hub; others take their place
 PRECISE = ("train", "eval", "embed", "text", "reduce", "pretrain")  # scripts that get --precision fp32

@@ -1,8 +1,8 @@
 """The paper's numbers are complete, and belong to known models."""
 
 from concept_frequency.config import MODELS
-from concept_frequency.paper_numbers import CURVE_MODELS, PRINTED, TABLE3, TABLE4, TABLE6, TABLE9
-from concept_frequency.published import METHODS, SETTINGS
+from concept_frequency.published.files import METHODS, SETTINGS
+from concept_frequency.published.numbers import CURVE_MODELS, PRINTED, TABLE3, TABLE4, TABLE6, TABLE9
 
 
 def test_numbers_fit_the_models():

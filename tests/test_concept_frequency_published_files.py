@@ -6,9 +6,10 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from test_concept_frequency_replay import write_published
+from test_concept_frequency_published_replay import write_published
 
-from concept_frequency.published import PlainUnpickler, Results, plotted_bins, read_pickle, short, with_table9
+from concept_frequency.concepts import short
+from concept_frequency.published.files import PlainUnpickler, Results, plotted_bins, read_pickle, with_table9
 
 
 def test_pickles_of_plain_values_and_nothing_else(tmp_path):

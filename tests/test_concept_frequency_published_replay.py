@@ -16,9 +16,10 @@ from PIL import Image
 from scripts import one_sentence
 from test_concept_frequency_statistics import as_upstream
 
-from concept_frequency import replay, statistics
-from concept_frequency.paper_numbers import TABLE3, TABLE9
-from concept_frequency.published import BINS, CLASSIFICATION, METHODS, RETRIEVAL, Results
+from concept_frequency import statistics
+from concept_frequency.published import replay
+from concept_frequency.published.files import BINS, CLASSIFICATION, METHODS, RETRIEVAL, Results
+from concept_frequency.published.numbers import TABLE3, TABLE9
 from concept_frequency.statistics import correlation, frequency_agreement, log_linear_curve, long_tail
 
 
@@ -224,5 +225,5 @@ def test_replay_of_files_in_the_authors_layout(tmp_path, capsys):
 
 
 def test_command_lines_end_in_one_sentence(in_process, tmp_path):
-    result = in_process(tmp_path, module="concept_frequency.replay")
+    result = in_process(tmp_path, module="concept_frequency.published.replay")
     assert result.code == 2 and "has no folder search_counts" in result.err and one_sentence(result.err), result.err

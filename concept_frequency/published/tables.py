@@ -1,17 +1,18 @@
 """Compute the paper's other tables from the authors' files: properties of counts, generated images, Let It Wag!
 
 Sections 5 and 6, appendix C: tables 3, 4 and 9, figures 3, 5, 6 and 11 to 17. Each function returns (table rows, claims
-rows), both empty if the clone lacks the files. published_curves.py has the curves of classification and retrieval.
+rows), both empty if the clone lacks the files. curves.py has the curves of classification and retrieval.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from concept_frequency import statistics
-from concept_frequency.joining import fold
-from concept_frequency.paper_numbers import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
-from concept_frequency.published import (
+from concept_frequency.concepts import fold
+from concept_frequency.published.curves import Rows, as_printed, counted, largest_gap, number
+from concept_frequency.published.files import (
     BINS,
     CORPORA,
     FINE_GRAINED,
@@ -22,7 +23,7 @@ from concept_frequency.published import (
     plotted_bins,
     with_table9,
 )
-from concept_frequency.published_curves import Rows, as_printed, counted, largest_gap, number
+from concept_frequency.published.numbers import PEOPLE, SLOPES, TABLE3, TABLE4, TABLE9
 
 # -------------------------------------------------------------------------------------------- properties of counts
 
@@ -51,25 +52,18 @@ def agreement(results: Results) -> tuple[Rows, Rows]:
 def tails(results: Results) -> tuple[Rows, Rows]:
     """Figure 5: how unevenly the classes of 17 data sets are distributed."""
     rows, few = [], {search: [] for search in METHODS}
-    for corpus, size in SIZES.items():
-        for search in METHODS:
-            if results.has(search, corpus):
-                counts = results.tail_counts(corpus, search)
-                tail = statistics.long_tail(counts)
-                few[search].append(100 * statistics.negligible(counts, size))
-                rows.append(
-                    {
-                        "corpus": CORPORA[corpus],
-                        "counts": search,
-                        "below 1e-5 of the corpus": f"{few[search][-1]:.1f} %",
-                        "below 1e-6": f"{100 * statistics.negligible(counts, size, 1e-6):.1f} %",
-                        "below max/1000": f"{tail['frac_norm_below_1e-3']:.1%}",
-                        "never": f"{tail['n_zero'] / tail['n']:.1%}",
-                        "Gini": f"{tail['gini']:.3f}",
-                        "share of top 1 %": f"{tail['top1pct_share']:.1%}",
-                        "median": f"{tail['median']:,.0f}",
-                    }
-                )
+    for (corpus, size), search in itertools.product(SIZES.items(), METHODS):
+        if results.has(search, corpus):
+            counts = results.tail_counts(corpus, search)
+            tail = statistics.long_tail(counts)
+            few[search].append(100 * statistics.negligible(counts, size))
+            rows.append({
+                "corpus": CORPORA[corpus], "counts": search, "below 1e-5 of the corpus": f"{few[search][-1]:.1f} %",
+                "below 1e-6": f"{100 * statistics.negligible(counts, size, 1e-6):.1f} %",
+                "below max/1000": f"{tail['frac_norm_below_1e-3']:.1%}", "never": f"{tail['n_zero'] / tail['n']:.1%}",
+                "Gini": f"{tail['gini']:.3f}", "share of top 1 %": f"{tail['top1pct_share']:.1%}",
+                "median": f"{tail['median']:,.0f}",
+            })  # fmt: skip
     if not rows:
         return [], []
     shares = [f"{search} {min(values):.0f} to {max(values):.0f} %" for search, values in few.items() if values]

