@@ -4,6 +4,7 @@
 a fingerprint of the image backbone and a sample of the language model's weights.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def backbone_fingerprint(image: ImageEncoder) -> str:
 
 def check_lm(lm: nn.Module, state: dict, folder: str | Path) -> None:
     """UserError if `lm` is another LM than the checkpoint's."""
-    if not of_same_lm(state.get("lm"), lm):
+    if not of_same_lm(state["lm"], lm):
         raise UserError(f"{folder} was trained with another language model than {state['config']['lm']} holds now")
 
 
@@ -55,18 +56,21 @@ def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
 
 
 def load_run(
-    folder: str | Path, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    config: type[Config] = Config,
+    create: Callable[..., LexVLA] = create_model,
 ) -> tuple[LexVLA, Config, object, Prompts | Bags | States]:
-    """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights."""
+    """(model in eval mode, its configuration, tokenizer, text input) of a run folder; `dtype` of the LM's weights.
+
+    config, create: of a model other than LexVLA that the same script trained.
+    """
     state = checkpoints.load_checkpoint(Path(folder) / "checkpoint.pt")
     if "weights" not in state or "vocab_ids" not in state:
         raise UserError(f"{folder}/checkpoint.pt is no LexVLA checkpoint")
-    cfg = checkpoints.config_in(state, Config, folder)
+    cfg = checkpoints.config_in(state, config, folder)
     lm, tokenizer = load_lm(cfg.lm, dtype)
     check_lm(lm, state, folder)
-    model = create_model(cfg, lm, state["vocab_ids"], state["bias"])
+    model = create(cfg, lm, state["vocab_ids"], state["bias"])
     load_weights(model, state, folder)
-    read = text_input(cfg, lm, tokenizer, state["vocab_ids"])
-    if isinstance(read, States):
-        read.lm, read.tokenizer = lm, tokenizer  # for captions missing in the file: LoRA comes after the states
-    return model.eval(), cfg, tokenizer, read
+    return model.eval(), cfg, tokenizer, text_input(cfg, lm, tokenizer, state["vocab_ids"])

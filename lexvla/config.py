@@ -1,20 +1,17 @@
-"""Every setting of a LexVLA run, its presets, and the checks before a run starts.
+"""LexVLA's settings and presets.
 
-Presets named cc12m* are the paper's (one setting and its ablations); `emoji*`, for the corpus of scenes.py, and `small`
+Presets named cc12m* are the paper's (one setting and its ablations); `small` and `emoji*`, on the scenes of the study,
 are ours.
 """
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Literal
 
-from lexvla.model import LLAMA_LINEARS
 from shared import cli
 from shared.errors import UserError
 from shared.presets import EMBEDDED, OWN, Row
 
-LITE0 = "efficientnet_lite0"  # the backbone from shared.pretrained
 NO_EXPORT = "--export: open_clip has no towers that end in a vocabulary, as LexVLA's do"
 
 
@@ -37,45 +34,29 @@ class Config:
     """Folder for copies of remote shards, for the index of large data, and for tokens of --encode-once."""
 
     backbone: str = "facebook/dinov2-base"
-    """Frozen image backbone: a folder or hub name for transformers (with a /), a timm model, or efficientnet_lite0,
-    with feature maps as patches (ours)."""
+    """Frozen image backbone: a folder or hub name for transformers (with a /), or a timm model, such as
+    efficientnet_lite0_maps (see lite0.py)."""
     encode_once: bool = False
     """Encode all images once, without random crops, and train on the tokens, which are kept in `cache`. Ours."""
     image_size: int = 224
     """Image side in pixels. Not stated in the paper."""
-    crop_scale: float = 0.9
-    """Smallest share of the image's area in a training crop. Not stated in the paper."""
     adapter_width: int | None = None
     """Width of the adapter's block; a linear layer first maps the tokens to it. None: the backbone's width. Ours."""
     adapter_hidden: int = 2048
     """Width of the adapter's second MLP. The adapter's layout is not stated in the paper; this gives its 17M."""
-    pool_cls: bool = True
-    """Include [CLS] in the maximum over tokens, as eq. 3 and 4 suggest; not stated in the paper. The latent baseline
-    reads only [CLS], or with --no-pool-cls the mean patch."""
-
     lm: str = "meta-llama/Llama-2-7b-hf"
     """Llama-style causal LM: folder or hub name."""
     states: str = ""
-    """File of `python -m lexvla.text`: the frozen LM has encoded the captions once, and LoRA adapts only its last MLP.
-    Empty: the LM runs in training."""
+    """File that keeps the frozen LM's states of captions, from which LoRA adapts only the last MLP; those that are
+    missing are computed first. Empty: the LM runs in training. Ours."""
     grad_checkpointing: bool = False
     """Recompute the LM's blocks in the backward pass instead of keeping them."""
     text: Literal["lm", "bow"] = "lm"
     """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
-    head: Literal["lexical", "dense"] = "lexical"
-    """lexical, or dense: our latent baseline with linear maps to `dense_dim` instead of codebooks."""
-    dense_dim: int = 512
-    """Dimensions of the latent baseline."""
     lora_rank: int = 8
     """Rank of LoRA; 0: none. Not stated in the paper."""
     lora_alpha: float = 16.0
     """LoRA's alpha: its scale times its rank. Not stated in the paper."""
-    lora_targets: tuple[str, ...] = LLAMA_LINEARS
-    """Linear layers of the LM's blocks with LoRA; with `states`, only those of the last MLP. Not stated in the
-    paper."""
-    prompt_end: str = ""
-    """Text after the prompt's "words:", such as a quotation mark. The paper's printed prompt ends there; whether more
-    follows is not stated in the paper."""
     max_length: int = 128
     """Tokens of a prompt, including the text around the caption; longer captions are cut. Not stated in the paper."""
 
@@ -87,13 +68,9 @@ class Config:
     pattern: str | None = None
     """Regular expression that a piece must match as a whole to be in the vocabulary; a leading space is the start of a
     word. Not stated in the paper."""
-    centre_codebook: bool = False
-    """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
     bias: float | None = 0.0
-    """Added to all logits before elu1p; None: minus two standard deviations of the first 256 captions' logits. Ours."""
-    tune_codebook: bool = True
-    """Train the image codebook. Switching it off is an ablation of ours."""
-
+    """Added to all logits before elu1p; None: minus two standard deviations of the LM's logits of the first 256
+    captions. Ours."""
     penalty: Literal["overuse", "flops", "none"] = "overuse"
     """Eq. 7, or eq. 6 (ablation), or neither. Computed on the global batch (not stated in the paper)."""
     lambda_image: float = 5e-4
@@ -102,13 +79,6 @@ class Config:
     """Final weight of the captions' penalty. For flops not stated in the paper."""
     penalty_warmup: int = 2000
     """Steps over which both weights rise quadratically."""
-    detach_weight: bool = False
-    """Stop the gradient in the overuse penalty's weight. Not stated in the paper."""
-    topk: int | None = None
-    """Words kept in sparse representations; None: those above 1/sqrt(V)."""
-    sparse_training: bool = False
-    """Use sparse representations in the contrastive loss, too, not only in evaluation. Not stated in the paper."""
-
     epochs: int = 12
     """Passes over the data."""
     batch_size: int = 6144
@@ -119,14 +89,8 @@ class Config:
     """Peak learning rate of all trained parameters."""
     warmup: int = 0
     """Steps of linear warm-up. Not stated in the paper."""
-    weight_decay: float = 0.0
-    """AdamW's decay of matrices; 0 is plain Adam. Not stated in the paper."""
-    beta1: float = 0.9
-    """Adam's beta1. Not stated in the paper."""
-    beta2: float = 0.98
-    """Adam's beta2. Not stated in the paper."""
     eps: float = 1e-6
-    """Adam's epsilon. Not stated in the paper."""
+    """Adam's epsilon; its betas are 0.9 and 0.98. Not stated in the paper."""
 
     seed: int = 0
     """Seed of initial weights, shuffles and crops."""
@@ -143,9 +107,7 @@ class Config:
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
-    """Epochs between retrieval evaluations on `eval_set`; 0: never during training."""
     eval_set: str = ""
-    """Retrieval set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
 
@@ -175,7 +137,7 @@ SMALL = Config(
 EMOJI = dataclasses.replace(
     SMALL,
     data="data/lexvla/scenes/train",
-    backbone=LITE0,
+    backbone="efficientnet_lite0_maps",
     image_size=128,
     adapter_width=192,
     adapter_hidden=512,
@@ -197,31 +159,17 @@ PRESETS = {
     "emoji": ("LexVLA with the overuse penalty on scenes of emoji", EMOJI),
     "emoji-none": _preset("... without a penalty", EMOJI, penalty="none"),
     "emoji-flops": _preset("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
-    # bags have no logits to take a bias from, so it is a number: the bias that the LM's arms take
-    "emoji-bow": _preset(
-        "... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-6.3
-    ),
-    "emoji-dense": _preset(
-        "a latent baseline of 512 dimensions: same towers, samples and steps",
-        EMOJI,
-        head="dense",
-        penalty="none",
-        bias=0.0,
-        pool_cls=False,
-    ),
+    "emoji-bow": _preset("... with bags of words in the LM's place", EMOJI, text="bow", lora_rank=0),
     "cc12m": _preset("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
     "cc12m-flops": _preset("its ablation: FLOPs loss", penalty="flops"),
     "cc12m-bow": _preset("its ablation: bag of words for text", text="bow", lora_rank=0, accumulate=1),
     "cc12m-clip": _preset("its ablation: CLIP's image backbone", backbone="vit_base_patch16_clip_quickgelu_224.openai"),
-    "cc12m-top512": _preset("its ablation: 512 words kept in evaluation, trained as cc12m", topk=512),
 }
 
 
 def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError on invalid settings before work starts."""
     cli.check_data(cfg, "cc12m/{00000..01242}.tar")
-    if cfg.states and not Path(cfg.states).is_file():
-        raise UserError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
     cli.check_batch(cfg, world_size)
     check_model(cfg)
 
@@ -230,35 +178,22 @@ def check_model(cfg: Config) -> None:
     """The checks that need no files; a dry run makes only these."""
     cli.check_counts(
         cfg,
-        *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),
+        *("epochs", "batch_size", "save_every", "log_every", "adapter_hidden", "max_length", "image_size"),
     )
-    cli.check_counts(cfg, "topk", "adapter_width")
+    cli.check_counts(cfg, "adapter_width")
     cli.check_counts(cfg, "max_vocabulary", least=2)
     cli.check_counts(cfg, "dataset_size")
     cli.check_counts(cfg, "lora_rank", "penalty_warmup", "warmup", "min_count", "workers", least=0)
-    cli.check_counts(cfg, "window_shards", "eval_every", least=0)
-    cli.check_rates(cfg, "lr", "weight_decay", "lora_alpha", "lambda_image", "lambda_text")
+    cli.check_counts(cfg, "window_shards", least=0)
+    cli.check_rates(cfg, "lr", "eps", "lora_alpha", "lambda_image", "lambda_text")
     cli.check_finite(cfg, "bias")
-    cli.check_adam(cfg)
-    if not 0 < cfg.crop_scale <= 1:
-        raise UserError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
-    if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):
-        raise UserError("--text bow has no LM: leave --head lexical and --states ''")
-    if cfg.text == "bow" and cfg.bias is None:
-        raise UserError("--text bow has no logits to take a bias from: pass a number as --bias")
     if cfg.encode_once and cfg.window_shards:
         raise UserError("--encode-once keeps all tokens in memory; --window-shards is for data that do not fit")
-    if cfg.head == "dense" and cfg.penalty != "none":
-        raise UserError("--head dense has no words to penalise: pass --penalty none")
-    if cfg.head == "dense" and cfg.sparse_training:
-        raise UserError("--head dense has no words to leave out: pass --no-sparse-training")
     if cfg.pattern is not None:
         try:
             re.compile(cfg.pattern)
         except re.error as error:
             raise UserError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
-    if cfg.backbone == LITE0 and cfg.image_size % 32:
-        raise UserError(f"--image-size {cfg.image_size} is no multiple of 32, which --backbone {LITE0} needs")
 
 
 CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"
@@ -267,16 +202,16 @@ LEFT_OUT = {  # rows of the paper's tables without a preset, and why
     "Table 2, random patches, CLIP and VDR": "not trained here: `lexvla.eval patchdis` measures them",
     "Fig. 5, sparsity": "an evaluation of the same run, made by each `lexvla.eval`; of other models for CLIP and VDR",
     "Figs. 1, 3, 4 and 6": "pictures of the same runs, made by `lexvla.eval` and the study",
+    "Table 1, top 512 words": "an evaluation of the same run: `lexvla.eval --topk 512`",
     "Table 3, hyperparameters": "a picture that could not be read",
 }
 PAPER_ROWS = {
     "train": {
         "small": OWN,
-        **dict.fromkeys(("emoji", "emoji-none", "emoji-flops", "emoji-bow", "emoji-dense"), EMBEDDED),
+        **dict.fromkeys(("emoji", "emoji-none", "emoji-flops", "emoji-bow"), EMBEDDED),
         "cc12m": Row("Tables 1 and 2, LexVLA", CC12M, A100, "active words 1,081 of 17,149"),
         "cc12m-flops": Row("Table 1, FLOPs loss", CC12M, A100),
         "cc12m-bow": Row("Table 1, bag of words", CC12M, A100),
         "cc12m-clip": Row("Tables 1 and 2, CLIP's image backbone", CC12M, A100),
-        "cc12m-top512": Row("Table 1, top 512 words", CC12M, A100),
     }
 }

@@ -1,6 +1,6 @@
 """PatchDis (section 3.4, Table 2): classify each patch of an image by the most similar class text.
 
-    python -m lexvla.eval patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
+    python -m lexvla.patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
     python -m lexvla.patchdis vdr:vsearch/vdr-cross-modal local-dir:my-export --folder data/coco/eval/patchdis_val
 
 Measures dual encoders whose patches and class texts lie in one space: open_clip's ViTs, folders written by `--export`
@@ -49,7 +49,7 @@ class Config:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Dual encoders: MODEL@TAG of open_clip, local-dir:FOLDER, or vdr:FOLDER (or name on the hub) for VDR's weights."""
-    folder: str = "data/lexvla/scenes/eval/patchdis"
+    folder: str
     """Folder of images, masks and classnames.txt."""
     out: str = "runs/lexvla/patchdis"
     """Folder for patchdis.json and a picture for each model."""

@@ -5,8 +5,6 @@ summed InfoNCE and the penalties over all processes' pairs, with this step's pen
 and caps the temperature. Settings are in config.py, towers by name in towers.py, the processing of captions in text.py.
 """
 
-import contextlib
-import functools
 import itertools
 import math
 import os
@@ -23,13 +21,22 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lexvla.checkpoints import backbone_fingerprint, check_lm, load_weights, trained_weights
 from lexvla.config import PRESETS, Config, check, check_model
-from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
-from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, lm_sample, load_lm, piece_counts
-from lexvla.towers import create_model, eval_transform, patch_side, text_input, train_transform
+from lexvla.model import ImageEncoder, LexVLA, TextEncoder, total_loss
+from lexvla.text import Prompts, caption_vocabulary, lm_dtype, lm_sample, load_lm, piece_counts
+from lexvla.towers import (
+    Precomputed,
+    create_model,
+    eval_transform,
+    lm_input,
+    patch_side,
+    text_encoder,
+    text_input,
+    train_transform,
+)
 from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
 from shared.errors import UserError
-from shared.evalsets import EvalSet
-from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
+
+BETAS = 0.9, 0.98  # of Adam; not stated in the paper
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 
@@ -47,15 +54,6 @@ def cosine_lr(step: int, base: float, total: int, warmup: int = 0) -> float:
     if step < warmup:
         return base * (step + 1) / warmup
     return 0.5 * base * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay (by 0 in the paper's setting), vectors and the temperature do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -165,7 +163,7 @@ def training_set(
         sources = evaluation.images_of(pairs), backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
         file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(source.encode() for source in sources))}.npy"
         return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, process, precision, file)
-    return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
+    return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size), cfg.seed)
 
 
 class Collate:
@@ -180,47 +178,30 @@ class Collate:
 
 
 @torch.no_grad()
-def bias_of_logits(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
+def bias_of_logits(model: TextEncoder, *text: Tensor) -> float:
     """Minus two standard deviations of the logits of a batch's captions, so that few words are above 0 (ours)."""
-    z = model.hidden_of_states(texts[0]) if texts[0].is_floating_point() else model.hidden(*texts)
-    return -2 * (z @ model.codebook.T).std().item()
+    return -2 * (model.hidden(*text) @ model.codebook.T).std().item()
 
 
 def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
     """(vocabulary ids (V,), bias of the logits).
 
     The vocabulary comes from all captions; each process counts the pieces of its share. The bias is the
-    configuration's, or `bias_of_logits` of the first 256 captions.
+    configuration's, or `bias_of_logits` of the LM and the captions of the first 256 samples.
     """
     captions = windows.captions(pairs, process.rank, process.world_size)
     counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:
-        text = TextEncoder(lm, vocab_ids, center=cfg.centre_codebook)
-        bias = bias_of_logits(text, text_input(cfg, lm, tokenizer, vocab_ids)(first_captions(pairs)))
+        text = lm_input(cfg, lm, tokenizer)(first_captions(pairs))
+        bias = bias_of_logits(text_encoder(cfg)(lm, vocab_ids), *(x.to(process.device) for x in text))
     return vocab_ids, run.broadcast(bias, process)
 
 
 def first_captions(pairs) -> list[str]:
-    """The captions among the first 256 samples."""
+    """The captions of the first 256 samples."""
     return list(filter(None, itertools.islice(windows.captions(pairs), 256)))
-
-
-def quick_recall(
-    model: LexVLA, read: Callable, transform: Callable, cfg: Config, device: torch.device, precision: str
-) -> dict[str, float]:
-    """R@1 in both directions, in percent, on `cfg.eval_set` with dense representations, for the learning curve."""
-    was_training, eval_set, dtype = model.training, EvalSet(cfg.eval_set, transform), run.DTYPES[precision]
-    model.eval()
-    batches = eval_set.batches(256, windows.evaluation_workers(cfg), device)
-    s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
-    texts = [caption for of_image in captions for caption in of_image]
-    s_txt = encode_texts(model, read, texts, 256, device, dtype)
-    model.train(was_training)
-    ranks = retrieval_ranks_from_scores(s_img @ s_txt.T, owners(captions))
-    names = ("image_to_text_R@1", "text_to_image_R@1")
-    return {name: 100 * (of_way < 1).float().mean().item() for name, of_way in zip(names, ranks, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------- one step
@@ -244,8 +225,7 @@ def train_step(
         group["lr"] = lr
     (s_img, s_txt, logit_scale), backward = accumulate.forward(model, (pixels, *text), cfg, precision)
     weights = (quadratic_warmup(step, value, cfg.penalty_warmup) for value in (cfg.lambda_image, cfg.lambda_text))
-    options = {"sparse": functools.partial(sparsify, topk=cfg.topk)} if cfg.sparse_training else {}
-    losses = total_loss(s_img, s_txt, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
+    losses = total_loss(s_img, s_txt, logit_scale, *weights, cfg.penalty)
     optimizer.zero_grad()
     backward(scaler.scale(losses["loss"]))
     scaler.step(optimizer)
@@ -329,7 +309,7 @@ def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
     except (OSError, ValueError):
         return None, cfg.max_length
     captions = filter(None, map(pairs.caption, range(min(len(pairs), 10_000))))
-    lengths = [len(ids) for ids in Prompts(tokenizer, cfg.max_length, cfg.prompt_end).ids(list(captions))]
+    lengths = [len(ids) for ids in Prompts(tokenizer, cfg.max_length).ids(list(captions))]
     return sum(lengths) / len(lengths), max(lengths)
 
 
@@ -352,31 +332,37 @@ def memory(cfg: Config, size: int, model: LexVLA, lm: Any, words: int, length: i
 
 
 def prepare(
-    cfg: Config, folder: run.RunFolder, pairs, process: run.Process, precision: str
-) -> tuple[LexVLA, Callable, nn.Module, Any]:
-    """(model, text input, LM, tokenizer).
+    cfg: Config, folder: run.RunFolder, pairs, process: run.Process, precision: str, create: Callable, start: Callable
+) -> tuple[LexVLA, Callable, nn.Module]:
+    """(model, text input, LM).
 
     On resuming, weights, vocabulary and bias are the checkpoint's; a new run takes the vocabulary from the captions.
     """
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
-    check_lm(lm, folder.state, folder.path)
+    lm.to(process.device)
+    check_lm(lm, folder.state, folder.path) if folder.resumed else None
+    if cfg.states and cfg.text == "lm":
+        lm_input(cfg, lm, tokenizer).add(filter(None, windows.captions(pairs)))
     if not folder.resumed:
         found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
         folder.state["vocab_ids"], folder.state["bias"] = found
     vocab_ids, bias = folder.state["vocab_ids"], folder.state["bias"]
     read = text_input(cfg, lm, tokenizer, vocab_ids)
     torch.manual_seed(cfg.seed)
-    model = create_model(cfg, lm, vocab_ids, bias).to(process.device)
+    model = create(cfg, lm, vocab_ids, bias).to(process.device)
     if folder.resumed:
         load_weights(model, folder.state, folder.path)
         del folder.state["weights"]
-    elif cfg.head == "dense":
-        model.text.centre(*(x.to(process.device) for x in read(first_captions(pairs))))
-    return model, read, lm, tokenizer
+    else:
+        start(model, read, pairs)
+    return model, read, lm
 
 
-def main(cfg: Config) -> Path | None:
-    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
+def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Callable = lambda *_: None) -> Path | None:
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder.
+
+    create: makes the model, for baselines with the same data and loop.
+    """
     process = run.setup(cfg.seed, cfg.device)
     if cfg.dry_run:
         return dry_run(cfg, process.world_size) if process.main else None
@@ -389,9 +375,9 @@ def main(cfg: Config) -> Path | None:
     # Data, model, optimizer
     pairs = windows.open_pairs(cfg, process)
     data.check_pairs(pairs, cfg, folder.state, process)
-    model, read, lm, tokenizer = prepare(cfg, folder, pairs, process, precision)
-    groups = param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    model, read, lm = prepare(cfg, folder, pairs, process, precision, create, start)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=cfg.lr, betas=BETAS, eps=cfg.eps, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     folder.restore(optimizer=optimizer, scaler=scaler)
     per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
@@ -401,16 +387,18 @@ def main(cfg: Config) -> Path | None:
     folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
     ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
-    transform, start = eval_transform(cfg.backbone, cfg.image_size), folder.state["batch"]
+    skipped = folder.state["batch"]
     dataset = training_set(cfg, pairs, model.image, process, precision)
-    loader = windows.training_batches(dataset, Collate(read), cfg, process, range(first, cfg.epochs), start)
+    if cfg.encode_once:
+        model.image.backbone = Precomputed()
+    loader = windows.training_batches(dataset, Collate(read), cfg, process, range(first, cfg.epochs), skipped)
 
     for epoch in range(first, cfg.epochs):
         model.train()
         broken = list(pairs.broken)
         label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
-        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (pixels, text, _) in enumerate(data.collect_broken(batches, broken), start + 1):
+        batches = run.progress(loader, per_epoch - skipped, label, cfg.batch_size, process)
+        for batch, (pixels, text, _) in enumerate(data.collect_broken(batches, broken), skipped + 1):
             step = per_epoch * epoch + batch  # from 1
             torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run is equal
             pixels = dataset.normalise(pixels.to(device, non_blocking=True))
@@ -422,22 +410,12 @@ def main(cfg: Config) -> Path | None:
             if folder.due(step) and batch < per_epoch:
                 folder.save(step, epoch=epoch, batch=batch, weights=trained_weights(model))
 
-        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
-        if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
-            position = {"epoch": epoch, "batch": per_epoch, "weights": trained_weights(model)}
-            with folder.evaluation(done, **position), unknown_captions(read, lm, tokenizer):
-                recall = quick_recall(model, read, transform, cfg, device, precision)
-            folder.log(done, epoch=epoch, **recall)
+        done, last, skipped = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
         data.report_broken(broken, process, f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0, weights=trained_weights(model))
-    folder.close("--sets FOLDER --patchdis None")
+    folder.close("--sets FOLDER")
     return folder.path
-
-
-def unknown_captions(read: Callable, lm: nn.Module, tokenizer: Any) -> contextlib.AbstractContextManager:
-    """Context in which captions missing in the file of states are encoded by the LM."""
-    return read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ the training captions, so a bag of words has no disadvantage.
 
 from collections.abc import Sequence
 
-from lexvla import eval as evaluation
 from lexvla.config import PRESETS
-from lexvla.text import States
+from lexvla.text import Prompts, States, load_lm
 from studies.harness import photos, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
 from studies.lexvla import ALL, MOST, PRESENT, TABLE_1, TABLE_2, patches_by_labels, random_patches, rarer
+from studies.lexvla import evaluate as measured
 
 DATA, STATES = photos.SINGLE, "data/lexvla/photos-states.pt"
 COCO, COCO_TRAIN = (f"data/photos-coco/eval/patchdis_{split}" for split in ("val", "train"))
@@ -34,8 +34,12 @@ ARMS = (
     Arm("none", f"train emoji-none {WORDS} {LM}", heading="no penalty"),
     Arm("flops", f"train emoji-flops {WORDS} {LM}", heading="FLOPs loss"),
     Arm("overuse", f"train emoji {WORDS} {LM}", heading="LexVLA: overuse penalty"),
-    Arm("bow", f"train emoji-bow {WORDS} --bias -6", heading="bag of words for text"),
-    Arm("dense", f"train emoji-dense {LENGTH} --lr 1.4e-3 {LM}", heading="latent baseline, 512 dimensions"),
+    Arm("bow", f"train emoji-bow {WORDS} {LM}", heading="bag of words for text"),
+    Arm(
+        "dense",
+        f"studies.lexvla_dense emoji-dense {LENGTH} --lr 1.4e-3 {LM}",
+        heading="latent baseline, 512 dimensions",
+    ),
 )
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -72,15 +76,16 @@ def more_rows(found: Comparison) -> list[dict]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """Measurements of eval.py, in fp32, since in bf16 words tie around rank ten."""
-    return evaluation.main(evaluation.Config(tuple(runs), sets=(photos.RETRIEVAL,), patchdis=COCO, precision="fp32"))
+    """Measurements of each run on photographs."""
+    return measured(runs, (photos.RETRIEVAL,), COCO)
 
 
 def by_states() -> dict[str, float]:
     """Canonical correlation of EfficientNet-Lite0, at the size of the arms' photographs, with the LM's frozen states of
     single captions."""
     cfg = PRESETS["emoji"][1]
-    states = States(STATES, cfg.lm, cfg.max_length, cfg.prompt_end)
+    lm, tokenizer = load_lm(cfg.lm)
+    states = States(STATES, cfg.lm, lm, Prompts(tokenizer, cfg.max_length))
     return photos.by_correlation([photos.RETRIEVAL], train=DATA, side=SIDE, own=True, of_texts=lambda x: states(x)[0])
 
 
@@ -95,7 +100,7 @@ STUDY = Study(
         Once("studies.corpora.photos coco --root {photos}/coco --train-masks --out data/photos-coco"),
         Once("shared.pretrained smollm2"),
         Once("shared.pretrained efficientnet_lite0"),
-        Once(f"lexvla.text --data {DATA} --sets {photos.RETRIEVAL} {COCO} --out {STATES}"),
+        Once(f"studies.lexvla_states --data {DATA} --sets {photos.RETRIEVAL} {COCO} --states {STATES}"),
     ),
     arms=ARMS,
     corpus=f"Flickr8k, {photos.RESIZED}, seen at {SIDE} pixels, a sample for each English caption; PatchDis on 79 "

@@ -135,7 +135,7 @@ def test_vdrs_weights_load_and_give_its_rows(vdr: Path):
 def test_models_are_measured_and_drawn(labelled: Path, exported: Path, vdr: Path, in_process, tmp_path: Path):
     options = ["--folder", labelled, "--out", tmp_path / "out", "--device", "cpu"]
     models = f"local-dir:{exported}", f"vdr:{vdr}"
-    result = in_process("patchdis", *models, *options, "--template", "a {}", module="lexvla.eval")
+    result = in_process(*models, *options, "--template", "a {}")
     assert result.code == 0, result.err
     assert "random patches" in result.out and "mIoU, present classes" in result.out
     found = json.loads((tmp_path / "out/patchdis.json").read_text())["models"]
@@ -239,7 +239,7 @@ def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported:
     (bad / "open_clip_config.json").write_text((exported / "open_clip_config.json").read_text())
     (bad / "open_clip_model.safetensors").write_bytes((exported / "open_clip_model.safetensors").read_bytes()[:1000])
     for arguments, words in (
-        ((), "name at least one model"),
+        (("--folder", labelled), "name at least one model"),
         ((f"local-dir:{exported}", "--folder", tmp_path), "classnames.txt does not exist"),
         ((f"local-dir:{exported}", "--folder", bad), "classnames.txt is empty"),
         ((f"local-dir:{exported}", "--folder", labelled, "--template", "a photo"), "has no {} for the class's name"),
