@@ -26,11 +26,6 @@ def _renamed(name: str) -> str:
     return name
 
 
-def trained_weights(model: LexVLA) -> dict[str, Tensor]:
-    """The trained weights, by their names in the checkpoint."""
-    return {_renamed(name): p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def backbone_fingerprint(image: ImageEncoder) -> str:
     """Fingerprint of the image backbone, which a checkpoint names but does not contain."""
     return data.fingerprint(*(x.cpu().numpy().tobytes() for x in image.backbone.state_dict().values()))
@@ -42,15 +37,21 @@ def check_lm(lm: nn.Module, state: dict, folder: str | Path) -> None:
         raise UserError(f"{folder} was trained with another language model than {state['config']['lm']} holds now")
 
 
-def load_weights(model: LexVLA, state: dict, folder: str | Path) -> None:
-    """Copy a checkpoint's weights into the model; UserError if they belong to another model or backbone."""
-    if backbone_fingerprint(model.image) != state["backbone"]:
-        raise UserError(f"{folder} was trained on another backbone than {state['config']['backbone']} holds now")
-    weights = state["weights"]
-    own = {_renamed(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
-        raise UserError("the checkpoint does not hold the weights of the model that its configuration describes")
-    with torch.no_grad():
+class Trained:
+    """The trained weights of a model as one object of a checkpoint."""
+
+    def __init__(self, model: LexVLA, folder: str | Path):
+        self.model, self.folder = model, folder
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights, by their names in the checkpoint."""
+        return {_renamed(name): p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        """Copy weights into the model; UserError if they belong to another model."""
+        own = self.state_dict()
+        if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+            raise UserError(f"{self.folder} does not hold the weights of the model that its configuration describes")
         for name, parameter in own.items():
             parameter.copy_(weights[name])
 
@@ -72,5 +73,7 @@ def load_run(
     lm, tokenizer = load_lm(cfg.lm, dtype)
     check_lm(lm, state, folder)
     model = create(cfg, lm, state["vocab_ids"], state["bias"])
-    load_weights(model, state, folder)
+    if backbone_fingerprint(model.image) != state["backbone"]:
+        raise UserError(f"{folder} was trained on another backbone than {cfg.backbone} holds now")
+    Trained(model, folder).load_state_dict(state["weights"])
     return model.eval(), cfg, tokenizer, text_input(cfg, lm, tokenizer, state["vocab_ids"])

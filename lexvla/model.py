@@ -287,7 +287,9 @@ class TextEncoder(nn.Module):
         return self
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """z_txt (B, d) of token ids (B, T)."""
+        """z_txt (B, d) of token ids (B, T). What is padding in all texts, on the right, is cut off."""
+        length = int(attention_mask.any(0).nonzero()[-1]) + 1
+        input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
         output = self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False)
         return last_token(output.last_hidden_state, attention_mask)
 

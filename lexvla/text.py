@@ -91,7 +91,7 @@ def lexical_prompt(caption: str) -> str:
 
 
 class Prompts:
-    """Captions -> (input_ids (B, T), attention_mask (B, T)) of the lexical prompt, padded on the right.
+    """Captions -> (input_ids (B, T), attention_mask (B, T)) of the lexical prompt, padded on the right to `max_length`.
 
     If a prompt exceeds `max_length` tokens, its caption is cut, never the prompt's end, which states the task. A prompt
     starts with BOS if the tokenizer adds one, and has no EOS. UserError if `max_length` is too short for an empty
@@ -119,11 +119,13 @@ class Prompts:
         raise UserError(f"--max-length {self.max_length} leaves no room: the prompt alone has {frame} tokens")
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return pad(self.ids(captions))
+        ids, mask = pad(self.ids(captions))
+        more = 0, self.max_length - ids.shape[1]
+        return nn.functional.pad(ids, more), nn.functional.pad(mask, more)
 
 
 def pad(texts: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids of B texts -> (ids (B, T) padded with `value` on the right, mask (B, T))."""
+    """Token ids of B texts -> (ids (B, T) padded with `value` on the right to the longest, mask (B, T))."""
     ids = nn.utils.rnn.pad_sequence(
         [torch.tensor(text, dtype=torch.long) for text in texts], batch_first=True, padding_value=value
     )

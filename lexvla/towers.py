@@ -53,13 +53,6 @@ def create_backbone(name: str, image_size: int, pretrained: bool = True) -> tupl
     return vit, vit.num_features
 
 
-class Precomputed(nn.Module):
-    """In the backbone's place if images are given as its tokens (B, n, D)."""
-
-    def forward_features(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-
 def patch_side(backbone: nn.Module) -> int:
     """Pixels of a patch's side, of timm's ViTs and transformers'."""
     return backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else backbone.config.patch_size

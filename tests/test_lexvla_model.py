@@ -36,7 +36,8 @@ from lexvla.model import (
     total_loss,
 )
 from lexvla.text import bag_of_words, lexical_prompt, refine_vocabulary
-from lexvla.towers import Precomputed, with_lora
+from lexvla.tokens import Precomputed
+from lexvla.towers import with_lora
 from lexvla.train import quadratic_warmup
 
 GRADIENT = dict(rtol=1e-4, atol=1e-6)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import short_runs
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from short_runs import dinov2
@@ -26,7 +27,7 @@ from transformers import (
 from lexvla import config
 from lexvla import text as texts
 from lexvla.towers import create_model
-from lexvla.train import cosine_lr, quadratic_warmup
+from lexvla.train import learning_rate, quadratic_warmup
 from shared import checkpoints, data
 from studies import lexvla_dense
 
@@ -252,6 +253,37 @@ def small_set(folder: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def groups(folder: Path) -> Path:
+    """A classification set."""
+    return Path(short_runs.small_set("groups_id", folder))
+
+
+def test_evaluation_during_training(cli, folder: Path, tiny: list[str], groups: Path):
+    """Class names that are missing in the file of states are encoded by the LM."""
+    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", groups]
+    finished(cli("emoji", *tiny, *options, "--out", folder / "evaluated"))
+    last = metrics(folder / "evaluated")[-1]
+    assert last["step"] == PER_EPOCH and 0 <= last["zero_shot_top1"] <= 100
+
+
+def test_a_failed_evaluation_costs_no_epoch(in_process, folder: Path, tiny: list[str], groups: Path):
+    """The resumed run repeats the evaluation alone."""
+    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", groups, "--out", folder / "failed"]
+    shard = next(groups.glob("*/*.tar"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:5000])
+    result = in_process("emoji", *tiny, *options)
+    shard.write_bytes(content)
+    assert result.code == 2 and str(shard) in result.err and one_sentence(result.err), result.err
+    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
+    assert (state["epoch"], state["batch"]) == (0, PER_EPOCH)
+    losses = metrics(folder / "failed")
+    result = in_process("emoji", *tiny, *options)
+    assert result.code == 0, result.err
+    assert metrics(folder / "failed")[:-1] == losses and "zero_shot_top1" in metrics(folder / "failed")[-1]
+
+
 @pytest.mark.golden("lexvla", "schedules")
 def test_schedules(case):
     if "lambda_t" in case:
@@ -260,5 +292,5 @@ def test_schedules(case):
         check(case, rtol=1e-6, lambda_t=weights, splade_lambda_t=weights)
     if "lr" in case:
         base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
-        lrs = [cosine_lr(step, base, total, warmup) for step in case["lr_steps"].tolist()]
+        lrs = [learning_rate(step, base, total, warmup) for step in case["lr_steps"].tolist()]
         check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
