@@ -17,15 +17,15 @@ import tyro
 from torch import Tensor
 
 from lexvla.checkpoints import load_run
-from lexvla.config import Config as TrainConfig
 from lexvla.model import LexVLA, sparsify
-from lexvla.patchdis import DRAWN, check_folder, class_maps, classnames, labelled_images, measure
-from lexvla.plots import PairWords, plot_class_maps, plot_patches, plot_words, top_words
+from lexvla.patchdis import DRAWN, check_folder, classnames, labelled_images, measure
+from lexvla.plots import PairWords, plot_class_maps, plot_words, top_words
 from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
 from lexvla.towers import eval_transform, normalize, patch_side
 from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import (
     classification_metrics,
     evaluate,
@@ -49,18 +49,18 @@ class Config:
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
     patchdis: str | None = None
     """Folder of images and masks for PatchDis (see patchdis.py)."""
-    patchdis_side: int | None = None
+    patchdis_side: Count | None = None
     """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. None: the run's image
     size. Not stated in the paper."""
     patchdis_sparse: bool = False
     """PatchDis compares sparse patches and classes. Not stated in the paper."""
     background: bool = False
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
-    topk: int | None = None
+    topk: Count | None = None
     """Words kept in each representation; None: those above 1/sqrt(V). The paper's ablation keeps 512."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images or captions per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -191,24 +191,6 @@ def draw_words(
     checkpoints.write_json(folder / f"words_{name}.json", most)
 
 
-# ------------------------------------------------------------------------------------------------------------- PatchDis
-
-
-def patchdis_of_run(
-    patches: Callable[[Tensor], Tensor], s_class: Tensor, train_cfg: TrainConfig, cfg: Config, device, picture: Path
-) -> dict[str, float]:
-    """`patchdis.measure` of a run on the folder `cfg.patchdis`; draws maps of predicted classes into `picture`.
-
-    patches: pixels -> representations of patches; s_class (C, V): those of the folder's classes.
-    """
-    side, normalise = cfg.patchdis_side or train_cfg.image_size, normalize(train_cfg.backbone)
-    images = labelled_images(cfg.patchdis, side, normalise)
-    found = measure(patches, s_class, images, cfg.background, device=device)
-    images = itertools.islice(labelled_images(cfg.patchdis, side, normalise), DRAWN)
-    plot_class_maps(class_maps(patches, s_class, images, device), classnames(cfg.patchdis), picture)
-    return {f"patchdis/{name}": value for name, value in found.items()}
-
-
 # ------------------------------------------------------------------------------------------------------ one checkpoint
 
 
@@ -264,9 +246,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         def patches(pixels: Tensor) -> Tensor:
             return seen(model.image.patches(pixels))
 
-        flat |= patchdis_of_run(patches, seen(s_class), train_cfg, cfg, device, Path(path) / "classes.png")
-        images = itertools.islice(labelled_images(cfg.patchdis, side, normalize(train_cfg.backbone)), DRAWN)
-        plot_patches(model, images, words, s_class, names, Path(path) / "patches.png")
+        images = labelled_images(cfg.patchdis, side, normalize(train_cfg.backbone))
+        found, maps = measure(patches, seen(s_class), images, cfg.background, device=device)
+        flat |= {f"patchdis/{name}": value for name, value in found.items()}
+        plot_class_maps(maps, names, Path(path) / "classes.png")
     return {name: value for name, value in flat.items() if not math.isnan(value)}
 
 
@@ -281,7 +264,7 @@ def evaluated(path: str, cfg: Config, process: run.Process, evaluate_run: Callab
 def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
+    check_limits(cfg)
     if not cfg.sets and not cfg.patchdis:
         raise UserError("nothing to measure: name --sets FOLDER..., --patchdis FOLDER, or both")
     return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), HEADINGS, foreign=True)

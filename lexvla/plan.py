@@ -38,7 +38,7 @@ def show(cfg: Config, process: run.Process, rates: Any) -> None:
             ("samples", f"{cfg.dataset_size:,} an epoch" if cfg.dataset_size else "all"),
             cli.disk_row(cfg.dataset_size, trained),
             cli.batch_row(cfg, process.world_size),
-            cli.step_row(total, per_epoch) if total else ("steps", "depend on the size of --data"),
+            ("steps", f"{total:,} ({per_epoch:,} an epoch)" if total else "depend on the size of --data"),
             *((label, f"{text} at step {step:,}") for label, text, step in described),
             (
                 "memory estimate",

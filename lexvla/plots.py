@@ -10,7 +10,7 @@ is split into the shares of its words is ours.
 import dataclasses
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -22,11 +22,12 @@ from torch import Tensor
 from wordcloud import WordCloud
 
 from lexvla.checkpoints import load_run
-from lexvla.model import LexVLA, sparsify
+from lexvla.model import sparsify
 from lexvla.text import encode_texts, pieces
 from lexvla.towers import eval_transform
 from shared import cli, data, run
 from shared.errors import UserError
+from shared.settings import Count, check_limits
 
 
 @dataclasses.dataclass
@@ -39,9 +40,9 @@ class Config:
     """Image file."""
     caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
     """Caption to compare it with."""
-    k: int = 10
+    k: Count = 10
     """Words to list."""
-    topk: int | None = None
+    topk: Count | None = None
     """Words kept in both representations; None: those above 1/sqrt(V)."""
     out: str = "explain.png"
     """Picture to write: word clouds of the image, of the caption, and of the patches most similar to the word with the
@@ -138,42 +139,6 @@ def plot_pair(
     plt.close(figure)
 
 
-@torch.no_grad()
-def plot_patches(
-    model: LexVLA,
-    images: Iterable[tuple[Tensor, Tensor, int]],
-    words: Sequence[str],
-    s_class: Tensor,
-    classnames: Sequence[str],
-    path: Path,
-) -> None:
-    """Draw PatchDis images (pixels, mask, value to ignore) and, beside each, up to four of its classes.
-
-    A class is shown by the similarity of patches to its strongest word, as brightness; the title has this word, and the
-    three strongest words of the patches inside the class's mask.
-    """
-    device = next(model.parameters()).device
-    images = list(images)
-    figure, axes = plt.subplots(len(images), 5, figsize=(10, 2.1 * len(images)), squeeze=False)
-    for row, (pixels, mask, ignore) in zip(axes, images, strict=True):
-        s_patch = model.image.patches(pixels.to(device))[0].float().cpu()
-        side = math.isqrt(len(s_patch))
-        row[0].imshow(picture_of(pixels[0]))
-        for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
-            word = s_class[label].argmax()
-            mask_of_word = word_mask(s_patch, model.text.word(word.to(device)).cpu(), (side, side))
-            axis.imshow(mask_of_word.numpy(), vmin=0, vmax=1, cmap="magma")
-            inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
-            top = model.image.patch_set(pixels.to(device), inside[None])[0].cpu().topk(3).indices.tolist()
-            strongest = ", ".join(words[i].strip() for i in top)
-            axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{strongest}", fontsize=7)
-        for axis in row:
-            axis.axis("off")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 class ClassMap(NamedTuple):
     """An image of PatchDis and the predicted classes of its patches."""
 
@@ -219,7 +184,7 @@ def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: P
 @torch.no_grad()
 def main(cfg: Config) -> None:
     """Print each word's share of the score of an image and a caption, and draw it."""
-    cli.check_counts(cfg, "k", "topk")
+    check_limits(cfg)
     if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
         raise UserError(f"--out {cfg.out} is no .png in a folder that exists")
     device = run.setup(0).device

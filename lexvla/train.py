@@ -93,10 +93,9 @@ def vocabulary(cfg: Config, pairs: Any, lm: nn.Module, tokenizer: Any, process: 
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:
-        text = lm_input(cfg, lm, tokenizer)(first_captions(pairs))
+        text, tower = lm_input(cfg, lm, tokenizer)(first_captions(pairs)), text_encoder(cfg)(lm, vocab_ids)
         with torch.no_grad():
-            tower = text_encoder(cfg)(lm, vocab_ids.to(process.device))
-            z = tower.hidden(*(x.to(process.device) for x in text))
+            z = tower.hidden(*(x.to(tower.codebook.device) for x in text))
             bias = -2 * (z @ tower.codebook.T).std().item()
     return {"vocab_ids": vocab_ids, "bias": run.broadcast(bias, process)}
 
@@ -133,7 +132,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
 
     # Language model and vocabulary
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(run.resolve_precision(cfg.precision, device), device))
-    lm.to(device)
+    lm.to(device if cfg.text == "lm" else "cpu")  # bags of words need only its head
     pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     if cfg.states and cfg.text == "lm":
         lm_input(cfg, lm, tokenizer).add(filter(None, map(pairs.caption, range(len(pairs)))))

@@ -11,6 +11,8 @@ would not differ), or if test sentences used the words of training.
 """
 
 import functools
+import itertools
+import math
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,10 @@ from torch import Tensor
 
 from lexvla import eval as evaluation
 from lexvla import lite0, patchdis
+from lexvla.checkpoints import load_run
 from lexvla.eval import KS
+from lexvla.plots import picture_of, word_mask
+from lexvla.text import encode_texts, pieces
 from lexvla.towers import eval_transform, normalize
 from shared import data, run
 from shared.checkpoints import read_json
@@ -266,7 +271,7 @@ def random_patches(folder: str = PATCHDIS) -> dict[str, float]:
     """PatchDis of random similarities, which `patchdis.measure` adds to that of any patches (here zeros)."""
     images = patchdis.labelled_images(folder, 128, normalize(lite0.NAME))
     classes = torch.zeros(len(patchdis.classnames(folder)), 1)
-    found = patchdis.measure(lambda pixels: torch.zeros(len(pixels), 64, 1), classes, images)
+    found, _ = patchdis.measure(lambda pixels: torch.zeros(len(pixels), 64, 1), classes, images)
     return {f"patchdis/{name}": found[f"random_{name}"] for name in ("miou", "miou_present")}
 
 
@@ -291,7 +296,7 @@ def patches_by_labels(train: str = f"{PATCHDIS}_train", test: str = PATCHDIS) ->
     x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(test))
     weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()
     images = patchdis.labelled_images(test, 128, normalize(lite0.NAME))
-    found = patchdis.measure(
+    found, _ = patchdis.measure(
         lambda pixels: F.pad(tokens(pixels)[:, 1:], (0, 1), value=1.0) @ weights, torch.eye(C), images
     )
     return {f"patchdis/{name}": found[name] for name in ("miou", "miou_present")}
@@ -323,10 +328,44 @@ def plot_metrics(arms: dict[str, list[dict]], out: Path) -> None:
 def plot(found: Comparison, out: Path) -> None:
     """lexvla_{words,clouds,patches,classes}.png, for the arms and sets that were measured."""
     plot_usage(found.folders, out / "lexvla_words.png")
-    if "overuse" in found.folders:  # plots that eval.py drew for the method's first seed
-        for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches"), ("classes.png", "classes")):
-            if (drawn := found.folders["overuse"][0] / file).exists():
-                shutil.copyfile(drawn, out / f"lexvla_{name}.png")
+    if "overuse" in found.folders:  # of the method's first seed; two of them were drawn by eval.py
+        first = found.folders["overuse"][0]
+        for file, name in ((f"words_{SET}.png", "clouds"), ("classes.png", "classes")):
+            if (first / file).exists():
+                shutil.copyfile(first / file, out / f"lexvla_{name}.png")
+        if Path(PATCHDIS).is_dir():
+            plot_patches(first, out / "lexvla_patches.png")
+
+
+@torch.no_grad()
+def plot_patches(folder: Path, path: Path, labelled: str = PATCHDIS, side: int | None = None) -> None:
+    """Draw PatchDis images of a run and, beside each, up to four of its classes.
+
+    A class is shown by the similarity of patches to its strongest word, as brightness; the title has this word, and the
+    three strongest words of the patches inside the class's mask.
+    """
+    model, cfg, tokenizer, read = load_run(folder)
+    words, names = pieces(tokenizer, model.text.vocab_ids.tolist()), patchdis.classnames(labelled)
+    s_class = encode_texts(model, read, names)
+    images = patchdis.labelled_images(labelled, side or cfg.image_size, normalize(cfg.backbone))
+    images = list(itertools.islice(images, patchdis.DRAWN))
+    figure, axes = plt.subplots(len(images), 5, figsize=(10, 2.1 * len(images)), squeeze=False)
+    for row, (pixels, mask, ignore) in zip(axes, images, strict=True):
+        s_patch = model.image.patches(pixels)[0].float()
+        grid = math.isqrt(len(s_patch))
+        row[0].imshow(picture_of(pixels[0]))
+        for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
+            word = s_class[label].argmax()
+            axis.imshow(word_mask(s_patch, model.text.word(word), (grid, grid)).numpy(), vmin=0, vmax=1, cmap="magma")
+            inside = F.adaptive_max_pool2d((mask == label).float(), grid)[0].flatten() > 0
+            top = model.image.patch_set(pixels, inside[None])[0].topk(3).indices.tolist()
+            strongest = ", ".join(words[i].strip() for i in top)
+            axis.set_title(f"{names[label][:24]}: {words[word].strip()}\n{strongest}", fontsize=7)
+        for axis in row:
+            axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:

@@ -6,7 +6,6 @@ no activation, as in CLIP. The paper compares with latent models that others tra
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from lexvla import config, train
 from lexvla.checkpoints import load_run
 from lexvla.eval import Config as Measure
-from lexvla.eval import encode_pairs, patchdis_of_run, retrieval
+from lexvla.eval import encode_pairs, retrieval
 from lexvla.model import ImageEncoder, LastMLPTextEncoder, LexVLA
-from lexvla.patchdis import classnames
+from lexvla.patchdis import classnames, labelled_images, measure
 from lexvla.text import encode_texts, lm_dtype
-from lexvla.towers import create_image_encoder, eval_transform, with_lora
+from lexvla.towers import create_image_encoder, eval_transform, normalize, with_lora
 from shared import cli, evaluation, run
 
 
@@ -103,8 +102,10 @@ def evaluate_run(path: str, cfg: Measure, process: run.Process) -> dict[str, flo
         flat |= {f"{eval_set.name}/{key}": v for key, v in retrieval(s_img, s_txt, image_of_text).items()}
     if cfg.patchdis:
         s_class = encode_texts(model, read, classnames(cfg.patchdis), cfg.batch_size, device, dtype)
-        picture = Path(path) / "classes.png"
-        flat |= patchdis_of_run(model.image.patches, s_class, train_cfg, cfg, device, picture)
+        side = cfg.patchdis_side or train_cfg.image_size
+        images = labelled_images(cfg.patchdis, side, normalize(train_cfg.backbone))
+        found, _ = measure(model.image.patches, s_class, images, device=device)
+        flat |= {f"patchdis/{name}": value for name, value in found.items()}
     return flat
 
 

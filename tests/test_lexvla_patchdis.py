@@ -155,9 +155,10 @@ def test_perfect_patches_have_full_miou_and_random_ones_do_not(labelled: Path):
     masks = [mask for _, mask, _ in patchdis.labelled_images(str(labelled), 32, lambda image: torch.zeros(3, 32, 32))]
     square = [(torch.zeros(1, 3, 4, 4), mask[:, :16, :16], 255) for mask in masks]
     answers = iter(mask.flatten(1).clamp(max=1) for _, mask, _ in square)
-    found = patchdis.measure(
+    found, maps = patchdis.measure(
         lambda pixels: F.one_hot(next(answers), 2).float(), torch.eye(2), iter(square), batch_size=1
     )
+    assert all((each.predicted == each.truth)[each.truth >= 0].all() for each in maps) and len(maps) == 3
     assert found["miou"] == found["miou_present"] == 100 and 10 < found["random_miou"] < 60
 
 

@@ -118,7 +118,8 @@ def arms(cli, folder: Path, tiny: list[str]) -> dict[str, Path]:
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(arms: dict[str, Path], arm: str):
     out = arms[arm]
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"}
+    files = {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", ".lock"}
+    assert {path.name for path in out.iterdir()} == files
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(value) for line in lines for value in line.values())

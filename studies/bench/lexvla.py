@@ -81,7 +81,7 @@ def training_step(repetitions: int) -> None:
     def step(function: Callable) -> Callable:
         def one() -> None:
             optimizer.zero_grad()
-            s_img = function(image.tokens(tokens), image.codebook, pool=True, bias=-5.0)
+            s_img = function(image.adapter(tokens), image.codebook, pool=True, bias=-5.0)
             total_loss(s_img, lexical_map(z, codebook, bias=-5.0), scale, 0.1, 0.1)["loss"].backward()
             optimizer.step()
 
