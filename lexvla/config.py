@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from shared.errors import UserError
-from shared.settings import Count, Limits, Number, Positive, Rate, RunConfig, Whole
+from shared.settings import BaseConfig, Count, Limits, Number, Positive, Rate, Whole
 
 NO_EXPORT = "--export: open_clip has no towers that end in a vocabulary, as LexVLA's do"
 
 
 @dataclass
-class Config(RunConfig):
+class Config(BaseConfig):
     """Defaults are the paper's; a field says so if the paper does not state its value."""
 
     backbone: str = "facebook/dinov2-base"

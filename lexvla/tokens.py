@@ -25,7 +25,7 @@ class Precomputed(nn.Module):
 
 
 class Tokens:
-    """Pairs whose images are tokens (n, D) in half precision; NaN where the image could not be read."""
+    """Pairs whose images are tokens (n, D), kept in half precision; NaN where the image could not be read."""
 
     def __init__(self, pairs: Any, tokens: np.ndarray):
         self.pairs, self.tokens = pairs, tokens
@@ -46,12 +46,7 @@ class Tokens:
         if np.isnan(self.tokens[row, 0, 0]):
             self.pairs.read(row)  # fails again, with the reason
             raise data.BrokenSample("its image could not be read when all were encoded")
-        return data.Pair(str(self.keys[row]), self.tokens[row], self.caption(row))
-
-
-def view(tokens: np.ndarray) -> Tensor:
-    """A sample's tokens in float32."""
-    return torch.from_numpy(tokens.astype(np.float32))
+        return data.Pair(str(self.keys[row]), torch.from_numpy(self.tokens[row].astype(np.float32)), self.caption(row))
 
 
 def frozen_tokens(cfg: Config, pairs: Any, image: ImageEncoder, process: run.Process) -> Tokens:

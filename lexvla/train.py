@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lexvla import plan, tokens
+from lexvla import plan
 from lexvla.checkpoints import Trained, backbone_fingerprint, check_lm
 from lexvla.config import PRESETS, Config
 from lexvla.model import LexVLA, total_loss
-from lexvla.text import caption_vocabulary, encode_texts, lm_dtype, lm_sample, load_lm, piece_counts
-from lexvla.towers import create_model, eval_transform, lm_input, text_encoder, text_input, train_transform
+from lexvla.text import caption_vocabulary, lm_dtype, lm_sample, load_lm, piece_counts
+from lexvla.tokens import Precomputed, frozen_tokens
+from lexvla.towers import create_model, lm_input, text_encoder, text_input, train_transform
 from shared import accumulate, cli, data, run
 from shared.corpus import Corpus
-from shared.evalsets import EvalSet
-from shared.zeroshot import classification_metrics, extract_image_features
 
 BETAS = 0.9, 0.98  # of Adam; not stated in the paper
 
@@ -79,7 +78,7 @@ def rates(cfg: Config, step: int, total: int) -> dict[str, float]:
     return {"lr": learning_rate(step, cfg.lr, total, cfg.warmup), "lambda_image": image, "lambda_text": text}
 
 
-# ---------------------------------------------------------------------------------------------- vocabulary, evaluation
+# ---------------------------------------------------------------------------------------------------------- vocabulary
 
 
 def vocabulary(cfg: Config, pairs: Any, lm: nn.Module, tokenizer: Any, process: run.Process) -> dict[str, Any]:
@@ -103,15 +102,6 @@ def vocabulary(cfg: Config, pairs: Any, lm: nn.Module, tokenizer: Any, process: 
 def first_captions(pairs: Any) -> list[str]:
     """The captions of the first 256 samples."""
     return list(filter(None, map(pairs.caption, range(min(len(pairs), 256)))))
-
-
-def zero_shot_top1(model: LexVLA, read: Callable, cfg: Config, device: torch.device) -> float:
-    """Zero-shot accuracy on `cfg.eval_set` in percent, with dense representations, for the learning curve."""
-    eval_set = EvalSet(cfg.eval_set, eval_transform(cfg.backbone, cfg.image_size))
-    dtype = run.DTYPES[run.resolve_precision(cfg.precision, device)]
-    s_img, labels = extract_image_features(model.eval().image, eval_set.batches(256, 0, device), device, dtype)
-    s_class = encode_texts(model, read, eval_set.classnames, 256, device, dtype)
-    return classification_metrics(s_img @ s_class.T, labels)["top1"]
 
 
 # -------------------------------------------------------------------------------------------------------- the script
@@ -153,14 +143,13 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
     )
     scaler = run.grad_scaler(cfg, process)
     folder.restore(weights=Trained(model, folder.path), optimizer=optimizer, scaler=scaler)
-    backbone = model.image.backbone
     made_with = {"data": pairs.fingerprint, "backbone": backbone_fingerprint(model.image)}
 
     # Data: images, or tokens of the frozen backbone
     view = train_transform(cfg.backbone, cfg.image_size)
     if cfg.encode_once:
-        pairs, view = tokens.frozen_tokens(cfg, pairs, model.image, process), tokens.view
-        model.image.backbone = tokens.Precomputed()
+        pairs = frozen_tokens(cfg, pairs, model.image, process)
+        model.image.backbone = Precomputed()
     corpus = Corpus(cfg, process, lambda pair: [x[0] for x in read([pair.caption])], pairs)
     first, begin = folder.state["epoch"], folder.state["batch"]
     total = corpus.steps * cfg.epochs
@@ -186,12 +175,6 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
                 folder.save(step + 1, epoch=epoch, batch=batch + 1, **kept)
 
         done, last, begin = corpus.steps * (epoch + 1), epoch + 1 == cfg.epochs, 0
-        if folder.evaluates(epoch + 1, cfg.epochs):
-            precomputed, model.image.backbone = model.image.backbone, backbone
-            with folder.evaluation(done, epoch=epoch, batch=corpus.steps, **kept):
-                top1 = zero_shot_top1(model, read, cfg, device)
-            folder.log(done, epoch=epoch, zero_shot_top1=top1)
-            model.image.backbone = precomputed
         corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0, **kept)

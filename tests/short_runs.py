@@ -137,7 +137,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
     }
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
     workers = {name: ["--workers", "0"] for name in arms} | {"concept_frequency": []}
-    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": []}
+    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": [], "lexvla": []}
     return {name: [*arms[name].split(), *common, *workers[name], *evaluation[name]] for name in arms}
 
 

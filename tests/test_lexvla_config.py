@@ -36,7 +36,6 @@ ERRORS = {
     "uneven micro-batches": (["cc12m", "--dry-run", "--batch-size", "6145"], "--batch-size 6145 cannot be divided"),
     "no pixels": (["cc12m", "--data", f"{SHARDS}/00000.tar", "--image-size", "0"], "--image-size must be at least 1"),
     "fp16 on a CPU": (["emoji", "--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
-    "no evaluation set": (["emoji", "--eval-every", "1", "--eval-set", "/nowhere"], "--eval-set /nowhere does not"),
 }
 
 

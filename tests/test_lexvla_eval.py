@@ -169,7 +169,7 @@ def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
         Image.new("L", (16, 16), 1).save(few / part / "0.png")
     (few / "classnames.txt").write_text("cat\n")
     for arguments, words in (
-        ((tmp_path / "nowhere",), "checkpoint.pt does not exist"),
+        ((tmp_path / "nowhere", "--sets", tmp_path), "checkpoint.pt does not exist"),
         ((arms["none"],), "nothing to measure: name --sets"),
         ((arms["none"], "--sets", tmp_path), str(tmp_path)),
         ((arms["none"], "--patchdis", tmp_path), "classnames.txt does not exist"),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import short_runs
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from short_runs import dinov2
@@ -84,7 +83,7 @@ def backbone(folder: Path) -> Path:
 def tiny(lm: Path, states: Path, backbone: Path, folder: Path) -> list[str]:
     return f"""--data {SHARDS}/00000.tar --dataset-size 160 --lm {lm} --states {states} --backbone {backbone}
         --cache {folder}/cache --image-size 16 --epochs 3 --adapter-width None --adapter-hidden 32 --batch-size 32
-        --lora-rank 2 --min-count 2 --eval-every 0 --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32
+        --lora-rank 2 --min-count 2 --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32
         --log-every 1""".split()
 
 
@@ -252,37 +251,6 @@ def small_set(folder: Path) -> Path:
         for member in members:
             small.addfile(member, tar.extractfile(member))
     return target
-
-
-@pytest.fixture(scope="module")
-def groups(folder: Path) -> Path:
-    """A classification set."""
-    return Path(short_runs.small_set("groups_id", folder))
-
-
-def test_evaluation_during_training(cli, folder: Path, tiny: list[str], groups: Path):
-    """Class names that are missing in the file of states are encoded by the LM."""
-    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", groups]
-    finished(cli("emoji", *tiny, *options, "--out", folder / "evaluated"))
-    last = metrics(folder / "evaluated")[-1]
-    assert last["step"] == PER_EPOCH and 0 <= last["zero_shot_top1"] <= 100
-
-
-def test_a_failed_evaluation_costs_no_epoch(in_process, folder: Path, tiny: list[str], groups: Path):
-    """The resumed run repeats the evaluation alone."""
-    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", groups, "--out", folder / "failed"]
-    shard = next(groups.glob("*/*.tar"))
-    content = shard.read_bytes()
-    shard.write_bytes(content[:5000])
-    result = in_process("emoji", *tiny, *options)
-    shard.write_bytes(content)
-    assert result.code == 2 and str(shard) in result.err and one_sentence(result.err), result.err
-    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
-    assert (state["epoch"], state["batch"]) == (0, PER_EPOCH)
-    losses = metrics(folder / "failed")
-    result = in_process("emoji", *tiny, *options)
-    assert result.code == 0, result.err
-    assert metrics(folder / "failed")[:-1] == losses and "zero_shot_top1" in metrics(folder / "failed")[-1]
 
 
 @pytest.mark.golden("lexvla", "schedules")
