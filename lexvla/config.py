@@ -79,8 +79,10 @@ class Config(BaseConfig):
     def check(self, world_size: int) -> None:
         """UserError for settings that cannot work, before work starts."""
         super().check(world_size)
-        if self.stream:
-            raise UserError("--stream: the vocabulary comes from all captions, which are read by row; leave it out")
+        if self.stream and (self.encode_once or self.states or self.bias is None):
+            raise UserError(
+                "--stream is for data that are seen once: leave out --encode-once, --states and --bias None"
+            )
         if self.encode_once and self.keep_in_memory:
             raise UserError("--encode-once keeps tokens of the images: leave out --keep-in-memory")
         try:

@@ -10,7 +10,7 @@ Towers and losses are in model.py, captions in text.py, towers by name in towers
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lexvla.text import caption_vocabulary, lm_dtype, lm_sample, load_lm, piece_
 from lexvla.tokens import Precomputed, frozen_tokens
 from lexvla.towers import create_model, lm_input, text_encoder, text_input, train_transform
 from shared import accumulate, cli, data, run
-from shared.corpus import Corpus
+from shared.corpus import open_corpus
 
 BETAS = 0.9, 0.98  # of Adam; not stated in the paper
 
@@ -81,14 +81,23 @@ def rates(cfg: Config, step: int, total: int) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- vocabulary
 
 
+def all_captions(cfg: Config, pairs: Any, process: run.Process) -> Iterator[str]:
+    """This process's share of all captions. A stream is read once for them, images and all."""
+    if pairs is not None:
+        yield from filter(None, map(pairs.caption, range(process.rank, len(pairs), process.world_size)))
+        return
+    stream = open_corpus(cfg, process, lambda pair: pair.caption)
+    for _, _, captions in stream.epoch(0, lambda image: torch.zeros(1)):
+        yield from captions
+
+
 def vocabulary(cfg: Config, pairs: Any, lm: nn.Module, tokenizer: Any, process: run.Process) -> dict[str, Any]:
     """Vocabulary ids (V,) from all captions, each process counting a share, and the bias of the logits.
 
     The bias is the configuration's, or minus two standard deviations of the LM's logits of the first captions, so that
     few words are above 0 (ours).
     """
-    captions = filter(None, map(pairs.caption, range(process.rank, len(pairs), process.world_size)))
-    counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
+    counts = sum(run.gather_lists([piece_counts(tokenizer, all_captions(cfg, pairs, process))], process))
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:
@@ -123,7 +132,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
     # Language model and vocabulary
     lm, tokenizer = load_lm(cfg.lm, lm_dtype(run.resolve_precision(cfg.precision, device), device))
     lm.to(device if cfg.text == "lm" else "cpu")  # bags of words need only its head
-    pairs = data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+    pairs = None if cfg.stream else data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     if cfg.states and cfg.text == "lm":
         lm_input(cfg, lm, tokenizer).add(filter(None, map(pairs.caption, range(len(pairs)))))
     if folder.resumed:
@@ -143,17 +152,17 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
     )
     scaler = run.grad_scaler(cfg, process)
     folder.restore(weights=Trained(model, folder.path), optimizer=optimizer, scaler=scaler)
-    made_with = {"data": pairs.fingerprint, "backbone": backbone_fingerprint(model.image)}
+    backbone = backbone_fingerprint(model.image)
 
     # Data: images, or tokens of the frozen backbone
     view = train_transform(cfg.backbone, cfg.image_size)
     if cfg.encode_once:
         pairs = frozen_tokens(cfg, pairs, model.image, process)
         model.image.backbone = Precomputed()
-    corpus = Corpus(cfg, process, lambda pair: [x[0] for x in read([pair.caption])], pairs)
+    corpus = open_corpus(cfg, process, lambda pair: [x[0] for x in read([pair.caption])], pairs)
     first, begin = folder.state["epoch"], folder.state["batch"]
     total = corpus.steps * cfg.epochs
-    folder.start(corpus.steps * first + begin, total, len(corpus), **made_with)
+    folder.start(corpus.steps * first + begin, total, len(corpus), data=corpus.fingerprint, backbone=backbone)
     kept = found | {"lm": lm_sample(lm)}
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
     network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process, broadcast_buffers=False)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import default_collate as collate
 
-from shared import clip, data, run
+from shared import data, run
 from shared.errors import UserError
+from shared.streams import Stream
 
 
 class Corpus:
@@ -80,7 +81,7 @@ class Corpus:
         batches = run.progress(self.loaded(items), len(items), label, self.cfg.batch_size, self.process)
         for positions, images, texts, broken in batches:
             self.replaced += broken
-            yield on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
+            yield data.on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
 
     def order(self, rows: np.ndarray, seed: Sequence[int], start: int, drop_last: bool) -> list[np.ndarray]:
         """This rank's batches of positions in `rows`."""
@@ -97,9 +98,8 @@ class Corpus:
 
     def loaded(self, items: list) -> Iterator:
         """Batches of these lists of items. The same loader processes serve all passes."""
-        if self.loader is None or self.loader.views < len(
-            self.samples.views
-        ):  # processes know the views at their start
+        known = 0 if self.loader is None else self.loader.views
+        if known < len(self.samples.views):  # loader processes know the views that there were at their start
             self.loader = DataLoader(
                 self.samples,
                 batch_sampler=Order(),
@@ -120,10 +120,17 @@ class Corpus:
 
 
 def open_corpus(
-    cfg: Any, process: run.Process, text: Callable, *, cut_padding: bool = False, side: int | None = None
-) -> Corpus:
-    """The corpus of --data."""
-    return Corpus(cfg, process, text, cut_padding=cut_padding, side=side)
+    cfg: Any,
+    process: run.Process,
+    text: Callable,
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
+) -> "Corpus | Stream":
+    """The corpus of --data: by row, or with --stream a `Stream`, which has no `batches` of chosen rows."""
+    if cfg.stream:
+        return Stream(cfg, process, text, cut_padding)
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
 
 
 class Order:
@@ -165,25 +172,6 @@ class Samples(Dataset):
 def collated(items: list) -> tuple[Tensor, Any, Any, list[data.Broken]]:
     positions, images, texts, broken = zip(*items, strict=True)
     return torch.tensor(positions), collate(images), collate(texts), [one for each in broken for one in each]
-
-
-def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
-    """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
-    positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
-    images = moved(images, device)
-    features = isinstance(images, Tensor) and images.is_floating_point()  # of a locked tower, or normalised already
-    return moved(positions, device), images if features else normalise(images), texts
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or lists and named tuples of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (list, tuple)):
-        parts = [moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ small corpora

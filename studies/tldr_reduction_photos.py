@@ -4,8 +4,8 @@ The pool is Flickr8k with one sample per caption: 30,000 pairs of 6,000 photogra
 pretrained, locked networks, EfficientNet-Lite0 and the sentence encoder MiniLM, are trained as a CLIP on the whole pool
 or on a quarter of it (the paper keeps 24 %), for equal steps. Two more arms train on half. T_g is another person's
 caption of the same photograph, so it is never wrong. The text tower is pretrained because towers from scratch retrieved
-worse than a canonical correlation, which takes no training step: the bag of words of study.py even with all pairs, a
-transformer with a quarter of them.
+worse than a canonical correlation, which takes no training step: the bag of words of the study on
+scenes even with all pairs, a transformer with a quarter of them.
 `python -m studies.tldr_reduction_photos --data SHARDS --out RUN` trains one such model.
 
 Copies of a photograph stay in the pool when it is reduced (`--no-drop-duplicates`, as upstream). If they were dropped,
@@ -212,7 +212,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 SCORE, KEPT = "retrieval_en/mean_recall", "data/photographs"
 HALVES = {"codes-half", "random-half"}
-CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and random-half are others there
+CLAIMS = (  # claims on scenes whose arms this study has, too; codes-half and random-half are others there
     *(
         claim._replace(metric=SCORE)
         for claim in study.CLAIMS
@@ -227,7 +227,7 @@ CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and 
 def correlation_of(arm: str, seed: int | None = None) -> dict[str, float]:
     """The floor of an arm: canonical correlation of its photographs with MiniLM's features of its captions, refined or
     not. Without a seed, the arm is trained on the whole pool."""
-    shards = POOL if seed is None else f"{STUDY.out(f'reduced/{arm}', seed)}/shards"
+    shards = POOL if seed is None else f"{PHOTOS.out(f'reduced/{arm}', seed)}/shards"
     return photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True, of_texts=minilm_features)
 
 
@@ -257,7 +257,7 @@ def more_rows(found: Comparison) -> list[dict]:
     ]
 
 
-STUDY = Study(
+PHOTOS = Study(
     folder="tldr_reduction",
     on="photos",
     paper="TL;DR (arXiv 2305.20087)",

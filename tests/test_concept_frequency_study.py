@@ -13,7 +13,7 @@ from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, sha
 from concept_frequency import eval
 from concept_frequency.concepts import load_counts
 from studies import concept_frequency as study
-from studies.harness import verdicts
+from studies.harness import runner, verdicts
 from studies.harness.floors import Floor
 
 
@@ -25,7 +25,7 @@ def runs(arms) -> dict[str, Path]:
 def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     cfg = eval.Config(
         runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
-        planted=study.PLANTED, report=str(folder / "results.json"),
+        planted=study.PLANTED,
     )  # fmt: skip
     panels, close = [], study.plt.close
     monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
@@ -33,7 +33,7 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
     with monkeypatch.context() as here:
         here.chdir(folder)
-        eval.main(cfg)
+        runner.compare(study.STUDY, cfg.runs, eval.main(cfg), folder / "results.json")
     summary = json.loads((folder / "results.json").read_text())
     assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
     assert panels == [1 + ("reassigned" in runs)]  # none is empty
@@ -48,12 +48,11 @@ def test_arms_are_compared(runs, folder, capsys, monkeypatch):
     assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
     assert "tail benchmark" in capsys.readouterr().out
     stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
-    eval.main(dataclasses.replace(cfg, report=None))  # kept
+    eval.main(cfg)  # kept
     assert (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
 
 
-def test_study_measures_what_a_report_compares(runs):
-    """`python -m studies.concept_frequency` measures the same metrics of each arm as `eval --report`."""
+def test_all_arms_have_the_metrics_of_the_claims(runs):
     results = study.evaluate([str(path) for path in runs.values()])
     of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)

@@ -23,7 +23,7 @@ import torch
 from scripts import ROOT, ended, finished, forked_exports, kill_at, metrics, one_sentence, same  # noqa: F401
 from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
 
-from shared import checkpoints, data
+from shared import checkpoints
 from shared.run import read_metrics
 
 SCRIPT, SECONDS = "faulty", 120
@@ -40,7 +40,7 @@ ELSEWHERE = {  # where each other script is tested
     "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
     "concept_frequency.measure": "test_concept_frequency_measure.py::test_command_lines_end_in_one_sentence",
-    "studies.concept_frequency_photos": "test_study_locked_clip.py::test_a_stopped_run_goes_on",
+    "studies.concept_frequency_nouns": "test_study_locked_clip.py::test_a_stopped_run_goes_on",
     "concept_frequency.replay": "test_concept_frequency_replay.py::test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "studies.flame_new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
@@ -389,7 +389,7 @@ def test_folders_that_cannot_be_written(name: str, given, cli, in_process, folde
 @pytest.mark.parametrize("name", FOLDERS)
 def test_remote_shards_without_a_network(name: str, given, in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("http_proxy", "")
-    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr("shared.fetch.PAUSE", 0)
     url = "http://127.0.0.1:9/{00000..00001}.tar"
     result = in_process(*given[name], "--data", url, "--out", tmp_path / "run", module=SCRIPTS[name])
     refused(result, "shard http://127.0.0.1:9/00000.tar")

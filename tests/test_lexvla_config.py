@@ -27,7 +27,7 @@ ERRORS = {
     "negative weight": (["emoji", "--lambda-text", "-1"], "--lambda-text must be at least 0"),
     "bias that is no number": (["cc12m", "--dry-run", "--bias", "nan"], "--bias must be finite, not nan"),
     "no epsilon to plan": (["cc12m", "--dry-run", "--eps", "0"], "--eps must be above 0, not 0"),
-    "captions in a stream": (["cc12m", "--dry-run", "--stream"], "the vocabulary comes from all captions"),
+    "a stream of tokens": (["emoji", "--dry-run", "--stream"], "leave out --encode-once, --states and --bias None"),
     "tokens and pixels": (["emoji", "--keep-in-memory"], "--encode-once keeps tokens"),
     "no word left": (["emoji", "--min-count", "9999"], "0 pieces of the vocabulary are left"),
     "bad pattern": (["emoji", "--pattern", "["], "is no regular expression"),

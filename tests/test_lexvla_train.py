@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
-from short_runs import dinov2
+from short_runs import dinov2, small_corpus
 from test_lexvla_model import check, something_was_compared  # noqa: F401
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -193,6 +193,18 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tin
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_stream_has_the_vocabulary_of_its_captions(cli, arms: dict[str, Path], folder: Path, tiny: list[str]):
+    """The same as by row, if the stream's epoch holds each sample once."""
+    whole = ["--dataset-size", "None", "--max-vocabulary", "60", "--bias", "-1", "--states", "", "--no-encode-once"]
+    shards, found = small_corpus(folder / "streamed", 160, 2), []
+    for name, how in (("by-row", ["--dataset-size", "160"]), ("stream", ["--stream", "--dataset-size", "160"])):
+        options = [*whole, "--data", shards, "--epochs", "1", *how]
+        finished(cli("emoji-bow", *tiny, *options, "--workers", "1", "--out", folder / name))
+        assert len(metrics(folder / name)) == PER_EPOCH
+        found.append(checkpoints.load_checkpoint(folder / name / "checkpoint.pt")["vocab_ids"])
+    assert torch.equal(*found)
 
 
 # ------------------------------------------------------------------------------------------------------ broken shards

@@ -12,18 +12,18 @@ from protoclip import eval as evaluation
 from protoclip import train
 from shared import layout, pretrained
 from shared.tars import write_split
-from studies import protoclip_photos as study
+from studies import protoclip as study
 from studies.harness import photos, verdicts
 from studies.harness.report import Comparison
 
 
 def test_arms_share_data_tower_and_steps():
-    lines = {arm.name: study.STUDY.words(arm, 0)[0] for arm in study.ARMS}
+    lines = {arm.name: study.PHOTOS.words(arm, 0)[0] for arm in study.PHOTOS_ARMS}
     for words in lines.values():
-        assert words[words.index("--data") + 1] == study.DATA and "--lock-image" in words
+        assert words[words.index("--data") + 1] == study.FLICKR8K and "--lock-image" in words
         assert words[words.index("--episode-size") + 1] == "12000"
     assert lines["protoclip"][words.index("emoji") :].count("--w-external") == 0
-    assert study.STUDY.before[-1].arms == ("protoclip",)
+    assert study.PHOTOS.before[-1].arms == ("protoclip",)
 
 
 def run(recall: float, probe: float, seconds: float) -> dict[str, float]:
@@ -34,13 +34,17 @@ def run(recall: float, probe: float, seconds: float) -> dict[str, float]:
 def test_claims_take_the_mean_of_both_probes():
     arms = {"clip": [run(20, 60, 10), run(21, 61, 10)], "protoclip": [run(19, 66, 15), run(20, 67.5, 15)]}
     found = Comparison(arms, [0, 1], {}, set())
-    study.derive(found)
+    study.derive_photos(found)
     assert found.arms["clip"][0][study.PROBE] == 61 and found.arms["protoclip"][0]["extra_time"] == pytest.approx(0.5)
     bars = [((), {study.PROBE: 70.0})]
-    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
+    rows = {row["claim"]: row for row in verdicts.judged(study.PHOTOS_CLAIMS, found.arms, bars)}
     assert rows["linear probe above CLIP, locked Lite0"]["verdict"] == "has not learned"
     assert rows["retrieval slightly lower"]["difference"] == pytest.approx(-1)
-    assert [claim.metric for claim in study.CLAIMS if claim.primary] == [study.PROBE, study.TOP1, *[study.PROBE] * 2]
+    assert [claim.metric for claim in study.PHOTOS_CLAIMS if claim.primary] == [
+        study.PROBE,
+        study.TOP1,
+        *[study.PROBE] * 2,
+    ]
 
 
 @pytest.mark.usefixtures("lite0")
@@ -71,5 +75,5 @@ def test_cached_features_give_the_numbers_of_eval(cfg, tmp_path: Path, monkeypat
     assert {"art_painting/probe_best", "cartoon/probe_best", "seconds"} <= set(found) - set(expected)
     with monkeypatch.context() as patch:  # all features are known, so nothing is decoded or encoded
         patch.setattr(pretrained.data, "decode_image", lambda _: pytest.fail("decoded again"))
-        assert study.evaluate([str(run)]) == [found] and (run / "results.json").is_file()
+        assert study.evaluate_photos([str(run)]) == [found] and (run / "results.json").is_file()
         assert study.lite0_probe()[study.PROBE] > 0

@@ -1,12 +1,7 @@
-"""The study of concept frequency on photographs: `python -m studies.concept_frequency --corpus photos --photos DIR`.
+"""A CLIP that is trained on captions of photographs, and its recall of each noun in the test captions.
 
-Our pipeline counts the nouns in the captions of Flickr8k. A CLIP with a locked EfficientNet-Lite0 trains on these
-captions, and recall is measured for each noun of the test captions. Since nouns differ in more than frequency, another
-arm drops three quarters of the captions that contain one of a random half of the nouns.
-`python -m studies.concept_frequency_photos --out RUN` trains one such model; studies/harness/locked_clip.py exports it.
-
-Why the effect can appear: nouns occur in one to thousands of the 30,000 captions. The effect would vanish if
-the pretrained tower and the other words of a caption were enough to find the photograph.
+`python -m studies.concept_frequency_nouns --out RUN` trains one on Flickr8k, with a locked EfficientNet-Lite0; --thin
+makes a random half of the nouns rarer. studies/harness/locked_clip.py exports it.
 """
 
 import dataclasses
@@ -15,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
@@ -24,7 +18,7 @@ from torch import Tensor
 from concept_frequency.concepts import Concepts, caption_concepts
 from concept_frequency.config import CountConfig
 from concept_frequency.count import count_corpus
-from concept_frequency.eval import INNER, NUM_BINS, changes, column, concept_recall
+from concept_frequency.eval import INNER, NUM_BINS, concept_recall
 from concept_frequency.model import InvertedIndex
 from concept_frequency.statistics import (
     correlation,
@@ -32,17 +26,11 @@ from concept_frequency.statistics import (
     permutation_null,
     slope_per_decade,
     unbinned,
-    within_slope,
 )
 from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, data, run, zeroshot
 from shared.errors import UserError
-from studies.concept_frequency import COLORS, plot_changes, pooled_rows
-from studies.harness import floors, locked_clip, photos, verdicts
-from studies.harness.floors import Floor
-from studies.harness.report import Comparison
-from studies.harness.runner import Arm, Study
-from studies.harness.verdicts import Claim
+from studies.harness import locked_clip, photos
 
 SPACY = "en_core_web_sm"
 MIN_IMAGES = 10  # fewest test photographs with a noun for it to be measured, as in the paper
@@ -181,121 +169,6 @@ def measure_run(folder: Path) -> dict[str, Any]:
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, Any]]:
     return photos.evaluated("concept_frequency", runs, measure_run)
-
-
-# ---------------------------------------------------------------------------------------------------------------- study
-
-
-def claim(text: str, paper: str, metric: str, method: str, baseline: str, primary: bool = False) -> Claim:
-    return Claim(text, paper, metric, method, baseline, 1, None, primary, None, RECALL)
-
-
-CLAIMS = (  # a claim with the text of one in study.py tests the same
-    claim("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "captions", "0", True),
-    claim("log frequency explains more than frequency (r)", "implied", "r_log", "captions", "captions:r_linear", True),
-    claim("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "captions", "captions:rho_null", True),
-    claim("same concept at another frequency (points a decade)", "implied", "within", "thinned", "0"),
-    claim("recall of texts rises with log frequency (points a decade)", "log-linear", "slope_i2t", "captions", "0"),
-    claim("... log frequency explains more (r)", "implied", "r_log_i2t", "captions", "captions:r_linear_i2t"),
-    claim("... ρ above that of shuffles", "0.83 to 0.97", "rho_i2t", "captions", "captions:rho_null_i2t"),
-)
-
-
-def derive(found: Comparison) -> None:
-    """Add to each `thinned` run its slope within nouns: how a noun's recall changes with its log frequency, relative to
-    the `captions` run of the same seed."""
-    for other, all_captions in zip(found.arms.get("thinned", []), found.arms.get("captions", []), strict=False):
-        (change,), (gain,) = changes([all_captions["concepts"]], [other["concepts"]])
-        other["within"] = within_slope(change, gain, 1)["slope"]
-
-
-def more_rows(found: Comparison, **_: Any) -> list[dict[str, Any]]:
-    """Claims rows: the slope within nouns over all seeds together, and what this scale cannot show."""
-    corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
-    return [*pooled_rows(found, "captions", "thinned"), corpora]
-
-
-def chance() -> dict[str, float]:
-    found = floors.chance([photos.RETRIEVAL])
-    return found | {"slope": 0.0, "slope_i2t": 0.0}
-
-
-def correlation_floor(shards: str, own: bool) -> dict[str, float]:
-    """Metrics of canonical correlation with words, which takes no gradient step, and its curve over the same counts.
-
-    `shards` and `own` are those of `photos.training_set`.
-    """
-    features, of_image = photos.training_set(shards, own=own)
-    found, test = photos.correlate(features, [" ".join(texts) for texts in of_image]), test_set()
-    counts = nouns_of_captions(Config.data).sum(0)
-    numbers = curve_of(found.image(test.features), found.text(test.captions), counts)
-    return {key: value for key, value in numbers.items() if key != "concepts"}
-
-
-_, JOINED, SINGLE = photos.floors_on(photos.RETRIEVAL)
-FLOORS = (
-    Floor("chance", chance),
-    dataclasses.replace(JOINED, measure=functools.partial(correlation_floor, photos.JOINED, own=False)),
-    dataclasses.replace(SINGLE, measure=functools.partial(correlation_floor, photos.SINGLE, own=True)),
-)
-
-
-def plot(found: Comparison, out: Path) -> None:
-    """concept_frequency_photos.png: recall of nouns against their frequency; changes of both for the same noun."""
-    tables = {arm: [measured["concepts"] for measured in runs] for arm, runs in found.arms.items()}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for color, (arm, of_arm) in zip(COLORS, tables.items(), strict=False):
-        counts, scores = (np.concatenate([column(table, key) for table in of_arm]) for key in ("assigned", "accuracy"))
-        curve = log_linear_curve(counts, scores, NUM_BINS)
-        error = 1.96 * curve.std / np.sqrt(np.maximum(curve.size / len(of_arm), 1))
-        left.errorbar(curve.position, curve.mean, error, marker="o", capsize=2, color=color, label=STUDY.headings[arm])
-    left.set(xscale="log", xlabel="captions with the noun, right edge of the bin", ylabel=f"text to image R@{K} (%)")
-    left.set_title("between nouns: mean of a bin, ± 95 % over nouns", fontsize=10)
-    left.legend(fontsize=8, loc="lower right")
-    if {"captions", "thinned"} <= set(tables):
-        plot_changes(right, *changes(tables["captions"], tables["thinned"]))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(out / "concept_frequency_photos.png", dpi=110)
-    plt.close(figure)
-
-
-STUDY = Study(
-    folder="concept_frequency",
-    on="photos",
-    paper='No "zero-shot" without exponential data (arXiv 2404.04125)',
-    stands_for="CC3M to LAION-400M",
-    corpus=f"Flickr8k, {photos.RESIZED}: 30,000 English captions and the nouns in them; EfficientNet-Lite0 was "
-    "pretrained on ImageNet-1k and is locked, its projection and the text tower are from scratch",
-    before=(photos.FLICKR8K, photos.CAPTIONS, photos.FEATURES),
-    arms=(
-        Arm("captions", "studies.concept_frequency_photos", heading="all captions"),
-        Arm("thinned", "studies.concept_frequency_photos --thin 0.75", heading="a random half of the nouns rarer"),
-    ),
-    minutes={"core": 2, "all": 2},
-    evaluate=evaluate,
-    derive=derive,
-    derived_from={"thinned": ("captions",)},
-    metrics={
-        RECALL: f"text to image R@{K}",
-        "retrieval_en/text_to_image_R@1": "R@1",
-        "retrieval_en/image_to_text_R@1": "image to text R@1",
-        "slope": "points a decade",
-        "within": "... same noun",
-        "rho": "ρ, bins 1:-1",
-        "rho_null": "ρ, shuffled",
-        "r_log": "r of log",
-        "r_linear": "r of count",
-        "slope_i2t": "points a decade I2T",
-        "seconds": "seconds",
-    },
-    sets=(photos.RETRIEVAL,),
-    floors=FLOORS,
-    claims=CLAIMS,
-    more_rows=more_rows,
-    plot=plot,
-)
 
 
 if __name__ == "__main__":
