@@ -40,8 +40,8 @@ def check_lm(lm: nn.Module, state: dict, folder: str | Path) -> None:
 class Trained:
     """The trained weights of a model as one object of a checkpoint."""
 
-    def __init__(self, model: LexVLA, folder: str | Path):
-        self.model, self.folder = model, folder
+    def __init__(self, model: LexVLA):
+        self.model = model
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained weights, by their names in the checkpoint."""
@@ -51,7 +51,7 @@ class Trained:
         """Copy weights into the model; UserError if they belong to another model."""
         own = self.state_dict()
         if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
-            raise UserError(f"{self.folder} does not hold the weights of the model that its configuration describes")
+            raise UserError("the checkpoint does not hold the weights of the model that its configuration describes")
         for name, parameter in own.items():
             parameter.copy_(weights[name])
 
@@ -75,5 +75,5 @@ def load_run(
     model = create(cfg, lm, state["vocab_ids"], state["bias"])
     if backbone_fingerprint(model.image) != state["backbone"]:
         raise UserError(f"{folder} was trained on another backbone than {cfg.backbone} holds now")
-    Trained(model, folder).load_state_dict(state["weights"])
+    Trained(model).load_state_dict(state["weights"])
     return model.eval(), cfg, tokenizer, text_input(cfg, lm, tokenizer, state["vocab_ids"])

@@ -80,9 +80,7 @@ class Config(BaseConfig):
         """UserError for settings that cannot work, before work starts."""
         super().check(world_size)
         if self.stream and (self.encode_once or self.states or self.bias is None):
-            raise UserError(
-                "--stream is for data that are seen once: leave out --encode-once, --states and --bias None"
-            )
+            raise UserError("--stream: leave out --encode-once, --states and --bias None, which read samples by row")
         if self.encode_once and self.keep_in_memory:
             raise UserError("--encode-once keeps tokens of the images: leave out --keep-in-memory")
         try:

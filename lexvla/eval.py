@@ -208,6 +208,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     dtype = run.DTYPES[precision]
     if export.foreign(path, "lexvla"):
         return other_model(path, cfg, device, dtype)
+    if not cfg.sets and not cfg.patchdis:
+        raise UserError("nothing to measure: name --sets FOLDER..., --patchdis FOLDER, or both")
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, device))
     model.to(device)
     if cfg.patchdis:
@@ -265,8 +267,6 @@ def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
     check_limits(cfg)
-    if not cfg.sets and not cfg.patchdis:
-        raise UserError("nothing to measure: name --sets FOLDER..., --patchdis FOLDER, or both")
     return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), HEADINGS, foreign=True)
 
 

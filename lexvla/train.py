@@ -151,7 +151,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
         [p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=BETAS, eps=cfg.eps, fused=True
     )
     scaler = run.grad_scaler(cfg, process)
-    folder.restore(weights=Trained(model, folder.path), optimizer=optimizer, scaler=scaler)
+    folder.restore(weights=Trained(model), optimizer=optimizer, scaler=scaler)
     backbone = backbone_fingerprint(model.image)
 
     # Data: images, or tokens of the frozen backbone

@@ -18,9 +18,9 @@ from shared import checkpoints
 def test_load_run_restores_the_trained_weights(arms: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     model = run_checkpoints.load_run(arms["overuse"])[0]
     state = checkpoints.load_checkpoint(arms["overuse"] / "checkpoint.pt")
-    weights, trained = state["weights"], run_checkpoints.Trained(model, "RUN")
+    weights, trained = state["weights"], run_checkpoints.Trained(model)
     assert same(trained.state_dict(), weights) and not model.training and len(state["lm"]) > 900
-    with pytest.raises(ValueError, match="RUN does not hold the weights"):
+    with pytest.raises(ValueError, match="does not hold the weights of the model"):
         trained.load_state_dict({k: v for k, v in weights.items() if "lora" not in k})
     monkeypatch.setattr(run_checkpoints, "backbone_fingerprint", lambda image: "another")
     with pytest.raises(ValueError, match="was trained on another backbone than"):
