@@ -136,7 +136,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
             --epochs 2 --warmup 2""",
     }
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2 --workers 0".split()
-    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": []}
+    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": [], "lexvla": []}
     return {name: [*arms[name].split(), *common, *evaluation[name]] for name in arms}
 
 
@@ -196,7 +196,6 @@ def stages(data: Path, parts: Path) -> dict[str, list[str]]:
         "flame.recaption": f"--data {data}",
         "flame.embed": f"""cc3m-mistral-nemo --data {data} --dataset-size 8 --llm {parts / "lm"} --layers 1 --precision
             fp32 --short {parts / "short.json"} --long {parts / "long.json"} --shard-size 4""",
-        "lexvla.text": f"--data {data} --lm {parts / 'lm'} --precision fp32 --sets",
         "tldr_reduction.reduce": f"{data} --select random --keep 0.5 --chunk 50 --workers 0 --precision fp32",
         "studies.tldr_reduction_corpus": f"--source {parts / 'source'}",
         "concept_frequency.count": f"shards --data {data} --concepts {parts / 'names.txt'} {pipeline}",

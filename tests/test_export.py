@@ -193,7 +193,6 @@ def test_clip_benchmark_gives_the_same_numbers(exported, runs, small_sets, name:
 def test_what_open_clip_has_not_is_refused(in_process, runs: dict[str, Path], tmp_path: Path):
     cases = {
         "flame": ("run", "no image tower that averages an MLP"),
-        "lexvla": ("run", "no towers that end in a vocabulary"),
         "tinyclip": (runs["pruned"], "its masks left layers of different widths"),
     }
     for name, (path, words) in cases.items():

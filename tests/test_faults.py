@@ -30,7 +30,7 @@ SCRIPT, SECONDS = "faulty", 120
 SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().randrange(10**6))
 
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before
-    "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "flame.recaption", "lexvla.text",
+    "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "flame.recaption",
     "nmtune.finetune", "nmtune.train", "protoclip.teacher", "studies.tldr_reduction_corpus", "tldr_reduction.reduce",
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
@@ -45,6 +45,7 @@ ELSEWHERE = {  # where each other script is tested
     "test_replay_of_files_in_the_authors_layout",
     "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
     "studies.flame_new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
+    "lexvla.plots": "test_lexvla_plots.py::test_explanation_of_a_pair",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
     "studies.lexvla_scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "studies.nmtune_encoders": "test_nmtune_encoder_study.py::test_study_and_report",
@@ -401,7 +402,7 @@ def test_remote_shards_without_a_network(name: str, given, in_process, tmp_path:
 
 def target(module: str, folder: Path) -> Path:
     """The path that --out names."""
-    return folder / {"protoclip.teacher": "teacher.npz", "lexvla.text": "states.pt"}.get(module, "run")
+    return folder / {"protoclip.teacher": "teacher.npz"}.get(module, "run")
 
 
 def made(folder: Path) -> dict:
@@ -468,7 +469,6 @@ HOSTILE = {  # what a stage reports of hostile data beside what the headers show
     "concept_frequency.count": {ENCODING: 4},
     "flame.embed": {},
     "flame.recaption": None,
-    "lexvla.text": {},
     "protoclip.teacher": {},
     "studies.tldr_reduction_corpus": None,
     "tldr_reduction.reduce": {BOMB: 4, PIXELS: 4, ENCODING: 4},
@@ -490,7 +490,7 @@ def test_a_stage_on_hostile_data(module: str, stage, hostile: Path, tmp_path: Pa
 
 
 GOES_ON_FROM = {
-    "attentive_mask_clip.pack_yfcc": "run/config.json", "flame.embed": "run/index.json", "lexvla.text": "states.pt",
+    "attentive_mask_clip.pack_yfcc": "run/config.json", "flame.embed": "run/index.json",
     "nmtune.finetune": "run/checkpoint.pt", "nmtune.train": "run/checkpoint.pt", "protoclip.teacher": "teacher.npz",
     "tldr_reduction.reduce": "run/config.json",
 }  # fmt: skip

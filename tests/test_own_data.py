@@ -37,7 +37,6 @@ SHORT = {  # what is appended to a command
     "flame.embed": "--llm parts/lm --layers 1",
     "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
         --batch-size 64 --warmup 2""",
-    "lexvla.text": "--lm parts/lm --max-length 192",
     "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 16 --adapter-hidden 32
         --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
     "tldr_reduction.reduce": "--clusters 4 --num-codes 64 --workers 0",
@@ -48,7 +47,7 @@ SHORT = {  # what is appended to a command
     "concept_frequency.train": "--model ViT-test --image-size 16 --dataset-size 300 --epochs 2 --batch-size 64 --warmup 2",
 }
 SKIPPED = {"shared.pretrained", "flame.captioner"}  # need a package or a model of the hub; others take their place
-PRECISE = ("train", "eval", "embed", "text", "reduce", "pretrain")  # scripts that get --precision fp32
+PRECISE = ("train", "eval", "embed", "reduce", "pretrain")  # scripts that get --precision fp32
 FOLDERS = {  # folder: (scores that its evaluation gives, what is exported)
     "protoclip": ({"held_out/mean_recall", "modality_gap"}, "mine-protoclip"),
     "attentive_mask_clip": ({"held_out/image_to_text_R@1", "online/held_out/text_to_image_R@1"}, "mine-aclip"),
