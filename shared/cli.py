@@ -183,7 +183,7 @@ def show_run(
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    steps = sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}) if total else []
+    steps = sorted({0, min(getattr(cfg, "warmup", 0), total - 1), total // 2, total - 1}) if total else []
 
     def describe(step: int) -> str:
         return ", ".join(f"{name} {rate:.3e}" for name, rate in rates(step).items())

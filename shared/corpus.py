@@ -25,7 +25,8 @@ class Corpus:
     """Pairs by row. `text(pair)` -> tensor(s) of a sample's text, computed in a loader process.
 
     `pairs` may be a paper's own: it has a length, `keys`, `broken`, `strict`, `fingerprint`, and `read(row)`, a
-    named tuple with the image. `cut_padding`: texts are CLIP's tokens, whose padding is cut off. `side`: with
+    named tuple with the image. `cut_padding`: texts, or the first of their parts, are tokens whose padding, 0, is cut
+    off. `side`: with
     --keep-in-memory, shorter sides of larger images are reduced to it.
     """
 
@@ -161,7 +162,9 @@ def collated(items: list) -> tuple[Tensor, Any, Any, list[data.Broken]]:
 def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
     """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
     positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
+    tokens, *more = texts if isinstance(texts, list) else [texts]
+    tokens = clip.cut_padding(tokens, device) if cut_padding else moved(tokens, device)
+    texts = [tokens, *moved(more, device)] if isinstance(texts, list) else tokens
     return moved(positions, device), normalise(moved(images, device)), texts
 
 

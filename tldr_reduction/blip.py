@@ -240,41 +240,28 @@ class TextDecoder(nn.Module):
         """Logits (B, T, V) of each next token."""
         return self.cls["predictions"](self.bert(input_ids, attention_mask, image_embeds, True, cache))
 
-    def losses(
+    def loss(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         image_embeds: Tensor,
         prompt_length: int = 0,
         label_smoothing: float = 0.0,
-        places: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of each next token that is neither padding nor prompt: (M,) fp32. V:models/med.py:901-908.
+        """Mean cross-entropy of the next tokens that are neither padding nor prompt, (). V:models/med.py:901-908.
 
-        Logits are computed at those M positions only; pass them as `places` if they are known beforehand.
+        It is the mean over the tokens of all ranks, scaled so that DDP's average of gradients is that of one batch.
         """
-        hidden = self.bert(input_ids, attention_mask, image_embeds, True).flatten(0, 1)
-        places = target_places(input_ids, prompt_length) if places is None else places
-        logits = self.cls["predictions"](hidden.index_select(0, places)).float()
-        targets = input_ids.flatten().index_select(0, places + 1)
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-
-
-def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. With ids on
-    a GPU, the call waits for the GPU."""
-    position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
-    wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
-    return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]
-
-
-def token_mean(losses: Tensor) -> Tensor:
-    """Mean over the tokens of all ranks, scaled so that DDP's average of gradients is that of one large batch."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return losses.mean()
-    count = torch.full((), float(losses.numel()), device=losses.device)
-    dist.all_reduce(count)
-    return losses.sum() * dist.get_world_size() / count
+        hidden = self.bert(input_ids, attention_mask, image_embeds, True)[:, :-1]
+        targets = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == PAD, -100)
+        targets[:, : max(prompt_length - 1, 0)] = -100
+        logits = self.cls["predictions"](hidden).float().flatten(0, 1)
+        total = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=label_smoothing)
+        count = (targets != -100).sum().float()
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            count /= dist.get_world_size()
+        return total / count
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -485,12 +472,11 @@ class BLIP(nn.Module):
         attention_mask: Tensor,
         alpha: float,
         negatives: tuple[Tensor, Tensor] | None = None,
-        places: Tensor | None = None,
     ) -> BLIPLosses:
         """Losses, scalars. B:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
 
         negatives: for each pair of this process, the indices in the global batch of an image for its text and of a text
-        for its image; None draws them. places: `target_places` of the ids, if known beforehand.
+        for its image; None draws them.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -503,8 +489,8 @@ class BLIP(nn.Module):
 
         decoder_ids = input_ids.clone()
         decoder_ids[:, 0] = self.bos_token_id
-        losses = self.text_decoder.losses(decoder_ids, attention_mask, image_embeds, 0, 0.1, places)
-        return BLIPLosses(loss_ita, loss_itm, token_mean(losses))
+        loss_lm = self.text_decoder.loss(decoder_ids, attention_mask, image_embeds, label_smoothing=0.1)
+        return BLIPLosses(loss_ita, loss_itm, loss_lm)
 
     def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float, image_ids=None):
         """loss_ita and the in-batch similarities (B, W*B); updates the momentum encoders, then the queues.

@@ -53,7 +53,7 @@ def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | op
     stage = kept.get("stage") if isinstance(kept, dict) else None
     cfg = checkpoints.config_in(state, config.STAGES.get(stage, config.Config), path)
     tokenizer = tokenizer_of(cfg)
-    if state.get("vocab") not in (None, getattr(tokenizer, "fingerprint", None)):
+    if state.get("vocabulary") not in (None, getattr(tokenizer, "fingerprint", None)):
         raise UserError(f"{path} was trained with another vocabulary than {cfg.vocab} holds now: restore that file")
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])

@@ -29,7 +29,6 @@ from tldr_reduction.blip import (
     TextTransformer,
     VisionTransformer,
     beam_search,
-    token_mean,
 )
 from tldr_reduction.config import Common
 
@@ -134,18 +133,15 @@ class CodebookCaptioner(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         prompt_length: int = 0,
-        places: Tensor | None = None,
     ) -> CaptionerLosses:
         """Losses, and the codes (B, L'); input_ids (B, T) begin with [CLS], which becomes [DEC] here.
 
-        Padding and the first `prompt_length` positions are not targets. `places`: `target_places` of the ids, if known
-        beforehand.
+        Padding and the first `prompt_length` positions are not targets.
         """
         states, loss_emb, codes = self.image_states(image)
         ids = input_ids.clone()
         ids[:, 0] = self.bos_token_id
-        losses = self.text_decoder.losses(ids, attention_mask, states, prompt_length, 0.0, places)
-        return CaptionerLosses(token_mean(losses), loss_emb, codes)
+        return CaptionerLosses(self.text_decoder.loss(ids, attention_mask, states, prompt_length), loss_emb, codes)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

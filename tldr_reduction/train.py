@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import accumulate, cli, data, run
-from shared.clip import set_grad_checkpointing
-from shared.corpus import open_corpus
+from shared import accumulate, cli, clip, run
+from shared.corpus import Corpus
 from shared.zeroshot import quick_top1
 from tldr_reduction.blip import PAD
 from tldr_reduction.checkpoints import start_weights
 from tldr_reduction.codebook import restart_unused, start_codebook
 from tldr_reduction.config import PRESETS, Common, Warm, for_steps, total_steps
-from tldr_reduction.datasets import TextOf, open_pairs, train_transform, view_of
+from tldr_reduction.datasets import TextOf, local_pairs, open_pairs, train_transform, view_of
 from tldr_reduction.model import build, build_for, codebook_perplexity, image_side
 from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, tokenizer_of
 
@@ -51,11 +50,8 @@ def losses_of(model: nn.Module, images: Tensor, texts: Tensor, cfg: Common, alph
     targets of BLIP's momentum encoders.
     """
     if cfg.stage == "clip":
-        if cfg.accumulate == 1:
-            with run.autocast(cfg.precision, images.device):
-                features = model(images, texts)
-        else:
-            features = accumulate.forward(model, (images, texts), cfg)
+        with run.autocast(cfg.precision, images.device):
+            features = model(images, texts)
         return {"loss_ita": clip_loss(*features)}
     ids, *numbers = texts if cfg.stage == "retrieval" else [texts]
     mask = (ids != PAD).long()
@@ -139,7 +135,7 @@ def count_codes(used: Tensor, codes: Tensor) -> None:
 def restart_codes(model: nn.Module, used: Tensor, images: Tensor, epoch: int, cfg: Common) -> int:
     """Replace codes not used in the epoch by tokens of its last batch; returns their number."""
     tokens = run.gather(model.visual_encoder(images).float()).reshape(-1, cfg.code_dim)
-    generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, epoch, "restart"))
+    generator = torch.Generator().manual_seed(run.stable_hash(cfg.seed, epoch, "restart"))
     return restart_unused(model.quantize, used, tokens, generator)
 
 
@@ -167,12 +163,21 @@ def learner_of(cfg: Common, process: run.Process) -> Learner:
 
 def dry_run(cfg: Common, process: run.Process) -> None:
     """Print the plan of a run: sizes, steps, learning rates, memory. It needs no data."""
-    local = Path(getattr(cfg, "vocab", "")).is_file()
-    model = build(cfg, len(WordPiece(cfg.vocab)) if local else BERT_SIZE)
-    per_epoch = (data.planned_size(cfg) // cfg.batch_size) if not cfg.data.endswith(".json") else 0
+    model = build(cfg, len(WordPiece(cfg.vocab)) if Path(cfg.vocab).is_file() else BERT_SIZE)
+    pairs = local_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.cache)
+    per_epoch = (cfg.dataset_size or 0 if pairs is None else len(pairs)) // cfg.batch_size
     cfg = for_steps(cfg, per_epoch)
-    total = total_steps(cfg, per_epoch)
-    cli.show_run(cfg, process, model, total, lambda step: {"lr": learning_rate(cfg, *divmod(step, max(per_epoch, 1)))})
+    if cfg.stage == "clip":
+        inputs = clip.blank_inputs(model)
+    else:
+        images = torch.zeros(2, 3, cfg.image_size, cfg.image_size)
+        ids, mask = torch.ones(2, cfg.max_length, dtype=torch.long), torch.ones(2, cfg.max_length)
+        inputs = images, ids, mask, *{"blip": (0.4,), "retrieval": (0.4, torch.arange(2))}.get(cfg.stage, ())
+
+    def rates(step: int) -> dict[str, float]:
+        return {"lr": learning_rate(cfg, *divmod(step, max(per_epoch, 1)))}
+
+    cli.show_run(cfg, process, model, inputs, total_steps(cfg, per_epoch), rates)
 
 
 def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
@@ -188,16 +193,15 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
         return folder.path
     first, start = folder.state["epoch"], folder.state["batch"]
     model.to(process.device)
-    set_grad_checkpointing(model, cfg.grad_checkpointing)
+    clip.set_grad_checkpointing(model, cfg.grad_checkpointing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     scaler = run.grad_scaler(cfg, process)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
 
     # Data and initial weights
-    corpus = open_corpus(cfg, process, TextOf(tokenizer, cfg), pairs=pairs, cut_padding=cfg.stage == "clip")
-    vocab = getattr(tokenizer, "fingerprint", None)
-    folder.check_same("vocab", vocab, f"with another vocabulary than {cfg.vocab} holds")
+    cut = cfg.stage != "clip" or clip.cuts(model)  # models that ignore padding
+    corpus = Corpus(cfg, process, TextOf(tokenizer, cfg), pairs, cut, side=2 * image_side(model, cfg))
     used = None
     if not folder.resumed:
         start_weights(model, cfg)
@@ -205,9 +209,10 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
         used = folder.state.get("used", torch.zeros(cfg.num_codes, dtype=torch.long)).to(process.device)
         if not folder.resumed:
             start_codebook(model, cfg, pairs, process)
-    folder.start(min(per_epoch * first + start, total), total, len(pairs), data=corpus.fingerprint, vocab=vocab)
+    made_with = {"data": corpus.fingerprint, "vocabulary": getattr(tokenizer, "fingerprint", None)}
+    folder.start(min(per_epoch * first + start, total), total, len(pairs), **made_with)
 
-    ddp = run.distributed(model, process)
+    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process)
     for epoch in range(first, cfg.epochs):
         model.train()
         for batch, (_, images, texts) in enumerate(corpus.epoch(epoch, view, start=start), start):
@@ -216,7 +221,7 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
                 group["lr"] = lr
             run.seed_step(cfg, step + 1, process)
             alpha = alpha_ramp(epoch, batch, per_epoch, 0.4, 1 if cfg.stage == "retrieval" else 2)
-            losses, codes = train_step(ddp, (images, texts), optimizer, scaler, cfg, alpha)
+            losses, codes = train_step(network, (images, texts), optimizer, scaler, cfg, alpha)
             if cfg.stage == "clip":
                 clamp_logit_scale(model)
             if codes is not None and used is not None:
@@ -235,7 +240,8 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
             used.zero_()
         if folder.evaluates(epoch + 1, cfg.epochs):
             with folder.evaluation(done, epoch=epoch, batch=per_epoch, **usage(used)):
-                top1 = quick_top1(model, eval_tokenizer(tokenizer, cfg), whole, cfg, process)
+                tokens = eval_tokenizer(tokenizer, cfg)
+                top1 = quick_top1(model, tokens, whole, cfg.eval_set, process.device, cfg.precision)
             folder.log(done, epoch=epoch, zero_shot_top1=top1)
         corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or last:
