@@ -89,6 +89,8 @@ class Common(RunConfig):
             )
         if self.stage in ("blip", "retrieval") and self.queue_size < self.batch_size:
             raise UserError(f"--queue-size {self.queue_size} is smaller than --batch-size {self.batch_size}")
+        if self.stream:
+            raise UserError("--stream is not for TL;DR: its codebook and its reductions read samples by row")
         if self.init and not self.dry_run and not Path(self.init).exists():
             raise UserError(f"--init {self.init} does not exist")
         if self.stage in ("finetune", "retrieval") and not self.init and not self.dry_run:

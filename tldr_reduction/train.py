@@ -177,7 +177,8 @@ def dry_run(cfg: Common, process: run.Process) -> None:
     def rates(step: int) -> dict[str, float]:
         return {"lr": learning_rate(cfg, *divmod(step, max(per_epoch, 1)))}
 
-    cli.show_run(cfg, process, model, inputs, total_steps(cfg, per_epoch), rates)
+    warmup = getattr(cfg, "warmup", 0)
+    cli.show_run(cfg, process, model, inputs, total_steps(cfg, per_epoch), rates, warmup=warmup)
 
 
 def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
