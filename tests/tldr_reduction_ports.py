@@ -1,4 +1,4 @@
-"""Code of the authors that nothing runs here, written again for golden and parity tests, and files for tests of TL;DR."""
+"""Code of the authors that nothing runs here, written again for golden and parity tests; files for tests of TL;DR."""
 
 import json
 import re

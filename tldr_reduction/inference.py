@@ -39,18 +39,17 @@ def open_table(path: Path, size: int, values: dict[str, np.ndarray]) -> np.memma
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.tmp")
-        table = np.lib.format.open_memmap(fresh, "w+", dtype=np.dtype(fields), shape=(size,))
-        del table
         try:
+            table = np.lib.format.open_memmap(fresh, "w+", dtype=np.dtype(fields), shape=(size,))
             with open(fresh, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, fresh.stat().st_size)
+                os.posix_fallocate(file.fileno(), 0, table.offset + table.nbytes)
             os.link(fresh, path)  # fails if another rank or reduction was faster
         except FileExistsError:
             pass
         except OSError as error:
             raise UserError(f"{path} could not be written: {error.strerror}") from error
         finally:
-            fresh.unlink()
+            fresh.unlink(missing_ok=True)
     table = np.lib.format.open_memmap(path, "r+")
     if table.dtype != np.dtype(fields) or len(table) != size:
         raise UserError(f"{path} holds other outputs than those of this pass: remove it")
