@@ -132,7 +132,7 @@ def test_the_nearest_caption_is_of_the_samples_that_a_reduction_keeps(monkeypatc
     monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
     assert study.nearest_caption(refined=True)["names_ood/top1"] == 100
     assert study.nearest_caption("codes", seed=0, refined=True)["names_ood/top1"] == 50
-    with pytest.raises(ValueError, match="reduced/image-seed0/report.csv"):
+    with pytest.raises(FileNotFoundError, match="reduced/image-seed0/report.csv"):
         study.kept("image", 0)
 
 
@@ -162,13 +162,10 @@ def test_metrics_of_data_are_of_the_samples_that_a_run_reads(tmp_path, capsys):
     """Data may be a list of shards, of which --dataset-size uses the first samples; steps follow from their number."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')
     for shard in range(2):
-        about = [
-            {"original": row // 2, "noise": ("name", "other")[row % 2]} for row in range(64 * shard, 64 * shard + 64)
-        ]
-        samples = [
-            {"__key__": f"{64 * shard + i:03}", "png": b"?", "txt": "a", "json": json.dumps(each)}
-            for i, each in enumerate(about)
-        ]
+        samples = []
+        for row in range(64 * shard, 64 * shard + 64):
+            about = json.dumps({"original": row // 2, "noise": ("name", "other")[row % 2]})
+            samples.append({"__key__": f"{row:03}", "png": b"?", "txt": "a", "json": about})
         tars.write_tar(tmp_path / f"pool/{shard:05}.tar", samples)
     cfg = config.Config(data=f"{tmp_path}/pool/{{00000..00001}}.tar", batch_size=32, epochs=3)
     for size, pairs in ((None, 128), (70, 70)):
