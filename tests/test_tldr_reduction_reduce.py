@@ -23,13 +23,13 @@ from test_tldr_reduction_train import (  # noqa: F401
     tiny,
     two,
 )
-from tldr_reduction.scorers import Scorer
 from tldr_reduction_ports import refine_annotations
 
 from shared import checkpoints, export, run
 from tldr_reduction import reduce
 from tldr_reduction.datasets import eval_transform, open_pairs
-from tldr_reduction.reduce import refine_annotations, write_shards
+from tldr_reduction.encoders import Scorer
+from tldr_reduction.reduce import write_shards
 
 
 @pytest.mark.golden("tldr_reduction", "caption_merge")
