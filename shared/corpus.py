@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import default_collate as collate
 
-from shared import clip, data, run
+from shared import data, run
 from shared.errors import UserError
+from shared.streams import Stream
 
 
 class Corpus:
@@ -81,7 +82,7 @@ class Corpus:
         batches = run.progress(self.loaded(items), len(items), label, self.cfg.batch_size, self.process)
         for positions, images, texts, broken in batches:
             self.replaced += broken
-            yield on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
+            yield data.on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
 
     def order(self, rows: np.ndarray, seed: Sequence[int], start: int, drop_last: bool) -> list[np.ndarray]:
         """This rank's batches of positions in `rows`."""
@@ -122,8 +123,10 @@ class Corpus:
 
 def open_corpus(
     cfg: Any, process: run.Process, text: Callable, *, cut_padding: bool = False, side: int | None = None
-) -> Corpus:
-    """The corpus of --data."""
+) -> "Corpus | Stream":
+    """The corpus of --data: by row, or with --stream a `Stream`, which has no `batches` of chosen rows."""
+    if cfg.stream:
+        return Stream(cfg, process, text, cut_padding)
     return Corpus(cfg, process, text, cut_padding=cut_padding, side=side)
 
 
@@ -166,27 +169,6 @@ class Samples(Dataset):
 def collated(items: list) -> tuple[Tensor, Any, Any, list[data.Broken]]:
     positions, images, texts, broken = zip(*items, strict=True)
     return torch.tensor(positions), collate(images), collate(texts), [one for each in broken for one in each]
-
-
-def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
-    """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
-    positions, images, texts = batch
-    tokens, *more = texts if isinstance(texts, list) else [texts]
-    tokens = clip.cut_padding(tokens, device) if cut_padding else moved(tokens, device)
-    texts = [tokens, *moved(more, device)] if isinstance(texts, list) else tokens
-    images = moved(images, device)
-    features = isinstance(images, Tensor) and images.is_floating_point()  # of a locked tower, or normalised already
-    return moved(positions, device), images if features else normalise(images), texts
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or lists and named tuples of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (list, tuple)):
-        parts = [moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ small corpora

@@ -89,8 +89,6 @@ class Common(RunConfig):
             )
         if self.stage in ("blip", "retrieval") and self.queue_size < self.batch_size:
             raise UserError(f"--queue-size {self.queue_size} is smaller than --batch-size {self.batch_size}")
-        if self.stream:
-            raise UserError("--stream is not for TL;DR: its codebook and its reductions read samples by row")
         if self.init and not self.dry_run and not Path(self.init).exists():
             raise UserError(f"--init {self.init} does not exist")
         if self.stage in ("finetune", "retrieval") and not self.init and not self.dry_run:
@@ -137,6 +135,8 @@ class CaptionerConfig(Warm):
         super().check(world_size)
         if self.width % self.code_dim:
             raise UserError(f"--width {self.width} cannot be cut into codes of --code-dim {self.code_dim}")
+        if self.stream and self.codebook_init in ("data", "keywords"):
+            raise UserError(f"--codebook-init {self.codebook_init} reads chosen samples, which --stream cannot")
         if self.keywords is not None and self.codebook_init == "keywords" and not self.dry_run:
             if not Path(self.keywords).is_file():
                 raise UserError(f"--keywords {self.keywords} does not exist: a text file with one keyword a line")

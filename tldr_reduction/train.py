@@ -12,7 +12,7 @@ Models and losses are in model.py and blip.py, the codebook's start in codebook.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shared import accumulate, cli, clip, run
 from shared.corpus import Corpus
+from shared.streams import Stream
 from shared.zeroshot import quick_top1
 from tldr_reduction.blip import PAD
 from tldr_reduction.checkpoints import start_weights
@@ -147,7 +148,7 @@ class Learner(NamedTuple):
 
     model: nn.Module
     tokenizer: Callable  # WordPiece, or open_clip's
-    pairs: object  # image-text pairs
+    pairs: Any  # image-text pairs; None with --stream
     view: Callable  # a pair's image -> a random view
     whole: Callable  # PIL RGB -> (3, S, S), for evaluation
 
@@ -157,7 +158,7 @@ def learner_of(cfg: Common, process: run.Process) -> Learner:
     tokenizer = tokenizer_of(cfg)
     model = build_for(cfg, tokenizer)
     view = train_transform(image_side(model, cfg), cfg.crop_scale, cfg.flip, cfg.augment)
-    pairs = open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
+    pairs = None if cfg.stream else open_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.strict, cfg.cache)
     return Learner(model, tokenizer, pairs, view, view_of(model, cfg))
 
 
@@ -184,7 +185,12 @@ def dry_run(cfg: Common, process: run.Process) -> None:
 def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     model, tokenizer, pairs, view, whole = learner
-    per_epoch = len(pairs) // cfg.batch_size
+    text, cut = TextOf(tokenizer, cfg), cfg.stage != "clip" or clip.cuts(model)  # whether the model ignores padding
+    if cfg.stream:
+        corpus = Stream(cfg, process, text, cut)
+    else:
+        corpus = Corpus(cfg, process, text, pairs, cut, side=2 * image_side(model, cfg))
+    per_epoch = corpus.steps
     cfg = for_steps(cfg, per_epoch)
     total = total_steps(cfg, per_epoch)
 
@@ -200,9 +206,7 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
     scaler = run.grad_scaler(cfg, process)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
 
-    # Data and initial weights
-    cut = cfg.stage != "clip" or clip.cuts(model)  # models that ignore padding
-    corpus = Corpus(cfg, process, TextOf(tokenizer, cfg), pairs, cut, side=2 * image_side(model, cfg))
+    # Initial weights and codebook
     used = None
     if not folder.resumed:
         start_weights(model, cfg)
@@ -211,7 +215,7 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
         if not folder.resumed:
             start_codebook(model, cfg, pairs, process)
     made_with = {"data": corpus.fingerprint, "vocabulary": getattr(tokenizer, "fingerprint", None)}
-    folder.start(min(per_epoch * first + start, total), total, len(pairs), **made_with)
+    folder.start(min(per_epoch * first + start, total), total, len(corpus), **made_with)
 
     network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process)
     for epoch in range(first, cfg.epochs):
