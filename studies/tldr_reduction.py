@@ -335,7 +335,7 @@ def measure(path: str, cfg: tldr.Config, process: run.Process) -> dict[str, floa
 
     def found(folder: Path) -> dict[str, float]:
         model, settings, tokenizer = load_run(path)
-        return tldr.evaluate_run(cfg, process, model, settings, tokenizer, VIEW) | training_metrics(folder, settings)
+        return tldr.measure_model(cfg, process, model, settings, tokenizer, VIEW) | training_metrics(folder, settings)
 
     return evaluation.measured_run(path, cfg, cfg.sets, found)
 

@@ -11,7 +11,6 @@ from short_runs import small_set
 from test_tldr_reduction_blip import blip_of
 from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
 
-from tldr_reduction import config
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, rerank_scores, retrieval_recall
 
@@ -53,8 +52,7 @@ def test_itm_histogram_is_a_density():
 
 
 def test_a_changed_rerank_set_is_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_run", lambda path: (None, config.Config(), None))
-    monkeypatch.setattr(evaluation, "view_of", lambda *_: None)
+    (tmp_path / "checkpoint.pt").touch()
     monkeypatch.setattr(evaluation.evaluation, "measured_run", lambda path, cfg, sets, measure: sets)
     assert evaluation.evaluated(str(tmp_path), evaluation.Config((), ("a",), ("b",)), None) == ("a", "b")
 

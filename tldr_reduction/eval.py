@@ -167,10 +167,10 @@ def export_run(path: str, folder: str) -> None:
     export.write(folder, model, config, model.state_dict(), view_of(model, settings), resize_mode="squash")
 
 
-def evaluate_run(
+def measure_model(
     cfg: Config, process: run.Process, model: nn.Module, settings: Common, tokenizer, transform
 ) -> dict[str, float]:
-    """All measurements of one run: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
+    """All measurements of a model: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
     model, tokens = model.to(process.device), eval_tokenizer(tokenizer, settings)
     rerank = () if settings.stage == "clip" else cfg.rerank
     evaluation.open_sets("rerank", rerank, transform, "retrieval")
@@ -183,14 +183,19 @@ def evaluate_run(
     return flat
 
 
-def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`measure_model` of a run."""
     model, settings, tokenizer = load_run(path)
     if settings.stage not in ("clip", "blip", "retrieval"):
         raise UserError(f"{path} is a run of stage {settings.stage}; clip, blip and retrieval runs are evaluated")
-    transform = view_of(model, settings)
-    measure = lambda _: evaluate_run(cfg, process, model, settings, tokenizer, transform)  # noqa: E731
-    return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.rerank), measure)
+    return measure_model(cfg, process, model, settings, tokenizer, view_of(model, settings))
+
+
+def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
+    if not (Path(path) / "checkpoint.pt").is_file():
+        raise UserError(f"{path} is no run folder: it has no checkpoint.pt")
+    return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.rerank), lambda _: evaluate_run(path, cfg, process))
 
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
