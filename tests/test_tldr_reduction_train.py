@@ -169,7 +169,7 @@ def test_every_stage_trains(chain):
     }
 
 
-@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "clip", "retrieval"])
+@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "retrieval"])
 def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage):
     out, first = folder / f"killed-{stage}", {"finetune": "captioner", "retrieval": "scorer"}.get(stage)
     init = ["--init", chain[first]] if first else []
@@ -186,7 +186,7 @@ def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage)
 
 @pytest.mark.parametrize("stage", ["captioner", "clip"])
 def test_two_processes_equal_one(start, cli, folder, tiny, stage):
-    flags = [*command(stage, tiny), "--dropout", "0", "--lr", "1e-4"]
+    flags = [*command(stage, tiny), "--dropout", "0", "--lr", "1e-5"]
     one, both = folder / f"{stage}-1", folder / f"{stage}-2"
     finished(cli(*flags, "--out", one))
     two(start, *flags, "--out", both)

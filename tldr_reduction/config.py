@@ -321,17 +321,20 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------- reductions
 
 RECIPES = {  # name: (row of the paper, settings); flags override them
-    "paper": (f"table 3, TL;DR of CC3M, 2.82M -> 0.67M pairs; {TUNED.format('72.8/54.8')}", dict(keep=0.25)),
+    "paper": (
+        f"table 3, TL;DR of CC3M, 2.82M -> 0.67M pairs; {TUNED.format('72.8/54.8')}",
+        dict(keep=0.25, clusters=3000),
+    ),
     "release_comment": (
         'released script, its comment "select_5_10_half_itm_1K_clusters"',
         dict(keep=0.5, clusters=1000, itm_keep=0.5),
     ),
     "release_script": ("released script, its values", dict(keep=0.2, clusters=1000, itm_keep=0.5)),
-    "cc12m": ("table 8, TL;DR of CC12M, 10.8M -> 2.4M pairs", dict(keep=0.22)),
-    "yfcc15m": ("table 8, TL;DR of YFCC15M, 14.9M -> 2.5M pairs", dict(keep=0.167)),
-    "laion40m": ("table 8, TL;DR of LAION-40M, 40M -> 8.04M pairs", dict(keep=0.2)),
+    "cc12m": ("table 8, TL;DR of CC12M, 10.8M -> 2.4M pairs", dict(keep=0.22, clusters=3000)),
+    "yfcc15m": ("table 8, TL;DR of YFCC15M, 14.9M -> 2.5M pairs", dict(keep=0.167, clusters=3000)),
+    "laion40m": ("table 8, TL;DR of LAION-40M, 40M -> 8.04M pairs", dict(keep=0.2, clusters=3000)),
     **{
-        f"ratio-{percent}": (f"table 2e, {percent} %; {TUNED.format(recall)}", dict(keep=percent / 100))
+        f"ratio-{percent}": (f"table 2e, {percent} %; {TUNED.format(recall)}", dict(keep=percent / 100, clusters=3000))
         for percent, recall in ((10, "68.9/52.3"), (25, "72.8/54.8"), (50, "74.8/55.2"), (100, "75.1/57.7"))
     },
     **{
@@ -357,7 +360,7 @@ class ReduceConfig:
     keep: Share | None = None
     """Share to keep of each cluster, or of all samples."""
     clusters: Count | None = None
-    """Clusters k. None: the recipe's number (3000 if it has none), but at most one per 30 samples."""
+    """Clusters k. None: the recipe's number, but at most one per 30 samples."""
     itm_keep: Share | None = None
     """Of the selected samples, keep only those that are in this top share of all samples by score (of --scorer)."""
     select: Literal["stride", "farthest", "random", "first", "itm", "all"] = "stride"
@@ -437,7 +440,7 @@ def complete(cfg: ReduceConfig, n: int) -> ReduceConfig:
     if cfg.recipe not in RECIPES:
         raise UserError(f"--recipe {cfg.recipe} is none of {', '.join(RECIPES)}")
     _, recipe = RECIPES[cfg.recipe]
-    clusters = cfg.clusters or max(1, min(recipe.get("clusters", 3000), n // 30))
+    clusters = cfg.clusters or max(1, min(recipe["clusters"], n // 30))
     keep = recipe["keep"] if cfg.keep is None else cfg.keep
     itm_keep = recipe.get("itm_keep") if cfg.itm_keep is None else cfg.itm_keep
     written = cfg.caption_model or cfg.predictions
