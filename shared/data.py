@@ -560,7 +560,9 @@ def loader_of(
 def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
     """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
     positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
+    tokens, *more = texts if isinstance(texts, list) else [texts]
+    tokens = clip.cut_padding(tokens, device) if cut_padding else moved(tokens, device)
+    texts = [tokens, *moved(more, device)] if isinstance(texts, list) else tokens
     images = moved(images, device)
     features = (
         isinstance(images, torch.Tensor) and images.is_floating_point()

@@ -198,7 +198,6 @@ PLAIN = {
     "nmtune": ["--eps", "1e-4"],
     "protoclip": ["--model", "ViT-test", "--w-proto", "0", "--w-external", "0"],
     "tinyclip": ["--eps", "1e-4"],
-    "tldr_reduction-clip": ["--eps", "1e-4"],
 }
 
 
