@@ -30,7 +30,7 @@ def test_the_table_lists_every_preset_with_its_row(folder: str, capsys: pytest.C
     listed = {
         f"{script} {name}": row for script, of in presets.scripts(folder).items() for name, (row, _) in of.items()
     }
-    models = {name for name in listed if name.startswith("measure ")}  # of a table of models, not of presets
+    models = {name for name in listed if name.startswith("evaluate ")}  # of a table of models, not of presets
     assert set(listed) - models == set(offered(folder)) and all(listed.values())
     presets.main(folder)
     printed = capsys.readouterr().out
