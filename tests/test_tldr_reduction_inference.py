@@ -87,7 +87,8 @@ def test_codes_of_an_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "FITTED", 7)
     monkeypatch.setattr(encoders, "CODES", 8)
     monkeypatch.setattr(encoders, "CODE_DIM", 2)
-    encoder = Encoder(eval_transform(12), lambda images: images, lambda images: images)
+    seen: list[int] = []
+    encoder = Encoder(eval_transform(12), lambda images: seen.append(len(images)) or images, lambda images: images)
     cfg = ReduceConfig(data="", out=str(tmp_path), batch_size=4)
 
     def codes() -> np.ndarray:
@@ -98,6 +99,7 @@ def test_codes_of_an_encoder(tmp_path, monkeypatch):
         return found
 
     first = codes()
+    assert sum(seen) == 12  # those to which the codebook was fitted are not encoded again
     assert np.array_equal(codes(), first) and len(np.unique(first["codes"])) == 8
     assert np.flatnonzero(~first["readable"]).tolist() == [4]
 

@@ -126,20 +126,22 @@ class Inference:
             left = rows[~np.load(path, mmap_mode="r")["done"][rows]]
         left = run.broadcast(left, self.process)  # a faster rank may have written already
         own = np.array_split(left, self.process.world_size)[self.process.rank]
-        table, cfg = None, self.cfg
+        cfg = self.cfg
         with run.counting(len(left), label, "sample", self.process) as tick:
             for batch in in_order(self.pairs, own, transform, cfg.batch_size, cfg.workers, self.process.device):
                 with run.autocast(self.precision, self.process.device):
                     values = compute(batch)
-                table = open_table(path, len(self.pairs), values) if table is None else table
-                for name, value in values.items():
-                    table[name][batch.rows] = value
-                table["done"][batch.rows] = True
+                self.put(path, batch.rows, values)
                 tick(len(batch.rows) * self.process.world_size)
-        if table is not None:
-            table.flush()
         run.wait()  # until all ranks have written their rows
         return np.load(path, mmap_mode="r")
+
+    def put(self, path: Path, rows: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """Write `values` (b, ...) of some rows to the table `path`, and note that they are done."""
+        table = open_table(path, len(self.pairs), values)
+        for name, value in values.items():
+            table[name][rows] = value
+        table["done"][rows] = True
 
     def codes(self) -> np.memmap:
         """Table of all samples: `codes` (L',), hashes of the pixels, and whether an image is readable.
@@ -153,7 +155,7 @@ class Inference:
             path, encode = self.table("codes", cfg.captioner), lambda images: codes_of(captioner, images)
         else:
             transform, path = self.encoder(cfg.encoder).transform, self.table("codes", cfg.encoder, cfg.seed)
-            codebook, encoder = self.codebook(), self.encoder(cfg.encoder)
+            codebook, encoder = self.codebook(path), self.encoder(cfg.encoder)
             encode = lambda images: codebook(encoder.tokens(images))  # noqa: E731
 
         def compute(batch: Batch) -> dict:
@@ -162,18 +164,29 @@ class Inference:
 
         return self.filled(path, self.rows, "codes", transform, compute)
 
-    def codebook(self) -> Codebook:
-        """The codebook of --encoder, which rank 0 fits to at most FITTED samples of the data and saves."""
+    def codebook(self, codes: Path) -> Codebook:
+        """The codebook of --encoder, which rank 0 fits to at most FITTED samples of the data and saves; the codes of
+        these samples go to the table `codes`."""
         cfg, encoder = self.cfg, self.encoder(self.cfg.encoder)
         path = self.table("codebook", cfg.encoder, cfg.seed).with_suffix(".npz")
         if self.process.main and not path.exists():
             sample = np.sort(np.random.default_rng(cfg.seed).permutation(len(self.rows))[:FITTED])
-            batches = in_order(self.pairs, sample, encoder.transform, cfg.batch_size, cfg.workers, self.process.device)
-            with run.autocast(self.precision, self.process.device):
-                tokens = torch.cat([encoder.tokens(batch.images).cpu() for batch in batches])
+            rows, pixels, readable, tokens = [], [], [], []
+            for batch in in_order(
+                self.pairs, sample, encoder.transform, cfg.batch_size, cfg.workers, self.process.device
+            ):
+                with run.autocast(self.precision, self.process.device):
+                    tokens.append(encoder.tokens(batch.images).cpu())
+                rows.append(batch.rows)
+                pixels.append(batch.pixels)
+                readable.append(batch.readable)
+            tokens = torch.cat(tokens)
+            codebook = fit_codebook(tokens, cfg.seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
-                np.savez(file, **fit_codebook(tokens, cfg.seed).arrays())
+                np.savez(file, **codebook.arrays())
+            values = {"pixels": np.concatenate(pixels), "readable": np.concatenate(readable)}
+            self.put(codes, np.concatenate(rows), {"codes": codebook(tokens), **values})
         run.wait()  # until it is written
         with np.load(path, allow_pickle=False) as kept:
             return Codebook(*(torch.from_numpy(kept[name]) for name in Codebook._fields))
