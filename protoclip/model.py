@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from shared import clip, export, run
 from shared.errors import UserError
-from shared.memory import CLIP_STATISTICS
 from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 
 # ------------------------------------------------------------------------------------------------- encoders and heads
@@ -79,32 +78,12 @@ class ProtoCLIP(open_clip.CLIP):
             self.text_projection_head = projection_head(embed_dim, hidden_dim, projection_dim, num_layers)
             self.image_projection_head = copy.deepcopy(self.text_projection_head)  # both start equal: U:...:434
             self.logit_scale_proto = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.locked = False
-
-    def lock_trunk(self) -> None:
-        """Upstream's --lock-image: freeze the image tower's trunk with its batch norms; its projection still learns."""
-        self.visual.lock()
-        self.locked = True
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "ProtoCLIP":
-        super().train(mode)
-        if self.locked:
-            self.visual.trunk.eval()
-        return self
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        z = self.visual(image) if image.ndim == 4 else self.visual.head(image)  # (B, C): features of a locked trunk
-        return F.normalize(z, dim=-1) if normalize else z
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         return clip.encode_text(self, text, normalize)  # open_clip's, without padding
 
     def forward(self, image: Tensor, text: Tensor) -> ProtoCLIPOutput:
-        """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast.
-
-        `image` may also be the features (B, C) of a locked trunk.
-        """
+        """image (B, 3, S, S) float, text (B, L) int64 -> ProtoCLIPOutput, features in fp32 even under autocast."""
         z_image, z_text = self.encode_image(image), self.encode_text(text)
         h_image = h_text = scale_proto = None
         if self.logit_scale_proto is not None:  # the heads see the *unnormalised* embeddings
@@ -115,7 +94,7 @@ class ProtoCLIP(open_clip.CLIP):
         return ProtoCLIPOutput(z_image, z_text, h_image, h_text, self.logit_scale.exp(), scale_proto)
 
     @torch.no_grad()
-    def clamp_logit_scales(self) -> None:
+    def clamp_logit_scale(self) -> None:
         """Clamp both temperatures to [1/100, 1]; called after every optimizer step (U:training/train.py:206)."""
         for scale in (self.logit_scale, self.logit_scale_proto):
             if scale is not None:
@@ -146,7 +125,7 @@ def create_model(
     quick_gelu = "timm_model_name" not in vision if quick_gelu is None else quick_gelu
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
     lite0 = vision.get("timm_model_name") == LITE0
-    model.visual.image_mean, model.visual.image_std = (LITE0_MEAN, LITE0_STD) if lite0 else CLIP_STATISTICS
+    model.visual.image_mean, model.visual.image_std = (LITE0_MEAN, LITE0_STD) if lite0 else clip.STATISTICS
     return model.to(memory_format=torch.channels_last)  # makes convolutions faster, ViTs are unaffected
 
 
@@ -263,6 +242,19 @@ def protoclip_loss(
     return {"loss": loss, **losses}
 
 
+def divide_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
+    """The same output, with the gradient of its features divided by W.
+
+    Gradients then equal those of upstream, which gathers features without gradient to other ranks' features
+    (U:training/loss.py:50-58): the encoders' are W times smaller than the global batch's, the temperatures' are not.
+    """
+
+    def divided(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.ndim != 2 else x.detach() + (x - x.detach()) / world_size
+
+    return ProtoCLIPOutput(*map(divided, output))
+
+
 # ------------------------------------------------------------------------------------- prototypes of one episode
 
 
@@ -279,6 +271,9 @@ class Prototypes(NamedTuple):
     image_from_external: Tensor | None = None  # (K, P) C_I<-X
     text_from_external: Tensor | None = None  # (K, P) C_T<-X
 
+    def to(self, device: torch.device) -> "Prototypes":
+        return Prototypes(*(x if x is None else x.to(device) for x in self))
+
 
 def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int = 1234) -> tuple[Tensor, Tensor]:
     """faiss K-means of (N, D) -> labels (N,) int64, centroids (k, D) float32. U:training/clustering.py:123.
@@ -291,8 +286,13 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
         raise UserError(f"K-means of {k} prototypes needs at least {k} samples, the episode has {len(x)}")
     gpu = getattr(faiss, "get_num_gpus", int)() > 0  # with faiss-gpu, as upstream
     clustering = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, gpu=gpu, min_points_per_centroid=1)
-    clustering.train(x)
-    _, labels = clustering.index.search(x, 1)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(run.cores())  # torchrun gives each process one thread; K-means runs on rank 0 alone
+    try:
+        clustering.train(x)
+        _, labels = clustering.index.search(x, 1)
+    finally:
+        faiss.omp_set_num_threads(threads)  # torch may share faiss' threads
     return torch.from_numpy(labels[:, 0]), torch.from_numpy(clustering.centroids)
 
 

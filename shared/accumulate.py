@@ -1,16 +1,12 @@
-"""Contrastive training in micro-batches: the exact gradients of a large batch in the memory of a small one.
+"""Contrastive training in micro-batches: the gradients of a large batch in the memory of a small one.
 
-The loss needs the features of all pairs at once, but not the activations behind them, which are far larger. So, as
-in GradCache (arXiv 2101.06983):
-  1. Embed each micro-batch without gradient, and save the random state before it.
-  2. Compute the loss of all features, gathered from all processes if there are several. Its backward pass gives the
-     gradients of the features and of the loss's own parameters (temperature, bias; models return them beside features).
-  3. Embed each micro-batch again with the same random numbers, and backpropagate its features' gradients.
-The towers' forward pass is computed twice; processes average gradients once.
+The loss needs the features of all pairs at once, but not the activations behind them. Each micro-batch is embedded,
+its activations are forgotten, and the backward pass computes them again: GradCache (arXiv 2101.06983) by torch's own
+checkpointing. Training calls the wrapped model as it would call the model; `loss.backward()` stays where it is.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -18,7 +14,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import run
+from shared.clip import frozen_statistics, recomputed
+
+
+class MicroBatches(nn.Module):
+    """A model that computes its forward pass in `count` micro-batches.
+
+    Tensor inputs have a row for each sample; other inputs are passed to every micro-batch. Of the outputs (a named
+    tuple, a tuple or a dict), tensors of two or more dimensions have a row for each sample and are concatenated; others
+    are parameters of the loss, such as a temperature, and are taken from the first micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, count: int):
+        super().__init__()
+        self.model, self.count = model, count
+
+    def forward(self, *inputs: Any) -> Any:
+        chunks = zip(*(x.chunk(self.count) if torch.is_tensor(x) else repeat(x) for x in inputs), strict=False)
+        outputs = [recomputed(self.model, self.model, *chunk) for chunk in chunks]
+        first = outputs[0]
+        if isinstance(first, dict):
+            return {name: joined([output[name] for output in outputs]) for name in first}
+        parts = map(joined, zip(*outputs, strict=True))
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+
+def joined(parts: tuple[Any, ...] | list[Any]) -> Any:
+    whole = torch.is_tensor(parts[0]) and parts[0].ndim > 1
+    return torch.cat(list[Tensor](parts)) if whole else parts[0]
+
+
+def micro_batches(model: nn.Module, count: int) -> nn.Module:
+    """The model itself for one micro-batch a step, else the model in `MicroBatches`."""
+    return model if count == 1 else MicroBatches(model, count)
 
 
 def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -> tuple[Any, Callable[..., None]]:
@@ -38,7 +66,8 @@ def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -
     recomputing = frozen_statistics if getattr(cfg, "grad_checkpointing", False) else contextlib.nullcontext
 
     def embed(network: nn.Module, batch: Sequence[Any]) -> Any:
-        with run.autocast(precision, device):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return network(*batch)
 
     if cfg.accumulate == 1:
@@ -71,25 +100,6 @@ def forward(model: nn.Module, inputs: Sequence[Any], cfg: Any, precision: str) -
                     torch.autograd.backward(*zip(*terms, strict=True))
 
     return like(outputs[0], leaves), backward
-
-
-@contextlib.contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Context in which batch norms in training mode do not update their running statistics.
-
-    Used for repeated forward passes of one step, so that the statistics count each batch once.
-    """
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    norms = [m for m in norms if m.training and m.track_running_stats]
-    kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
 
 
 # --------------------------------------------------------------------------------------------------- a model's output

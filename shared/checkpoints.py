@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from types import SimpleNamespace
@@ -61,6 +62,14 @@ def replaced(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
         if not isinstance(why, OSError) or why.filename not in (None, str(temporary)):
             raise
         raise UserError(f"{path} could not be written and is left as it was ({why.strerror or why})") from error
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, so that it takes its space once; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def save_array(path: Path, array: np.ndarray, ending: str = ".tmp") -> None:

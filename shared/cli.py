@@ -5,7 +5,7 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 from shared.clip import set_grad_checkpointing
 from shared.errors import UserError
 from shared.evalsets import EvalSet
-from shared.run import QUIET, finish, paper_of
+from shared.run import QUIET, Process, cores, finish, paper_of  # noqa: F401
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
@@ -165,6 +165,49 @@ def show_plan(rows: Iterable[tuple[str, str]]) -> None:
         print(f"{label:<19}{text}")
 
 
+def show_run(
+    cfg: Any,
+    process: Process,
+    model: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    total: int,
+    rates: Callable[[int], dict[str, float]],
+    rows: Iterable[tuple[str, str]] = (),
+) -> None:
+    """Print the plan of a run: parameters, disk, batch, steps, learning rates, memory. Rank 0 only.
+
+    `inputs`: two blank samples for the model. `rates(step)` has the learning rates by name. `rows` come before the
+    memory estimate.
+    """
+    if not process.main:
+        return
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    steps = sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}) if total else []
+
+    def describe(step: int) -> str:
+        return ", ".join(f"{name} {rate:.3e}" for name, rate in rates(step).items())
+
+    show_plan(
+        [
+            ("parameters", f"{trained:,} trained" + (f", {frozen:,} frozen" if frozen else "")),
+            ("samples", f"{total * cfg.batch_size:,} from " + (f"{cfg.dataset_size:,}" if cfg.dataset_size else "all")),
+            disk_row(cfg.dataset_size, trained, frozen),
+            batch_row(cfg, process.world_size),
+            ("steps", f"{total:,}" if total else "depend on the size of --data"),
+            *(("learning rate", f"{describe(step)} at step {step:,}") for step in steps),
+            *rows,
+            *memory_rows(
+                lambda: model(*inputs),
+                cfg.batch_size / process.world_size / cfg.accumulate,
+                trained,
+                4 * frozen,
+                checkpointed=model if cfg.grad_checkpointing else None,
+            ),
+        ]
+    )
+
+
 def batch_row(config: Any, world_size: int) -> tuple[str, str]:
     """Row with the global batch size, each process's share and its micro-batches."""
     size, micro_batches = config.batch_size, getattr(config, "accumulate", 1)
@@ -250,11 +293,6 @@ def kept_bytes(forward: Callable[[], Any]) -> int:
     return total
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -270,7 +308,19 @@ def preset_cli(presets: dict[str, tuple[str, Any]]) -> Any:
     if not {"-h", "--help"} & set(words) and (not words or words[0].replace("_", "-") not in known):
         found = f"{words[0]!r} is no preset" if words and not words[0].startswith("-") else "a preset must come first"
         raise UserError(f"{found}; presets are {', '.join(presets)}")
-    return tyro.extras.overridable_config_cli(presets)
+    if {"-h", "--help"} & set(words):
+        paper_first(type(next(iter(presets.values()))[1]))
+    cfg = tyro.extras.overridable_config_cli(presets)
+    if not getattr(cfg, "out", "-"):
+        cfg.out = f"runs/{paper_of(cfg)}/{words[0]}"
+    return cfg
+
+
+def paper_first(config: type) -> None:
+    """Let --help list the settings of the class itself before those of its base class."""
+    every = config.__dataclass_fields__
+    own = {name: every[name] for name in config.__annotations__}
+    config.__dataclass_fields__ = own | {name: field for name, field in every.items() if name not in own}
 
 
 def explained(error: Exception) -> str | None:

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import open_clip
 import torch
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError
 
+STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # mean and std of CLIP's images
+BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d)
 GROUPS = 4  # groups of texts by length; on a CPU only, where time is proportional to the number of tokens
 
 
@@ -78,6 +81,14 @@ def image_side(model: nn.Module) -> int:
     return size[0] if isinstance(size, tuple) else size
 
 
+def blank_inputs(model: nn.Module, samples: int = 2) -> tuple[Tensor, Tensor]:
+    """Blank images and captions of full length, in the shapes of a training step."""
+    side = image_side(model)
+    tokens = torch.ones(samples, model.context_length, dtype=torch.long)
+    tokens[:, -1] = 2  # the end token, at the end
+    return torch.zeros(samples, 3, side, side), tokens
+
+
 def without_padding(model: nn.Module) -> nn.Module:
     """The model; if it is open_clip's CLIP, its `encode_text` is replaced by the one above."""
     if isinstance(model, open_clip.CLIP):
@@ -85,20 +96,46 @@ def without_padding(model: nn.Module) -> nn.Module:
     return model
 
 
+def recomputed(model: nn.Module, function: Callable, *inputs: Any) -> Any:
+    """`function(*inputs)`, whose activations the backward pass computes again instead of keeping them.
+
+    In the second pass, batch norms of `model` do not update their running statistics: each batch counts once.
+    """
+    contexts = lambda: (contextlib.nullcontext(), frozen_statistics(model))  # noqa: E731
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Context in which batch norms in training mode do not update their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.training and m.track_running_stats]
+    kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
 def set_grad_checkpointing(model: nn.Module, on: bool = True) -> None:
     """Recompute the activations of every block in the backward pass instead of storing them.
 
-    Works for modules with an attribute `grad_checkpointing` (towers of open_clip and timm) and for open_clip's ResNet,
-    which lacks it. If blocks have batch norms, run the backward pass inside `accumulate.frozen_statistics`.
-    UserError if the model has no such block.
+    Works for modules with an attribute `grad_checkpointing` (transformers of open_clip and timm) and for open_clip's
+    ResNet, which lacks it. UserError if the model has no such block, or one of timm's with batch norms, which would
+    count every batch twice.
     """
     switches = [module for module in model.modules() if hasattr(module, "grad_checkpointing")]
     resnets = [module for module in model.modules() if isinstance(module, ModifiedResNet)]
     if on and not switches and not resnets:
         raise UserError(f"--grad-checkpointing: {type(model).__name__} has no blocks that can be recomputed")
     for module in switches:
+        if on and any(isinstance(part, BatchNorm) for part in module.modules()):
+            raise UserError(f"--grad-checkpointing: {type(module).__name__} has batch norms; leave it out")
         module.grad_checkpointing = on
     for resnet in resnets if on else ():
-        resnet.stem = functools.partial(checkpoint, resnet.stem, use_reentrant=False)
+        resnet.stem = functools.partial(recomputed, resnet, resnet.stem)
         for block in (*resnet.layer1, *resnet.layer2, *resnet.layer3, *resnet.layer4):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(recomputed, block, block.forward)

@@ -43,6 +43,7 @@ from webdataset.shardlists import expand_urls
 from shared import run
 from shared.errors import UserError
 from shared.index import Strings, cached, fingerprint, locked, read_index
+from shared.run import stable_hash
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
@@ -149,8 +150,11 @@ def split_normalisation(transform: Callable) -> tuple[Callable, Callable[[torch.
     """Split an image transform -> (its steps up to uint8 pixels (3, H, W), its normalisation for batches).
 
     Loader processes run the first half, so that they transfer a quarter of the bytes; the device runs the second. A
-    transform that does not end in a normalisation -> (the transform, identity).
+    transform that does not end in a normalisation -> (the transform, identity). A view of its own kind has the two
+    halves as attributes, `pixels` and `normalise`.
     """
+    if hasattr(transform, "pixels"):
+        return transform.pixels, transform.normalise
     *steps, last = getattr(transform, "transforms", [transform])
     if isinstance(last, Normalize) and steps and isinstance(steps[-1], ToTensor):  # torchvision's own
         *steps, last = *steps[:-1], ToNormalizedTensor(last.mean, last.std)
@@ -603,11 +607,6 @@ def loader_of(
         pin_memory=process.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # so that the loader does not use the global generator
     )
-
-
-def stable_hash(*parts: int | str) -> int:
-    """A 63-bit hash of its arguments, the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_views(seed: int, item: int, n: int) -> None:

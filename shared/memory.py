@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import open_clip
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
-from shared import data, run
+from shared import clip, data, run
 from shared.errors import UserError
 from shared.tars import Broken
 
-CLIP_STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+CLIP_STATISTICS = clip.STATISTICS
 
 
 class InMemory(NamedTuple):

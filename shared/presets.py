@@ -1,13 +1,11 @@
-"""All presets of all papers in one table: `python -m shared.presets [FOLDER] [--json]` (`make presets`).
+"""All presets of all papers in one table: `python -m shared.presets [FOLDER]` (`make presets`).
 
-PAPER_ROWS in each `<folder>/config.py`, {script: {preset: Row}}, gives the paper's table row of each preset;
-`python -m FOLDER.SCRIPT PRESET` runs it. The numbers are the authors'; ours are in RESULTS.md. LEFT_OUT beside it,
-{row: reason}, lists the paper's table rows without a preset.
+`<folder>/config.py` has SCRIPTS, {script: {preset: (the row of the paper that it stands for, settings)}}. Run a preset
+with `python -m FOLDER.SCRIPT PRESET`. The numbers in a row are the authors'; ours are in RESULTS.md.
 """
 
 import importlib
-import json
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -17,11 +15,6 @@ from shared.errors import UserError
 from shared.evaluation import table
 
 NOT_STATED = "not stated"
-NOTE = f"""
-
-{{}} presets. Run one with `python -m FOLDER.PRESET`, with both names as in the table; `--dry-run` shows its sizes,
-schedule, memory and disk space.
-"{NOT_STATED}": found neither on the authors' pages nor in those parts of the paper that could be read."""
 
 
 class Row(NamedTuple):
@@ -44,48 +37,41 @@ def folders() -> list[str]:
     return sorted(path.parent.name for path in found if all((path.parent / file).is_file() for file in files))
 
 
+def scripts(folder: str) -> dict[str, dict[str, tuple[str, Any]]]:
+    """{script: {preset: (row of the paper, settings)}} of a paper."""
+    config = importlib.import_module(f"{folder}.config")
+    if hasattr(config, "SCRIPTS"):
+        return config.SCRIPTS
+    return {
+        script: {
+            name: (f"{row.source}; {row.data}; {row.gpus}: {row.number}" if row.gpus != OWN.gpus else row.source, None)
+            for name, row in rows.items()
+        }
+        for script, rows in config.PAPER_ROWS.items()
+    }
+
+
 def rows(folder: str) -> list[dict[str, str]]:
     """A folder's presets as rows of the table."""
-    scripts: dict[str, dict[str, Row]] = importlib.import_module(f"{folder}.config").PAPER_ROWS
     return [
-        {
-            "folder": folder,
-            "paper's table and row": row.source,
-            "preset": f"{script} {preset}",
-            "data": row.data,
-            "GPUs": row.gpus,
-            "the authors' number": row.number,
-        }
-        for script, presets in scripts.items()
-        for preset, row in presets.items()
+        {"preset": f"{folder}.{script} {preset}", "row of the paper: the authors' numbers": row}
+        for script, presets in scripts(folder).items()
+        for preset, (row, _) in presets.items()
     ]
 
 
-def left_out(folder: str) -> list[dict[str, str]]:
-    """Rows of the paper's tables without a preset, and why."""
-    reasons: dict[str, str] = importlib.import_module(f"{folder}.config").LEFT_OUT
-    return [{"folder": folder, "paper's table and row": row, "no preset": why} for row, why in reasons.items()]
-
-
-def main(
-    folder: Annotated[str | None, tyro.conf.Positional] = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Every preset with its row of the paper's tables, and the rows without a preset.
+def main(folder: Annotated[str | None, tyro.conf.Positional] = None) -> None:
+    """Every preset with its row of the paper's tables.
 
     Args:
         folder: Only the presets of this paper.
-        as_json: Print a JSON list of rows.
     """
     name = folder and folder.replace("-", "_")
     if name not in (None, *folders()):
         raise UserError(f"{folder} is not a paper's folder; those are {', '.join(folders())}")
-    chosen = [each for each in folders() if name in (None, each)]
-    found = [row for each in chosen for row in rows(each)]
-    if as_json:
-        return print(json.dumps(found, indent=2, ensure_ascii=False))
-    missing = [row for each in chosen for row in left_out(each)]
-    print(table(found) + NOTE.format(len(found)) + "\n\n" + table(missing))
+    found = [row for each in folders() if name in (None, each) for row in rows(each)]
+    print(table(found))
+    print(f"\n{len(found)} presets. Run one with `python -m PRESET`; --dry-run shows its schedule and memory.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import inspect
 import itertools
 import json
@@ -31,10 +32,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn
 from open_clip_train.distributed import init_distributed_device_so
+from torch import nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from shared.checkpoints import ROOT, replaced, resume, save_checkpoint, write_json
+from shared.accumulate import MicroBatches
+from shared.checkpoints import ROOT, link, resume, save_checkpoint, write_json
 from shared.errors import UserError
 
 matplotlib.use("Agg")  # plots go to files
@@ -98,6 +102,21 @@ def setup(seed: int, device: str = "auto") -> Process:
     return Process(info["global_rank"], info["world_size"], place)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stable_hash(*parts: int | str) -> int:
+    """A 63-bit hash of its arguments, the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_step(cfg: Any, step: int, process: Process) -> None:
+    """Seed the generators for a step, so that a resumed run has the same dropout and masks."""
+    torch.manual_seed(stable_hash(cfg.seed, step, process.rank))
+
+
 def finish() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -135,6 +154,36 @@ def over_ranks(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     means = torch.stack([value.detach().float() for value in values.values()])
     dist.all_reduce(means)
     return dict(zip(values, means / dist.get_world_size(), strict=True))
+
+
+def distributed(model: nn.Module, process: Process, **options: Any) -> nn.Module:
+    """The model, wrapped in DistributedDataParallel if there are several processes."""
+    return DistributedDataParallel(model, **options) if process.world_size > 1 else model
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of `distributed` and of micro-batches."""
+    while isinstance(model, (DistributedDataParallel, MicroBatches)):
+        model = model.module if isinstance(model, DistributedDataParallel) else model.model
+    return model
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Copy rank 0's buffers to all ranks: statistics of batch norms differ between them."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, src=0)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def gather(features: torch.Tensor, with_grad: bool = True) -> torch.Tensor:
@@ -190,9 +239,14 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str | torch.dtype, device: torch.device) -> torch.autocast:
-    """Autocast context for a forward pass; `precision` is bf16, fp16 or fp32 (no autocast), or a dtype."""
-    dtype = DTYPES.get(precision, precision)
+    """Autocast context for a forward pass; `precision` is auto, bf16, fp16 or fp32 (no autocast), or a dtype."""
+    dtype = precision if isinstance(precision, torch.dtype) else DTYPES[resolve_precision(precision, device)]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def grad_scaler(cfg: Any, process: Process) -> GradScaler:
+    """The scaler of gradients, which only fp16 needs; otherwise it changes nothing."""
+    return GradScaler(process.device.type, enabled=resolve_precision(cfg.precision, process.device) == "fp16")
 
 
 # --------------------------------------------------------------------------------------------------- progress lines
@@ -293,7 +347,7 @@ class RunLog:
     """Writes a run folder's config.json, metrics.jsonl and tensorboard/; does nothing on ranks above 0.
 
     On resume at `step`, lines of later steps (written after the last checkpoint) are removed, so that metrics.jsonl
-    becomes that of an uninterrupted run. The writing process locks it: UserError if another process has the lock.
+    becomes that of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, config: Any, process: Process, step: int = 0):
@@ -302,7 +356,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = lock(folder, process, "metrics.jsonl")
+        self.file = open(folder / "metrics.jsonl", "a+")
         write_json(folder / "config.json", dataclasses.asdict(config))
         self.file.seek(0)
         kept = itertools.takewhile(lambda line: line["step"] <= step, parsed(self.file, folder / "metrics.jsonl"))
@@ -368,6 +422,7 @@ class RunFolder:
 
     def __init__(self, cfg: Any, process: Process, **first: Any):
         self.cfg, self.process, self.path = cfg, process, Path(cfg.out)
+        self.lock = lock(self.path, process)  # before the checkpoint is read
         found = resume(self.path, cfg)
         self.resumed, self.state = found is not None, first if found is None else found
         self.objects: dict[str, Any] = {}
@@ -394,8 +449,12 @@ class RunFolder:
     def start(self, step: int, total: int = 0, samples: int | None = None, **fixed: Any) -> None:
         """Open the log after `step`, the last saved one, start the clock, and print the size of the run.
 
-        The printed line has `samples`, `total` steps, device and precision. Each checkpoint also holds `fixed`.
+        The printed line has `samples`, `total` steps, device and precision. `fixed`: digests of what the run is made
+        with, which every checkpoint holds. UserError if the checkpoint was made with something else.
         """
+        for name, value in fixed.items():
+            if None not in (before := self.state.get(name), value) and before != value:
+                raise UserError(f"{self.path} was trained with another {name} than the one given: choose another --out")
         wait()  # a rank may index or copy data for hours, longer than the default timeout
         self.total, self.latest = total, {}
         self.saved, self.fixed, self.commit = step, fixed, commit()
@@ -470,6 +529,11 @@ class RunFolder:
             self.save(step, **values)
             raise
 
+    def evaluates(self, done: int, total: int) -> bool:
+        """Whether this rank evaluates after pass `done` of `total`: rank 0, every `eval_every` passes and at last."""
+        every = self.cfg.eval_every
+        return self.process.main and every > 0 and (done % every == 0 or done == total)
+
     def is_kept(self, step: int) -> bool:
         """Whether the checkpoint of this step is also kept as checkpoint-STEP.pt."""
         every = getattr(self.cfg, "keep_every", 0)
@@ -485,11 +549,13 @@ class RunFolder:
             states = {name: one.state_dict() for name, one in self.objects.items() if not disabled(one)}
             about = {"seconds": self.clock.read(), "commit": self.commit, "config": dataclasses.asdict(self.cfg)}
             about["paper"] = paper_of(self.cfg)
+            values = {name: plain(value) for name, value in values.items()}
             for name in ["checkpoint-best.pt"] * is_best + ["checkpoint.pt"]:
                 save_checkpoint(self.path / name, states | values | self.fixed | about)
             if self.is_kept(step):
-                with replaced(self.path / f"checkpoint-{step}.pt") as file:
-                    file.write((self.path / "checkpoint.pt").read_bytes())
+                kept = self.path / f"checkpoint-{step}.pt"
+                kept.unlink(missing_ok=True)
+                link(self.path / "checkpoint.pt", kept)
 
     def close(self, flags: str = "", then: str | None = None) -> None:
         """Close the log; print that the run is finished and the next command, `then`.
@@ -497,6 +563,7 @@ class RunFolder:
         then: "" prints no command; None prints the evaluation's, with `flags` unless the data are the embedded corpus.
         """
         self.metrics.close()
+        self.lock.__exit__(None, None, None)
         if self.total and self.process.main and not quiet():
             if then is None:
                 own = flags if flags and not self.cfg.data.startswith("data/emoji") else ""
@@ -511,6 +578,11 @@ class RunFolder:
 def paper_of(cfg: Any) -> str:
     """Folder name of the paper whose file defines the class of `cfg` (its module may be __main__)."""
     return Path(inspect.getfile(type(cfg))).parent.name
+
+
+def plain(value: Any) -> Any:
+    """A named tuple as a dict, which a checkpoint can hold; other values unchanged."""
+    return value._asdict() if hasattr(value, "_asdict") else value
 
 
 def disabled(one: Any) -> bool:

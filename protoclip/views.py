@@ -1,0 +1,40 @@
+"""What ProtoCLIP sees of an image and of a caption. U: is megvii-research/protoclip@fde1933, src/."""
+
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from protoclip.config import Config
+from protoclip.model import ProtoCLIP, image_statistics
+from shared.clip import image_side
+from shared.data import ToNormalizedTensor
+
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def training_view(cfg: Config, model: ProtoCLIP) -> transforms.Compose:
+    """PIL RGB -> random view (3, S, S), normalised; `default` or `light`. U:open_clip/transform.py:13."""
+    light = cfg.augmentation == "light"
+    area = cfg.crop or ((0.5, 1.0) if light else (0.9, 1.0))
+    steps = [transforms.RandomResizedCrop(image_side(model), area, cfg.crop_ratio, interpolation=BICUBIC)]
+    if cfg.border:
+        steps.insert(0, transforms.Pad(cfg.border, fill=255))
+    if light:
+        steps += [
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomApply([transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.2),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([transforms.GaussianBlur(kernel_size=21)], p=0.2),
+        ]
+    return transforms.Compose([*steps, ToNormalizedTensor(*image_statistics(model))])
+
+
+def whole_image(model: ProtoCLIP) -> transforms.Compose:
+    """PIL RGB -> its centre square (3, S, S), normalised, for evaluation."""
+    side = image_side(model)
+    steps = [transforms.Resize(side, BICUBIC), transforms.CenterCrop(side)]
+    return transforms.Compose([*steps, ToNormalizedTensor(*image_statistics(model))])
+
+
+def ascii_caption(caption: str) -> str:
+    """The student's caption: without non-ASCII characters (U:training/data.py:41). The teacher gets all characters."""
+    return caption.encode("ascii", errors="ignore").decode()
