@@ -21,6 +21,18 @@ from shared import clip, data, run
 from shared.errors import UserError
 
 
+def open_corpus(
+    cfg: Any,
+    process: run.Process,
+    text: Callable[[Any], Any],
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
+) -> "Corpus":
+    """The corpus of a run."""
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
+
+
 class Corpus:
     """Pairs by row. `text(pair)` -> tensor(s) of a sample's text, computed in a loader process.
 
