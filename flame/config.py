@@ -13,6 +13,7 @@ from shared.settings import Beta, Count, Number, Positive, Rate, RunConfig, Shar
 LANGUAGES = (
     "ar bn cs da de el en es fa fi fil fr he hi hr hu id it ja ko mi nl no pl pt quz ro ru sv sw te th tr uk vi zh"
 ).split()  # of Crossmodal-3600
+NO_EXPORT = "--export: open_clip has no image tower that averages an MLP of every patch, as FLAME's does"
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 Images are emoji, a stand-in for CC3M, with captions of three lengths. About a fifth of the names is left out of
 training (flame_new_names.py); zero-shot classification is measured on these names. The image tower is an MLP behind a
-locked EfficientNet-Lite0, or a small ResNet from scratch (flame_towers.py). A frozen language model embeds the facets of all captions once; the
-embeddings are kept in data/flame, and training does not load the model. The environment variable LLM selects the model:
-gemma (Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set, gemma is used if its package is
-installed, else smollm2.
+locked EfficientNet-Lite0, or a small ResNet from scratch (flame_towers.py). A frozen language model embeds the facets
+of all captions once; the embeddings are kept in data/flame, and training does not load the model. The environment
+variable LLM selects the model: gemma (Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set,
+gemma is used if its package is installed, else smollm2.
 
 Why the effects can appear: a language model knows words, in many languages, that a few thousand captions do not
 contain. An image tower trained towards its embeddings can therefore be queried with words that no training caption
@@ -248,7 +248,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     found = []
     for path in runs:
         if Path(path).name.rpartition("-seed")[0] in ON_SCENES:
-            found.append(measured(path, (), {SCENE_SET: "scenes"}, (), gallery=None, language_gallery=None))
+            found.append(measured(path, (), {SCENE_SET: "scenes"}, ()))
         else:
             names, long = NEW_SETS + ZERO_SHOT_SETS, {LONG_SETS[0]: LONG}
             galleries = dict(gallery=GALLERY, language_gallery=LANGUAGE_GALLERY)

@@ -116,8 +116,8 @@ def language_means(found: dict[str, dict[str, float]], groups: dict[str, Sequenc
 
 
 def measure_run(
-    path: str, names: Sequence[str], long: dict[str, str], languages: Sequence[str], gallery: int | None,
-    language_gallery: int | None,
+    path: str, names: Sequence[str], long: dict[str, str], languages: Sequence[str], gallery: int | None = None,
+    language_gallery: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Metrics of a run: classification by `names`, retrieval by long captions on `long` {set: its name in the metrics},
     and by an image's first caption on `languages`, sets whose names end in _LANGUAGE."""

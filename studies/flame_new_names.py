@@ -66,7 +66,7 @@ def main(cfg: Config) -> None:
     manifest = Path(cfg.corpus) / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{cfg.corpus} holds no corpus: 'make data' builds it")
-    setting = {"every": cfg.every, "corpus": data.fingerprint(manifest.read_bytes())}
+    setting = {"every": cfg.every, "captions": "names", "corpus": data.fingerprint(manifest.read_bytes())}
     layout.build(Path(cfg.out), setting, lambda folder: {"counts": write(folder, cfg)})
 
 

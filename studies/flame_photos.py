@@ -130,8 +130,7 @@ def more_rows(found: Comparison) -> list[dict[str, Any]]:
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     """Metrics of the runs, all in one process, so that cells of test photographs are computed once."""
-    galleries = dict(gallery=None, language_gallery=None)
-    return [measured(path, NAMES, {LONG: Path(LONG).name}, LANGUAGE_SETS, **galleries) for path in runs]
+    return [measured(path, NAMES, {LONG: Path(LONG).name}, LANGUAGE_SETS) for path in runs]
 
 
 # --------------------------------------------------------------------------------------------------------------- floors

@@ -86,8 +86,8 @@ class Cells:
 
     @staticmethod
     def kept(cfg: Config, pairs: data.Shards | data.TSV, side: int) -> Tensor:
-        """Cells of all pairs, from --cache; if it has none, they are computed. A neighbour's cells stand in for a broken
-        image's, and are then not kept."""
+        """Cells of all pairs, from --cache; if it has none, they are computed. Cells of a neighbour stand in for
+        those of a broken image, and are then not kept."""
         device = torch.device("cuda" if cfg.device == "auto" and torch.cuda.is_available() else "cpu")
         precision = run.resolve_precision(cfg.precision, device)
         path = Path(cfg.cache) / f"cells-{evaluation.images_of(pairs)}-{side}-{precision}.npy"

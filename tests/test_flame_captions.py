@@ -10,7 +10,6 @@ from flame import captions
 from flame.captions import Captions
 from shared.index import Strings
 
-
 LAYOUTS = ("no JSON", "3", "[", '["text"]', '[{"caption": "no key"}]', '[{"__key__": "a"}]', '[{"__key__": "a"')
 TWO = '[{"__key__": "a", "caption": "x", "other": "y"}]'
 

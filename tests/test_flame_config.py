@@ -1,7 +1,6 @@
 """Presets, dry runs and settings that are refused before a run starts."""
 
 import ast
-import dataclasses
 import re
 from pathlib import Path
 

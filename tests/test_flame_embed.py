@@ -18,7 +18,7 @@ from scripts import ROOT, SHARDS, ended, finished, held, one_sentence, start_two
 from short_runs import small_set
 from test_flame_model import left_padded, llm_of, numbered
 
-from flame import embed, llm, zeroshot
+from flame import config, embed, llm, zeroshot
 from flame.bank import Bank
 from flame.captions import Captions
 from flame.llm import Prompt, embed_captions, parse_prompt, read_prompts, render
@@ -244,7 +244,7 @@ def test_captions_are_read_by_sample_and_empty_ones_are_counted(captions: Path, 
     entries[0]["caption"], entries[1]["caption"] = None, " "
     (tmp_path / "short.json").write_text(json.dumps(entries[::-1]))
     files = {kind: str(captions / f"{kind}.json") for kind in ("raw", "long")}
-    cfg = embed.Config(data=f"{SHARDS}/00000.tar", dataset_size=10, short=str(tmp_path / "short.json"), **files)
+    cfg = config.EmbedConfig(data=f"{SHARDS}/00000.tar", dataset_size=10, short=str(tmp_path / "short.json"), **files)
     keys, columns = embed.open_captions(cfg)
     assert len(keys) == 10 and [columns[1](sample) for sample in range(2)] == ["", " "]
     assert columns[0](3) == Captions(files["raw"])[keys[3]]
@@ -260,7 +260,7 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
     keys = data.open_pairs(shard, 4).keys.tolist()
     entries = [{"__key__": key, "caption": f"short {key}"} for key in keys[:3]]
     (tmp_path / "short.json").write_text(json.dumps(entries))
-    cfg = embed.Config(data=shard, dataset_size=4, short=str(tmp_path / "short.json"), long="raw")
+    cfg = config.EmbedConfig(data=shard, dataset_size=4, short=str(tmp_path / "short.json"), long="raw")
     _, columns = embed.open_captions(cfg)
     raw, short, long = ([column(sample) for sample in range(4)] for column in columns)
     assert short == [*(entry["caption"] for entry in entries), raw[3]] and long == raw

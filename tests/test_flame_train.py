@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scripts import Lazily, ended, finished, in_turn, kill_at, metrics, one_sentence, same, start_two
-from short_runs import small_set
 from test_flame_embed import (  # noqa: F401
     EVAL,
     IMAGES,
