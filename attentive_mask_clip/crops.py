@@ -1,4 +1,4 @@
-"""Crops of an image: A-CLIP's three boxes, the augmentations of the three methods, and the dataset of training samples.
+"""Crops of an image: A-CLIP's three boxes, the augmentations of the three methods, and their views of a sample.
 
 Authors' code: microsoft/A-CLIP@0e51942, cited as `U:`, and facebookresearch/SLIP@c6faf5d, cited as `S:`.
 """
@@ -8,7 +8,6 @@ import functools
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
@@ -17,6 +16,7 @@ from shared import data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, in training and evaluation
 RATIO = (3 / 4, 4 / 3)
+NORMALISE = data.ToNormalizedTensor(MEAN, STD).normalise
 
 # ----------------------------------------------------------------------------------------------------------- boxes
 
@@ -57,19 +57,6 @@ def three_boxes(
 
 def crop(image: Image.Image, box: Tensor, size: int) -> Image.Image:
     return resized_crop(image, *box.tolist(), [size, size])
-
-
-def three_crops(
-    image: Image.Image,
-    size: int,
-    scale: tuple[float, float] = (0.5, 1.0),
-    ema_size: int | None = None,
-    released_boxes: bool = False,
-) -> tuple[list[Image.Image], Tensor]:
-    """[view 1, view 2, EMA view], resized bilinearly to `size` (the EMA view to `ema_size`), and their boxes (3, 4)."""
-    boxes = three_boxes(image, scale, released_boxes)
-    sizes = (size, size, size if ema_size is None else ema_size)
-    return [crop(image, box, side) for box, side in zip(boxes, sizes, strict=True)], boxes
 
 
 # --------------------------------------------------------------------------------------------------- augmentations
@@ -129,49 +116,43 @@ def title_and_description(text: str) -> list[str]:
     return [line for part in (title, description) if (line := " ".join(part.split()))]
 
 
-class ViewDataset(Dataset):
-    """Item i: (the method's views, boxes (V+1, 4), tokens (T,), broken samples that were skipped to read it).
+class Views:
+    """Image -> (list of views (3, S, S), boxes (V+1, 4)): the method's views in uint8; `normalise` is for batches.
 
-    aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view.
-    Views are uint8; `normalise` normalises a batch of them. A view depends on seed, epoch and sample only; the first
-    crop is the same for all methods.
+    aclip: V masked views and, with `ema_view`, the EMA view; slip: CLIP's view and two for SimCLR; clip: one view. The
+    first crop is the same for all methods.
     """
 
-    def __init__(self, pairs, cfg, size: int, tokenizer, seed: int, ema_view: bool):
-        self.pairs, self.cfg, self.size, self.tokenizer, self.seed = pairs, cfg, size, tokenizer, seed
-        self.ema_view = ema_view
-        if cfg.keep_in_memory:
-            pairs.read = functools.cache(pairs.read)
+    def __init__(self, cfg, size: int, ema_view: bool):
+        self.cfg, self.size, self.ema_view = cfg, size, ema_view
         own = {"aclip": "aclip", "slip": "plain", "clip": "plain"}[cfg.method]
         online, ssl = ("plain", "plain") if cfg.augmentation == "crop" else (own, "slip")
         self.online, self.ssl, self.plain = (
             data.split_normalisation(view_transform(kind))[0] for kind in (online, ssl, "plain")
         )
-        self.normalise = data.split_normalisation(view_transform("plain"))[1]
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken]]:
+    def pixels(self, image: Image.Image) -> tuple[list[Tensor], Tensor]:
         cfg = self.cfg
-        pair, broken = data.read_item(self.pairs, i, self.seed)
-        views = cfg.views if cfg.method == "aclip" else 1
-        boxes = three_boxes(pair.image, (cfg.crop_scale, 1.0), cfg.released_boxes and views == 2, views)
-        images = [self.online(crop(pair.image, box, self.size)) for box in boxes[:-1]]
+        count = cfg.views if cfg.method == "aclip" else 1
+        boxes = three_boxes(image, (cfg.crop_scale, 1.0), cfg.released_boxes and count == 2, count)
+        views = [self.online(crop(image, box, self.size)) for box in boxes[:-1]]
         if self.ema_view:
-            images.append(self.plain(crop(pair.image, boxes[-1], cfg.ema_image_size or self.size)))
+            views.append(self.plain(crop(image, boxes[-1], cfg.ema_image_size or self.size)))
         if cfg.method == "slip":
-            scale = (0.08 if cfg.ssl_crop_scale is None else cfg.ssl_crop_scale, 1.0)
-            augmented = [torch.tensor(RandomResizedCrop.get_params(pair.image, scale, RATIO)) for _ in range(2)]
-            images += [self.ssl(crop(pair.image, box, self.size)) for box in augmented]
-        caption = pair.caption
-        if cfg.caption_lines:
-            captions = title_and_description(caption)
-            caption = captions[_randint(0, len(captions) - 1)]
-        return images, boxes, self.tokenizer(caption)[0], broken
+            scale = (cfg.ssl_crop_scale, 1.0)
+            augmented = [torch.tensor(RandomResizedCrop.get_params(image, scale, RATIO)) for _ in range(2)]
+            views += [self.ssl(crop(image, box, self.size)) for box in augmented]
+        return views, boxes
+
+    @staticmethod
+    def normalise(found: tuple[list[Tensor], Tensor]) -> tuple[list[Tensor], Tensor]:
+        views, boxes = found
+        return [NORMALISE(view) for view in views], boxes
 
 
-def collate(items: list) -> tuple[list[Tensor], Tensor, Tensor, list[data.Broken]]:
-    images, boxes, tokens, broken = zip(*items, strict=True)
-    stacked = [torch.stack(view) for view in zip(*images, strict=True)]
-    return stacked, torch.stack(boxes), torch.stack(tokens), [b for each in broken for b in each]
+def drawn_caption(caption: str, lines: bool) -> str:
+    """The caption; with `lines`, its title or its description, drawn at random."""
+    if not lines:
+        return caption
+    captions = title_and_description(caption)
+    return captions[_randint(0, len(captions) - 1)]

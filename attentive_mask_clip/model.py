@@ -365,6 +365,16 @@ class CLIP(nn.Module):
             "logit_scale": self.logit_scale.exp(),
         }
 
+    def inputs(self, views: list[Tensor], boxes: Tensor, tokens: Tensor) -> tuple:
+        """The inputs of `forward` from a batch of crops.py's views."""
+        return views[0], tokens
+
+    def loss(self, outputs: dict[str, Tensor], cfg) -> dict[str, Tensor]:
+        return baseline_loss(outputs)
+
+    def update_ema(self, momentum: float) -> None:
+        """Only A-CLIP has EMA towers."""
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Clamp exp(logit_scale) to [1, 100], after every step. U:main.py:346."""
@@ -389,6 +399,12 @@ class SLIP(CLIP):
             "aug1_embed": self.image_mlp(cls_1),
             "aug2_embed": self.image_mlp(cls_2),
         }
+
+    def inputs(self, views: list[Tensor], boxes: Tensor, tokens: Tensor) -> tuple:
+        return views[0], tokens, *views[1:]
+
+    def loss(self, outputs: dict[str, Tensor], cfg) -> dict[str, Tensor]:
+        return baseline_loss(outputs, cfg.temperature, cfg.simclr_weight)
 
 
 class ACLIP(CLIP):
@@ -473,6 +489,13 @@ class ACLIP(CLIP):
             scores.repeat(views, 1), boxes[:-1].flatten(0, 1), boxes[-1].repeat(views, 1), grid
         )  # (V*B, N)
         return attentive_keep_ids(of_views, self.keep_ratio, self.block, "low" if self.mask == "attentive" else "high")
+
+    def inputs(self, views: list[Tensor], boxes: Tensor, tokens: Tensor) -> tuple:
+        masked = views[: boxes.shape[1] - 1]
+        return torch.cat(masked), views[len(masked)] if self.needs_ema_view else None, tokens, boxes
+
+    def loss(self, outputs: dict[str, Tensor], cfg) -> dict[str, Tensor]:
+        return aclip_loss(outputs, cfg.simclr_weight, cfg.byol_weight, cfg.temperature, cfg.simclr_pair)
 
     def forward(self, views: Tensor, ema_view: Tensor | None, tokens: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         """views (V*B, 3, H, W), all first views first; ema_view (B, 3, h, w); tokens (B, T); boxes (B, V+1, 4) int64.

@@ -16,14 +16,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attentive_mask_clip.config import PRESETS, Config, check, check_model
-from attentive_mask_clip.crops import ViewDataset, collate, eval_transform, three_crops  # noqa: F401
-from attentive_mask_clip.model import ACLIP, CLIP, Towers, aclip_loss, baseline_loss, create_model
-from shared import cli, data, run, windows
-from shared.clip import cut_padding, set_grad_checkpointing
+from attentive_mask_clip.config import PRESETS, Config
+from attentive_mask_clip.crops import Views, drawn_caption, eval_transform
+from attentive_mask_clip.model import ACLIP, CLIP, Towers, create_model
+from shared import cli, data, run
+from shared.clip import set_grad_checkpointing
+from shared.corpus import open_corpus
 from shared.zeroshot import quick_top1
 
-# -------------------------------------------------------------------------------------------- schedules and optimizer
+# ---------------------------------------------------------------------------------------------------------- one step
+
+
+def train_step(
+    model: nn.Module,
+    batch: tuple[list[Tensor], Tensor, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    lr: float,
+    momentum: float,
+    cfg: Config,
+) -> dict[str, Tensor]:
+    """One optimizer step on (views, boxes (B, V+1, 4), tokens (B, T)). U:main.py:307-346.
+
+    Returns the losses by name, averaged over micro-batches, each of which has a softmax of its own, as upstream's.
+    """
+    bare, (views, boxes, tokens) = run.bare(model), batch
+    for group in optimizer.param_groups:
+        group["lr"] = float(lr) * group.get("lr_scale", 1.0)  # a NumPy number would not load with weights_only
+    bare.update_ema(momentum)  # before the forward pass, once per step for any number of micro-batches
+    optimizer.zero_grad()
+    total: dict[str, Tensor] = {}
+    size = len(tokens) // cfg.accumulate
+    for i in range(cfg.accumulate):
+        micro = slice(i * size, (i + 1) * size)
+        alone = isinstance(model, DistributedDataParallel) and i + 1 < cfg.accumulate  # synchronise gradients once
+        with model.no_sync() if alone else contextlib.nullcontext():
+            inputs = bare.inputs([view[micro] for view in views], boxes[micro], tokens[micro])
+            with run.autocast(cfg.precision, tokens.device):
+                outputs = model(*inputs)
+            losses = bare.loss(outputs, cfg)
+            scaler.scale(losses["loss"] / cfg.accumulate).backward()
+        for name, value in losses.items():
+            total[name] = total.get(name, 0.0) + value.detach() / cfg.accumulate
+    scaler.step(optimizer)
+    scaler.update()
+    bare.clamp_logit_scale()
+    return total
+
+
+# ------------------------------------------------------------------------------------ schedules and parameter groups
 
 
 def cosine_schedule(
@@ -49,7 +90,7 @@ def schedules(cfg: Config, per_epoch: int) -> tuple[np.ndarray, np.ndarray]:
 TEXT_TOWER = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 
 
-def param_groups(model: nn.Module, weight_decay: float, text_lr: float = 1.0) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, text_lr: float = 1.0) -> list[dict]:
     """Parameter groups with and without weight decay; frozen parameters and EMA copies are in neither. U:main.py:110.
 
     No decay for vectors and scalars and for names with "bias", "ln" or "bn". Embeddings, [CLS] and projections decay.
@@ -68,154 +109,63 @@ def param_groups(model: nn.Module, weight_decay: float, text_lr: float = 1.0) ->
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------- one step
-
-
-def forward_losses(
-    model: nn.Module, images: list[Tensor], boxes: Tensor, tokens: Tensor, cfg: Config, precision: str
-) -> dict[str, Tensor]:
-    """Forward pass and losses of one micro-batch; `images` are the views in the order of `ViewDataset`."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    with run.autocast(precision, tokens.device):
-        if isinstance(bare, ACLIP):
-            views = torch.cat(images[: cfg.views])
-            outputs = model(views, images[cfg.views] if bare.needs_ema_view else None, tokens, boxes)
-        else:
-            outputs = model(images[0], tokens, *images[1:])
-    if isinstance(bare, ACLIP):
-        return aclip_loss(outputs, cfg.simclr_weight, cfg.byol_weight, cfg.temperature, cfg.simclr_pair)
-    return baseline_loss(outputs, cfg.temperature, cfg.simclr_weight)
-
-
-def train_step(
-    model: nn.Module,
-    batch: tuple[list[Tensor], Tensor, Tensor],
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    momentum: float,
-    cfg: Config,
-    precision: str = "fp32",
-    scaler: torch.amp.GradScaler | None = None,
-) -> dict[str, Tensor]:
-    """Run one optimizer step on (images, boxes, tokens), with the forward pass in `precision`. U:main.py:307-346.
-
-    Returns the losses by name, averaged over micro-batches. Without `scaler` the loss is not scaled.
-    """
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    images, boxes, tokens = batch
-    scaler = scaler or torch.amp.GradScaler(tokens.device.type, enabled=False)
-    for group in optimizer.param_groups:
-        group["lr"] = float(lr) * group.get("lr_scale", 1.0)  # a NumPy number would not load with weights_only
-    if isinstance(bare, ACLIP):
-        bare.update_ema(momentum)  # before the forward pass, once per step for any number of micro-batches
-    optimizer.zero_grad()
-    total: dict[str, Tensor] = {}
-    size = len(tokens) // cfg.accumulate
-    for i in range(cfg.accumulate):
-        micro = slice(i * size, (i + 1) * size)
-        alone = isinstance(model, DistributedDataParallel) and i + 1 < cfg.accumulate  # synchronise gradients once
-        with model.no_sync() if alone else contextlib.nullcontext():
-            views = [view[micro] for view in images]
-            losses = forward_losses(model, views, boxes[micro], tokens[micro], cfg, precision)
-            scaler.scale(losses["loss"] / cfg.accumulate).backward()
-        for name, value in losses.items():
-            total[name] = total.get(name, 0.0) + value.detach() / cfg.accumulate
-    scaler.step(optimizer)
-    scaler.update()
-    bare.clamp_logit_scale()
-    return total
-
-
 # -------------------------------------------------------------------------------------------------------- the script
 
 
-def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device, precision: str) -> dict[str, float]:
+def zero_shot_top1(model: CLIP, tokenizer, cfg: Config, device: torch.device) -> dict[str, float]:
     """zero_shot_top1 (percent, on `cfg.eval_set`) of the online towers, and zero_shot_top1_ema of A-CLIP's EMA towers.
     U:main.py:262-263 uses seven templates; here prompts are plain class names."""
     named = {"": Towers(model, ema=False)} | ({"_ema": Towers(model)} if isinstance(model, ACLIP) else {})
-    view, workers = eval_transform(model.image_size), windows.evaluation_workers(cfg)
-    common = view, cfg.eval_set, device, run.DTYPES[precision], workers
+    common = eval_transform(model.image_size), cfg.eval_set, device, cfg.precision
     return {f"zero_shot_top1{name}": quick_top1(towers, tokenizer, *common) for name, towers in named.items()}
 
 
-def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print the plan of a run: parameters, tokens, steps, learning rates, momenta, memory of the training step."""
-    check_model(cfg)
-    cli.check_batch(cfg, world_size)
-    model = create_model(cfg.method, cfg.model, **cfg.model_settings())
-    n = data.planned_size(cfg)
-    per_epoch = n // cfg.batch_size
-    lrs, momenta = schedules(cfg, per_epoch)
-    last = len(lrs) - 1
-    steps = sorted({0, min(round(cfg.warmup_epochs * per_epoch), last), last // 2, last}) if len(lrs) else ()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+def dry_run(cfg: Config, process: run.Process, model: CLIP) -> None:
+    """Print the plan of a run, with the patches that are kept."""
+    samples = data.planned_size(cfg)
+    lrs, momenta = schedules(cfg, samples // cfg.batch_size)
 
-    def rates(step: int) -> str:
-        text = f", text tower {cfg.text_lr * lrs[step]:.3e}" if cfg.text_lr != 1 else ""
-        ema = f", EMA momentum {momenta[step]:.6f}" if cfg.method == "aclip" else ""
-        return f"{lrs[step]:.3e}{text}{ema}, at step {step:,}"
+    def rates(step: int) -> dict[str, float]:
+        found = {"": lrs[step]} | ({"text tower": cfg.text_lr * lrs[step]} if cfg.text_lr != 1 else {})
+        return found | ({"EMA momentum": momenta[step]} if cfg.method == "aclip" else {})
 
     images, boxes, tokens = blank_batch(model, cfg)
-    kept, patches = "", (model.image_size // model.patch_size) ** 2
+    patches = (model.image_size // model.patch_size) ** 2
+    kept = f"{patches}"
     if isinstance(model, ACLIP) and cfg.mask != "none":
         noise = torch.zeros(1, patches)
-        kept = f", {model.keep_ids(noise, boxes[:1, -2:], noise).shape[1]} kept in each of {cfg.views} views"
-    cli.show_plan(
-        [
-            ("parameters", f"{trained:,} trained, {frozen:,} frozen or EMA"),
-            ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs" if n else "all of --data"),
-            cli.disk_row(n, trained, frozen),
-            cli.batch_row(cfg, world_size),
-            *([cli.step_row(per_epoch * cfg.epochs, per_epoch)] if n else []),
-            *(("learning rate", rates(step)) for step in steps),
-            ("patches", f"{patches}{kept}"),
-            *cli.memory_rows(
-                lambda: forward_losses(model, images, boxes, tokens, cfg, "fp32"),
-                cfg.batch_size / world_size / cfg.accumulate,
-                trained,
-                4 * frozen,
-                "gradients, AdamW, EMA",
-                model if cfg.grad_checkpointing else None,
-            ),
-        ]
-    )
+        kept += f", {model.keep_ids(noise, boxes[:1, -2:], noise).shape[1]} kept in each of {cfg.views} views"
+    warmup = min(round(cfg.warmup_epochs * (samples // cfg.batch_size)), max(len(lrs) - 1, 0))
+    rows = [("patches", kept)]
+    cli.show_run(cfg, process, model, model.inputs(images, boxes, tokens), len(lrs), rates, rows, warmup=warmup)
 
 
 def blank_batch(model: CLIP, cfg: Config, samples: int = 2) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(images, boxes, tokens) of blank samples with captions of full length, in the shapes of a training step."""
-    size = model.image_size
-    images = [torch.zeros(samples, 3, size, size)] * {"aclip": cfg.views, "slip": 3, "clip": 1}[cfg.method]
+    """(views, boxes, tokens) of blank samples with captions of full length, in the shapes of a training step."""
+    size, count = model.image_size, cfg.views if cfg.method == "aclip" else 1
+    views = [torch.zeros(samples, 3, size, size)] * (3 if cfg.method == "slip" else count)
     if isinstance(model, ACLIP) and model.needs_ema_view:
         side = cfg.ema_image_size or size
-        images.append(torch.zeros(samples, 3, side, side))
-    boxes = torch.tensor([[[0, 0, size, size]] * (cfg.views + 1)] * samples)
+        views.append(torch.zeros(samples, 3, side, side))
+    boxes = torch.tensor([[[0, 0, size, size]] * (count + 1)] * samples)
     tokens = torch.ones(samples, model.context_length, dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
-    return images, boxes, tokens
+    return views, boxes, tokens
 
 
 def main(cfg: Config) -> Path | None:
-    """Train, or print the plan of a dry run. Returns the run folder."""
-    process = run.setup(cfg.seed, cfg.device)
-    if cfg.dry_run:
-        return dry_run(cfg, process.world_size) if process.main else None
-    check(cfg, process.world_size)
-    return train(cfg, process)
-
-
-def train(cfg: Config, process: run.Process | None = None) -> Path:
     """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
-    process = process or run.setup(cfg.seed, cfg.device)
-    precision = run.resolve_precision(cfg.precision, process.device)
+    process = run.setup(cfg.seed, cfg.device)
+    cfg.check(process.world_size)
 
-    # Model, tokenizer, optimizer; from the checkpoint if there is one
-    model: CLIP = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(process.device)
-    set_grad_checkpointing(model, cfg.grad_checkpointing)
-    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
-    groups, betas = param_groups(model, cfg.weight_decay, cfg.text_lr), (cfg.beta1, cfg.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
+    # Model and optimizer, with the state of the last checkpoint if there is one
+    model: CLIP = create_model(cfg.method, cfg.model, **cfg.model_settings())
+    if cfg.dry_run:
+        return dry_run(cfg, process, model)
+    set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.text_lr)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw, fused=True)
+    scaler = run.grad_scaler(cfg, process)
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
     if folder.finished(epoch=cfg.epochs):
@@ -223,28 +173,22 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
     first, start, best = folder.state["epoch"], folder.state["batch"], folder.state.get("best", {})
 
     # Data
-    pairs = windows.open_pairs(cfg, process)
-    data.check_pairs(pairs, cfg, folder.state, process)
-    per_epoch = len(pairs) // cfg.batch_size
+    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
+    view = Views(cfg, model.image_size, isinstance(model, ACLIP) and model.needs_ema_view)
+    text = lambda pair: tokenizer(drawn_caption(pair.caption, cfg.caption_lines))[0]  # noqa: E731
+    corpus = open_corpus(cfg, process, text, cut_padding=True)
+    per_epoch = corpus.steps
     lrs, momenta = schedules(cfg, per_epoch)
-    ema_view = isinstance(model, ACLIP) and model.needs_ema_view
-    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(pairs), data=pairs.fingerprint)
-    ddp = DistributedDataParallel(model) if process.world_size > 1 else model
-    dataset = ViewDataset(pairs, cfg, model.image_size, tokenizer, cfg.seed, ema_view)
-    loader = windows.training_batches(dataset, collate, cfg, process, range(first, cfg.epochs), start)
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(corpus), data=corpus.fingerprint)
+    network = run.distributed(model, process)
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        broken = list(pairs.broken)
-        label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
-        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (images, boxes, tokens, _) in enumerate(data.collect_broken(batches, broken), start + 1):
+        for batch, (_, (views, boxes), tokens) in enumerate(corpus.epoch(epoch, view, start), start + 1):
             step = per_epoch * epoch + batch  # from 1
-            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # a resumed run draws the same masks
-            images = [dataset.normalise(view.to(process.device, non_blocking=True)) for view in images]
-            boxes, tokens = boxes.to(process.device, non_blocking=True), cut_padding(tokens, process.device)
+            run.seed_step(cfg, step, process)  # a resumed run draws the same masks
             lr, momentum = lrs[step - 1], momenta[step - 1]
-            losses = train_step(ddp, (images, boxes, tokens), optimizer, lr, momentum, cfg, precision, scaler)
+            losses = train_step(network, (views, boxes, tokens), optimizer, scaler, lr, momentum, cfg)
             if step % cfg.log_every == 0 or batch == 1:
                 losses = run.over_ranks(losses)
                 folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **losses)
@@ -252,13 +196,13 @@ def train(cfg: Config, process: run.Process | None = None) -> Path:
                 folder.save(step, epoch=epoch, batch=batch, best=best)
 
         done, start, is_best = per_epoch * (epoch + 1), 0, False
-        if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs):
+        if folder.evaluates(epoch + 1, cfg.epochs):
             with folder.evaluation(done, epoch=epoch, batch=per_epoch, best=best):
-                measured = zero_shot_top1(model, tokenizer, cfg, process.device, precision)
+                measured = zero_shot_top1(model, tokenizer, cfg, process.device)
             folder.log(done, epoch=epoch, **measured)
             is_best = cfg.keep_best and measured["zero_shot_top1"] > best.get(cfg.eval_set, -math.inf)
             best |= {cfg.eval_set: measured["zero_shot_top1"]} if is_best else {}
-        data.report_broken(broken, process, f"epoch {epoch + 1}")
+        corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or epoch + 1 == cfg.epochs or is_best:
             folder.save(done, is_best, epoch=epoch + 1, batch=0, best=best)
     folder.close("--sets FOLDER --probe None --foreground None")

@@ -9,9 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from shared import cli
 from shared.errors import UserError
-from shared.presets import EMBEDDED, NOT_STATED, OWN, Row
+from shared.settings import BaseConfig, Beta, Count, Number, Positive, Rate, Share, Whole, check_limits
 
 # -------------------------------------------------------------------------------------------------------- pre-training
 
@@ -19,82 +18,53 @@ NOISE = (0, 5, 10, 20, 30)  # per cent
 
 
 @dataclasses.dataclass
-class PretrainConfig:
-    """Pre-training on noisy supervision: an image classifier on labels, or a CLIP on captions."""
+class PretrainConfig(BaseConfig):
+    """Pre-training on noisy supervision: an image classifier on labels, or a CLIP on captions.
 
-    out: str = "runs/nmtune/pretrain"
-    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    `data` of supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt; of
+    clip: shards or a .tsv; of both: data/emoji:TASK:pretrain.
+    """
+
     kind: Literal["supervised", "clip"] = "supervised"
     """supervised: a timm model on labels. clip: an open_clip model on image-text pairs."""
-    data: str = ""
-    """supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt. clip:
-    shards 'yfcc15m/{00000..01538}.tar' or a .tsv. Both: data/emoji:TASK:pretrain."""
-    dataset_size: int | None = None
-    """Number of samples to use, from the start of the data; None uses all. Only for clip."""
-    window_shards: int = 0
-    """0: all shards are on disk, and samples are shuffled over all of them. S: each process reads its shards S at a
-    time, fetched ahead and removed afterwards, so that the data may be larger than the disk. --dataset-size is then the
-    number of samples per epoch: if the shards hold more, each epoch leaves out different ones; if fewer, samples
-    repeat. Captions are then swapped within each shard. Only for clip."""
-    cache: str = "data/cache"
-    """Folder for copies of remote shards, and for the index of large data."""
-    noise: float = 0.0
+    noise: Share = 0.0
     """Noise ratio gamma: this share of the labels is flipped, or int(N gamma/2) swaps exchange captions of random
     pairs. The share that really changed is printed, and stored in the checkpoint."""
     exclude_true: bool = True
     """Flip labels only to other classes (the paper). Off: to any class, including the true one (upstream's routine)."""
     asymmetric: bool = False
     """Flip a label to the next class instead of a random one: all wrong labels of a class are then the same."""
-    noise_seed: int | None = None
+    noise_seed: Whole | None = None
     """Seed of the noise; None: `seed`."""
-    keep_in_memory: bool = False
-    """Decode a small corpus once and augment whole batches. Off: decode each sample whenever it is used."""
     model: str = "resnet50"
     """timm or open_clip model."""
-    epochs: int = 90
+    epochs: Count = 90
     """Passes over the data."""
-    batch_size: int = 1024
+    batch_size: Count = 1024
     """Images per step, over all processes together."""
-    accumulate: int = 1
-    """Micro-batches a step, to save memory. Gradients equal those of one batch; the model's forward pass runs twice.
-    Batch norms (of ResNets) normalise each micro-batch separately."""
-    grad_checkpointing: bool = False
-    """Recompute the model's activations in the backward pass: less memory, one more forward pass."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has Nesterov momentum 0.9. Biases and gains have no weight decay with either."""
-    lr: float = 0.5
+    lr: Rate = 0.5
     """Peak learning rate; it falls to 0 along a cosine."""
-    warmup: int = 5000
+    warmup: Whole = 5000
     """Steps of linear warm-up."""
-    weight_decay: float = 5e-5
+    weight_decay: Rate = 5e-5
     """Decay of matrices."""
-    beta2: float = 0.999
+    beta2: Beta = 0.999
     """AdamW's beta2; open_clip's default is 0.98 for a ViT."""
-    eps: float = 1e-8
+    eps: Rate = 1e-8
     """AdamW's epsilon; open_clip's default is 1e-6 for a ViT."""
-    label_smoothing: float = 0.0
-    """Label smoothing of the supervised cross-entropy."""
-    crop_scale: float = 0.08
+    crop_scale: Share = 0.08
     """Smallest share of an image that a training crop covers (supervised; clip has open_clip's 0.9)."""
 
-    seed: int = 0
-    """Seed of initial weights, noise, shuffles and views."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the processor supports it. Losses are always in fp32."""
-    workers: int = 8
-    """Loader processes per training process; they do not change the order of samples."""
-    strict: bool = False
-    """Stop at the first broken sample instead of counting and replacing it."""
-    save_every: int = 1000
-    """Steps between checkpoints; there is one at the end, too."""
-    keep_every: int = 0
-    """Keep the checkpoint of every N-th step as checkpoint-STEP.pt; 0 keeps none."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    dry_run: bool = False
-    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+    def check(self, world_size: int) -> None:
+        super().check(world_size)
+        if self.kind == "supervised" and self.dataset_size is not None:
+            raise UserError("--dataset-size is for --kind clip, not for labelled images")
+        if self.kind == "clip" and self.asymmetric:
+            raise UserError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
+        if self.stream:
+            raise UserError("--stream has no rows whose labels or captions could be changed: leave it out")
 
 
 SMALL_SUPERVISED = PretrainConfig(  # little decay and weak crops, so that it memorises some of the wrong labels
@@ -133,55 +103,20 @@ def noise_levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict
 
 
 PRETRAIN_PRESETS = {
-    "small-sup": ("small ResNet on your own labelled --data; --noise flips labels", SMALL_SUPERVISED),
-    "small-clip": ("small CLIP on your own --data; --noise swaps captions", SMALL_CLIP),
-    **noise_levels("emoji-sup", "small ResNet on names of emoji", EMOJI_SUPERVISED),
-    **noise_levels("emoji-clip", "small CLIP on emoji captions", EMOJI_CLIP),
-    **noise_levels("in1k-rn50", "ResNet-50 on ImageNet-1K labels", IN1K),
+    "small-sup": ("ours: small ResNet on your own labelled --data; --noise flips labels", SMALL_SUPERVISED),
+    "small-clip": ("ours: small CLIP on your own --data; --noise swaps captions", SMALL_CLIP),
+    **noise_levels("emoji-sup", "ours: small ResNet on names of emoji", EMOJI_SUPERVISED),
+    **noise_levels("emoji-clip", "ours: small CLIP on emoji captions", EMOJI_CLIP),
+    **noise_levels("in1k-rn50", "figures, controlled study: ResNet-50 on ImageNet-1K labels", IN1K),
     # upstream's run names state the batch per GPU (256 or 512) but not the number of GPUs; 8 are assumed here
     **noise_levels(
         "yfcc15m-rn50",
-        "CLIP RN50 on YFCC15M captions",
+        "figures, controlled study: CLIP RN50 on YFCC15M captions",
         YFCC,
         batch_size={0: 2048, 5: 2048, 10: 4096, 20: 4096, 30: 2048},
     ),
     **noise_levels("cc12m-yfcc15m-vit-b-16", "journal: CLIP ViT-B/16 on CC12M + YFCC15M captions", JOURNAL),
 }
-
-
-def check_pretrain(cfg: PretrainConfig, world_size: int) -> None:
-    """Raise ValueError on invalid settings before work starts."""
-    if not cfg.data:
-        wanted = (
-            "image-text shards in img2dataset layout, e.g. --data 'yfcc15m/{00000..01538}.tar'"
-            if cfg.kind == "clip"
-            else "labelled images, e.g. --data /data/imagenet/train or --data /data/wds_imagenet1k:train"
-        )
-        raise UserError(f"--data is missing: it takes {wanted}")
-    if cfg.kind == "supervised" and (cfg.dataset_size is not None or cfg.window_shards):
-        raise UserError("--dataset-size and --window-shards are for --kind clip, not for labelled images")
-    if cfg.kind == "clip" and cfg.asymmetric:
-        raise UserError("--asymmetric applies to labels: leave it out with --kind clip, which swaps captions")
-    cli.check_in_memory(cfg)
-    if ":pretrain" in cfg.data and cfg.window_shards:
-        raise UserError("--window-shards reads whole shards, but :pretrain selects some of their samples: leave it out")
-    check_numbers(cfg, world_size)
-
-
-def check_numbers(cfg: "PretrainConfig | Config | FinetuneConfig", world_size: int) -> None:
-    """Raise ValueError on numbers that are out of range; a dry run checks only these."""
-    for name in ("noise", "label_noise", "label_smoothing"):
-        if not 0 <= getattr(cfg, name, 0) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share between 0 and 1")
-    for name in ("train_fraction", "crop_scale"):
-        if not 0 < getattr(cfg, name, 1) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is a share above 0, at most 1")
-    names = {field.name for field in dataclasses.fields(cfg)}
-    cli.check_counts(cfg, *names & {"epochs", "batch_size", "save_every", "log_every", "svd_k", "dataset_size"})
-    cli.check_counts(cfg, *names & {"warmup", "workers", "layers", "window_shards", "keep_every"}, least=0)
-    cli.check_positive(cfg, *names & {"ratio"})
-    cli.check_rates(cfg, *names & {"lr", "weight_decay", "w_mse", "w_cov", "w_svd"})
-    cli.check_batch(cfg, world_size)
 
 
 # -------------------------------------------------------------------------------------------------------------- tuning
@@ -209,32 +144,32 @@ class Config:
     data/emoji:TASK:tune."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, paths as in `data`."""
-    train_fraction: float = 1.0
+    train_fraction: Share = 1.0
     """Keep this share of every class of the training set."""
-    label_noise: float = 0.0
+    label_noise: Share = 0.0
     """Flip this share of the training labels to any class (upstream's noise of the *downstream* set)."""
 
     method: Literal["lp", "mlp", "nmtune"] = "nmtune"
     """lp: linear classifier. mlp: NMTune's head with only cross-entropy. nmtune: with its three regularisers."""
     zero_shot: bool = False
     """Initialise the linear probe of a CLIP with text embeddings of the class names; features have length 1."""
-    w_mse: float = 1.0
+    w_mse: Rate = 1.0
     """Weight of L_MSE."""
     mse_sum: bool = False
     """L_MSE sums over the D dimensions, as in the paper. Off: it is their mean, as in the authors' code."""
-    w_cov: float = 0.04
+    w_cov: Rate = 0.04
     """Weight of L_COV."""
-    w_svd: float = 0.001
+    w_svd: Rate = 0.001
     """Weight of L_SVD."""
-    svd_k: int = 5
+    svd_k: Count = 5
     """Number of leading singular values in L_SVD; 1 in the paper."""
-    ratio: float = 4.0
+    ratio: Positive = 4.0
     """Hidden width of the MLP divided by the feature dimension D."""
-    layers: int = 1
+    layers: Whole = 1
     """Hidden layers of the MLP."""
     residual: bool = True
     """z = scale * MLP(f) + f; off: z = MLP(f)."""
-    scale_init: float = 1.0
+    scale_init: Number = 1.0
     """Initial scale of the MLP's output in the residual connection."""
     views: Literal["eval", "train", "train+rand"] = "train"
     """eval: one view of each image by the evaluation transform, encoded once (upstream's LP). train: two training
@@ -242,33 +177,33 @@ class Config:
     bank: int = 0
     """V: encode V training views of each image once, and draw two of them in every step. 0: encode new views."""
 
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training set."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per step, over all processes together; with two views, a batch has both views of each image."""
-    lr: float = 1e-3
+    lr: Rate = 1e-3
     """AdamW's learning rate; a cosine by step takes it to 0."""
-    warmup: int = 0
+    warmup: Whole = 0
     """Steps of linear warm-up."""
-    weight_decay: float = 1e-4
+    weight_decay: Rate = 1e-4
     """AdamW's decay of all trained parameters, gains and biases included."""
     select: bool = False
     """Select learning rate and weight decay on a held-out fifth of every class, then tune on the whole training set.
     For your own features."""
 
-    seed: int = 3907
+    seed: Whole = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder; heads and losses are always in fp32."""
-    workers: int = 4
+    workers: Whole = 4
     """Loader processes per training process; they do not change the order of samples."""
     strict: bool = False
     """Stop at the first broken image instead of counting and replacing it."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between checkpoints; there is one at the end, too."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
@@ -282,10 +217,13 @@ class Config:
 
 LP = Config(method="lp", lr=1e-2, views="eval")
 METHODS = {
-    "lp": ("linear probe, evaluation view", LP),
-    "lp-views": ("linear probe on NMTune's two views", dataclasses.replace(LP, views="train")),
-    "mlp": ("MLP baseline: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
-    "nmtune": ("NMTune with the authors' weights", Config()),
+    "lp": ("authors' README, any encoder: linear probe, evaluation view", LP),
+    "lp-views": (
+        "ours, a control: linear probe on NMTune's two views",
+        dataclasses.replace(LP, views="train"),
+    ),
+    "mlp": ("the paper's baseline: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
+    "nmtune": ("authors' README, any encoder: NMTune with the authors' weights", Config()),
     "nmtune-lambda": (
         "NMTune with the paper's one weight, k = 1 and undivided L_MSE",
         Config(w_mse=0.01, mse_sum=True, w_cov=0.01, w_svd=0.01, svd_k=1),
@@ -318,19 +256,19 @@ PRESETS = {
         for method in ("lp", "mlp", "nmtune")
     },
     **{
-        f"emoji-{method}": (f"embedded corpus: {what}", dataclasses.replace(cfg, **EMOJI))
+        f"emoji-{method}": (f"ours, embedded corpus: {what}", dataclasses.replace(cfg, **EMOJI))
         for method, (what, cfg) in METHODS.items()
     },
     **{
         f"own-{method}": (
-            f"your own features, learning rate and weight decay selected: {METHODS[method][0]}",
+            f"ours, your own features, learning rate and weight decay selected: {METHODS[method][0]}",
             dataclasses.replace(METHODS[method][1], select=True),
         )
         for method in ("lp", "mlp", "nmtune")
     },
     **{
         f"emoji-lite0-{method}": (
-            f"EfficientNet-Lite0's features of the embedded corpus: {METHODS[method][0]}",
+            f"ours, EfficientNet-Lite0's features of the embedded corpus: {METHODS[method][0]}",
             dataclasses.replace(METHODS[method][1], **LITE0),
         )
         for method in ("lp", "mlp", "nmtune")
@@ -351,6 +289,15 @@ def named_tests(tests: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--tests {test}: {name} has a meaning of its own in a features file; choose another name")
         found[name] = path
     return found
+
+
+def check_numbers(cfg: "Config | FinetuneConfig", world_size: int) -> None:
+    """UserError on numbers that are out of range; a dry run checks only these."""
+    check_limits(cfg)
+    if getattr(cfg, "train_fraction", 1) == 0:
+        raise UserError("--train-fraction must be above 0, not 0")
+    if cfg.batch_size % world_size:
+        raise UserError(f"--batch-size {cfg.batch_size} cannot be divided evenly among {world_size} processes")
 
 
 def check(cfg: Config, world_size: int = 1) -> None:
@@ -402,37 +349,37 @@ class FinetuneConfig:
     """Test sets as NAME=PATH, paths as in `data`."""
     lora: bool = False
     """Train only rank-8 adapters of the blocks' MLPs and the classifier."""
-    w_cov: float = 0.04
+    w_cov: Rate = 0.04
     """Weight of L_COV on the encoder's features."""
-    w_svd: float = 0.001
+    w_svd: Rate = 0.001
     """Weight of L_SVD on the encoder's features."""
-    svd_k: int = 5
+    svd_k: Count = 5
     """Leading singular values in L_SVD."""
-    epochs: int = 30
+    epochs: Count = 30
     """Passes over the training set."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per step."""
     grad_checkpointing: bool = False
     """Recompute the encoder's activations in the backward pass: less memory, one more forward pass."""
-    lr: float = 1e-4
+    lr: Rate = 1e-4
     """AdamW's learning rate; a cosine by step takes it to 0."""
-    warmup: int = 0
+    warmup: Whole = 0
     """Steps of linear warm-up."""
-    weight_decay: float = 1e-4
+    weight_decay: Rate = 1e-4
     """AdamW's decay of all trained parameters."""
-    seed: int = 3907
+    seed: Whole = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Autocast of the encoder; losses are always in fp32."""
-    workers: int = 4
+    workers: Whole = 4
     """Loader processes; they do not change the order of samples."""
     strict: bool = False
     """Stop at the first broken image instead of counting and replacing it."""
-    save_every: int = 500
+    save_every: Count = 500
     """Steps between checkpoints; there is one at the end, too."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     dry_run: bool = False
     """Print sizes and schedule, and stop; needs no data."""
@@ -443,17 +390,20 @@ EMOJI_TUNE = dict(
     tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
 )  # fmt: skip
 FINETUNE_PRESETS = {
-    "full": ("all of the encoder, with both regularisers", FinetuneConfig()),
-    "full-plain": ("all of the encoder, cross-entropy alone", FinetuneConfig(w_cov=0.0, w_svd=0.0)),
-    "lora": ("rank-8 adapters, with both regularisers", FinetuneConfig(lora=True, lr=1e-3)),
-    "lora-plain": ("rank-8 adapters, cross-entropy alone", FinetuneConfig(lora=True, lr=1e-3, w_cov=0.0, w_svd=0.0)),
-    "emoji-full": ("embedded corpus: all of the encoder", FinetuneConfig(**EMOJI_TUNE, lr=5e-4)),
+    "full": ("journal: all of the encoder, with both regularisers", FinetuneConfig()),
+    "full-plain": ("journal: all of the encoder, cross-entropy alone", FinetuneConfig(w_cov=0.0, w_svd=0.0)),
+    "lora": ("journal: rank-8 adapters, with both regularisers", FinetuneConfig(lora=True, lr=1e-3)),
+    "lora-plain": (
+        "journal: rank-8 adapters, cross-entropy alone",
+        FinetuneConfig(lora=True, lr=1e-3, w_cov=0.0, w_svd=0.0),
+    ),
+    "emoji-full": ("ours, embedded corpus: all of the encoder", FinetuneConfig(**EMOJI_TUNE, lr=5e-4)),
     "emoji-full-plain": (
-        "embedded corpus: all of the encoder, cross-entropy alone",
+        "ours, embedded corpus: all of the encoder, cross-entropy alone",
         FinetuneConfig(**EMOJI_TUNE, lr=5e-4, w_cov=0.0, w_svd=0.0),
     ),
     "emoji-lora": (
-        "embedded corpus: adapters of `pretrain emoji-clip-30 --model ViT-emoji --out runs/nmtune/clip-vit-30`",
+        "ours, embedded corpus: adapters of `pretrain emoji-clip-30 --model ViT-emoji --out runs/nmtune/clip-vit-30`",
         FinetuneConfig(**{**EMOJI_TUNE, "encoder": "runs/nmtune/clip-vit-30"}, lora=True, lr=2e-3),
     ),
 }
@@ -489,9 +439,9 @@ class StudyConfig:
     """Number of tuning seeds of every head."""
     bank: int = 4
     """Training views of each image, encoded once; two of them are drawn in every step."""
-    epochs: int = 15
+    epochs: Count = 15
     """Passes over the training set."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per step."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -509,62 +459,4 @@ class HeadStudyConfig:
     """auto, cpu, cuda, cuda:N or mps."""
 
 
-# ---------------------------------------------------------------------------------------- rows of the paper's tables
-
-KNOWN = {  # numbers of the paper that other texts quote
-    "swin-l-lp": "accuracy, 14 ID sets 81.91, 4 DomainNet sets 50.88 % (quoted by others)",
-    "swin-l-nmtune": "accuracy, 14 ID sets 84.16, 4 DomainNet sets 52.35 % (quoted by others)",
-    "convnext-l-lp": "accuracy, 4 DomainNet sets 66.86 % (quoted by others)",
-    "convnext-l-nmtune": "accuracy, 4 DomainNet sets 70.30 % (quoted by others)",
-}
-TASKS, FIGURES = "14 ID sets, 4 DomainNet sets", "figures, controlled study"
-README = "authors' README"
-SOURCE_OF = {  # methods that the authors' README has no command for
-    "nmtune-lambda": "the paper's weights, quoted by others",
-    "mlp": "the paper's baseline",
-    "lp-views": "control of the views",
-}
-SOURCES = {"in1k-rn50": "ImageNet-1K", "yfcc15m-rn50": "YFCC15M", "cc12m-yfcc15m-vit-b-16": "CC12M + YFCC15M"}
-
-
-def tuning_row(name: str) -> Row:
-    """The row of a preset of train.py."""
-    if name in METHODS:
-        return Row(f"{SOURCE_OF.get(name, README)}, any encoder", TASKS)
-    if name.startswith("own-"):
-        return Row("ours, as the above", "your own features", number="none")
-    encoder, method = name.rsplit("-", 1)
-    return Row(
-        f"{FIGURES if encoder in SOURCES else 'public models'}, {ENCODERS[encoder][0]}, {method}",
-        TASKS,
-        number=KNOWN.get(name, NOT_STATED),
-    )
-
-
-def pretraining_row(name: str) -> Row:
-    """The row of a preset of pretrain.py."""
-    encoder, noise = name.rsplit("-", 1)
-    paper = "journal" if encoder.startswith("cc12m") else f"{FIGURES}, {SOURCES[encoder]}"
-    return Row(f"{paper}, {int(noise)} % noise", SOURCES[encoder])
-
-
-LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "GLUE and GLUE-X, BERT-L, RoBERTa-L, GPT-2": "`nmtune.extract texts` takes any encoder; then a preset of a head",
-    "GLUE and GLUE-X, text-ada-002": "`nmtune.extract answers` reads an API's answers; then a preset of a head",
-    "few-shot ImageNet, WiSE-FT, Country211, STL10, DMLab, iWildCam": (
-        "the authors have loaders or scripts; whether the tables have rows for them could not be read"
-    ),
-    "ImageNet models of cifar100_noise": "only the names of these models are known",
-    "shares of the training data": "an option: `nmtune.train --train-fraction`",
-    "CLIP tuned on ImageNet, tested on its variants": "`nmtune.train --benchmark imagenet` on any encoder's features",
-    "SVE and LSVR, zero-shot quality by noise": "evaluations of the same encoders: `nmtune.eval`",
-    "journal: other label noise": "its definition could not be read; `nmtune.pretrain --asymmetric`",
-}
-PAPER_ROWS = {
-    script: {name: {"emoji": EMBEDDED, "small": OWN}.get(name.split("-")[0]) or row(name) for name in presets}
-    for script, presets, row in (
-        ("pretrain", PRETRAIN_PRESETS, pretraining_row),
-        ("train", PRESETS, tuning_row),
-        ("finetune", FINETUNE_PRESETS, lambda name: Row(f"journal, {name}", TASKS)),
-    )
-}
+SCRIPTS = {"pretrain": PRETRAIN_PRESETS, "train": PRESETS, "finetune": FINETUNE_PRESETS}

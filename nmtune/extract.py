@@ -28,6 +28,7 @@ from nmtune.model import load_encoder
 from shared import checkpoints, cli, run
 from shared.errors import UserError
 from shared.index import file_fingerprint
+from shared.settings import Count, Whole, check_limits, check_max_length
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
@@ -46,17 +47,17 @@ class Images:
     """Test sets as NAME=PATH, paths as in `data`."""
     checkpoint: str = ""
     """Weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` for timm's own."""
-    views: int = 0
+    views: Whole = 0
     """Training views of each training image; 0: one view of each, by the evaluation transform."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast of the encoder."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of training views."""
 
 
@@ -81,9 +82,9 @@ class Texts:
     pooling: Literal["first", "mean", "last"] = "first"
     """Which hidden states of the last layer are the feature: that of the first token (BERT), the mean over tokens
     (sentence encoders), or that of the last token (GPT)."""
-    max_length: int = 128
+    max_length: Count = 128
     """Longest text in tokens."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Texts per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -210,7 +211,7 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
         model = transformers.AutoModel.from_pretrained(cfg.encoder).eval().to(process.device)
     except (OSError, ValueError) as error:
         raise UserError(f"--encoder {cfg.encoder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    cli.check_max_length(cfg.max_length, model, tokenizer, cfg.encoder)
+    check_max_length(cfg.max_length, model, tokenizer, cfg.encoder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for name, lines in read.items():
         path = tests.get(name, cfg.data)
@@ -235,9 +236,7 @@ def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
 
 def main(cfg: Images | Texts | Answers) -> Path:
     """Write the features file, unless it exists with the same settings and data. Returns its path."""
-    names = vars(cfg).keys()
-    cli.check_counts(cfg, *names & {"batch_size", "max_length"})
-    cli.check_counts(cfg, *names & {"views", "workers"}, least=0)
+    check_limits(cfg)
     out, tests = Path(cfg.out), named_tests(cfg.tests)
     if out.suffix != ".npz":
         raise UserError(f"--out {out} should end in .npz")

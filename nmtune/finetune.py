@@ -18,7 +18,7 @@ from nmtune.eval import accuracies
 from nmtune.features import Views, collate, data_sets, encode_set, split_encoder
 from nmtune.model import finetune_loss, load_encoder, make_classifier
 from nmtune.train import cosine_lr, make_optimizer, plan_rows, planned_encoder, planned_samples
-from shared import accumulate, cli, data, run
+from shared import cli, data, run
 from shared.clip import set_grad_checkpointing
 from shared.errors import UserError
 
@@ -92,8 +92,7 @@ def train_step(
         feats, logits = model(images)
     loss, terms = finetune_loss(logits, labels, feats, weights, k)
     optimizer.zero_grad()
-    with accumulate.frozen_statistics(model):  # recomputed blocks must not update BatchNorm again
-        scaler.scale(loss).backward()
+    scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
     return {"loss": loss} | terms

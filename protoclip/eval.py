@@ -7,20 +7,16 @@ and upstream's checkpoint files (`--model RN50`), and the embedded corpus or any
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
 from sklearn.metrics import (
     adjusted_mutual_info_score,
     adjusted_rand_score,
@@ -30,9 +26,9 @@ from sklearn.metrics import (
 )
 from torch import Tensor, nn
 
-from protoclip.episodes import image_transform
 from protoclip.model import ProtoCLIP, create_model, image_statistics, kmeans
-from shared import checkpoints, cli, evaluation, export, memory, run
+from protoclip.views import whole_image
+from shared import checkpoints, cli, evaluation, export, run
 from shared.clip import image_side
 from shared.errors import UserError
 from shared.evalsets import EvalSet
@@ -42,8 +38,6 @@ from shared.zeroshot import (
     evaluate,
     extract_image_features,
     percent,
-    recall_metrics,
-    retrieval_ranks_from_scores,
 )
 
 EMOJI = "data/emoji/eval/"
@@ -78,15 +72,11 @@ class Config:
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     probe: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
     """Sets with a train/ split for linear probes, and for cluster scores if images outnumber classes; may be empty. The
-    last one is plotted."""
-    shuffled: bool = False
-    """Also fit each probe on shuffled samples; upstream does not shuffle."""
+    features of the last one are kept in features.npz."""
     logistic: bool = False
     """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
     gap: str | None = PAIRS
     """Retrieval set on which the gap between images and their first captions is measured; None skips it."""
-    curve: bool = False
-    """Also evaluate the checkpoints that --keep-every kept in run folders, and plot curve.png there."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     batch_size: int = 256
@@ -103,19 +93,14 @@ class Config:
 
 
 def linear_probe(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    shuffle: bool = False,
-    init: tuple[Tensor, Tensor] | None = None,
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, init: tuple[Tensor, Tensor] | None = None
 ) -> dict:
     """SGD probe on *unnormalised* z: 100 epochs, lr 0.1, cosine, batch 1024. U:training/evaluations/linear_eval.py:12.
 
     Upstream does not shuffle and reports `best`, the best test top-1 of all epochs; `final` is the last epoch's.
     Returns both in percent, and the final weight (C, E) and bias (C,). `init` sets the initial weight and bias.
     """
-    probe = sgd_probe(train_x, train_y, test_x, test_y, shuffle=shuffle, init=init)
+    probe = sgd_probe(train_x, train_y, test_x, test_y, init=init)
     return {"best": probe.best, "final": probe.final, "weight": probe.weight, "bias": probe.bias}
 
 
@@ -123,14 +108,6 @@ def logistic_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Ten
     """Top-1 in percent of CLIP's linear probe, by scikit-learn's L-BFGS with inverse L2 strength C."""
     model = LogisticRegression(C=C, max_iter=1000, random_state=0).fit(train_x.cpu().numpy(), train_y.cpu().numpy())
     return percent(torch.from_numpy(model.predict(test_x.cpu().numpy())) == test_y.cpu())
-
-
-def retrieval_metrics(scores: Tensor, text_to_image: Tensor) -> dict[str, float]:
-    """R@1/5/10 in both directions and their mean in percent, from scores (I, T).
-
-    Source: U:training/evaluations/coco_retrieval.py:136. An image's rank is that of its best caption.
-    """
-    return recall_metrics(*retrieval_ranks_from_scores(scores, text_to_image))
 
 
 def feature_statistics(image: Tensor, text: Tensor) -> dict[str, float]:
@@ -216,31 +193,12 @@ def load_model(path: str | Path, name: str = "RN50", quick_gelu: bool | None = N
     return model.eval(), name
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Callable, Callable]:
-    """(model in eval mode, image transform, tokenizer) of open_clip's MODEL@PRETRAINED, such as RN50@openai.
-
-    UserError if open_clip knows no such weights, or cannot load them.
-    """
-    model, _, tag = name.partition("@")
-    if tag not in open_clip.list_pretrained_tags_by_model(model):
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "nothing"
-        raise UserError(f"open_clip knows no weights {tag!r} of {model}, but {known}: see open_clip.list_pretrained()")
-    try:
-        network, _, transform = open_clip.create_model_and_transforms(
-            model, pretrained=tag, force_quick_gelu=export.quick_gelu(model, tag)
-        )
-    except Exception as error:  # the hub and the network raise many types
-        raise UserError(f"{name} could not be loaded; is the network reachable? ({type(error).__name__})") from error
-    return network.eval(), transform, open_clip.get_tokenizer(model)
-
-
 def load_any(path: str, name: str, quick_gelu: bool | None = None) -> tuple[nn.Module, Callable, Callable]:
     """(model, image transform, tokenizer) of a run folder, a checkpoint file, or open_clip's MODEL@PRETRAINED."""
     if evaluation.named(path):
-        return load_pretrained(path)
+        return export.load_model(path)
     model, name = load_model(path, name, quick_gelu)
-    transform = image_transform(image_side(model), train=False, statistics=image_statistics(model))
-    return model, transform, open_clip.get_tokenizer(name, context_length=model.context_length)
+    return model, whole_image(model), open_clip.get_tokenizer(name, context_length=model.context_length)
 
 
 def export_run(path: str, folder: str, name: str, quick_gelu: bool | None = None) -> None:
@@ -250,8 +208,7 @@ def export_run(path: str, folder: str, name: str, quick_gelu: bool | None = None
     extra = ("text_projection_head.", "image_projection_head.", "logit_scale_proto")
     towers = {key: value for key, value in model.state_dict().items() if not key.startswith(extra)}
     mean, std = image_statistics(model)
-    transform = image_transform(image_side(model), train=False, statistics=(mean, std))
-    export.write(folder, model, config, towers, transform, mean=mean, std=std)
+    export.write(folder, model, config, towers, whole_image(model), mean=mean, std=std)
     if config["vision_cfg"].get("timm_model_name") == "resnet7_small":
         print(f"{folder}: clip_benchmark alone cannot load this image tower: timm needs `import shared.resnet`")
 
@@ -264,7 +221,7 @@ def evaluate_run(
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor, list] | None]:
     """All metrics of one checkpoint, {"bare_names_ood/top1": ..., "subgroups_ood/probe_best": ...}.
 
-    Also returns (unit image features, labels, class names) of the last probe set, for `plot_features`.
+    Also returns (unit image features, labels, class names) of the last probe set, for plots.
     """
     model, transform, tokenizer = load_any(path, cfg.model, cfg.quick_gelu)
     model.to(process.device)
@@ -289,9 +246,8 @@ def evaluate_run(
         if len(shards) != len(encoded) or not all(a.samefile(b) for a, b in zip(shards, encoded, strict=True)):
             (train_x, train_y), encoded = features(folder, "train"), shards  # sets may share shards by hard links
         test_x, test_y = features(folder, "test")
-        for suffix, shuffle in (("", False), ("_shuffled", True))[: 1 + cfg.shuffled]:
-            probe = linear_probe(train_x, train_y, test_x, test_y, shuffle)
-            flat |= {f"{label}/probe{suffix}_{key}": probe[key] for key in ("best", "final")}
+        probe = linear_probe(train_x, train_y, test_x, test_y)
+        flat |= {f"{label}/probe_{key}": probe[key] for key in ("best", "final")}
         if cfg.logistic:
             flat[f"{label}/probe_logistic"] = logistic_probe(train_x, train_y, test_x, test_y)
         flat[f"{label}/nearest"] = nearest_neighbour(train_x, train_y, test_x, test_y)
@@ -308,87 +264,8 @@ def evaluate_run(
     return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # NaN: top-5 of four classes
 
 
-# ------------------------------------------------------------------------------------------------------------ plots
-
-
-def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) -> None:
-    """t-SNE of unit image features (N, E), coloured by class (the 12 largest), with their K-means prototypes.
-
-    A panel is (title, features, labels, class names); of more than 1,000 samples, an evenly spaced subset is drawn.
-    """
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
-    for axis, (title, x, y, names) in zip(axes[0], panels, strict=True):
-        rows = torch.arange(0, len(x), math.ceil(len(x) / 1000))
-        x, y = x[rows], y[rows]
-        _, prototypes = kmeans(x, min(int(y.max()) + 1, len(x)))
-        flat = TSNE(init="pca", random_state=0, max_iter=500, perplexity=min(30, len(x) - 1)).fit_transform(
-            torch.cat([x, prototypes])
-        )
-        points, centres = flat[: len(x)], flat[len(x) :]
-        axis.scatter(*points.T, s=5, color="0.85")
-        largest = torch.bincount(y).argsort(descending=True)[:12].tolist()
-        for color, label in zip(plt.get_cmap("Paired").colors, largest, strict=False):
-            axis.scatter(*points[(y == label).numpy()].T, s=12, color=color, label=names[label])
-        axis.scatter(*centres.T, s=22, marker="x", color="black", linewidths=0.8, label="prototypes")
-        axis.set(title=title, xticks=[], yticks=[])
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_clusters(folder: str, features: Tensor, path: Path, rows: int = 12, columns: int = 16, side: int = 48) -> None:
-    """Plot the images nearest to the prototypes of the largest clusters, one row each. U:training/clustering.py:215.
-
-    features (N, E) of the set's test images, in order, are clustered by K-means; K is the number of classes, at most N.
-    """
-    found, prototypes = kmeans(features, min(len(EvalSet(folder, None).classnames), len(features)))
-    sheet = np.full((rows * side, columns * side, 3), 255, dtype=np.uint8)
-    place = {}  # position of an image in the plot
-    for row, cluster in enumerate(torch.bincount(found).argsort(descending=True)[:rows].tolist()):
-        members = (found == cluster).nonzero()[:, 0]
-        nearest = (features[members] - prototypes[cluster]).square().sum(dim=1).argsort()[:columns]
-        place |= {image: (row, column) for column, image in enumerate(members[nearest].tolist())}
-
-    def thumbnail(image: Image.Image) -> Tensor:
-        return memory.square_pixels(image.convert("RGB"), side).permute(1, 2, 0)
-
-    thumbnails = (x for images, _ in EvalSet(folder, thumbnail).batches(256) for x in images)
-    for i, x in enumerate(thumbnails):
-        if i in place:
-            row, column = place[i]
-            sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = x.numpy()
-    Image.fromarray(sheet).save(path)
-
-
-def plot_curve(path: str, cfg: Config, process: run.Process) -> None:
-    """Plot curve.png of a run folder: METRICS over training seconds, of its checkpoint-STEP.pt files and its last
-    checkpoint."""
-    folder = Path(path)
-    kept = sorted(folder.glob("checkpoint-*.pt"), key=lambda file: int(file.stem.split("-")[1]))
-    if not kept:
-        raise UserError(f"{folder} has no checkpoint-STEP.pt: train with --keep-every, or leave out --curve")
-    seconds = {line["step"]: line["seconds"] for line in run.read_metrics(folder, "seconds")}
-    points = []
-    for file in kept:
-        step = int(file.stem.split("-")[1])
-        before = max((known for known in seconds if known <= step), default=0)
-        points.append((seconds.get(before, 0.0), evaluated(str(file), cfg, process)))
-    last = evaluated(path, cfg, process)
-    points.append((last["seconds"], last))
-    shown = [key for key in METRICS if key != "seconds" and all(key in metrics for _, metrics in points)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3), squeeze=False)
-    for axis, key in zip(axes[0], shown, strict=True):
-        axis.plot([x for x, _ in points], [metrics[key] for _, metrics in points], marker="o", ms=3)
-        axis.set(title=METRICS[key], xlabel="training seconds")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "curve.png", dpi=110)
-    plt.close(figure)
-
-
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """`evaluate_run`, stored beside the checkpoint: results.json, results.md, features.png, features.npz, clusters.png.
+    """`evaluate_run`, stored beside the checkpoint: results.json, results.md, and features.npz of the last probe set.
 
     Results of MODEL@PRETRAINED go to runs/protoclip/MODEL@PRETRAINED. Not repeated if nothing has changed
     (`evaluation.measured_run`).
@@ -401,8 +278,6 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
             x, y, names = shown
             with checkpoints.replaced(folder / "features.npz") as file:
                 np.savez(file, x=x.numpy(), y=y.numpy(), names=np.array(names, dtype=np.str_))
-            plot_features([(Path(path).name, *shown)], folder / "features.png")
-            plot_clusters(cfg.probe[-1], x, folder / "clusters.png")
         return metrics
 
     return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.probe, cfg.gap), measure)
@@ -414,11 +289,7 @@ def main(cfg: Config) -> list[dict[str, float]] | None:
     if cfg.export:
         return export_run(export.single(cfg), cfg.export, cfg.model, cfg.quick_gelu)
     kinds = "run folder, checkpoint file or MODEL@PRETRAINED"
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
-    if cfg.curve:
-        for path in filter(os.path.isdir, cfg.runs):
-            plot_curve(path, cfg, process)
-    return results
+    return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds)
 
 
 if __name__ == "__main__":

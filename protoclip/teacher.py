@@ -24,7 +24,7 @@ from protoclip.config import TEACHER_PRESETS, TeacherConfig
 from protoclip.teacher_file import Teacher, all_captions, captions_digest
 from shared import checkpoints, cli, data, pretrained, run
 from shared.errors import UserError
-from shared.settings import check_limits
+from shared.settings import check_limits, check_max_length
 
 BLOCK = 2**17  # captions tokenised at a time
 
@@ -151,7 +151,7 @@ def main(cfg: TeacherConfig) -> Path:
     precision, width = run.resolve_precision(cfg.precision, process.device), model.config.hidden_size
     if cfg.dim > min(len(captions), width):
         raise UserError(f"--dim {cfg.dim} needs as many captions and dimensions, not {len(captions)} and {width}")
-    cli.check_max_length(cfg.max_length, model, tokenizer, cfg.model)
+    check_max_length(cfg.max_length, model, tokenizer, cfg.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with on_disk(out.parent, len(captions), width) as means, run.autocast(precision, process.device):
         how = cfg.max_length, cfg.attend_padding, cfg.batch_size

@@ -173,20 +173,22 @@ def show_run(
     total: int,
     rates: Callable[[int], dict[str, float]],
     rows: Iterable[tuple[str, str]] = (),
+    warmup: int | None = None,
 ) -> None:
     """Print the plan of a run: parameters, disk, batch, steps, learning rates, memory. Rank 0 only.
 
     `inputs`: two blank samples for the model. `rates(step)` has the learning rates by name. `rows` come before the
-    memory estimate.
+    memory estimate. `warmup` steps are cfg.warmup if they are None.
     """
     if not process.main:
         return
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    steps = sorted({0, min(cfg.warmup, total - 1), total // 2, total - 1}) if total else []
+    warmup = cfg.warmup if warmup is None else warmup
+    steps = sorted({0, min(warmup, total - 1), total // 2, total - 1}) if total else []
 
     def describe(step: int) -> str:
-        return ", ".join(f"{name} {rate:.3e}" for name, rate in rates(step).items())
+        return ", ".join(f"{name} {rate:.3e}".strip() for name, rate in rates(step).items())
 
     show_plan(
         [

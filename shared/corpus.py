@@ -131,6 +131,13 @@ class Corpus:
         self.replaced.clear()
 
 
+def open_corpus(
+    cfg: Any, process: run.Process, text: Callable, *, cut_padding: bool = False, side: int | None = None
+) -> Corpus:
+    """The corpus of --data."""
+    return Corpus(cfg, process, text, cut_padding=cut_padding, side=side)
+
+
 class Order:
     """A batch sampler whose batches can be replaced between passes."""
 
@@ -162,7 +169,9 @@ class Samples(Dataset):
         broken: list[data.Broken] = []
         pair = data.read_or_next(self.pairs, row, broken)
         torch.default_generator.manual_seed(run.stable_hash(*seed, position))  # the view depends on (seed, position)
-        return position, self.views[number][1](pair.image), self.text(pair), broken
+        features = isinstance(pair.image, Tensor)  # of a locked tower: they have no views
+        image = pair.image if features else self.views[number][1](pair.image)
+        return position, image, self.text(pair), broken
 
 
 def collated(items: list) -> tuple[Tensor, Any, Any, list[data.Broken]]:
@@ -174,7 +183,9 @@ def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_paddi
     """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
     positions, images, texts = batch
     texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
-    return moved(positions, device), normalise(moved(images, device)), texts
+    images = moved(images, device)
+    features = isinstance(images, Tensor) and images.is_floating_point()  # of a locked tower, or normalised already
+    return moved(positions, device), images if features else normalise(images), texts
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -205,19 +216,21 @@ class InMemory:
             pairs.broken,
         )
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / process.world_size
-        distinct: dict[bytes, Any] = {}
+        distinct: dict[bytes, Any] = {}  # by hash of the pixels
+        size = 0
         for row in run.progress(range(len(pairs)), len(pairs), "reading", 1, process):
             try:
                 pair = pairs.read(row)
             except data.BrokenSample:
                 continue
             image = reduced(pair.image, side)
-            image = distinct.setdefault(data.file_hash(image.tobytes()), image)
-            self.kept[row] = pair._replace(image=image)
-            if 3 * image.width * image.height * len(distinct) > room:
+            content = image.numpy().tobytes() if isinstance(image, Tensor) else image.tobytes()
+            key = data.file_hash(content)
+            size += 0 if key in distinct else len(content)
+            self.kept[row] = pair._replace(image=distinct.setdefault(key, image))
+            if size > room:
                 raise UserError(
-                    f"{len(pairs):,} images of {image.width}x{image.height} pixels take more than half of the "
-                    "machine's memory: pass --no-keep-in-memory"
+                    f"{len(pairs):,} images take more than half of the machine's memory: pass --no-keep-in-memory"
                 )
 
     def __len__(self) -> int:
@@ -231,8 +244,8 @@ class InMemory:
 
 
 def reduced(image: Any, side: int | None) -> Any:
-    """The image, its shorter side at most `side` pixels."""
-    if side is None or min(image.size) <= side:
+    """The image, its shorter side at most `side` pixels; features are unchanged."""
+    if side is None or isinstance(image, Tensor) or min(image.size) <= side:
         return image
     scale = side / min(image.size)
     return image.resize([max(round(length * scale), side) for length in image.size], data.Image.Resampling.BICUBIC)

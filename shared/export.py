@@ -31,7 +31,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import shared.resnet  # noqa: F401  (registers its model with timm)
+import shared.features  # noqa: F401  (registers its model with timm)
+import shared.resnet  # noqa: F401  (likewise)
 from shared import checkpoints
 from shared.checkpoints import ROOT, trained_by
 from shared.clip import without_padding

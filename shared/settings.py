@@ -46,7 +46,9 @@ Beta = Annotated[float, Limits(least=0, below=1)]  # of AdamW
 
 
 @dataclasses.dataclass
-class RunConfig:
+class BaseConfig:
+    """Settings of every training script."""
+
     out: str = ""
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt; by default runs/PAPER/PRESET. With a
     checkpoint in it, the run resumes."""
@@ -88,10 +90,6 @@ class RunConfig:
     """Keep the checkpoint of every N-th step as checkpoint-STEP.pt; 0 keeps none."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: Whole = 0
-    """Passes between zero-shot evaluations on `eval_set`, with class names as prompts; 0: never during training."""
-    eval_set: str = ""
-    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
 
@@ -106,6 +104,20 @@ class RunConfig:
             raise UserError("--stream needs --dataset-size, the number of samples of an epoch")
         if not self.dry_run:
             check_data(self.data)
+
+
+@dataclasses.dataclass
+class RunConfig(BaseConfig):
+    """Settings of a training script that evaluates zero-shot between its passes."""
+
+    eval_every: Whole = 0
+    """Passes between zero-shot evaluations on `eval_set`, with class names as prompts; 0: never during training."""
+    eval_set: str = ""
+    """Classification set in the CLIP-benchmark webdataset layout, for `eval_every`."""
+
+    def check(self, world_size: int) -> None:
+        super().check(world_size)
+        if not self.dry_run:
             check_eval_set(self)
 
 
@@ -137,6 +149,16 @@ def check_batch(cfg: Any, world_size: int) -> None:
         raise UserError(f"--batch-size {cfg.batch_size} cannot be divided evenly among {shares}; {next_size} can")
 
 
+def check_max_length(length: int, model: Any, tokenizer: Any, name: str) -> None:
+    """UserError if a Hugging Face model takes fewer tokens than --max-length.
+
+    Its tokenizer's limit counts, too: RoBERTa has 514 positions, but the first two are not for tokens.
+    """
+    most = min(getattr(model.config, "max_position_embeddings", None) or length, tokenizer.model_max_length)
+    if length > most:
+        raise UserError(f"--max-length {length} is more than the {most} tokens that {name} takes")
+
+
 BUILT = {  # corpora that commands build: folder -> the command
     "data/emoji": "'make data' builds the embedded corpus",
     "data/scenes": "'make scenes' builds the scenes",
@@ -150,7 +172,7 @@ def check_data(data: str) -> None:
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data "
             "'cc3m/{00000..00331}.tar'; 'python -m shared.pack' makes them of your own pictures"
         )
-    folder = folder_of(data)
+    folder = Path(str(folder_of(data)).partition(":")[0])  # before the task in data/emoji:TASK:SPLIT
     if folder.is_relative_to("data") and not folder.exists():
         advice = next((advice for built, advice in BUILT.items() if folder.is_relative_to(built)), None)
         raise UserError(f"{data} does not exist: {advice or 'the study that trains on it (make help) builds it'}")

@@ -18,13 +18,14 @@ from nmtune.model import head_from
 from nmtune.train import tuned_head
 from shared import checkpoints, cli, evaluation, run
 from shared.errors import UserError
+from shared.settings import check_limits
 
 
 def main(cfg: HeadStudyConfig) -> None:
     """Write heads.json, {"seeds", "sources", "tests": {"TEST/METRIC": one number per seed}}, unless it has these seeds
     of the same head and features."""
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "heads")
+    check_limits(cfg)
     folder = Path(cfg.run)
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
     first = checkpoints.config_in(state, Config, folder)

@@ -9,6 +9,7 @@ caption, and with a teacher that does not place related names close together.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,10 +17,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.manifold import TSNE
+from torch import Tensor
+from torchvision import transforms
 
 from protoclip import eval as evaluation
 from protoclip.config import PRESETS
-from protoclip.episodes import image_transform
+from protoclip.model import kmeans
+from shared.data import ToNormalizedTensor
 from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
 from shared.run import read_metrics
 from studies.harness import ceiling, floors, runner, verdicts
@@ -150,7 +155,8 @@ def pixel_clusters() -> dict[str, float]:
 
 @functools.cache  # floors read images once for all calls with the same transform object
 def lite0_view(side: int = 128) -> Callable:
-    return image_transform(side, train=False, statistics=(LITE0_MEAN, LITE0_STD))
+    steps = [transforms.Resize(side, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side)]
+    return transforms.Compose([*steps, ToNormalizedTensor(LITE0_MEAN, LITE0_STD)])
 
 
 def lite0_neighbour(sets: Sequence[str], *metrics: str) -> dict[str, float]:
@@ -180,6 +186,32 @@ FLOORS = (
 )
 
 
+def plot_features(panels: list[tuple[str, Tensor, Tensor, list]], path: Path) -> None:
+    """t-SNE of unit image features (N, E), coloured by class (the 12 largest), with their K-means prototypes.
+
+    A panel is (title, features, labels, class names); of more than 1,000 samples, an evenly spaced subset is drawn.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
+    for axis, (title, x, y, names) in zip(axes[0], panels, strict=True):
+        rows = torch.arange(0, len(x), math.ceil(len(x) / 1000))
+        x, y = x[rows], y[rows]
+        _, prototypes = kmeans(x, min(int(y.max()) + 1, len(x)))
+        flat = TSNE(init="pca", random_state=0, max_iter=500, perplexity=min(30, len(x) - 1)).fit_transform(
+            torch.cat([x, prototypes])
+        )
+        points, centres = flat[: len(x)], flat[len(x) :]
+        axis.scatter(*points.T, s=5, color="0.85")
+        largest = torch.bincount(y).argsort(descending=True)[:12].tolist()
+        for color, label in zip(plt.get_cmap("Paired").colors, largest, strict=False):
+            axis.scatter(*points[(y == label).numpy()].T, s=12, color=color, label=names[label])
+        axis.scatter(*centres.T, s=22, marker="x", color="black", linewidths=0.8, label="prototypes")
+        axis.set(title=title, xticks=[], yticks=[])
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot(found: Comparison, out: Path) -> None:
     """Write protoclip_curves.png, and protoclip_features.png if CLIP and ProtoCLIP with seed 0 were evaluated."""
     plot_curves(found.folders, out)
@@ -190,7 +222,7 @@ def plot(found: Comparison, out: Path) -> None:
             kept = np.load(file, allow_pickle=False)
             x, y = torch.from_numpy(kept["x"]), torch.from_numpy(kept["y"])
             panels.append((STUDY.headings[arm], x, y, kept["names"].tolist()))
-        evaluation.plot_features(panels, out / "protoclip_features.png")
+        plot_features(panels, out / "protoclip_features.png")
 
 
 def plot_curves(folders: dict[str, list[Path]], out: Path) -> None:

@@ -22,13 +22,15 @@ from protoclip.model import (
     build_prototypes,
     clip_loss,
     create_model,
+    divide_gradient,
     kmeans,
     projection_head,
     protoclip_loss,
     prototypical_back_translation,
     prototypical_loss,
 )
-from protoclip.train import gather, loss_weights, parameter_groups, share_gradient
+from protoclip.train import loss_weights, parameter_groups
+from shared.run import gather
 
 
 def linears(state: dict[str, torch.Tensor], prefix: str = "") -> list[torch.Tensor]:
@@ -241,7 +243,7 @@ def own_rows_of_rank(rank: int, path, with_grad: bool) -> dict:
     case = Case(path)
     inputs, scales, prototypes = inputs_of_rank(rank, case)
     output = ProtoCLIPOutput(*inputs.values(), *(scale.exp() for scale in scales.values()))
-    output = output if with_grad else share_gradient(output, case["world_size"])
+    output = output if with_grad else divide_gradient(output, case["world_size"])
     protoclip_loss(output, case["in/index"][rank], prototypes, (1, 1, 1), case["in/temp"], gather)["loss"].backward()
     return {key: x.grad for key, x in (inputs | scales).items()}
 
@@ -388,7 +390,7 @@ def test_scales_are_clamped():
     for value, clamped in ((9.0, math.log(100)), (-1.0, 0.0), (1.5, 1.5)):
         model.logit_scale.data.fill_(value)
         model.logit_scale_proto.data.fill_(value)
-        model.clamp_logit_scales()
+        model.clamp_logit_scale()
         torch.testing.assert_close(model.logit_scale.item(), clamped)
         torch.testing.assert_close(model.logit_scale_proto.item(), clamped)
 

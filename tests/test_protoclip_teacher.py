@@ -10,7 +10,8 @@ import torch
 from scripts import finished, metrics, one_sentence
 from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
 
-from protoclip.teacher import Teacher, all_captions, embed_captions, fingerprint, on_disk, pca
+from protoclip.teacher import embed_captions, on_disk, pca
+from protoclip.teacher_file import Teacher, all_captions, captions_digest
 from shared import data
 from shared.index import Strings
 
@@ -92,7 +93,7 @@ def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
         return data.open_pairs(str(tmp_path / "pairs.tsv"))
 
     pairs = pairs_of("a cat", "a dog")
-    made, about = {"captions": fingerprint(all_captions(pairs))}, {"keys": pairs.keys.text, "ends": pairs.keys.ends}
+    made, about = {"captions": captions_digest(all_captions(pairs))}, {"keys": pairs.keys.text, "ends": pairs.keys.ends}
     for data_of_file in (pairs.fingerprint, "another"):
         about |= {"made": np.array(json.dumps(made)), "data": np.array(data_of_file)}
         np.savez(tmp_path / "t.npz", features=np.ones((2, 3), np.float32), **about)

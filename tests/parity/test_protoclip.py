@@ -7,6 +7,7 @@ import contextlib
 import copy
 import csv
 import importlib.util
+import itertools
 import random
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from protoclip import episodes, model, teacher, train
 from protoclip import eval as evaluation
-from shared import data, run, zeroshot
+from protoclip import model, teacher, teacher_file, train, views
+from shared import clip, corpus, data, run, zeroshot
 
 from . import (  # noqa: F401  (seeded: autouse)
     Table,
@@ -343,9 +344,10 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     clustering = up.clustering.Clustering(args)
     loader = {"train": SimpleNamespace(dataloader=Loader(extraction, n), sampler=None)}
     function, none = up.train.feature_extraction_one_epoch, (None, None, None)
+    extracting = train.Config(projection_dim=args.projection_dim, precision="fp32")
     (_, features), seconds = race(
         lambda: function(theirs, loader, 1, *none, clustering, args),
-        lambda: train.extract_features(ours, extraction, n, "cpu"),
+        lambda: train.extract_features(ours, extraction, n, extracting),
     )
     name = f"{'ViT' if vision is VIT else 'ResNet'}{'' if back_translate else ', no PBT'}"
     cached, options = (clustering.img_feature, clustering.text_feature), dict(seconds=seconds)
@@ -369,10 +371,9 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
     )  # fmt: skip
     groups = train.parameter_groups(ours, args.wd)
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
-    process = run.Process(0, 1, torch.device("cpu"))
     (seen, steps), seconds = race(
         lambda: logged(up, theirs, training, clustering, args, 1, optimizer, schedule),
-        lambda: list(train.train_episode(ours, training, adamw, prototypes, 1, cfg, process)),
+        lambda: list(our_steps(ours, training, adamw, prototypes, 1, cfg)),
         1,
     )
     step, losses = steps[0]
@@ -384,11 +385,22 @@ def test_training_episode(up, table, tmp_path, vision, back_translate):
         names |= {"accuracy_text_to_external": "acc_text2external"}
     values = [seen[other, step] for other in names.values()], [losses[own] for own in names]
     where = up.train.train_one_epoch
-    table.compare(f"losses of a step, {name}", where, "train.train_episode", *values, rtol=1e-4)
+    table.compare(f"losses of a step, {name}", where, "train.train_step", *values, rtol=1e-4)
     gradients = [{n: p.grad for n, p in each.named_parameters()} for each in (theirs, ours)]
     states = theirs.state_dict(), ours.state_dict()
     options = dict(gradients=gradients, seconds=seconds, atol=5e-5)
-    table.compare(f"weights after {len(steps)} steps, {name}", where, "train.train_episode", *states, **options)
+    table.compare(f"weights after {len(steps)} steps, {name}", where, "train.train_step", *states, **options)
+
+
+def our_steps(network, batches, optimizer, prototypes, episode, cfg):
+    """Our steps of an episode as train.main takes them: yields (step, losses)."""
+    weights = train.loss_weights(episode, (1.0, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    network.train()
+    for i, batch in enumerate(itertools.islice(batches, cfg.episode_size // cfg.batch_size)):
+        step = cfg.steps_per_episode * episode + i
+        train.set_learning_rates(optimizer, cfg, step)
+        yield step, train.train_step(network, batch, prototypes, weights, optimizer, scaler, cfg)
 
 
 def test_trajectory(up, table, tmp_path):
@@ -410,7 +422,7 @@ def test_trajectory(up, table, tmp_path):
     file = trajectory.ROOT / "data/emoji/teacher.npz"
     if not file.is_file():
         pytest.skip(f"needs {file}: `python -m protoclip.teacher minilm` makes it")
-    external = teacher.Teacher(str(file)).features_of(pairs_, np.arange(len(pairs_)))
+    external = teacher_file.Teacher(str(file)).features_of(pairs_, np.arange(len(pairs_)))
     np.save(tmp_path / "teacher.npy", external.numpy())
     args = SimpleNamespace(**{
         **TRAIN, **flags, "episode_size": size, "batch_size": batch_size, "epochs": episodes_,
@@ -454,26 +466,26 @@ def test_trajectory(up, table, tmp_path):
         return model.ProtoCLIPOutput(*(x.to(torch.float32) for x in output))
 
     def ours(dtype):
-        network, rng, process = copy.deepcopy(starts[1]).to(dtype), np.random.RandomState(7), run.Process(0, 1, CPU)
+        network, rng = copy.deepcopy(starts[1]).to(dtype), np.random.RandomState(7)
         cfg = train.Config(
             k=args.k, episodes=episodes_, episode_size=size, infonce_warmup=1, batch_size=batch_size, lr=args.lr,
-            warmup=args.warmup, max_grad_norm=args.max_grad_norm,
+            warmup=args.warmup, max_grad_norm=args.max_grad_norm, projection_dim=args.projection_dim, precision="fp32",
         )  # fmt: skip
         groups = train.parameter_groups(network, args.wd)
         adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
         for episode in range(episodes_):
-            rows, prototypes = torch.from_numpy(episodes.sample_episode(len(pairs_), size, rng)), None
-            if train.weights_in(cfg, episode)[1] > 0:
+            rows, prototypes = torch.from_numpy(train.sample_episode(len(pairs_), size, rng)), None
+            if episode >= cfg.infonce_warmup:
                 with network.register_forward_hook(in_single_precision):
-                    h = train.extract_features(network, batches(2 * episode, rows, dtype), size, "cpu")
+                    h = train.extract_features(network, batches(2 * episode, rows, dtype), size, cfg)
                 found = model.build_prototypes(*h, args.k, external[rows])
                 prototypes = model.Prototypes(*(x.to(dtype) if x.is_floating_point() else x for x in found))
             loader = batches(2 * episode + 1, rows, dtype)
-            yield from train.train_episode(network, loader, adamw, prototypes, episode, cfg, process)
+            yield from our_steps(network, loader, adamw, prototypes, episode, cfg)
 
     where = f"training/main.py:350, {table.where(up.train.train_one_epoch)}"
     curves = trajectory.run(theirs, ours)
-    trajectory.compare(table, "protoclip", where, "train.train_episode", curves, double=1e-6)
+    trajectory.compare(table, "protoclip", where, "train.train_step", curves, double=1e-6)
 
 
 def their_schedule(up, args, loaders, optimizer):
@@ -482,21 +494,21 @@ def their_schedule(up, args, loaders, optimizer):
     return run_block(up.main, test, args=args, data=loaders, optimizer=optimizer, is_master=master)["scheduler"]
 
 
-@pytest.mark.parametrize("warmup, lit, text", [(3, -1, (0, -1)), (3, 4, (0, -1)), (10, 5, (2, -1)), (0, 2, (1, 6))])
-def test_learning_rates(up, table, warmup, lit, text):
-    start, end = text
-    flags = dict(warmup=warmup, lit_start_epoch=lit, epochs=6, text_start_epoch=start, text_end_epoch=end, lr_text=3e-4)
+@pytest.mark.parametrize("warmup, lit", [(3, -1), (3, 4), (10, 5), (0, 2)])
+def test_learning_rates(up, table, warmup, lit):
+    flags = dict(warmup=warmup, lit_start_epoch=lit, epochs=6, text_start_epoch=0, text_end_epoch=-1, lr_text=-1)
     loader = {"train": SimpleNamespace(dataloader=SimpleNamespace(num_batches=5))}
     optimizer = SimpleNamespace(param_groups=[{}, {}, {}, {}])
     adjust = their_schedule(up, SimpleNamespace(**{**TRAIN, **flags}), loader, optimizer)
     cfg = train.Config(
-        episodes=6, episode_size=37, batch_size=8, lr=1e-3, lr_text=3e-4, warmup=warmup, text_start=start,
-        lit_start=lit if lit > 0 else None, text_end=end if end > 0 else None,
-    )  # fmt: skip
-    values = [adjust(step) for step in range(30)], [train.schedule(cfg, step) for step in range(30)]
-    name = f"learning rates, warm-up {warmup}, LiT {lit}, text {start}..{end}"
-    where = f"{table.where(up.scheduler.protoclip_cosine_lr)}, training/main.py:285"
-    table.compare(name, where, "train.schedule", *values, rtol=1e-6, atol=1e-12)
+        episodes=6, episode_size=37, batch_size=8, lr=TRAIN["lr"], warmup=warmup, lit_start=lit if lit > 0 else None
+    )
+    ours = [tuple(train.learning_rates(cfg, step).values()) for step in range(30)]
+    name, where = f"learning rates, warm-up {warmup}, LiT {lit}", table.where(up.scheduler.protoclip_cosine_lr)
+    where = f"{where}, training/main.py:285"
+    table.compare(
+        name, where, "train.learning_rates", [adjust(step) for step in range(30)], ours, rtol=1e-6, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("warmup, lit", [(0, -1), (1, 5), (2, 4), (0, 2)])
@@ -546,7 +558,7 @@ def test_parameter_groups(up, table, vision):
 def test_adamw_defaults(up, table, name):
     theirs, ours = up.params.get_default_params(name), train.Config(model=name)
     theirs = [theirs[key] for key in ("lr", "beta1", "beta2", "eps")]
-    values = theirs, [ours.lr, *ours.adamw()["betas"], ours.adamw()["eps"]]
+    values = theirs, [ours.lr, *ours.adamw["betas"], ours.adamw["eps"]]
     table.compare(f"lr, betas, eps, {name}", up.params.get_default_params, "Config.adamw", *values, rtol=0, atol=0)
 
 
@@ -561,7 +573,7 @@ def test_episode_sampling(up, table):
         rows = torch.arange(args.episode_size)
         run_line(up.main, "index_mapping[:]", index_mapping=rows, args=args)
         theirs.append(rows)
-        ours.append(episodes.sample_episode(900, 70, rng))
+        ours.append(train.sample_episode(900, 70, rng))
     table.compare("episode's rows", "training/main.py:357", "train.sample_episode", theirs, ours, rtol=0, atol=0)
 
 
@@ -570,12 +582,18 @@ def noise_image(width, height):
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def our_view(kind: str):
+    mean, std = clip.STATISTICS
+    seeing = SimpleNamespace(visual=SimpleNamespace(image_size=32, image_mean=mean, image_std=std))
+    return views.whole_image(seeing) if kind == "eval" else views.training_view(train.Config(augmentation=kind), seeing)
+
+
 @pytest.mark.parametrize("kind", ["eval", "default", "light"])
 def test_image_transform(up, table, kind):
     light = "protoclip-light-augmentation" if kind == "light" else None
     transforms = (
         up.transform.image_transform(32, is_train=kind != "eval", augmentation=light),
-        episodes.image_transform(32, train=kind != "eval", light=kind == "light"),
+        our_view(kind),
     )
     images = [noise_image(48 + i, 40 + i % 17) for i in range(40)]
 
@@ -586,7 +604,7 @@ def test_image_transform(up, table, kind):
 
     values, seconds = race(*(partial(views, transform) for transform in transforms), 3)
     function = up.transform.image_transform
-    table.compare(f"view, {kind}", function, "train.image_transform", *values, rtol=0, atol=1e-6, seconds=seconds)
+    table.compare(f"view, {kind}", function, "views.training_view", *values, rtol=0, atol=1e-6, seconds=seconds)
 
 
 CAPTIONS = [
@@ -613,17 +631,19 @@ def test_dataset(up, table, tmp_path):
         noise_image(40 + i, 50).save(tmp_path / f"{i}.png")
     lines = [f"{caption}\t{tmp_path}/{i}.png" for i, caption in enumerate(CAPTIONS)]
     (tmp_path / "data.tsv").write_text("title\tfilepath\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    rows, view = np.array([3, 0, 2, 2, 1, 0]), episodes.image_transform(32, train=False)
+    rows, view = np.array([3, 0, 2, 2, 1, 0]), our_view("eval")
     theirs = up.data.CsvDataset(str(tmp_path / "data.tsv"), view, "filepath", "title", "\t", 4, torch.from_numpy(rows))
     tokenizer = open_clip.get_tokenizer("ViT-emoji", context_length=77)
-    ours = episodes.EpisodeDataset(data.open_pairs(str(tmp_path / "data.tsv"), 4), rows, view, tokenizer)
-    captions = [episodes.ascii_caption(ours.pairs.caption(row)) for row in range(4)]
-    assert [caption.decode() for caption in theirs.captions] == captions
-    items = [ours[i] for i in range(len(rows))]
-    normalised = [(index, ours.normalise(image), tokens) for index, image, tokens, _ in items]
+    pairs_ = data.open_pairs(str(tmp_path / "data.tsv"), 4)
+    ours = corpus.Samples(pairs_, lambda pair: tokenizer([views.ascii_caption(pair.caption)])[0])
+    number, normalise = ours.number(view)
+    captions = [views.ascii_caption(pairs_.caption(row)) for row in range(4)]
+    assert [caption.decode().strip() for caption in theirs.captions] == captions  # the tokenizer strips theirs
+    items = [ours[number, (0,), i, row] for i, row in enumerate(rows)]
+    normalised = [(index, normalise(image), tokens) for index, image, tokens, _ in items]
     values = [theirs[i] for i in range(len(rows))], normalised
     function = up.data.CsvDataset.__getitem__
-    table.compare("episode's samples", function, "train.EpisodeDataset", *values, rtol=0, atol=1e-6)
+    table.compare("episode's samples", function, "views.ascii_caption", *values, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -696,10 +716,10 @@ def test_retrieval(up, table):
     function = up.coco_retrieval.get_retrieval_metrics
     (theirs, ours), seconds = race(
         lambda: function(scores.numpy(), scores.numpy().T, image_to_text, text_to_image),
-        lambda: evaluation.retrieval_metrics(scores, owner),
+        lambda: zeroshot.recall_metrics(*zeroshot.retrieval_ranks_from_scores(scores, owner)),
     )
     values = list(theirs.values()), list(ours.values())
-    table.compare("retrieval", function, "eval.retrieval_metrics", *values, seconds=seconds)
+    table.compare("retrieval", function, "zeroshot.recall_metrics", *values, seconds=seconds)
 
 
 def test_feature_statistics(up, table):
@@ -722,13 +742,13 @@ def gathering(rank: int, path: str, folder: str) -> None:
     results = []
     for with_grad in (False, True):
         pair, theirs = [], partial(up.loss.gather_features, gather_with_grad=with_grad, rank=rank, world_size=2)
-        for gather in (theirs, lambda *both, with_grad=with_grad: [train.gather(x, with_grad) for x in both]):
+        for gather in (theirs, lambda *both, with_grad=with_grad: [run.gather(x, with_grad) for x in both]):
             image, text = (x.clone().requires_grad_() for x in everything[rank])
             rows = gather(image, text)
             sum((weights * x**2).sum() for x in rows).backward()
             pair.append(([x.detach() for x in rows], [image.grad, text.grad]))
         results.append(pair)
-    indices = up.distributed.get_gathered_item(index, SimpleNamespace(distributed=True)), train.gather(index)
+    indices = up.distributed.get_gathered_item(index, SimpleNamespace(distributed=True)), run.gather(index)
     torch.save((results, indices), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -740,6 +760,6 @@ def test_gather(request, up, table, tmp_path):
         sides = zip(*(rank[0][with_grad] for rank in ranks), strict=True)  # [theirs, ours] of [rank][rows, gradients]
         theirs, ours = ([list(part) for part in zip(*side, strict=True)] for side in sides)
         name = "gathered rows, two processes" + (", gradient to all" if with_grad else "")
-        table.compare(name, up.loss.gather_features, "train.gather", theirs[0], ours[0], gradients=(theirs[1], ours[1]))
+        table.compare(name, up.loss.gather_features, "run.gather", theirs[0], ours[0], gradients=(theirs[1], ours[1]))
     theirs, ours = zip(*(rank[1] for rank in ranks), strict=True)
-    table.compare("gathered indices", up.distributed.get_gathered_item, "train.gather", theirs, ours, rtol=0, atol=0)
+    table.compare("gathered indices", up.distributed.get_gathered_item, "run.gather", theirs, ours, rtol=0, atol=0)

@@ -1,9 +1,8 @@
 """Episodes: drawn samples, captions and views, compared with the numbers of the authors' code."""
 
 import csv
-import dataclasses
 import random
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -12,12 +11,12 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from test_protoclip_model import tiny_model
-from test_windows import forks, shards  # noqa: F401
 
-from protoclip import config, train
-from protoclip.episodes import EpisodeDataset, ascii_caption, image_transform, sample_episode
-from shared import data, memory, run
+from protoclip.config import Config
+from protoclip.train import sample_episode
+from protoclip.views import ascii_caption, training_view, whole_image
+from shared import clip, data
+from shared.corpus import Samples
 
 
 @pytest.mark.golden("protoclip", "episode_sampling")
@@ -43,10 +42,11 @@ def test_csv_dataset(case, tmp_path, monkeypatch):
     assert list(pairs.keys) == case["filepaths"]
     assert [ascii_caption(pairs.caption(row)) for row in range(len(pairs))] == case["captions"]
     tokenizer = open_clip.get_tokenizer("RN50")
-    dataset = EpisodeDataset(pairs, np.array(case["index_mapping"]), lambda image: image.getpixel((0, 0)), tokenizer)
-    assert len(dataset) == case["length"]
+    samples = Samples(pairs, lambda pair: tokenizer([ascii_caption(pair.caption)])[0])
+    view, _ = samples.number(lambda image: image.getpixel((0, 0)))
+    assert len(case["index_mapping"]) == case["length"]
     for i, row in enumerate(case["index_mapping"]):
-        index, colour, tokens, broken = dataset[i]
+        index, colour, tokens, broken = samples[view, (0,), i, row]
         assert (index, colour, broken) == (i, colours[case["filepaths"][row]], [])
         assert torch.equal(tokens, tokenizer(case["caption_of_episodic_index"][i])[0])
 
@@ -62,6 +62,12 @@ def test_tokenizer(case):
     assert (tokens[~whole].argmax(1) == expected.shape[1] - 1).all()
 
 
+def seeing(size: int) -> SimpleNamespace:
+    """A model that sees images of `size` pixels with CLIP's statistics."""
+    mean, std = clip.STATISTICS
+    return SimpleNamespace(visual=SimpleNamespace(image_size=size, image_mean=mean, image_std=std))
+
+
 @pytest.mark.golden("protoclip", "image_transforms")
 def test_image_transforms(case):
     size = case["image_size"]
@@ -69,37 +75,13 @@ def test_image_transforms(case):
     same_libraries = torchvision.__version__.startswith("0.28.") and PIL.__version__.startswith("13.")
     for image in numbers:
         pil = Image.fromarray(case[f"{image}/rgb"].numpy().astype(np.uint8))
-        case.close(f"{image}/eval", image_transform(size, train=False)(pil), atol=1e-6)
-        for view, light in (("train_default", False), ("train_light", True)):
+        case.close(f"{image}/eval", whole_image(seeing(size))(pil), atol=1e-6)
+        for view, augmentation in (("train_default", "default"), ("train_light", "light")):
             torch.manual_seed(case[f"{image}/torch_seed"])
             random.seed(case[f"{image}/torch_seed"])
-            out = image_transform(size, train=True, light=light)(pil)
+            out = training_view(Config(augmentation=augmentation), seeing(size))(pil)
             if same_libraries:
                 case.close(f"{image}/{view}", out)
             else:  # random views are the same only with the same libraries
                 assert out.shape == case[f"{image}/{view}"].shape
                 assert out.abs().max() < 3
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_read_both_passes_and_start_while_no_shard_is_fetched(
-    shards: Path, forks: list[int], tmp_path: Path, workers: int
-):
-    sizes = {"episodes": 4, "episode_shards": 2, "episode_size": 14, "batch_size": 4, "dataset_size": None}
-    losses = {"w_external": 0.0, "infonce_warmup": 1, "keep_in_memory": False, "distinct_captions": False}
-    urls = "::".join(f"pipe:cat {shards}/{i}.tar" for i in range(8))
-    cfg = dataclasses.replace(config.PRESETS["emoji"][1], data=urls, cache=str(tmp_path), workers=workers, **sizes)
-    cfg, process = dataclasses.replace(cfg, **losses), run.Process(0, 1, torch.device("cpu"))
-    model = tiny_model()
-    model.visual.image_mean, model.visual.image_std = memory.CLIP_STATISTICS
-    episodes = train.EpisodicData(cfg, process, model, lambda text: torch.tensor([[len(text)]]))
-    for episode in range(4):
-        episodes.draw(episode, start=1 if episode == 3 else 0, known=episode == 2)
-        passes = {what: list(episodes.loader(what)) for what in episodes.count}
-        assert list(passes) == (["train"] if episode in (0, 2) else ["extract", "train"])  # warm-up; a resumed run
-        assert len(passes["train"]) == (3 if episode == 3 else 4)  # and a short one
-        for what, batches in passes.items():
-            seen = torch.cat([index for index, *_ in batches]).tolist()
-            assert len(set(seen)) == len(seen) == (10 if episode == 3 and what == "train" else 14)
-            assert all(images.dtype == torch.float32 and images.shape[1:] == (3, 16, 16) for _, images, *_ in batches)
-    assert len(forks) == 4 * workers and not any(forks)
