@@ -186,7 +186,7 @@ def main(cfg: Config, pairs: Any = None) -> Path | None:
 
     # Data
     texts, side = facets or Tokens(cfg, model), model.visual.image_size[0]
-    corpus = open_corpus(cfg, process, texts, pairs, cut_padding=facets is None, side=2 * side)
+    corpus = open_corpus(cfg, process, texts, pairs=pairs, cut_padding=facets is None, side=2 * side)
     if not cfg.stream:  # whose keys are known only when they are read
         for check in [facets.bank] if facets else texts.captions:
             check.check(corpus.pairs.keys, cfg.data)
