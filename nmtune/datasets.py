@@ -69,7 +69,7 @@ class LabelledImages:
     @property
     def fingerprint(self) -> str:
         """Hash of keys and labels."""
-        keys = self.keys.utf32() if isinstance(self.keys, Strings) else [self.keys.tobytes()]
+        keys = (self.keys.text, self.keys.ends) if isinstance(self.keys, Strings) else (self.keys.tobytes(),)
         return fingerprint(*keys, self.labels.tobytes())
 
     def read(self, row: int) -> tuple[Image.Image, int]:

@@ -28,8 +28,12 @@ def open_corpus(
     pairs: Any = None,
     cut_padding: bool = False,
     side: int | None = None,
-) -> "Corpus":
-    """The corpus of a run."""
+) -> Any:
+    """The corpus of a run: by row, or with --stream a `streams.Stream`, which has no `batches` of chosen rows."""
+    from shared.streams import Stream  # which imports this module
+
+    if cfg.stream:
+        return Stream(cfg, process, text, cut_padding)
     return Corpus(cfg, process, text, pairs, cut_padding, side)
 
 

@@ -21,11 +21,6 @@ import hashlib
 import io
 import json
 import os
-import shlex
-import shutil
-import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,21 +32,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
 from shared import run
 from shared.errors import UserError
-from shared.index import Strings, cached, fingerprint, locked, read_index
+from shared.fetch import fetch, is_remote
+from shared.index import Strings, cached, fingerprint, read_index
 from shared.run import stable_hash
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption: text towers read less, and byte-pair encoding is quadratic in a word's length
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # bytes of a caption that are read; a UTF-8 character has at most 4
-ATTEMPTS = 4  # to fetch a remote shard
-STALLED = 60  # seconds without a byte after which a download is restarted
-PAUSE = 1.0  # seconds before the second attempt, four times as long before each further one
+HEADER = "its first line should be title<tab>filepath"  # of a table
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others, since PIL passes EPS to Ghostscript
 
 Encoded = TypeVar("Encoded", np.ndarray, torch.Tensor)
@@ -210,10 +203,6 @@ def any_text(data: bytes) -> str:
 # ------------------------------------------------------------------------------------------------------------ pairs
 
 
-def is_remote(url: str) -> bool:
-    return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
-
-
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
     """'a/{00000..00331}.tar::b/{0..9}.tar', or a folder of tars -> shards. UserError names a missing one."""
     if isinstance(spec, str) and os.path.isdir(spec):
@@ -232,66 +221,6 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
                 f"shard {url} does not exist{typed}; shards are tar files such as 'cc3m/{{00000..00331}}.tar'"
             )
     return urls
-
-
-def cached_path(url: str, folder: Path) -> Path:
-    """Path of the local copy of a remote shard, as `fetch` writes it."""
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url)[-100:]
-    return folder / f"{stable_hash(url):016x}-{name.removesuffix('.tar')}.tar"
-
-
-def fetch(url: str, folder: Path) -> str:
-    """Local path of a shard; a remote one (http, gs, hf, pipe:) is first copied to `folder` with webdataset.
-
-    UserError if it cannot be copied in ATTEMPTS attempts.
-    """
-    if not is_remote(url):
-        return url.removeprefix("file:")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = cached_path(url, folder)
-    if path.exists():
-        return str(path)
-    with locked(path.with_suffix(".lock")):  # one process per machine fetches, the others wait
-        if not path.exists():
-            host = socket.gethostname()  # machines may share the folder
-            for old in folder.glob(f"{path.stem}.{host}-*.part"):
-                if not alive(int(old.stem.rsplit("-", 2)[1])):  # left by a killed process
-                    old.unlink(missing_ok=True)
-            temporary = folder / f"{path.stem}.{host}-{os.getpid()}-{threading.get_ident()}.part"
-            for attempt in range(ATTEMPTS):
-                try:
-                    with gopen(command_of(url)) as source, open(temporary, "wb") as target:
-                        shutil.copyfileobj(source, target, 1 << 20)
-                    if path.exists():  # without locks, another process may have written it and be reading it
-                        temporary.unlink()
-                    else:
-                        os.replace(temporary, path)
-                    break
-                except Exception as error:  # gopen's libraries have exceptions of their own
-                    temporary.unlink(missing_ok=True)
-                    if attempt + 1 == ATTEMPTS or "no gopen handler" in str(error):
-                        raise UserError(f"shard {url} could not be fetched: {error}") from error
-                    time.sleep(PAUSE * 4**attempt)
-    return str(path)
-
-
-def command_of(url: str) -> str:
-    """What webdataset's gopen opens for a URL: the URL; for http(s), a curl command that restarts stalled downloads."""
-    if not url.startswith(("http://", "https://")):
-        return url
-    patience = f"--connect-timeout 30 --speed-limit 1 --speed-time {STALLED} --retry 30 --retry-delay 2"
-    return f"pipe:curl {patience} -f -s -L {shlex.quote(url)}"
-
-
-def alive(process: int) -> bool:
-    """Whether a process with this id runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 class NoPairs(UserError):
@@ -401,24 +330,38 @@ def stated_size(shard: str) -> int | None:
 
 def read_table(path: str) -> tuple[dict[str, np.ndarray], dict]:
     """Columns `title` and `filepath` of a tab-separated file -> ({"captions", "files": bytes, "caption_ends",
-    "file_ends": end offset of each row (N,)}, {"digest": their hash}). UserError if it cannot be read.
+    "file_ends": end offset of each row (N,)}, {"digest": their hash}).
+
+    Each line is one row. A cell that begins with a quote is read as pandas writes it, which upstreams' tables come
+    from: the cell ends with a quote, and quotes within it are doubled. UserError names a line where that is not so,
+    or with more cells than columns: otherwise a quote that is not closed would swallow the rows below it.
     """
     captions, caption_ends, files, file_ends = bytearray(), array.array("q"), bytearray(), array.array("q")
     csv.field_size_limit(2**31 - 1)
-    try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.DictReader(file, delimiter="\t")
-            missing = {"title", "filepath"} - set(table.fieldnames or ())
-            if missing:
-                names = " and ".join(sorted(missing))
-                raise UserError(f"{path} lacks the column {names}; its header should be title<tab>filepath")
-            for row in table:
-                captions += (row["title"] or "").encode("utf-8", errors="surrogateescape")
-                files += (row["filepath"] or "").encode("utf-8", errors="surrogateescape")
+    columns: list[str] = []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                cells = next(csv.reader([line], delimiter="\t", strict=True), [])
+            except csv.Error as error:
+                raise UserError(
+                    f"{path}, line {number}: {error}; a cell that begins with a quote has to end with one on the same "
+                    "line, and to double the quotes within it"
+                ) from error
+            if not columns:
+                if missing := {"title", "filepath"} - set(cells):
+                    raise UserError(f"{path} lacks the column {' and '.join(sorted(missing))}; {HEADER}")
+                columns, title, name = cells, cells.index("title"), cells.index("filepath")
+            elif len(cells) > len(columns):
+                raise UserError(f"{path}, line {number}: {len(cells)} cells for {len(columns)} columns")
+            elif cells:
+                cells += [""] * (len(columns) - len(cells))
+                captions += cells[title].encode("utf-8", errors="surrogateescape")
+                files += cells[name].encode("utf-8", errors="surrogateescape")
                 caption_ends.append(len(captions))
                 file_ends.append(len(files))
-    except csv.Error as error:
-        raise UserError(f"{path} is not a tab-separated file: {error}") from error
+    if not columns:
+        raise UserError(f"{path} lacks the columns filepath and title; {HEADER}")
     if not file_ends:
         raise UserError(f"{path} has no row")
     of_bytes = {name: np.frombuffer(text, dtype=np.uint8) for name, text in (("captions", captions), ("files", files))}

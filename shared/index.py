@@ -7,29 +7,24 @@ runs.
 
 import array
 import contextlib
-import errno
-import fcntl
-import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from shared.tars import Broken, index_shard
 
 LARGE = 2**28  # bytes; the index of a data set of this size or more is cached; indexing a smaller one takes a second
-VERSION = 1  # of the files
-HOUR, WEEK = 3600, 7 * 24 * 3600  # seconds
-CHUNK = 2**22  # bytes that are hashed at a time
+CHUNK = 2**22  # bytes of a file that are hashed at a time
 
 
 class Strings(Sequence):
@@ -82,89 +77,39 @@ class Strings(Sequence):
         last = int(self.ends[-1]) if len(self) else 0
         return np.array_equal(self.ends, other.ends) and np.array_equal(self.text[:last], other.text[:last])
 
-    def utf32(self, rows: int = 2**14) -> Iterator[bytes]:
-        """The bytes of `np.array(list(self))`, in blocks of `rows` strings, without building the whole array."""
-        if not len(self):
-            return
-        starts = np.concatenate([[0], self.ends[:-1]])
-        text = self.text[: self.ends[-1]]
-        ascii_only = bool((text < 128).all())
-        lengths = self.ends - starts if ascii_only else np.array([len(string) for string in self])
-        places = np.arange(max(lengths.max(), 1))
-        for first in range(0, len(self), rows):
-            block = slice(first, first + rows)
-            if ascii_only:
-                inside = places < lengths[block, None]
-                letters = text[np.where(inside, starts[block, None] + places, 0)] if len(text) else np.zeros(1)
-                yield np.where(inside, letters, 0).astype(np.uint32).tobytes()
-            else:
-                yield self[block].astype(f"U{len(places)}").tobytes()
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        raise TypeError(
-            "NumPy would store every string at the length of the longest: use Lookup, or select some by [positions]"
-        )
-
-
-@functools.lru_cache(maxsize=4)
-def factors(length: int) -> np.ndarray:
-    """(2, length) random uint64; a shorter result is a prefix of a longer one."""
-    pairs = np.random.default_rng(0).integers(0, 2**64 - 1, (length, 2), dtype=np.uint64, endpoint=True)
-    return np.ascontiguousarray(pairs.T)
-
-
-def hashes(strings: Strings) -> np.ndarray:
-    """(2, N) uint64: two hashes of each string, each a sum of its bytes times random numbers by position."""
-    ends = np.asarray(strings.ends, dtype=np.int64)
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
-    weights = factors(1 << int((ends - starts).max(initial=1)).bit_length())
-    found, first = np.empty((2, len(strings)), dtype=np.uint64), 0
-    while first < len(strings):
-        last = max(first + 1, int(np.searchsorted(ends, starts[first] + CHUNK, side="right")))
-        begin, end = starts[first:last] - starts[first], ends[first:last] - starts[first]
-        text = strings.text[starts[first] : ends[last - 1]].astype(np.uint64) + np.uint64(1)  # + 1 for zero bytes
-        place = np.arange(len(text)) - np.repeat(begin, end - begin)
-        for sums, weight in zip(found, weights, strict=True):
-            total = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(text * weight[place])])
-            sums[first:last] = total[end] - total[begin]  # modulo 2^64
-        first = last
-    return found
+def digests(strings: Strings) -> np.ndarray:
+    """(N,) of 16-byte hashes of strings."""
+    text, start, found = memoryview(strings.text), 0, bytearray()
+    for end in strings.ends.tolist():
+        found += hashlib.blake2b(text[start:end], digest_size=16).digest()
+        start = end
+    return np.frombuffer(found, dtype="S16")
 
 
 class Lookup:
-    """Finds the positions of strings by hash, with 24 bytes per string."""
+    """Finds the positions of strings by their hashes, with 24 bytes per string."""
 
     def __init__(self, strings: Strings):
-        first, second = hashes(strings)
-        self.order = np.argsort(first, kind="stable")
-        self.first, self.second = first[self.order], second[self.order]
+        unsorted = digests(strings)
+        self.order = np.argsort(unsorted, kind="stable")
+        self.digests = unsorted[self.order]
 
     def find(self, strings: Strings) -> np.ndarray:
         """(N,) int64: the first position of each string, or -1."""
-        first, second = hashes(strings)
-        place = np.searchsorted(self.first, first)
-        while True:
-            here = place.clip(max=len(self.first) - 1)
-            same = (place < len(self.first)) & (self.first[here] == first)
-            if not (other := same & (self.second[here] != second)).any():
-                return np.where(same, self.order[here], -1)
-            place = place + other
+        wanted = digests(strings)
+        if not len(self.order):
+            return np.full(len(wanted), -1)
+        place = np.searchsorted(self.digests, wanted).clip(max=len(self.order) - 1)
+        return np.where(self.digests[place] == wanted, self.order[place], -1)
 
     def row(self, string: str) -> int:
-        """Like `find` for one string, but faster."""
-        text = np.frombuffer(string.encode(errors="surrogateescape"), dtype=np.uint8).astype(np.uint64)
-        weights = factors(1 << max(len(text), 1).bit_length())[:, : len(text)]
-        first, second = ((text + np.uint64(1)) * weights).sum(axis=1)
-        for place in range(int(np.searchsorted(self.first, first)), len(self.first)):
-            if self.first[place] != first:
-                break
-            if self.second[place] == second:
-                return int(self.order[place])
-        return -1
+        """`find` for one string."""
+        return int(self.find(Strings.of([string]))[0])
 
     def twice(self) -> int | None:
         """A position whose string occurs twice; None if there is none."""
-        same = (self.first[1:] == self.first[:-1]) & (self.second[1:] == self.second[:-1])
+        same = self.digests[1:] == self.digests[:-1]
         return int(self.order[same.argmax()]) if same.any() else None
 
 
@@ -244,24 +189,10 @@ def file_fingerprint(path: Path) -> str:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Context that one process per machine enters at a time; it locks nothing if the file system cannot lock `path`."""
-    file = None
-    try:
-        file = open(path, "a")
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX)  # loader workers do not inherit this lock
-                break
-            except OSError as error:
-                if error.errno != errno.EDEADLK:  # threads of two processes may look like a deadlock
-                    raise
-                time.sleep(0.2)
-    except OSError:  # without a lock the work is correct, but may be done twice
-        pass
-    try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):  # without it, the work is correct but may be done twice
+            stack.enter_context(FileLock(path))
         yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def cached(
@@ -279,19 +210,18 @@ def cached(
     if cache is None or sum(stat.st_size for stat in stats) < (LARGE if large is None else large):
         return make()
     which = name_of(paths)
-    state = [VERSION, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
-    folder = cache / "index" / f"{which}-{fingerprint(repr(state).encode())}"
-    with contextlib.suppress(OSError):
+    state = fingerprint(repr([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
+    folder = cache / "index" / f"{which}-{state}"
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only disk, or a file in the way
+        return make()
     with locked(folder.parent / f"{which}.lock"):
-        with contextlib.suppress(OSError, ValueError):  # missing or incomplete
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged
             return load(folder)
         arrays, about = make()
-        with contextlib.suppress(OSError, ValueError):  # without locks, another process may have written it
-            return load(folder)
-        with contextlib.suppress(OSError, ValueError):  # read-only or full disk: go on without a cache
+        with contextlib.suppress(OSError):  # a full disk
             write(folder, arrays, about)
-        with contextlib.suppress(OSError, ValueError):
             return load(folder)
         return arrays, about
 
@@ -299,6 +229,22 @@ def cached(
 def load(folder: Path) -> tuple[dict[str, np.ndarray], dict]:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in about.pop("arrays")}, about
+
+
+def write(folder: Path, arrays: dict[str, np.ndarray], about: dict) -> None:
+    """Write the folder atomically, in place of all others for the same files. Processes keep what they have mapped."""
+    which = folder.name.partition("-")[0]
+    for old in (*folder.parent.glob(f"{which}-*"), *folder.parent.glob(f".{which}-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{which}-", dir=folder.parent))
+    try:
+        for name, array_ in arrays.items():
+            np.save(temporary / f"{name}.npy", array_)
+        (temporary / "about.json").write_text(json.dumps(about | {"arrays": list(arrays)}), encoding="utf-8")
+        temporary.chmod(0o755)  # others may use the cache, too
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def name_of(paths: Sequence[str]) -> str:
@@ -311,24 +257,3 @@ def forget(paths: Sequence[str], cache: Path) -> None:
     for old in (cache / "index").glob(f"{name_of(paths)}-*"):
         shutil.rmtree(old, ignore_errors=True)
     (cache / "index" / f"{name_of(paths)}.lock").unlink(missing_ok=True)
-
-
-def write(folder: Path, arrays: dict[str, np.ndarray], about: dict) -> None:
-    """Write the folder atomically; remove folders of the same files older than a week, and unfinished ones older than
-    an hour. (Without locks, another process may be writing a younger one.)"""
-    which = folder.name.partition("-")[0]
-    shutil.rmtree(folder, ignore_errors=True)  # unreadable
-    for pattern, age in ((f"{which}-*", WEEK), (f".{which}-*", HOUR)):
-        for old in folder.parent.glob(pattern):
-            with contextlib.suppress(OSError):
-                if time.time() - old.stat().st_mtime > age:
-                    shutil.rmtree(old, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{which}-", dir=folder.parent))
-    try:
-        for name, array_ in arrays.items():
-            np.save(temporary / f"{name}.npy", array_)
-        (temporary / "about.json").write_text(json.dumps(about | {"arrays": list(arrays)}), encoding="utf-8")
-        temporary.chmod(0o755)  # others may use the cache, too
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

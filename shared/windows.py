@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared import data, index, run
 from shared.errors import UserError
+from shared.fetch import cached_path
 
 AHEAD = 4  # shards fetched at a time
 
@@ -54,8 +55,7 @@ class Fetcher:
     def evict(self, urls: Sequence[str], wanted: Collection[str] = ()) -> None:
         """Removes the index of these shards, and the copies of those that are not `wanted`."""
         paths = [
-            data.cached_path(url, self.cache) if data.is_remote(url) else Path(url.removeprefix("file:"))
-            for url in urls
+            cached_path(url, self.cache) if data.is_remote(url) else Path(url.removeprefix("file:")) for url in urls
         ]
         index.forget([str(path) for path in paths], self.cache)
         for url, path in zip(urls, paths, strict=True):
@@ -186,7 +186,7 @@ def fetched_ahead(loader: DataLoader, pairs: Windowed, epochs: range, start: int
 
 def clear(cache: Path, wanted: Sequence[str]) -> None:
     """Removes all but the copies of `wanted` from a process's cache, such as leftovers of a killed run."""
-    kept = {data.cached_path(url, cache).name for url in wanted if data.is_remote(url)}
+    kept = {cached_path(url, cache).name for url in wanted if data.is_remote(url)}
     for path in cache.iterdir() if cache.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

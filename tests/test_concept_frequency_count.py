@@ -29,7 +29,7 @@ from concept_frequency import corpus, count, search, tagging
 from concept_frequency.concepts import load_counts
 from concept_frequency.config import CountConfig
 from concept_frequency.model import InvertedIndex, query_terms
-from shared import data, run
+from shared import run
 
 SCRIPT, SECONDS = "concept_frequency.count", 240
 
@@ -173,7 +173,7 @@ def test_remote_files_are_counted(tmp_path, server, monkeypatch):
     assert before == 4 and not list(temporary.iterdir())  # each file was asked for once; tars leave nothing
     counted(tmp_path, "remote{0.", data=(f"{address}/{{0..1}}.tar",), memory=1)  # there already
     assert len(asked) == before
-    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr("shared.fetch.PAUSE", 0)
     with pytest.raises(ValueError, match="could not be fetched"):
         counted(tmp_path, "missing", data=(f"{address}/none.tar",))
 

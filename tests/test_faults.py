@@ -23,7 +23,7 @@ import torch
 from scripts import ROOT, ended, finished, forked_exports, kill_at, metrics, one_sentence, same  # noqa: F401
 from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
 
-from shared import checkpoints, data
+from shared import checkpoints
 from shared.run import read_metrics
 
 SCRIPT, SECONDS = "faulty", 120
@@ -388,7 +388,7 @@ def test_folders_that_cannot_be_written(name: str, given, cli, in_process, folde
 @pytest.mark.parametrize("name", FOLDERS)
 def test_remote_shards_without_a_network(name: str, given, in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("http_proxy", "")
-    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr("shared.fetch.PAUSE", 0)
     url = "http://127.0.0.1:9/{00000..00001}.tar"
     result = in_process(*given[name], "--data", url, "--out", tmp_path / "run", module=SCRIPTS[name])
     refused(result, "shard http://127.0.0.1:9/00000.tar")

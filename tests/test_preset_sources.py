@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = set(  # where a run is, what it prints and how much memory it takes, not what it computes
     (
         "out data cache window_shards device workers strict save_every keep_every keep_best log_every eval_every "
-        "eval_set dry_run accumulate grad_checkpointing keep_in_memory"
+        "eval_set dry_run accumulate grad_checkpointing keep_in_memory distinct_captions stream"
     ).split()
 )
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?"
@@ -75,10 +75,12 @@ def table(folder: str) -> dict:
 def configurations(folder: str) -> dict[str, Any]:
     """{`SCRIPT PRESET`: configuration} of the presets that correspond to a setting of the authors."""
     known, found = offered(folder), {}
-    for row in presets.rows(folder):
-        if row["data"] == presets.EMBEDDED.data or row["paper's table and row"].startswith("ours"):
+    listed = {
+        f"{script} {name}": row for script, of in presets.scripts(folder).items() for name, (row, _) in of.items()
+    }
+    for name, row in listed.items():
+        if row.startswith(("ours", "not in the paper")):
             continue
-        name = row["preset"]
         if name.startswith("measure "):  # a table of models
             models = importlib.import_module(f"{folder}.config").MODELS
             found |= {f"measure {model}": SimpleNamespace(weights=weights) for model, weights in models.items()}

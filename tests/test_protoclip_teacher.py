@@ -184,7 +184,7 @@ def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):
     np.savez(tmp_path / "t.npz", keys=pairs.keys[:-1], features=np.zeros((len(pairs) - 1, 4), np.float32))
     result = in_process("emoji", *TINY, "--external-teacher", tmp_path / "t.npz", "--out", tmp_path / "run")
     assert result.code == 2 and f"has no features of sample {pairs.keys[-1]}" in result.err and one_sentence(result.err)
-    assert not (tmp_path / "run").exists()  # before the first episode, not after it
+    assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first episode, not after it
 
 
 def test_teacher_command_line_errors(in_process, tmp_path: Path):

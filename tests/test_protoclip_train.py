@@ -196,11 +196,16 @@ def assert_equal_runs(one: Path, two: Path) -> None:
         local = {"modality_gap", "image_feature_std", "text_feature_std"}  # of the local batch, as upstream's
         for name in a.keys() - local:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
-    # TINY has the golden episodes' large Adam eps: else the rounding of a vanishing gradient becomes a visible step
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, two))
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        pair = a[name], b[name]
+        if name.endswith("in_proj_bias"):  # without keys' biases, whose gradients vanish: Adam makes steps of rounding
+            query, _, value = (torch.arange(len(a[name])).chunk(3)[i] for i in range(3))
+            pair = tuple(x[torch.cat([query, value])] for x in pair)
+        torch.testing.assert_close(
+            pair[1], pair[0], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path):

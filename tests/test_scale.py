@@ -1,18 +1,16 @@
-"""Training scripts on large data and several processes: by windows of shards, killed on the way; and three processes
-against one, with a short last batch of each epoch. (test_<paper>_train.py compares two processes with one.)"""
+"""Training scripts on large data and several processes: by stream and by windows of shards, killed on the way; three
+processes against one, with a short last batch of each epoch. test_<paper>_train.py compares two processes with one."""
 
 import dataclasses
-import http.server
 import random
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
 from scripts import Lazily, ended, finished, kill_at, metrics, same, start_two
+from server import serving
 from short_runs import SCRIPTS, commands, config, image_folder, small_corpus, small_set
 from test_faults import trained
-from test_windows import Flaky
 
 from shared import checkpoints
 
@@ -41,12 +39,6 @@ def has(name: str, field: str) -> bool:
 WINDOWED = [name for name in SCRIPTS if has(name, "window_shards")]
 
 
-def test_windows_are_offered_where_a_pass_over_shards_is_all_that_is_wanted():
-    """Not for ProtoCLIP, whose episodes have shards, nor for concept_frequency, which draws pairs from images in memory
-    (see its README)."""
-    assert {name.partition("-")[0] for name in SCRIPTS} - {*WINDOWED} == {"protoclip", "concept_frequency"}
-
-
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_are_gone_through_and_a_killed_run_goes_on(name: str, given, start, folder: Path):
     urls = "::".join(f"pipe:cat {folder}/corpus/{i:05}.tar" for i in range(4))
@@ -63,35 +55,37 @@ def test_windows_are_gone_through_and_a_killed_run_goes_on(name: str, given, sta
     assert not list(cache.rglob("*.tar"))
 
 
-@pytest.mark.parametrize("name", ["attentive_mask_clip"])
-def test_two_processes_by_window_from_a_flaky_server_go_on(name: str, given, start, folder: Path):
-    """The first download of each shard is cut off and both processes are killed at random; the result equals an
-    undisturbed run."""
-    handler = lambda *arguments: Flaky(*arguments, directory=str(folder / "corpus"))  # noqa: E731
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    urls = f"http://127.0.0.1:{server.server_port}/{{00000..00003}}.tar"
-    command = [*given[name], "--data", urls, "--window-shards", "1", "--dataset-size", "160"]
-    whole, out = (folder / "windows of two" / each for each in ("whole", "killed"))
+# ----------------------------------------------------------------------------------------------------------- by stream
+
+STREAMED = [name for name in SCRIPTS if has(name, "stream") and name not in ("protoclip", "concept_frequency")]
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streams_are_gone_through_and_a_killed_run_goes_on(name: str, given, start, folder: Path):
+    """As many steps as without the kill, which a run does not repeat bit for bit."""
+    urls = "::".join(f"pipe:cat {folder}/corpus/{i:05}.tar" for i in range(4))
+    cache, (whole, out) = folder / "cache" / name, (folder / "streams" / name / each for each in ("whole", "killed"))
+    command = [*given[name], "--no-keep-in-memory", "--no-distinct-captions", "--data", urls, "--stream"]
+    command += ["--dataset-size", "160", "--cache", cache]
+    finished(ended(start(*command, "--out", whole, module=SCRIPTS[name])))
     print("killed at line", line := random.randint(1, 7))
-    fetched = {whole: set(), out: set()}
-    try:
-        for path, killed in ((whole, False), (out, True), (out, False)):
-            Flaky.dropped.clear()
-            both = start_two(start, *command, "--cache", folder / "cache of two", "--out", path, module=SCRIPTS[name])
-            if killed:
-                kill_at(both[0], path, line)
-                both[1].kill()
-                both[1].join()
-            else:
-                for process in both:
-                    finished(ended(process))
-            fetched[path] |= Flaky.dropped
-            assert len(fetched[path]) == 4 or killed  # a resumed run fetches what is left
-    finally:
-        server.shutdown()
-    assert metrics(out) == metrics(whole) and len([line for line in metrics(out) if "loss" in line]) == 10
-    assert same(trained(out), trained(whole))
+    kill_at(start(*command, "--out", out, module=SCRIPTS[name]), out, line)
+    finished(ended(start(*command, "--workers", "1", "--out", out, module=SCRIPTS[name])))
+    steps = [[line["step"] for line in metrics(each) if "loss" in line] for each in (out, whole)]
+    assert steps[0] == steps[1] and len(steps[0]) == 10
+    assert not list(cache.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMED if name == "attentive_mask_clip"])
+def test_two_processes_stream_from_a_faulty_server(name: str, given, start, folder: Path):
+    """The first download of each shard is cut off. Each process reads shards of its own, all of them once."""
+    with serving(folder / "corpus") as server:
+        data = ["--data", f"{server.url}/{{00000..00003}}.tar", "--stream", "--dataset-size", "160"]
+        command = [*given[name], "--no-keep-in-memory", *data, "--cache", folder / "cache of two"]
+        out = folder / "stream of two"
+        for process in start_two(start, *command, "--epochs", "1", "--out", out, module=SCRIPTS[name]):
+            finished(ended(process))
+    assert len([line for line in metrics(out) if "loss" in line]) == 5 and set(server.asked.values()) == {2}
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "tinyclip in epochs"])

@@ -232,7 +232,7 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
 
 
 def test_a_flaky_server_is_asked_again_and_copies_go(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data, "PAUSE", 0)
+    monkeypatch.setattr("shared.fetch.PAUSE", 0)
     monkeypatch.setattr(index, "LARGE", 0)
     monkeypatch.setattr(Flaky, "asked", [])
     monkeypatch.setattr(Flaky, "dropped", set())

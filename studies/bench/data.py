@@ -1,6 +1,6 @@
 """Data loading: `python -m studies.bench.data` (`make bench-data`) builds shards and measures reading them.
 
-A million samples of a few bytes show start-up time and memory; 20,000 samples of 20 KB show throughput. Each
+A million samples of a few bytes show start-up time and memory; 20,480 samples of 20 KB show throughput. Each
 measurement runs in a new process. The readers take turns on the same shards and do the same work in the same
 processes: a worker decodes, crops and returns uint8, and the measuring process normalises, although webdataset and
 open_clip would normalise in their workers. The last column is our target; many rows have none.
@@ -9,13 +9,14 @@ open_clip would normalise in their workers. The last column is our target; many 
 import argparse
 import functools
 import io
+import itertools
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,17 +25,18 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from shared import data, index, run, windows
+from shared import data, index, run
+from shared.corpus import Corpus
+from shared.streams import Stream
 from shared.tars import write_tar
 
-from . import at_least, resident
+from . import CPU, at_least, resident
 
 SIDE, VIEW, BATCH = 256, 224, 64
-MEAN = STD = (0.5, 0.5, 0.5)
-VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor(MEAN, STD)])
+VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor((0.5,) * 3, (0.5,) * 3)])
 PIXELS_OF, NORMALISE = data.split_normalisation(VIEW_OF)  # for the worker, and for the measuring process
 
 
@@ -59,6 +61,52 @@ def build(folder: Path, shards: int, size: int, image: Callable[[int], bytes]) -
     return f"{folder}/{{00000..{shards - 1:05d}}}.tar"
 
 
+# ---------------------------------------------------------------------------------------------------------- the readers
+
+
+def tokens(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def ours(way: type, urls: str, cache: str, samples: int, workers: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """Normalised images (B, 3, H, W) of an epoch of our corpus by row or by stream, from batch `start` on."""
+    cfg = SimpleNamespace(
+        data=urls, dataset_size=samples, cache=cache, strict=False, batch_size=BATCH, workers=workers, out="bench",
+        seed=0, keep_in_memory=False, distinct_captions=False, stream=way is Stream,
+    )  # fmt: skip
+    corpus = way(cfg, CPU, lambda pair: tokens([pair.caption])[0])
+    return (images for _, images, _ in corpus.epoch(0, VIEW_OF, start))
+
+
+def of_webdataset(urls: str, cache: str, samples: int, workers: int) -> Iterator[torch.Tensor]:
+    """webdataset's pipeline from its documentation, up to uint8."""
+    pairs = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).decode("pilrgb").to_tuple("jpg", "txt")
+    views = pairs.map_tuple(PIXELS_OF, lambda text: tokens([text])[0]).batched(BATCH)
+    return (NORMALISE(pixels) for pixels, _ in DataLoader(views, batch_size=None, num_workers=workers))
+
+
+def of_open_clip(urls: str, cache: str, samples: int, workers: int) -> Iterator[torch.Tensor]:
+    sys.modules.setdefault("pandas", ModuleType("pandas"))  # open_clip needs it for tables, not for shards
+    from open_clip_train import data as theirs
+
+    # webdataset 1.0 marks the end of a shard, which open_clip's grouping of files does not know
+    theirs.tar_file_expander = functools.partial(webdataset.tariterators.tar_file_expander, eof_value=None)
+    args = SimpleNamespace(
+        train_data=urls, train_num_samples=samples, train_data_upsampling_factors=None, dataset_resampled=False, seed=0,
+        batch_size=BATCH, workers=workers, world_size=1,
+    )  # fmt: skip
+    loader = theirs.get_wds_dataset(args, PIXELS_OF, True, tokenizer=tokens).dataloader
+    return (NORMALISE(pixels) for pixels, _ in loader)
+
+
+READERS = {
+    "ours, by row": functools.partial(ours, Corpus),
+    "ours, by stream": functools.partial(ours, Stream),
+    "webdataset": of_webdataset,
+    "open_clip": of_open_clip,
+}
+
+
 # -------------------------------------------------------------------------------------------------------- measurements
 
 
@@ -78,6 +126,7 @@ def alone(function: Callable[..., dict], *arguments) -> dict:
 def in_process(pipe, function: Callable[..., dict], arguments: tuple) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader workers start as in a script
+    os.environ[run.QUIET] = "1"
     index.LARGE = 0  # the index is cached for any number of samples
     before = resident("RssAnon")
     found = function(*arguments)
@@ -97,103 +146,33 @@ def opened(urls: str, cache: str) -> dict:
     return {"seconds": seconds, "samples": len(pairs)}
 
 
-class Views(Dataset):
-    """(view, caption's length, broken) of the pairs."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, list]:
-        broken: list[data.Broken] = []
-        pair = data.read_or_next(self.pairs, int(i), broken)
-        return PIXELS_OF(pair.image), tokens([pair.caption])[0], broken
-
-
-def tokens(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[len(text)] for text in texts])
-
-
-def collate(items: list) -> tuple[torch.Tensor, torch.Tensor, list]:
-    images, texts, broken = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(texts), [one for each in broken for one in each]
-
-
-def ours(urls: str, cache: str, window: int, samples: int, workers: int, start: int = 0) -> Iterator:
-    cfg = SimpleNamespace(
-        data=urls, dataset_size=samples, window_shards=window, cache=cache, strict=False, batch_size=BATCH,
-        workers=workers, out="bench", seed=0,
-    )  # fmt: skip
-    process = run.Process(0, 1, torch.device("cpu"))
-    dataset, epoch = Views(windows.open_pairs(cfg, process)), range(1)
-    yield from windows.training_batches(dataset, collate, cfg, process, epoch, start)
-
-
-def by_row(*arguments) -> Iterable:
-    urls, cache, samples, workers, *start = arguments
-    return ours(urls, cache, 0, samples, workers, *start)
-
-
-def by_window(*arguments) -> Iterable:
-    urls, cache, samples, workers, *start = arguments
-    return ours(urls, cache, 4, samples, workers, *start)
-
-
-def of_webdataset(urls: str, cache: str, samples: int, workers: int) -> Iterable:
-    """webdataset's pipeline from its documentation, up to uint8."""
-    pairs = webdataset.WebDataset(urls, shardshuffle=100, seed=0).shuffle(1000).decode("pilrgb").to_tuple("jpg", "txt")
-    views = pairs.map_tuple(PIXELS_OF, lambda text: tokens([text])[0]).batched(BATCH)
-    return DataLoader(views, batch_size=None, num_workers=workers)
-
-
-def of_open_clip(urls: str, cache: str, samples: int, workers: int) -> Iterable:
-    sys.modules.setdefault("pandas", ModuleType("pandas"))  # open_clip needs it for tables, not for shards
-    from open_clip_train import data as theirs
-
-    # webdataset 1.0 marks the end of a shard, which open_clip's grouping of files does not know
-    theirs.tar_file_expander = functools.partial(webdataset.tariterators.tar_file_expander, eof_value=None)
-    args = SimpleNamespace(
-        train_data=urls, train_num_samples=samples, train_data_upsampling_factors=None, dataset_resampled=False, seed=0,
-        batch_size=BATCH, workers=workers, world_size=1,
-    )  # fmt: skip
-    return theirs.get_wds_dataset(args, PIXELS_OF, True, tokenizer=tokens).dataloader
-
-
-READERS = {"ours, by row": by_row, "ours, by window": by_window, "webdataset": of_webdataset, "open_clip": of_open_clip}
-
-
-def amplification(reader: Callable[..., Iterable], arguments: tuple) -> dict:
+def amplification(reader: str, arguments: tuple) -> dict:
     """Bytes that a pass without workers reads from the system, with those for an index, divided by the bytes of its
     samples; and the mean bytes of a sample."""
-    before, count = bytes_read(), sum(len(pixels) for pixels, *_ in reader(*arguments))
+    before, count = bytes_read(), sum(map(len, READERS[reader](*arguments)))
     asked, pairs = bytes_read() - before, data.open_pairs(arguments[0])
     size = pairs._spans[:, (1, 3)].sum() / len(pairs)
     return {"ratio": asked / (size * count), "size": size}
 
 
-def throughput(reader: Callable[..., Iterable], arguments: tuple, seconds: float) -> dict:
+def throughput(reader: str, arguments: tuple, seconds: float) -> dict:
     """Samples/s of one worker after the first batch, while this process normalises; and the worker's private memory at
     the end, less that of this process at the start, in MiB."""
-    torch.set_num_threads(1)
-    before, held, count, first = resident("RssAnon"), 0, 0, None
-    for pixels, *_ in reader(*arguments):
-        images = NORMALISE(pixels)
-        if first is None:
-            first = time.perf_counter()
-        else:
-            count += len(images)
+    before, held, count = resident("RssAnon"), 0, 0
+    batches = READERS[reader](*arguments)
+    next(batches)
+    start = time.perf_counter()
+    for images in itertools.takewhile(lambda _: time.perf_counter() - start < seconds, batches):
+        count += len(images)
         held = sum(resident("RssAnon", worker.pid) for worker in multiprocessing.active_children())
-        if time.perf_counter() - first > seconds:
-            break
-    return {"samples/s": count / (time.perf_counter() - first), "worker": (held - before) / 1024}
+    return {"samples/s": count / (time.perf_counter() - start), "worker": (held - before) / 1024}
 
 
-def first_batch(reader: Callable[..., Iterable], arguments: tuple) -> dict:
+def first_batch(reader: str, arguments: tuple) -> dict:
     """Seconds until the first batch."""
     start = time.perf_counter()
-    next(iter(reader(*arguments)))
+    batches = READERS[reader](*arguments)
+    next(batches)
     return {"seconds": time.perf_counter() - start}
 
 
@@ -212,18 +191,18 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
 
     (folder / "real").mkdir()
     rng, samples = np.random.default_rng(0), options.real
-    shards = max(samples // 1000, 1)
+    shards = max(samples // 1024, 1)  # whole batches in each
     real = build(folder / "real", shards, samples // shards, lambda i: photograph(rng))
     first, block = f"{folder}/real/00000.tar", os.stat(folder).st_blksize
-    for name, reader in READERS.items():
-        found = alone(amplification, reader, (first, f"{cache}-{name}", samples // shards, 0))
+    for name in READERS:
+        found = alone(amplification, name, (first, f"{cache}-{name}", samples // shards, 0))
         what = f"bytes read / bytes used, {found['size'] / 1024:.0f} KiB a sample, blocks of {block:,} bytes, {name}"
         yield what, f"{found['ratio']:.3f}", "<= 1.1" * name.startswith("ours")
 
     found: dict[str, list[dict]] = {name: [] for name in READERS}
     for _ in range(options.repetitions):
-        for name, reader in READERS.items():
-            found[name].append(alone(throughput, reader, (real, cache, samples, 1), options.seconds))
+        for name in READERS:
+            found[name].append(alone(throughput, name, (real, cache, samples, 1), options.seconds))
     for name, each in found.items():
         rates, held = ([one[key] for one in each] for key in ("samples/s", "worker"))
         spread = f"{np.median(rates):,.0f} ({min(rates):,.0f} .. {max(rates):,.0f})"
@@ -231,10 +210,10 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
         yield f"samples/s of one worker and a process that normalises, {name}", spread, aim
         yield f"memory of this worker, {name}", f"{np.median(held):.0f} MiB", ""
     late = int(0.9 * samples // BATCH)
-    for name, reader in READERS.items():
+    for name in READERS:
         resumes = name.startswith("ours")  # the others cannot resume within an epoch
-        places = (0, late) if resumes else (0,)
-        times = [alone(first_batch, reader, (real, cache, samples, 1, *[at] * resumes))["seconds"] for at in places]
+        places = ((), (late,)) if resumes else ((),)
+        times = [alone(first_batch, name, (real, cache, samples, 1, *at))["seconds"] for at in places]
         what = "seconds to the first batch" + ", at the beginning and resumed after 90 %" * resumes
         yield f"{what}, {name}", ", ".join(f"{value:.2f}" for value in times), "equal" * resumes
 
@@ -242,7 +221,7 @@ def measured(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparse", type=at_least(2), default=1_000_000, help="samples of a few bytes")
-    parser.add_argument("--real", type=at_least(2 * BATCH), default=20_000, help="samples of 20 KB")
+    parser.add_argument("--real", type=at_least(2 * BATCH), default=20_480, help="samples of 20 KB")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each throughput")
     parser.add_argument("--repetitions", type=at_least(1), default=3, help="of each throughput, in turns")
     parser.add_argument("--folder", type=Path, help="where the shards are built, about 600 MB; removed afterwards")
