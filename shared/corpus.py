@@ -135,13 +135,6 @@ class Corpus:
         self.replaced.clear()
 
 
-def open_corpus(
-    cfg: Any, process: run.Process, text: Callable, *, cut_padding: bool = False, side: int | None = None
-) -> Corpus:
-    """The corpus of --data."""
-    return Corpus(cfg, process, text, cut_padding=cut_padding, side=side)
-
-
 class Order:
     """A batch sampler whose batches can be replaced between passes."""
 
