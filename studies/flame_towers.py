@@ -66,12 +66,12 @@ def cells_of(pixels: Iterable[Tensor], device: torch.device, precision: str = "a
     """uint8 images (3, H, H) -> cells (N, 1280, 2, 2), float16, on the CPU; 32 images of 128 pixels fit a processor's
     cache."""
     normalise, source = data.ToNormalizedTensor(LITE0_MEAN, LITE0_STD).normalise, iter(pixels)
-    found = [torch.empty(0, WIDTH, GRID, GRID, dtype=torch.float16)]
+    found = [np.empty((0, WIDTH, GRID, GRID), dtype=np.float16)]
     with run.autocast(precision, device):
         while batch := list(itertools.islice(source, batch_size)):
             images = normalise(torch.stack(batch).to(device)).contiguous(memory_format=torch.channels_last)
-            found.append(F.adaptive_avg_pool2d(trunk(device).forward_features(images), GRID).half().cpu())
-    return torch.cat(found)
+            found.append(F.adaptive_avg_pool2d(trunk(device).forward_features(images), GRID).half().cpu().numpy())
+    return torch.from_numpy(np.concatenate(found))
 
 
 class Cells:
@@ -150,7 +150,7 @@ class WholeTower(nn.Module):
         new = {key: image for key, image in zip(keys, images.cpu(), strict=True) if key not in self.known}
         if new:
             self.known.update(zip(new, cells_of(new.values(), images.device), strict=True))
-        cells = torch.stack([self.known[key] for key in keys]).float().to(images.device)
+        cells = torch.stack([self.known[key].float() for key in keys]).to(images.device)
         return self.head.encode_image(cells, visual_only)
 
 

@@ -70,7 +70,7 @@ def test_cells_are_the_last_map_of_the_tower_and_are_kept(lite0, folder: Path): 
 def test_cells_of_replaced_images_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Under the same names, as a .tsv has them."""
     monkeypatch.setattr(flame_towers, "cells_of", lambda images, *_: torch.stack([*images]).float().mean((2, 3)))
-    (tmp_path / "pairs.tsv").write_text(f"title\\tfilepath\\none\\t{tmp_path}/a.png\\n")
+    (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
     cfg, found = settings(tmp_path / "cache", data=f"{tmp_path}/pairs.tsv", dataset_size=None), []
     for colour in ("red", "blue"):
         Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
