@@ -120,8 +120,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "attentive_mask_clip": "emoji --model test --image-size 20 --epochs 2 --warmup-epochs 1",
         "concept_frequency": f"""emoji --model ViT-test --image-size 16 --num-concepts 12 --dataset-size 160 --epochs 2
             --warmup 2 --eval-set {EVAL}/names_ood""",
-        "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
-            --epochs 2 --warmup 2""",
+        "flame": "emoji-clip --captions --model ViT-test --image-size 16 --hidden-dim 32 --epochs 2 --warmup 2",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {dinov2(parts / "dinov2")}
             --states= --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 2048
             --min-count 1 --epochs 2 --warmup 2""",
@@ -193,9 +192,9 @@ def stages(data: Path, parts: Path) -> dict[str, list[str]]:
         "nmtune.finetune": f"""full --encoder timm:resnet_emoji --data {image_folder(parts / "images", data)} {tune}
             --batch-size 8""",
         "protoclip.teacher": f"roberta-large --data {data} --model {parts / 'lm'} --dim 8",
-        "flame.recaption": f"--data {data}",
-        "flame.embed": f"""cc3m-mistral-nemo --data {data} --dataset-size 8 --llm {parts / "lm"} --layers 1 --precision
-            fp32 --short {parts / "short.json"} --long {parts / "long.json"} --shard-size 4""",
+        "studies.flame_recaption": f"--data {data}",
+        "flame.embed": f"""small --data {data} --dataset-size 8 --llm {parts / "lm"} --precision fp32
+            --short {parts / "short.json"} --long {parts / "long.json"}""",
         "tldr_reduction.reduce": f"{data} --select random --keep 0.5 --batch-size 50 --workers 0 --precision fp32",
         "concept_frequency.count": f"shards --data {data} --concepts {parts / 'names.txt'} {pipeline}",
     }

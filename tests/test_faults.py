@@ -30,7 +30,7 @@ SCRIPT, SECONDS = "faulty", 120
 SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().randrange(10**6))
 
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before
-    "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "flame.recaption",
+    "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "studies.flame_recaption",
     "nmtune.finetune", "nmtune.train", "protoclip.teacher", "tldr_reduction.reduce",
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
@@ -43,7 +43,8 @@ ELSEWHERE = {  # where each other script is tested
     "studies.concept_frequency_nouns": "test_study_locked_clip.py::test_a_stopped_run_goes_on",
     "concept_frequency.published.replay": "test_concept_frequency_published_replay.py::"
     "test_replay_of_files_in_the_authors_layout",
-    "flame.captioner": "test_flame_captioner.py::test_captioner_command_line_errors",
+    "studies.flame_banks": "test_flame_towers.py::test_a_bank_of_a_sentence_encoder_has_one_facet_a_caption",
+    "studies.flame_towers": "test_flame_towers.py::test_a_locked_run_trains_resumes_and_is_measured",
     "studies.flame_new_names": "test_flame_new_names.py::test_no_training_sample_has_a_new_name",
     "lexvla.plots": "test_lexvla_plots.py::test_explanation_of_a_pair",
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
@@ -61,9 +62,8 @@ KILLED = {  # where arms and scripts that are not killed here are
     "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_packing_resumes_after_kill",
     "concept_frequency.count": "test_concept_frequency_count.py::test_a_killed_count_resumes",
     "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
-    "flame.captioner": "test_flame_captioner.py::test_captions_of_shards_are_a_file_that_embedding_reads",
     "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
-    "flame, in memory on a locked trunk": "test_flame_inmemory.py::test_a_locked_run_trains_resumes_and_is_evaluated",
+    "flame, on a locked trunk": "test_flame_towers.py::test_a_locked_run_trains_resumes_and_is_measured",
     "lexvla, with states, and with LM and backbone trained": (
         "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
     ),
@@ -467,7 +467,7 @@ def test_a_stage_that_cannot_write_where_it_should(module: str, stage, tmp_path:
 HOSTILE = {  # what a stage reports of hostile data beside what the headers show; None: it wants its data whole
     "concept_frequency.count": {ENCODING: 4},
     "flame.embed": {},
-    "flame.recaption": None,
+    "studies.flame_recaption": None,
     "protoclip.teacher": {},
     "tldr_reduction.reduce": {BOMB: 4, PIXELS: 4, ENCODING: 4},
 }

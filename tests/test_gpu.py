@@ -19,7 +19,7 @@ from test_accumulate import PLAIN
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 SCRIPT, SECONDS = "protoclip.train", 300
-SCRIPTS = SCRIPTS | {  # and further arms and scripts; flame.captioner logs no losses
+SCRIPTS = SCRIPTS | {  # and further arms and scripts
     "nmtune-labels": "nmtune.pretrain",
     "nmtune-views": "nmtune.train",
     "nmtune-features": "nmtune.train",
@@ -41,7 +41,7 @@ BLIP = """--image-size 224 --patch-size 16 --width 768 --layers 12 --heads 12 --
 LARGE = {
     "attentive_mask_clip": "--model vit_b16 --image-size 224",
     "concept_frequency": "--model ViT-B-32 --image-size 224",
-    "flame": "--model ViT-B-16 --image-size 224 --hidden-dim 4096 --text-width 512 --text-layers 12 --embed-dim 512",
+    "flame": "--model ViT-B-16 --image-size 224 --hidden-dim 4096",
     "lexvla": """--text lm --lora-rank 8 --image-size 224 --adapter-hidden 2048 --precision bf16
         --lm {parts}/large-lm --backbone {parts}/dinov2-base""",
     "nmtune": "--model RN50",

@@ -34,9 +34,8 @@ SHORT = {  # what is appended to a command
         --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2""",
     "attentive_mask_clip.train": "--model test --image-size 20 --epochs 1 --warmup-epochs 0.5 --batch-size 64",
     "tinyclip.train": "--image-size 32 --epochs 3 --batch-size 64",
-    "flame.embed": "--llm parts/lm --layers 1",
-    "flame.train": """--image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16 --epochs 2
-        --batch-size 64 --warmup 2""",
+    "flame.embed": "--llm parts/lm",
+    "flame.train": "--model ViT-test --image-size 16 --hidden-dim 32 --epochs 2 --batch-size 64 --warmup 2",
     "lexvla.train": """--lm parts/lm --max-length 192 --backbone parts/dinov2 --image-size 16 --adapter-hidden 32
         --min-count 1 --epochs 2 --batch-size 64 --warmup 2""",
     "tldr_reduction.reduce": "--clusters 4 --workers 0",
@@ -44,9 +43,10 @@ SHORT = {  # what is appended to a command
     "nmtune.pretrain": "--model ViT-test --epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",
     "concept_frequency.count": "--workers 1",
-    "concept_frequency.train": "--model ViT-test --image-size 16 --dataset-size 300 --epochs 2 --batch-size 64 --warmup 2",
+    "concept_frequency.train": """--model ViT-test --image-size 16 --dataset-size 300 --epochs 2 --batch-size 64
+        --warmup 2""",
 }
-SKIPPED = {"shared.pretrained", "flame.captioner"}  # need a package or a model of the hub; others take their place
+SKIPPED = {"shared.pretrained"}  # needs a package; another takes its place
 PRECISE = ("train", "eval", "embed", "reduce", "pretrain")  # scripts that get --precision fp32
 FOLDERS = {  # folder: (scores that its evaluation gives, what is exported)
     "protoclip": ({"held_out/mean_recall", "modality_gap"}, "mine-protoclip"),

@@ -1,16 +1,14 @@
-"""Short and long captions of the embedded corpus: `python -m flame.recaption`.
+"""Short and long captions of the embedded corpus: `python -m studies.flame_recaption`.
 
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every image, and keeps the alt text as a third.
 The embedded corpus has no captioner, so captions are composed from the words of each emoji: raw is the name, short adds
 a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
 (studies.corpora.scenes) have their own captions: raw names the emoji, short adds their positions, long describes each.
 For photographs with several captions (studies.corpora.photos), raw is the first, short the second, long all joined.
-Files are lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files. captioner.py writes
-such files for other images.
+Files are lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files.
 """
 
 import dataclasses
-import json
 import random
 from pathlib import Path
 
@@ -73,26 +71,6 @@ def main(cfg: Config) -> None:
     for kind, entries in lists.items():
         checkpoints.write_json(Path(cfg.out) / f"{kind}.json", entries)
     print(f"{cfg.out}: {len(lists['raw']):,} samples, {len({e['caption'] for e in lists['raw']}):,} different names")
-
-
-def read_captions(path: str) -> dict[str, str]:
-    """{sample key: caption} of a file in this layout; the caption may have any field name (the authors': minicpm).
-
-    A null caption becomes an empty string.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"caption file {path} does not exist")
-    try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {}
-        for entry in entries:
-            (text,) = (value for name, value in entry.items() if name != "__key__")
-            found[entry["__key__"]] = "" if text is None else str(text)
-        return found
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f'{path} is no caption file: it should be a JSON list of {{"__key__": sample, "caption": text}}'
-        ) from error
 
 
 if __name__ == "__main__":
