@@ -19,9 +19,9 @@ from studies.harness.verdicts import Claim
 from studies.tinyclip import IA, IC, RA, RC, macs_in_millions
 from tinyclip import eval as evaluation
 
-# Unlike on emoji, crops do not extend beyond the image; equal captions are too rare to be kept apart. Photographs are
-# decoded once and kept in memory. The teacher sees the crops, so its features are computed in each step.
-DATA = f"--data {photos.SINGLE} --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
+# Unlike on emoji, crops stay within the image; equal captions are too rare to be kept apart. Photographs are decoded
+# once and kept in memory. The teacher sees the crops, so its features are computed in each step.
+DATA = f"--data {photos.SINGLE} --eval-every 0 --border 0 --crop-ratio 0.75 1.33 --no-distinct-captions"
 STUDENT = f"{DATA} --model emoji-resnet-25 --steps 232"  # four epochs
 AFFINITY = f"train emoji-resnet {STUDENT} --teacher {{teacher}}"
 CONTRASTIVE = f"train emoji-resnet-contrastive {STUDENT}"
