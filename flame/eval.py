@@ -47,6 +47,7 @@ from flame.zeroshot import (
 from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
 from shared.probes import Probe, fit
+from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import owners, percent, retrieval_ranks
 
 METRICS = {
@@ -84,9 +85,9 @@ class Config:
     """Folder of Crossmodal-3600 (captions.jsonl, images/): retrieval in 36 languages, first caption, single prompt."""
     probe: str | None = None
     """Set with a train/ split for the linear probe; None skips it."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images or texts per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -379,8 +380,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "batch_size")
-    cli.check_counts(cfg, "workers", least=0)
+    check_limits(cfg)
     kinds = "run folder or checkpoint file"
     return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, kinds, foreign=True)
 

@@ -20,6 +20,7 @@ from attentive_mask_clip.model import create_model
 from attentive_mask_clip.train import blank_batch, parameter_groups, train_step
 from shared import checkpoints, cli, evaluation, run
 from shared.errors import UserError
+from shared.settings import Count, check_limits
 
 ARMS = {  # changed training settings; `step_times` also halves the EMA view of aclip-eff
     "clip": dict(method="clip"),
@@ -39,11 +40,11 @@ PAPER = {"clip": "1.00x", "slip": "2.67x", "aclip": "1.16x", "aclip-eff": "0.86x
 class Config:
     model: str = "emoji"
     """Towers: vit_s16, vit_b16, vit_l16, emoji or scenes."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images a step."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Arms to time; clip is always timed."""
-    rounds: int = 5
+    rounds: Count = 5
     """Timed rounds after one warm-up round; each arm runs one step per round."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -70,7 +71,7 @@ def step_times(cfg: Config) -> dict[str, dict]:
 
     UserError for an unknown arm.
     """
-    cli.check_counts(cfg, "batch_size", "rounds")
+    check_limits(cfg)
     device = run.setup(0, cfg.device).device
     precision = run.resolve_precision(cfg.precision, device)
     names = ["clip", *(arm for arm in cfg.arms if arm != "clip")]

@@ -12,12 +12,14 @@ keys, so captions and banks of the whole corpus also serve these shards. Classes
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from shared import cli, data, layout, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.settings import Limits, check_limits
 
 
 @dataclasses.dataclass
@@ -26,7 +28,7 @@ class Config:
     """The embedded corpus, as `make data` builds it."""
     out: str = "data/flame/known"
     """Folder to write; it appears only when complete, and a finished one is not changed."""
-    every: int = 5
+    every: Annotated[int, Limits(least=2)] = 5
     """Leave about one name in N out of training."""
 
 
@@ -62,7 +64,7 @@ def write(folder: Path, cfg: Config) -> dict[str, int]:
 
 
 def main(cfg: Config) -> None:
-    cli.check_counts(cfg, "every", least=2)
+    check_limits(cfg)
     manifest = Path(cfg.corpus) / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{cfg.corpus} holds no corpus: 'make data' builds it")
