@@ -21,6 +21,7 @@ from nmtune import eval as nmtune_eval
 from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
+from shared.errors import UserError
 
 SCRIPT, SECONDS = "nmtune.train", 120
 TUNE = "--encoder timm:resnet_emoji --epochs 2 --batch-size 20 --workers 0 --log-every 1 --precision fp32".split()
@@ -308,7 +309,7 @@ def test_a_failing_test_loses_no_training(in_process, tmp_path, images, monkeypa
     command = [module, *words, *TUNE, "--data", images, "--tests", f"id={images}", "--epochs", "1", "--out"]
 
     def damaged(*arguments):
-        raise ValueError("a damaged test set")
+        raise UserError("a damaged test set")
 
     with monkeypatch.context() as patch:
         patch.setattr(nmtune_eval, "accuracies", damaged)
