@@ -5,16 +5,13 @@ its activations are forgotten, and the backward pass computes them again: GradCa
 checkpointing. Training calls the wrapped model as it would call the model; `loss.backward()` stays where it is.
 """
 
-import contextlib
-from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from shared.clip import frozen_statistics, recomputed
+from shared.clip import recomputed
 
 
 class MicroBatches(nn.Module):
@@ -54,18 +51,4 @@ def micro_batches(model: nn.Module, count: int) -> nn.Module:
     return model if count == 1 else MicroBatches(model, count)
 
 
-
-
 # --------------------------------------------------------------------------------------------------- a model's output
-
-
-
-
-
-
-
-
-
-
-
-

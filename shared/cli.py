@@ -1,13 +1,11 @@
-"""Command lines: check settings before work starts, print dry runs, report errors in one sentence with exit code 2."""
+"""Command lines: choose a preset, print a dry run, report errors in one sentence with exit code 2."""
 
 import contextlib
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,44 +14,10 @@ from torch import nn
 
 from shared.clip import set_grad_checkpointing
 from shared.errors import UserError
-from shared.evalsets import EvalSet
-from shared.run import QUIET, Process, cores, finish, paper_of  # noqa: F401
+from shared.run import QUIET, Process, finish, paper_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
-
-# ----------------------------------------------------------------------------------------------------------- checks
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
 

@@ -22,7 +22,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 from webdataset.shardlists import expand_urls
 
@@ -38,7 +37,6 @@ from shared import clip, run
 from shared.errors import UserError
 from shared.fetch import fetch, is_remote
 from shared.index import Strings, cached, fingerprint, read_index
-from shared.run import stable_hash
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
@@ -491,8 +489,6 @@ def read_or_next(
     raise UserError(f"1000 samples in a row from {pairs.keys[index % n]} on are unreadable ({broken[-1].reason})")
 
 
-
-
 def batches(
     n: int, batch_size: int, seed: Sequence[int], rank: int = 0, world_size: int = 1, start: int = 0
 ) -> list[np.ndarray]:
@@ -506,10 +502,6 @@ def batches(
     size = batch_size * world_size
     firsts = range(start * size, n, size)
     return [order[first : first + size][rank * batch_size : (rank + 1) * batch_size] for first in firsts]
-
-
-
-
 
 
 def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
@@ -533,10 +525,6 @@ def moved(value: Any, device: torch.device) -> Any:
         parts = [moved(part, device) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
-
-
-
-
 
 
 def broken_report(broken: Iterable[Broken], fate: str = "left out or replaced") -> str | None:

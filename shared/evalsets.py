@@ -83,7 +83,7 @@ class EvalSet(IterableDataset):
         index = 0
         for shard in shards:
             with open(shard, "rb", buffering=0) as file:  # no read-ahead
-                for key, files in _grouped(shard):
+                for key, files in grouped(shard):
                     if index % step == first:
                         yield key, f"{shard}, sample {key!r}", _contents(file, files)
                     index += 1
@@ -156,7 +156,7 @@ def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list]:
     return torch.stack(images), torch.stack(targets) if torch.is_tensor(targets[0]) else torch.tensor(targets)
 
 
-def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """(key, {extension: (offset, size)}) of a tar's samples; files of a sample are adjacent. UserError if damaged."""
     broken: list[Broken] = []
     key, files = None, {}

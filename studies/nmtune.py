@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nmtune import eval as evaluation
 from nmtune import pretrain
-from nmtune.config import EMOJI_SUPERVISED, LITE0, METHODS, NOISE, StudyConfig
+from nmtune.config import EMOJI_SUPERVISED, LITE0, METHODS, NOISE
 from nmtune.datasets import open_labelled
 from nmtune.eval import accuracy, project_logits
 from nmtune.features import Bank, encode_set, read_features, subset_per_class
@@ -46,6 +46,7 @@ from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
+from studies.nmtune_encoders import StudyConfig, encoder_metrics
 
 KINDS = {"sup": "label", "clip": "caption"}
 ENCODER_HEADS = {"sup": "lp mlp nmtune", "clip": "lp"}  # heads of each kind of encoder
@@ -61,9 +62,8 @@ TUNINGS = 10
 def heads_arm(name: str, head: str, options: str = "", on: str = "", but: str = "", core: bool = True) -> Arm:
     """An arm of TUNINGS heads on the black box for each seed; `options` are for nmtune.train, `on` and `but` are parts
     of the heading."""
-    first = f"train emoji-lite0-{head} {options} --seed {{seed}}0 --out {{out}}"
-    more = f"studies.nmtune_heads --run {{out}} --heads {TUNINGS}"
-    return Arm(name, (first, more), heading=f"EfficientNet-Lite0{on}, {HEADS[head]}{but}", core=core)
+    command = f"train emoji-lite0-{head} {options} --seed {{seed}}0 --heads {TUNINGS} --out {{out}}"
+    return Arm(name, (command,), heading=f"EfficientNet-Lite0{on}, {HEADS[head]}{but}", core=core)
 
 
 ARMS = (
@@ -93,6 +93,40 @@ ENCODE = Once(
     f"ood={SUBGROUPS[1]}:test --batch-size 32 --out {LITE0['features']}",
     arms=ON_LITE0,
 )
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+METRICS = {  # headings in tables
+    "lp/id": "LP ID",
+    "lp/ood": "LP OOD",
+    "mlp/id": "MLP ID",
+    "mlp/ood": "MLP OOD",
+    "nmtune/id": "NMTune ID",
+    "nmtune/ood": "NMTune OOD",
+    "nearest/id": "nearest neighbour ID",
+    "nearest/ood": "nearest neighbour OOD",
+    "sve_id": "SVE ID (nats)",
+    "sve_ood": "SVE OOD",
+    "lsvr_id": "LSVR ID (nats)",
+    "lsvr_ood": "LSVR OOD",
+    "blackbox/id": "black box ID",
+    "blackbox/ood": "black box OOD",
+    "noise": "measured noise",
+}
+
+
+def head_accuracies(folder: Path) -> dict[str, float]:
+    """{"TEST/METRIC": per cent} of a tuned head, or means over the run's heads: the last line of the run's log."""
+    return {key: value for key, value in run.read_metrics(folder, "id/top1")[-1].items() if "/" in key}
+
+
+def compared_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of a run: of an encoder, or {"blackbox/TEST": top-1 in per cent} of heads on black-box features."""
+    if (folder / "study.json").is_file():
+        return encoder_metrics(folder)
+    found = head_accuracies(folder)
+    return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
+
 
 # --------------------------------------------------------------------------------------------------------------- claims
 
@@ -196,7 +230,7 @@ def over_levels(arms: dict[str, list[dict]]) -> None:
 def more_rows(found: Comparison) -> list[dict]:
     """The claim that cannot be tested at this scale. UserError for an arm that is not in this study."""
     if unknown := set(found.arms) - set(STUDY.headings):
-        raise UserError(f"--report compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
+        raise UserError(f"the study compares folders such as sup-30-seed0, not {sorted(unknown)[0]}-seedN")
     return [verdicts.not_testable("averages over 14 ID sets, DomainNet, GLUE-X", "see paper", "needs those sets")]
 
 
@@ -438,9 +472,9 @@ STUDY = Study(
     minutes={"core": 6, "all": 18},
     terms="LP: linear probe. ID, OOD: in and out of domain. SVE: entropy of the features' singular values; LSVR: minus "
     "log of the largest one's share. Black box: EfficientNet-Lite0.",
-    evaluate=lambda runs: [evaluation.compared_metrics(run) for run in runs],
+    evaluate=lambda runs: [compared_metrics(Path(run)) for run in runs],
     derive=derive,
-    metrics=evaluation.METRICS | {"few/id": "a tenth of the samples, ID", "few/ood": "... OOD"},
+    metrics=METRICS | {"few/id": "a tenth of the samples, ID", "few/ood": "... OOD"},
     sets=SUBGROUPS,
     floors=FLOORS,
     claims=CLAIMS,
@@ -513,7 +547,7 @@ def measure_probe(folder: Path) -> dict[str, float]:
     for name in ("sve", "lsvr"):
         numbers |= {f"{name}_id": found[f"id/{name}_F"], f"{name}_ood": averaged(found, f"{name}_F")}
     for head in ("mlp", "nmtune"):
-        tuned = evaluation.head_accuracies(folder.parent / head)
+        tuned = head_accuracies(folder.parent / head)
         numbers |= {f"{head}/id": tuned["id/top1"], f"{head}/ood": averaged(tuned, "top1")}
     return numbers | {f"lp/{name}": found[f"{name}/top1"] for name in SHIFTED}
 
@@ -522,7 +556,7 @@ def measure_run(path: str) -> dict[str, float]:
     """Metrics of a run: of an encoder, cached in its results.json, or of a head on black-box features."""
     folder = Path(path)
     if folder.name.startswith("lite0"):
-        found = evaluation.head_accuracies(folder)
+        found = head_accuracies(folder)
         tops = {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", *SHIFTED)}
         return tops | {"blackbox/ood": averaged(found, "top1")}
     probe = folder / "lp"
@@ -606,7 +640,7 @@ PHOTOS = Study(
     minutes={"core": 5, "all": 8},
     evaluate=evaluate_photos,
     alone=True,
-    metrics=evaluation.METRICS | DOMAINS,
+    metrics=METRICS | DOMAINS,
     sets=(f"{PACS}/photo", *(f"{PACS}/{name}_all" for name in SHIFTED)),
     floors=PHOTOS_FLOORS,
     claims=(*CLAIMS, *VARIANT_CLAIMS),

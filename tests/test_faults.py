@@ -50,7 +50,6 @@ ELSEWHERE = {  # where each other script is tested
     "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
     "studies.lexvla_scenes": "test_lexvla_scenes.py::test_scenes_have_exact_masks",
     "studies.nmtune_encoders": "test_nmtune_encoder_study.py::test_study_and_report",
-    "studies.nmtune_heads": "test_nmtune_head_study.py::test_heads_of_other_runs_are_refused",
     "nmtune.extract": "test_nmtune_extract.py::test_command_lines_end_in_one_sentence",
     "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
     "studies.tldr_reduction_photos": "test_tldr_reduction_photos_study.py::test_predictions_are_what_others_said",

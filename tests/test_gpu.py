@@ -164,13 +164,11 @@ def test_a_killed_run_goes_on(start, given, runs, folder: Path, name: str):
     assert losses(ours) == pytest.approx(losses(whole), rel=AFTER_A_STEP)
 
 
-def test_heads_with_other_seeds(start, runs, folder: Path):
-    """studies.nmtune_heads tunes heads on a GPU, although features in memory are on the CPU."""
-    name = "nmtune-features"
-    assert runs[name, DEVICE, "fp32", 1]
-    out = folder / "runs" / f"{name}-{DEVICE}-fp32-1"
-    finished(ended(start("--run", out, "--heads", "2", "--device", DEVICE, module="studies.nmtune_heads")))
-    assert (out / "heads.json").is_file()
+def test_heads_with_other_seeds(start, given, folder: Path):
+    """Further heads are tuned on a GPU, although features in memory are on the CPU."""
+    command = [*given["nmtune-features"], "--heads", "2", "--device", DEVICE, "--out", folder / "heads"]
+    finished(ended(start(*command, module=SCRIPTS["nmtune-features"])))
+    assert "id/top1" in metrics(folder / "heads")[-1]
 
 
 def planned(text: str) -> float:

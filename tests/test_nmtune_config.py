@@ -30,6 +30,7 @@ ERRORS = {
     "a test called features": ("train", ["emoji-lp", "--tests", "features=a"], "features has a meaning of its own"),
     "one view in a bank": ("train", ["emoji-mlp", "--bank", "1"], "--bank 1 must be 0"),
     "a choice without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--select"], "--select"),
+    "heads without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--heads", "2"], "--heads"),
     "zero-shot MLP": ("train", ["emoji-mlp", "--zero-shot"], "--zero-shot needs a linear probe of a CLIP"),
     "asymmetric captions": ("pretrain", ["emoji-clip-30", "--asymmetric"], "--asymmetric applies to labels"),
     "a stream of noise": ("pretrain", ["emoji-clip-30", "--no-keep-in-memory", "--stream", "--dataset-size", "9"],
@@ -113,7 +114,7 @@ def test_five_noise_levels_are_presets():
         assert levels == [0, 0.05, 0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("name", ["PretrainConfig", "Config", "FinetuneConfig"])
+@pytest.mark.parametrize("name", ["PretrainConfig", "TuningConfig", "Config", "FinetuneConfig"])
 def test_every_field_has_a_docstring(name):
     tree = ast.parse(Path(config.__file__).read_text())
     assert any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)

@@ -37,7 +37,9 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
                 "config": dataclasses.asdict(cfg),
             }
             torch.save(state | {"state_dict": encoder.state_dict()}, folder / "checkpoint.pt")
-            small = config.StudyConfig(encoder=str(folder), tasks=tasks, seeds=1, bank=2, epochs=1, batch_size=512)
+            small = encoder_study.StudyConfig(
+                encoder=str(folder), tasks=tasks, seeds=1, bank=2, epochs=1, batch_size=512
+            )
             encoder_study.main(dataclasses.replace(small, device="cpu"))
     encoder_study.main(dataclasses.replace(small, device="cpu"))
     assert "nothing to do" in capsys.readouterr().out
