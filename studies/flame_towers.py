@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.models import register_model
 from torch import Tensor, nn
-from torchvision.transforms import functional
 
 from flame import train
 from flame.config import PRESETS as PAPER_PRESETS
@@ -42,12 +41,6 @@ PRESETS = {
 }
 
 # --------------------------------------------------------------------------------------------------------------- cells
-
-
-def square_pixels(image: Image.Image, side: int) -> Tensor:
-    """RGB image -> its centre square (3, side, side) uint8."""
-    resized = functional.resize(image, side, functional.InterpolationMode.BICUBIC)
-    return data.to_pixels(functional.center_crop(resized, side))
 
 
 @functools.cache
