@@ -20,9 +20,9 @@ from shared.clip import frozen_statistics, recomputed
 class MicroBatches(nn.Module):
     """A model that computes its forward pass in `count` micro-batches.
 
-    Tensor inputs have a row for each sample; other inputs are passed to every micro-batch. Of the outputs (a named
-    tuple, a tuple or a dict), tensors of two or more dimensions have a row for each sample and are concatenated; others
-    are parameters of the loss, such as a temperature, and are taken from the first micro-batch.
+    Tensor inputs have a row for each sample; other inputs are passed to every micro-batch. Of the outputs (a tensor,
+    named tuple, tuple or dict), tensors of two or more dimensions have a row for each sample and are concatenated;
+    others are parameters of the loss, such as a temperature, and are taken from the first micro-batch.
     """
 
     def __init__(self, model: nn.Module, count: int):
@@ -31,8 +31,13 @@ class MicroBatches(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         chunks = zip(*(x.chunk(self.count) if torch.is_tensor(x) else repeat(x) for x in inputs), strict=False)
-        outputs = [recomputed(self.model, self.model, *chunk) for chunk in chunks]
+        outputs = []
+        for chunk in chunks:
+            torch.clear_autocast_cache()  # else gradients of micro-batches would be summed in half precision
+            outputs.append(recomputed(self.model, self.model, *chunk))
         first = outputs[0]
+        if torch.is_tensor(first):
+            return torch.cat(outputs)
         if isinstance(first, dict):
             return {name: joined([output[name] for output in outputs]) for name in first}
         parts = map(joined, zip(*outputs, strict=True))

@@ -17,31 +17,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import default_collate as collate
 
-from shared import clip, data, run
+from shared import data, run
 from shared.errors import UserError
-
-
-def open_corpus(
-    cfg: Any,
-    process: run.Process,
-    text: Callable[[Any], Any],
-    pairs: Any = None,
-    cut_padding: bool = False,
-    side: int | None = None,
-) -> Any:
-    """The corpus of a run: by row, or with --stream a `streams.Stream`, which has no `batches` of chosen rows."""
-    from shared.streams import Stream  # which imports this module
-
-    if cfg.stream:
-        return Stream(cfg, process, text, cut_padding)
-    return Corpus(cfg, process, text, pairs, cut_padding, side)
+from shared.streams import Stream
 
 
 class Corpus:
     """Pairs by row. `text(pair)` -> tensor(s) of a sample's text, computed in a loader process.
 
     `pairs` may be a paper's own: it has a length, `keys`, `broken`, `strict`, `fingerprint`, and `read(row)`, a
-    named tuple with the image. `cut_padding`: texts are CLIP's tokens, whose padding is cut off. `side`: with
+    named tuple with the image. `cut_padding`: texts, or the first of their parts, are tokens whose padding, 0, is cut
+    off. `side`: with
     --keep-in-memory, shorter sides of larger images are reduced to it.
     """
 
@@ -96,7 +82,7 @@ class Corpus:
         batches = run.progress(self.loaded(items), len(items), label, self.cfg.batch_size, self.process)
         for positions, images, texts, broken in batches:
             self.replaced += broken
-            yield on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
+            yield data.on_device((positions, images, texts), self.process.device, normalise, self.cut_padding)
 
     def order(self, rows: np.ndarray, seed: Sequence[int], start: int, drop_last: bool) -> list[np.ndarray]:
         """This rank's batches of positions in `rows`."""
@@ -113,9 +99,8 @@ class Corpus:
 
     def loaded(self, items: list) -> Iterator:
         """Batches of these lists of items. The same loader processes serve all passes."""
-        if self.loader is None or self.loader.views < len(
-            self.samples.views
-        ):  # processes know the views at their start
+        known = 0 if self.loader is None else self.loader.views
+        if known < len(self.samples.views):  # loader processes know the views that there were at their start
             self.loader = DataLoader(
                 self.samples,
                 batch_sampler=Order(),
@@ -133,6 +118,20 @@ class Corpus:
         """Print the samples of all ranks that were left out, or replaced since the last report, with reasons."""
         data.report_broken([*self.pairs.broken, *self.replaced], self.process, label)
         self.replaced.clear()
+
+
+def open_corpus(
+    cfg: Any,
+    process: run.Process,
+    text: Callable,
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
+) -> "Corpus | Stream":
+    """The corpus of --data: by row, or with --stream a `Stream`, which has no `batches` of chosen rows."""
+    if cfg.stream:
+        return Stream(cfg, process, text, cut_padding)
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
 
 
 class Order:
@@ -174,25 +173,6 @@ class Samples(Dataset):
 def collated(items: list) -> tuple[Tensor, Any, Any, list[data.Broken]]:
     positions, images, texts, broken = zip(*items, strict=True)
     return torch.tensor(positions), collate(images), collate(texts), [one for each in broken for one in each]
-
-
-def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
-    """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
-    positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
-    images = moved(images, device)
-    features = isinstance(images, Tensor) and images.is_floating_point()  # of a locked tower, or normalised already
-    return moved(positions, device), images if features else normalise(images), texts
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, or lists and named tuples of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, (list, tuple)):
-        parts = [moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ small corpora

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 from webdataset.shardlists import expand_urls
 
-from shared import run
+from shared import clip, run
 from shared.errors import UserError
 from shared.fetch import fetch, is_remote
 from shared.index import Strings, cached, fingerprint, read_index
@@ -60,9 +60,14 @@ class BrokenSample(Exception):
     """Raised by `read` for an unusable sample."""
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Bytes -> RGB image; transparency is composited on white. BrokenSample if it is unreadable or over MAX_PIXELS."""
+def decode_image(data: bytes) -> Image.Image | torch.Tensor:
+    """Bytes -> RGB image; transparency is composited on white. BrokenSample if it is unreadable or over MAX_PIXELS.
+
+    Bytes of an .npy file, which are the features of a locked tower -> float32 tensor.
+    """
     try:
+        if data.startswith(b"\x93NUMPY"):
+            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32))
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BrokenSample(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
@@ -550,6 +555,29 @@ def loader_of(
         pin_memory=process.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # so that the loader does not use the global generator
     )
+
+
+def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
+    """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
+    positions, images, texts = batch
+    tokens, *more = texts if isinstance(texts, list) else [texts]
+    tokens = clip.cut_padding(tokens, device) if cut_padding else moved(tokens, device)
+    texts = [tokens, *moved(more, device)] if isinstance(texts, list) else tokens
+    images = moved(images, device)
+    features = (
+        isinstance(images, torch.Tensor) and images.is_floating_point()
+    )  # of a locked tower, or normalised already
+    return moved(positions, device), images if features else normalise(images), texts
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors, or lists and named tuples of tensors, on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, (list, tuple)):
+        parts = [moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def seed_views(seed: int, item: int, n: int) -> None:

@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from webdataset.tariterators import group_by_keys
 
 from shared import data, run
-from shared.corpus import on_device
 from shared.errors import UserError
 from shared.fetch import fetch, is_remote
 from shared.tars import IMAGE_EXTENSIONS, Broken, key_of, read_tar
@@ -86,7 +85,7 @@ class Stream:
         try:
             for images, texts, broken in batches:
                 self.broken += broken
-                yield on_device((None, images, texts), self.process.device, normalise, self.cut_padding)
+                yield data.on_device((None, images, texts), self.process.device, normalise, self.cut_padding)
         finally:
             del batches, loader  # stops the workers, which may be reading
             shutil.rmtree(self.folder, ignore_errors=True)

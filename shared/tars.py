@@ -176,7 +176,7 @@ def index_shard(path: str) -> ShardIndex:
         files[extension if sum(span) <= size else "truncated"] = span
     keys, spans = [], []
     for key, files in members.items():
-        image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
+        image = next((files[e] for e in (*IMAGE_EXTENSIONS, "npy") if e in files), None)  # .npy: features in its place
         if "truncated" in files:
             broken.append(Broken(key, "truncated or damaged tar"))
         elif image is None or "txt" not in files:

@@ -449,17 +449,13 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """flame_facets.png, if an arm has a bank of facets."""
+    """flame_{shares,arms,languages}.png, and flame_facets.png if an arm has a bank of facets."""
+    plot_shares(found.arms, out)
+    plot_arms(found.arms, out)
+    plot_languages(found.arms, out)
     settings = [read_json(folder / "config.json") for folders in found.folders.values() for folder in folders]
     if banks := [each["bank"].removesuffix("-centred") for each in settings if each["method"] == "flame"]:
         plot_facets(Bank(min(banks, key=len)), out)
-
-
-def plot_metrics(arms: dict[str, list[dict]], out: Path) -> None:
-    """flame_{shares,arms,languages}.png."""
-    plot_shares(arms, out)
-    plot_arms(arms, out)
-    plot_languages(arms, out)
 
 
 def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
@@ -596,7 +592,6 @@ def study(llm: str) -> Study:
         minutes={"core": 4, "all": 11},
         evaluate=evaluate,
         derive=derive,
-        derived_from={arm: tuple(f"{arm}-{share}" for share in AT) for arm in ("clip", "flame")},
         metrics=METRICS,
         sets=(*NEW_SETS, *ZERO_SHOT_SETS, *LONG_SETS),
         floors=FLOORS,
@@ -605,7 +600,6 @@ def study(llm: str) -> Study:
         variables_of=variables_of,
         more_rows=lambda found: more_rows(found, llm),
         plot=plot,
-        plot_arms=plot_metrics,
     )
 
 

@@ -4,7 +4,7 @@ Arms train on Flickr8k, a stand-in for CC3M. Of a photograph's five English capt
 the short one, and all five joined are the long one. Tests are retrieval in English, German, French, Czech and Arabic,
 retrieval by the five joined English captions, and zero-shot classification of CIFAR-10 and of PACS photographs.
 
-Why the effects can appear: for the same reasons as in study.py; in addition, CIFAR-10's class names,
+Why the effects can appear: for the same reasons as on emoji; in addition, CIFAR-10's class names,
 except dog, hardly occur in the captions. The effects would vanish if training captions were in all these languages.
 """
 
@@ -92,7 +92,7 @@ LANGUAGE_CLAIMS = (
         for code, name in OTHER_LANGUAGES.items()
     ),
 )
-CLAIMS = (  # `negligible` is as in study.py; a claim that both studies test has the same text
+CLAIMS = (  # `negligible` is as in studies/flame.py; a claim that both studies test has the same text
     Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
     Claim("above a text tower, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1),
     Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
@@ -181,7 +181,6 @@ def study(llm: str) -> Study:
         minutes={"core": 5, "all": 6},
         evaluate=evaluate,
         derive=derive,
-        derived_from={arm: (f"{arm}-4",) for arm in ("clip", "flame")},
         metrics={
             CIFAR10_TOP1: "CIFAR-10",
             PACS_TOP1: "PACS photographs",
@@ -200,8 +199,8 @@ def study(llm: str) -> Study:
         claims_of=lambda summary: claims(language_model_of(summary)),
         variables_of=variables_of,
         more_rows=more_rows,
-        plot_arms=plot_languages,
+        plot=lambda found, out: plot_languages(found.arms, out),
     )
 
 
-STUDY = study(language_model())
+PHOTOS = study(language_model())

@@ -27,6 +27,7 @@ from nmtune.model import covariance_loss, dominant_singular_value_loss, load_enc
 from nmtune.train import tuned_head
 from shared import checkpoints, cli, evaluation, probes, run
 from shared.errors import UserError
+from shared.settings import check_limits
 
 
 class Encoded(NamedTuple):
@@ -119,10 +120,11 @@ def main(cfg: StudyConfig) -> None:
         raise UserError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
     if unknown := [method for method in cfg.methods if method not in PRESETS]:
         raise UserError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
+    check_limits(cfg)
     file = folder / "study.json"
     images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
     sources = evaluation.stamp([folder / "checkpoint.pt", *images])
-    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune"), "sources": sources}
+    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("studies.nmtune_encoders"), "sources": sources}
     setting = json.loads(json.dumps(setting))
     if file.exists() and checkpoints.read_json(file).get("setting") == setting:
         print(f"{file} exists for this checkpoint, these data and these settings; nothing to do")

@@ -5,7 +5,6 @@ import io
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,12 +214,9 @@ def test_facets_of_an_image_are_compared_with_each_other():
 def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Arms and their stages run in order; nothing is embedded for arms that are not requested."""
     called = []
-    once = lambda line: called.append(line[2:]) or SimpleNamespace(returncode=0)  # noqa: E731
-    monkeypatch.setattr(runner.subprocess, "run", once)
-    trained = lambda module, words, environment: called.append([module, *words])  # noqa: E731
-    monkeypatch.setattr(runner.scripts, "run_script", trained)
+    monkeypatch.setattr(runner, "run_script", lambda words, environment: called.append(words))
     of = dataclasses.replace(study.study(GEMMA), evaluate=lambda runs: [{} for _ in runs])
-    monkeypatch.setattr(runner.Study, "compare", lambda *_, **__: None)
+    monkeypatch.setattr(runner, "compare", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
     scripts = [" ".join(line) for line in called]
@@ -235,4 +231,4 @@ def test_results_are_judged_by_the_claims_of_their_language_model(installed: str
     """Whatever language model is installed where the claims are judged again."""
     committed = checkpoints.read_json(Path("results/flame.json"))
     assert GEMMA in committed["corpus"].lower() and SMOLLM2 not in committed["corpus"].lower()
-    assert study.study(installed).judged_again(committed) == committed
+    assert runner.judged_again(study.study(installed), committed) == committed

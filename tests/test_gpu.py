@@ -26,8 +26,8 @@ SCRIPTS = SCRIPTS | {  # and further arms and scripts
     "nmtune-finetune": "nmtune.finetune",
     "nmtune-lora": "nmtune.finetune",
     "tldr_reduction-blip": "tldr_reduction.train",
-    "tldr_reduction-finetune": "tldr_reduction.finetune",
-    "tldr_reduction-retrieval": "tldr_reduction.retrieval",
+    "tldr_reduction-finetune": "tldr_reduction.train",
+    "tldr_reduction-retrieval": "tldr_reduction.train",
 }
 ALONE = ("nmtune-finetune", "nmtune-lora")  # refuse a second process: their regularisers need the whole batch
 # Of the first loss, relative: sums in another order and TF32's 11 bits of mantissa; 8 and 11 bits in the towers'
@@ -90,9 +90,9 @@ def given(start, folder: Path) -> dict[str, list[str]]:
         "nmtune-features": f"nmtune --features {features(parts / 'features.npz')} --epochs 4 --batch-size 12",
         "nmtune-finetune": f"full --encoder timm:resnet_emoji {views} --epochs 4 --batch-size 8",
         "nmtune-lora": f"lora --encoder open_clip:ViT-test {views} --epochs 4 --batch-size 8",
-        "tldr_reduction-blip": f"emoji-blip {blip} --embed-dim 16 --queue-size 64 --warmup 2 --eval-every 0",
-        "tldr_reduction-finetune": f"emoji {blip} --init {parts}/captioner",
-        "tldr_reduction-retrieval": f"coco {blip} --init {parts}/captioner --embed-dim 16 --queue-size 64",
+        "tldr_reduction-blip": f"small-blip {blip} --embed-dim 16 --queue-size 64 --warmup 2",
+        "tldr_reduction-finetune": f"small-finetune {blip} --init {parts}/captioner",
+        "tldr_reduction-retrieval": f"retrieval-coco {blip} --init {parts}/captioner --embed-dim 16 --queue-size 64",
     }
     common = "--precision fp32 --workers 0 --log-every 1 --save-every 2".split()
     return found | {name: [*text.split(), *common] for name, text in more.items()}

@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-
 from protoclip.episodes import BatchTransform
+
 from shared import clip, data, layout, memory
 
 

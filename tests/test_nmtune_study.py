@@ -97,7 +97,6 @@ def test_plots_show_differences_with_intervals(tmp_path):
     each = np.subtract(noisy, clean)
     assert of[0] == (0.0, 0.0) and of[30][0] == pytest.approx(np.mean(each)) and 0 < of[30][1] < 0.2
     study.STUDY.plot(found, tmp_path)
-    study.STUDY.plot_arms(found.arms, tmp_path)
     assert (tmp_path / "nmtune_noise.png").is_file() and not (tmp_path / "nmtune_spectra.png").exists()
 
 

@@ -66,8 +66,7 @@ class Photographs:
         self.used: list[Path] = []
 
     def find(self, path: Path, layout_says: str) -> Path:
-        """`path`; records its files as sources of the corpus. UserError if it does not exist, UserError if a
-        name is not UTF-8."""
+        """`path`; records its files as sources of the corpus. UserError if it does not exist or a name is not UTF-8."""
         if not path.exists():
             raise UserError(f"{path} is missing: {layout_says}")
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
