@@ -1,5 +1,6 @@
 """`--dry-run`: sizes, schedule and a memory estimate of a run, without data and weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +12,37 @@ from lexvla.towers import create_model, patch_side
 from shared import cli, run
 
 
-def show(cfg: Config, process: run.Process, rates: Any) -> None:
-    """Print the plan; `rates(step, total)` has the learning rate and the weights of the penalties by name."""
+def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], dict[str, float]]) -> None:
+    """Print the plan of a run; `rates(cfg, step, total)` has the learning rate and the weights of the penalties."""
     if not process.main:
         return
     words = cfg.max_vocabulary or 2_000
     model, lm = model_without_weights(cfg, words)
-    parts = {"adapter": model.image.adapter, "backbone": model.image.backbone, "text tower": model.text}
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     per_epoch = (cfg.dataset_size or 0) // cfg.batch_size
     total = per_epoch * cfg.epochs
-    weights, image, text, s = memory(cfg, cfg.batch_size // process.world_size, model, lm, words)
+    steps = f"{total:,} ({per_epoch:,} an epoch)" if total else "depend on the size of --data"
     at = sorted({0, cfg.warmup, cfg.penalty_warmup, total // 2, total - 1})
-    described = [
-        ("learning rate", ", ".join(f"{name} {rate:.2e}" for name, rate in rates(step, total).items()), step)
-        for step in at
-        if 0 <= step < total
-    ]
+    weights, image, text, s = memory(cfg, cfg.batch_size // process.world_size, model, lm, words)
     cli.show_plan(
         [
             ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
-            ("", ", ".join(f"{name} {value:,}" for name, value in count.items())),
             ("vocabulary", f"{words:,} at most" if cfg.max_vocabulary else f"about {words:,}, from the captions"),
             ("samples", f"{cfg.dataset_size:,} an epoch" if cfg.dataset_size else "all"),
             cli.disk_row(cfg.dataset_size, trained),
             cli.batch_row(cfg, process.world_size),
-            ("steps", f"{total:,} ({per_epoch:,} an epoch)" if total else "depend on the size of --data"),
-            *((label, f"{text} at step {step:,}") for label, text, step in described),
-            (
-                "memory estimate",
-                f"{weights + image + text + s:.1f} GiB a process: {weights:.1f} weights and Adam; {image:.1f} image "
-                f"tokens; {text:.1f} language model, for prompts of {cfg.max_length} tokens; {s:.1f} representations",
-            ),
+            ("steps", steps),
+            *(("rates", described(rates(cfg, step, total), step)) for step in at if 0 <= step < total),
+            ("memory estimate", f"{weights + image + text + s:.1f} GiB a process: {weights:.1f} weights and Adam,"),
+            ("", f"{image:.1f} image tokens, {text:.1f} language model (prompts of {cfg.max_length} tokens),"),
+            ("", f"{s:.1f} representations"),
         ]
     )
+
+
+def described(rates: dict[str, float], step: int) -> str:
+    return ", ".join(f"{name} {rate:.2e}" for name, rate in rates.items()) + f" at step {step:,}"
 
 
 def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any]:

@@ -124,7 +124,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
     process = run.setup(cfg.seed, cfg.device)
     cfg.check(process.world_size)
     if cfg.dry_run:
-        return plan.show(cfg, process, lambda step, total: rates(cfg, step, total))
+        return plan.show(cfg, process, rates)
     folder, device = run.RunFolder(cfg, process, epoch=0, batch=0), process.device
     if folder.finished(epoch=cfg.epochs):
         return folder.path

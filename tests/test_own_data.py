@@ -43,7 +43,8 @@ SHORT = {  # what is appended to a command
     "nmtune.pretrain": "--model ViT-test --epochs 1 --batch-size 64 --warmup 2",
     "nmtune.train": "--epochs 1 --workers 0",
     "concept_frequency.count": "--workers 1",
-    "concept_frequency.train": "--model ViT-test --image-size 16 --dataset-size 300 --epochs 2 --batch-size 64 --warmup 2",
+    "concept_frequency.train": """--model ViT-test --image-size 16 --dataset-size 300 --epochs 2 --batch-size 64
+        --warmup 2""",
 }
 SKIPPED = {"shared.pretrained"}  # needs a package; another takes its place
 PRECISE = ("train", "eval", "embed", "reduce", "pretrain")  # scripts that get --precision fp32
