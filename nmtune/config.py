@@ -1,4 +1,4 @@
-"""Every setting of pre-training, tuning, fine-tuning and the study of one encoder; presets and their checks.
+"""Every setting of pre-training, tuning and fine-tuning; presets and their checks.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets of CLIPs are read
 from the names of the authors' checkpoints, tuning presets from the commands in their README; `in1k-rn50-LEVEL` (no
@@ -123,16 +123,11 @@ PRETRAIN_PRESETS = {
 
 
 @dataclasses.dataclass
-class Config:
-    """Tuning of a head on frozen features. The defaults are those of NMTune in the authors' README."""
+class TuningConfig:
+    """Settings that tuning a head and tuning an encoder share. The defaults are those of the authors' README."""
 
-    out: str = "runs/nmtune/tune"
-    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
-    features: str = ""
-    """A features file (.npz) instead of encoder and images: `features` (N, D), or (V, N, D) for V views of each image,
-    and `labels` (N,); optionally test sets as `NAME_features` (M, D), `NAME_labels` (M,). Any model, any modality."""
     encoder: str = ""
-    """Frozen encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
+    """Encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
     checkpoint: str = ""
     """The encoder's weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` (timm's own)."""
     benchmark: str = ""
@@ -144,39 +139,13 @@ class Config:
     data/emoji:TASK:tune."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, paths as in `data`."""
-    train_fraction: Share = 1.0
-    """Keep this share of every class of the training set."""
-    label_noise: Share = 0.0
-    """Flip this share of the training labels to any class (upstream's noise of the *downstream* set)."""
 
-    method: Literal["lp", "mlp", "nmtune"] = "nmtune"
-    """lp: linear classifier. mlp: NMTune's head with only cross-entropy. nmtune: with its three regularisers."""
-    zero_shot: bool = False
-    """Initialise the linear probe of a CLIP with text embeddings of the class names; features have length 1."""
-    w_mse: Rate = 1.0
-    """Weight of L_MSE."""
-    mse_sum: bool = False
-    """L_MSE sums over the D dimensions, as in the paper. Off: it is their mean, as in the authors' code."""
     w_cov: Rate = 0.04
     """Weight of L_COV."""
     w_svd: Rate = 0.001
     """Weight of L_SVD."""
     svd_k: Count = 5
     """Number of leading singular values in L_SVD; 1 in the paper."""
-    ratio: Positive = 4.0
-    """Hidden width of the MLP divided by the feature dimension D."""
-    layers: Whole = 1
-    """Hidden layers of the MLP."""
-    residual: bool = True
-    """z = scale * MLP(f) + f; off: z = MLP(f)."""
-    scale_init: Number = 1.0
-    """Initial scale of the MLP's output in the residual connection."""
-    views: Literal["eval", "train", "train+rand"] = "train"
-    """eval: one view of each image by the evaluation transform, encoded once (upstream's LP). train: two training
-    views, new in every step (upstream's MLP, NMTune). train+rand: the second with RandAugment (--use-weak-strong)."""
-    bank: int = 0
-    """V: encode V training views of each image once, and draw two of them in every step. 0: encode new views."""
-
     epochs: Count = 30
     """Passes over the training set."""
     batch_size: Count = 64
@@ -187,9 +156,6 @@ class Config:
     """Steps of linear warm-up."""
     weight_decay: Rate = 1e-4
     """AdamW's decay of all trained parameters, gains and biases included."""
-    select: bool = False
-    """Select learning rate and weight decay on a held-out fifth of every class, then tune on the whole training set.
-    For your own features."""
 
     seed: Whole = 3907
     """Seed of initial weights, shuffles and views; 3907 is the authors'."""
@@ -207,6 +173,48 @@ class Config:
     """Steps between lines of metrics.jsonl."""
     dry_run: bool = False
     """Print sizes, schedule and a memory estimate, and stop; needs no data."""
+
+
+@dataclasses.dataclass
+class Config(TuningConfig):
+    """Tuning of a head on the features of a frozen encoder."""
+
+    out: str = "runs/nmtune/tune"
+    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
+    features: str = ""
+    """A features file (.npz) instead of encoder and images: `features` (N, D), or (V, N, D) for V views of each image,
+    and `labels` (N,); optionally test sets as `NAME_features` (M, D), `NAME_labels` (M,). Any model, any modality."""
+    train_fraction: Share = 1.0
+    """Keep this share of every class of the training set."""
+    label_noise: Share = 0.0
+    """Flip this share of the training labels to any class (upstream's noise of the *downstream* set)."""
+
+    method: Literal["lp", "mlp", "nmtune"] = "nmtune"
+    """lp: linear classifier. mlp: NMTune's head with only cross-entropy. nmtune: with its three regularisers."""
+    zero_shot: bool = False
+    """Initialise the linear probe of a CLIP with text embeddings of the class names; features have length 1."""
+    w_mse: Rate = 1.0
+    """Weight of L_MSE."""
+    mse_sum: bool = False
+    """L_MSE sums over the D dimensions, as in the paper. Off: it is their mean, as in the authors' code."""
+    ratio: Positive = 4.0
+    """Hidden width of the MLP divided by the feature dimension D."""
+    layers: Whole = 1
+    """Hidden layers of the MLP."""
+    residual: bool = True
+    """z = scale * MLP(f) + f; off: z = MLP(f)."""
+    scale_init: Number = 1.0
+    """Initial scale of the MLP's output in the residual connection."""
+    views: Literal["eval", "train", "train+rand"] = "train"
+    """eval: one view of each image by the evaluation transform, encoded once (upstream's LP). train: two training
+    views, new in every step (upstream's MLP, NMTune). train+rand: the second with RandAugment (--use-weak-strong)."""
+    bank: int = 0
+    """V: encode V training views of each image once, and draw two of them in every step. 0: encode new views."""
+    select: bool = False
+    """Select learning rate and weight decay on a held-out fifth of every class, then tune on the whole training set.
+    For your own features."""
+    heads: Count = 1
+    """Number of heads, with the seed and those that follow it: their mean accuracy is the run's. The first is kept."""
 
     def loss_weights(self, dim: int) -> tuple[float, float, float]:
         """Weights (mse, cov, svd) of the loss terms in model.py, for features of `dim` dimensions."""
@@ -291,7 +299,7 @@ def named_tests(tests: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def check_numbers(cfg: "Config | FinetuneConfig", world_size: int) -> None:
+def check_numbers(cfg: TuningConfig, world_size: int) -> None:
     """UserError on numbers that are out of range; a dry run checks only these."""
     check_limits(cfg)
     if getattr(cfg, "train_fraction", 1) == 0:
@@ -318,8 +326,8 @@ def check(cfg: Config, world_size: int = 1) -> None:
     named_tests(cfg.tests)
     if cfg.zero_shot and (cfg.method != "lp" or cfg.features):
         raise UserError("--zero-shot needs a linear probe of a CLIP: --method lp and --encoder")
-    if cfg.select and not (cfg.features or cfg.bank or cfg.views == "eval"):
-        raise UserError("--select needs features in memory: pass --features, --bank V or --views eval")
+    if (cfg.select or cfg.heads > 1) and not (cfg.features or cfg.bank or cfg.views == "eval"):
+        raise UserError("--select and --heads need features in memory: pass --features, --bank V or --views eval")
     if cfg.bank == 1 or cfg.bank < 0:
         raise UserError(f"--bank {cfg.bank} must be 0, or at least 2, because each step draws two views")
     check_numbers(cfg, world_size)
@@ -329,60 +337,17 @@ def check(cfg: Config, world_size: int = 1) -> None:
 
 
 @dataclasses.dataclass
-class FinetuneConfig:
-    """The journal extension: tune the encoder, fully or by LoRA, with two of the regularisers."""
+class FinetuneConfig(TuningConfig):
+    """The journal extension: tune the encoder, fully or by LoRA, with two of the regularisers on its features."""
 
     out: str = "runs/nmtune/finetune"
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
-    encoder: str = ""
-    """Encoder: timm:NAME, open_clip:NAME, or the run folder of `python -m nmtune.pretrain`."""
-    checkpoint: str = ""
-    """The encoder's weights: a file in timm's or open_clip's layout, an open_clip tag, or `pretrained` (timm's own)."""
-    benchmark: str = ""
-    """One of the paper's downstream tasks, found below `root`: cifar10 ... rendered_sst2, domainnet-real, imagenet."""
-    root: str = "/data"
-    """Folder of the benchmarks' data sets."""
-    data: str = ""
-    """Training images without `benchmark`: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
-    data/emoji:TASK:tune."""
-    tests: tuple[str, ...] = ()
-    """Test sets as NAME=PATH, paths as in `data`."""
     lora: bool = False
     """Train only rank-8 adapters of the blocks' MLPs and the classifier."""
-    w_cov: Rate = 0.04
-    """Weight of L_COV on the encoder's features."""
-    w_svd: Rate = 0.001
-    """Weight of L_SVD on the encoder's features."""
-    svd_k: Count = 5
-    """Leading singular values in L_SVD."""
-    epochs: Count = 30
-    """Passes over the training set."""
-    batch_size: Count = 64
-    """Images per step."""
-    grad_checkpointing: bool = False
-    """Recompute the encoder's activations in the backward pass: less memory, one more forward pass."""
     lr: Rate = 1e-4
     """AdamW's learning rate; a cosine by step takes it to 0."""
-    warmup: Whole = 0
-    """Steps of linear warm-up."""
-    weight_decay: Rate = 1e-4
-    """AdamW's decay of all trained parameters."""
-    seed: Whole = 3907
-    """Seed of initial weights, shuffles and views; 3907 is the authors'."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Autocast of the encoder; losses are always in fp32."""
-    workers: Whole = 4
-    """Loader processes; they do not change the order of samples."""
-    strict: bool = False
-    """Stop at the first broken image instead of counting and replacing it."""
-    save_every: Count = 500
-    """Steps between checkpoints; there is one at the end, too."""
-    log_every: Count = 10
-    """Steps between lines of metrics.jsonl."""
-    dry_run: bool = False
-    """Print sizes and schedule, and stop; needs no data."""
+    grad_checkpointing: bool = False
+    """Recompute the encoder's activations in the backward pass: less memory, one more forward pass."""
 
 
 EMOJI_TUNE = dict(
@@ -420,43 +385,6 @@ def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
     if bool(cfg.data) == bool(cfg.benchmark):
         raise UserError("name one source of training images: --benchmark NAME --root DIR, or --data PATH")
     check_numbers(cfg, world_size)
-
-
-# --------------------------------------------------------------------------------------- studies of one encoder or head
-
-
-@dataclasses.dataclass
-class StudyConfig:
-    """The controlled study of one pre-trained encoder: its spectrum, and heads tuned on its features."""
-
-    encoder: str = "runs/nmtune/sup-30-seed0"
-    """Run folder of `python -m nmtune.pretrain`; study.json and spectra.npz are written into it."""
-    tasks: tuple[str, ...] = ("group", "subgroup")
-    """Labels of the downstream tasks on held-out emoji: group, subgroup, name."""
-    methods: tuple[str, ...] = ("lp", "mlp", "nmtune")
-    """Heads to tune, named by presets of nmtune.train."""
-    seeds: int = 1
-    """Number of tuning seeds of every head."""
-    bank: int = 4
-    """Training views of each image, encoded once; two of them are drawn in every step."""
-    epochs: Count = 15
-    """Passes over the training set."""
-    batch_size: Count = 64
-    """Images per step."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-
-
-@dataclasses.dataclass
-class HeadStudyConfig:
-    """One head tuned again with other seeds, on the same features."""
-
-    run: str = "runs/nmtune/tune"
-    """Finished run folder of `python -m nmtune.train` on features in memory; heads.json is written into it."""
-    heads: int = 10
-    """Number of heads, including that of the run; their seeds are the run's seed and those that follow it."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
 
 
 SCRIPTS = {"pretrain": PRETRAIN_PRESETS, "train": PRESETS, "finetune": FINETUNE_PRESETS}

@@ -25,8 +25,9 @@ from PIL import Image
 
 from shared.data import BrokenSample, check_absent, decode_image, stable_hash
 from shared.errors import UserError
+from shared.evalsets import grouped
 from shared.index import Strings, cached, fingerprint, forget
-from shared.tars import IMAGE_EXTENSIONS, Broken, OpenFiles, key_of, tar_files
+from shared.tars import IMAGE_EXTENSIONS, OpenFiles
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
 LARGE_FOLDERS = 2**22  # bytes of the class folders' directory entries from which on the file list is cached
@@ -126,11 +127,6 @@ def flip_labels(
     return noisy
 
 
-def flip_labels_per_sample(labels: np.ndarray, num_classes: int, p: float, rng: random.Random) -> np.ndarray:
-    """Replace each label with probability p by any class -> (N,). U:src/datasets/common.py:27-40."""
-    return np.array([rng.randint(0, num_classes - 1) if rng.random() < p else label for label in labels])
-
-
 def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
     """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: whose caption each pair gets.
 
@@ -145,18 +141,6 @@ def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
-
-
-def tar_members(path: str | Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """{key: {ending: (offset, size)}} of a tar, in its order."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    broken: list[Broken] = []
-    for member in tar_files(path, broken):
-        key, ending = key_of(member.name)
-        members.setdefault(key, {})[ending] = (member.offset_data, member.size)
-    if broken:
-        raise UserError(f"{path} cannot be read as a tar file: {broken[0].reason} ({broken[0].key})")
-    return members
 
 
 def _image(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
@@ -189,7 +173,7 @@ def labelled_index(tars: Sequence[str]) -> dict[str, np.ndarray]:
     """`spans` (N, 3) and `labels` (N,) int64 of the images in tars; reads only headers and .cls files."""
     spans, labels, opened = [], [], OpenFiles(tars)
     for i, tar in enumerate(tars):
-        for key, files in tar_members(tar).items():
+        for key, files in grouped(Path(tar)):
             image, span = _image(files), files.get("cls")
             if image is None or span is None:
                 raise UserError(f"{tar}, sample {key!r} has no {'image' if image is None else '.cls file'}")
@@ -288,7 +272,7 @@ def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict
     about, spans = [], []
     for i, tar in enumerate(tars):
         content = tar.read_bytes()
-        for files in tar_members(tar).values():
+        for _, files in grouped(tar):
             offset, size = files["json"]
             about.append(json.loads(content[offset : offset + size]))
             spans.append((i, *files["png"]))

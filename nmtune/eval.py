@@ -1,17 +1,14 @@
-"""Evaluate tuned heads, or compare encoders: `python -m nmtune.eval RUN...`.
+"""Evaluate tuned heads, and CLIPs zero-shot: `python -m nmtune.eval RUN...`.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. The paper measures the effect of
 pre-training noise by the singular values of a test set's features F (M, D): `feature_spectrum`,
 `singular_value_entropy` (SVE), `largest_singular_value_ratio` (LSVR).
   - run folders of nmtune.train: accuracy, balanced accuracy and the spectrum of F and z on every test set
   - CLIPs of nmtune.pretrain with --sets: zero-shot accuracy and retrieval
-  - with --report, folders ARM-seedN of encoders that studies.nmtune_encoders has measured, and of heads: tables, claims
-    with verdicts, plots
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -33,23 +30,6 @@ from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.errors import UserError
 
 CENTRES = ("none", "sample", "sample+feature")
-METRICS = {  # headings in tables
-    "lp/id": "LP ID",
-    "lp/ood": "LP OOD",
-    "mlp/id": "MLP ID",
-    "mlp/ood": "MLP OOD",
-    "nmtune/id": "NMTune ID",
-    "nmtune/ood": "NMTune OOD",
-    "nearest/id": "nearest neighbour ID",
-    "nearest/ood": "nearest neighbour OOD",
-    "sve_id": "SVE ID (nats)",
-    "sve_ood": "SVE OOD",
-    "lsvr_id": "LSVR ID (nats)",
-    "lsvr_ood": "LSVR OOD",
-    "blackbox/id": "black box ID",
-    "blackbox/ood": "black box OOD",
-    "noise": "measured noise",
-}
 
 # ------------------------------------------------------------------------------------------------------------- spectrum
 
@@ -132,15 +112,9 @@ def accuracies(name: str, logits: Tensor, labels: Tensor, groups: list[list[int]
 
 
 @torch.no_grad()
-def test_metrics(head: nn.Module, source: RunFeatures) -> dict[str, float]:
-    """`accuracies` of a head on every test set."""
-    head.eval()
-    results = {}
-    for name in source.tests:
-        features, labels, groups = source.test_set(name)
-        results |= accuracies(name, head.cpu()(features), labels, groups)
-    head.to(source.process.device)
-    return results
+def test_metrics(names: Iterable[str], test_set: Callable[[str], tuple]) -> dict[str, float]:
+    """`accuracies` on test sets; test_set(name) -> (logits (M, C), labels (M,), groups of trained classes or None)."""
+    return {metric: value for name in names for metric, value in accuracies(name, *test_set(name)).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots
@@ -181,8 +155,7 @@ class Config:
     """Evaluate runs; prints the numbers and writes all of them to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run folders of nmtune.train. With --report: folders ARM-seedN of encoders that studies.nmtune_encoders has
-    evaluated, and of heads of nmtune.train with the test sets id and ood."""
+    """Run folders of nmtune.train; with --sets or --export, of CLIPs of nmtune.pretrain."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH instead of the run's own."""
     sets: tuple[str, ...] = ()
@@ -208,11 +181,10 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
     """({"SET/METRIC": number}, singular values by name) of one tuned head."""
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     if "head" not in state:
-        raise UserError(f"{path} holds no head of nmtune.train; encoders are compared with --report, CLIPs take --sets")
+        raise UserError(f"{path} holds no head of nmtune.train; CLIPs of nmtune.pretrain take --sets")
     settings = checkpoints.config_in(state, TrainConfig, path)
     changed = {"tests": tuple(cfg.tests or settings.tests), "workers": cfg.workers, "precision": cfg.precision}
-    precision = run.resolve_precision(cfg.precision, process.device)
-    source = RunFeatures(dataclasses.replace(settings, **changed), process, precision, cfg.batch_size)
+    source = RunFeatures(dataclasses.replace(settings, **changed), process, cfg.batch_size)
     if state["classnames"] != source.classnames or state.get("data", source.fingerprint) != source.fingerprint:
         raise UserError(f"{path} was tuned on other data or on another encoder than there are now")
     head = read_head(cfg.head, source.dim, len(source.classnames)) if cfg.head else head_from(state["head"])
@@ -250,66 +222,6 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     return metrics
 
 
-@contextlib.contextmanager
-def measurements(file: Path, program: str) -> Iterator[dict]:
-    """The JSON object in a file that a program has written. A missing or wrong entry that the block meets becomes a
-    UserError that names both."""
-    advice = f"remove it, and run 'python -m {program}' again"
-    try:
-        yield checkpoints.read_json(file, advice)
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"{file} holds no measurements of {program}: {advice}") from error
-
-
-def encoder_metrics(path: str) -> dict[str, float]:
-    """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
-    of the default centring have plain names.
-
-    UserError if studies.nmtune_encoders has not evaluated it.
-    """
-    folder = Path(path)
-    if not (folder / "study.json").is_file():
-        raise UserError(
-            f"{folder} has no study.json: --report compares encoder folders such as sup-30-seed0, which "
-            "python -m studies.nmtune_encoders --encoder FOLDER has measured"
-        )
-    with measurements(folder / "study.json", "studies.nmtune_encoders") as study:
-        tasks = {
-            task: {metric: float(np.mean(values)) for metric, values in of.items()}
-            for task, of in study["tasks"].items()
-        }
-        first = next(iter(tasks.values()))
-        numbers = {metric: float(np.mean([of[metric] for of in tasks.values()])) for metric in first}
-        tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
-        numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
-        numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}
-        seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
-        return numbers | seconds | {"noise": 100 * study["noise"]}
-
-
-def head_accuracies(folder: Path) -> dict[str, float]:
-    """{"TEST/METRIC": per cent} of a tuned head: means over heads if several were tuned; otherwise the last
-    line of the run's log that has the test set `id`, or {} if there is none."""
-    if (folder / "heads.json").is_file():
-        with measurements(folder / "heads.json", "studies.nmtune_heads") as heads:
-            return {metric: float(np.mean(values)) for metric, values in heads["tests"].items()}
-    last = run.read_metrics(folder, "id/top1")[-1:]
-    return {key: value for line in last for key, value in line.items() if "/" in key}
-
-
-def compared_metrics(path: str) -> dict[str, float]:
-    """The metrics of a run folder that --report compares: `encoder_metrics` for an encoder; for a head tuned on
-    black-box features {"blackbox/TEST": top-1 in per cent} by `head_accuracies`."""
-    folder = Path(path)
-    if (folder / "metrics.jsonl").is_file() and not (folder / "study.json").is_file():
-        found = head_accuracies(folder)
-        if "id/top1" in found and "ood/top1" not in found:
-            raise UserError(f"{folder} has no test set named ood: --report needs heads tuned with --tests id=X ood=Y")
-        if "id/top1" in found:
-            return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
-    return encoder_metrics(path)
-
-
 def pretrained_clip(path: str) -> tuple[PretrainConfig, nn.Module, Callable]:
     """(settings, model in eval mode, evaluation transform) of a CLIP of nmtune.pretrain. UserError for other runs,
     which have no text tower."""
@@ -328,9 +240,8 @@ def pretrained_clip(path: str) -> tuple[PretrainConfig, nn.Module, Callable]:
 def zero_shot_metrics(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """{"SET/METRIC": per cent} of a CLIP of nmtune.pretrain, zero-shot on `cfg.sets`."""
     settings, model, transform = pretrained_clip(path)
-    precision = run.resolve_precision(cfg.precision, process.device)
     tokenizer = open_clip.get_tokenizer(settings.model)
-    options = cfg.sets, process.device, cfg.batch_size, precision, cfg.workers
+    options = cfg.sets, process.device, cfg.batch_size, cfg.precision, cfg.workers
     found = zeroshot.evaluate(model.to(process.device), tokenizer, transform, *options)
     return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
 

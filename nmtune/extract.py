@@ -2,10 +2,9 @@
 
     images     from images, by an encoder of timm or open_clip, a run of nmtune.pretrain, or EfficientNet-Lite0
     texts      from texts in GLUE's layout or JSON lines, by any encoder of Hugging Face
-    answers    from embeddings that an API has returned, as JSON lines
 
-NMTune (arXiv 2309.17002) also tunes black boxes such as language models and an embedding API, for which the authors
-have released no code. A finished file is not overwritten.
+NMTune (arXiv 2309.17002) also tunes black boxes such as language models, for which the authors have released no code.
+For others, such as an embedding API, write the file with NumPy (README). A finished file is not overwritten.
 """
 
 import csv
@@ -92,22 +91,6 @@ class Texts:
     """Autocast of the encoder."""
 
 
-@dataclasses.dataclass
-class Answers:
-    """Embeddings that an API has returned."""
-
-    data: str
-    """Training set: a .jsonl whose lines hold an embedding and a label."""
-    out: str
-    """Features file to write, .npz."""
-    tests: tuple[str, ...] = ()
-    """Test sets as NAME=PATH, files as in `data`."""
-    embedding: str = "embedding"
-    """Key of the embedding, a list of numbers; dots separate nested keys and list indices: data.0.embedding."""
-    label: str = "label"
-    """Key of the label."""
-
-
 # --------------------------------------------------------------------------------------------------------------- kinds
 
 Sets = Iterator[tuple[str, Tensor, list[str]]]  # name ("" of the training set), features (V, N, D) or (M, D), labels
@@ -118,7 +101,7 @@ def image_sets(cfg: Images, tests: dict[str, str], train: LabelledImages) -> Set
     process = run.setup(cfg.seed, cfg.device)
     encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, cfg.checkpoint))
     encoder.to(process.device, memory_format=torch.channels_last)
-    options = {"process": process, "precision": run.resolve_precision(cfg.precision, process.device), "seed": cfg.seed}
+    options = {"process": process, "precision": cfg.precision, "seed": cfg.seed}
     options |= {"workers": cfg.workers, "batch_size": cfg.batch_size}
     opened = {name: open_test(path, train.classnames) for name, path in tests.items()}
     views = {"transform": train_view if cfg.views else eval_view, "views": max(cfg.views, 1)}
@@ -158,34 +141,24 @@ def entries(path: str, header: Sequence[str] = ()) -> list[dict[str, Any]]:
     return found
 
 
-def value(path: str, number: int, entry: Any, key: str) -> Any:
-    """entry[key]; dots in `key` separate nested keys. UserError names file, line and key."""
-    for name in key.split("."):
-        try:
-            entry = entry[int(name) if isinstance(entry, list) else name]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, entry {number} has no {key!r}") from error
-    if entry is None:
+def value(path: str, number: int, entry: dict[str, Any], key: str) -> Any:
+    """entry[key]. UserError names file, line and key."""
+    if not isinstance(entry, dict) or entry.get(key) is None:
         raise UserError(f"{path}, entry {number} has no {key!r}")
-    return entry
-
-
-def labels_of(path: str, lines: list[dict[str, Any]], key: str) -> list[str]:
-    """The labels of a file's entries, as strings."""
-    return [str(value(path, number, entry, key)) for number, entry in enumerate(lines, 1)]
+    return entry[key]
 
 
 @torch.no_grad()
 def text_features(cfg: Texts, texts: list[list[str]], tokenizer: Any, model: Any, process: run.Process) -> Tensor:
     """Texts, or pairs of texts -> the hidden states (N, D) of `cfg.pooling`, fp32."""
-    precision, features = run.resolve_precision(cfg.precision, process.device), []
+    features = []
     wanted = inspect.signature(model.forward).parameters  # not every model takes token_type_ids
     starts = range(0, len(texts), cfg.batch_size)
     for start in run.progress(starts, len(starts), "texts", cfg.batch_size, process):
         columns = [list(column) for column in zip(*texts[start : start + cfg.batch_size], strict=True)]
         tokens = tokenizer(*columns, padding=True, truncation=True, max_length=cfg.max_length, return_tensors="pt")
         tokens = {name: each.to(process.device) for name, each in tokens.items() if name in wanted}
-        with run.autocast(precision, process.device):
+        with run.autocast(cfg.precision, process.device):
             hidden = model(**tokens).last_hidden_state.float()  # (B, L, D)
         mask = tokens["attention_mask"]
         if cfg.pooling == "mean":
@@ -216,25 +189,14 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
     for name, lines in read.items():
         path = tests.get(name, cfg.data)
         texts = [[str(value(path, i, entry, key)) for key in cfg.columns] for i, entry in enumerate(lines, 1)]
-        yield name, text_features(cfg, texts, tokenizer, model, process), labels_of(path, lines, cfg.label)
-
-
-def answer_sets(cfg: Answers, tests: dict[str, str]) -> Sets:
-    """Embeddings of all files."""
-    for name, path in {"": cfg.data, **tests}.items():
-        lines = entries(path)
-        embeddings = [value(path, number, entry, cfg.embedding) for number, entry in enumerate(lines, 1)]
-        try:
-            features = torch.tensor(embeddings, dtype=torch.float32)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {cfg.embedding} should be lists of numbers of one length ({error})") from error
-        yield name, features, labels_of(path, lines, cfg.label)
+        labels = [str(value(path, i, entry, cfg.label)) for i, entry in enumerate(lines, 1)]
+        yield name, text_features(cfg, texts, tokenizer, model, process), labels
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-def main(cfg: Images | Texts | Answers) -> Path:
+def main(cfg: Images | Texts) -> Path:
     """Write the features file, unless it exists with the same settings and data. Returns its path."""
     check_limits(cfg)
     out, tests = Path(cfg.out), named_tests(cfg.tests)
@@ -248,7 +210,7 @@ def main(cfg: Images | Texts | Answers) -> Path:
         found = image_sets(cfg, tests, train)
     else:
         about["fingerprints"] = [fingerprint(path) for path in (cfg.data, *tests.values())]
-        found = text_sets(cfg, tests) if isinstance(cfg, Texts) else answer_sets(cfg, tests)
+        found = text_sets(cfg, tests)
     made_with = json.dumps(about, sort_keys=True)
     if out.is_file():
         with np.load(out, allow_pickle=False) as file:
@@ -275,4 +237,4 @@ def fingerprint(path: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.cli(Images | Texts | Answers)))
+    cli.command_line(lambda: main(tyro.cli(Images | Texts)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from nmtune.config import Config, FinetuneConfig, PretrainConfig, named_tests
+from nmtune.config import Config, PretrainConfig, TuningConfig, named_tests
 from nmtune.datasets import LabelledImages, benchmark, flip_labels, open_labelled, open_test
 from nmtune.model import load_encoder
 from shared import checkpoints, data, run
@@ -71,19 +71,19 @@ def with_rand_augment(transform: transforms.Compose) -> transforms.Compose:
 
 
 class Views(Dataset):
-    """Item i of a run: (views of the image as one tensor (V, 3, S, S), label, broken samples skipped).
+    """Item (epoch, row) -> (views of the image as one tensor (V, 3, S, S), label, broken samples skipped).
 
-    The views depend on seed, epoch and sample only. `transform` returns a tensor or a tuple of tensors.
+    The views depend on (seed, epoch, row) only. `transform` returns a tensor or a tuple of tensors.
     """
 
     def __init__(self, images: LabelledImages, transform: Callable, seed: int):
         self.images, self.transform, self.seed = images, transform, seed
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int, list]:
-        (image, label), broken = data.read_item(self.images, i, self.seed)
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, list]:
+        epoch, row = item
+        broken: list[data.Broken] = []
+        image, label = data.read_or_next(self.images, row, broken)
+        torch.default_generator.manual_seed(run.stable_hash(self.seed, epoch, row))
         views = self.transform(image)
         return torch.stack(views if isinstance(views, tuple) else (views,)), label, broken
 
@@ -96,6 +96,28 @@ def collate(items: list) -> tuple[Tensor, Tensor, list]:
     return torch.stack(views, dim=1), torch.tensor(labels), [one for each in broken for one in each]
 
 
+def load(views: Views, order: Iterable[list[tuple[int, int]]], workers: int, process: run.Process) -> DataLoader:
+    """Batches of the items in `order`, by `collate`."""
+    return DataLoader(
+        views, batch_sampler=order, num_workers=workers, collate_fn=collate, pin_memory=process.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # so that the loader does not use the global generator
+    )  # fmt: skip
+
+
+def training_order(
+    n: int, cfg: TuningConfig, process: run.Process, epochs: range, start: int = 0
+) -> Iterator[list[tuple[int, int]]]:
+    """This rank's batches of (epoch, row), from batch `start` of the first epoch on.
+
+    Each epoch is a shuffled pass over n samples, whose last batch may be short, and empty for some ranks.
+    """
+    size = cfg.batch_size // process.world_size
+    for epoch in epochs:
+        first = start if epoch == epochs[0] else 0
+        for rows in data.batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, first):
+            yield [(epoch, int(row)) for row in rows]
+
+
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
@@ -106,23 +128,6 @@ def encode(encoder: nn.Module, images: Tensor, device: torch.device | str = "cpu
     flat = images.flatten(0, -4).to(device, non_blocking=True, memory_format=torch.channels_last)
     with run.autocast(precision, device):
         return encoder(flat).float().unflatten(0, images.shape[:-3])
-
-
-def extract_features(
-    encoder: nn.Module, loader: Iterable, device: torch.device | str = "cpu", precision: str = "fp32"
-) -> tuple[Tensor, Tensor]:
-    """Features (N, D) fp32 and labels (N,) on the CPU of all (images, labels, ...) batches of a loader.
-
-    Runs once; U:src/datasets/common.py:65-110 runs in every epoch.
-    """
-    training = encoder.training
-    encoder.eval()
-    features, labels = [], []
-    for images, batch_labels, *_ in loader:
-        features.append(encode(encoder, images, device, precision).cpu())
-        labels.append(batch_labels)
-    encoder.train(training)
-    return torch.cat(features), torch.cat(labels)
 
 
 def encode_set(
@@ -144,18 +149,14 @@ def encode_set(
     many = pixels if views == 1 else lambda image: tuple(pixels(image) for _ in range(views))
     rows = np.array_split(np.arange(len(images)), process.world_size)[process.rank].tolist()
     step = max(1, batch_size // views)
-    order = [rows[i : i + step] for i in range(0, len(rows), step)]
-    broken: list[data.Broken] = []
-    loader = DataLoader(
-        Views(images, many, seed), batch_sampler=order, num_workers=workers, collate_fn=collate,
-        pin_memory=process.device.type == "cuda",
-    )  # fmt: skip
-    bar = run.progress(loader, len(order), label, step * views, process)
-    features, labels = [], []
-    for batch, batch_labels, _ in data.collect_broken(bar, broken):
+    order = [[(0, row) for row in rows[i : i + step]] for i in range(0, len(rows), step)]
+    loader = load(Views(images, many, seed), order, workers, process)
+    features, labels, broken = [], [], []
+    for batch, batch_labels, skipped in run.progress(loader, len(order), label, step * views, process):
         batch = normalise(batch.to(process.device, non_blocking=True))
         features.append(encode(encoder, batch, process.device, precision).cpu())
         labels.append(batch_labels)
+        broken += skipped
     data.report_broken(broken, process, label)
     features = run.gather_lists(features, process)
     return torch.cat(features, dim=1), torch.cat(run.gather_lists(labels, process))
@@ -190,7 +191,7 @@ def bank_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A shuffled pass over a bank from batch `start` on, with the short last batch; depends only on (seed, epoch)."""
     for i, rows in enumerate(data.batches(len(bank.labels), batch_size, (seed, epoch), start=start), start):
-        generator = torch.Generator().manual_seed(data.stable_hash(seed, epoch, i))
+        generator = torch.Generator().manual_seed(run.stable_hash(seed, epoch, i))
         yield bank.batch(torch.from_numpy(rows), generator, two)
 
 
@@ -209,7 +210,7 @@ class BankLoader:
 
 
 def shares(n: int, batch_size: int, epochs: range, start: int, world_size: int) -> Iterator[list[int]]:
-    """Number of samples per rank in each global batch that `data.training_batches` makes of n samples."""
+    """Number of samples per rank in each global batch of `training_order`."""
     size = batch_size // world_size
     for epoch in epochs:
         first = start if epoch == epochs[0] else 0
@@ -346,7 +347,7 @@ def split_encoder(name: str, checkpoint: str | None) -> tuple[str, str, str | No
     return source, model, checkpoint or None
 
 
-def data_sets(cfg: Config | FinetuneConfig) -> tuple[str, dict[str, str]]:
+def data_sets(cfg: TuningConfig) -> tuple[str, dict[str, str]]:
     """Paths (training set, {name: test set}) of a configuration."""
     tests = named_tests(cfg.tests)
     if cfg.benchmark:
@@ -380,8 +381,8 @@ class RunFeatures:
     batch_size: images per forward pass for features that are encoded once.
     """
 
-    def __init__(self, cfg: Config, process: run.Process, precision: str, batch_size: int = 256):
-        self.cfg, self.process, self.precision, self.batch_size = cfg, process, precision, batch_size
+    def __init__(self, cfg: Config, process: run.Process, batch_size: int = 256):
+        self.cfg, self.process, self.batch_size = cfg, process, batch_size
         self.broken: list[data.Broken] = []
         self.encoder, self.images, self.bank = None, None, None
         if cfg.features:
@@ -438,8 +439,8 @@ class RunFeatures:
     def encoded(self, images: LabelledImages, transform: Callable, views: int, label: str) -> tuple[Tensor, Tensor]:
         """`encode_set` with the run's settings; with `zero_shot`, features have length 1."""
         features, labels = encode_set(
-            self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, precision=self.precision,
-            workers=self.cfg.workers, batch_size=self.batch_size, label=label,
+            self.encoder, images, transform, self.process, views=views, seed=self.cfg.seed, label=label,
+            precision=self.cfg.precision, workers=self.cfg.workers, batch_size=self.batch_size,
         )  # fmt: skip
         return (F.normalize(features, dim=-1) if self.cfg.zero_shot else features), labels
 
@@ -453,18 +454,16 @@ class RunFeatures:
                     yield tuple(run.pinned(x, process.device).to(process.device, non_blocking=True) for x in chosen)
             return
         strong = with_rand_augment(self.train_view) if cfg.views == "train+rand" else self.train_view
-        (pixels_w, normalise), (pixels_s, _) = (
-            data.split_normalisation(self.train_view),
-            data.split_normalisation(strong),
-        )
+        (pixels_w, normalise), (pixels_s, _) = map(data.split_normalisation, (self.train_view, strong))
         views = Views(self.images, TwoViews(pixels_w, pixels_s), cfg.seed)
-        loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
-        sizes = shares(len(views), cfg.batch_size, epochs, start, process.world_size)
-        for counts, (images, labels, _) in zip(sizes, data.collect_broken(loader, self.broken), strict=True):
+        loader = load(views, training_order(self.size, cfg, process, epochs, start), cfg.workers, process)
+        sizes = shares(self.size, cfg.batch_size, epochs, start, process.world_size)
+        for counts, (images, labels, skipped) in zip(sizes, loader, strict=True):
+            self.broken += skipped
             feats = torch.zeros(2, 0, self.dim, device=process.device)
             if len(labels):
                 images = normalise(images.to(process.device, non_blocking=True))
-                feats = encode(self.encoder, images, process.device, self.precision)
+                feats = encode(self.encoder, images, process.device, cfg.precision)
                 feats = F.normalize(feats, dim=-1) if cfg.zero_shot else feats
             feats, labels = gather_views(feats, labels.to(process.device, non_blocking=True), counts)
             yield feats.flatten(0, 1), labels.repeat(2)

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nmtune.config import FINETUNE_PRESETS, FinetuneConfig, check_finetune, check_numbers
-from nmtune.datasets import LabelledImages, open_labelled, open_test
-from nmtune.eval import accuracies
-from nmtune.features import Views, collate, data_sets, encode_set, split_encoder
+from nmtune.datasets import open_labelled, open_test
+from nmtune.eval import test_metrics
+from nmtune.features import Views, data_sets, encode_set, load, split_encoder, training_order
 from nmtune.model import finetune_loss, load_encoder, make_classifier
 from nmtune.train import cosine_lr, make_optimizer, plan_rows, planned_encoder, planned_samples
 from shared import cli, data, run
@@ -62,35 +62,20 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-@torch.no_grad()
-def test_metrics(
-    model: nn.Module, tests: dict[str, str], images: LabelledImages, view, process: run.Process, precision: str, workers
-) -> dict[str, float]:
-    """`accuracies` on every test set {name: path} of a model trained on `images`."""
-    model.eval()
-    options = {"process": process, "precision": precision, "workers": workers}
-    results = {}
-    for name, path in tests.items():
-        test, groups = open_test(path, images.classnames)
-        logits, labels = encode_set(lambda x: model(x)[1], test, view, **options, label=name)
-        results |= accuracies(name, logits[0], labels, groups)
-    return results
-
-
 def train_step(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    weights: tuple[float, float],
-    k: int,
-    precision: str,
+    lr: float,
+    cfg: FinetuneConfig,
 ) -> dict[str, Tensor]:
     """One optimizer step on images (B, 3, S, S) and labels (B,) -> {"loss", "ce", "cov", "svd"}."""
-    with run.autocast(precision, images.device):
+    optimizer.param_groups[0]["lr"] = lr
+    with run.autocast(cfg.precision, images.device):
         feats, logits = model(images)
-    loss, terms = finetune_loss(logits, labels, feats, weights, k)
+    loss, terms = finetune_loss(logits, labels, feats, (cfg.w_cov, cfg.w_svd), cfg.svd_k)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -128,7 +113,6 @@ def main(cfg: FinetuneConfig) -> Path | None:
     if cfg.dry_run:
         return dry_run(cfg)
     check_finetune(cfg, process.world_size)
-    precision = run.resolve_precision(cfg.precision, process.device)
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)
     if folder.finished(epoch=cfg.epochs):
         return folder.path
@@ -149,33 +133,39 @@ def main(cfg: FinetuneConfig) -> Path | None:
     tuned, of_all = (sum(p.numel() for p in each) for each in (trained_parameters(model), model.parameters()))
     print(f"{tuned:,} of {of_all:,} parameters are tuned")
     optimizer = make_optimizer(trained_parameters(model), cfg.lr, cfg.weight_decay)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
+    scaler = run.grad_scaler(cfg, process)
     folder.restore(state_dict=model, optimizer=optimizer, scaler=scaler)
 
-    steps, first, start = math.ceil(len(images) / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
-    total, weights = steps * cfg.epochs, (cfg.w_cov, cfg.w_svd)
-    folder.start(steps * first + start, total, len(images), data=images.fingerprint, classnames=images.classnames)
+    steps, epochs = math.ceil(len(images) / cfg.batch_size), range(folder.state["epoch"], cfg.epochs)
+    total, start = steps * cfg.epochs, steps * folder.state["epoch"] + folder.state["batch"]
+    folder.start(start, total, len(images), data=images.fingerprint, classnames=images.classnames)
     pixels, normalise = data.split_normalisation(train_view)
-    views, epochs = Views(images, pixels, cfg.seed), range(first, cfg.epochs)
-    loader = data.training_batches(views, collate, cfg, process, epochs, start, drop_last=False)
-    for epoch in epochs:
-        broken, label = [], f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        batches = data.collect_broken(run.progress(loader, steps - start, label, cfg.batch_size, process), broken)
-        model.train()
-        for done, (batch, labels, _) in enumerate(batches, steps * epoch + start + 1):
-            lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, done - 1)
-            torch.manual_seed(data.stable_hash(cfg.seed, done - 1))  # so that dropout is the same after a resume
-            x = normalise(batch[0].to(process.device, non_blocking=True, **channels_last))
-            labels = labels.to(process.device, non_blocking=True)
-            losses = train_step(model, x, labels, optimizer, scaler, weights, cfg.svd_k, precision)
-            if done % cfg.log_every == 0 or done == total:
-                folder.log(done, epoch=epoch, lr=lr, **losses)
-            if folder.due(done) and done < total:
-                folder.save(done, epoch=done // steps, batch=done % steps)
-        data.report_broken(broken, process, f"epoch {epoch + 1}")
-        start = 0
+    order, broken = training_order(len(images), cfg, process, epochs, folder.state["batch"]), []
+    loader = load(Views(images, pixels, cfg.seed), order, cfg.workers, process)
+    batches = run.progress(loader, total - start, folder.path.name, cfg.batch_size, process)
+    model.train()
+    for step, (views, labels, skipped) in enumerate(batches, start):
+        broken += skipped
+        lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
+        torch.manual_seed(run.stable_hash(cfg.seed, step))  # so that dropout is the same after a resume
+        x = normalise(views[0].to(process.device, non_blocking=True, **channels_last))
+        found = train_step(model, x, labels.to(process.device, non_blocking=True), optimizer, scaler, lr, cfg)
+        if done % cfg.log_every == 0 or done == total:
+            folder.log(done, epoch=step // steps, lr=lr, **found)
+        if folder.due(done) and done < total:
+            folder.save(done, epoch=done // steps, batch=done % steps)
+        if done % steps == 0:
+            data.report_broken(broken, process, f"epoch {done // steps}")
     folder.save(total, epoch=cfg.epochs - 1, batch=steps)  # a resumed run then only tests
-    results = test_metrics(model, tests, images, eval_view, process, precision, cfg.workers)
+    model.eval()
+
+    def test_set(name: str) -> tuple:
+        test, groups = open_test(tests[name], images.classnames)
+        options = {"process": process, "precision": cfg.precision, "workers": cfg.workers, "label": name}
+        logits, labels = encode_set(lambda x: model(x)[1], test, eval_view, **options)
+        return logits[0], labels, groups
+
+    results = test_metrics(tests, test_set)
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)
     folder.close(then="")

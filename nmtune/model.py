@@ -8,6 +8,7 @@ The paper's contribution in this file:
   - L_MSE preserves the encoder's features                                              `consistency_loss`
   - L_COV spreads the feature dimensions (high SVE, for in-domain transfer)             `covariance_loss`
   - L_SVD makes the leading singular values dominate (low LSVR, for out-of-domain)      `dominant_singular_value_loss`
+  - the objective, with the fast forms of the last two in fast_losses.py                `nmtune_loss`
 Used by every arm: the linear classifier (LP) and the frozen encoders of timm and open_clip.
 
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
@@ -25,9 +26,9 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.byobnet import ByobNet
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchvision import transforms
 
+from nmtune import fast_losses
 from nmtune.config import PretrainConfig
 from shared import checkpoints, data
 from shared.clip import image_side, quiet_open_clip, without_padding
@@ -49,23 +50,13 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
 
 
 def covariance_loss(z: Tensor) -> Tensor:
-    """L_COV = (1/D) sum_{i != j} C_ij^2, C = (z - mean)^T (z - mean) / (n - 1), of z (n, D) -> ().
+    """L_COV = (1/D) sum_{i != j} C_ij^2, C the covariance (D, D) of z (n, D) -> (). U:src/models/nml_tune.py:34,164.
 
-    U:src/models/nml_tune.py:34,164. Where n < D the D x D covariance is not formed. With X = z - mean, the squares of
-    X^T X and of the n x n matrix X X^T have the same sum, so that sum_{i != j} C_ij^2 is
-    (|X X^T|^2 - sum_j |X_j|^4) / (n-1)^2 with columns X_j. For nearly uncorrelated features this is a difference of
-    large numbers, so it is computed in fp64. A single row has no covariance: its loss is 0.
+    A single row has no covariance: its loss is 0.
     """
-    n, dim = z.shape
-    with torch.autocast(z.device.type, enabled=False):
-        if n < dim:
-            x = z.double() - z.double().mean(dim=0)
-            off_diagonal = (x @ x.T).square().sum() - x.square().sum(dim=0).square().sum()
-        else:
-            x = z.float() - z.float().mean(dim=0)
-            scatter = x.T @ x
-            off_diagonal = (scatter - scatter.diagonal().diag()).square().sum()
-    return (off_diagonal / (max(n - 1, 1) ** 2 * dim)).float()
+    x = z.float() - z.float().mean(dim=0)
+    c = x.T @ x / max(len(z) - 1, 1)
+    return (c - c.diagonal().diag()).square().sum() / z.shape[1]
 
 
 def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
@@ -74,62 +65,12 @@ def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
     U:src/models/nml_tune.py:159-162, k = 5; in the paper k = 1. z is neither centred nor normalised. With fewer than k
     singular values the mean is over all of them, and constant.
     """
-    return -DominantShare.apply(z, k)
+    s = torch.linalg.svdvals(z.float())
+    return -(s[:k] / s.sum()).mean()
 
 
-class DominantShare(torch.autograd.Function):
-    """Mean share (1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the k largest singular values of z (n, D) -> () fp32.
-
-    d sigma_i = u_i^T dz v_i and v_i = z^T u_i / sigma_i give the gradient U diag(w / sigma) U^T z, where w_i is the
-    share's derivative by sigma_i. Right singular vectors do not occur in it, so an eigendecomposition of the smaller
-    Gram matrix suffices. If z is rank-deficient, u_i and v_i are not unique; then an SVD chooses them, as upstream.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, k: int) -> Tensor:
-        ctx.tall = z.shape[0] > z.shape[1]
-        wide = (z.T if ctx.tall else z).float()
-        eigenvalues, u, full_rank = gram_eigh(wide)
-        if full_rank:
-            sigma = eigenvalues.sqrt()
-        else:
-            u, sigma, vh = torch.linalg.svd(z.float(), full_matrices=False)
-            u, sigma, vh = (vh.T, sigma, u.T) if ctx.tall else (u, sigma, vh)
-            u, sigma, vh = u.flip(1), sigma.flip(0), vh.flip(0)
-        k = min(k, len(sigma))
-        total = sigma.sum()
-        share = sigma[-k:].sum() / total
-        w = (-share / (k * total)).repeat(len(sigma))  # ascending, as sigma
-        w[-k:] += 1 / (k * total)
-        ctx.save_for_backward(*(u * (w / sigma) @ u.T, wide) if full_rank else (u * w, vh))
-        return (share / k).float()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:
-        left, right = ctx.saved_tensors  # left is fp64 if small singular values would lose digits in the product
-        gradient = slope * (left @ right.to(left.dtype)).float()
-        return gradient.T if ctx.tall else gradient, None
-
-
-def gram_eigh(z: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Eigenvalues (n,), ascending, and eigenvectors (n, n) of z z^T, of a wide z (n, D) fp32; and whether z has full
-    rank.
-
-    Squaring halves the digits of small singular values. fp32 is accurate enough if the eigenvalues span less than a
-    factor of 300. It is tried only if D >= 4 n, where this is typical; otherwise the product is in fp64. The gradient
-    of L_SVD has a relative error below 1e-4, or below that of an SVD in fp32.
-    """
-    with torch.autocast(z.device.type, enabled=False):
-        if z.shape[1] >= 4 * len(z) and (product := z @ z.T).isfinite().all():
-            eigenvalues, vectors = torch.linalg.eigh(product)
-            if eigenvalues[-1] < 300 * eigenvalues[0]:
-                return eigenvalues, vectors, True
-        product = z.double() @ z.double().T
-        if not product.isfinite().all():
-            raise UserError("L_SVD got features that are not finite: lower the learning rate")
-        eigenvalues, vectors = torch.linalg.eigh(product)
-        return eigenvalues, vectors, bool(eigenvalues[0] > 1e-10 * eigenvalues[-1])
+EXACT = covariance_loss, dominant_singular_value_loss
+FAST = fast_losses.covariance_loss, fast_losses.dominant_singular_value_loss  # equal to rounding
 
 
 def nmtune_loss(
@@ -148,6 +89,7 @@ def nmtune_loss(
     Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted terms. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
+    l_cov, l_svd = FAST if z.device.type != "mps" else EXACT  # mps has no fp64, which the fast forms use
     images = len(z) // views
     terms = {"ce": F.cross_entropy(logits.float(), labels)}
     loss = terms["ce"]
@@ -155,10 +97,10 @@ def nmtune_loss(
         terms["mse"] = consistency_loss(z[-images:], feats[:images])
         loss = loss + w_mse * terms["mse"]
     if w_cov:
-        terms["cov"] = covariance_loss(z)
+        terms["cov"] = l_cov(z)
         loss = loss + w_cov * terms["cov"]
     if w_svd:
-        terms["svd"] = dominant_singular_value_loss(z, k)
+        terms["svd"] = l_svd(z, k)
         loss = loss + w_svd * terms["svd"]
     return loss, terms
 

@@ -12,28 +12,18 @@ features files and batches in features.py; accuracy in eval.py.
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
-from nmtune.config import EMOJI, PRESETS, Config, FinetuneConfig, check, check_numbers
+from nmtune.config import EMOJI, PRESETS, Config, TuningConfig, check, check_numbers
 from nmtune.datasets import SIZES
 from nmtune.eval import accuracy, test_metrics
-from nmtune.features import (  # noqa: F401
-    Bank,
-    BankLoader,
-    RunFeatures,
-    TwoViews,
-    extract_features,
-    hold_out,
-    read_features,
-    reduced,
-    split_encoder,
-    subset_per_class,
-)
+from nmtune.features import Bank, BankLoader, RunFeatures, hold_out, read_features, reduced, split_encoder
 from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed, zero_shot_weights
 from shared import cli, data, run
 from shared.errors import UserError
@@ -75,12 +65,11 @@ def train_step(
     k: int = 5,
     views: int = 2,
 ) -> dict[str, Tensor]:
-    """Take one optimizer step on feats (n, D), rows [view w; view s] or one view -> {"loss", "ce", ...}, detached.
+    """Take one optimizer step on feats (n, D), rows [view w; view s] or one view, and labels (n,).
 
-    labels (n,), or (n/2,) shared by both views. For a linear head the loss is cross-entropy alone.
+    Returns {"loss", "ce", ...}, detached. For a linear head the loss is cross-entropy alone.
     """
     head.train()
-    labels = labels.repeat(len(feats) // len(labels))
     z, logits = transformed(head, feats)
     loss, terms = nmtune_loss(logits, labels, z, feats, weights if z is not feats else (0.0, 0.0, 0.0), k, views)
     optimizer.zero_grad()
@@ -89,49 +78,67 @@ def train_step(
     return {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 
 
-def tune(
-    method: str,
+def tuning_steps(
+    cfg: Config,
     head: nn.Module,
-    loader: Iterable,
-    epochs: int,
-    lr: float,
-    wd: float,
-    weights: tuple[float, float, float] = (1.0, 0.04, 0.001),
-    warmup: int = 0,
-    k: int = 5,
-    views: int = 2,
-) -> list[dict[str, float]]:
-    """Tune `head` in place on features in memory; returns {"loss", ..., "lr"} of each step.
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    total: int,
+    views: int,
+    start: int = 0,
+) -> Iterator[tuple[int, dict[str, Tensor | float]]]:
+    """The tuning loop: a step on each batch (feats (n, D), labels (n,)), from step `start` of `total` on.
 
-    method lp, mlp or nmtune; only nmtune uses `weights`. Each pass over `loader`, which has a length, yields one
-    epoch's batches: (feats (n, D), labels), or ((feats_w, feats_s), labels) with labels of one view.
-    `views`: number of views per image in a batch. `main` has a loop of its own, which logs, saves and resumes.
+    Yields (steps done, {"lr", "loss", "ce", ...}). views: views of each image in a batch.
     """
-    if method not in ("lp", "mlp", "nmtune"):
-        raise UserError(f"method is lp, mlp or nmtune, not {method!r}")
-    weights = weights if method == "nmtune" else (0.0, 0.0, 0.0)
-    optimizer, steps, history = make_optimizer(head, lr, wd), len(loader), []
-    for epoch in range(epochs):
-        for i, (feats, labels) in enumerate(loader):
-            feats = torch.cat(list(feats)) if isinstance(feats, (tuple, list)) else feats
-            now = optimizer.param_groups[0]["lr"] = cosine_lr(lr, warmup, epochs * steps, epoch * steps + i)
-            terms = train_step(head, feats, labels, optimizer, weights, k, views)
-            history.append({name: term.item() for name, term in terms.items()} | {"lr": now})
-    return history
+    for step, (feats, labels) in enumerate(batches, start):
+        weights = cfg.loss_weights(feats.shape[1])
+        lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, step)
+        yield step + 1, {"lr": lr} | train_step(head, feats, labels, optimizer, weights, cfg.svd_k, views)
+
+
+def tune(cfg: Config, head: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], views: int) -> list[dict]:
+    """Tune `head` in place on features in memory. Returns what `tuning_steps` yields for each step.
+
+    Each pass over `loader`, which has a length, yields one epoch's batches.
+    """
+    optimizer = make_optimizer(head, cfg.lr, cfg.weight_decay)
+    batches = (batch for _ in range(cfg.epochs) for batch in loader)
+    return [found for _, found in tuning_steps(cfg, head, optimizer, batches, len(loader) * cfg.epochs, views)]
 
 
 def tuned_head(cfg: Config, bank: Bank, num_classes: int, views: int, device: torch.device) -> nn.Module:
     """A new head, tuned on features in memory with the settings and seed of `cfg`, as by `main`.
 
-    `views`: number of views per image in a batch.
+    views: views of each image in a batch.
     """
     torch.manual_seed(cfg.seed)
-    dim = bank.features.shape[2]
-    head = make_head(cfg, dim, num_classes).to(device)
-    loader = BankLoader(Bank(bank.features.to(device), bank.labels.to(device)), cfg.batch_size, cfg.seed, views == 2)
-    weights = cfg.loss_weights(dim)
-    tune(cfg.method, head, loader, cfg.epochs, cfg.lr, cfg.weight_decay, weights, cfg.warmup, cfg.svd_k, views)
+    head = make_head(cfg, bank.features.shape[2], num_classes).to(device)
+    bank = Bank(bank.features.to(device), bank.labels.to(device))
+    tune(cfg, head, BankLoader(bank, cfg.batch_size, cfg.seed, views == 2), views)
     return head
+
+
+@torch.no_grad()
+def head_metrics(head: nn.Module, source: RunFeatures) -> dict[str, float]:
+    """`test_metrics` of a head on the test sets of a run."""
+    head = head.cpu().eval()
+
+    def test_set(name: str) -> tuple:
+        features, labels, groups = source.test_set(name)
+        return head(features), labels, groups
+
+    return test_metrics(source.tests, test_set)
+
+
+def mean_over_heads(cfg: Config, head: nn.Module, source: RunFeatures) -> dict[str, float]:
+    """Means of `head_metrics` over `head` and, with --heads, others that are tuned with the seeds after the run's."""
+    process, found = source.process, [head_metrics(head, source)]
+    for seed in run.progress(range(cfg.seed + 1, cfg.seed + cfg.heads), cfg.heads - 1, "further heads", 1, process):
+        of_seed = dataclasses.replace(cfg, seed=seed)
+        other = tuned_head(of_seed, source.bank, len(source.classnames), source.views, process.device)
+        found.append(head_metrics(other, source))
+    return {metric: float(np.mean([each[metric] for each in found])) for metric in found[0]}
 
 
 def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
@@ -167,7 +174,7 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------- the script
 
 
-def planned_encoder(cfg: Config | FinetuneConfig, default: tuple[str, str]) -> tuple[str, str]:
+def planned_encoder(cfg: TuningConfig, default: tuple[str, str]) -> tuple[str, str]:
     """(source, name) for a dry run; the encoder's run folder may be missing or unnamed."""
     if ":" in cfg.encoder or (Path(cfg.encoder) / "checkpoint.pt").is_file():
         return split_encoder(cfg.encoder, None)[:2]
@@ -178,7 +185,7 @@ def planned_encoder(cfg: Config | FinetuneConfig, default: tuple[str, str]) -> t
     return "open_clip", "ViT-emoji" if "vit" in Path(cfg.encoder).name else "ResNet-emoji"
 
 
-def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
+def planned_samples(cfg: TuningConfig) -> tuple[int, int, str]:
     """(training images, classes, remark) for a dry run, without data."""
     if cfg.benchmark in SIZES:
         return *SIZES[cfg.benchmark], f"{cfg.benchmark} as published"
@@ -187,9 +194,7 @@ def planned_samples(cfg: Config | FinetuneConfig) -> tuple[int, int, str]:
     return *SIZES["cifar100"], "as in CIFAR-100, since a dry run reads no data"
 
 
-def plan_rows(
-    cfg: Config | FinetuneConfig, samples: int, classes: int, remark: str, views: int
-) -> list[tuple[str, str]]:
+def plan_rows(cfg: TuningConfig, samples: int, classes: int, remark: str, views: int) -> list[tuple[str, str]]:
     """Samples, batch, steps and learning rates of a dry run; views: training views of an image in a batch."""
     steps = math.ceil(samples / cfg.batch_size)
     total = steps * cfg.epochs
@@ -220,11 +225,12 @@ def dry_run(cfg: Config) -> None:
     views = 1 if cfg.method == "lp" and cfg.views == "eval" else 2
     hidden = int(dim * cfg.ratio) if cfg.method != "lp" else 0
     gib = (16 * parameters + 4 * cfg.batch_size * views * (6 * dim + 4 * hidden + 2 * classes)) / 2**30
+    heads = f"{cfg.heads} heads, " if cfg.heads > 1 else ""
     what = f"{frozen:,} frozen of {source}:{name}" if frozen else "features from a file"
     memory = f"{gib:.2f} GiB of the head's step, {4 * frozen / 2**30:.2f} GiB of frozen weights, in fp32"
     cli.show_plan(
         [
-            ("method", "{}, weights mse {:g}, cov {:g}, svd {:g}".format(cfg.method, *cfg.loss_weights(dim))),
+            ("method", "{}{}, weights mse {:g}, cov {:g}, svd {:g}".format(heads, cfg.method, *cfg.loss_weights(dim))),
             ("parameters", f"{parameters:,} tuned; {what}, D = {dim:,}"),
             *plan_rows(cfg, samples, classes, remark, views),
             ("memory estimate", memory),
@@ -244,7 +250,7 @@ def main(cfg: Config) -> Path | None:
         return folder.path
 
     # Features, head, optimizer; the last two from the checkpoint if there is one
-    source = RunFeatures(cfg, process, run.resolve_precision(cfg.precision, process.device))
+    source = RunFeatures(cfg, process)
     folder.check_same("data", source.fingerprint, "on other data or with another encoder than there are")
     chosen = folder.state.get("chosen", {})
     if cfg.select:
@@ -259,26 +265,21 @@ def main(cfg: Config) -> Path | None:
     folder.restore(head=head, optimizer=optimizer)
     source.encode_training_set()
 
-    steps, first, start = math.ceil(source.size / cfg.batch_size), folder.state["epoch"], folder.state["batch"]
-    total, weights = steps * cfg.epochs, cfg.loss_weights(source.dim)
+    steps, epochs = math.ceil(source.size / cfg.batch_size), range(folder.state["epoch"], cfg.epochs)
+    total, start = steps * cfg.epochs, steps * folder.state["epoch"] + folder.state["batch"]
     about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint, "chosen": chosen}
-    folder.start(steps * first + start, total, source.size, **about)
-    batches = source.batches(range(first, cfg.epochs), start)
-    for epoch in range(first, cfg.epochs):
-        label = f"{folder.path.name} {epoch + 1}/{cfg.epochs}"
-        of_epoch = run.progress(batches, steps - start, label, cfg.batch_size, process)
-        for step, (feats, labels) in enumerate(of_epoch, steps * epoch + start):
-            lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, step)
-            losses = train_step(head, feats, labels, optimizer, weights, cfg.svd_k, source.views)
-            done = step + 1
-            if done % cfg.log_every == 0 or done == total:
-                folder.log(done, epoch=epoch, lr=lr, **losses)
-            if folder.due(done) and done < total:
-                folder.save(done, epoch=done // steps, batch=done % steps)
-        data.report_broken(source.broken, process, f"epoch {epoch + 1}")
-        start = 0
+    folder.start(start, total, source.size, **about)
+    batches = source.batches(epochs, folder.state["batch"])
+    batches = run.progress(batches, total - start, folder.path.name, cfg.batch_size, process)
+    for done, found in tuning_steps(cfg, head, optimizer, batches, total, source.views, start):
+        if done % cfg.log_every == 0 or done == total:
+            folder.log(done, epoch=(done - 1) // steps, **found)
+        if folder.due(done) and done < total:
+            folder.save(done, epoch=done // steps, batch=done % steps)
+        if done % steps == 0:
+            data.report_broken(source.broken, process, f"epoch {done // steps}")
     folder.save(total, epoch=cfg.epochs - 1, batch=steps)  # a resumed run then only tests
-    results = test_metrics(head, source)
+    results = mean_over_heads(cfg, head, source)
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)
     folder.close()

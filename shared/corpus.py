@@ -26,7 +26,8 @@ class Corpus:
     """Pairs by row. `text(pair)` -> tensor(s) of a sample's text, computed in a loader process.
 
     `pairs` may be a paper's own: it has a length, `keys`, `broken`, `strict`, `fingerprint`, and `read(row)`, a
-    named tuple with the image. `cut_padding`: texts are CLIP's tokens, whose padding is cut off. `side`: with
+    named tuple with the image. `cut_padding`: texts, or the first of their parts, are tokens whose padding, 0, is cut
+    off. `side`: with
     --keep-in-memory, shorter sides of larger images are reduced to it.
     """
 
@@ -98,9 +99,8 @@ class Corpus:
 
     def loaded(self, items: list) -> Iterator:
         """Batches of these lists of items. The same loader processes serve all passes."""
-        if self.loader is None or self.loader.views < len(
-            self.samples.views
-        ):  # processes know the views at their start
+        known = 0 if self.loader is None else self.loader.views
+        if known < len(self.samples.views):  # loader processes know the views that there were at their start
             self.loader = DataLoader(
                 self.samples,
                 batch_sampler=Order(),
@@ -121,12 +121,17 @@ class Corpus:
 
 
 def open_corpus(
-    cfg: Any, process: run.Process, text: Callable, *, cut_padding: bool = False, side: int | None = None
+    cfg: Any,
+    process: run.Process,
+    text: Callable,
+    pairs: Any = None,
+    cut_padding: bool = False,
+    side: int | None = None,
 ) -> "Corpus | Stream":
     """The corpus of --data: by row, or with --stream a `Stream`, which has no `batches` of chosen rows."""
     if cfg.stream:
         return Stream(cfg, process, text, cut_padding)
-    return Corpus(cfg, process, text, cut_padding=cut_padding, side=side)
+    return Corpus(cfg, process, text, pairs, cut_padding, side)
 
 
 class Order:

@@ -51,11 +51,9 @@ class EvalSet(IterableDataset):
         self.templates: list[str] = []
         if self.kind != "retrieval":
             self.classnames = read_lines(self.folder / "classnames.txt")
-            path = self.folder / "zeroshot_classification_templates.txt"
-            self.templates = read_lines(path)
-            for template in self.templates:
-                if "{c}" not in template:
-                    raise UserError(f"{path} has the template {template!r}, which lacks {{c}} for the class name.")
+            self.templates = read_lines(path := self.folder / "zeroshot_classification_templates.txt")
+            if wrong := [template for template in self.templates if "{c}" not in template]:
+                raise UserError(f"{path} has the template {wrong[0]!r}, which lacks {{c}} for the class name.")
 
     def _shards(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -67,13 +65,12 @@ class EvalSet(IterableDataset):
         if not text.isdecimal() or int(text) == 0:
             raise UserError(f"{path} says {text!r} instead of a number of shards, at least 1.")
         shards = [self.folder / self.split / f"{i}.tar" for i in range(int(text))]
-        for shard in shards:
-            if not shard.is_file():
-                raise UserError(f"{shard} is missing, but {path} counts {text} shard(s).")
+        if missing := [shard for shard in shards if not shard.is_file()]:
+            raise UserError(f"{missing[0]} is missing, but {path} counts {text} shard(s).")
         return shards
 
-    def _samples(self) -> Iterator[tuple[Path, dict]]:
-        """(shard, undecoded sample) pairs of this worker.
+    def _samples(self) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+        """(key, "SHARD, sample KEY", files by extension) of this worker's samples, undecoded.
 
         Workers divide the shards. If there are fewer shards than workers, each of n workers takes every n-th sample,
         and reads only the headers of the others.
@@ -86,51 +83,48 @@ class EvalSet(IterableDataset):
         index = 0
         for shard in shards:
             with open(shard, "rb", buffering=0) as file:  # no read-ahead
-                for key, files in _grouped(shard):
+                for key, files in grouped(shard):
                     if index % step == first:
-                        yield shard, {"__key__": key} | _contents(file, files)
+                        yield key, f"{shard}, sample {key!r}", _contents(file, files)
                     index += 1
         if index == 0 and worker is None:
             raise UserError(f"{self.folder / self.split} holds no samples.")
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor, int | torch.Tensor | list[str]]]:
-        for shard, sample in self._samples():
-            where = f"{shard}, sample {sample['__key__']!r}"
-            yield sample["__key__"], self.transform(_image(sample, where)), self._target(sample, where)
+        for key, where, files in self._samples():
+            image = _image(files, where)
+            seen = image if isinstance(image, torch.Tensor) else self.transform(image)  # features have no views
+            yield key, seen, self._target(files, where)
 
     def targets(self) -> Iterator[tuple[str, int | torch.Tensor | list[str]]]:
         """(key, target) of each sample, in the order of iteration, without decoding images."""
-        for shard, sample in self._samples():
-            yield sample["__key__"], self._target(sample, f"{shard}, sample {sample['__key__']!r}")
+        for key, where, files in self._samples():
+            yield key, self._target(files, where)
 
-    def _target(self, sample: dict, where: str) -> int | torch.Tensor | list[str]:
+    def _target(self, files: dict[str, bytes], where: str) -> int | torch.Tensor | list[str]:
         extension = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}[self.kind]
-        if extension not in sample:
+        if extension not in files:
             raise UserError(f"{where} has no .{extension} file.")
-        data, num_classes = sample[extension], len(self.classnames)
-        if self.kind == "retrieval":
-            try:
-                captions = [line for line in data.decode().splitlines() if line.strip()]
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} has captions that are not UTF-8.") from error
-            if not captions:
-                raise UserError(f"{where} has no caption.")
-            return captions
-        if self.kind == "multilabel":
-            try:
-                target = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
-            except (ValueError, EOFError, OSError, TypeError) as error:
-                raise UserError(f"{where} has a .npy file that cannot be read ({_first(error)}).") from error
-            if target.shape != (num_classes,):
-                raise UserError(f"{where} has labels of shape {tuple(target.shape)} for {num_classes} classes.")
-            return target
+        content, num_classes = files[extension], len(self.classnames)
         try:
-            label = int(data)
-        except ValueError as error:
-            raise UserError(f"{where} has the label {data[:20]!r}, which is no integer.") from error
-        if not 0 <= label < num_classes:
-            raise UserError(f"{where} has label {label}, outside of the {num_classes} classes of classnames.txt.")
-        return label
+            if self.kind == "retrieval":
+                target = [line for line in content.decode().splitlines() if line.strip()]
+            elif self.kind == "multilabel":
+                target = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float()
+            else:
+                target = int(content)
+        except (ValueError, EOFError, OSError, TypeError) as error:
+            needed = {"cls": "an integer", "npy": "an array of numbers", "txt": "UTF-8 text"}[extension]
+            raise UserError(
+                f"{where} has a .{extension} file that cannot be read as {needed}: {content[:20]}."
+            ) from error
+        if self.kind == "retrieval" and not target:
+            raise UserError(f"{where} has no caption.")
+        if self.kind == "multilabel" and target.shape != (num_classes,):
+            raise UserError(f"{where} has labels of shape {tuple(target.shape)} for {num_classes} classes.")
+        if self.kind == "classification" and not 0 <= target < num_classes:
+            raise UserError(f"{where} has label {target}, outside of the {num_classes} classes of classnames.txt.")
+        return target
 
     def batches(
         self, batch_size: int, num_workers: int = 0, device: str | torch.device = "cpu"
@@ -142,42 +136,27 @@ class EvalSet(IterableDataset):
         pixels, normalise = split_normalisation(self.transform)
         own, empty = copy.copy(self), True
         own.transform = pixels
-        # Workers return errors as items: DataLoader would add a long traceback to a raised error.
         pin = torch.device(device).type == "cuda"
-        loader = DataLoader(
-            _ErrorsAsItems(own), batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin
-        )
-        for batch in loader:
-            if isinstance(batch, Exception):
-                raise batch
-            images, targets = batch
-            yield normalise(images.to(device, non_blocking=True)), targets
-            empty = False
+        loader = DataLoader(own, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin)
+        try:
+            for images, targets in loader:
+                images = images.to(device, non_blocking=True)
+                yield images if images.is_floating_point() else normalise(images), targets
+                empty = False
+        except UserError as error:  # DataLoader puts a worker's traceback before the message
+            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
         if empty:
             raise UserError(f"{self.folder / self.split} holds no samples.")
 
 
-class _ErrorsAsItems(IterableDataset):
-    def __init__(self, dataset: EvalSet):
-        self.dataset = dataset
-
-    def __iter__(self):
-        try:
-            yield from self.dataset
-        except (ValueError, OSError) as error:
-            yield ValueError(str(error))
-
-
-def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list] | Exception:
-    if isinstance(items[-1], Exception):  # an error ends the worker's stream, so it is always last
-        return items[-1]
+def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list]:
     _, images, targets = zip(*items, strict=True)
     if isinstance(targets[0], list):
         return torch.stack(images), list(targets)
     return torch.stack(images), torch.stack(targets) if torch.is_tensor(targets[0]) else torch.tensor(targets)
 
 
-def _grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def grouped(shard: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """(key, {extension: (offset, size)}) of a tar's samples; files of a sample are adjacent. UserError if damaged."""
     broken: list[Broken] = []
     key, files = None, {}
@@ -211,13 +190,13 @@ def _contents(file: BinaryIO, files: dict[str, tuple[int, int]]) -> dict[str, by
     return contents
 
 
-def _image(sample: dict, where: str) -> Image.Image:
-    """RGB image; transparency is composited on white."""
-    extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
+def _image(files: dict[str, bytes], where: str) -> Image.Image:
+    """RGB image; transparency is composited on white. Features of a locked tower (.npy) -> float32 tensor."""
+    extension = next((extension for extension in (*IMAGE_EXTENSIONS, "npy") if extension in files), None)
     if extension is None:
         raise UserError(f"{where} has no image (.{', .'.join(IMAGE_EXTENSIONS)}).")
     try:
-        return decode_image(sample[extension])
+        return decode_image(files[extension])
     except BrokenSample as error:
         raise UserError(f"{where} has a .{extension} image that cannot be read ({error}).") from error
 
@@ -237,8 +216,3 @@ def read_lines(path: Path) -> list[str]:
     if not lines or "" in lines:
         raise UserError(f"{path} has an empty line where every line must hold one entry.")
     return lines
-
-
-def _first(error: Exception) -> str:
-    """First line of an error message, or the name of the error if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") or type(error).__name__

@@ -1,6 +1,8 @@
 """Evaluates run folders: saves metrics beside the checkpoint and prints them."""
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -26,12 +28,35 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) 
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def code_of(paper: str) -> str:
-    """Digest of what metrics of a paper depend on: the Python files of its folder and of shared/."""
-    digest = hashlib.sha256()
-    for file in sorted((*(ROOT / paper).glob("*.py"), *(ROOT / "shared").rglob("*.py"))):
-        digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+def code_of(name: str) -> str:
+    """Digest of the code that metrics depend on: comments, docstrings and layout do not count.
+
+    name: a module, or a paper, for its eval.py and model.py. Modules of this project that these import, directly or
+    indirectly, belong to it.
+    """
+    digests: dict[Path, str] = {}
+    waiting = ["shared.__init__", name, f"{name}.eval", f"{name}.model"]
+    while waiting:
+        file = (ROOT / waiting.pop().replace(".", "/")).with_suffix(".py")
+        if file.is_file() and file not in digests:
+            digests[file], imported = syntax(file.read_text(encoding="utf-8"))
+            waiting += imported
+    lines = sorted(f"{file.relative_to(ROOT)} {digest}" for file, digest in digests.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def syntax(source: str) -> tuple[str, list[str]]:
+    """(digest of a module's syntax tree without docstrings, names that may be modules that it imports)."""
+    tree, imported = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
 
 
 def stamp(files: Iterable[Path]) -> str:
@@ -49,13 +74,13 @@ def images_of(pairs: Shards | TSV) -> str:
     return f"{pairs.fingerprint}-{stamp(map(Path, pairs.keys))}" if isinstance(pairs, TSV) else pairs.fingerprint
 
 
-def measured(paper: str, file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
+def measured(code: str, file: Path, setting: dict, sources: Sequence[Path], measure: Callable[[], dict]) -> dict:
     """Metrics from `measure()`, cached in `file`.
 
-    The cache is used if it was written with the same `setting`, `code_of` the paper, and `stamp` of the sources. So a
-    source that was replaced, even by an older file, is measured again.
+    The cache is used if it was written with the same `setting`, `code_of` the paper (or of the module that `code`
+    names), and `stamp` of the sources. So a source that was replaced, even by an older file, is measured again.
     """
-    setting = json.loads(json.dumps(setting | {"code": code_of(paper), "sources": stamp(sources)}))
+    setting = json.loads(json.dumps(setting | {"code": code_of(code), "sources": stamp(sources)}))
     if file.exists():
         kept = read_json(file)
         if kept.get("setting") == setting:
@@ -70,22 +95,15 @@ def named(path: str | Path) -> bool:
     return "@" in str(path) and not Path(path).exists()
 
 
-def check_names(option: str, folders: Iterable[str | Path]) -> None:
-    """UserError if two folders of an option have the same name, since metrics are named after it."""
-    known: dict[str, str | Path] = {}
-    for folder in folders:
-        if (name := Path(folder).name) in known:
-            raise UserError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
-        known[name] = folder
-
-
 def open_sets(
     option: str, folders: Iterable[str | Path], transform: Callable, *kinds: str, split: str = "test"
 ) -> list[EvalSet]:
     """Open all evaluation sets of an option, so that errors come early. UserError if a set is of another kind than
     `kinds`, or if two have the same name."""
-    folders = list(folders)
-    check_names(option, folders)
+    folders, known = list(folders), {}
+    for folder in folders:
+        if (other := known.setdefault(Path(folder).name, folder)) is not folder:
+            raise UserError(f"--{option} {other} and {folder} have the same name: evaluate one at a time")
     sets = [EvalSet(folder, transform, split) for folder in folders]
     if odd := next((each for each in sets if each.kind not in kinds), None):
         raise UserError(f"--{option} {odd.folder} is a {odd.kind} set: it must be a {' or '.join(kinds)} set")
@@ -162,29 +180,15 @@ def measured_run(
 
 
 def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:
-    """Metrics as Markdown tables: those with a heading, then the others; sets with the same metrics share a table.
-
-    Without a heading, metrics of sets in `embedded` and of single languages are left out.
-    """
-    numbers = {key: f"{value:.2f}" for key, value in metrics.items() if isinstance(value, (int, float))}
-    rows = [{"metric": heading, "value": numbers[key]} for key, heading in headings.items() if key in numbers]
-    of_sets: dict[str, dict[str, str]] = {}  # set -> metric -> number
-    for key in (key for key in numbers if key not in headings):
-        where, _, metric = key.rpartition("/")
-        if not where:
-            rows.append({"metric": key, "value": numbers[key]})
-        elif not (where.startswith("language_") or any(part in embedded for part in where.split("/"))):
-            of_sets.setdefault(where, {})[metric] = numbers[key]
-    alike: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}  # metrics -> sets with these metrics
-    for where, found in of_sets.items():
-        alike.setdefault(tuple(found), {})[where] = found
-    blocks = [rows] if rows else []
-    for names, sets in alike.items():
-        if len(sets) > len(names):
-            blocks.append([{"set": where} | found for where, found in sets.items()])
-        else:
-            blocks.append([{"metric": name} | {where: found[name] for where, found in sets.items()} for name in names])
-    return "\n\n".join(map(table, blocks))
+    """Metrics as a Markdown table: those with a heading, then the others, without sets in `embedded` and languages."""
+    others = [key for key in metrics if key not in headings and not key.startswith("language_")]
+    others = [key for key in others if not any(part in embedded for part in key.split("/")[:-1])]
+    named_as = headings | {key: key for key in others}
+    return table([
+        {"metric": heading, "value": f"{metrics[key]:.2f}"}
+        for key, heading in named_as.items()
+        if isinstance(metrics.get(key), (int, float))
+    ])  # fmt: skip
 
 
 def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
@@ -208,8 +212,7 @@ def evaluate_runs(
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
     Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
-    UserError if there are no runs, or if a run is another paper's and `foreign` is
-    False.
+    UserError if there are no runs, or if a run is another paper's and `foreign` is False.
     """
     if not cfg.runs:
         raise UserError(f"name at least one {kinds}")

@@ -13,8 +13,6 @@
 `load_model` loads such a folder, MODEL@TAG of open_clip, or a run folder of any paper (exported by its eval.py).
 """
 
-import ast
-import contextlib
 import os
 import shutil
 import subprocess
@@ -38,6 +36,7 @@ from shared.checkpoints import ROOT, trained_by
 from shared.clip import without_padding
 from shared.errors import UserError
 from shared.evaluation import check_own, named
+from shared.layout import one_process
 
 LOCAL = "local-dir:"
 KINDS = "a run folder, local-dir:DIR written by --export, or MODEL@TAG of open_clip"
@@ -54,13 +53,14 @@ def single(cfg: Any) -> str:
 
 def named_config(name: str, image_size: int | None = None, **changes: Any) -> dict:
     """open_clip's config of this name, with its image size and top-level entries replaced."""
-    config = {key: dict(value) if isinstance(value, dict) else value for key, value in open_clip_config(name).items()}
+    config = open_clip_config(name)
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
     return config | changes
 
 
 def open_clip_config(name: str) -> dict:
+    """A copy of open_clip's config of this name. UserError if there is none."""
     config = open_clip.get_model_config(name)
     if config is None:
         raise UserError(f"model {name!r} is not an open_clip config; open_clip.list_models() lists the names")
@@ -81,46 +81,31 @@ def foreign(source: str | Path, paper: str) -> bool:
     return named(source) or local_folder(source) is not None or trained_by(source) not in (None, paper)
 
 
-def no_export(paper: str) -> str:
-    """The reason why a paper's runs have no export, NO_EXPORT in its config.py, or ""; read without importing it."""
-    for node in ast.parse((ROOT / paper / "config.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NO_EXPORT":
-            return ast.literal_eval(node.value)
-    return ""
-
-
 def exported(run: str | Path) -> Path:
-    """RUN/open_clip, a folder that open_clip loads. The paper's eval.py writes it if it is missing or older than the
-    checkpoint. UserError if the run cannot be exported; eval.py is not started for a paper that has `no_export`."""
+    """RUN/open_clip, a folder that open_clip loads; the paper's eval.py writes it if it is missing or older than the
+    checkpoint. UserError if the run cannot be exported."""
     run, folder = Path(run), Path(run) / "open_clip"
     if (paper := trained_by(run)) is None:
         raise UserError(
             f"{run}/checkpoint.pt does not name its paper: export it first, python -m FOLDER.eval {run} --export DIR"
         )
-
-    def is_fresh() -> bool:
-        made = folder / "open_clip_config.json"  # written last
-        return made.is_file() and made.stat().st_mtime >= (run / "checkpoint.pt").stat().st_mtime
-
-    if is_fresh():
-        return folder
-    refused = f"{run}, a run of {paper}, cannot be used here"
-    if why := no_export(paper):
-        raise UserError(f"{refused}: {why}")
-    new = run / f"open_clip.{os.getpid()}"
-    alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "SLURM_NTASKS")}
-    paths = os.pathsep.join([str(ROOT), *filter(None, [alone.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", f"{paper}.eval", str(run), "--export", str(new), "--device", "cpu"]
-    done = subprocess.run(command, env=alone | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    if done.returncode:
+    if "\n    export: " not in (ROOT / paper / "eval.py").read_text(encoding="utf-8"):
+        raise UserError(f"{run}, a run of {paper}, cannot be used here: open_clip has no such model")
+    made, new = folder / "open_clip_config.json", run / "open_clip-unfinished"
+    with one_process(folder):
+        if made.is_file() and made.stat().st_mtime >= (run / "checkpoint.pt").stat().st_mtime:
+            return folder
         shutil.rmtree(new, ignore_errors=True)
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
-        raise UserError(f"{refused}: {why}")
-    if not is_fresh():  # else another process was faster
+        alone = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "SLURM_NTASKS")}
+        alone["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [alone.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", f"{paper}.eval", str(run), "--export", str(new), "--device", "cpu"]
+        done = subprocess.run(command, env=alone, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(new, ignore_errors=True)
+            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("error: ")
+            raise UserError(f"{run}, a run of {paper}, cannot be used here: {why}")
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.replace(new, folder)
-    shutil.rmtree(new, ignore_errors=True)
+        new.rename(folder)
     return folder
 
 

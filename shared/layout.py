@@ -1,5 +1,6 @@
 """Writes corpora: training shards, evaluation sets and masks, in folders that appear only when complete."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -8,14 +9,15 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
-from shared import checkpoints, run
+from shared import checkpoints
 from shared.errors import UserError
 from shared.tars import write_split, write_tar
 
@@ -43,14 +45,14 @@ def png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "", shard_size: int = SHARD) -> int:
+def write_pairs(folder: Path, samples: Iterable[dict], prefix: str = "") -> int:
     """Writes training shards in img2dataset layout, `folder/{prefix}{00000..}.tar`; returns the number of samples.
 
     A sample maps file endings to contents: an image ending, `txt` (caption), `json` (dict), and others as bytes.
     """
     samples, count = iter(samples), 0
     for shard in itertools.count():
-        some = list(itertools.islice(samples, shard_size))
+        some = list(itertools.islice(samples, SHARD))
         if not some:
             return count
         keyed = []
@@ -116,39 +118,54 @@ def setting_of(options: Any, recipe: int) -> dict:
     return {"data": type(options).__name__.lower(), "recipe": recipe} | fields
 
 
+@contextlib.contextmanager
+def one_process(path: Path) -> Iterator[None]:
+    """Let one process at a time work on `path`; the others print a line and wait.
+
+    The lock is the file .NAME.lock beside `path`. It ends with its process, so what is left of a killed one locks
+    nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name.lstrip('.')}.lock"))
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is making {path}: waiting until it has ended", flush=True)
+        held = lock.acquire()
+    with held:
+        yield
+
+
 def build(out: Path, setting: dict, write: Callable[[Path], dict]) -> None:
     """Makes the folder `out` with `write(folder) -> facts`; it appears only when it is complete.
 
     manifest.json holds `setting`, the facts, and sha256 of every shard. A folder made with the same setting is left
-    unchanged. UserError if it was made with another setting, is no corpus, or is being built by another process;
-    UserError if the disk is full. What a killed process left is removed.
+    unchanged, also if another process is making it: this one then waits. What a killed process left is removed.
+    UserError if `out` was made with another setting or is no corpus, and if the disk is full.
     """
     setting = json.loads(json.dumps(setting))  # as JSON reads it back, for example lists for tuples
     if is_complete(out, setting):
         return print(f"{out} is complete")
-    scratch = out.with_name(f".{out.name}-unfinished")
-    folder = scratch / "corpus"
-    with run.lock(scratch) as file:
-        if not os.fstat(file.fileno()).st_nlink:  # removed by another process before it was locked
-            raise UserError(f"another process has just removed {scratch}: build {out} again")
+    folder = out.with_name(f".{out.name}-unfinished")
+    with one_process(out):
+        if is_complete(out, setting):  # another process has made it in the meantime
+            return print(f"{out} is complete")
         try:
-            if is_complete(out, setting):  # another process has just built it
-                return print(f"{out} is complete")
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             facts = write(folder)
             shards = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.tar"))}
             checkpoints.write_json(folder / "manifest.json", {"setting": setting, **facts, "sha256": shards})
             folder.rename(out)
-        except OSError as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            if cause.errno not in FULL:
+        except (OSError, UserError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__  # `replaced` turns one into a UserError
+            if not isinstance(cause, OSError) or cause.errno not in FULL:
                 raise
             raise UserError(
                 f"{out} could not be built ({cause.strerror}): free some space, and build it again"
             ) from error
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     print(f"{out} built: " + ", ".join(f"{name} {count:,}" for name, count in facts["counts"].items()))
 
 

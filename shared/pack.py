@@ -5,7 +5,8 @@
     python -m shared.pack classes photos/labels.csv --hold-out 0.2 --out data/my_classes
 
 SOURCE names the pictures, and their captions or labels:
-    table        .csv (commas) or .tsv (tabs) with the columns `image` and `caption`, or `image` and `label`
+    table        .csv (commas) or .tsv (tabs) with the columns `image` and `caption`, or `image` and `label`; in a .csv,
+                 a caption with commas stands in quotation marks
     JSON lines   .jsonl, a line {"image": "a.jpg", "caption": "a dog"} or {"image": "a.jpg", "caption": ["a dog", ...]}
     folder       SOURCE/CLASS/picture.jpg, for classes
 A picture with several captions has several rows or, in JSON lines, a list. Further columns go into the samples' .json.
@@ -13,14 +14,13 @@ A picture with several captions has several rows or, in JSON lines, a list. Furt
 Paths are relative to the folder of SOURCE or to --image-root, and must not leave it. Picture files are copied
 unchanged, except pictures whose EXIF data ask for a rotation, pictures larger than --max-side, and GIF and BMP, which
 become PNG. Unreadable pictures are left out, counted and named. The same source gives the same bytes. DIR appears when
-it is complete and has been read back.
+it is complete.
 """
 
 import contextlib
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import os
 import random
@@ -29,39 +29,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO
 
-import numpy as np
 import tyro
-from PIL import Image
+from PIL import Image, ImageOps
 
 from shared import checkpoints, cli, data, layout, run
 from shared.errors import UserError
-from shared.evalsets import EvalSet, read_lines
-from shared.layout import sha256
+from shared.evalsets import read_lines
+from shared.settings import Count, check_limits
 from shared.tars import Broken, write_split
 
 RECIPE = 1  # version; increased when the output for the same pictures and setting changes
-TABLES = {".csv": ",", ".tsv": "\t"}  # ending: separator of columns
-LINES = (".jsonl", ".ndjson", ".json")
+TABLES, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the pictures in a folder of classes
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are not converted
 ORIENTATION = 274  # EXIF tag
-UPRIGHT = {  # value of the tag: operation that turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 TEMPLATES = ("{c}", "a photo of a {c}.")
-MOST = 10_000  # most samples per shard, since keys have four digits for them
-CHECKED = 1000  # most pictures of training shards that are decoded when reading back
 
 
 class Picture(NamedTuple):
     file: str  # real path (links resolved), inside the root folder of the paths
     name: str  # path relative to this folder
+
+    def size(self) -> int:
+        """Size of the file in bytes, or -1 if it is not a file."""
+        try:
+            return os.path.getsize(self.file) if os.path.isfile(self.file) else -1
+        except (OSError, ValueError):
+            return -1
 
 
 # ------------------------------------------------------------------------------------------------------------ sources
@@ -81,8 +75,7 @@ def read_rows(
     image, text = columns.values()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = json_rows(file, path) if suffix in LINES else table_rows(file, path, TABLES[suffix], columns)
-            for place, row in rows:
+            for place, row in json_rows(file, path) if suffix in LINES else table_rows(file, path, columns):
                 if not isinstance(row, dict):
                     broken.append(Broken(place, "no JSON object"))
                 elif not isinstance(name := row.pop(image, None), str) or not name.strip():
@@ -93,41 +86,41 @@ def read_rows(
         raise UserError(f"{path} is not UTF-8 text: save it as such") from error
 
 
-def table_rows(
-    file: TextIO, path: Path, separator: str, columns: Mapping[str, str]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, {column: cell}) of a table's rows; without a header, columns are named by their number from 0."""
-    rows = cells(file, path, separator)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{path} is empty")
-    header, names = [name.strip() for name in first[1]], list(columns.values())
-    if not set(names) <= set(header):
-        if not all(name.isdecimal() and int(name) < len(header) for name in names):
-            flags = " and ".join(f"--{flag}" for flag in columns)
-            raise UserError(
-                f"{path} has the columns {', '.join(header)}, not {' and '.join(names)}: {flags} select columns by "
-                f"name, or by number from 0 if the first row is not a header"
-            )
-        numbers = map(str, range(len(header)))
-        header, rows = [number if number in names else "" for number in numbers], itertools.chain([first], rows)
-    yield from ((place, dict(zip(header, row, strict=False))) for place, row in rows)
+def table_rows(file: TextIO, path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(place, {column: cell}) of the rows that are not blank. In tab-separated files only whole cells can be quoted.
 
-
-def cells(file: TextIO, path: Path, separator: str) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of the rows that are not blank. In tab-separated files only whole cells can be quoted.
-
-    UserError for an unclosed quotation mark, which would swallow the following rows.
+    UserError names the line of a row that has more cells than the header, which an unquoted comma in a caption makes,
+    or whose quotation mark is not closed, which would swallow the following rows.
     """
     csv.field_size_limit(2**31 - 1)
-    tabs = separator == "\t"
-    reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
+    tabs = path.suffix.lower() == ".tsv"
+    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader = csv.reader(file, strict=True, **how)
+    header, line = None, 1
     try:
         for row in reader:
-            if row:
-                yield f"{path.name}, line {reader.line_num}", [unquoted(cell) for cell in row] if tabs else row
+            begun, line = line, reader.line_num + 1
+            cells = [unquoted(cell) for cell in row] if tabs else row
+            if header is None:
+                header = [name.strip() for name in cells]
+                if not set(columns.values()) <= set(header):
+                    flags = " and ".join(f"--{flag}" for flag in columns)
+                    raise UserError(
+                        f"{path} has the columns {', '.join(header)}, not {' and '.join(columns.values())}: {flags} "
+                        "select others; the first line must name them"
+                    )
+            elif len(cells) > len(header):
+                advice = "JSON lines (.jsonl)" if tabs else 'put a caption with commas in "", or use tabs or JSON lines'
+                raise UserError(f"{path}, line {begun} has {len(cells)} cells for {len(header)} columns: {advice}")
+            elif cells:
+                yield f"{path.name}, line {begun}", dict(zip(header, cells, strict=False))
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} cannot be read as cells: {error}") from error
+        raise UserError(
+            f"{path}, line {line} cannot be read as cells ({error}): close a quotation mark, and write one within a "
+            'quoted cell as ""'
+        ) from error
+    if header is None:
+        raise UserError(f"{path} is empty")
 
 
 def unquoted(cell: str) -> str:
@@ -138,14 +131,8 @@ def unquoted(cell: str) -> str:
 
 
 def json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of the entries of JSON lines or of a JSON list."""
-    text = file.read()
-    if text.lstrip().startswith("["):
-        if not isinstance(entries := parsed(text), list):
-            raise UserError(f"{path} begins with [ but is not a JSON list")
-        yield from ((f"{path.name}, entry {number}", entry) for number, entry in enumerate(entries, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
+    """(place, value) of the lines that are not blank."""
+    for number, line in enumerate(file, 1):
         if line.strip():
             yield f"{path.name}, line {number}", parsed(line)
 
@@ -158,7 +145,7 @@ def parsed(text: str) -> Any:
 
 
 def class_folders(root: Path) -> Iterator[tuple[str, str]]:
-    """(picture's path relative to `root`, its class folder). Prints what was skipped. ValueError without pictures."""
+    """(picture's path relative to `root`, its class folder). Prints what was skipped. UserError without pictures."""
     found, others, empty = False, Counter(), []
     for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
@@ -188,16 +175,16 @@ def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[
 
     picture: `content` decoded to RGB.
     """
-    turn = None
+    turned = False
     with Image.open(io.BytesIO(content), formats=data.FORMATS) as opened:
         ending = ENDINGS.get(opened.format)
         with contextlib.suppress(Exception):  # damaged EXIF is ignored
-            turn = UPRIGHT.get(opened.getexif().get(ORIENTATION))
+            if opened.getexif().get(ORIENTATION) in range(2, 9):
+                picture.info["exif"] = opened.info["exif"]
+                picture, turned = ImageOps.exif_transpose(picture), True
     scale = min(1.0, (max_side or max(picture.size)) / max(picture.size))
-    if turn is None and scale == 1 and ending is not None:
+    if not turned and scale == 1 and ending is not None:
         return {ending: content}
-    if turn is not None:
-        picture = picture.transpose(turn)
     if scale < 1:
         picture = picture.resize([max(round(side * scale), 1) for side in picture.size], Image.Resampling.BICUBIC)
     picture.info.pop("exif", None)  # its orientation is no longer valid
@@ -206,31 +193,12 @@ def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[
     return {ending: target.getvalue()}
 
 
-def size_of(picture: Picture) -> int:
-    """Size of a picture's file in bytes, or -1 if it is not a file."""
+def content_hash(picture: Picture) -> bytes:
+    """Hash of the bytes of a picture; of its name if it cannot be read."""
     try:
-        return os.path.getsize(picture.file) if os.path.isfile(picture.file) else -1
-    except (OSError, ValueError):
-        return -1
-
-
-def copies(pictures: Iterable[Picture]) -> list[list[Picture]]:
-    """Groups of pictures with identical bytes."""
-    of_size, groups = defaultdict(list), []
-    for picture in pictures:
-        of_size[size_of(picture)].append(picture)
-    for size, some in of_size.items():
-        if size < 0 or len(some) == 1:
-            groups += [[picture] for picture in some]
-            continue
-        of_digest = defaultdict(list)
-        for picture in some:
-            try:
-                of_digest[sha256(Path(picture.file))].append(picture)
-            except OSError:
-                of_digest[picture.file].append(picture)
-        groups += of_digest.values()
-    return groups
+        return data.file_hash(data.read_file(picture.file))
+    except data.BrokenSample:
+        return picture.file.encode("utf-8", "replace")
 
 
 def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
@@ -238,39 +206,15 @@ def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
 
     Copies of a picture stay together, so that no picture is in both splits.
     """
-    groups, chosen = copies(pictures), set()
-    groups.sort(key=lambda group: data.stable_hash("hold out", min(picture.name for picture in group)))
-    wanted = max(round(share * sum(map(len, groups))), 1)
-    for group in groups[:-1]:
+    copies, chosen = defaultdict(list), set()
+    for picture in pictures:
+        copies[content_hash(picture)].append(picture)
+    order = sorted(copies.values(), key=lambda some: data.stable_hash("hold out", min(each.name for each in some)))
+    wanted = max(round(share * sum(map(len, order))), 1)
+    for some in order[:-1]:
         if len(chosen) < wanted:
-            chosen.update(group)
+            chosen.update(some)
     return chosen
-
-
-# -------------------------------------------------------------------------------------------------------- reading back
-
-
-def check_pairs(folder: Path, count: int) -> None:
-    """UserError if training shards do not hold `count` readable samples; at most CHECKED pictures are decoded."""
-    try:
-        pairs = data.Shards(data.expand_shards(str(folder)), strict=True)
-        found = sum(bool(pairs.caption(row)) for row in range(len(pairs)))
-        for row in np.linspace(0, len(pairs) - 1, min(len(pairs), CHECKED)).astype(int):
-            pairs.read(int(row))
-    except (ValueError, data.BrokenSample) as error:
-        raise UserError(f"what was written cannot be read back: {error}") from error
-    if found != count:
-        raise UserError(f"only {found:,} of {count:,} written samples can be read back")
-
-
-def check_set(folder: Path, split: str, count: int) -> None:
-    """UserError if a split of an evaluation set does not hold `count` readable samples."""
-    try:
-        found = sum(1 for _ in EvalSet(folder, lambda picture: None, split))
-    except ValueError as error:
-        raise UserError(f"what was written cannot be read back: {error}") from error
-    if found != count:
-        raise UserError(f"only {found:,} of {count:,} samples of {folder.name}/{split} can be read back")
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds
@@ -287,11 +231,9 @@ class Pictures:
     image_root: Path | None = None
     """Folder that the image paths are relative to; None: the folder of SOURCE."""
     image_column: str = "image"
-    """Column or key of the pictures' paths; in a table without a header its number, from 0."""
-    max_side: int | None = None
+    """Column or key of the pictures' paths."""
+    max_side: Count | None = None
     """Resize pictures whose longer side has more pixels than this; None: no resizing."""
-    shard_size: int = layout.SHARD
-    """Samples per shard, at most 10,000."""
     strict: bool = False
     """Stop at the first broken picture instead of counting it."""
 
@@ -299,13 +241,6 @@ class Pictures:
         self.broken: list[Broken] = []
         self.classes: list[str] = []
         self.prompts: Sequence[str] = ()
-
-    def root_of(self, table: Path) -> str:
-        """The folder that a table's paths are relative to, with links resolved."""
-        root = self.image_root or table.parent
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder: set --image-root to the folder that image paths start from")
-        return os.path.realpath(root)
 
     def picture(self, root: str, path: str, place: str) -> Picture:
         """The picture of a path. UserError if the path leaves `root`, directly or by links."""
@@ -320,7 +255,7 @@ class Pictures:
         return Picture(file, name.decode("utf-8", "replace"))
 
     def lacking(self, place: str, reason: str) -> None:
-        """Record a broken picture or row; with --strict, ValueError."""
+        """Record a broken picture or row; with --strict, UserError."""
         if self.strict:
             raise UserError(f"--strict: {place}: {reason}")
         self.broken.append(Broken(place, reason))
@@ -336,7 +271,10 @@ class Pictures:
         if not source.is_file():
             what = "a folder" if source.is_dir() else "no file"
             raise UserError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
-        root, known, broken = self.root_of(source), {}, []
+        root, known, broken = self.image_root or source.parent, {}, []
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder: set --image-root to the folder that image paths start from")
+        root = os.path.realpath(root)
         for place, path, text, more in read_rows(source, {"image-column": self.image_column, flag: column}, broken):
             if path not in known:
                 known[path] = self.picture(root, path, place)
@@ -355,22 +293,18 @@ class Pictures:
             found[picture] += [(caption, further(more)) for caption in captions if caption]
         return {picture: entries for picture, entries in found.items() if entries}
 
-    def read(self, picture: Picture) -> dict[str, bytes] | None:
-        """{file ending: bytes} of a picture; None if it cannot be read, which is recorded."""
-        try:
-            content = data.read_file(picture.file)
-            return encoded(content, data.decode_image(content), self.max_side)
-        except data.BrokenSample as error:
-            self.lacking(picture.name, str(error))
-            return None
-
     def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
-        """(picture, content, value in `pictures`) of the readable pictures. UserError if there are none."""
+        """(picture, {file ending: bytes}, value in `pictures`) of readable pictures. UserError if there are none."""
         found = False
         for picture, what in run.progress(pictures.items(), len(pictures), label):
-            if (content := self.read(picture)) is not None:
+            try:
+                content = data.read_file(picture.file)
+                files = encoded(content, data.decode_image(content), self.max_side)
+            except data.BrokenSample as error:
+                self.lacking(picture.name, str(error))
+            else:
                 found = True
-                yield picture, content, what
+                yield picture, files, what
         if not found:
             raise UserError(
                 f"none of the {len(pictures):,} pictures of {self.source} ({label}) can be read, such as "
@@ -378,28 +312,24 @@ class Pictures:
             )
 
     def write_retrieval(self, folder: Path, captions: Mapping[Picture, list[str]]) -> tuple[int, int]:
-        """Writes a retrieval set and reads it back; returns the numbers of pictures and captions."""
-        written: Counter[str] = Counter()
+        """Writes a retrieval set; returns the numbers of pictures and captions."""
+        counts = []
 
         def samples() -> Iterator[dict]:
             for _, content, texts in self.read_all(captions, folder.name):
-                written["captions"] += len(texts)
+                counts.append(len(texts))
                 yield content | {"txt": "\n".join(texts)}
 
-        pictures = layout.write_retrieval(folder, samples(), self.shard_size)
-        check_set(folder, "test", pictures)
-        return pictures, written["captions"]
+        return layout.write_retrieval(folder, samples(), layout.SHARD), sum(counts)
 
     def build(self) -> None:
         """Writes the folder and its manifest, and prints how to use it; a finished folder is left unchanged."""
-        cli.check_counts(self, "max_side", "shard_size")
+        check_limits(self)
         if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
             raise UserError(f"--hold-out must be a share of at least 0 and less than 1, not {share}")
-        if self.shard_size > MOST:
-            raise UserError(f"--shard-size must be at most {MOST:,}, not {self.shard_size:,}")
         plan = self.plan()
         self.check_any(plan)
-        listed = {name: [(p.name, size_of(p), what) for p, what in split.items()] for name, split in plan.items()}
+        listed = {name: [(p.name, p.size(), what) for p, what in split.items()] for name, split in plan.items()}
         files = data.fingerprint(json.dumps([listed, self.classes, self.prompts]).encode())
 
         def write(folder: Path) -> dict:
@@ -420,7 +350,7 @@ class Pairs(Pictures):
     retrieval set of held-out pictures, DIR/eval/held_out."""
 
     caption_column: str = "caption"
-    """Column or key of the captions; in a table without a header its number, from 0."""
+    """Column or key of the captions."""
     every_caption: bool = True
     """Write one sample per caption instead of one sample with the first caption."""
     hold_out: float = 0.0
@@ -446,8 +376,7 @@ class Pairs(Pictures):
                 for caption, more in entries if self.every_caption else entries[:1]:
                     yield content | {"txt": caption, "json": more | about}
 
-        samples_written = layout.write_pairs(folder / "train", samples(), shard_size=self.shard_size)
-        check_pairs(folder / "train", samples_written)
+        samples_written = layout.write_pairs(folder / "train", samples())
         found = {"pictures": counts["pictures"], "captions": counts["captions"], "samples": samples_written}
         if "held_out" in plan:
             captions = {p: [caption for caption, _ in entries] for p, entries in plan["held_out"].items()}
@@ -465,7 +394,7 @@ class Retrieval(Pictures):
     """A retrieval set, DIR, of all pictures with all their captions."""
 
     caption_column: str = "caption"
-    """Column or key of the captions; in a table without a header its number, from 0."""
+    """Column or key of the captions."""
 
     def plan(self) -> dict[str, dict[Picture, list[str]]]:
         found = self.captioned(self.caption_column)
@@ -484,15 +413,15 @@ class Classes(Pictures):
     samples have class names as captions, so that DIR/train can also be used as training data."""
 
     label_column: str = "label"
-    """Column or key of the labels; in a table without a header its number, from 0."""
+    """Column or key of the labels."""
     hold_out: float = 0.0
     """Share of each class's pictures to hold out for testing; the others are the train split. 0: all pictures are for
     testing."""
     train: Path | None = None
     """Pictures of the train split, in the same formats as SOURCE."""
     classnames: Path | None = None
-    """File of class names, one a line. Labels may be these names, line numbers from 0, or other words, of which line n
-    names the n-th in alphabetical order. None: names of folders, with spaces for `_`, or the labels themselves."""
+    """File of class names, one a line. Labels are these names, or line numbers from 0. None: names of folders, with
+    spaces for `_`, or the labels themselves."""
     templates: Path | None = None
     """Prompts, one a line, with {c} for the class name; None: `{c}` and `a photo of a {c}.`"""
 
@@ -546,23 +475,20 @@ class Classes(Pictures):
         """({label: class index}, class names)."""
         decimal = all(label.isdecimal() for label in labels)
         order = sorted(labels, key=int) if decimal else labels
-        names = [label.replace("_", " ") for label in order] if self.source.is_dir() else order
-        numbers = {label: number for number, label in enumerate(order)}
-        if self.classnames:
+        if self.classnames is None:
+            names = [label.replace("_", " ") for label in order] if self.source.is_dir() else order
+            numbers = {label: number for number, label in enumerate(order)}
+            if decimal:
+                print(f"classes are called {', '.join(order[:3])}, ...: pass --classnames to name them")
+        else:
             names = read_lines(self.classnames)
-            odd = [label for label in labels if label not in names]
-            if not odd:
-                numbers = {label: names.index(label) for label in labels}
-            elif len(odd) < len(labels):
-                raise UserError(f"{self.classnames} names other labels, but not {odd[0]!r}: name all of them")
-            elif decimal and int(order[-1]) < len(names):
+            numbers = {name: number for number, name in enumerate(names)}
+            if decimal and not set(labels) <= set(names) and int(order[-1]) < len(names):
                 numbers = {label: int(label) for label in labels}
-            elif len(names) != len(labels):
+            elif lacking := [label for label in order if label not in names]:
                 raise UserError(
-                    f"{self.classnames} has {len(names)} lines for {len(labels)} labels ({', '.join(order[:3])}, ...)"
+                    f"{self.classnames} lacks the label {lacking[-1]!r}: labels are its lines, or their numbers from 0"
                 )
-        elif decimal:
-            print(f"classes are called {', '.join(order[:3])}, ...: pass --classnames to name them")
         if len(names) < 2:
             raise UserError(f"{self.source} has one class, {names[0]}: at least two are needed")
         if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -573,10 +499,7 @@ class Classes(Pictures):
         layout.write_classes(folder, self.classes, self.prompts)
         counts = {"classes": len(self.classes)}
         for split, labels in plan.items():
-            counts[split] = write_split(folder / split, self.samples(split, labels), self.shard_size)
-            check_set(folder, split, counts[split])
-        if "train" in plan:
-            check_pairs(folder / "train", counts["train"])
+            counts[split] = write_split(folder / split, self.samples(split, labels), layout.SHARD)
         return counts
 
     def samples(self, split: str, labels: dict[Picture, tuple[int, dict]]) -> Iterator[dict]:

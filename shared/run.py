@@ -249,11 +249,9 @@ def grad_scaler(cfg: Any, process: Process) -> GradScaler:
     return GradScaler(process.device.type, enabled=resolve_precision(cfg.precision, process.device) == "fp16")
 
 
-# --------------------------------------------------------------------------------------------------- progress lines
+# --------------------------------------------------------------------------------------------------------- progress
 
-QUIET = "PAPER_CLIPS_QUIET"  # environment variable that turns off progress lines
-EVERY = 60.0  # seconds between progress lines, if the output is not a terminal
-_last = time.monotonic()  # time of the last printed line
+QUIET = "PAPER_CLIPS_QUIET"  # environment variable that turns progress off
 
 
 def quiet() -> bool:
@@ -262,48 +260,26 @@ def quiet() -> bool:
 
 
 def say(text: str, process: Process | None = None) -> None:
-    """Print a progress line, above a progress bar if there is one. Prints nothing if `quiet`, or on ranks above 0."""
-    global _last
+    """Print a line, above a progress bar if there is one. Prints nothing if `quiet`, or on ranks above 0."""
     if not quiet() and (process is None or process.main):
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        _last = time.monotonic()
-
-
-def silent(seconds: float = EVERY) -> bool:
-    """Whether nothing was printed for `seconds`, stderr is no terminal and `quiet` is False: a progress line is due."""
-    return time.monotonic() - _last >= seconds and not sys.stderr.isatty() and not quiet()
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as in 0:01:40."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 @contextlib.contextmanager
 def counting(
     total: int | None, label: str | None, unit: str = "image", process: Process | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Context that yields `tick(n, note)`; call it when n more of `total` units are done.
-
-    On a terminal it shows a progress bar, else one line per minute with speed and remaining time. Prints nothing if
-    `quiet`, or on ranks above 0.
-    """
-    shown = not quiet() and (process is None or process.main)
+    """Context that yields `tick(n, note)`, to be called when n more of `total` units are done; shows a progress bar, in
+    a log once a minute. Nothing if `quiet`, or on ranks above 0."""
+    hidden = quiet() or not (process is None or process.main)
+    every = 0.1 if sys.stderr.isatty() else 60.0
     how = {"leave": False, "unit": unit, "unit_scale": total is None or total >= 10_000, "dynamic_ncols": True}
-    done, start = 0, time.monotonic()
-    with tqdm(total=total, desc=label, disable=None if shown else True, **how) as bar:
+    with tqdm(total=total, desc=label, disable=hidden, mininterval=every, delay=every, **how) as bar:
 
         def tick(n: int = 1, note: str = "") -> None:
-            nonlocal done
-            done += n
             bar.set_postfix_str(note, refresh=False)
             bar.update(n)
-            passed = time.monotonic() - start
-            if shown and passed >= EVERY and silent():
-                rate = done / max(passed, 1e-9)
-                of, left = (f" of {total:,}", f", {duration((total - done) / rate)} left") if total else ("", "")
-                say(f"{label or 'working'}: {done:,}{of} {unit}s, {rate:,.1f} {unit}s/s{left}{note and ', '}{note}")
 
         yield tick
 
@@ -356,6 +332,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "metrics.jsonl", "a+")
         write_json(folder / "config.json", dataclasses.asdict(config))
         self.file.seek(0)
@@ -401,6 +378,9 @@ class Stopwatch:
             yield
         finally:
             self._start = time.perf_counter()
+
+
+PASSES = ("epoch", "episode")
 
 
 class RunFolder:
@@ -456,13 +436,12 @@ class RunFolder:
             if None not in (before := self.state.get(name), value) and before != value:
                 raise UserError(f"{self.path} was trained with another {name} than the one given: choose another --out")
         wait()  # a rank may index or copy data for hours, longer than the default timeout
-        self.total, self.latest = total, {}
+        self.total, self.loss = total, None
         self.saved, self.fixed, self.commit = step, fixed, commit()
         self.metrics = RunLog(self.path, self.cfg, self.process, step)
         if self.process.main and not self.resumed:  # it is of an earlier run, whose checkpoint.pt was removed
             (self.path / "checkpoint-best.pt").unlink(missing_ok=True)
         self.clock = Stopwatch(self.state["seconds"] if self.resumed else 0.0)
-        self.mark = step, self.clock.read()
         if total:
             cfg, (_, processes, device) = self.cfg, self.process
             source = next(filter(None, (getattr(cfg, name, "") for name in ("features", "benchmark", "data"))), "")
@@ -493,30 +472,15 @@ class RunFolder:
         """Write a line of metrics with the seconds so far; print it if it has no loss (an evaluation)."""
         self.metrics.write(step, seconds=self.clock.read(), **values)
         if "loss" in values:
-            self.latest = {"loss": values["loss"]}
+            self.loss = values["loss"]
         elif self.total:
-            self.say(step, {name: value for name, value in values.items() if name != "epoch"})
-
-    def say(self, step: int, values: dict[str, Any]) -> None:
-        """Print the run's progress, with the last loss and `values`."""
-        (before, then), now = self.mark, self.clock.read()
-        speed = ""
-        if step > before and now > then:
-            rate, self.mark = (step - before) / (now - then), (step, now)
-            speed = f"; {rate * self.cfg.batch_size:,.1f} images/s, {duration((self.total - step) / rate)} left"
-        if self.process.main and not quiet():
-            shown = list((self.latest | values).items())[:6]
-            numbers = ((name, value.item() if isinstance(value, torch.Tensor) else value) for name, value in shown)
-            shown = "".join(f", {name} {number:.4g}" for name, number in numbers)
-            say(f"{self.path}: step {step:,} of {self.total:,}{shown}{speed}")
+            shown = "".join(
+                f", {name} {value:.4g}" for name, value in values.items() if name not in ("epoch", "episode")
+            )
+            say(f"{self.path}: step {step:,} of {self.total:,}{shown}", self.process)
 
     def due(self, step: int) -> bool:
-        """Whether to save now: `save_every` steps after the last checkpoint, or at a step to keep (`keep_every`).
-
-        Called at every step, it also prints the progress each minute, if the output is not a terminal.
-        """
-        if self.total and silent(EVERY - 10):  # earlier than the progress bar of the same loop
-            self.say(step, {})
+        """Whether to save now: `save_every` steps after the last checkpoint, or at a step to keep (`keep_every`)."""
         return step - self.saved >= self.cfg.save_every or self.is_kept(step)
 
     @contextlib.contextmanager
@@ -568,11 +532,10 @@ class RunFolder:
             if then is None:
                 own = flags if flags and not self.cfg.data.startswith("data/emoji") else ""
                 then = f"python -m {paper_of(self.cfg)}.eval {self.path} {own}".rstrip()
-            loss = "".join(
-                f", {name} {float(torch.as_tensor(value).detach()):.4g}" for name, value in self.latest.items()
-            )
+            loss = "" if self.loss is None else f", loss {float(torch.as_tensor(self.loss).detach()):.4g}"
             after = f"; next: {then}" if then else ""
-            say(f"{self.path}: finished, {self.total:,} steps in {duration(self.clock.read())}{loss}{after}")
+            took = timedelta(seconds=round(self.clock.read()))
+            say(f"{self.path}: finished, {self.total:,} steps in {took}{loss}{after}")
 
 
 def paper_of(cfg: Any) -> str:

@@ -6,6 +6,7 @@ templates; in retrieval I images and T captions. Scores are computed in chunks o
 N x C or I x T matrix is never in memory as a whole.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -95,7 +96,8 @@ def build_classifier(
     names x templates as its prompts.
     """
     names = [[entry] if isinstance(entry, str) else list(entry) for entry in classnames]
-    prompts = [_fill(template, name) for synonyms in names for name in synonyms for template in templates]
+    fill = [each if callable(each) else functools.partial(each.replace, "{c}") for each in templates]
+    prompts = [template(name) for synonyms in names for name in synonyms for template in fill]
     counts = torch.tensor([len(synonyms) * len(templates) for synonyms in names])
     if not len(counts) or counts.min() == 0:
         raise UserError("Every class needs at least one name and one template.")
@@ -114,10 +116,6 @@ def owners(counts: Tensor | Sequence) -> Tensor:
     if not torch.is_tensor(counts):
         counts = torch.tensor([len(items) for items in counts])
     return torch.arange(len(counts)).repeat_interleave(counts)
-
-
-def _fill(template: str | Callable[[str], str], name: str) -> str:
-    return template(name) if callable(template) else template.replace("{c}", name)
 
 
 def label_ranks(logits: Tensor, labels: Tensor, classifier: Tensor | None = None) -> Tensor:
@@ -175,54 +173,45 @@ def percent(hits: Tensor) -> float:
 # ---------------------------------------------------------------- retrieval, several captions an image
 
 
-def text_ranks(scores: Tensor, text_to_image: Tensor, images: Tensor) -> Tensor:
-    """Image -> text, (i,) int64: number of other images' captions ranked before the best caption of the image.
-
-    scores: (i, T) of the images with indices `images` (i,); text_to_image: (T,) image of each caption.
-    Another image's caption with an equal or NaN score is ranked before. An image without captions (evaluation sets
-    have no such image) is a miss at any k, as in CLIP_benchmark.
-    """
-    own = text_to_image == images[:, None]
-    best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
-    ranks = (~(scores < best) & ~own).sum(dim=1)
-    return ranks.masked_fill(~own.any(dim=1), torch.iinfo(ranks.dtype).max)
-
-
-def image_ranks(scores: Tensor, image_of_text: Tensor) -> Tensor:
-    """Text -> image, (t,) int64: number of other images ranked before the caption's image.
-
-    scores: (t, I); image_of_text: (t,). Another image with an equal or NaN score is ranked before.
-    """
-    return (~(scores < scores.gather(1, image_of_text[:, None]))).sum(dim=1) - 1
-
-
 def retrieval_ranks(image_features: Tensor, text_features: Tensor, text_to_image: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks (I,) image -> text and (T,) text -> image by cosine similarity of features (I, D) and (T, D)."""
+    """Ranks (I,) image -> text and (T,) text -> image by cosine similarity of features (I, D) and (T, D).
+
+    text_to_image: (T,) image of each caption. Image -> text: number of other images' captions that are ranked before
+    the best caption of the image. Text -> image: number of other images that are ranked before the caption's image.
+    What has an equal or NaN score is ranked before. An image without captions (evaluation sets have no such image) is a
+    miss at any k, as in CLIP_benchmark.
+    """
     images, texts = F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
-    return _ranks(
-        lambda rows: images[rows] @ texts.T, lambda rows: texts[rows] @ images.T, len(images), len(texts), text_to_image
-    )
+    shape = len(images), len(texts)
+    return _ranks(lambda rows: images[rows] @ texts.T, lambda rows: texts[rows] @ images.T, shape, text_to_image)
 
 
 def retrieval_ranks_from_scores(scores: Tensor, text_to_image: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks as in `retrieval_ranks`, from scores (I, T)."""
-    return _ranks(lambda rows: scores[rows], lambda rows: scores.T[rows], *scores.shape, text_to_image)
+    return _ranks(lambda rows: scores[rows], lambda rows: scores.T[rows], scores.shape, text_to_image)
 
 
 def _ranks(
     image_rows: Callable[[slice], Tensor],
     text_rows: Callable[[slice], Tensor],
-    num_images: int,
-    num_texts: int,
+    shape: tuple[int, int],
     text_to_image: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    num_images, num_texts = shape
     if len(text_to_image) != num_texts or not num_texts:
         raise UserError(f"{len(text_to_image)} entries of text_to_image do not fit {num_texts} texts.")
     if not 0 <= int(text_to_image.min()) <= int(text_to_image.max()) < num_images:
         raise UserError(f"text_to_image has an index beyond the {num_images} images.")
     index = torch.arange(num_images, device=text_to_image.device)
-    to_text = [text_ranks(image_rows(r), text_to_image, index[r]) for r in chunks(num_images, num_texts)]
-    to_image = [image_ranks(text_rows(r), text_to_image[r]) for r in chunks(num_texts, num_images)]
+    to_text, to_image = [], []
+    for rows in chunks(num_images, num_texts):
+        scores, own = image_rows(rows), text_to_image == index[rows, None]
+        best = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+        ranks = (~(scores < best) & ~own).sum(dim=1)
+        to_text.append(ranks.masked_fill(~own.any(dim=1), torch.iinfo(ranks.dtype).max))
+    for rows in chunks(num_texts, num_images):
+        scores = text_rows(rows)
+        to_image.append((~(scores < scores.gather(1, text_to_image[rows, None]))).sum(dim=1) - 1)
     return torch.cat(to_text), torch.cat(to_image)
 
 
@@ -237,7 +226,7 @@ def retrieval_metrics(
     image_features: Tensor, text_features: Tensor, text_to_image: Tensor, ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """R@k of cosine retrieval in percent. An image is a hit at k if any of its captions is in its top k; a caption is a
-    hit if its image is. Ties count as misses (see `text_ranks`), so that collapsed features score 0.
+    hit if its image is. Ties count as misses, so that collapsed features score 0.
     """
     return recall_metrics(*retrieval_ranks(image_features, text_features, text_to_image), ks)
 
@@ -291,26 +280,8 @@ def evaluate(
     return results
 
 
-KEPT_BYTES = 2**27  # most bytes of images that `quick_top1` caches between evaluations
-_kept: dict[tuple, list] = {}  # cached batches of the last small set, by folder and transform
-
-
-def kept_batches(
-    eval_set: EvalSet, key: tuple, num_workers: int = 0, device: str | torch.device = "cpu"
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a set, images on the device; those of a set of at most KEPT_BYTES are cached by `key`."""
-    if key in _kept:
-        yield from _kept[key]
-        return
-    _kept.clear()
-    batches, size = [], 0
-    for images, labels in eval_set.batches(256, num_workers, device):
-        size += images.nbytes
-        if size <= KEPT_BYTES:
-            batches.append((images, labels))
-        yield images, labels
-    if size <= KEPT_BYTES:
-        _kept[key] = batches
+SMALL = 2**24  # bytes: `quick_top1` keeps the images of a set with smaller shards between evaluations
+_kept: dict[tuple, list] = {}  # batches of the last small set, by folder, transform and device
 
 
 def quick_top1(
@@ -327,7 +298,12 @@ def quick_top1(
     model.eval()
     eval_set = EvalSet(set_dir, transform)
     classifier = build_classifier(model.encode_text, tokenizer, eval_set.classnames, ["{c}"], 256, device, precision)
-    batches = kept_batches(eval_set, (str(set_dir), transform, str(device)), num_workers, device)
+    batches = eval_set.batches(256, num_workers, device)
+    if sum(shard.stat().st_size for shard in eval_set.shards) < SMALL:
+        if (key := (str(set_dir), transform, str(device))) not in _kept:
+            _kept.clear()
+            _kept[key] = list(batches)
+        batches = _kept[key]
     features, labels = extract_image_features(model.encode_image, batches, device, precision)
     model.train(was_training)
     return classification_metrics(features, labels, classifier)["top1"]

@@ -281,7 +281,8 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Copy attentive_mask_clip_kept.png from the first seed of A-CLIP."""
+    """Draw attentive_mask_clip_scenes.png, and copy attentive_mask_clip_kept.png from the first seed of A-CLIP."""
+    plot_scenes(found.arms, out)
     for path in found.folders.get("aclip", []):
         if path.name == "aclip-seed0" and (path / "kept.png").exists():
             shutil.copy(path / "kept.png", out / "attentive_mask_clip_kept.png")
@@ -338,7 +339,6 @@ STUDY = Study(
     claims=CLAIMS,
     more_rows=more_rows,
     plot=plot,
-    plot_arms=plot_scenes,
 )
 
 if __name__ == "__main__":

@@ -4,19 +4,16 @@ Arms train on Flickr8k, a stand-in for CC3M. Of a photograph's five English capt
 the short one, and all five joined are the long one. Tests are retrieval in English, German, French, Czech and Arabic,
 retrieval by the five joined English captions, and zero-shot classification of CIFAR-10 and of PACS photographs.
 
-Why the effects can appear: for the same reasons as in study.py; in addition, CIFAR-10's class names,
+Why the effects can appear: for the same reasons as on emoji; in addition, CIFAR-10's class names,
 except dog, hardly occur in the captions. The effects would vanish if training captions were in all these languages.
 """
 
-import contextlib
-import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flame import eval as evaluation
-from flame.embed import GEMMA, SMOLLM2
-from flame.eval import language_means
-from flame.inmemory import whole_image
+from flame.llm import GEMMA, SMOLLM2
 from studies.flame import (
     LANGUAGE_MODELS,
     by_language,
@@ -26,6 +23,8 @@ from studies.flame import (
     plot_languages,
     variables_of,
 )
+from studies.flame_measure import language_means, measured
+from studies.flame_towers import whole_image
 from studies.harness import floors, photos, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
@@ -48,8 +47,9 @@ QUARTER = "--dataset-size 1500"
 def arms(llm: str) -> tuple[Arm, ...]:
     """The arms, with the embeddings of this language model."""
     captions = " ".join(f"{HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    clip = f"train emoji-lite0-clip {TOWER} --captions {captions}"
-    flame = f"train emoji-lite0 {TOWER} --bank {HOME}/bank-{llm} --lr 5e-4 --warmup 20 --weight-decay 1"
+    clip = f"studies.flame_towers emoji-lite0-clip {TOWER} --captions {captions}"
+    flame = f"studies.flame_towers emoji-lite0 {TOWER} --bank {HOME}/bank-{llm}-centred"
+    flame += " --lr 5e-4 --warmup 20 --weight-decay 1"
     whole, quarter = f"{flame} --epochs 10", f"{flame} {QUARTER} --epochs 20"
     quarter_clip, fewer = f"{clip} {QUARTER} --epochs 16 --warmup 20", "1/4 of the photographs"
     return (
@@ -65,13 +65,14 @@ def arms(llm: str) -> tuple[Arm, ...]:
 def before(llm: str) -> tuple[Once, ...]:
     """The commands that run once: corpora, caption files, embeddings of captions and of evaluation texts."""
     captions = " ".join(f"--{kind} {HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    sets = f"--sets {' '.join(NAMES)} {LONG} --language-sets {' '.join(LANGUAGE_SETS)}"
+    sets = f"--sets {' '.join(NAMES)} {LONG}"
     return (
         photos.FLICKR8K,
         photos.CIFAR10,
         photos.PACS,
-        Once(f"flame.recaption --data {DATA} --out {HOME}/captions"),
+        Once(f"studies.flame_recaption --data {DATA} --out {HOME}/captions"),
         Once(f"flame.embed small --llm {llm} --data {DATA} {captions} {sets} --out {HOME}/bank-{llm}"),
+        Once(f"studies.flame_banks --bank {HOME}/bank-{llm}"),
     )
 
 
@@ -91,7 +92,7 @@ LANGUAGE_CLAIMS = (
         for code, name in OTHER_LANGUAGES.items()
     ),
 )
-CLAIMS = (  # `negligible` is as in study.py; a claim that both studies test has the same text
+CLAIMS = (  # `negligible` is as in studies/flame.py; a claim that both studies test has the same text
     Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
     Claim("above a text tower, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1),
     Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
@@ -128,10 +129,8 @@ def more_rows(found: Comparison) -> list[dict[str, Any]]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """Run eval.py's measurements, all runs in one process, so that tokens of test photographs are computed once."""
-    cfg = evaluation.Config(tuple(runs), sets=(*NAMES, LONG), language_sets=LANGUAGE_SETS, centre=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows it
-        return evaluation.main(cfg)
+    """Metrics of the runs, all in one process, so that cells of test photographs are computed once."""
+    return [measured(path, NAMES, {LONG: Path(LONG).name}, LANGUAGE_SETS) for path in runs]
 
 
 # --------------------------------------------------------------------------------------------------------------- floors
@@ -182,7 +181,6 @@ def study(llm: str) -> Study:
         minutes={"core": 5, "all": 6},
         evaluate=evaluate,
         derive=derive,
-        derived_from={arm: (f"{arm}-4",) for arm in ("clip", "flame")},
         metrics={
             CIFAR10_TOP1: "CIFAR-10",
             PACS_TOP1: "PACS photographs",
@@ -201,8 +199,8 @@ def study(llm: str) -> Study:
         claims_of=lambda summary: claims(language_model_of(summary)),
         variables_of=variables_of,
         more_rows=more_rows,
-        plot_arms=plot_languages,
+        plot=lambda found, out: plot_languages(found.arms, out),
     )
 
 
-STUDY = study(language_model())
+PHOTOS = study(language_model())

@@ -5,7 +5,7 @@ For an encoder that `nmtune.pretrain` trained at one noise ratio, as in the stud
   2. measure the spectrum of the test features: SVE and LSVR in the three centring modes
   3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z, and for
      comparison the accuracy of the nearest neighbour
-Writes numbers to RUN/study.json and singular values to RUN/spectra.npz, which `nmtune.eval --report` compares.
+Writes numbers to RUN/study.json and singular values to RUN/spectra.npz, which the study compares (`encoder_metrics`).
 """
 
 import dataclasses
@@ -19,14 +19,38 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from nmtune.config import PRESETS, PretrainConfig, StudyConfig
+from nmtune.config import PRESETS, PretrainConfig
 from nmtune.datasets import LabelledImages, open_labelled
 from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
+from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
 from nmtune.features import Bank, encode_set, split_encoder
-from nmtune.model import covariance_loss, dominant_singular_value_loss, load_encoder, transformed
+from nmtune.model import load_encoder, transformed
 from nmtune.train import tuned_head
 from shared import checkpoints, cli, evaluation, probes, run
 from shared.errors import UserError
+from shared.settings import Count, check_limits
+
+
+@dataclasses.dataclass
+class StudyConfig:
+    """The controlled study of one pre-trained encoder: its spectrum, and heads tuned on its features."""
+
+    encoder: str = "runs/nmtune/sup-30-seed0"
+    """Run folder of `python -m nmtune.pretrain`; study.json and spectra.npz are written into it."""
+    tasks: tuple[str, ...] = ("group", "subgroup")
+    """Labels of the downstream tasks on held-out emoji: group, subgroup, name."""
+    methods: tuple[str, ...] = ("lp", "mlp", "nmtune")
+    """Heads to tune, named by presets of nmtune.train."""
+    seeds: int = 1
+    """Number of tuning seeds of every head."""
+    bank: int = 4
+    """Training views of each image, encoded once; two of them are drawn in every step."""
+    epochs: Count = 15
+    """Passes over the training set."""
+    batch_size: Count = 64
+    """Images per step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
 
 
 class Encoded(NamedTuple):
@@ -50,8 +74,7 @@ def encode_splits(cfg: StudyConfig, process: run.Process) -> Encoded:
     encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
     encoder.to(process.device, memory_format=torch.channels_last)
     images = {split: open_labelled(f"data/emoji:group:{split}") for split in ("tune", "id", "ood")}
-    precision = run.resolve_precision("auto", process.device)
-    options = {"process": process, "precision": precision, "label": Path(cfg.encoder).name}
+    options = {"process": process, "precision": "auto", "label": Path(cfg.encoder).name}
     plain = {split: encode_set(encoder, each, eval_view, **options)[0][0] for split, each in images.items()}
     if all(PRESETS[method][1].views == "eval" for method in cfg.methods):
         return Encoded(images, plain, plain["tune"][None])  # no head needs more views
@@ -109,9 +132,26 @@ def study_task(
     return numbers, spectra
 
 
+def encoder_metrics(folder: Path) -> dict[str, float]:
+    """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
+    of the default centring have plain names."""
+    study = checkpoints.read_json(folder / "study.json")
+    tasks = {
+        task: {metric: float(np.mean(values)) for metric, values in of.items()} for task, of in study["tasks"].items()
+    }
+    first = next(iter(tasks.values()))
+    numbers = {metric: float(np.mean([of[metric] for of in tasks.values()])) for metric in first}
+    tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
+    numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
+    numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}
+    seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
+    return numbers | seconds | {"noise": 100 * study["noise"]}
+
+
 def main(cfg: StudyConfig) -> None:
     """Study a finished encoder, unless its study.json is from the same checkpoint, data, settings and code."""
     process = run.setup(0, cfg.device)
+    check_limits(cfg)
     folder = Path(cfg.encoder)
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
     pretrained = checkpoints.config_in(state, PretrainConfig, folder)
@@ -119,10 +159,11 @@ def main(cfg: StudyConfig) -> None:
         raise UserError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
     if unknown := [method for method in cfg.methods if method not in PRESETS]:
         raise UserError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
+    check_limits(cfg)
     file = folder / "study.json"
     images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
     sources = evaluation.stamp([folder / "checkpoint.pt", *images])
-    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("nmtune"), "sources": sources}
+    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("studies.nmtune_encoders"), "sources": sources}
     setting = json.loads(json.dumps(setting))
     if file.exists() and checkpoints.read_json(file).get("setting") == setting:
         print(f"{file} exists for this checkpoint, these data and these settings; nothing to do")

@@ -4,8 +4,8 @@ The pool is Flickr8k with one sample per caption: 30,000 pairs of 6,000 photogra
 pretrained, locked networks, EfficientNet-Lite0 and the sentence encoder MiniLM, are trained as a CLIP on the whole pool
 or on a quarter of it (the paper keeps 24 %), for equal steps. Two more arms train on half. T_g is another person's
 caption of the same photograph, so it is never wrong. The text tower is pretrained because towers from scratch retrieved
-worse than a canonical correlation, which takes no training step: the bag of words of study.py even with all pairs, a
-transformer with a quarter of them.
+worse than a canonical correlation, which takes no training step: the bag of words of the study on
+scenes even with all pairs, a transformer with a quarter of them.
 `python -m studies.tldr_reduction_photos --data SHARDS --out RUN` trains one such model.
 
 Copies of a photograph stay in the pool when it is reduced (`--no-drop-duplicates`, as upstream). If they were dropped,
@@ -30,7 +30,7 @@ import tyro
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, run, zeroshot
-from shared.pretrained import in_order, keep_features, known_features
+from shared.pretrained import in_order, keep_features, known_features, minilm
 from shared.tars import descriptions
 from studies import tldr_reduction as study
 from studies.harness import locked_clip, photos, verdicts
@@ -38,12 +38,12 @@ from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim
-from tldr_reduction.captioner import text_embedder
+from tldr_reduction.codebook import text_embedder
 from tldr_reduction.reduce import refined
 
 POOL, PREDICTIONS = photos.SINGLE, "data/tldr-photos/captions.json"
 RUNS = "runs/photos/tldr_reduction"
-REDUCE = f"reduce {POOL} --check none --work {RUNS}/work-seed{{seed}}"
+REDUCE = f"reduce {POOL} --no-check --work {RUNS}/work-seed{{seed}}"
 CLUSTERED = "--clusters 300 --no-drop-duplicates"  # a cluster holds some twenty photographs with all their copies
 QUARTER, AS_MANY = f"{CLUSTERED} --keep 0.25", "--select random --match {reduced/codes}"  # the paper keeps 24 %
 REDUCTIONS = {
@@ -164,7 +164,7 @@ def minilm_features(texts: Sequence[str]) -> Tensor:
     by_length = sorted(unseen, key=lambda digest: len(unseen[digest]))  # batches then need little padding
     if unseen:
         with run.autocast(precision, cpu):
-            features = text_embedder("minilm", MINILM)([unseen[digest] for digest in by_length]).float()
+            features = text_embedder(str(minilm()), MINILM)([unseen[digest] for digest in by_length]).float()
         keep_features(store, new := dict(zip(by_length, features.numpy(), strict=True)))
         known |= new
     return in_order(order, known)
@@ -212,7 +212,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 
 SCORE, KEPT = "retrieval_en/mean_recall", "data/photographs"
 HALVES = {"codes-half", "random-half"}
-CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and random-half are others there
+CLAIMS = (  # claims on scenes whose arms this study has, too; codes-half and random-half are others there
     *(
         claim._replace(metric=SCORE)
         for claim in study.CLAIMS
@@ -227,7 +227,7 @@ CLAIMS = (  # claims of study.py whose arms this study has, too; codes-half and 
 def correlation_of(arm: str, seed: int | None = None) -> dict[str, float]:
     """The floor of an arm: canonical correlation of its photographs with MiniLM's features of its captions, refined or
     not. Without a seed, the arm is trained on the whole pool."""
-    shards = POOL if seed is None else f"{STUDY.out(f'reduced/{arm}', seed)}/shards"
+    shards = POOL if seed is None else f"{PHOTOS.out(f'reduced/{arm}', seed)}/shards"
     return photos.by_correlation((photos.RETRIEVAL,), train=shards, own=True, of_texts=minilm_features)
 
 
@@ -257,7 +257,7 @@ def more_rows(found: Comparison) -> list[dict]:
     ]
 
 
-STUDY = Study(
+PHOTOS = Study(
     folder="tldr_reduction",
     on="photos",
     paper="TL;DR (arXiv 2305.20087)",

@@ -29,7 +29,6 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from shared import export, run
-from studies.harness import scripts
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
@@ -45,9 +44,24 @@ class Ended(NamedTuple):
 
 
 def script(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    """Run `python -m module arguments` in this process, which prints to LOG.out and LOG.err."""
-    with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
-        scripts.script(module, arguments, environment, (out, err))
+    """Run `python -m module arguments` in this process, a fork, which prints to LOG.out and LOG.err."""
+    for stream, ending in enumerate(("out", "err"), start=1):
+        with open(f"{log}.{ending}", "wb") as file:
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do elsewhere
+    sys.path.insert(0, os.getcwd())
+    try:
+        run_module(module, arguments)
+    except KeyboardInterrupt:  # while the module is imported
+        sys.exit(130)
+
+
+def run_module(module: str, arguments: list[str]) -> None:
+    """Run a module as `__main__` with these arguments, even if it was imported before."""
+    sys.argv[:] = [module, *arguments]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(scope="session")

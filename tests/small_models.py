@@ -6,6 +6,7 @@ Names: `ViT-test` and `ResNet-test` of open_clip, `test` of A-CLIP, `test-100`, 
 and so on of TinyCLIP. ResNet-test is for fp32: in bf16, its convolutions have gradients that are NaN on some CPUs.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import open_clip
 import attentive_mask_clip.model
 import shared.run  # noqa: F401  (adds the configs of the emoji-scale towers)
 import tinyclip.geometry
-from studies.harness.scripts import run_module
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
@@ -28,4 +28,5 @@ for share, width, text_width, layers in ((100, 32, 32, 2), (50, 24, 32, 1), (25,
         tinyclip.geometry.CONFIGS[name] = {"embed_dim": 32, "vision": tower, "text": text}
 
 if __name__ == "__main__":
-    run_module(sys.argv[1], sys.argv[2:])
+    module, *sys.argv[1:] = sys.argv[1:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

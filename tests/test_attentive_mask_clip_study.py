@@ -14,6 +14,7 @@ from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip.model import create_model
 from studies import attentive_mask_clip as study
 from studies import attentive_mask_clip_timing as timing
+from studies.harness import runner
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm
@@ -22,7 +23,7 @@ KEPT = [f"kept/{rule}_pixels" for rule in ("attentive", "random", "centre", "unt
 
 
 def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """`eval --report --times` of two arms, called like in the study, with given measurements."""
+    """Two arms with given measurements and step times."""
     report, times = tmp_path / "report/results.json", tmp_path / "times.json"
     step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0, "rounds": [2.0, 2.2, 1.9]}
     slow = step | {"rounds": [each * 2.67 / 1.16 for each in step["rounds"]]}
@@ -30,7 +31,7 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
     runs = [str(tmp_path / f"{arm}-seed0") for arm in ("aclip", "clip")]
     for run in map(Path, runs):
         run.mkdir()
-        torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, run / "checkpoint.pt")
+        torch.save({"config": {"epochs": 2}, "commit": "abc"}, run / "checkpoint.pt")
     (tmp_path / "aclip-seed0/kept.png").write_bytes(b"picture")
     names = [f"{towers}{name}/top1" for towers in ("", "online/") for name in study.SETS]
     given = dict.fromkeys([*names, *KEPT], 2.0)
@@ -40,7 +41,9 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
         evaluation, "evaluated", lambda path, *_: given | {"names_ood/top1": 2.0 + 2 * ("aclip" in path)}
     )
     monkeypatch.chdir(tmp_path)
-    evaluation.main(evaluation.Config(runs=tuple(runs), times=str(times), report=str(report), device="cpu"))
+    monkeypatch.setattr(study, "STEP_TIMES", str(times))
+    results = evaluation.main(evaluation.Config(runs=tuple(runs), times=str(times), device="cpu"))
+    runner.compare(study.STUDY, runs, results, report)
     found, shown = json.loads(report.read_text()), capsys.readouterr().out
     assert list(found["arms"]) == ["clip", "aclip"] and set(found["arms"]["clip"]) == {*given, study.EMA, study.ONLINE}
     claims = {row["claim"]: row for row in found["claims"]}
@@ -115,7 +118,7 @@ def test_every_arm_trains_on_scenes_that_the_study_builds():
     assert set(built) == {study.folder(corpus) for corpus in study.CORPORA}
     for arm in study.ARMS:
         cfg = parsed(arm)
-        config.check_model(cfg)
+        cfg.check_patches()
         corpus = str(Path(cfg.data).parent)
         assert cfg.eval_set == f"{corpus}/eval/names_ood" and cfg.model == "scenes"
         assert [folder for folder, arms in built.items() if arm.name in arms] == [corpus]

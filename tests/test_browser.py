@@ -49,7 +49,8 @@ def test_the_report_opens_offline(tmp_path: Path):
     seen = look(page, tmp_path / "report.png")
     assert seen["requests"] == [page.as_uri()] and not seen["failed"] and not seen["messages"]
     assert seen["title"] == "paper-clips: results"
-    assert seen["headings"] == ["All claims", *(summary["paper"] for summary in found.values())]
+    papers = [summary["paper"] for summary in found.values()]
+    assert seen["headings"] == ["Claims of abstracts", "All claims", "Verdicts", *papers]
     assert seen["links"] == [True] * len(found)
     plots = [plot for folder in found for plot in (ROOT / "results").glob(f"{folder}_*.png")]
     assert len(seen["images"]) == len(plots) and all(image["decoded"] > 0 for image in seen["images"])

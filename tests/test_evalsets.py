@@ -25,6 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from shared import evalsets, zeroshot
 from shared.data import ToNormalizedTensor
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 
 
@@ -65,7 +66,7 @@ def test_targets_are_read_without_images(classification_set, retrieval_set, monk
 
 
 def first_error(folder, workers=0):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         list(EvalSet(folder, pil_to_tensor).batches(4, workers))
     message = str(error.value)
     assert "\n" not in message and message.endswith(".")
@@ -122,7 +123,7 @@ def test_files_of_windows_editors_are_read(classification_set):
         ([("k7.png", image_bytes(0)[:60]), ("k7.cls", b"0")], ".png image that cannot be read"),
         ([("k7.png", image_bytes(0)), ("k7.cls", b"3")], "label 3, outside of the 3 classes"),
         ([("k7.png", image_bytes(0)), ("k7.cls", b"-1")], "label -1"),
-        ([("k7.png", image_bytes(0)), ("k7.cls", b"cat")], "no integer"),
+        ([("k7.png", image_bytes(0)), ("k7.cls", b"cat")], "an integer"),
         ([("k7.png", image_bytes(0))], "no .cls file"),
         ([("k7.cls", b"0")], "no image"),
     ],
@@ -134,7 +135,7 @@ def test_bad_sample_is_named(tmp_path, files, expected, workers):
 
 
 def test_bad_captions_are_named(tmp_path):
-    for i, (data, expected) in enumerate([(b" \n\n", "no caption"), (b"\xff\xfe\x00", "not UTF-8")]):
+    for i, (data, expected) in enumerate([(b" \n\n", "no caption"), (b"\xff\xfe\x00", "cannot be read as UTF-8")]):
         files = [("k7.png", image_bytes(0)), ("k7.txt", data)]
         message = first_error(write_set(tmp_path / f"bad{i}", [files], kind="retrieval"))
         assert "'k7'" in message and expected in message

@@ -5,7 +5,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_nothing_is_left_of_a_build_that_failed(tmp_path: Path):
 
     with pytest.raises(KeyboardInterrupt):
         layout.build(tmp_path / "corpus", {}, fail)
-    assert not list(tmp_path.iterdir())
+    assert files(tmp_path) == [".corpus.lock"]
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/mine.txt").write_text("mine")
     with pytest.raises(
@@ -69,38 +68,42 @@ def test_a_full_disk_is_named_with_the_corpus(tmp_path: Path):
     for failing in (fail, fail_in_a_shard):
         with pytest.raises(ValueError, match="/corpus could not be built .No space left on device.: free some space"):
             layout.build(tmp_path / "corpus", {}, failing)
-        assert not list(tmp_path.iterdir())
+        assert files(tmp_path) == [".corpus.lock"]
 
 
-def test_one_process_builds_and_what_a_killed_one_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_second_process_waits_and_finds_the_corpus(tmp_path: Path, capsys: pytest.CaptureFixture):
+    first = multiprocessing.get_context("fork").Process(target=layout.build, args=(tmp_path / "corpus", {}, slowly))
+    first.start()
+    while not (tmp_path / ".corpus-unfinished/train").exists():
+        time.sleep(0.01)
+    layout.build(tmp_path / "corpus", {}, write)
+    first.join()
+    said = f"another process is making {tmp_path}/corpus: waiting until it has ended\n{tmp_path}/corpus is complete\n"
+    assert capsys.readouterr().out == said
+    assert json.loads((tmp_path / "corpus/manifest.json").read_text())["counts"] == {"by the first": 1}
+    assert files(tmp_path) == [".corpus.lock", "corpus"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path):
     first = multiprocessing.get_context("fork").Process(target=layout.build, args=(tmp_path / "corpus", {}, wait))
     first.start()
-    while not (tmp_path / ".corpus-unfinished/corpus/train").exists():
+    while not (tmp_path / ".corpus-unfinished/train").exists():
         time.sleep(0.01)
-    with pytest.raises(ValueError, match="corpus-unfinished belongs to a run that is still going: wait"):
-        layout.build(tmp_path / "corpus", {}, write)
     first.kill()
     first.join()
-    (tmp_path / ".corpus-unfinished/corpus/train/00001.tar").write_bytes(b"half")
+    (tmp_path / ".corpus-unfinished/train/00001.tar").write_bytes(b"half")
     layout.build(tmp_path / "corpus", {}, write)
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
-    assert [path.name for path in (tmp_path / "corpus/train").iterdir()] == ["00000.tar"]
+    assert files(tmp_path) == [".corpus.lock", "corpus"] and files(tmp_path / "corpus/train") == ["00000.tar"]
 
 
-def test_what_a_third_process_builds_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A lock file that the process before removed, after this one opened it, locks nothing."""
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
-    def late(folder: Path):
-        file = lock(folder)
-        shutil.rmtree(folder)
-        (folder / "corpus/train").mkdir(parents=True)
-        return file
 
-    lock = layout.run.lock
-    monkeypatch.setattr(layout.run, "lock", late)
-    with pytest.raises(ValueError, match="another process has just removed .*corpus-unfinished: build .*/corpus again"):
-        layout.build(tmp_path / "corpus", {}, write)
-    assert (tmp_path / ".corpus-unfinished/corpus/train").is_dir() and not (tmp_path / "corpus").exists()
+def slowly(folder: Path) -> dict:
+    write(folder)
+    time.sleep(0.5)
+    return {"counts": {"by the first": 1}}
 
 
 def wait(folder: Path) -> dict:

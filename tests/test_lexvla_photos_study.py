@@ -7,41 +7,43 @@ import pytest
 import torch
 
 from shared import layout
-from studies import lexvla as scenes_study
-from studies import lexvla_photos as study
+from studies import lexvla as study
+from studies import lexvla_dense
 from studies.harness import verdicts
 
 
 def test_arms_read_the_same_captions():
-    for arm in study.ARMS:
-        (words,) = study.STUDY.words(arm, 0)
-        assert words[words.index("--data") + 1] == study.DATA and study.LENGTH in " ".join(words)
-        assert ("--states" in words) == (arm.name != "bow")
-    assert study.STATES in study.STUDY.before[-1].command
+    for arm in study.PHOTOS_ARMS:
+        (words,) = study.PHOTOS.words(arm, 0)
+        assert words[words.index("--data") + 1] == study.FLICKR8K and study.LENGTH in " ".join(words)
+        assert words[words.index("--states") + 1] == study.STATES
+    assert study.STATES in study.PHOTOS.before[-1].command
 
 
 def test_arms_and_their_floor_see_photographs_at_one_size(monkeypatch: pytest.MonkeyPatch):
     sides = []
     monkeypatch.setattr(study.photos, "by_correlation", lambda *_, side=None, **__: sides.append(side) or {})
+    monkeypatch.setattr(study, "load_lm", lambda *_: (None, None))
     monkeypatch.setattr(study, "States", lambda *_: None)
-    found = study.STUDY.floors[1:5]
+    found = study.PHOTOS.floors[1:5]
     for floor in found:
         floor.measure()
     assert sides == [study.SIDE, study.SIDE, None, study.SIDE]
     assert [floor.ceiling for floor in found] == [False, False, True, True]
-    for arm in study.ARMS:
-        _, preset, *words = study.STUDY.words(arm, 0)[0]
-        assert study.PRESETS[preset][1].image_size == study.SIDE and "--image-size" not in words
+    for arm in study.PHOTOS_ARMS:
+        _, preset, *words = study.PHOTOS.words(arm, 0)[0]
+        assert (study.PRESETS | lexvla_dense.PRESETS)[preset][1].image_size == study.SIDE
+        assert "--image-size" not in words
 
 
 def test_claims_about_shared_words_need_arms_that_retrieve():
     runs = {"overuse": (20.0, 30.0), "flops": (19.0, 60.0), "none": (18.0, 90.0)}
     arms = {
-        arm: [{study.RECALL: recall + 0.1 * seed, study.SHARED: share + seed} for seed in range(3)]
+        arm: [{study.PHOTOS_RECALL: recall + 0.1 * seed, study.PHOTOS_SHARED: share + seed} for seed in range(3)]
         for arm, (recall, share) in runs.items()
     }
-    low, high = ([((), {study.RECALL: floor})] for floor in (10.0, 30.0))
-    judged = [{row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, bar)} for bar in (low, high)]
+    low, high = ([((), {study.PHOTOS_RECALL: floor})] for floor in (10.0, 30.0))
+    judged = [{row["claim"]: row for row in verdicts.judged(study.PHOTOS_CLAIMS, arms, bar)} for bar in (low, high)]
     claim = "overuse: most used word rarer than with FLOPs"
     assert judged[0][claim]["verdict"] == "reproduced" and judged[1][claim]["verdict"] == "has not learned"
 
@@ -51,8 +53,8 @@ def test_patches_of_photographs_have_labels(tmp_path: Path, monkeypatch: pytest.
     labels = np.full((41, 61), -1)
     labels[:, 31:] = 1
     layout.write_masks(tmp_path, ["dog", "cat"], [("0.png", layout.png(np.zeros((41, 61, 3), np.uint8)), labels)])
-    monkeypatch.setattr(scenes_study, "tokens", lambda pixels: torch.arange(-1.0, 64.0)[None, :, None])
-    ((patches, classes),) = scenes_study.labelled_patches(str(tmp_path))
+    monkeypatch.setattr(study, "tokens", lambda pixels: torch.arange(-1.0, 64.0)[None, :, None])
+    ((patches, classes),) = study.labelled_patches(str(tmp_path))
     assert sorted(patches[:, 0].tolist()) == [8 * y + x for y in range(8) for x in range(4, 8)]
     assert classes.tolist() == [1] * 32
 
@@ -65,6 +67,6 @@ def test_random_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     layout.write_masks(tmp_path / "masks", ["dog", "cat", "ball", "tree"], samples)
     monkeypatch.setattr(study, "COCO", str(tmp_path / "masks"))
-    (measure,) = (floor.measure for floor in study.STUDY.floors if floor.name == "random patches")
+    (measure,) = (floor.measure for floor in study.PHOTOS.floors if floor.name == "random patches")
     found = measure()
     assert 5 < found["patchdis/miou"] < 25 and found == measure()

@@ -13,6 +13,7 @@ from scripts import SHARDS
 from test_nmtune_train import corpus, in_process, one_sentence  # noqa: F401
 
 from nmtune import config, finetune, model
+from shared.settings import check_limits
 
 ERRORS = {
     "no data": ("train", ["nmtune"], "name one source of training data"),
@@ -29,15 +30,17 @@ ERRORS = {
     "a test called features": ("train", ["emoji-lp", "--tests", "features=a"], "features has a meaning of its own"),
     "one view in a bank": ("train", ["emoji-mlp", "--bank", "1"], "--bank 1 must be 0"),
     "a choice without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--select"], "--select"),
+    "heads without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--heads", "2"], "--heads"),
     "zero-shot MLP": ("train", ["emoji-mlp", "--zero-shot"], "--zero-shot needs a linear probe of a CLIP"),
     "asymmetric captions": ("pretrain", ["emoji-clip-30", "--asymmetric"], "--asymmetric applies to labels"),
-    "windows in memory": ("pretrain", ["emoji-clip-30", "--window-shards", "2", "--data", "x"], "--keep-in-memory"),
-    "a share of nothing": ("train", ["emoji-mlp", "--train-fraction", "0"], "--train-fraction 0.0 is a share"),
+    "a stream of noise": ("pretrain", ["emoji-clip-30", "--no-keep-in-memory", "--stream", "--dataset-size", "9"],
+                          "--stream has no rows whose labels"),
+    "a share of nothing": ("train", ["emoji-mlp", "--train-fraction", "0"], "--train-fraction must be above 0"),
     "unknown benchmark": ("train", ["in1k-rn50-lp", "--benchmark", "mnist"], "--benchmark is one of cifar10"),
-    "pre-training without data": ("pretrain", ["in1k-rn50-30"], "--data is missing: it takes labelled images"),
+    "pre-training without data": ("pretrain", ["in1k-rn50-30"], "--data is missing"),
     "CLIP without data": ("pretrain", ["yfcc15m-rn50-30"], "--data is missing: it takes image-text shards"),
     "missing shard": ("pretrain", ["yfcc15m-rn50-30", "--data", "/nowhere/{0..3}.tar"], "shard /nowhere/0.tar does"),
-    "noise above one": ("pretrain", ["emoji-sup-30", "--noise", "30"], "--noise 30.0 is a share"),
+    "noise above one": ("pretrain", ["emoji-sup-30", "--noise", "30"], "--noise must be at most 1, not 30.0"),
     "unknown CLIP": ("pretrain", ["emoji-clip-30", "--model", "RN51"], "open_clip has no model 'RN51'"),
     "fine-tuning without encoder": ("finetune", ["full"], "--encoder is missing"),
     "LoRA without blocks": (
@@ -45,9 +48,6 @@ ERRORS = {
         ["emoji-lora", "--encoder", "timm:resnet_emoji"],
         "has no MLP blocks for LoRA",
     ),
-    "study of nothing": ("encoder_study", ["--encoder", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
-    "heads of nothing": ("head_study", ["--run", "/nowhere"], "no checkpoint at /nowhere/checkpoint.pt"),
-    "report of other runs": ("eval", ["/nowhere/x", "--report", "r.json"], "encoder folders such as sup-30-seed0"),
     "nothing to evaluate": ("eval", [], "name at least one run folder"),
 }  # fmt: skip
 
@@ -55,20 +55,19 @@ ERRORS = {
 @pytest.mark.parametrize("script", ["train", "finetune", "pretrain"])
 def test_numbers_out_of_range_are_refused(script):
     nan = float("nan")
-    least = {"epochs": -1, "w_mse": nan, "w_cov": -1.0, "w_svd": nan, "lr": nan, "weight_decay": -1.0, "ratio": nan,
-             "layers": -1, "train_fraction": nan, "crop_scale": -0.1, "noise": nan, "keep_every": -1,
-             "window_shards": -1}  # fmt: skip
+    least = {"epochs": 0, "w_mse": nan, "w_cov": -1.0, "w_svd": nan, "lr": nan, "weight_decay": -1.0, "ratio": nan,
+             "layers": -1, "train_fraction": nan, "crop_scale": -0.1, "noise": nan, "keep_every": -1}  # fmt: skip
     settings = {"train": config.Config, "finetune": config.FinetuneConfig, "pretrain": config.PretrainConfig}[script]()
-    config.check_numbers(settings, 1)
+    check_limits(settings)
     for name in filter(lambda name: hasattr(settings, name), least):
-        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .*{least[name]}"):
-            config.check_numbers(dataclasses.replace(settings, **{name: least[name]}), 1)
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be .*{least[name]}"):
+            check_limits(dataclasses.replace(settings, **{name: least[name]}))
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_command_line_errors(in_process, tmp_path, case):
     script, arguments, message = ERRORS[case]
-    out = ["--out", tmp_path / "run"] if script not in ("encoder_study", "head_study", "eval") else []
+    out = ["--out", tmp_path / "run"] if script != "eval" else []
     code, _, err = in_process(f"nmtune.{script}", *arguments, *out)
     assert code == 2 and message in err and one_sentence(err), err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -100,15 +99,13 @@ def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
     assert code == 0 and not list(tmp_path.iterdir())
     assert all(word in out for word in ("parameters", "learning rate", "memory estimate", "noise"))
     if preset == "yfcc15m-rn50-10":
-        assert re.search(r"steps +120,224 \(3,757 an epoch\)", out) and "769,442 swaps" in out
+        assert re.search(r"steps +120,224$", out, re.MULTILINE)
 
 
 def test_a_dry_run_counts_your_own_captions(in_process, tmp_path):
     shutil.copy(SHARDS / "00000.tar", tmp_path / "mine.tar")
     code, out, err = in_process("nmtune.pretrain", "small-clip", "--data", tmp_path / "mine.tar", "--dry-run")
-    assert code == 0 and re.search(r"^samples +1,000 an epoch", out, re.M), (out, err)
-    code, out, _ = in_process("nmtune.pretrain", "small-sup", "--data", "mine:train", "--dry-run")
-    assert code == 0 and "1,281,167 an epoch" in out and "(as in ImageNet-1K)" in out
+    assert code == 0 and re.search(r"^steps +98$", out, re.M), (out, err)  # 7 of 128 in each of 14 epochs
 
 
 def test_five_noise_levels_are_presets():
@@ -117,7 +114,7 @@ def test_five_noise_levels_are_presets():
         assert levels == [0, 0.05, 0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("name", ["PretrainConfig", "Config", "FinetuneConfig", "StudyConfig", "HeadStudyConfig"])
+@pytest.mark.parametrize("name", ["PretrainConfig", "TuningConfig", "Config", "FinetuneConfig"])
 def test_every_field_has_a_docstring(name):
     tree = ast.parse(Path(config.__file__).read_text())
     assert any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)

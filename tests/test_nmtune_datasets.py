@@ -14,8 +14,7 @@ from test_nmtune_model import cases
 from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: F401
 
 from nmtune import datasets
-from nmtune.datasets import flip_labels_per_sample
-from nmtune.pretrain import flip_labels, swap_captions
+from nmtune.datasets import flip_labels, swap_captions
 from shared import index
 
 
@@ -30,15 +29,6 @@ def test_label_noise(case):
         if classes > 1:  # there is another class: the paper's noise makes all that are selected wrong
             other = flip_labels(one["labels"].numpy(), classes, ratio, np.random.RandomState(seed))
             case.close(f"{prefix}num_selected", (other != one["labels"].numpy()).sum())
-
-
-@pytest.mark.golden("nmtune", "label_flip_per_sample")
-def test_label_flip_per_sample(case):
-    for prefix, one in cases(case):
-        seed, classes, _ = one["config"].tolist()
-        probability = one["prob_permille"] / 1000
-        noisy = flip_labels_per_sample(one["labels"].numpy(), classes, probability, random.Random(seed))
-        case.close(f"{prefix}noisy_labels", noisy)
 
 
 @pytest.mark.golden("nmtune", "caption_swap")

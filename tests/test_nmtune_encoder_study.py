@@ -10,10 +10,10 @@ import torch
 from test_nmtune_train import corpus  # noqa: F401
 
 from nmtune import config, model
-from nmtune import eval as evaluation
 from shared import checkpoints
 from studies import nmtune as study
 from studies import nmtune_encoders as encoder_study
+from studies.harness import runner
 from studies.harness.floors import Floor
 
 
@@ -37,7 +37,9 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
                 "config": dataclasses.asdict(cfg),
             }
             torch.save(state | {"state_dict": encoder.state_dict()}, folder / "checkpoint.pt")
-            small = config.StudyConfig(encoder=str(folder), tasks=tasks, seeds=1, bank=2, epochs=1, batch_size=512)
+            small = encoder_study.StudyConfig(
+                encoder=str(folder), tasks=tasks, seeds=1, bank=2, epochs=1, batch_size=512
+            )
             encoder_study.main(dataclasses.replace(small, device="cpu"))
     encoder_study.main(dataclasses.replace(small, device="cpu"))
     assert "nothing to do" in capsys.readouterr().out
@@ -58,7 +60,7 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
     bars = (Floor("none", lambda: {"lp/id": -1.0, "lp/ood": -1.0, "blackbox/id": -1.0, "blackbox/ood": -1.0}),)
     monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars))
     monkeypatch.chdir(tmp_path)
-    evaluation.main(evaluation.Config(runs=runs, report=str(tmp_path / "results.json"), device="cpu"))
+    runner.compare(study.STUDY, runs, study.STUDY.evaluate(runs), tmp_path / "results.json")
     shown, summary = capsys.readouterr().out, checkpoints.read_json(tmp_path / "results.json")
     assert summary["seeds"] == [0, 1] and list(summary["arms"]) == ["sup-00", "sup-30", *study.BLACK_BOX]
     kept = checkpoints.read_json(tmp_path / "sup-30-seed1/study.json")

@@ -1,7 +1,6 @@
 """Spectra and accuracies compared with numbers from the authors' code."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from nmtune import config
 from nmtune.eval import (
     accuracy,
     balanced_accuracy,
-    compared_metrics,
     feature_spectrum,
     largest_singular_value_ratio,
     pmk_accuracy,
@@ -106,22 +104,3 @@ def test_heads_and_checkpoints_of_something_else_end_in_one_sentence(in_process,
     ):
         code, _, err = in_process(module, *arguments)
         assert code == 2 and str(run) in err and one_sentence(err), err
-
-
-@pytest.mark.parametrize("file", ["heads.json", "study.json"])
-@pytest.mark.parametrize(
-    "content", ["[]", "{}", '{"tests": [], "tasks": {}}', '{"tests": {"id/top1": "a"}, "tasks": 1}']
-)
-def test_damaged_measurements_are_refused(tmp_path: Path, file: str, content: str):
-    (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / file).write_text(content)
-    program = {"heads.json": "head_study", "study.json": "encoder_study"}[file]
-    with pytest.raises(ValueError, match=rf"{file} holds no .*: remove it, and run 'python -m nmtune.{program}' again"):
-        compared_metrics(str(tmp_path))
-
-
-def test_heads_without_the_compared_test_sets_are_refused(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").touch()
-    (tmp_path / "heads.json").write_text('{"tests": {"id/top1": [50.0, 60.0]}}')
-    with pytest.raises(ValueError, match="has no test set named ood"):
-        compared_metrics(str(tmp_path))

@@ -1,8 +1,7 @@
-"""Extracting features of any model to a file, from pictures, texts or an API's answers, and training nmtune on them."""
+"""Extracting features of any model to a file, from pictures or texts, and training nmtune on them."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from short_runs import language_model, small_corpus
@@ -47,26 +46,6 @@ def test_lite0(tmp_path, images):
         load_encoder("lite0", "60")
 
 
-def answers(path, count: int, key: str = "embedding"):
-    rng = np.random.default_rng(0)
-    lines = [{"data": [{key: rng.normal(i % 3, 0.1, 5).tolist()}], "label": "abc"[i % 3]} for i in range(count)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_answers_of_an_api(in_process, tmp_path):
-    train, test = answers(tmp_path / "train.jsonl", 30), answers(tmp_path / "test.jsonl", 9)
-    options = ["answers", "--data", train, "--tests", f"ood={test}", "--out", tmp_path / "f.npz"]
-    code, _, err = in_process("nmtune.extract", *options)
-    assert code == 2 and "entry 1 has no 'embedding'" in err and one_sentence(err)
-    code, out, err = in_process("nmtune.extract", *options, "--embedding", "data.0.embedding")
-    assert code == 0 and "ood: 9 x 5 features" in out, err
-    code, out, err = in_process(
-        "nmtune.train", "own-lp", "--epochs", "90", "--features", tmp_path / "f.npz", "--out", tmp_path / "run"
-    )
-    assert code == 0 and "ood/top1 100.00 %" in out, err
-
-
 def test_texts(in_process, tmp_path):
     """GLUE's layout, pairs of sentences, and pooling that is independent of padding."""
     pytest.importorskip("transformers")
@@ -108,10 +87,17 @@ def test_tables_without_a_header_line(tmp_path):
     ]
 
 
+TEXTS = ["texts", "--encoder", "x", "--data"]
 ERRORS = {
-    "no data": (["answers", "--data", "no.jsonl", "--out", "f.npz"], "no.jsonl does not exist"),
-    "an ending": (["answers", "--data", "no.jsonl", "--out", "f.txt"], "--out f.txt should end in .npz"),
-    "a test without name": (["answers", "--data", "x", "--tests", "y", "--out", "f.npz"], "--tests takes NAME=PATH"),
+    "no data": ([*TEXTS, "no.jsonl", "--out", "f.npz"], "no.jsonl does not exist"),
+    "an ending": (
+        [*TEXTS, "no.jsonl", "--out", "f.txt"],
+        "--out f.txt should end in .npz",
+    ),
+    "a test without name": (
+        [*TEXTS, "x", "--tests", "y", "--out", "f.npz"],
+        "--tests takes NAME=PATH",
+    ),
     "an unknown encoder": (
         ["images", "--encoder", "clip", "--data", "data/emoji:group:ood", "--out", "f.npz"],
         "is neither timm:NAME, open_clip:NAME, lite0:SIDE nor a run folder",
@@ -127,10 +113,7 @@ def test_command_lines_end_in_one_sentence(in_process, tmp_path, case):
     assert code == 2 and message in err and one_sentence(err), err
 
 
-@pytest.mark.parametrize(
-    "content, message", [("{", "line 1 is not JSON"), ('{"embedding": [1, "x"], "label": 1}', "lists")]
-)
-def test_unusable_answers(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_text(content + "\n")
-    with pytest.raises(ValueError, match=message):
-        extract.main(extract.Answers(str(tmp_path / "a.jsonl"), str(tmp_path / "f.npz")))
+def test_lines_that_are_not_json_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        extract.entries(str(tmp_path / "a.jsonl"))

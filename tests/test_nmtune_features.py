@@ -12,9 +12,9 @@ from test_nmtune_train import features_file, in_process, one_sentence  # noqa: F
 from torchvision.transforms import RandAugment, RandomResizedCrop
 
 from nmtune import features, train
+from nmtune.features import subset_per_class
 from nmtune.model import timm_transforms
-from nmtune.train import subset_per_class
-from shared import checkpoints, data, run
+from shared import checkpoints, run
 
 
 def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
@@ -63,25 +63,12 @@ def test_views_of_a_batch_are_two_different_ones():
     assert last[0].shape == (2, 2) and torch.equal(last[0][0], last[0][1])  # for a batch norm
 
 
-class Numbers(torch.utils.data.Dataset):
-    """A data set whose items are their own numbers."""
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> int:
-        return int(i)
-
-
 @pytest.mark.parametrize(("n", "batch_size", "world_size"), [(48, 30, 3), (48, 16, 2), (5, 6, 3), (12, 12, 1)])
 def test_shares_equal_the_loaders_batches(n: int, batch_size: int, world_size: int):
-    cfg, ranks, first = SimpleNamespace(batch_size=batch_size, workers=0, seed=0), [], int(n > batch_size)
+    cfg, ranks, first = SimpleNamespace(batch_size=batch_size, seed=0), [], int(n > batch_size)
     for rank in range(world_size):
         process = run.Process(rank, world_size, torch.device("cpu"))
-        ranks.append(list(data.training_batches(Numbers(n), len, cfg, process, range(1, 3), first, drop_last=False)))
+        ranks.append([len(rows) for rows in features.training_order(n, cfg, process, range(1, 3), first)])
     found = list(features.shares(n, batch_size, range(1, 3), first, world_size))
     assert found == [list(each) for each in zip(*ranks, strict=True)] and sum(found[-1]) in (n % batch_size, batch_size)
 

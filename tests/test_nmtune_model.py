@@ -12,12 +12,11 @@ from authors_files import beside_weights
 from conftest import Case, leaf
 from PIL import Image
 
-from nmtune import model
+from nmtune import fast_losses, model
+from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
 from nmtune.model import (
     NMTuneHead,
     consistency_loss,
-    covariance_loss,
-    dominant_singular_value_loss,
     finetune_loss,
     head_from,
     load_encoder,
@@ -60,7 +59,11 @@ def test_losses(case):
             "svd": lambda z, feats: dominant_singular_value_loss(z),
             "reg_default": whole,
         }
-        for name, term in terms.items():
+        equations = {
+            "cov": lambda z, feats: model.covariance_loss(z),
+            "svd": lambda z, feats: model.dominant_singular_value_loss(z),
+        }
+        for name, term in [*terms.items(), *equations.items()]:
             z, feats = leaf(one["mlp_feats"]), leaf(one["feats"])
             value = term(z, feats)
             value.backward()
@@ -183,6 +186,19 @@ def test_regularisers_equal_their_definitions_in_float64(n, dim):
     assert covariance_loss(z).item() == pytest.approx(off.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("n, dim", [(6, 20), (20, 6), (7, 7), (2, 9), (6, 40), (40, 6), (1, 5)])
+def test_the_fast_regularisers_equal_the_equations(n, dim):
+    """Values and gradients."""
+    torch.manual_seed(n)
+    start = torch.randn(n, dim)
+    for exact, fast in zip(model.EXACT, model.FAST, strict=True):
+        (value, slope), (quick, quick_slope) = (
+            (loss(z := leaf(start)), torch.autograd.grad(loss(z), z)[0]) for loss in (exact, fast)
+        )
+        torch.testing.assert_close(quick, value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(quick_slope, slope, rtol=1e-3, atol=1e-6)
+
+
 def test_covariance_loss_of_nearly_uncorrelated_features_is_accurate():
     assert covariance_loss(torch.linspace(-3, 2, 8)[:, None]) == 0  # one dimension: nothing off the diagonal
     assert covariance_loss(torch.randn(1, 8)) == 0  # a last batch of one image
@@ -235,7 +251,7 @@ def test_the_gradient_of_l_svd_of_a_decaying_spectrum_is_exact(n, dim):
 
 @pytest.mark.parametrize("n, dim", [(16, 128), (40, 6)])
 def test_the_loss_waits_for_a_gpu_only_in_the_eigendecomposition(watch, monkeypatch, n: int, dim: int):
-    monkeypatch.setattr(model, "gram_eigh", watch.within(model.gram_eigh, on=False))
+    monkeypatch.setattr(fast_losses, "gram_eigh", watch.within(fast_losses.gram_eigh, on=False))
     torch.manual_seed(0)
     z, feats, logits = (torch.randn(n, size, requires_grad=True) for size in (dim, dim, 5))
     loss, _ = watch.within(nmtune_loss)(logits, torch.arange(n) % 5, z, feats)

@@ -9,7 +9,7 @@ from test_nmtune_study import compared
 
 from shared import layout
 from shared.tars import write_split
-from studies import nmtune_photos as study
+from studies import nmtune as study
 from studies.harness import verdicts
 
 
@@ -37,21 +37,21 @@ def pacs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_arm_pretrains_on_cifar10_and_probes_on_pacs():
-    pretraining, probing, *tuning = study.STUDY.words(study.ARMS[2], 1)
+    pretraining, probing, *tuning = study.PHOTOS.words(study.PHOTOS_ARMS[2], 1)
     out = "runs/photos/nmtune/sup-10-seed1"
     assert pretraining[:2] == ["nmtune.pretrain", "small-sup"] and pretraining[-2:] == ["--out", out]
     assert "data/photos-cifar10/eval/cifar10:train" in pretraining and "0.1" in pretraining
     assert probing[:4] == ["nmtune.train", "lp", "--encoder", out] and probing[-1] == f"{out}/lp"
     for head, words in zip(("mlp", "nmtune"), tuning, strict=True):
         assert words[:4] == ["nmtune.train", head, "--encoder", out] and words[-1] == f"{out}/{head}"
-    assert len(study.STUDY.chosen("core")) == 6 and len(study.STUDY.chosen("all")) == 12
-    arms = {arm.name: study.STUDY.words(arm, 1)[0] for arm in study.ARMS}
+    assert len(study.PHOTOS.chosen("core")) == 6 and len(study.PHOTOS.chosen("all")) == 12
+    arms = {arm.name: study.PHOTOS.words(arm, 1)[0] for arm in study.PHOTOS_ARMS}
     assert arms["lite0-nmtune-no-cov"][:6] == [*arms["lite0-nmtune"][:4], "--w-cov", "0"]
     assert {each for claim in study.VARIANT_CLAIMS for each in (claim.method, claim.baseline)} <= set(arms)
 
 
 def test_floors_are_measured_in_and_out_of_domain(pacs: Path):
-    near, probe, chance = study.pixel_neighbour(), dict(study.FLOORS[2].measure()), study.chance()
+    near, probe, chance = study.pacs_pixel_neighbour(), dict(study.PHOTOS_FLOORS[2].measure()), study.pacs_chance()
     assert near["lp/id"] == near["blackbox/id"] > 90 and near["lp/ood"] < 50
     assert set(probe) == {"lp/id", "lp/ood"} and probe["lp/id"] > probe["lp/ood"]
     assert chance["lp/ood"] == pytest.approx(100 / 3)
@@ -80,8 +80,8 @@ def test_an_encoder_has_the_accuracies_of_all_heads(tmp_path: Path, monkeypatch:
     assert (found["mlp/ood"], found["nmtune/ood"]) == (50, 52)
     arms = {f"sup-{level:02d}": [dict(found) for _ in range(3)] for level in (0, 10, 30)}
     compared = study.Comparison(arms, [0, 1, 2], {}, set())
-    study.STUDY.derive(compared)
-    rows = {row["claim"]: row for row in verdicts.judged(study.STUDY.claims, compared.arms, [])}
+    study.PHOTOS.derive(compared)
+    rows = {row["claim"]: row for row in verdicts.judged(study.PHOTOS.claims, compared.arms, [])}
     claim = "C4 NMTune above MLP, encoders with 30 % label noise, OOD"
     assert rows[claim]["difference"] == 2 and rows[claim]["verdict"] == "reproduced"
 
@@ -97,8 +97,8 @@ def test_an_encoder_with_other_weights_is_measured_again(tmp_path: Path, monkeyp
 
 def test_claims_are_those_of_the_embedded_corpus():
     found = compared()
-    study.STUDY.derive(found)
-    rows = verdicts.judged(study.CLAIMS, found.arms, []) + study.more_rows(found)
+    study.PHOTOS.derive(found)
+    rows = verdicts.judged(study.CLAIMS, found.arms, []) + study.more_rows_on_photos(found)
     claims = {row["claim"]: row["verdict"] for row in rows}
     assert claims["C1 30 % label noise lowers LP ID"] == "reproduced"
     assert "C3 higher SVE goes with higher LP ID (correlation over levels)" in claims

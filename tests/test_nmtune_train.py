@@ -21,6 +21,7 @@ from nmtune import eval as nmtune_eval
 from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
+from shared.errors import UserError
 
 SCRIPT, SECONDS = "nmtune.train", 120
 TUNE = "--encoder timm:resnet_emoji --epochs 2 --batch-size 20 --workers 0 --log-every 1 --precision fp32".split()
@@ -80,16 +81,18 @@ def test_tuning(case):
         return head_of(state, config, int(classes))
 
     batches = sorted({name.split("/")[0] for name in case if name.startswith("batch")}, key=lambda name: int(name[5:]))
-    loader = [((case[f"{b}/feats_w"], case[f"{b}/feats_s"]), case[f"{b}/labels"]) for b in batches]
+    views = [torch.cat([case[f"{b}/feats_w"], case[f"{b}/feats_s"]]) for b in batches]
+    loader = [(feats, case[f"{b}/labels"].repeat(2)) for feats, b in zip(views, batches, strict=True)]
     # gradients of the first step, by the finer unit
     first = head().train()
-    (w, s), labels = loader[0]
-    train_step(first, torch.cat([w, s]), labels, torch.optim.SGD(first.parameters(), lr=0.0), weights)
+    train_step(first, *loader[0], torch.optim.SGD(first.parameters(), lr=0.0), weights)
     inert = {f"mlp_after.{3 * i}.bias" for i in range(int(layers))}  # feed a BatchNorm: true gradient 0
     case.close_group("grad0/", {name: p.grad for name, p in first.named_parameters()}, atol=1e-6)
     # the whole run
     tuned = head()
-    history = tune("nmtune" if any(weights) else "mlp", tuned, loader, int(epochs), lr, wd, weights, int(warmup))
+    cfg = config.Config(method="nmtune" if any(weights) else "mlp", epochs=int(epochs), lr=lr, weight_decay=wd)
+    cfg = dataclasses.replace(cfg, w_mse=weights[0], w_cov=weights[1], w_svd=weights[2], warmup=int(warmup))
+    history = tune(cfg, tuned, loader, views=2)
     case.close("loss_per_step", [line["loss"] for line in history], rtol=1e-4)
     case.close("lr_per_step", [line["lr"] for line in history], rtol=1e-5)
     for name in case.group("final/"):
@@ -115,7 +118,8 @@ def test_linear_probe(case):
     probe = make_classifier(int(dim), int(classes))
     probe.load_state_dict(case.group("param/classification_head."))
     loader = Loader([(case["features"][row], case["labels"][row]) for row in rows])
-    history = tune("lp", probe, loader, int(epochs), exact(lr), exact(wd), warmup=int(warmup))
+    cfg = config.Config(method="lp", epochs=int(epochs), lr=exact(lr), weight_decay=exact(wd), warmup=int(warmup))
+    history = tune(cfg, probe, loader, views=1)
     case.close("loss_per_step", [line["loss"] for line in history], rtol=1e-4)
     case.close("lr_per_step", [line["lr"] for line in history], rtol=1e-5)
     case.close_group("final/classification_head.", probe.state_dict(), atol=1e-5)
@@ -138,7 +142,7 @@ def test_batch_norm_trains_and_the_optimizer_decays_everything():
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in head.parameters()}
     before = head.mlp_after[1].running_var.clone()
     head.eval()
-    train_step(head, torch.randn(6, 8), torch.tensor([0, 1, 2]), optimizer)
+    train_step(head, torch.randn(6, 8), torch.tensor([0, 1, 2]).repeat(2), optimizer)
     assert head.training and not torch.equal(before, head.mlp_after[1].running_var)
     assert head.scale_after.shape == (1, 8) and NMTuneHead(8, 3, residual=False).scale_after is None
 
@@ -152,7 +156,8 @@ def test_each_regulariser_alone_changes_the_spectrum_as_intended():
     for name, weights in {"none": (0, 0, 0), "mse": (10, 0, 0), "cov": (0, 1, 0), "svd": (0, 0, 20)}.items():
         head = NMTuneHead(24, 3)
         head.load_state_dict(start)
-        tune("nmtune", head, [(feats, labels)], 40, 1e-3, 1e-4, weights)
+        cfg = config.Config(epochs=40, w_mse=weights[0], w_cov=weights[1], w_svd=weights[2])
+        tune(cfg, head, [(feats, labels)], views=2)
         with torch.no_grad():
             z, logits = transformed(head.eval(), feats)
             parts[name] = nmtune_loss(logits, labels, z, feats, (1, 1, 1))[1]
@@ -226,6 +231,23 @@ def test_rates_of_ones_own_features(in_process, tmp_path):
     assert code == 0 and "chosen" not in out, err
 
 
+@pytest.mark.parametrize("preset", ["lp", "nmtune"])
+def test_heads_are_those_of_runs_with_their_seeds(in_process, tmp_path, preset):
+    """The accuracies of a run with three heads are the means over three runs with one; the first head is kept."""
+    rng = np.random.default_rng(0)
+    labels, centres = rng.integers(0, 3, 90), rng.standard_normal((3, 12))
+    x, x1 = (centres[labels] + noise * rng.standard_normal((90, 12)) for noise in (1, 2))
+    np.savez(tmp_path / "f.npz", features=x, labels=labels, ood_features=x1, ood_labels=labels)
+    options = [preset, "--features", tmp_path / "f.npz", "--epochs", "2", "--batch-size", "32"]
+    for name, more in {"30": [], "31": [], "32": [], "three": ["--seed", "30", "--heads", "3"]}.items():
+        code, _, err = in_process("nmtune.train", *options, "--seed", name, *more, "--out", tmp_path / name)
+        assert code == 0, err
+    *alone, mean = ([metrics(tmp_path / name)[-1]["ood/top1"]] for name in ("30", "31", "32", "three"))
+    assert mean[0] == pytest.approx(np.mean(alone)) and len(np.unique(alone)) > 1
+    first, kept = (checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt")["head"] for name in ("30", "three"))
+    assert same(first, kept)
+
+
 def test_a_rate_that_diverges_is_not_chosen(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "RATES", (1e30, 1e-3))
     generator = torch.Generator().manual_seed(0)
@@ -287,7 +309,7 @@ def test_a_failing_test_loses_no_training(in_process, tmp_path, images, monkeypa
     command = [module, *words, *TUNE, "--data", images, "--tests", f"id={images}", "--epochs", "1", "--out"]
 
     def damaged(*arguments):
-        raise ValueError("a damaged test set")
+        raise UserError("a damaged test set")
 
     with monkeypatch.context() as patch:
         patch.setattr(nmtune_eval, "accuracies", damaged)
@@ -312,7 +334,7 @@ def test_other_arms_on_images(in_process, tmp_path, preset, images):
     rows = 32 if preset == "emoji-lp" else 64
     cfg = dataclasses.replace(config.PRESETS[preset][1], encoder="timm:resnet_emoji", data=str(images), tests=())
     process = run.Process(0, 1, torch.device("cpu"))
-    source = features.RunFeatures(dataclasses.replace(cfg, batch_size=32, bank=2), process, "fp32")
+    source = features.RunFeatures(dataclasses.replace(cfg, batch_size=32, bank=2), process)
     source.encode_training_set()
     assert len(next(source.batches(range(1)))[0]) == rows
 

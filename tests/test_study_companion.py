@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,44 @@ def test_every_row_of_a_map_is_there(folder: str, monkeypatch: pytest.MonkeyPatc
         companion.prose(row.text)
 
 
+class Tags(HTMLParser):
+    """The tags of a page, and all values of their attributes."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.values, self.names = set(), [], set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
+        self.values += [value or "" for _, value in attrs]
+
+
+def test_html_of_a_readme_is_text(paper: Path):
+    """In its title, prose, map, equations and details, and in what tests have written; comments are left out."""
+    evil, file = "<img src=x onerror=alert(1)>", paper / "README.md"
+    page = (
+        file.read_text()
+        .replace("# A paper", f"# A {evil}")
+        .replace("## The", f"{evil}\n\n<script>a()</script>\n\n## The", 1)
+    )
+    page = page.replace("Text.", f"Text {evil} [link](javascript:alert(1)).<!-- results -->\n\n<!-- /results -->")
+    page = page.replace("| loss | eq. 1 |", f"| loss | {evil} |").replace("**loss.** Sums", f"**loss.** {evil} Sums")
+    page = page.replace("shared/run.py` `gather` | - |", f"shared/run.py` `gather` | {evil} |")
+    page = page.replace("< y", "< y \\text{<img src=x onerror=alert(1)>}").replace(
+        "**First** thing.", f"**First** {evil}"
+    )
+    file.write_text(page)
+    test = dict.fromkeys(("test", "against", "date", "commit"), evil) | {"functions": ["paper.model.loss"]}
+    page = companion.page(companion.read("paper"), {}, [test | {"values": 1e-7, "gradients": None}])
+    found = Tags(page)
+    assert not {"img", "script"} & found.tags and "onerror" not in found.names
+    assert not any(value.startswith("javascript") for value in found.values)
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 10 and "results --" not in page
+    assert "&lt;script&gt;" in page and "1.0e-07" in page and page.count("<math") == 1
+
+
 def test_long_functions_notebooks_and_lines_are_cut_and_said(tmp_path: Path):
     long = ["def long(x):", *(f"    x = {i}" for i in range(300)), "    return x"]
     (tmp_path / "a.py").write_text("\n".join([*long, "", "def short(): ...", f"y = {10**250}"]))
@@ -231,8 +270,8 @@ def test_damaged_differences_are_refused(tmp_path: Path):
 
 def test_the_command_without_its_extra():
     run = "runpy.run_module('studies.harness.companion', run_name='__main__')"
-    command = [sys.executable, "-c", f"import runpy, sys; sys.modules['markdown'] = None; {run}"]
+    command = [sys.executable, "-c", f"import runpy, sys; sys.modules['pygments'] = None; {run}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     install = "pip install '.[companion]'"
     assert result.returncode == 2
-    assert result.stderr == f"error: package markdown is missing; in the project's folder: {install}\n"
+    assert result.stderr == f"error: package pygments is missing; in the project's folder: {install}\n"

@@ -14,7 +14,7 @@ from test_pretrained import lite0  # noqa: F401
 from test_study_photos import WORDS, corpus, picture  # noqa: F401
 
 from shared import checkpoints, data, layout, zeroshot
-from studies.concept_frequency_photos import Config
+from studies.concept_frequency_nouns import Config
 from studies.harness import locked_clip, photos
 
 

@@ -1,8 +1,7 @@
-"""Running all studies in sequence: which remain, how long they take, and which commands run."""
+"""Running all studies in sequence: which are done, how long the others take, and which commands run."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -25,50 +24,45 @@ def study(folder: str, arms: str, minutes: float) -> Study:
 PAPERS = {"protoclip": study("protoclip", "clip protoclip", 12), "tinyclip": study("tinyclip", "auto", 20)}
 
 
-def test_remaining_papers_are_those_without_all_seeds_and_arms(tmp_path: Path):
-    papers, two = PAPERS | {"flame": study("flame", "clip", 4)}, everything.Options(seeds=(0, 1))
-    assert everything.remaining(two, papers, tmp_path) == {"protoclip": 24, "tinyclip": 40, "flame": 8}
-    for folder, seeds, arms in (("protoclip", [0, 1, 2], ("clip", "protoclip")), ("tinyclip", [0], ("auto",))):
-        (tmp_path / folder).mkdir()
-        of_arm = {"top1": {"values": seeds}}
-        summary = {"paper": folder, "seeds": seeds, "arms": dict.fromkeys(arms, of_arm), "claims": []}
-        (tmp_path / folder / "results.json").write_text(json.dumps(summary))
-    left = everything.remaining(two, papers, tmp_path)
-    assert left == {"tinyclip": 40.0, "flame": 8.0}  # tinyclip lacks seed 1
-    text = everything.sentence(left, 3)
-    assert text == "2 of 3 papers left: tinyclip (40 min), flame (8 min); about 0 h 48 min on two cores"
-    assert everything.sentence({}, 3) == "all 3 papers are done"
-    summary["arms"] = {"clip": of_arm, "protoclip": {"top1": {"values": [0]}}}  # protoclip has the first seed only
-    (tmp_path / "protoclip/results.json").write_text(json.dumps(summary | {"seeds": [0, 1]}))
-    assert list(everything.remaining(two, papers, tmp_path)) == ["protoclip", "tinyclip", "flame"]
-    (tmp_path / "protoclip/results.json").write_text('{"seeds": [0, 1], "arms"')  # damaged
-    assert list(everything.remaining(two, papers, tmp_path)) == ["protoclip", "tinyclip", "flame"]
-    assert everything.remaining(everything.Options(seeds=(0,), arms="all"), PAPERS, tmp_path) == {"protoclip": 24}
+def write_results(folder: str, seeds: list[int], arms: dict[str, int]) -> None:
+    """Results whose arms have the first so many of the seeds."""
+    about = dict.fromkeys(("machine", "date", "commit", "corpus"), "-") | {"floors": {}, "settings": {}, "claims": []}
+    spread = {arm: {"top1": {"mean": 1.0, "std": 0.0, "values": [1.0] * n}} for arm, n in arms.items()}
+    Path(f"runs/{folder}").mkdir(parents=True, exist_ok=True)
+    Path(f"runs/{folder}/results.json").write_text(
+        json.dumps({"paper": folder, "seeds": seeds, "arms": spread} | about)
+    )
 
 
-def test_results_of_other_code_are_named(tmp_path: Path):
-    (tmp_path / "flame").mkdir()
-    (tmp_path / "flame/results.json").write_text(json.dumps({"commit": "0000000"}))
-    (sentence,) = everything.older(["flame", "protoclip"], {"protoclip": 2.0}, tmp_path)
-    assert sentence.startswith("flame was measured at commit 0000000, the code is at ")
-
-
-def test_all_studies_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
-    calls = []
-
-    def call(words: list[str], **more: bool) -> SimpleNamespace:
-        calls.append(words[1:])
-        return SimpleNamespace(returncode=0)
-
+def test_a_paper_is_done_with_all_seeds_and_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(everything, "studies", lambda: PAPERS)
-    monkeypatch.setattr(everything, "subprocess", SimpleNamespace(run=call))
-    everything.main(everything.Options(seeds=(0, 1)))
+    protoclip = PAPERS["protoclip"]
+    assert not everything.done(protoclip, (0, 1), "core")
+    write_results("protoclip", [0, 1, 2], {"clip": 3, "protoclip": 2})
+    assert everything.done(protoclip, (0, 1), "core") and not everything.done(protoclip, (2,), "core")
+    write_results("protoclip", [0, 1, 2], {"clip": 3})
+    assert not everything.done(protoclip, (0,), "core")
+    Path("runs/protoclip/results.json").write_text('{"seeds": [0, 1], "arms"')  # damaged
+    assert not everything.done(protoclip, (0,), "core")
+
+
+def test_all_studies_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(everything.presets, "folders", lambda: ["flame", *PAPERS])
+    monkeypatch.setattr(everything, "study_of", lambda name: (PAPERS | {"flame": study("flame", "clip", 4)})[name])
+    monkeypatch.setattr(everything, "run_script", lambda words, environment: calls.append(words))
+    write_results("flame", [0, 1], {"clip": 2})
+    everything.main(seeds=(0, 1))
     assert calls == [
-        ["-m", "studies.protoclip", "--seeds", "0", "1", "--arms", "core"],
-        ["-m", "studies.tinyclip", "--seeds", "0", "1", "--arms", "core"],
-        ["-m", "studies.harness.overview", "runs"],
+        ["studies.protoclip", "--seeds", "0", "1", "--arms", "core"],
+        ["studies.tinyclip", "--seeds", "0", "1", "--arms", "core"],
+        ["studies.harness.overview", "runs"],
     ]
-    assert "2 of 2 papers left: protoclip (24 min), tinyclip (40 min); about 1 h 04 min" in capfd.readouterr().out
+    printed = capsys.readouterr().out
+    assert "flame is done" in printed and "1 of 3 papers left, 40 minutes on two cores: tinyclip (40)" in printed
+    assert "2 of 3 papers left, 64 minutes on two cores: protoclip (24), tinyclip (40)" in printed
     with pytest.raises(ValueError, match="at least one seed"):
-        everything.main(everything.Options(seeds=()))
+        everything.main(seeds=())

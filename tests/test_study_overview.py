@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
-from studies.harness import overview, report, verdicts
+from studies.harness import overview, runner, verdicts
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,12 +26,6 @@ def test_the_readme_counts_verdicts_on_abstracts():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found, photographs = (overview.read(ROOT / folder) for folder in ("results", "results/photos"))
     assert readme == overview.with_verdicts(readme, found, photographs), "run `make readme`"
-    rows = [{"primary": True, "verdict": verdict} for verdict in ("not resolved", "reproduced", "not resolved")]
-    summaries = {"flame": {"claims": [*rows, {"primary": False, "verdict": "not reproduced"}]}}
-    text = "| folder | minutes | verdicts |\n| [`flame/`](a.md) | - | old |\n| [`flames/`](b.md) | | |\n"
-    minutes = f"{3 * overview.study_of('flame').minutes['core']:.0f}"
-    expected = text.replace("- | old ", f"{minutes} | 1 reproduced, 2 not resolved ")
-    assert overview.with_verdicts(text, summaries, {}) == expected
 
 
 def test_the_page_with_plots_needs_nothing_else():
@@ -41,41 +35,57 @@ def test_the_page_with_plots_needs_nothing_else():
     assert plots and page.count('src="data:image/png;base64,') == page.count("<img") == plots
     page = re.sub(r"base64,[^\"]*", "", page)  # any four letters may stand there
     assert "http" not in page and "<script" not in page
-    for summary in found.values():
-        assert all(html.escape(row["claim"]) in page for row in summary["claims"])
+    text = html.unescape(page)
+    for folder, summary in found.items():
+        assert f'<section id="{folder}">' in page
+        assert all(row["claim"] in text for row in summary["claims"])
 
 
-def test_claims_of_abstracts_come_first_and_are_counted():
-    rows = [
-        {"claim": "up", "primary": True, "paper": "+2", "metric": "m", "floor": 30.0, "method": 42.0, "baseline": 40.5}
-        | {"difference": 1.5, "interval": [1.0, 2.0], "resolves": 0.5, "seeds": 3, "verdict": "reproduced"},
-        verdicts.not_testable("absolute", "70", "needs data", primary=True),
-        {"claim": "slope", "primary": True, "paper": "+2", "metric": "s", "floor": 30.0, "method": 0.2, "baseline": 0.0}
-        | {"difference": 0.2, "interval": [0.1, 0.3], "resolves": 0.1, "verdict": "reproduced"},
-        verdicts.not_testable("other", "70", "needs data"),
-    ]
+def row(claim: str, verdict: str = "reproduced", metric: str = "m", **more) -> dict:
+    """A row of a primary claim."""
+    numbers = {"floor": 30.0, "method": 42.0, "baseline": 40.5, "difference": 1.5, "resolves": 0.5, "seeds": 3}
+    return {"claim": claim, "primary": True, "paper": "+2", "metric": metric, "verdict": verdict} | numbers | more
+
+
+def summary_of(*rows: dict) -> dict:
     floors = {"chance": {"m": 1.0, "s": 1.0}, "pixels": {"m": 30.0}}
-    summary = {"corpus": "Scenes of emoji", "floors": floors, "claims": rows, "seeds": [0, 1, 2]}
-    found = overview.primary_rows({"protoclip": summary})
-    assert [row["claim"] for row in found] == ["up", "absolute", "slope"]
-    assert [found[0][key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
-    assert found[0]["difference"] == "+1.50 ± 0.50" and found[0]["seeds"] == 3 and found[1]["floor"] == "-"
-    assert found[2]["floor"] == "-" and found[2]["method"] == "0.20"  # its floor is in another metric
+    return {"paper": "ProtoCLIP", "corpus": "Scenes of emoji", "floors": floors, "claims": list(rows), "seeds": [0]}
+
+
+def claims(*rows: dict):
+    return overview.abstracts(overview.claims_of({"protoclip": summary_of(*rows)}))
+
+
+def test_claims_of_abstracts_are_counted():
+    untested = verdicts.not_testable("absolute", "70", "needs data", primary=True)
+    other = verdicts.not_testable("other", "70", "needs data")
+    found = claims(row("up"), untested, row("slope", metric="s"), other)
+    up, absolute, slope = found.to_dict("records")
+    assert [up[key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
+    assert up["difference"] == "+1.50 ± 0.50" and up["seeds"] == 3 and absolute["floor"] == "-"
+    assert slope["floor"] == "-" and slope["method"] == "42.00"  # its floor is in another metric
     first = (
         "Of 3 claims of abstracts, 2 have a resolved verdict on emoji or scenes (67%). Hold here: 2 reproduced; "
         "open: 1 not testable here."
     )
-    assert overview.totals(found, []) == first
+    nothing = claims()
+    assert overview.totals(found, nothing) == first
     expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute (needs data"
-    assert overview.by_paper(found, []) == f"{expected})."
-    beside = [{"paper": "protoclip", "claim": claim, "verdict": "same direction"} for claim in ("absolute", "up")]
+    assert overview.by_paper(found, nothing) == f"{expected})."
+    beside = claims(row("absolute", "same direction"), row("up", "same direction"))
     assert "1 of the open ones are resolved, so 3 (100%) have" in overview.totals(found, beside)
     assert overview.by_paper(found, beside) == f"{expected}; on photographs: same direction)."
-    contrary = [{"paper": "protoclip", "claim": "up", "verdict": "not reproduced"}]
+    contrary = claims(row("up", "not reproduced"))
     assert "**Reproduced**: up (on photographs: not reproduced); slope." in overview.by_paper(found, contrary)
-    said = overview.totals(found, contrary)
-    assert "(67%) have a resolved verdict on pictures of at least one kind; " in said
-    assert said.endswith("one kind; 1 of those that are resolved on both come out differently on photographs.")
+    assert "(67%) have a resolved verdict on pictures of at least one kind; 1 of" in overview.totals(found, contrary)
+
+
+def test_claims_that_were_asked_twice():
+    here, there = (overview.claims_of({"protoclip": summary_of(*rows)}) for rows in (
+        (row("up"), row("down"), row("none", "no claim")), (row("down", "not resolved"), row("none"), row("new")),
+    ))  # fmt: skip
+    (both,) = overview.asked_twice(here, there).to_dict("records")
+    assert list(both.values()) == ["protoclip", "down", "reproduced", "not resolved"]
 
 
 def test_the_first_table_says_which_pictures_a_study_has():
@@ -85,39 +95,45 @@ def test_the_first_table_says_which_pictures_a_study_has():
     assert {overview.pictures_of(summary) for summary in photographs} == {"photographs"}
 
 
+def test_commands_of_results_whose_arms_have_different_seeds():
+    found = checkpoints.read_json(ROOT / "results/nmtune.json")
+    assert overview.command(runner.study_of("nmtune"), found) == (
+        'make reproduce-nmtune SEEDS="0 1 2 3 4 5" ARMS=all RESULTS=results/nmtune.json && '
+        'make reproduce-nmtune SEEDS="0 1 2 3 4 5 6 7 8 9 10 11" ARMS="core sup-05 sup-20"'
+    )
+
+
 def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
     """A paper's section has the verdict on emoji beside claims of the same words; photographs without emoji results
     also work."""
     emoji = checkpoints.read_json(ROOT / "results/nmtune.json")
-    claim = emoji["claims"][0]["claim"]
+    claim, verdict = emoji["claims"][0]["claim"], emoji["claims"][0]["verdict"]
     photographs = emoji | {"corpus": "CIFAR-10 and PACS", "floors": {}, "claims": emoji["claims"][:2]}
     photographs["claims"][1] = photographs["claims"][1] | {"claim": "asked here alone"}
     photographs["claims"][0] = photographs["claims"][0] | {"primary": False}  # starred there, and not here
     page = overview.markdown({"nmtune": emoji}, {"nmtune": photographs, "protoclip": photographs})
-    assert page.count(report.PHOTOGRAPHS) == 2 and page.count("CIFAR-10 and PACS.") == 2
+    assert page.count("### On photographs") == 2 and page.count("CIFAR-10 and PACS.") == 2
     assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in page
-    section = page[page.index('id="nmtune"') :].split(report.PHOTOGRAPHS)[1]
+    section = page[page.index('id="nmtune"') :].split("### On photographs")[1]
     rows = [line for line in section.splitlines() if claim in line or "asked here alone" in line]
-    verdict = emoji["claims"][0]["verdict"]
     assert rows[0].count(verdict) == 2 and rows[1].rstrip(" |").endswith("| -")
     page = overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path)
     assert page.count("<h3>") == 1 and "RESULTS=runs/photos/nmtune/results.json" in page  # no file of results/
 
-    for name, summary in (("nmtune.json", emoji), ("photos/nmtune.json", photographs)):
-        checkpoints.write_json(tmp_path / "results" / name, summary)
-    (tmp_path / "nmtune").mkdir()
-    marks = "<!-- results -->\nold\n<!-- /results -->\n"
-    (tmp_path / "nmtune/README.md").write_text(marks)
-    monkeypatch.chdir(tmp_path)
-    assert not report.update_readme("nmtune") and report.update_readme("nmtune")
-    text = (tmp_path / "nmtune/README.md").read_text()
-    assert text.index("Seeds") < text.index(report.PHOTOGRAPHS) < text.index("CIFAR-10 and PACS") < text.rindex("Seeds")
+    monkeypatch.chdir(tmp_path)  # without results/bench
+    text = overview.with_results(
+        "<!-- results -->\nBEFORE\n<!-- /results -->\n", "nmtune", {"nmtune": emoji}, {"nmtune": photographs}
+    )
+    assert text.index("Seeds") < text.index("### On photographs") < text.index("CIFAR-10") < text.rindex("Seeds")
+    assert "BEFORE" not in text and text.startswith("<!-- results -->\n") and text.endswith("<!-- /results -->\n")
 
 
-def test_what_files_say_cannot_become_markup():
-    row = {"claim": "<b>", "paper": "-", "here": "&", "verdict": "reproduced"}
-    table = overview.html_table([row])
-    assert "<b>" not in table and "&lt;b&gt;" in table and 'class="reproduced"' in table
+def test_what_files_say_cannot_become_markup(tmp_path: Path):
+    summary = checkpoints.read_json(ROOT / "results/nmtune.json")
+    summary["claims"][0] |= {"claim": "<b>&", "paper": "[here](javascript:alert)"}
+    page = overview.html_page({"nmtune": summary | {"paper": "<script>"}}, {}, tmp_path)
+    assert "<b>" not in page and "&lt;b&gt;&amp;" in page and "<script>" not in page and 'href="javascript' not in page
+    assert '<td class="reproduced">' in page
 
 
 def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monkeypatch):
@@ -125,10 +141,9 @@ def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monk
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    summaries = {name: checkpoints.read_json(f"results/{name}.json") for name in ("nmtune",)}
+    summary = checkpoints.read_json(ROOT / "results/nmtune.json")
     monkeypatch.chdir(tmp_path)
-    for name, summary in summaries.items():
-        checkpoints.write_json(f"results/{name}.json", summary)
+    checkpoints.write_json("results/nmtune.json", summary)
     pages = [Path("RESULTS.md"), Path("README.md"), Path("report.html")]
     for page in pages:
         page.write_text("before")
@@ -153,7 +168,7 @@ def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["overview", str(tmp_path / "runs")])
     overview.main()
     page = (tmp_path / "runs/report.html").read_text()
-    assert "cGxvdA==" in page and html.escape(summary["paper"]) in page and page.count("<h2 id") == 1
+    assert "cGxvdA==" in page and html.escape(summary["paper"]) in page and page.count("<section id") == 1
     assert str(tmp_path / "runs/report.html: 1 papers") in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["overview", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no results"):

@@ -97,3 +97,19 @@ def test_features_are_computed_before_runs_need_them(corpus: Path, monkeypatch: 
 
 def test_views_are_squares():
     assert photos.view(Image.new("RGB", (40, 30))).shape == (3, photos.SIDE, photos.SIDE)
+
+
+def test_files_that_are_known_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), np.uint8)
+    decoded, files = [], [layout.png(pixels[seed]) for seed in range(6)]
+    decode = photos.data.decode_image
+    monkeypatch.setattr(photos.data, "decode_image", lambda content: decoded.append(content) or decode(content))
+    monkeypatch.setattr(photos, "lite0_features", lambda batches, **_: torch.cat([*batches]).float().mean(3)[:, 0])
+    found = photos.lite0_features_of_files([files[0], files[1], files[0]], 32, tmp_path)
+    square = photos.square_pixels(decode(files[1]), 32)
+    assert torch.equal(found[0], found[2]) and len(decoded) == 2
+    assert torch.equal(found[1], square.float().mean(2)[0])
+    more = photos.lite0_features_of_files(files[1:4], 32, tmp_path)
+    assert torch.equal(more[0], found[1]) and decoded[2:] == files[2:4]
+    photos.lite0_features_of_files(files[:1], 64, tmp_path)  # of another size
+    assert decoded[4:] == files[:1]

@@ -1,6 +1,6 @@
 """Results files, and the parts of READMEs that are generated from them."""
 
-import importlib
+import json
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -9,10 +9,11 @@ import pytest
 
 from shared import checkpoints
 from shared.run import machine
-from studies.harness import report
+from studies.harness import overview, report, runner
 from studies.harness.verdicts import VERDICTS
 
 ROOT = Path(__file__).parent.parent
+HOMES = "results", "results/photos"
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.json")), ids=lambda file: file.stem)
@@ -31,35 +32,25 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
     for row in summary["claims"]:
         assert set(row) - {"why", "seeds_needed", "floor", "method", "baseline", "seeds", "negligible"} == row_of
     assert {row["verdict"] for row in summary["claims"]} <= set(VERDICTS)
-    study = importlib.import_module(f"studies.{file.stem}").STUDY
+    study = runner.study_of(file.stem)
     assert set(summary["floors"]) <= {floor.name for floor in study.floors}
-    again = study.judged_again(summary)["claims"]
+    again = runner.judged_again(study, summary)["claims"]
     assert [(row["claim"], row["verdict"]) for row in again] == [
         (row["claim"], row["verdict"]) for row in summary["claims"]
     ], "run `make readme`"
     assert all(summary["floors"].values())
-    assert report.update_readme(file.stem, write=False), "run `make readme`"
+    page, both = Path(file.stem, "README.md").read_text(), (overview.read(Path(of)) for of in HOMES)
+    assert page == overview.with_results(page, file.stem, *both), "run `make readme`"
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/photos/*.json")), ids=lambda file: file.stem)
 def test_committed_results_on_photographs(file: Path):
     """At least three seeds, judged by the study's claims and floors."""
-    summary, study = report.read_results(file), importlib.import_module(f"studies.{file.stem}_photos").STUDY
+    summary, study = report.read_results(file), runner.study_of(file.stem, "photos")
     assert min(map(len, report.by_seed(summary).values())) >= 3
     assert set(summary["floors"]) <= {floor.name for floor in study.floors}
-    again = study.judged_again(summary)["claims"]
+    again = runner.judged_again(study, summary)["claims"]
     assert [row["verdict"] for row in again] == [row["verdict"] for row in summary["claims"]], "run `make readme`"
-
-
-def test_what_cannot_be_joined():
-    """Arms whose metrics another arm's runs would change are named before training; this is the last resort."""
-    earlier = {"seeds": [0, 1], "commit": "a", "settings": {"x": "s"}, "arms": {"x": {"m": report.spread([1.0, 2.0])}}}
-    new = report.Comparison({"x": [{"k": 3.0}]}, [2], {}, {"b"}, {"x": "s"})
-    with pytest.raises(ValueError, match="arm x has no m, which it has in the earlier results"):
-        report.joined(earlier, new, ["x"])
-    first = report.joined(earlier, report.Comparison({"y": [{"m": 5.0}]}, [0], {}, {"b"}, {"y": "t"}), ["x", "y"])
-    assert first.seeds == [0, 1] and first.arms == {"x": [{"m": 1.0}, {"m": 2.0}], "y": [{"m": 5.0}]}
-    assert first.settings == {"x": "s", "y": "t"} and first.commits == {"a", "b"}
 
 
 def sentences(page: str) -> str:
@@ -75,11 +66,9 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     said = sentences((ROOT / file.stem / "README.md").read_text())
     plain = re.sub(r"\*([^*]+)\*", "", said)
     assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
-    tables = [(importlib.import_module(f"studies.{file.stem}").STUDY, summary)]
+    tables = [(runner.study_of(file.stem), summary)]
     if (photographs := ROOT / f"results/photos/{file.name}").is_file():
-        tables.append(
-            (importlib.import_module(f"studies.{file.stem}_photos").STUDY, checkpoints.read_json(photographs))
-        )
+        tables.append((runner.study_of(file.stem, "photos"), checkpoints.read_json(photographs)))
     known: set[str] = set()
     for study, found in tables:
         known |= {row["claim"] for row in found["claims"]} | {study.headings[arm] for arm in found["arms"]}
@@ -89,34 +78,31 @@ def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
 
 
 def test_damaged_results_are_refused(tmp_path: Path):
-    whole = checkpoints.read_json("results/nmtune.json")
+    whole = checkpoints.read_json(ROOT / "results/nmtune.json")
     arm, metrics = next(iter(whole["arms"].items()))
     metric, value = next(iter(metrics.items()))
     row = whole["claims"][0]
-    damaged = {name: {name: None} for name in report.RESULTS} | {
-        f"{arm} ": {"arms": {arm: None}},
-        f"{arm}  ": {"arms": {arm: metrics | {metric: 3.0}}},
-        f"{arm}   ": {"arms": {arm: metrics | {metric: value | {"values": value["values"][1:]}}}},
-        f"{arm}    ": {"arms": {arm: {metric: value | {"values": ["1"]}}}},
-        f"{arm}     ": {"arms": {arm: {metric: value | {"mean": "1"}}}},
-        "claims ": {"claims": [{"claim": "better"}]},
-        "claims  ": {"claims": [row | {"verdict": "proven"}]},
-        "arms ": {"arms": {}},
-        "floors ": {"floors": {"chance": 1.0}},
-        "floors  ": {"floors": {"chance": {"top1": "1"}}},
-        "floor_seeds": {"floor_seeds": {"chance": 3}},
-        "floor_seeds ": {"floor_seeds": {"chance": ["0"]}},
-    }
-    numbers = ("difference", "resolves", "negligible", "floor", "method", "baseline")
-    damaged |= {f"claims{' ' * k}": {"claims": [row | {key: "1"}]} for k, key in enumerate(numbers, 3)}
+    about = ("paper", "seeds", "commit", "floors", "settings", "arms", "claims")
+    damaged = [{name: None} for name in about] + [
+        {"arms": {}},
+        {"floors": {"chance": 1.0}},
+        {"floors": {"a": {"b": "1"}}},
+    ]
+    damaged += [{"arms": each} for each in (
+        {arm: None}, {arm: metrics | {metric: 3.0}}, {arm: metrics | {metric: value | {"mean": "1"}}},
+        {arm: metrics | {metric: value | {"values": value["values"][1:]}}},
+    )]  # fmt: skip
+    damaged += [
+        {"claims": [each]} for each in ({"claim": "better"}, row | {"verdict": "proven"}, row | {"resolves": "1"})
+    ]
     file = tmp_path / "nmtune.json"
-    for name, part in damaged.items():
+    checkpoints.write_json(file, whole)
+    assert report.read_results(file) == whole
+    for part in damaged:
         checkpoints.write_json(file, whole | part)
-        with pytest.raises(
-            ValueError, match=f"holds no results of a study .{name.strip()} is missing or damaged.: name"
-        ):
+        with pytest.raises(ValueError, match="holds no results of a study, or damaged ones: name"):
             report.read_results(file)
-    file.write_text(Path("results/nmtune.json").read_text(encoding="utf-8")[:5000], encoding="utf-8")
+    file.write_text(json.dumps(whole)[:5000], encoding="utf-8")
     with pytest.raises(ValueError, match="holds no JSON object: name a results file"):
         report.read_results(file)
 

@@ -4,14 +4,18 @@ import dataclasses
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import textwrap
-from datetime import date
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT
 
-from studies.harness import overview, report, runner
+from studies.harness import report, runner
 from studies.harness.floors import Floor
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim, not_testable
@@ -20,11 +24,13 @@ SCRIPT = """
     import sys, pathlib, shutil
     words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
     out = pathlib.Path(words["--out"])
+    if (out / "checkpoint.pt").exists():
+        sys.exit()
     with open("order.txt", "a") as file:
         print(sys.argv[1], out, words.get("--init", ""), file=file)
     if words.get("--init") and not (pathlib.Path(words["--init"]) / "checkpoint.pt").exists():
         sys.exit("started before what it starts from")
-    if sys.argv[1] == "bad":
+    if sys.argv[1] == "bad" and not pathlib.Path("mended").exists():
         sys.exit(3)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy("finished.pt", out / "checkpoint.pt")
@@ -42,7 +48,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     """The folder of a paper with one script, in an empty folder."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/train.py").write_text(textwrap.dedent(SCRIPT))
-    torch.save({"epoch": 2, "config": {"epochs": 2}, "commit": "abc"}, tmp_path / "finished.pt")
+    torch.save({"config": {"epochs": 2}, "commit": "abc"}, tmp_path / "finished.pt")
     monkeypatch.chdir(tmp_path)
     return Study(
         folder="paper",
@@ -59,6 +65,12 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
         metrics=METRICS,
         claims=(Claim("higher", "+4", "top1", "method", "base", 1, 4.0),),
     )
+
+
+def own_studies() -> None:
+    """A package of studies here, which scripts find before the project's."""
+    Path("studies").mkdir()
+    Path("studies/__init__.py").touch()
 
 
 def order() -> list[str]:
@@ -89,7 +101,7 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
 def test_the_time_of_all_runs_is_kept_until_they_have_finished_once(study: Study):
     study = dataclasses.replace(study, floors=(Floor("chance", lambda: {"top1": 1.0}),), more_rows=lambda found: [])
     minutes = lambda: json.loads(Path("runs/paper/results.json").read_text()).get("core_minutes")  # noqa: E731
-    file = study.clock("base", 1)
+    file = runner.clock(study, "base", 1)
     with pytest.raises(KeyError), runner.clocked(file, Path(study.out("base", 1)), 2):  # an attempt that failed
         raise KeyError
     tried = json.loads(file.read_text())
@@ -106,134 +118,6 @@ def test_the_time_of_all_runs_is_kept_until_they_have_finished_once(study: Study
     file.unlink()  # a run of before times were kept
     runner.run(study, runner.Options(seeds=(1,), jobs=1))
     assert minutes() is None
-
-
-def test_seeds_are_added_to_results(study: Study, capsys: pytest.CaptureFixture):
-    """Results with added seeds are those of all seeds, in their order; plots and floors are not made again."""
-    made = []
-    study = dataclasses.replace(
-        study,
-        floors=(Floor("chance", lambda: {"top1": float(len(made))}),),
-        plot=lambda found, out: made.append(out),
-    )
-    options = runner.Options(seeds=(0, 2), results="there.json")
-    runner.run(study, options)
-    Path("there_packages.txt").write_text("a==1\n")
-    Path("runs/paper/floors.json").unlink()
-    Path("there.json").write_text(json.dumps(json.loads(Path("there.json").read_text()) | {"date": "2026-01-01"}))
-    days = [date.today()]
-    runner.run(study, dataclasses.replace(options, seeds=(1,), extend=True))
-    days.append(date.today())  # midnight may lie between
-    assert not Path("runs/paper/floors.json").exists()
-    added = json.loads(Path("there.json").read_text())
-    shown = capsys.readouterr().out
-    runner.run(study, runner.Options(seeds=(0, 1, 2), results="all.json"))
-    together = json.loads(Path("all.json").read_text())
-    assert added["floors"] == {"chance": {"top1": 0.0}} != together["floors"]
-    for name in ("arms", "commit", "machine", "seeds", "settings"):
-        assert added[name] == together[name], name
-    assert added["date"] in [f"2026-01-01, {day.isoformat()}" for day in days]
-    assert added["claims"][0]["difference"] == together["claims"][0]["difference"]
-    assert made == [Path(), Path()] and "plots beside there.json that need all runs are unchanged" in shown
-    assert Path("there_packages.txt").read_text().startswith("a==1\n")
-    torch.save({"epoch": 2, "config": {"epochs": 2, "lr": 1.0}, "commit": "abc"}, "finished.pt")
-    Path("other.json").write_text("{}")
-    refused = {
-        "there.json has these seeds of base, method already": {},
-        "arm late would have seeds \\[3\\] without \\[0\\], which other arms have": {"arms": "all", "seeds": (3,)},
-        "arm base of the earlier results has other settings": {"seeds": (3,)},
-        "--extend needs --results FILE.json": {"results": "none.json"},
-        "other.json holds no results of a study": {"results": "other.json"},
-        "paper.json holds results of Another paper, not of A paper": {"results": "paper.json"},
-        "corpus.json has results on another corpus, 'Photographs', or": {"results": "corpus.json"},
-        "--results folder.json cannot be written there": {"results": "folder.json"},
-        "--results other.json/there.json cannot be written there": {"results": "other.json/there.json"},
-    }
-    Path("folder.json").mkdir()
-    Path("paper.json").write_text(json.dumps(added | {"paper": "Another paper"}))
-    Path("corpus.json").write_text(json.dumps(added | {"corpus": "Photographs"}))
-    for message, other in refused.items():
-        before = Path("there.json").read_bytes()
-        with pytest.raises(ValueError, match=message):
-            runner.run(study, dataclasses.replace(options, **{"seeds": (2,), "extend": True} | other))
-        assert Path("there.json").read_bytes() == before
-
-
-def test_arms_are_added_to_results(study: Study):
-    """Results with an added arm are those of all arms; the other arms keep their values, and plots of metrics are drawn
-    again."""
-    drawn = []
-    study = dataclasses.replace(
-        study,
-        floors=(Floor("late floor", lambda: {"top1": 2.0}, arms=("late",)), Floor("chance", lambda: {"top1": 1.0})),
-        plot_arms=lambda arms, out: drawn.append(list(arms)),
-        # measured once, and no metric of the arms
-        more_rows=lambda found: [] if "late" in found.arms else [not_testable("step time", "2x", "3x")],
-    )
-    options = runner.Options(seeds=(0, 1), results="there.json")
-    runner.run(study, options)
-    first = json.loads(Path("there.json").read_text())
-    runner.run(study, dataclasses.replace(options, arms="late", extend=True))
-    added = json.loads(Path("there.json").read_text())
-    assert drawn == [["base", "method"], ["base", "method", "late"]] and list(added["arms"]) == drawn[1]
-    assert {arm: added["arms"][arm] for arm in first["arms"]} == first["arms"]
-    assert added["floors"] == {"late floor": {"top1": 2.0}, "chance": {"top1": 1.0}} and added["seeds"] == [0, 1]
-    assert set(added["settings"]) == set(drawn[1]) and added["claims"] == first["claims"]
-    assert added["claims"][-1]["claim"] == "step time"
-    with pytest.raises(ValueError, match="there.json has these seeds of method, late already"):
-        runner.run(study, dataclasses.replace(options, arms="late", extend=True))
-
-
-def test_some_arms_get_more_seeds(study: Study, capsys: pytest.CaptureFixture):
-    """Claims compare the seeds that both arms have; later the other arms may get the same seeds."""
-    options = runner.Options(seeds=(5, 6), arms="all", results="there.json")
-    runner.run(study, options)
-    more = dataclasses.replace(options, seeds=(1,), extend=True, arms="core")
-    runner.run(study, more)
-    assert "seeds 5, 6 (2 of 3 arms also 1);" in capsys.readouterr().out
-    added = json.loads(Path("there.json").read_text())
-    assert added["seeds"] == [5, 6, 1] and report.provenance(added).startswith("Seeds 5, 6 (2 of 3 arms also 1);")
-    runs = report.by_seed(added)
-    assert {arm: len(each) for arm, each in runs.items()} == {"base": 3, "method": 3, "late": 2}
-    assert [row["seeds"] for row in added["claims"] if row["method"] is not None] == [3]
-    assert overview.command(study, added) == (
-        'make reproduce-paper SEEDS="5 6" ARMS=all RESULTS=results/paper.json && '
-        'make reproduce-paper EXTEND=1 SEEDS="1" RESULTS=results/paper.json'
-    )
-    with pytest.raises(ValueError, match="arm late would have seeds .4, 5, 6. without .1., which"):
-        runner.run(study, dataclasses.replace(more, seeds=(4,), arms="all"))
-    tied = dataclasses.replace(study, derived_from={"base": ("late",), "late": ("none",)})
-    with pytest.raises(ValueError, match="computed from others: add late to --arms"):
-        runner.run(tied, dataclasses.replace(more, seeds=(7,)))
-    with pytest.raises(ValueError, match="metrics of base in there.json would be computed from late, too: train and"):
-        runner.run(tied, dataclasses.replace(more, arms="late"))
-    fewer = dataclasses.replace(study, floors=(Floor("pixels", dict),))
-    Path("floored.json").write_text(json.dumps(added | {"floors": {"raw pixels": {"top1": 1.0}}}))
-    with pytest.raises(ValueError, match="floored.json has another floor, raw pixels"):
-        runner.run(fewer, dataclasses.replace(more, seeds=(7,), results="floored.json"))
-
-    runner.run(study, dataclasses.replace(more, seeds=(7,), arms="base"))  # arms with two, three and four seeds
-    three = json.loads(Path("there.json").read_text())
-    assert report.seeds_of(three) == "5, 6 (2 of 3 arms also 1) (1 of 3 arms also 7)"
-    assert overview.command(study, three).count("EXTEND=1") == 2
-    Path("there.json").write_text(json.dumps(added))
-
-    runner.run(study, dataclasses.replace(more, arms="late"))
-    runner.run(study, dataclasses.replace(options, seeds=(1, 5, 6), results="all.json"))
-    every, together = (json.loads(Path(f"{name}.json").read_text()) for name in ("there", "all"))
-    assert every["seeds"] == [1, 5, 6] and every["arms"] == together["arms"]
-    assert overview.command(study, every) == ('make reproduce-paper SEEDS="1 5 6" ARMS=all RESULTS=results/paper.json')
-
-
-def test_floors_in_results_are_not_measured_again_for_added_arms(study: Study):
-    measured: list[int] = []
-    floors = (Floor("chance", lambda: measured.append(1) or {"top1": 1.0}),)
-    study = dataclasses.replace(study, floors=floors, more_rows=lambda found: [])
-    options = runner.Options(seeds=(0, 1), arms="base", results="there.json")
-    runner.run(study, options)
-    Path("runs/paper/floors.json").unlink()
-    runner.run(study, dataclasses.replace(options, arms="late", extend=True))
-    assert measured == [1] and json.loads(Path("there.json").read_text())["floors"] == {"chance": {"top1": 1.0}}
 
 
 def test_arms_are_chosen_by_name_and_bring_what_they_need(study: Study):
@@ -282,8 +166,8 @@ def test_what_runs_once_runs_first_and_only_where_it_is_needed(study: Study):
     once = (Once("paper.train corpus --out data"), Once("paper.train other --out data", arms=("late",)))
     runner.run(dataclasses.replace(study, before=once, claims=()), runner.Options(seeds=(0,), arms="base"))
     assert order() == ["data", "runs/paper/base-seed0"]
-    with pytest.raises(ValueError, match="'python -m paper.train bad --out data' failed"):
-        runner.run(dataclasses.replace(study, before=(Once("paper.train bad --out data"),)), runner.Options())
+    with pytest.raises(ValueError, match="'python -m paper.train bad --out other' failed"):
+        runner.run(dataclasses.replace(study, before=(Once("paper.train bad --out other"),)), runner.Options())
 
 
 def test_results_and_clones(study: Study):
@@ -322,7 +206,7 @@ def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path:
     for name in runs:
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
-    study.compare(runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
+    runner.compare(study, runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
     assert json.loads(Path("results.json").read_text())["claims"] == []
     assert "claims about top1 are left out: they need other --sets or --arms" in capfd.readouterr().out
 
@@ -385,7 +269,6 @@ def test_floors_are_measured_again_after_their_files_change(study: Study):
 
 
 def test_floors_by_seed_are_of_the_seeds_of_their_arms(study: Study):
-    """Those of an arm that is added later are of its seeds; the others stay those of the first results."""
     by_seed = lambda arm: Floor(f"of {arm}", lambda seed: {"top1": float(seed)}, arms=(arm,), by_seed=True)  # noqa: E731
     floors = (Floor("chance", lambda: {"top1": 1.0}), by_seed("base"), by_seed("late"))
     study = dataclasses.replace(study, floors=floors)
@@ -395,10 +278,6 @@ def test_floors_by_seed_are_of_the_seeds_of_their_arms(study: Study):
     assert first["floors"] == {"chance": {"top1": 1.0}, "of base": {"top1": 1.5}}
     assert first["floor_seeds"] == {"of base": [0, 3]}
     assert report.provenance(first).endswith("Floors of what an arm is trained on are means over seeds 0, 3.")
-    runner.run(study, dataclasses.replace(options, seeds=(0,), arms="late", extend=True))
-    added = json.loads(Path("there.json").read_text())
-    assert added["floors"] == first["floors"] | {"of late": {"top1": 0.0}}
-    assert added["floor_seeds"] == {"of base": [0, 3], "of late": [0]}
 
 
 def test_metrics_of_several_runs_can_be_claimed(study: Study):
@@ -413,8 +292,9 @@ def test_metrics_of_several_runs_can_be_claimed(study: Study):
 
 
 def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
-    """A separate process measures each run after its training; it finds the study in the paper's folder."""
-    Path("paper/study.py").write_text("import sys\nopen('order.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
+    """A separate process measures each run after its training, by the study's own command."""
+    own_studies()
+    Path("studies/paper.py").write_text("import sys\nopen('order.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     runner.run(dataclasses.replace(study, alone=True), runner.Options(seeds=(0,), arms="method", jobs=1))
     lines = [line.split() for line in Path("order.txt").read_text().splitlines()]
     assert [line[-1] for line in lines if line[0] == "--measure"] == ["runs/paper/method-seed0"]
@@ -426,7 +306,8 @@ def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
 
 def test_photographs_have_runs_and_results_of_their_own(study: Study, capfd: pytest.CaptureFixture):
     """Commands read photographs from --photos; runs that are measured alone use the study on photographs."""
-    Path("paper/study.py").write_text("import sys\nopen('measured.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
+    own_studies()
+    Path("studies/paper.py").write_text("import sys\nopen('measured.txt', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n")
     once = Once("paper.train build --root {photos}/set --out data/set")
     study = dataclasses.replace(study, on="photos", alone=True, before=(once,), arms=study.arms[:1])
     with pytest.raises(ValueError, match="which holds flickr8k"):
@@ -466,13 +347,6 @@ def test_a_floor_of_some_arms_counts_where_one_of_them_is_the_stronger(study: St
     assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "has not learned"]
 
 
-def test_a_run_that_is_not_finished_is_not_compared(study: Study):
-    Path("runs/paper/base-seed0").mkdir(parents=True)
-    torch.save({"epoch": 1, "config": {"epochs": 2}}, "runs/paper/base-seed0/checkpoint.pt")
-    with pytest.raises(ValueError, match="base-seed0 is not finished: 1 of 2 epochs"):
-        study.compare(["runs/paper/base-seed0"], [{"top1": 1.0}], Path("results.json"))
-
-
 def test_each_seed_runs_once(study: Study):
     runner.run(dataclasses.replace(study, claims=()), runner.Options(seeds=(2, 0, 2), arms="base", jobs=1))
     assert order() == [f"runs/paper/base-seed{seed}" for seed in (2, 0)]
@@ -510,8 +384,8 @@ def test_results_with_floors_that_the_study_has_not_are_not_judged_again(study: 
     summary = json.loads(Path("there.json").read_text())
     assert summary["claims"][0]["verdict"] == "has not learned"
     renamed = dataclasses.replace(study, floors=(Floor("raw pixels", lambda: {"top1": 50.0}),))
-    assert renamed.judged_again(summary) is summary
-    easy = study.judged_again(summary | {"floors": {"pixels": {"top1": 1.0}}})
+    assert runner.judged_again(renamed, summary) is summary
+    easy = runner.judged_again(study, summary | {"floors": {"pixels": {"top1": 1.0}}})
     assert easy["claims"][0]["verdict"] == "reproduced"
 
 
@@ -521,4 +395,53 @@ def test_results_are_not_judged_again_because_of_rounding(study: Study, change: 
     judged = json.loads(Path("there.json").read_text())
     interval = [judged["claims"][0]["interval"][0] + change, judged["claims"][0]["interval"][1]]
     summary = judged | {"claims": [judged["claims"][0] | {"interval": interval}, *judged["claims"][1:]]}
-    assert study.judged_again(summary) == (summary if kept else judged)
+    assert runner.judged_again(study, summary) == (summary if kept else judged)
+
+
+@pytest.mark.parametrize(
+    ("by", "at_first"),
+    [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)],
+    ids=["SIGINT", "SIGTERM where SIGINT is ignored"],
+)
+def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.Signals, at_first: signal.Handlers):
+    """Although only the study gets the signal; a shell starts commands with & so that they ignore SIGINT."""
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "study.py").write_text(
+        "from studies.harness.runner import Arm, Study, main\n"
+        "arms = tuple(Arm(name, 'train', heading=name) for name in 'abc')\n"
+        "main(Study('paper', 'A paper', 'CC3M', arms, minutes={'core': 1}, evaluate=list, metrics={}, claims=()))\n"
+    )
+    (tmp_path / "paper/train.py").write_text(
+        "import os, time\nopen(str(os.getpid()), 'w').close()\ntry:\n    time.sleep(100)\n"
+        "except KeyboardInterrupt:\n    open('ended', 'a').write(f'{os.getpid()} ')\n    raise\n"
+    )
+    study = subprocess.Popen(
+        [sys.executable, "-m", "study", "--seeds", "0", "--jobs", "2"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_first),
+    )  # fmt: skip
+    begun = lambda: {path.name for path in tmp_path.iterdir() if path.name.isdigit()}  # noqa: E731
+    try:
+        until = time.monotonic() + 60
+        while len(begun()) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(begun()) == 2
+        study.send_signal(by)
+        _, said = study.communicate(timeout=60)
+    finally:
+        study.kill()
+    assert study.returncode == 130 and said.startswith("interrupted; finished work is kept"), said
+    assert len(begun()) == 2 and not any(Path(f"/proc/{script}").exists() for script in begun())
+    if at_first == signal.SIG_DFL:
+        assert set((tmp_path / "ended").read_text().split()) == begun()
+
+
+def test_a_study_that_failed_goes_on(study: Study):
+    """Scripts that have finished are called again, and end at once."""
+    study = dataclasses.replace(study, arms=(study.arms[0], Arm("method", "train bad --init {base}", heading="Method")))
+    with pytest.raises(ValueError, match="'python -m paper.train bad .* failed .exit code 3.; finished work is kept"):
+        runner.run(study, runner.Options(seeds=(0,), jobs=1))
+    Path("mended").touch()
+    runner.run(study, runner.Options(seeds=(0,), jobs=1))
+    assert order() == ["runs/paper/base-seed0", "runs/paper/method-seed0", "runs/paper/method-seed0"]
+    assert set(json.loads(Path("runs/paper/results.json").read_text())["arms"]) == {"base", "method"}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from studies import tinyclip_photos as study
+from studies import tinyclip as study
 from studies.harness import verdicts
 from tinyclip.geometry import CONFIGS
 from tinyclip.inheritance import inherit_weights
@@ -12,7 +12,7 @@ from tinyclip.model import CLIP, parameter_counts
 
 
 def test_students_start_from_their_teacher_and_train_alike():
-    lines = {arm.name: study.STUDY.words(arm, 3)[0] for arm in study.ARMS}
+    lines = {arm.name: study.PHOTOS.words(arm, 3)[0] for arm in study.PHOTOS_ARMS}
     teacher = "runs/photos/tinyclip/teacher-seed3"
     for name, words in lines.items():
         assert words[words.index("--steps") + 1] == ("696" if name == "teacher" else "232")
@@ -34,13 +34,13 @@ def test_a_student_has_half_of_its_teacher():
 
 def test_claims_compare_recalls():
     recalls = {"teacher": 5.0, study.RC: 2.0, study.RA: 2.5, study.IC: 3.0, study.IA: 4.0}
-    arms = {arm: [{study.RECALL: value + 0.1 * seed} for seed in range(3)] for arm, value in recalls.items()}
-    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, arms, [((), {study.RECALL: 1.0})])}
+    arms = {arm: [{study.PHOTOS_RECALL: value + 0.1 * seed} for seed in range(3)] for arm, value in recalls.items()}
+    rows = {row["claim"]: row for row in verdicts.judged(study.PHOTOS_CLAIMS, arms, [((), {study.PHOTOS_RECALL: 1.0})])}
     assert rows["both together"]["primary"] and rows["both together"]["verdict"] == "reproduced"
     assert rows["half the size above the teacher, by hand"]["verdict"] == "no claim"
 
 
 def test_each_primary_claim_of_the_study_is_tested_or_said_not_to_be():
-    said = [claim.claim for claim in study.CLAIMS] + [row["claim"] for row in study.more_rows(None)]
+    said = [claim.claim for claim in study.PHOTOS_CLAIMS] + [row["claim"] for row in study.more_rows_on_photos(None)]
     assert len(said) == len(set(said))
-    assert {claim.claim for claim in study.study.CLAIMS if claim.primary} <= set(said)
+    assert {claim.claim for claim in study.CLAIMS if claim.primary} <= set(said)

@@ -92,9 +92,9 @@ def test_measurements_count_photographs(pool: Path, tmp_path: Path, monkeypatch:
 
 
 def test_reductions_wait_for_the_codes():
-    jobs = [job.name for job in in_order(study.STUDY.jobs(study.STUDY.chosen("all")))]
+    jobs = [job.name for job in in_order(study.PHOTOS.jobs(study.PHOTOS.chosen("all")))]
     assert jobs.index("reduced/codes") < jobs.index("reduced/random") < jobs.index("random")
-    (words,) = study.STUDY.words(study.ARMS[2], 4)
+    (words,) = study.PHOTOS.words(study.ARMS[2], 4)
     assert words[:3] == [
         "studies.tldr_reduction_photos",
         "--data",
@@ -114,7 +114,7 @@ def test_arms_are_named_by_what_they_keep():
     for name, flags in study.REDUCTIONS.items():
         assert ("--no-drop-duplicates" in flags) == ("--select" not in flags), name
         assert ("full" in study.HEADINGS[name]) == ("--select all" in flags)
-    core = [arm.name for arm in study.STUDY.chosen("core")]
+    core = [arm.name for arm in study.PHOTOS.chosen("core")]
     assert sorted(core) == sorted(("full", *study.CORE))
     own = [floor.arms for floor in study.FLOORS if floor.name.startswith(study.WITH_MINILM)]
     assert own == [(arm.name,) for arm in study.ARMS]  # each by a correlation on its own data
@@ -134,7 +134,7 @@ def test_the_floor_of_a_reduction_is_of_the_seeds_of_the_results(tmp_path: Path,
     kept = [f"{study.RUNS}/reduced/codes-seed{seed}/shards" for seed in (12, 3)]
     assert seen == [(path, True) for path in kept] and found == {"r": sum(map(len, kept)) / 2}
     assert floors["full",].values([12, 3]) == {"r": len(study.POOL)} and seen[2:] == [(study.POOL, True)]
-    assert len(study.STUDY.floor_files([12, 3])) == 3  # floors are measured again when a reduction changes
+    assert len(study.PHOTOS.floor_files([12, 3])) == 3  # floors are measured again when a reduction changes
 
 
 def test_runs_with_other_mlps_have_other_settings():

@@ -340,22 +340,18 @@ def test_a_small_set_is_decoded_once_for_a_learning_curve(tmp_path, monkeypatch)
 
     def transform(image):
         seen.append(image.size)
-        return torch.zeros(3, 4, 4)
+        return torch.zeros(3, 8, 8)
 
     files = [(f"{i}.{kind}", image_bytes(i) if kind == "png" else b"1") for i in range(3) for kind in ("png", "cls")]
     write_set(tmp_path, [files[:4], files[4:]])
-
-    def batches() -> list:
-        return list(zeroshot.kept_batches(zeroshot.EvalSet(tmp_path, transform), (str(tmp_path), transform)))
-
-    first = batches()
-    again = batches()
-    assert len(seen) == 3 and all(torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    monkeypatch.setattr(zeroshot, "KEPT_BYTES", 10)
+    model = TinyClip()
+    first, again = (zeroshot.quick_top1(model, tokenizer, transform, tmp_path) for _ in range(2))
+    assert len(seen) == 3 and first == again and model.training
+    monkeypatch.setattr(zeroshot, "SMALL", 10)
+    for _ in range(2):
+        assert zeroshot.quick_top1(model, tokenizer, transform, tmp_path) == first
+    assert len(seen) == 9
     zeroshot._kept.clear()
-    batches()
-    batches()
-    assert len(seen) == 9 and not zeroshot._kept
 
 
 def test_images_of_a_learning_curve_come_from_the_device(monkeypatch):
@@ -363,7 +359,7 @@ def test_images_of_a_learning_curve_come_from_the_device(monkeypatch):
     asked, device = [], torch.device("cpu")
 
     class Set:
-        classnames = ["a", "b", "c"]
+        classnames, shards = ["a", "b", "c"], []
 
         def __init__(self, *_):
             pass
@@ -374,8 +370,6 @@ def test_images_of_a_learning_curve_come_from_the_device(monkeypatch):
 
     monkeypatch.setattr(zeroshot, "EvalSet", Set)
     zeroshot._kept.clear()
-    model = TinyClip()
-    for _ in range(2):
-        zeroshot.quick_top1(model, tokenizer, None, "a set", device)
+    zeroshot.quick_top1(TinyClip(), tokenizer, None, "a set", device)
     assert asked == [device] and list(zeroshot._kept) == [("a set", None, "cpu")]
     zeroshot._kept.clear()

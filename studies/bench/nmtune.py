@@ -16,15 +16,12 @@ import open_clip
 import torch
 
 from nmtune import config, model, pretrain, train
-from shared import accumulate
 from studies import nmtune as study
 from studies import nmtune_encoders as encoder_study
 from tests.parity import test_nmtune as parity
 
 from . import CPU, arguments, at_least, bench, print_row, race, step_row
 from .baselines import baseline_rows
-
-WEIGHTS = (1.0, 0.04, 0.001)
 
 
 def textbook_terms() -> dict:
@@ -85,7 +82,7 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
     args = SimpleNamespace(**parity.ARGS | dict(epochs=1, batch_size=64))
     for _ in range(repetitions):
         head.load_state_dict(start)
-        train.tune("nmtune", head, loader, 1, args.lr, args.wd, WEIGHTS)
+        train.tune(config.Config(epochs=1, lr=args.lr, weight_decay=args.wd), head, parity.Stacked(loader), views=2)
         own = statistics.median(loader.steps())
         with parity.toy_run(up, up.nml_tune, loader, dim, classes), parity.initial(up, up.nml_tune, start):
             up.nml_tune.nml_tune(args)
@@ -103,9 +100,9 @@ def clip_step(repetitions: int) -> None:
     loss = open_clip.ClipLoss(cache_labels=True)
 
     def ours():
-        output, backward = accumulate.forward(network, (images, tokens), cfg, "bf16")
-        parts = pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), CPU)
-        backward(parts["loss"])
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(images, tokens)
+        pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), CPU)["loss"].backward()
 
     def open_clips():
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,7 +117,7 @@ def to_the_floor(seeds: int) -> None:
     """Seconds on one core until a linear probe on the encoder without label noise is better than one on raw pixels."""
 
     def probe(folder: str) -> float:
-        cfg = config.StudyConfig(folder, methods=("lp",))
+        cfg = encoder_study.StudyConfig(folder, methods=("lp",))
         encoded = encoder_study.encode_splits(cfg, CPU)
         found = [encoder_study.study_task(cfg, task, encoded, CPU)[0] for task in cfg.tasks]
         return statistics.mean(numbers["lp/ood"][0] for numbers in found)

@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -36,13 +35,14 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from shared.layout import link, sha256
+from shared import cli
+from shared.errors import UserError
+from shared.layout import link, one_process, sha256
 from shared.tars import write_split, write_tar
 from studies.corpora.emoji_sources import (
     OOD_STYLE,
     SIZE,
     STYLES,
-    BuildError,
     Emoji,
     Match,
     bare,
@@ -337,40 +337,48 @@ def summary(manifest: dict) -> Iterator[str]:
     yield f"{len(manifest['languages'])} languages; unmatched icons and emoji are listed in unmatched.json"
 
 
+def is_complete(out: Path, limit: int | None) -> bool:
+    """Whether `out` holds the corpus; prints its version. UserError if it holds something else than an emoji corpus."""
+    try:
+        built = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        if done := built["recipe"] == recipe(limit):
+            print(f"{out} is complete (version {built['version']})")
+        return done
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            other = f"{out} exists and is not an emoji corpus; move it away or choose another --out."
+            raise UserError(other) from error
+        return False
+
+
 def main(out: Path = Path("data/emoji"), limit: int | None = None, npm: Path | None = None) -> None:
     """Builds the embedded emoji corpus; a finished corpus is left as it is.
 
     Args:
-        out: Where the corpus goes. It appears there only when it is complete.
+        out: Where the corpus goes. It appears there only when it is complete. If another process is building it, this
+            one waits.
         limit: Only this many emoji, spread evenly over all groups, for a quick look.
         npm: Where the npm packages are or will be installed; default: .npm next to the corpus.
     """
     if limit is not None and limit < 1:
-        raise BuildError(f"--limit must be at least 1, not {limit}.")
-    try:
-        built = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        if built["recipe"] == recipe(limit):
-            print(f"{out} is complete (version {built['version']})")
+        raise UserError(f"--limit must be at least 1, not {limit}.")
+    if is_complete(out, limit):
+        return
+    with one_process(out):
+        if is_complete(out, limit):  # another process has built it in the meantime
             return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            other = f"{out} exists and is not an emoji corpus; move it away or choose another --out."
-            raise BuildError(other) from error
-    modules = install(npm or out.parent / ".npm")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        folder = Path(scratch) / "corpus"
-        folder.mkdir()
-        manifest = build(folder, modules, limit)
-        if out.exists():
-            out.rename(Path(scratch) / "old")
-        folder.rename(out)
+        modules = install(npm or out.parent / ".npm")
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            folder = Path(scratch) / "corpus"
+            folder.mkdir()
+            manifest = build(folder, modules, limit)
+            if out.exists():
+                out.rename(Path(scratch) / "old")
+            folder.rename(out)
     print("\n".join([f"{out} built (version {manifest['version']})", *summary(manifest)]))
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m studies.corpora.emoji", description=main.__doc__.splitlines()[0])
-    except (BuildError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    cli.command_line(
+        lambda: tyro.cli(main, prog="python -m studies.corpora.emoji", description=main.__doc__.splitlines()[0])
+    )

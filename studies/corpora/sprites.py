@@ -50,10 +50,7 @@ def load_sprites(corpus: Path) -> Sprites:
     file, versions = corpus / "sprites.npz", json.dumps([SPRITE, packages(corpus)], sort_keys=True)
     if file.is_file() and (sprites := read_sprites(file, versions)):
         return sprites
-    try:
-        modules = emoji_sources.install(corpus.parent / ".npm")
-    except emoji_sources.BuildError as error:
-        raise UserError(str(error)) from error
+    modules = emoji_sources.install(corpus.parent / ".npm")
     sprites = render_sprites(modules, emoji_sources.read_emoji(modules, None))
     write_sprites(file, versions, sprites)
     return sprites

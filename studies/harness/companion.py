@@ -15,17 +15,20 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import tostring
 
 import tyro
+from markupsafe import Markup
 
 import shared
 from shared import cli, presets
 from shared.checkpoints import read_json
 from shared.errors import UserError
+from studies.harness import pages
 
 try:
     import latex2mathml.converter
-    import markdown
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
@@ -196,7 +199,9 @@ def definitions(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def source(function: Function) -> tuple[int, str]:
-    """(first line, source) of one of our functions. UserError if the file does not define it."""
+    """(first line, source) of one of our functions. UserError if there is no such file or it does not define it."""
+    if not Path(function.file).is_file():
+        raise UserError(f"there is no {function.file}: correct the map in the README")
     text = Path(function.file).read_text(encoding="utf-8")
     for name, first, last in definitions(text):
         if name == function.name:
@@ -270,42 +275,30 @@ def authors_lines(file: Path, place: Place) -> Excerpt:
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
 
-STYLE = """
-:root { color-scheme: light dark } body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; max-width: 84rem;
-padding: 0 1rem; overflow-wrap: anywhere } nav { columns: 18rem; font-size: .92rem } nav a { display: block }
-h2 { border-top: 1px solid #8884;
-margin-top: 2.5rem; padding-top: 1rem } .sides { display: grid; gap: 1rem; grid-template-columns: 1fr 1fr }
-.sides > div { min-width: 0 } @media (max-width: 60rem) { .sides { grid-template-columns: 1fr } }
-pre { font: .8rem/1.4 ui-monospace, monospace; margin: 0; max-height: 44rem; overflow: auto; padding: .6rem }
-.highlight { background: #f6f8fa; color: #222; border-radius: .3rem } .where { color: #777; font-size: .85rem }
-math { font-size: 1.1rem } .equation { overflow-x: auto; padding: .4rem 0 } .detail { border-left: 3px solid #8886;
-margin: .6rem 0; padding-left: .8rem } table { border-collapse: collapse; font-size: .9rem } .wide { overflow-x: auto }
-th, td { border-bottom: 1px solid #8884; padding: .2rem .6rem; text-align: left; vertical-align: top }
-"""
 
-
-def code(text: str, first: int, marked: range = range(0)) -> str:
+def code(text: str, first: int, marked: range = range(0)) -> Markup:
     """Python as highlighted HTML with line numbers; the lines `marked` are emphasised."""
     lines = [line - first + 1 for line in marked]
     formatter = HtmlFormatter(linenos="inline", linenostart=first, nobackground=True, hl_lines=lines)
-    return highlight(text, PythonLexer(stripnl=False), formatter)
+    return Markup(highlight(text, PythonLexer(stripnl=False), formatter))
 
 
-def prose(text: str) -> str:
-    """Markdown with $$ equations -> HTML with MathML. UserError names an invalid equation."""
-    equations: list[str] = []
+def equation(latex: str) -> Markup:
+    """LaTeX as MathML, in which text is escaped. UserError if it is invalid."""
+    try:
+        math = latex2mathml.converter.convert_to_element(latex.strip(), display="block")
+    except Exception as error:  # of any type
+        raise UserError(f"an equation could not be read ({type(error).__name__}): {latex.strip()}") from error
+    for node in math.iter():  # symbols are entities such as &#x02211;
+        node.text = html.unescape(node.text or "")
+        node.attrib.pop("href", None)
+    return Markup('<div class="equation">{}</div>\n').format(Markup(tostring(math, encoding="unicode")))
 
-    def keep(match: re.Match) -> str:
-        try:
-            equations.append(latex2mathml.converter.convert(match[1].strip(), display="block"))
-        except Exception as error:  # of any type
-            raise UserError(f"an equation could not be read ({type(error).__name__}): {match[1].strip()}") from error
-        return f"\n\nEQUATION{len(equations) - 1}END\n\n"
 
-    found = markdown.markdown(re.sub(r"^\$\$\n(.*?)\n\$\$$", keep, text, flags=re.M | re.S), extensions=["tables"])
-    return re.sub(
-        r"<p>EQUATION(\d+)END</p>", lambda match: f'<div class="equation">{equations[int(match[1])]}</div>', found
-    )
+def prose(text: str) -> Markup:
+    """Markdown with $$ equations -> HTML with MathML."""
+    parts = re.split(r"^\$\$\n(.*?)\n\$\$$", text, flags=re.MULTILINE | re.DOTALL)  # equations at odd places
+    return Markup().join(equation(part) if i % 2 else pages.to_html(part) for i, part in enumerate(parts))
 
 
 def anchor(part: str) -> str:
@@ -313,74 +306,55 @@ def anchor(part: str) -> str:
 
 
 def link_to(place: Place, roots: dict[str, tuple[str, str, str]]) -> str:
-    """HTML link to a place on GitHub."""
+    """Address of a place on GitHub."""
     repository, commit, below = roots[place.letter]
     path = f"{below.rstrip('/')}/{place.path}".lstrip("/")
     lines = "" if place.first is None else f"#L{place.first}-L{place.last}"
-    label = f"{place} {place.name}" if place.name else str(place)
-    return (
-        f'<a href="https://github.com/{repository}/blob/{commit}/{html.escape(path)}{lines}">{html.escape(label)}</a>'
-    )
+    return f"https://github.com/{repository}/blob/{commit}/{path}{lines}"
 
 
-def measured(functions: list[Function], tests: list[dict]) -> str:
-    """HTML table of the largest differences in tests of these functions, with date and commit.
+def measured(functions: list[Function], tests: list[dict]) -> list[dict]:
+    """The tests of these functions, which have the largest differences that were measured, a date and a commit.
 
     Tests name functions with their module, as `paper.model.loss`, and a `forward` by its class.
     """
     names = {f"{each.file.removesuffix('.py').replace('/', '.')}.{each.name}" for each in functions}
     names |= {name.removesuffix(".forward") for name in names}
-    rows = [test for test in tests if names & set(test["functions"])]
-    if not rows:
-        return ""
-    cells = "".join(
-        f"<tr><td>{html.escape(row['test'])}</td><td>{row['values']:.1e}</td>"
-        f"<td>{'-' if row['gradients'] is None else format(row['gradients'], '.1e')}</td>"
-        f"<td>{html.escape(row['against'])}</td><td>{row['date']}, {html.escape(row['commit'])}</td></tr>"
-        for row in rows
-    )
-    head = "<tr><th>test</th><th>largest difference</th><th>of gradients</th><th>against</th><th>measured</th></tr>"
-    return f'<div class="wide"><table>{head}{cells}</table></div>'
+    return [test for test in tests if names & set(test["functions"])]
 
 
-def row_html(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
-    """HTML of a row of the map: text, both sources, details, differences."""
-    ours = []
-    for function in row.functions:
-        first, text = source(function)
-        ours.append(f'<p class="where">{html.escape(function.file)}:{first}</p>{code(text, first)}')
+def shown(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> dict[str, Any]:
+    """What the template shows of a row of the map: text, both sources, details, differences."""
     theirs = []
     for place in row.places:
-        file = authors_path(place, readme.roots, clones)
-        theirs.append(f'<p class="where">{link_to(place, readme.roots)}</p>')
-        if file is not None and file.is_file():
-            found = authors_lines(file, place)
-            cut = f'<p class="where">{html.escape(found.cut)}</p>' if found.cut else ""
-            theirs.append(cut + code(found.text, found.first, found.marked))
-    details = "".join(
-        f'<div class="detail"><b>{n}.</b> {prose(readme.details[n])}</div>' for n in row.details if n in readme.details
-    )
-    return (
-        f'<h2 id="{anchor(row.part)}">{html.escape(row.part)} <a href="#top">↑</a></h2>'
-        f'<p class="where">paper: {html.escape(row.paper)}</p>{prose(row.text)}'
-        f'<div class="sides"><div>{"".join(ours) or prose(row.ours)}</div>'
-        f"<div>{''.join(theirs) or prose(row.code)}</div></div>{details}{measured(row.functions, tests)}"
-    )
+        label, file = f"{place} {place.name or ''}", authors_path(place, readme.roots, clones)
+        found = authors_lines(file, place) if file is not None and file.is_file() else None
+        source_of = code(found.text, found.first, found.marked) if found else ""
+        theirs.append((label, link_to(place, readme.roots), found.cut if found else "", source_of))
+    ours = [(function.file, *source(function)) for function in row.functions]
+    return {
+        "row": row,
+        "anchor": anchor(row.part),
+        "text": prose(row.text),
+        "ours": [(f"{file}:{first}", code(text, first)) for file, first, text in ours],
+        "ours_named": prose(row.ours),
+        "theirs": theirs,
+        "theirs_named": prose(row.code),
+        "details": [(n, prose(readme.details[n])) for n in row.details if n in readme.details],
+        "tests": measured(row.functions, tests),
+    }
 
 
 def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
     """HTML of the whole page."""
-    links = "".join(f'<a href="#{anchor(row.part)}">{html.escape(row.part)}</a>' for row in readme.rows)
-    body = "".join(row_html(row, readme, clones, tests) for row in readme.rows)
-    colours = HtmlFormatter(nobackground=True).get_style_defs(".highlight")
-    command = f"make parity-{readme.folder.replace('_', '-')} UPSTREAM=CLONE"
-    nothing = f"<p>No differences have been measured here: <code>{command}</code> measures them.</p>"
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<title>{html.escape(readme.title)}</title>'
-        f'<style>{STYLE}{colours}</style></head><body><h1 id="top">{html.escape(readme.title)}</h1>'
-        f"{prose(readme.opening)}<nav>{links}</nav><h2>The method in one page</h2>{prose(readme.method)}"
-        f"{'' if tests else nothing}{body}</body></html>\n"
+    return pages.rendered(
+        "companion.html",
+        readme=readme,
+        colours=Markup(HtmlFormatter(nobackground=True).get_style_defs(".highlight")),
+        opening=prose(readme.opening),
+        method=prose(readme.method),
+        rows=[shown(row, readme, clones, tests) for row in readme.rows],
+        measured=bool(tests),
     )
 
 

@@ -15,8 +15,8 @@ import tyro
 
 from shared import cli, layout
 from shared.errors import UserError
-from shared.pretrained import lite0_features_of_files
 from shared.tars import IMAGE_EXTENSIONS, Broken, key_of, read_tar, write_tar
+from studies.harness.photos import lite0_features_of_files
 
 
 @dataclass

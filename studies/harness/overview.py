@@ -6,55 +6,22 @@ opens offline. `python -m studies.harness.overview runs` writes only runs/report
 
 import argparse
 import base64
-import html
 import re
 import textwrap
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
 
 from shared import cli, presets
 from shared.checkpoints import write_json, write_text
 from shared.errors import UserError
 from shared.evaluation import table
-from studies.harness import report
+from studies.harness import pages, report, runner
 from studies.harness.runner import Options, Study, study_of
 from studies.harness.verdicts import VERDICTS, shown
 
-INTRODUCTION = (
-    "Measured on corpora that fit on a laptop and stand in for the papers' data: emoji, scenes made of them, and small "
-    "public sets of photographs. They can show an effect at this scale, but not reproduce a paper's number."
-)
-COLUMNS = (
-    "One row per claim. In the paper: its own number, on its data (IN: ImageNet), or its words. Difference: method "
-    "minus baseline, paired by seed unless the row names another unit (encoders, concepts, rounds), ± half of the "
-    "95 % interval, which is the smallest difference that these seeds can resolve. d: the largest difference that "
-    "counts as none. Scores are percent and differences points, unless the claim names another unit (a slope, a ratio, "
-    "r, ρ, a spectrum)."
-)
-FLOOR = (
-    "Floor: the best score in the row's metric that needs no trained arm, such as that of chance, of raw pixels or of "
-    "a pretrained tower's features; for a linear probe, a probe on raw pixels. Claims about a slope, a correlation, a "
-    "ratio, a spectrum, word usage or rare concepts, and some with fewer pairs, have none: another metric, in the "
-    "tables below, shows whether their arms have learned."
-)
-CERTAINTY = (
-    "A verdict is resolved if the stronger arm is above its floors, and the 95 % interval of the difference lies on "
-    "one side of zero or within a range fixed beforehand. Intervals are widened so that all verdicts on a paper's "
-    "abstract hold together at 95 %. Some arms have more seeds than the paper's other arms: a claim about them was "
-    "open, so they got more seeds, in a number fixed in advance, and so did the arms that their metrics are computed "
-    "from. Claims that would have needed many more stayed open. The intervals do not account for this second look."
-)
-OPEN = (
-    "Open claims have their difference ± half of the 95 % interval: the smallest difference that these seeds can "
-    "resolve. d is the largest difference that counts as none."
-)
-BESIDE = (
-    "Claims of abstracts in the studies on photographs. Some cannot be tested there, and some are worded differently "
-    "than above, since these studies differ. In a paper's section, the table of claims on photographs repeats the "
-    "verdicts on emoji or scenes."
-)
 GROUPS = {  # in the order in which verdicts are counted
     "hold here": ("reproduced", "same direction"),
     "do not hold": ("not reproduced",),
@@ -62,44 +29,12 @@ GROUPS = {  # in the order in which verdicts are counted
     "open": ("not resolved", "has not learned", "not testable here"),
 }
 ORDER = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
-RESOLVED = [verdict for verdict in ORDER if verdict not in GROUPS["open"]]
+GROUP_OF = {verdict: group for group, verdicts in GROUPS.items() for verdict in verdicts}
+COLUMNS = ["paper", "claim", "verdict", "difference", "d", "in the paper", "floor", "baseline", "method"]
+COLUMNS += ["seeds", "pictures"]  # of the table of claims of abstracts
+Summaries = dict[str, dict]  # {folder: results}
 
-
-def command(study: Study, summary: dict, file: str = "") -> str:
-    """The command that reproduces the results in `file`, by default the study's in results/; further commands add the
-    seeds that only some arms have."""
-    runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
-    file, variables = file or f"results/{study.home}.json", study.variables_of(summary)
-    where = f" {variables}" if variables else ""
-    where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
-
-    def line(seeds: Sequence[int], arms: Collection[str], extend: str = "") -> str:
-        core = {arm.name for arm in study.chosen("core")}
-        more = [arm.name for arm in study.arms if arm.name in arms and not arm.core]
-        words = [*(["core"] if core <= set(arms) else [arm for arm in arms if arm in core]), *more]
-        names = "all" if len(arms) == len(study.arms) else f'"{" ".join(words)}"'
-        chosen = ("" if words == ["core"] else f" ARMS={names}") + where
-        values = " ".join(map(str, seeds))
-        return f'make reproduce-{name}{extend} SEEDS="{values}"{chosen} RESULTS={file}'
-
-    lines, few = [], 0
-    for many in sorted(set(runs.values())):
-        arms = [arm for arm, n in runs.items() if n > few]
-        lines.append(line(summary["seeds"][few:many], arms, " EXTEND=1" if few else ""))
-        few = many
-    return " && ".join(lines)
-
-
-def in_words(rows: Sequence[dict], verdicts: Iterable[str]) -> str:
-    """The number of rows with each of these verdicts, such as "2 reproduced, 1 not resolved"."""
-    found = counts(rows)
-    return ", ".join(f"{found[verdict]} {verdict}" for verdict in verdicts if found[verdict])
-
-
-def counts(rows: Iterable[dict]) -> dict[str, int]:
-    """{verdict: number of rows that have it}."""
-    found = Counter(row["verdict"] for row in rows)
-    return {verdict: found[verdict] for verdict in VERDICTS}
+# -------------------------------------------------------------------------------------------------------------- claims
 
 
 def pictures_of(summary: dict) -> str:
@@ -110,247 +45,243 @@ def pictures_of(summary: dict) -> str:
     return ", ".join(kind for kind in ("emoji", "scenes", "photographs") if kind in text)
 
 
-def primary_rows(summaries: dict[str, dict]) -> list[dict[str, Any]]:
-    """One row per primary claim (of an abstract): floor, means of both arms, difference, seeds, verdict.
+def claims_of(summaries: Summaries) -> pd.DataFrame:
+    """A row per claim: `COLUMNS`, and whether it is `primary` (of an abstract), and the `group` of its verdict.
 
     The floor is shown if it is in the claim's metric, not if the arms are compared with it in another one.
     """
     rows = []
     for folder, summary in summaries.items():
-        primary = [row for row in summary["claims"] if row["primary"]]
-        for row, line in zip(primary, shown(primary), strict=True):
+        for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True):
             numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
             if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
                 numbers["floor"] = None
-            about = {"paper": folder, "claim": row["claim"], "verdict": row["verdict"]}
-            about |= {"difference": line["here"], "d": line["d"], "in the paper": row["paper"]}
+            about = {"paper": folder, "claim": row["claim"], "verdict": row["verdict"], "difference": line["here"]}
+            about |= {"d": line["d"], "in the paper": row["paper"]}
             about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
-            rows.append(about | {"seeds": row.get("seeds", "-"), "pictures": pictures_of(summary)})
-    return rows
+            about |= {"seeds": row.get("seeds", "-"), "pictures": pictures_of(summary)}
+            rows.append(about | {"primary": row["primary"], "group": GROUP_OF.get(row["verdict"])})
+    return pd.DataFrame(rows, columns=[*COLUMNS, "primary", "group"])
 
 
-def elsewhere(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """{(paper, claim): verdict on photographs} of the claims that are resolved there, and whose verdict in `rows` is of
-    another group, such as open."""
-    group = {verdict: name for name, verdicts in GROUPS.items() for verdict in verdicts}
-    here = {(row["paper"], row["claim"]): group[row["verdict"]] for row in rows}
-    there = {(row["paper"], row["claim"]): row["verdict"] for row in beside if row["verdict"] in RESOLVED}
-    return {claim: verdict for claim, verdict in there.items() if group[verdict] != here.get(claim, group[verdict])}
+def abstracts(claims: pd.DataFrame) -> pd.DataFrame:
+    """The claims of abstracts, by paper."""
+    return claims[claims.primary.astype(bool)]
 
 
-def totals(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """Sentences with the number of primary claims that hold, that do not, and that are open.
+def in_words(verdicts: Iterable[str], order: Iterable[str]) -> str:
+    """The number of verdicts of each kind, such as "2 reproduced, 1 not resolved"."""
+    counts = pd.Series(list(verdicts), dtype=object).value_counts()
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if verdict in counts)
 
-    beside: rows of the claims on photographs.
+
+def elsewhere(primary: pd.DataFrame, beside: pd.DataFrame) -> pd.DataFrame:
+    """The claims of `primary` that are resolved on photographs, with a verdict of another group, such as open; this
+    verdict is in the column `there`."""
+    resolved = beside[beside.group != "open"].rename(columns={"verdict": "there", "group": "group_there"})
+    both = primary.merge(resolved[["paper", "claim", "there", "group_there"]], on=["paper", "claim"])
+    return both[both.group != both.group_there]
+
+
+def totals(primary: pd.DataFrame, beside: pd.DataFrame) -> str:
+    """Sentences with the number of claims of abstracts that hold, that do not, and that are open.
+
+    beside: the claims of abstracts on photographs.
     """
-    found = {group: in_words(rows, verdicts) for group, verdicts in GROUPS.items()}
-    resolved, others = sum(row["verdict"] in RESOLVED for row in rows), elsewhere(rows, beside)
-    still_open = {(row["paper"], row["claim"]) for row in rows if row["verdict"] in GROUPS["open"]}
-    too = len(others.keys() & still_open)
+    found = {group: in_words(primary.verdict, verdicts) for group, verdicts in GROUPS.items()}
     numbers = "; ".join(f"{group}: {words}" for group, words in found.items() if words)
+    resolved, others = int((primary.group != "open").sum()), elsewhere(primary, beside)
+    too = int((others.group == "open").sum())
     photographs = (
         f" On photographs, {too} of the open ones are resolved, so {resolved + too} "
-        f"({(resolved + too) / len(rows):.0%}) have a resolved verdict on pictures of at least one kind; "
+        f"({(resolved + too) / len(primary):.0%}) have a resolved verdict on pictures of at least one kind; "
         f"{len(others) - too} of those that are resolved on both come out differently on photographs."
     )
     return (
-        f"Of {len(rows)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
-        f"({resolved / len(rows):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if others else ''}"
+        f"Of {len(primary)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
+        f"({resolved / len(primary):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if len(others) else ''}"
     )
 
 
-def by_paper(rows: list[dict[str, Any]], beside: list[dict[str, Any]]) -> str:
-    """A list with an item for each paper: its primary claims by verdict, differences of the open ones, the verdicts of
+def by_paper(primary: pd.DataFrame, beside: pd.DataFrame) -> str:
+    """A list with an item for each paper: its claims by verdict, differences of the open ones, the verdicts of
     `elsewhere`, and what abbreviations mean."""
-    items: dict[str, dict[str, list[str]]] = {}
-    too = elsewhere(rows, beside)
-    for row in sorted(rows, key=lambda row: (row["paper"], ORDER.index(row["verdict"]))):
-        also = too.get((row["paper"], row["claim"]))
-        notes = [row["difference"]] * (row["verdict"] in GROUPS["open"]) + [f"on photographs: {also}"] * bool(also)
-        name = row["claim"] + (f" ({'; '.join(notes)})" if notes else "")
-        items.setdefault(row["paper"], {}).setdefault(row["verdict"], []).append(name)
+    there = elsewhere(primary, beside).set_index(["paper", "claim"]).there
     lines = []
-    for paper, claims in items.items():
-        text = ". ".join(f"**{verdict.capitalize()}**: {'; '.join(names)}" for verdict, names in claims.items())
-        lines.append(f"- [{paper}](#{paper}). {text}. {study_of(paper).terms}".rstrip())
+    for paper, of_paper in primary.groupby("paper"):
+        texts = []
+        for verdict in ORDER:
+            names = []
+            for row in of_paper[of_paper.verdict == verdict].itertuples():
+                notes = [row.difference] if row.group == "open" else []
+                if (paper, row.claim) in there:
+                    notes.append(f"on photographs: {there[paper, row.claim]}")
+                names.append(row.claim + (f" ({'; '.join(notes)})" if notes else ""))
+            texts += [f"**{verdict.capitalize()}**: {'; '.join(names)}"] if names else []
+        lines.append(f"- [{paper}](#{paper}). {'. '.join(texts)}. {study_of(paper).terms}".rstrip())
     return "\n".join(lines)
 
 
-def asked_twice(summaries: dict[str, dict], photographs: dict[str, dict]) -> list[dict[str, str]]:
-    """A row for each claim that was tested both on emoji or scenes and on photographs, with both verdicts."""
-    rows = []
-    for folder, summary in photographs.items():
-        first = {row["claim"]: row["verdict"] for row in summaries.get(folder, {"claims": ()})["claims"]}
-        for row in summary["claims"]:
-            if not {first.get(row["claim"], "no claim"), row["verdict"]} & {"no claim", "not testable here"}:
-                verdicts = {"on emoji or scenes": first[row["claim"]], "on photographs": row["verdict"]}
-                rows.append({"paper": folder, "claim": row["claim"]} | verdicts)
-    return rows
+def asked_twice(claims: pd.DataFrame, photographs: pd.DataFrame) -> pd.DataFrame:
+    """The claims that were tested both on emoji or scenes and on photographs, with both verdicts."""
+    untested = ("no claim", "not testable here")
+    here, there = (each[~each.verdict.isin(untested)][["paper", "claim", "verdict"]] for each in (claims, photographs))
+    both = there.merge(here, on=["paper", "claim"], suffixes=(" there", " here"))
+    both = both.rename(columns={"verdict here": "on emoji or scenes", "verdict there": "on photographs"})
+    return both[["paper", "claim", "on emoji or scenes", "on photographs"]]
 
 
-def agreement(rows: list[dict[str, str]]) -> str:
-    """Sentence with the number of claims whose two verdicts are equal."""
-    same = [row["on photographs"] for row in rows if row["on emoji or scenes"] == row["on photographs"]]
-    open_too = sum(verdict in GROUPS["open"] for verdict in same)
-    return (
-        f"{len(rows)} claims of the same name were tested on both kinds of pictures. {len(same)} have the same verdict "
-        f"on both, of which {open_too} are open on both:"
+def counts_table(summaries: Summaries) -> str:
+    """Table of the number of claims of each paper by verdict."""
+    claims = claims_of(summaries)
+    counts = pd.crosstab(claims.paper, claims.verdict).reindex(index=list(summaries), columns=list(VERDICTS)).fillna(0)
+    papers = {folder: f"[{summary['paper']}](#{folder})" for folder, summary in summaries.items()}
+    return table([{"paper": papers[folder]} | {name: int(n) or "" for name, n in counts.loc[folder].items()}
+                  for folder in papers])  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def command(study: Study, summary: dict, file: str = "") -> str:
+    """The command that reproduces the results in `file`, by default the study's in results/; arms with more seeds than
+    others have a command of their own, which writes into runs/."""
+    runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
+    file, variables = file or f"results/{study.home}.json", study.variables_of(summary)
+    where = f" {variables}" if variables else ""
+    where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
+
+    def line(seeds: Sequence[int], arms: Collection[str]) -> str:
+        core = {arm.name for arm in study.chosen("core")}
+        more = [arm.name for arm in study.arms if arm.name in arms and not arm.core]
+        words = [*(["core"] if core <= set(arms) else [arm for arm in arms if arm in core]), *more]
+        names = "all" if len(arms) == len(study.arms) else f'"{" ".join(words)}"'
+        chosen = ("" if words == ["core"] else f" ARMS={names}") + where
+        return f'make reproduce-{name} SEEDS="{" ".join(map(str, seeds))}"{chosen}'
+
+    first, *more = sorted(set(runs.values()))
+    lines = [f"{line(summary['seeds'][:first], list(runs))} RESULTS={file}"]
+    lines += [line(summary["seeds"][:n], [arm for arm in runs if runs[arm] >= n]) for n in more]
+    return " && ".join(lines)
+
+
+def parts_of(folder: str, here: Summaries, photographs: Summaries) -> list[tuple[Study, dict, dict | None]]:
+    """(study, results, results of the same paper on emoji) of a paper on each of its corpora."""
+    found = [(study_of(folder), here[folder], None)] if folder in here else []
+    if folder in photographs:
+        found.append((study_of(folder, "photos"), photographs[folder], here.get(folder)))
+    return found
+
+
+def sections(here: Summaries, photographs: Summaries, home: str = "results") -> dict[str, str]:
+    """{folder: Markdown} of all papers: provenance, command, both tables, of each corpus. home: folder of the results,
+    which decides where commands write."""
+    found = {}
+    for folder in sorted(here | photographs):
+        paragraphs = [f"## {(here | photographs)[folder]['paper']}"]
+        for study, summary, other in parts_of(folder, here, photographs):
+            file = "" if home == "results" else f"runs/{study.home}/results.json"
+            paragraphs += ["### On photographs"] if study.on == "photos" else []
+            paragraphs += [
+                f"{report.provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Command:",
+                f"    {command(study, summary, file)}",
+                f"{summary['corpus']}.",
+                report.named_arms(study, summary),
+                report.claims_table(summary, other),
+            ]
+        found[folder] = "\n\n".join(paragraphs)
+    return found
+
+
+def first_part(here: Summaries, photographs: Summaries) -> str:
+    """Markdown of what comes before the papers' sections: claims of abstracts, counts of verdicts, definitions."""
+    claims, beside = claims_of(here), claims_of(photographs)
+    both, primary, primary_beside = asked_twice(claims, beside), abstracts(claims), abstracts(beside)
+    same = both[both["on photographs"] == both["on emoji or scenes"]]
+    return pages.rendered(
+        "results.md",
+        totals=totals(primary, primary_beside) if len(primary) else "",
+        by_paper=by_paper(primary, primary_beside) if len(primary) else "",
+        primary=table(primary[COLUMNS].to_dict("records")) if len(primary) else "",
+        counts=counts_table(here),
+        beside=table(primary_beside[COLUMNS].to_dict("records")) if len(primary_beside) else "",
+        counts_beside=counts_table(photographs) if photographs else "",
+        asked=len(both),
+        same=len(same),
+        open_on_both=sum(GROUP_OF[verdict] == "open" for verdict in same["on photographs"]),
+        both=table(both.to_dict("records")) if len(both) else "",
+        verdicts=VERDICTS,
     )
 
 
-def named_arms(study: Study, summary: dict) -> dict[str, dict]:
-    """{heading of an arm: its metrics}."""
-    return {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}
+def markdown(here: Summaries, photographs: Summaries) -> str:
+    """Text of RESULTS.md."""
+    papers = (f'<a id="{folder}"></a>\n\n{text}' for folder, text in sections(here, photographs).items())
+    return "\n\n".join([first_part(here, photographs), *papers]) + "\n"
 
 
-def arms_table(study: Study, summary: dict) -> str:
-    """Floors, ceilings and arms as a Markdown table."""
-    return table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"]))
+def html_page(here: Summaries, photographs: Summaries, home: Path) -> str:
+    """Text of report.html: RESULTS.md with the plots in `home`, as a page that needs no other file."""
 
+    def to_html(text: str) -> Markup:
+        html = str(pages.to_html(text)).replace(" ± ", "&nbsp;±&nbsp;")  # stays in one line
+        html = re.sub(
+            f"<td>({'|'.join(VERDICTS)})</td>",
+            lambda cell: cell[0].replace("<td", f'<td class="{cell[1].replace(" ", "-")}"'),
+            html,
+        )  # noqa: E501
+        return Markup(re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL))
 
-# ------------------------------------------------------------------------------------------------------------ Markdown
+    def plots(folder: str) -> list[tuple[str, str]]:
+        homes = [home] * (folder in here) + [home / "photos"] * (folder in photographs)
+        names = [f"{folder}_*.png", f"{folder}/{folder}_*.png"]
+        files = [file for each in homes for name in names for file in sorted(each.glob(name))]
+        return [(file.stem.replace("_", " "), base64.b64encode(file.read_bytes()).decode()) for file in files]
 
-
-def markdown(summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
-    """Text of RESULTS.md: claims of abstracts, counts of verdicts by paper, photographs, a section for each paper."""
-    primary, beside = primary_rows(summaries), primary_rows(photographs)
-    page = ["# Results", INTRODUCTION]
-    if primary:
-        page += [f"{totals(primary, beside)} {CERTAINTY} [Verdicts](#verdicts) are defined below.", OPEN]
-        page.append(by_paper(primary, beside))
-        page += ["## Claims of abstracts", COLUMNS, FLOOR, table(primary)]
-    page += ["## All claims", overview_table(summaries)]
-    page += ["## On photographs", BESIDE, table(beside), overview_table(photographs)] if beside else []
-    both = asked_twice(summaries, photographs)
-    page += [agreement(both), table(both)] if both else []
-    page.append("## Verdicts")
-    page.append(
-        "The verdict on a claim of the paper is the first of these that applies; on other differences it is *no claim*:"
+    papers = sections(here, photographs, home.name).items()
+    return pages.rendered(
+        "report.html",
+        first=to_html(first_part(here, photographs)),
+        papers=[(folder, to_html(text), plots(folder)) for folder, text in papers],
     )
-    page.append("\n".join(f"- **{verdict}**: {meaning}" for verdict, meaning in VERDICTS.items()))
-    page.append(report.STARS.strip())
-    for folder in sorted(summaries | photographs):
-        page.append(f'<a id="{folder}"></a>\n\n## {(summaries | photographs)[folder]["paper"]}')
-        for heading, on, found in (((), "emoji", summaries), ((report.PHOTOGRAPHS,), "photos", photographs)):
-            if folder in found:
-                other = summaries.get(folder) if on == "photos" else None
-                page += [*heading, *section(study_of(folder, on), found[folder], other)]
-    return "\n\n".join(page) + "\n"
 
 
-def with_verdicts(readme: str, summaries: dict[str, dict], photographs: dict[str, dict]) -> str:
+def with_verdicts(readme: str, here: Summaries, photographs: Summaries) -> str:
     """The root README, with `totals` between its marks, and with the last two cells of each paper's table row filled:
-    minutes of the default study on two cores, and the counts of verdicts on the paper's primary claims."""
-    begin, end = "<!-- totals -->\n", "<!-- /totals -->"
-    if begin in readme:
-        head, rest = readme.split(begin)
-        text = textwrap.fill(totals(primary_rows(summaries), primary_rows(photographs)), 128)
-        readme = f"{head}{begin}{text}\n{end}{rest.split(end)[1]}"
-    for folder, summary in summaries.items():
-        words = in_words([row for row in summary["claims"] if row["primary"]], ORDER)
+    minutes of the default study on two cores, and the counts of verdicts on the paper's claims of the abstract."""
+    primary = abstracts(claims_of(here))
+    if "<!-- totals -->\n" in readme:
+        text = textwrap.fill(totals(primary, abstracts(claims_of(photographs))), 128)
+        readme = between(readme, "totals", f"{text}\n")
+    for folder in here:
+        words = in_words(primary[primary.paper == folder].verdict, ORDER)
         cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
-        readme = re.sub(
-            rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$", rf"\g<1> {cells} |", readme, flags=re.MULTILINE
-        )
+        row = rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$"
+        readme = re.sub(row, rf"\g<1> {cells} |", readme, flags=re.MULTILINE)
     return readme
 
 
-def overview_table(summaries: dict[str, dict]) -> str:
-    """Table of the number of claims of each paper by verdict."""
-    return table(
-        [
-            {"paper": f"[{summary['paper']}](#{folder})"}
-            | {verdict: n or "" for verdict, n in counts(summary["claims"]).items()}
-            for folder, summary in summaries.items()
-        ]
-    )
+def between(page: str, mark: str, text: str) -> str:
+    """A page with `text` between its comments <!-- mark --> and <!-- /mark -->."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+    head, rest = page.split(begin, 1)
+    return head + begin + text + end + rest.split(end, 1)[1]
 
 
-def section(study: Study, summary: dict, other: dict | None) -> list[str]:
-    """Paragraphs and tables of one results file; `other`: results of the same paper on emoji."""
-    folder = study.folder
-    return [
-        f"{report.provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Command:",
-        f"    {command(study, summary)}",
-        f"{summary['corpus']}.",
-        arms_table(study, summary),
-        table(report.claim_rows(summary, other)),
-    ]
+def with_results(page: str, folder: str, here: Summaries, photographs: Summaries) -> str:
+    """A paper's README, with its results, and with results/bench/<folder>.md if it exists, between their comments."""
+    found = [pages.rendered("block.md", study=study, summary=summary, provenance=report.provenance(summary),
+                            arms=report.named_arms(study, summary), claims=report.claims_table(summary, other)) + "\n"
+             for study, summary, other in parts_of(folder, here, photographs)]  # fmt: skip
+    page = between(page, "results", "\n".join(found))
+    bench = Path(f"results/bench/{folder}.md")
+    return between(page, "bench", bench.read_text(encoding="utf-8")) if bench.is_file() else page
 
 
-# ---------------------------------------------------------------------------------------------------------------- HTML
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem } th { text-align: left; background: #f2f2f2 }
-th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; vertical-align: top } img { max-width: 100% }
-.wide { overflow-x: auto } code { background: #f2f2f2; padding: 0.1rem 0.3rem } nav a { margin-right: 1rem }
-.reproduced { color: #176f2c } .same-direction { color: #6b6b00 } .not-reproduced { color: #b00020 }
-"""
+# --------------------------------------------------------------------------------------------------------------- files
 
 
-def html_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as an HTML table; verdicts are coloured, and "a ± b" stays in one line."""
-    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = []
-    for row in rows:
-        cells = []
-        for value in map(str, row.values()):
-            kind = f' class="{value.replace(" ", "-")}"' if value in VERDICTS else ""
-            cells.append(f"<td{kind}>{html.escape(value).replace(' ± ', '&nbsp;±&nbsp;')}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
-
-
-def picture(path: Path) -> str:
-    """A PNG as an embedded HTML image."""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{content}" alt="{html.escape(path.stem.replace("_", " "))}">'
-
-
-def html_page(summaries: dict[str, dict], photographs: dict[str, dict], pictures: Path) -> str:
-    """Text of report.html: results as in RESULTS.md, with embedded plots."""
-    overview = [{"paper": each["paper"]} | counts(each["claims"]) for each in summaries.values()]
-    overview += [
-        {"paper": f"{each['paper']}, on photographs"} | counts(each["claims"]) for each in photographs.values()
-    ]
-    folders = sorted(summaries | photographs)
-    links = "".join(f'<a href="#{folder}">{html.escape(folder)}</a>' for folder in folders)
-    meanings = "".join(f"<li><b>{verdict}</b>: {meaning}</li>" for verdict, meaning in VERDICTS.items())
-    page = [f"<h1>Results</h1><p>{INTRODUCTION}</p><nav>{links}</nav>"]
-    primary, beside = primary_rows(summaries), primary_rows(photographs)
-    if primary:
-        page.append(f"<p>{totals(primary, beside)} {CERTAINTY}</p><p>{COLUMNS} {FLOOR}</p>{html_table(primary)}")
-    if beside:
-        page.append(f"<h2>On photographs</h2><p>{BESIDE}</p>{html_table(beside)}")
-    page.append(f"<h2>All claims</h2>{html_table(overview)}<ul>{meanings}</ul>")
-    page.append(f"<p>{html.escape(report.STARS.strip())}</p>")
-    for folder in folders:
-        page.append(f'<h2 id="{folder}">{html.escape((summaries | photographs)[folder]["paper"])}</h2>')
-        if folder in summaries:
-            page += html_section(study_of(folder), summaries[folder], None, pictures)
-        if folder in photographs:
-            page.append(f"<h3>{report.PHOTOGRAPHS.strip('# ')}</h3>")
-            page += html_section(
-                study_of(folder, "photos"), photographs[folder], summaries.get(folder), pictures / "photos"
-            )
-    head = f'<meta charset="utf-8"><title>paper-clips: results</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(page)}</body></html>\n'
-
-
-def html_section(study: Study, summary: dict, other: dict | None, pictures: Path) -> list[str]:
-    """HTML of `section`, with the plots of the study."""
-    folder = study.folder
-    page = [f"<p>{html.escape(text)}</p>" for text in (report.provenance(summary), f"{summary['corpus']}.")]
-    claims = html_table(report.claim_rows(summary, other))
-    file = "" if (pictures / f"{folder}.json").is_file() else f"runs/{study.home}/results.json"
-    page.append(f"<p><code>{html.escape(command(study, summary, file))}</code></p>{claims}")
-    page.append(html_table(report.arms_rows(named_arms(study, summary), study.metrics, summary["floors"])))
-    found = [*pictures.glob(f"{folder}_*.png"), *pictures.glob(f"{folder}/{folder}_*.png")]
-    return page + [picture(path) for path in sorted(found)]
-
-
-def read(folder: Path) -> dict[str, dict]:
+def read(folder: Path) -> Summaries:
     """{paper: results}, read from folder/PAPER.json or folder/PAPER/results.json. UserError if they are not its."""
     files = {paper: (folder / f"{paper}.json", folder / paper / "results.json") for paper in sorted(presets.folders())}
     found = ((paper, path) for paper, paths in files.items() for path in paths if path.is_file())
@@ -360,7 +291,7 @@ def read(folder: Path) -> dict[str, dict]:
 def judge_again(folder: Path, on: str) -> None:
     """Judge the claims of results files again, with the current studies, and write the files that changed."""
     for paper, summary in read(folder).items():
-        if summary != (again := study_of(paper, on).judged_again(summary)):
+        if summary != (again := runner.judged_again(study_of(paper, on), summary)):
             write_json(folder / f"{paper}.json", again)
             print(f"{folder / f'{paper}.json'}: its claims were judged again, with the current studies/{paper}.py")
 
@@ -373,17 +304,17 @@ def main() -> None:
     if committed:
         judge_again(folder, "emoji")
         judge_again(folder / "photos", "photos")
-    found, photographs = read(folder), read(folder / "photos")
-    if not (papers := sorted(found | photographs)):
+    here, photographs = read(folder), read(folder / "photos")
+    if not (papers := sorted(here | photographs)):
         raise UserError(f"{folder} holds no results: run 'make reproduce-all'")
     if committed:
-        write_text("RESULTS.md", markdown(found, photographs))
-        readme = Path("README.md")
-        write_text(readme, with_verdicts(readme.read_text(encoding="utf-8"), found, photographs))
-        for paper in papers:
-            report.update_readme(paper)
+        write_text("RESULTS.md", markdown(here, photographs))
+        readmes = {Path(paper, "README.md"): paper for paper in papers}
+        for path, paper in readmes.items():
+            write_text(path, with_results(path.read_text(encoding="utf-8"), paper, here, photographs))
+        write_text("README.md", with_verdicts(Path("README.md").read_text(encoding="utf-8"), here, photographs))
     page = Path("report.html") if committed else folder / "report.html"
-    write_text(page, html_page(found, photographs, folder))
+    write_text(page, html_page(here, photographs, folder))
     print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(papers)} papers")
 
 

@@ -6,6 +6,7 @@ The folder --photos holds the user's copies of flickr8k, multi30k, pacs, cifar10
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from shared import cli, data, evaluation, zeroshot
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.memory import square_pixels
-from shared.pretrained import lite0_features_of_files
+from shared.pretrained import in_order, keep_features, known_features, lite0_features
 from shared.tars import IMAGE_EXTENSIONS, Broken, descriptions, read_tar
 from studies.harness import floors
 from studies.harness.floors import Floor
@@ -66,6 +67,23 @@ def features_of(files: Sequence[Path], pixels: bool = False, side: int | None = 
     if pixels:
         return torch.stack([floors.raw_pixels(data.decode_image(image)) for image in images])
     return lite0_features_of_files(images, side or SIDE)
+
+
+def lite0_features_of_files(files: Sequence[bytes], side: int, cache: str | Path = "data/cache") -> Tensor:
+    """`lite0_features` (N, 1280) in fp32 of the `square_pixels` of N encoded images (JPEG, PNG, ...).
+
+    Stored in `cache` by a hash of the file, so that known images are not even decoded. BrokenSample for an image that
+    cannot be read.
+    """
+    store = Path(cache) / f"lite0-files-{side}.npz"
+    order, known = [data.file_hash(content) for content in files], known_features(store)
+    unseen = {digest: content for digest, content in zip(order, files, strict=True) if digest not in known}
+    images = (square_pixels(data.decode_image(content), side) for content in unseen.values())
+    batches = iter(lambda: list(itertools.islice(images, 256)), [])
+    features = lite0_features(map(torch.stack, batches), precision="fp32")
+    new = dict(zip(unseen, features.numpy(), strict=True))
+    keep_features(store, new)
+    return in_order(order, known | new)
 
 
 def training_set(
@@ -218,7 +236,9 @@ def evaluated(
     for folder in map(Path, runs):
         of_run = functools.partial(measure, folder)
         sources = [folder / "checkpoint.pt", *files]
-        found.append(evaluation.measured(paper, folder / "results.json", {"sets": list(sets)}, sources, of_run))
+        found.append(
+            evaluation.measured(f"studies.{paper}", folder / "results.json", {"sets": list(sets)}, sources, of_run)
+        )
     return found
 
 

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import io
 import itertools
-import math
+import json
 import os
 import re
 import signal
@@ -18,10 +18,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,28 +29,14 @@ import tyro
 from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
 from shared.errors import UserError
-from shared.run import QUIET, machine
-from studies.harness import report, scripts, verdicts
+from shared.run import QUIET, cores
+from studies.harness import report, verdicts
 from studies.harness.floors import Floor
 from studies.harness.verdicts import Claim, measured
 
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
 
-
-def equal_but_for_rounding(a: Any, b: Any) -> bool:
-    """Whether two JSON values are equal, floats to 1e-9, since versions of SciPy round quantiles differently."""
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal_but_for_rounding(a[name], b[name]) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(equal_but_for_rounding, a, b))
-    return a == b
-
-
-def appended(text: str, separator: str, new: str) -> str:
-    """`text`, a list joined by `separator`, with `new` at its end unless it is in the list."""
-    return text if new in text.split(separator) else f"{text}{separator}{new}"
+# --------------------------------------------------------------------------------------------- what a study declares
 
 
 @dataclass(frozen=True)
@@ -120,8 +105,6 @@ class Study:
     """Whether `evaluate` measures each run independently and caches the result; runs are then measured in parallel."""
     derive: Callable[[report.Comparison], None] = lambda found: None
     """Adds metrics that need several runs to `found.arms`, before claims are judged."""
-    derived_from: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """{arm: other arms from whose runs `derive` computes metrics of this arm}."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, or within one, paired by seed."""
     claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
@@ -133,9 +116,7 @@ class Study:
     more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
-    """Draws plots of arms into a folder."""
-    plot_arms: Callable[[dict[str, list[dict]], Path], None] = lambda arms, out: None
-    """Draws plots that need only the metrics of arms, by seed."""
+    """Draws plots into a folder."""
     before: tuple[Once, ...] = ()
     stages: tuple[Stage, ...] = ()
     corpus: str = "Embedded emoji corpus"
@@ -146,8 +127,6 @@ class Study:
     """Seeds -> further files that floors are computed from."""
     floors: tuple[Floor, ...] = ()
     """Floors, which the stronger arm of a claim must exceed, and ceilings."""
-    passes: str = "epoch"
-    """Unit in which checkpoints count progress: epoch, episode or step."""
     upstream: Callable[[Path], dict[str, Any]] | None = None
     """Clone of the authors' repository (--upstream) -> keyword arguments of `more_rows`."""
     on: Literal["emoji", "photos"] = "emoji"
@@ -189,19 +168,6 @@ class Study:
         """Run folder of an arm or stage."""
         return f"runs/{self.home}/{name}-seed{seed}"
 
-    def clock(self, name: str, seed: int) -> Path:
-        """File with the core seconds of a run: {"seconds", "finished"}, written by `clocked`."""
-        return Path(f"runs/{self.home}/seconds/{name}-seed{seed}.json")
-
-    def core_minutes(self, arms: Container[str], seeds: Sequence[int]) -> float | None:
-        """Minutes of one core for a seed of these arms and their stages, or None if a run's time is not known."""
-        jobs = self.jobs([arm for arm in self.arms if arm.name in arms])
-        files = [self.clock(job.name, seed) for job in jobs for seed in seeds]
-        clocks = [read_json(file) for file in files if file.is_file()]
-        if len(clocks) < len(files) or not all(clock["finished"] for clock in clocks):
-            return None
-        return sum(clock["seconds"] for clock in clocks) / 60 / len(seeds)
-
     def words(self, job: Stage, seed: int) -> list[list[str]]:
         """The job's commands as lists of words, each starting with the name of the script's module."""
 
@@ -217,147 +183,97 @@ class Study:
             lines.append(PLACE.sub(fill, whole).split())
         return lines
 
-    def compare(
-        self, runs: Sequence[str], results: Sequence[dict], path: Path, earlier: dict | None = None, **more: Any
-    ) -> None:
-        """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it.
 
-        earlier: results that these runs add seeds or arms to; then plots that need all runs are not drawn.
-        """
-        found = report.compare_runs(runs, results, self.headings, self.passes)
-        self.derive(found)
-        if earlier:
-            found = report.joined(earlier, found, self.headings)
-        trained = [claim for claim in self.claims if {claim.method, claim.baseline} <= set(found.arms)]
-        if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
-            print(f"claims about {', '.join(sorted(left_out))} are left out: they need other --sets or --arms")
-        summary = self.judged(found, path, earlier, **more)
-        write_json(path, summary)
-        report.write_packages(path.with_name(f"{path.stem}_packages.txt"), keep=earlier is not None)
-        self.plot_arms(found.arms, path.parent)
-        if earlier:
-            print(f"plots beside {path} that need all runs are unchanged: they show earlier ones only")
-        else:
-            self.plot(found, path.parent)
-        report.show(summary, self.metrics, self.stands_for, path)
-
-    def floor_seeds(self, found: report.Comparison, earlier: Container[str]) -> dict[str, list[int]]:
-        """{floor: seeds of its arms} of the floors for these arms that depend on seeds, but are not in `earlier`."""
-        seeds = {}
-        for floor in self.floors:
-            runs = max((len(found.arms[arm]) for arm in floor.arms if arm in found.arms), default=0)
-            if floor.by_seed and runs and floor.name not in earlier:
-                seeds[floor.name] = found.seeds[:runs]  # an arm with n runs has the first n seeds
-        return seeds
-
-    def measured_floors(
-        self, path: Path, arms: Container[str], earlier: Container[str], seeds: dict[str, list[int]]
-    ) -> dict[str, dict[str, float]]:
-        """{floor: {metric: value}} of the floors for these arms that are not in `earlier`; cached in floors.json.
-
-        earlier: names of floors whose values are known. seeds: those of the floors that depend on seeds.
-
-        Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
-        `path` replaces these.
-        """
-        committed, kept = Path(f"results/{self.home}.json"), Path(f"runs/{self.home}/floors.json")
-        known = {} if path.resolve() == committed.resolve() or not committed.is_file() else read_json(committed)
-        floors = [floor for floor in self.floors if not floor.arms or any(arm in arms for arm in floor.arms)]
-        floors = [floor for floor in floors if floor.name not in earlier]
-        if not floors:
-            return {}
-        known = {floor.name: known.get("floors", {}).get(floor.name) for floor in floors if floor.ceiling}
-
-        def measure() -> dict[str, dict[str, float]]:
-            return {floor.name: known.get(floor.name) or floor.values(seeds.get(floor.name, ())) for floor in floors}
-
-        used = sorted({seed for of_floor in seeds.values() for seed in of_floor})
-        sources = [file for folder in self.sets for file in evaluation.files_of(folder)] + [*self.floor_files(used)]
-        setting = {"floors": [floor.name for floor in floors], "known": known, "seeds": seeds}
-        return evaluation.measured(self.folder, kept, setting, sources, measure)
-
-    def rows(
-        self, arms: dict[str, list[dict]], floors: dict[str, dict[str, float]], earlier: dict | None = None
-    ) -> list[dict]:
-        """Rows of this study's claims about the metrics of arms by seed, with these measured floors."""
-        bars = [(floor.arms, floors[floor.name]) for floor in self.floors if floor.name in floors and not floor.ceiling]
-        return verdicts.judged(self.claims, arms, bars, earlier)
-
-    def judged_again(self, summary: dict) -> dict:
-        """Results, judged again from their numbers by the study's current claims and rules; the same if only rounding
-        differs.
-
-        Rows of other claims are kept, since judging them may need the runs. All rows are kept if the study lacks a
-        floor of the results: without it, an arm that is not above that floor could count as learned.
-        """
-        if not set(summary["floors"]) <= {floor.name for floor in self.floors}:
-            return summary
-        claims = self.claims_of(summary) if self.claims_of else self.claims
-        study, known = dataclasses.replace(self, claims=claims), {claim.claim for claim in claims}
-        rows = study.rows(report.by_seed(summary), summary["floors"])
-        rows += [row for row in summary["claims"] if row["claim"] not in known]
-        rows = sorted(rows, key=lambda row: not row["primary"])
-        return summary if equal_but_for_rounding(rows, summary["claims"]) else summary | {"claims": rows}
-
-    def judged(self, found: report.Comparison, path: Path, earlier: dict | None = None, **more: Any) -> dict[str, Any]:
-        """Results: floors, intervals from pooled standard deviations, and primary claims first.
-
-        earlier: results that are part of `found`, and whose floors are kept.
-        """
-        floors = earlier["floors"] if earlier else {}
-        floor_seeds = self.floor_seeds(found, floors)
-        floors = self.measured_floors(path, found.arms, floors, floor_seeds) | floors
-        floors = {floor.name: floors[floor.name] for floor in self.floors if floor.name in floors}
-        committed = Path(f"results/{self.home}.json")
-        more_seeds = report.earlier_arms(committed, found)
-        if more_seeds:
-            print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
-        rows = self.rows(found.arms, floors, more_seeds) + self.more_rows(found, **more)
-        known = {row["claim"] for row in rows}
-        known |= {claim.claim for claim in self.claims}
-        # such as step times, which are no metrics of the arms
-        rows += [row for row in (earlier or {}).get("claims", ()) if row["claim"] not in known]
-        rows.sort(key=lambda row: not row["primary"])
-        about = {"corpus": self.corpus, "floors": floors, "settings": found.settings}
-        if floor_seeds := (earlier or {}).get("floor_seeds", {}) | floor_seeds:
-            about["floor_seeds"] = floor_seeds
-        if earlier:
-            about["machine"] = appended(earlier["machine"], ", then ", machine())
-            about["date"] = appended(earlier["date"], ", ", date.today().isoformat())
-        if not earlier and (minutes := self.core_minutes(found.arms, found.seeds)) is not None:
-            about["core_minutes"] = minutes
-        return report.results(self.paper, found, rows, **about)
+# ------------------------------------------------------------------------------------------------- floors and verdicts
 
 
-@dataclass
-class Options:
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of every arm."""
-    arms: str = "core"
-    """core, all or names of arms, separated by spaces."""
-    results: str | None = None
-    """File for the results; by default results.json beside the runs."""
-    extend: bool = False
-    """Add to the file of --results instead of replacing it: more seeds of all or some of its arms, with the same
-    settings, or new arms, with all of the file's seeds or the first few."""
-    upstream: str | None = None
-    """Clone of the authors' repository, for studies that read it."""
-    corpus: Literal["emoji", "photos"] = "emoji"
-    """emoji: the embedded corpus. photos: photographs and captions from the folder --photos."""
-    photos: str | None = None
-    """Folder with flickr8k, multi30k, pacs, cifar10 and coco, each in its authors' layout; only those that the study
-    reads are needed."""
-    jobs: int = min(cli.cores(), 4)
-    """Number of parallel runs; they share the cores."""
-    measure: str | None = None
-    """Only evaluate this run folder."""
+def measured_floors(study: Study, path: Path, found: report.Comparison) -> tuple[dict, dict]:
+    """({floor: {metric: value}}, {floor: its seeds}) of the floors for the arms in `found`, cached in floors.json.
+
+    Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
+    `path` replaces these. Only floors that depend on seeds have some: those of the runs.
+    """
+    committed, kept = Path(f"results/{study.home}.json"), Path(f"runs/{study.home}/floors.json")
+    floors = [floor for floor in study.floors if not floor.arms or set(floor.arms) & found.arms.keys()]
+    if not floors:
+        return {}, {}
+    other = committed.is_file() and path.resolve() != committed.resolve()
+    before = read_json(committed).get("floors", {}) if other else {}
+    known = {floor.name: before.get(floor.name) for floor in floors if floor.ceiling}
+    seeds = {floor.name: found.seeds for floor in floors if floor.by_seed}
+
+    def measure() -> dict[str, dict[str, float]]:
+        return {floor.name: known.get(floor.name) or floor.values(seeds.get(floor.name, ())) for floor in floors}
+
+    sources = [file for folder in study.sets for file in evaluation.files_of(folder)]
+    sources += study.floor_files(found.seeds if seeds else ())
+    setting = {"floors": [floor.name for floor in floors], "known": known, "seeds": seeds}
+    return evaluation.measured(f"studies.{study.folder}", kept, setting, sources, measure), seeds
 
 
-def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """The seeds without duplicates. UserError if there are none, or one is negative."""
-    if not seeds or min(seeds) < 0:
-        raise UserError("--seeds names at least one seed, each 0 or more")
-    return tuple(dict.fromkeys(seeds))
+def judged(
+    study: Study,
+    arms: dict[str, list[dict]],
+    floors: dict[str, dict[str, float]],
+    earlier: dict[str, list[dict]] | None = None,
+) -> list[dict]:
+    """Rows of the study's claims about the metrics of arms by seed, with these measured floors.
+
+    earlier: arms of earlier results (see `verdicts.judged`).
+    """
+    bars = [(floor.arms, floors[floor.name]) for floor in study.floors if floor.name in floors and not floor.ceiling]
+    return verdicts.judged(study.claims, arms, bars, earlier)
+
+
+def judged_again(study: Study, summary: dict) -> dict:
+    """Results, judged again from their numbers by the study's current claims and rules; the same if only rounding
+    differs, since versions of SciPy round quantiles differently.
+
+    Rows of other claims are kept, since judging them may need the runs. All rows are kept if the study lacks a floor
+    of the results: without it, an arm that is not above that floor could count as learned.
+    """
+    if not set(summary["floors"]) <= {floor.name for floor in study.floors}:
+        return summary
+    claims = study.claims_of(summary) if study.claims_of else study.claims
+    known = {claim.claim for claim in claims}
+    rows = judged(dataclasses.replace(study, claims=claims), report.by_seed(summary), summary["floors"])
+    rows += [row for row in summary["claims"] if row["claim"] not in known]
+    rows.sort(key=lambda row: not row["primary"])
+    was, now = (
+        json.loads(json.dumps(each), parse_float=lambda digits: round(float(digits), 9))
+        for each in (summary["claims"], rows)
+    )
+    return summary if was == now else summary | {"claims": rows}
+
+
+def compare(study: Study, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
+    """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it.
+
+    more: keyword arguments of `Study.more_rows`.
+    """
+    found = report.compare_runs(runs, results, study.headings)
+    study.derive(found)
+    trained = [claim for claim in study.claims if {claim.method, claim.baseline} <= set(found.arms)]
+    if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
+        print(f"claims about {', '.join(sorted(left_out))} are left out: they need other --sets or --arms")
+    floors, seeds = measured_floors(study, path, found)
+    committed = Path(f"results/{study.home}.json")
+    if more_seeds := report.earlier_arms(committed, found):
+        print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
+    rows = judged(study, found.arms, floors, more_seeds) + study.more_rows(found, **more)
+    rows.sort(key=lambda row: not row["primary"])  # primary claims first
+    about = {"corpus": study.corpus, "floors": floors, "settings": found.settings}
+    about |= {"floor_seeds": seeds} if seeds else {}
+    minutes = core_minutes(study, found.arms, found.seeds)
+    about |= {} if minutes is None else {"core_minutes": minutes}
+    summary = report.results(study.paper, found, rows, **about)
+    write_json(path, summary)
+    report.write_packages(path.with_name(f"{path.stem}_packages.txt"))
+    study.plot(found, path.parent)
+    report.show(summary, study.metrics, study.stands_for, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def in_order(jobs: Sequence[Stage]) -> list[Stage]:
@@ -381,9 +297,14 @@ def environment_of(at_once: int) -> dict[str, str]:
     If runs in parallel have several threads each, these wait passively (OMP_WAIT_POLICY), since active waiting would
     take the cores of other runs.
     """
-    threads = max(cli.cores() // at_once, 1)
+    threads = max(cores() // at_once, 1)
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if at_once > 1 and threads > 1 else {}
     return waiting | os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+
+def clock(study: Study, name: str, seed: int) -> Path:
+    """File with the core seconds of a run: {"seconds", "finished"}, written by `clocked`."""
+    return Path(f"runs/{study.home}/seconds/{name}-seed{seed}.json")
 
 
 @contextlib.contextmanager
@@ -402,6 +323,43 @@ def clocked(file: Path, out: Path, cores: int) -> Iterator[None]:
             file.parent.mkdir(parents=True, exist_ok=True)
             seconds = kept["seconds"] + cores * (time.perf_counter() - start)
             write_json(file, {"seconds": seconds, "finished": finished})
+
+
+def core_minutes(study: Study, arms: Container[str], seeds: Sequence[int]) -> float | None:
+    """Minutes of one core for a seed of these arms and their stages, or None if a run's time is not known."""
+    jobs = study.jobs([arm for arm in study.arms if arm.name in arms])
+    files = [clock(study, job.name, seed) for job in jobs for seed in seeds]
+    clocks = [read_json(file) for file in files if file.is_file()]
+    if len(clocks) < len(files) or not all(each["finished"] for each in clocks):
+        return None
+    return sum(each["seconds"] for each in clocks) / 60 / len(seeds)
+
+
+RUNNING: set[subprocess.Popen] = set()
+PATIENCE = 3.0  # seconds between the signals that end interrupted scripts
+
+
+def run_script(words: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run `python -m WORDS` with our stdout and stderr; threads may do so in parallel. UserError if it fails."""
+    process = subprocess.Popen([sys.executable, "-m", *words], env=environment)
+    RUNNING.add(process)
+    try:
+        code = process.wait()
+    finally:
+        RUNNING.remove(process)
+    if code:
+        failed = f"'python -m {' '.join(words)}' failed (exit code {code})"
+        raise UserError(f"{failed}; finished work is kept: run the study again to resume")
+
+
+def interrupt(futures: Sequence[Future]) -> None:
+    """End the scripts that these futures wait for: by SIGINT, which Ctrl+C in a terminal has sent them already, then
+    by SIGTERM, then by SIGKILL."""
+    signals = itertools.chain((signal.SIGINT, signal.SIGTERM), itertools.repeat(signal.SIGKILL))
+    while wait(futures, PATIENCE).not_done:
+        stop = next(signals)
+        for process in list(RUNNING):
+            process.send_signal(stop)
 
 
 def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int, minutes: float | None) -> None:
@@ -438,7 +396,7 @@ def train(study: Study, arms: Sequence[Arm], seeds: Sequence[int], at_once: int,
         except KeyboardInterrupt:
             print("interrupted; finished work is kept: run the study again to resume", file=sys.stderr, flush=True)
             stopped.set()
-            scripts.interrupt(futures.values())
+            interrupt(list(futures.values()))
             raise
     for future in futures.values():
         future.result()
@@ -450,45 +408,71 @@ def run_job(study: Study, job: Stage, seed: int, environment: dict[str, str], co
     if study.alone and isinstance(job, Arm):
         corpus = [] if study.on == "emoji" else ["--corpus", study.on]
         commands.append([f"studies.{study.folder}", *corpus, "--measure", study.out(job.name, seed)])
-    with clocked(study.clock(job.name, seed), Path(study.out(job.name, seed)), cores):
-        for module, *words in commands:
-            if code := scripts.run_script(module, words, environment):
-                failed = f"'{' '.join(['python -m', module, *words])}' failed (exit code {code})"
-                raise UserError(f"{failed}; finished work is kept: run the study again to resume")
+    with clocked(clock(study, job.name, seed), Path(study.out(job.name, seed)), cores):
+        for words in commands:
+            run_script(words, environment)
 
 
 def prepare(study: Study, arms: Sequence[str], photos: str | None = None) -> None:
     """Run the study's commands that run once before these arms. UserError names a failed command."""
     for once in study.before:
         if not once.arms or set(arms) & set(once.arms):
-            words = [word.replace("{photos}", str(photos)) for word in once.command.split()]
-            if code := subprocess.run([sys.executable, "-m", *words]).returncode:
-                raise UserError(f"'python -m {' '.join(words)}' failed (exit code {code})")
+            run_script([word.replace("{photos}", str(photos)) for word in once.command.split()], os.environ)
 
 
-def run(study: Study, options: Options) -> None:
-    """Run the whole study: `before`, training, evaluation, comparison."""
-    if options.measure is not None:
-        with contextlib.redirect_stdout(io.StringIO()):  # results are printed when all runs are compared
-            study.evaluate([options.measure])
-        return
-    arms = study.chosen(options.arms)
-    path, clone = options.results, options.upstream
-    if path is not None and not path.endswith(".json"):
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@dataclass
+class Options:
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of every arm."""
+    arms: str = "core"
+    """core, all or names of arms, separated by spaces."""
+    results: str | None = None
+    """File for the results; by default results.json beside the runs."""
+    upstream: str | None = None
+    """Clone of the authors' repository, for studies that read it."""
+    corpus: Literal["emoji", "photos"] = "emoji"
+    """emoji: the embedded corpus. photos: photographs and captions from the folder --photos."""
+    photos: str | None = None
+    """Folder with flickr8k, multi30k, pacs, cifar10 and coco, each in its authors' layout; only those that the study
+    reads are needed."""
+    jobs: int = min(cores(), 4)
+    """Number of parallel runs; they share the cores."""
+    measure: str | None = None
+    """Only evaluate this run folder."""
+
+
+def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """The seeds without duplicates. UserError if there are none, or one is negative."""
+    if not seeds or min(seeds) < 0:
+        raise UserError("--seeds names at least one seed, each 0 or more")
+    return tuple(dict.fromkeys(seeds))
+
+
+def check_results(study: Study, path: Path) -> None:
+    """UserError if results cannot be written to `path`, or would replace anything but results of this study."""
+    if path.suffix != ".json":
         raise UserError(f"--results {path} should end in .json")
-    if path is not None and (Path(path).is_dir() or Path(path).parent.is_file()):
+    if path.is_dir() or path.parent.is_file():
         raise UserError(f"--results {path} cannot be written there: name a file")
-    if clone is not None and study.upstream is None:
-        raise UserError(f"{study.folder}'s study does not use a clone: leave out --upstream")
-    seeds = checked_seeds(options.seeds)
-    earlier = results_to_extend(study, options, arms, seeds) if options.extend else None
-    if path is not None and not options.extend and Path(path).exists():
+    if path.exists():
         advice = "name another file, or remove that one"
         there = read_json(path, advice)
         if there.get("paper") != study.paper:
             raise UserError(f"--results {path} would replace a file without results of {study.paper}: {advice}")
         if there.get("corpus") != study.corpus:
-            raise UserError(f"--results {path} would replace {other_corpus(there)}: {advice}")
+            other = f"results on another corpus, {there.get('corpus')!r}, or its description has changed"
+            raise UserError(f"--results {path} would replace {other}: {advice}")
+
+
+def check(study: Study, options: Options) -> None:
+    """UserError if options do not fit each other or the study."""
+    if options.results is not None:
+        check_results(study, Path(options.results))
+    if options.upstream is not None and study.upstream is None:
+        raise UserError(f"{study.folder}'s study does not use a clone: leave out --upstream")
     if study.on == "photos" and options.photos is None:
         raise UserError(
             "--corpus photos needs your own copy of the photographs: --photos DIR (PHOTOS=DIR with make), which holds "
@@ -500,55 +484,36 @@ def run(study: Study, options: Options) -> None:
         raise UserError(f"--photos {options.photos!r} is no folder: name the one that holds flickr8k, pacs, ...")
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    more = study.upstream(Path(clone)) if clone is not None else {}
+
+
+def run(study: Study, options: Options) -> None:
+    """Run the whole study: `before`, training, evaluation, comparison."""
+    if options.measure is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # results are printed when all runs are compared
+            study.evaluate([options.measure])
+        return
+    arms, seeds = study.chosen(options.arms), checked_seeds(options.seeds)
+    check(study, options)
+    more = study.upstream(Path(options.upstream)) if options.upstream is not None else {}
     prepare(study, [arm.name for arm in arms], options.photos)
     train(study, arms, seeds, options.jobs, study.minutes.get(options.arms))
     compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
     runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]
-    results = study.evaluate(runs)
-    study.compare(runs, results, Path(path or f"runs/{study.home}/results.json"), earlier, **more)
-
-
-def other_corpus(earlier: dict) -> str:
-    """Results of another corpus, in words."""
-    return f"results on another corpus, {earlier.get('corpus')!r}, or its description has changed"
-
-
-def results_to_extend(study: Study, options: Options, arms: Sequence[Arm], seeds: Sequence[int]) -> dict:
-    """The results of --results, to which --extend adds other seeds or other arms. UserError if it cannot."""
-    if options.results is None or not Path(options.results).is_file():
-        raise UserError("--extend needs --results FILE.json, the results that it adds to")
-    earlier = report.read_results(options.results, study.paper)
-    if earlier["corpus"] != study.corpus:
-        raise UserError(f"{options.results} has {other_corpus(earlier)}: train and measure all arms again")
-    if other := set(earlier["floors"]) - {floor.name for floor in study.floors}:
-        raise UserError(f"{options.results} has another floor, {sorted(other)[0]}: train and measure all arms again")
-    compared = [job.name for job in study.jobs(arms) if isinstance(job, Arm)]
-    needed, known = set(compared), set(earlier["arms"])
-    while sources := {name for arm in needed for name in study.derived_from.get(arm, ())} & known - needed:
-        needed |= sources
-    if missing := sorted(needed - set(compared)):
-        raise UserError(f"metrics of these arms are computed from others: add {', '.join(missing)} to --arms")
-    merged, runs = report.extended_seeds(earlier, compared, seeds), report.by_seed(earlier)
-    has = {arm: set(earlier["seeds"][: len(each)]) for arm, each in runs.items()}
-    for arm in compared:
-        added = set(seeds) - has.get(arm, set())
-        if old := sorted(name for name in has if arm in study.derived_from.get(name, ()) and added & has[name]):
-            raise UserError(
-                f"metrics of {', '.join(old)} in {options.results} would be computed from {arm}, too: train and "
-                "measure all arms again"
-            )
-    if merged == earlier["seeds"] and all(len(runs.get(arm, ())) == len(merged) for arm in compared):
-        raise UserError(f"{options.results} has these seeds of {', '.join(compared)} already")
-    return earlier
+    path = Path(options.results or f"runs/{study.home}/results.json")
+    compare(study, runs, study.evaluate(runs), path, **more)
 
 
 def study_of(folder: str, on: str = "emoji") -> Study:
-    """A paper's study on a corpus. UserError if it has none on photographs."""
-    module = f"studies.{folder}" if on == "emoji" else f"studies.{folder}_photos"
-    if importlib.util.find_spec(module) is None:
+    """A paper's study: STUDY of studies/PAPER.py; on photographs its PHOTOS, or that of studies/PAPER_photos.py.
+    UserError if it has none on photographs."""
+    module = importlib.import_module(f"studies.{folder}")
+    if on == "emoji":
+        return module.STUDY
+    if not hasattr(module, "PHOTOS") and importlib.util.find_spec(f"{module.__name__}_photos"):
+        module = importlib.import_module(f"{module.__name__}_photos")
+    if not hasattr(module, "PHOTOS"):
         raise UserError(f"{folder} has no study on photographs: leave out --corpus")
-    return importlib.import_module(module).STUDY
+    return module.PHOTOS
 
 
 def main(study: Study) -> None:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nmtune import datasets, features, finetune, model, train
+from nmtune import config, datasets, fast_losses, features, finetune, model, train
 from nmtune import eval as evaluation
 from shared import tars
 
@@ -151,6 +151,10 @@ def their_terms(up) -> dict:
 
 OUR_TERMS = {
     "mse": lambda z, f: model.consistency_loss(z[len(z) // 2 :], f[: len(f) // 2]),
+    "cov": lambda z, f: fast_losses.covariance_loss(z),
+    "svd": lambda z, f: fast_losses.dominant_singular_value_loss(z),
+}
+EQUATIONS = {
     "cov": lambda z, f: model.covariance_loss(z),
     "svd": lambda z, f: model.dominant_singular_value_loss(z),
 }
@@ -168,12 +172,15 @@ def value_and_gradient(term, z, f):
 @pytest.mark.parametrize("name", OUR_TERMS)
 def test_terms(up, table, name, n, dim):
     z, f = torch.randn(n, dim) * torch.linspace(0.2, 2, dim), torch.randn(n, dim)
-    terms = their_terms(up)[name], OUR_TERMS[name]
-    (theirs, ours), seconds = race(*(lambda term=term: value_and_gradient(term, z, f) for term in terms))
-    table.compare(
-        f"L_{name.upper()}, n={n}, D={dim}", f"src/models/nml_tune.py:{LINES[name]}", f"model.{OUR_NAMES[name]}",
-        theirs[0], ours[0], gradients=(theirs[1], ours[1]), atol=1e-6, seconds=seconds,
-    )  # fmt: skip
+    forms = {"model" if name == "mse" else "fast_losses": OUR_TERMS[name]}
+    forms |= {"model": EQUATIONS[name]} if name in EQUATIONS else {}
+    for module, term in forms.items():
+        terms = their_terms(up)[name], term
+        (theirs, ours), seconds = race(*(lambda term=term: value_and_gradient(term, z, f) for term in terms))
+        table.compare(
+            f"L_{name.upper()}, n={n}, D={dim}", f"src/models/nml_tune.py:{LINES[name]}", f"{module}.{OUR_NAMES[name]}",
+            theirs[0], ours[0], gradients=(theirs[1], ours[1]), atol=1e-6, seconds=seconds,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- whole training
@@ -186,6 +193,19 @@ class Loader(list):
 def toy_batches(sizes=(8, 8, 3), dim=D, classes=CLASSES) -> Loader:
     make = lambda n: (torch.randn(n, dim), torch.randn(n, dim))  # noqa: E731
     return Loader((make(n), torch.randint(0, classes, (n,))) for n in sizes)
+
+
+class Stacked:
+    """Batches ((feats_w, feats_s), labels) of a loader as ours takes them: rows [view w; view s], and their labels."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return ((torch.cat(feats), labels.repeat(2)) for feats, labels in self.loader)
 
 
 @contextlib.contextmanager
@@ -227,7 +247,8 @@ def test_whole_tuning(up, table, weights):
     args = SimpleNamespace(**ARGS | dict(mse_loss_weight=w_mse, cov_loss_weight=w_cov, svd_loss_weight=w_svd))
     with toy_run(up, up.nml_tune, loader) as (states, _), initial(up, up.nml_tune, start):
         up.nml_tune.nml_tune(args)
-    train.tune("nmtune", head, loader, args.epochs, args.lr, args.wd, weights)
+    cfg = config.Config(epochs=args.epochs, lr=args.lr, weight_decay=args.wd, w_mse=w_mse, w_cov=w_cov, w_svd=w_svd)
+    train.tune(cfg, head, Stacked(loader), views=2)
     theirs, _ = model.split_upstream(states[-1])
     ours = head.state_dict()
     assert theirs.keys() == ours.keys()
@@ -247,7 +268,8 @@ def test_linear_probe(up, table):
         mock.patch.object(up.finetune, "get_dataloader", lambda *_, **__: batches),
     ):
         up.finetune.finetune(SimpleNamespace(**ARGS | dict(lr=1e-2)))
-    train.tune("lp", probe, [(b["features"], b["labels"]) for b in batches], ARGS["epochs"], 1e-2, ARGS["wd"])
+    cfg = config.Config(method="lp", epochs=ARGS["epochs"], lr=1e-2, weight_decay=ARGS["wd"])
+    train.tune(cfg, probe, [(b["features"], b["labels"]) for b in batches], views=1)
     theirs = {k.rpartition(".")[2]: v for k, v in states[-1].items() if k.startswith("classification_head.")}
     table.compare("9 steps of LP", up.finetune.finetune, "train.tune", theirs, probe.state_dict(), rtol=0, atol=1e-5)
 
@@ -316,8 +338,8 @@ def test_trajectory(up, table):
 
     def ours(dtype):
         head = copy.deepcopy(start).to(dtype)
-        weights = args.mse_loss_weight, args.cov_loss_weight, args.svd_loss_weight
-        train.tune("nmtune", head, loader(dtype), epochs, args.lr, args.wd, weights, args.warmup_length)
+        cfg = config.Config(epochs=epochs, lr=args.lr, weight_decay=args.wd, warmup=args.warmup_length)
+        train.tune(cfg, head, Stacked(loader(dtype)), views=2)
 
     curves = trajectory.run(theirs, ours)
     trajectory.compare(table, "nmtune", up.nml_tune.nml_tune, "train.tune", curves)
@@ -354,19 +376,6 @@ def test_noise_and_subset(up, table):
         table.compare(
             f"subset {ratio}", up.common.sample_num_shot, "features.subset_per_class", theirs, ours, rtol=0, atol=0
         )
-
-
-def test_flip_per_sample(up, table, tmp_path):
-    for label in range(3):
-        (tmp_path / str(label)).mkdir()
-        for i in range(20):
-            (tmp_path / str(label) / f"{i:02d}.png").write_bytes(b"")
-    random.seed(9)
-    with on_cpu():
-        theirs = [label for _, label in up.common.ImageFolderWithPaths(str(tmp_path), None, 0.3).samples]
-    ours = datasets.flip_labels_per_sample(np.repeat(np.arange(3), 20), 3, 0.3, random.Random(9))
-    where = "src/datasets/common.py:27"
-    table.compare("per-sample flips", where, "datasets.flip_labels_per_sample", theirs, ours, rtol=0, atol=0)
 
 
 def test_transforms(up, table):
