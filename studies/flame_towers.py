@@ -26,6 +26,7 @@ from flame.config import Config
 from flame.model import FLAME
 from shared import checkpoints, cli, data, evaluation, run
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
+from studies.harness.ceiling import square_pixels
 
 GRID, WIDTH = 2, 1280  # cells a side, channels
 LOCKED = "FLAME-lite0"  # open_clip config of the head on cells
