@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.models import register_model
 from torch import Tensor, nn
-from torchvision.transforms import functional
 
 from flame import train
 from flame.config import PRESETS as PAPER_PRESETS
@@ -27,6 +26,7 @@ from flame.config import Config
 from flame.model import FLAME
 from shared import checkpoints, cli, data, evaluation, run
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
+from studies.harness.ceiling import square_pixels
 
 GRID, WIDTH = 2, 1280  # cells a side, channels
 LOCKED = "FLAME-lite0"  # open_clip config of the head on cells
@@ -42,12 +42,6 @@ PRESETS = {
 }
 
 # --------------------------------------------------------------------------------------------------------------- cells
-
-
-def square_pixels(image: Image.Image, side: int) -> Tensor:
-    """RGB image -> its centre square (3, side, side) uint8."""
-    resized = functional.resize(image, side, functional.InterpolationMode.BICUBIC)
-    return data.to_pixels(functional.center_crop(resized, side))
 
 
 @functools.cache

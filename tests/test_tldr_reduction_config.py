@@ -26,6 +26,7 @@ WRONG = {
     "width": (["small-blip", *X, "--text-width", "0"], "--text-width must be at least 1"),
     "workers": (["small-blip", *X, "--workers", "-1"], "--workers must be at least 0"),
     "uneven": (["small-clip", *X, "--accumulate", "3"], "among 1 processes and 3 micro-batches in each"),
+    "chosen samples": (["small-captioner", *X, "--stream", "--dataset-size", "64"], "reads chosen samples, which"),
     "device": (["small-clip", "--device", "cuda"], "--device cpu"),
 }
 

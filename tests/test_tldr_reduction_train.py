@@ -229,6 +229,11 @@ def test_broken_samples_are_counted(cli, folder, tiny, broken):
     refused(cli(*flags, "--strict", "--out", folder / "strict"), "--strict")
 
 
+def test_a_stream_trains(cli, folder, tiny):
+    finished(cli(*command("scorer", tiny), "--stream", "--epochs", "1", "--out", folder / "stream"))
+    assert [line["step"] for line in metrics(folder / "stream")] == list(range(1, PER_EPOCH + 1))
+
+
 def test_a_run_needs_its_vocabulary(chain, in_process, tiny, tmp_path):
     """One with as many other pieces would give other numbers without an error."""
     vocab = tmp_path / "vocab.txt"

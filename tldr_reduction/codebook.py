@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shared import data, run
+from shared import checkpoints, data, run
 from shared.errors import UserError
 from tldr_reduction.config import CaptionerConfig, read_lines
 from tldr_reduction.datasets import eval_transform, in_order
@@ -56,7 +56,11 @@ def text_embedder(name: str, dim: int) -> Callable[[list[str]], Tensor]:
     orthogonal matrix if its width is not `dim`."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+    try:
+        tokenizer, encoder = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+    except Exception as error:  # the hub and the network raise all kinds
+        why = checkpoints.one_line(error, 120)
+        raise UserError(f"{name}, which embeds the codebook's keywords, cannot be loaded ({why})") from error
 
     @torch.no_grad()
     def embed(texts: list[str]) -> Tensor:

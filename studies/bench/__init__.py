@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import cli, run
+from shared import run
 from shared.errors import UserError
 from tests.parity import check_commit
 
