@@ -188,7 +188,7 @@ def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):
         ((), "name at least one run folder"),
         ((f"{SHARDS}/00000.tar",), "is not a checkpoint"),
         ((small_run, "--batch-size", "0"), "--batch-size must be at least 1"),
-        ((small_run, "--probe-c", "nan"), "--probe-c must be above 0, not nan"),
+        ((small_run, "--probe-c", "nan"), "--probe-c must be finite, not nan"),
     ):
         result = in_process(*arguments, module="tinyclip.eval")
         assert result.code == 2 and words in result.err and one_sentence(result.err)

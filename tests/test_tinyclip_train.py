@@ -397,7 +397,7 @@ def runs(cli, folder: Path) -> dict[str, Path]:
 
 def test_every_stage_trains(runs: dict[str, Path]):
     for arm, out in runs.items():
-        files = {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", "model.pt"}
+        files = {".lock", "config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", "model.pt"}
         files |= {"masks.pt"} if "auto" in arm else set()
         assert {path.name for path in out.iterdir()} == files, arm
         lines = [line for line in metrics(out) if "loss" in line]

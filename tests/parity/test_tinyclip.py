@@ -173,7 +173,8 @@ def test_masked_forward(up, table, training):
     def forward(network_):
         torch.manual_seed(1)  # the same uniform numbers in the same order
         network_.zero_grad()
-        image, text, _ = network_.train(training)(images, tokens)
+        drawn = [student.uniforms()] if network_ is student else []
+        image, text, _ = network_.train(training)(images, tokens, *drawn)
         (image.sum() + (text * text[:, :1].detach()).sum()).backward()
         return image.detach(), text.detach()
 
