@@ -88,7 +88,7 @@ scenes: data
 	$(PY) -m studies.corpora.scenes --out data/scenes
 
 captions: data
-	$(PY) -m flame.recaption
+	$(PY) -m studies.flame_recaption
 
 photos-%: $(VENV)/.installed-base  # FLAGS: further options (see --help)
 	@test -n "$(ROOT)" || { echo 'say where the photographs are: make $@ ROOT=PATH'; exit 2; }

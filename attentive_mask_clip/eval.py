@@ -38,6 +38,7 @@ from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
+from shared.settings import Count, Rate, Whole, check_limits
 from shared.tars import read_tar
 from shared.zeroshot import (
     classification_metrics,
@@ -86,7 +87,7 @@ class Config:
     """Clone of facebookresearch/SLIP, whose labels.json and templates.json --prompts slip reads."""
     probe: str | None = EMOJI + "subgroups_ood"
     """Set with a train/ split for the linear probe on frozen features of the online tower; None skips it."""
-    probe_lr: float | None = 0.1
+    probe_lr: Rate | None = 0.1
     """First learning rate of the probe; None: upstream's 0.00625."""
     foreground: str | None = EMOJI + "names_ood"
     """Set of images on which the share of foreground among kept patches is measured; None skips it."""
@@ -96,9 +97,9 @@ class Config:
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
     times: str | None = None
     """Step times from `python -m studies.attentive_mask_clip_timing --out`, for the report."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images or captions per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -551,9 +552,7 @@ def main(cfg: Config) -> list[dict] | None:
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
         raise UserError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")
-    cli.check_counts(cfg, "batch_size")
-    cli.check_counts(cfg, "workers", least=0)
-    cli.check_rates(cfg, "probe_lr")
+    check_limits(cfg)
     if not 0 < cfg.keep_ratio <= 1:
         raise UserError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
     if not (cfg.sets or cfg.probe or cfg.foreground or cfg.export):

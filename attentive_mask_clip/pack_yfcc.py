@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from shared import checkpoints, cli, data, run, tars
 from shared.errors import UserError
+from shared.settings import Count, Whole, check_limits
 
 TAGS = re.compile(r"<a.*?>|</a>|</?[bi]>")  # S:make_dataset.py:15
 URLS = re.compile(r"(?:http|www)\S+")  # S:make_dataset.py:16
@@ -55,11 +56,11 @@ class Config:
     """Folder that holds images/00/000.zip to images/99/999.zip."""
     out: str
     """Folder for the shards."""
-    dataset_size: int | None = None
+    dataset_size: Count | None = None
     """Number of images to use, those with the lowest numbers; None uses all."""
-    shard_size: int = 10_000
+    shard_size: Count = 10_000
     """Images of the metadata per shard; the shard has fewer pairs if some are skipped."""
-    workers: int = 0
+    workers: Whole = 0
     """Processes; 0: one per core."""
 
 
@@ -207,7 +208,7 @@ def pack(cfg: Config, rows: list[tuple[int, str, str]]) -> None:
     todo = [shard for shard, is_done in enumerate(done) if not is_done]
     jobs = ([cfg] * len(todo), todo, (rows[starts[shard] : starts[shard] + cfg.shard_size] for shard in todo))
     bar = dict(total=len(starts), initial=len(starts) - len(todo), unit="shard", disable=None)
-    workers = min(cfg.workers or cli.cores(), len(todo))
+    workers = min(cfg.workers or run.cores(), len(todo))
     if workers < 2:
         for _ in tqdm(map(pack_shard, *jobs), **bar):
             pass
@@ -239,8 +240,7 @@ def report(cfg: Config, shards: int) -> None:
 
 def main(cfg: Config) -> None:
     """Check the settings and the output folder, then pack."""
-    cli.check_counts(cfg, "dataset_size", "shard_size")
-    cli.check_counts(cfg, "workers", least=0)
+    check_limits(cfg)
     if not (Path(cfg.root) / "images").is_dir():
         raise UserError(f"--root {cfg.root} has no folder images with images/00/000.zip and so on")
     out = Path(cfg.out)

@@ -11,7 +11,7 @@ import torch
 import torchvision.transforms.v2 as transforms
 from torch import Tensor, nn
 
-from concept_frequency.images import plain_view
+from concept_frequency.assigned import plain_view
 from concept_frequency.train import load_run
 from shared import checkpoints, export
 from shared.clip import image_side

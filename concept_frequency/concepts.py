@@ -1,4 +1,4 @@
-"""Lists of concepts, and the files with their counts and scores, in the authors' layout.
+"""Lists of concepts, files with their scores in the authors' layout, and spellings of their names.
 
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Concepts are class names (classification),
 nouns of test captions (retrieval) and curated nouns of prompts (generation). Names are kept raw: spaces, `_`, case.
@@ -6,12 +6,10 @@ nouns of test captions (retrieval) and curated nouns of prompts (generation). Na
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from concept_frequency.model import clean
 from shared.errors import UserError
@@ -41,41 +39,6 @@ def caption_concepts(
     images = {noun: sorted({i // captions_per_image for i in rows} - {num_images}) for noun, rows in texts.items()}
     names = sorted(noun for noun, rows in images.items() if len(rows) >= min_images)
     return Concepts(names, {noun: images[noun] for noun in names}, {noun: texts[noun] for noun in names})
-
-
-def prompts_with_concept(
-    prompts: Sequence[str], words: Sequence[str], plural_prefix: bool = True
-) -> dict[str, list[int]]:
-    """Prompts (lower case) that contain each word; words in no prompt are left out.
-    U:src/text_to_image_experiments/utils.py:29.
-
-    Punctuation is removed. A word matches an equal word of the prompt or, by upstream's plural rule, one that starts
-    with it plus `s`: `car` is found in `carsick`. With `plural_prefix=False` nothing may follow the `s`.
-    """
-    plain = [" " + re.sub(r"[^\w\s]", "", prompt) + " " for prompt in prompts]
-    plural = "s" if plural_prefix else "s "
-    found = {
-        word: [i for i, prompt in enumerate(plain) if f" {word} " in prompt or f" {word}{plural}" in prompt]
-        for word in words
-    }
-    return {word: rows for word, rows in found.items() if rows}
-
-
-def concept_scores(prompts_of: dict[str, list[int]], scores: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
-    """Scores (n, S) of each concept's prompts, from S scores of every prompt; prompts without scores are left out.
-
-    Source: U:src/text_to_image_experiments/utils.py:71.
-    """
-    table = np.asarray(scores, dtype=np.float64)
-    return {word: table[[i for i in rows if i < len(table)]] for word, rows in prompts_of.items()}
-
-
-def mean_scores(scores: dict[str, Sequence[float]], more_than: int = 5) -> dict[str, float]:
-    """A concept's score is the mean over its prompts; concepts with 5 prompts or fewer are skipped.
-
-    Source: U:notebooks/t2i_integrated_search_results.ipynb cell 3.
-    """
-    return {word: float(np.mean(values)) for word, values in scores.items() if len(values) > more_than}
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -109,29 +72,21 @@ def read_descriptions(path: str | Path) -> dict[str, list[str]]:
 
 
 def load_json(path: str | Path):
-    """The content of a JSON file; UserError names the file if it is not JSON."""
+    """The content of a JSON file; UserError names the file if it does not exist or is not JSON."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
-def load_counts(path: str | Path) -> dict[str, int]:
-    """`<set>_<pretraining>_<method>_search_counts.json`: name -> count."""
-    return load_json(path)
-
-
-def load_results(path: str | Path, model: str) -> dict[str, float]:
-    """`<set>_<prompts>_results.json`, or a retrieval file: concept -> score of one model, e.g. `RN50|cc3m`.
+def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str, float]:
+    """Concept -> score of one model, e.g. `RN50|cc3m`, from the content of a file `<set>_<prompts>_results.json`.
 
     CIFAR-10's `plane` is counted as `airplane` (U:notebooks/zero_shot_integrated_search_results.ipynb cell 6). The key
     must be equal; upstream takes the first key that contains both names.
     """
-    return scores_of(load_json(path), model, path)
-
-
-def scores_of(value: dict[str, dict], model: str, path: str | Path) -> dict[str, float]:
-    """`load_results` for the content of the file `path`."""
     key = model_key(model)
     if key not in value:
         raise UserError(f"{path} has no model {key}; it has {', '.join(value)}")
@@ -149,3 +104,98 @@ def model_key(model: str) -> str:
     """`RN50|cc3m` -> `backboneRN50_pretrainedcc3m`, the authors' key; other names are returned unchanged."""
     backbone, bar, pretrained = model.partition("|")
     return f"backbone{backbone}_pretrained{pretrained}" if bar else model
+
+
+def short(key: str) -> str:
+    """`backboneRN50_pretrainedcc3m` -> `RN50|cc3m`."""
+    return key.removeprefix("backbone").replace("_pretrained", "|", 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+# Folded name in CLIP-benchmark's sets and torchvision -> name in the authors' counts, if more than spelling differs.
+OTHER_NAMES = {
+    "automobile": "car",  # CIFAR-10
+    "plane": "airplane",
+    "brushland or shrubland": "herbaceous vegetation land",  # EuroSAT
+    "industrial buildings or commercial buildings": "industrial buildings",
+    "residential buildings or homes or apartments": "residential buildings",
+    "body of a cougar cat": "cougar body",  # Caltech-101
+    "face of a cougar cat": "cougar face",
+    "head of a crocodile": "crocodile head",
+    "head of a flamingo": "flamingo head",
+    "off center face": "face",
+    "side of a car": "car side",
+    "snoopy cartoon beagle": "snoopy",
+    "yin and yang symbol": "yin yang",
+    "air plant": "ball moss",  # Flowers-102
+    "pink and yellow dahlia": "pink yellow dahlia",
+    "missile 1": "missile",  # ImageNet has two classes with this name there
+    "missile 2": "projectile",
+    "sunglasses 1": "sunglass",
+    "sunglasses 2": "sunglasses",
+}
+
+
+class Joined(NamedTuple):
+    """Concepts with both a count and a score, and concepts with only one of them."""
+
+    names: dict[str, str]  # name of a score -> name of its count
+    respelled: int  # number of names that differ in case, `_`, `-` or word order
+    renamed: int  # number of concepts with another name
+    counts_left: list[str]
+    scores_left: list[str]
+
+
+def fold(name: str) -> str:
+    """A name in lower case with single spaces between words: `Polka-dotted` and `polka_dotted` become equal."""
+    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Unique keys for class names: equal names get the suffixes ` (1)`, ` (2)`, ..."""
+    times, seen = Counter(names), Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name} ({seen[name]})" if times[name] > 1 else name)
+    return found
+
+
+def join(counts: Mapping[str, int], scores: Mapping[str, float], aliases: Mapping[str, str]) -> Joined:
+    """Find each score's count by equal names, `aliases`, spelling, word order and OTHER_NAMES, in this order.
+
+    Test sets spell names differently: the authors write `american_bulldog` and `2012 Acura TL Sedan`, CLIP-benchmark
+    `american bulldog` and `Acura TL Sedan 2012`. Ambiguous spellings are not matched (`T-shirt` and `t-shirt` are two
+    of the authors' concepts).
+    """
+    names: dict[str, str] = {}
+
+    def match(of_score: Callable[[str], Hashable], of_count: Callable[[str], Hashable]) -> int:
+        """Match the remaining names that have a key in common with one name alone. Returns the number of matches."""
+        wanted, offered, taken = defaultdict(list), defaultdict(list), set(names.values())
+        for name in scores:
+            wanted[of_score(name)] += [name] if name not in names else []
+        for name in counts:
+            offered[of_count(name)] += [name] if name not in taken else []
+        found = {of[0]: offered[key][0] for key, of in wanted.items() if len(of) == len(offered[key]) == 1}
+        names.update(found)
+        return len(found)
+
+    def same(name: str) -> str:
+        return name
+
+    match(same, same)
+    match(aliases.get, same)
+    respelled = match(fold, fold) + match(sorted_words, sorted_words)
+    renamed = match(lambda name: OTHER_NAMES.get(fold(name)), fold)
+    taken = set(names.values())
+    return Joined(
+        {name: names[name] for name in scores if name in names}, respelled, renamed,
+        [name for name in counts if name not in taken], [name for name in scores if name not in names],
+    )  # fmt: skip
+
+
+def sorted_words(name: str) -> str:
+    """`fold` with the words in alphabetical order."""
+    return " ".join(sorted(fold(name).split()))

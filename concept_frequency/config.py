@@ -1,114 +1,111 @@
-"""Settings of the controlled experiment and of the count, their presets, and the paper's models and corpora.
+"""Settings of our experiment and of the count, their presets, and the paper's models.
 
-The authors train nothing: their models and pretraining sets are the tables at the end. The experiment is ours: it tests
-whether accuracy follows frequency when frequency is *assigned*, on the embedded corpus.
+The authors train nothing: their models and pretraining sets are the tables MODELS and COUNT_PRESETS. The experiment is
+ours: it tests whether accuracy follows frequency when frequency is *assigned*, on the embedded corpus.
 """
 
-import dataclasses
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from concept_frequency.paper_numbers import CURVE_MODELS, DERIVED, PRINTED, TABLE9
-from shared import cli
+from concept_frequency.published.numbers import CURVE_MODELS, DERIVED, PRINTED, TABLE9
 from shared.errors import UserError
-from shared.presets import EMBEDDED, OWN, Row
+from shared.settings import Count, Positive, Rate, RunConfig, Share, Whole, check_limits
 
-# ------------------------------------------------------------------------------------------- the controlled experiment
+# -------------------------------------------------------------------------------------- our experiment: all settings
 
 
-@dataclasses.dataclass
-class Config:
-    """One arm: a corpus with chosen concept frequencies, and a small CLIP trained on it."""
+@dataclass
+class Config(RunConfig):
+    """One arm: a corpus with chosen concept frequencies, and a small CLIP trained on it. No setting is the paper's."""
 
-    out: str = "runs/concept_frequency/run"
-    """Run folder: config.json, pairs.parquet, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the
-    run resumes."""
     data: str = ""
     """Shards in img2dataset layout whose .json names each image's concept ("name") and other words for it ("tags")."""
     eval_set: str = ""
     """Classification set with the concepts' names among its classes; its images are never trained on."""
+    dataset_size: Count = 8_000
+    """Pairs N that are drawn from the images."""
+    keep_in_memory: bool = True
+    """Images are drawn many times: they are always kept, at 64 pixels a side."""
     groups: tuple[str, ...] = ("animals-nature", "food-drink", "travel-places", "objects", "activities")
     """Only concepts of these groups ("group" in .json); none given: all groups."""
-    num_concepts: int | None = 400
+    num_concepts: Count | None = 400
     """Concepts K, drawn with a fixed seed from those with an evaluation image; None: all of these."""
-    total: int = 8_000
-    """Pairs N of the corpus."""
     law: Literal["zipf", "log-uniform"] = "zipf"
     """zipf: frequencies are proportional to 1 / rank**exponent. log-uniform: their logarithms are evenly spaced."""
-    exponent: float = 1.0
+    exponent: Rate = 1.0
     """Exponent of --law zipf: 1 is Zipf's law, 0 makes all equal."""
-    assignment: int = 0
+    assignment: Whole = 0
     """Index of the random assignment of ranks to concepts, which also depends on the seed."""
-    misaligned: float = 0.0
+    misaligned: Share = 0.0
     """Share of pairs that get another pair's caption."""
 
     model: str = "ResNet-emoji"
     """Any open_clip config."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Image side in pixels; None is the model's own."""
-    epochs: int = 7
+    epochs: Count = 7
     """Passes over the corpus."""
-    batch_size: int = 128
-    """Pairs per step, over all processes together."""
-    accumulate: int = 1
-    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice.
-    Batch norms (of a ResNet) normalise each micro-batch separately."""
-    lr: float = 1e-3
+    lr: Rate = 1e-3
     """Peak learning rate of AdamW."""
-    warmup: int = 64
+    warmup: Whole = 64
     """Steps of linear warm-up, before half a cosine to 0."""
-    weight_decay: float = 0.2
+    weight_decay: Rate = 0.2
     """AdamW's decay of matrices; gains, biases and the temperature have none."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients of all parameters together are clipped to this norm."""
 
-    seed: int = 0
-    """Seed of assignment, pairs, initial weights, order and views."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 if the processor supports it. The loss is always fp32."""
-    strict: bool = False
-    """Stop at the first broken sample instead of counting and skipping it."""
-    save_every: int = 200
-    """Steps between checkpoints; there is one at the end, too."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 0
-    """Epochs between zero-shot evaluations; 0: never during training."""
-    dry_run: bool = False
-    """Print sizes, schedule and a memory estimate, and stop; needs no data."""
-
+    @property
     def steps_per_epoch(self) -> int:
         """Number of full batches in an epoch; the short last batch is left out."""
-        return self.total // self.batch_size
+        return self.dataset_size // self.batch_size
+
+    def check(self, world_size: int) -> None:
+        super().check(world_size)
+        if not self.keep_in_memory:
+            raise UserError("images of an arm are always kept in memory: leave out --no-keep-in-memory")
+        if not self.dry_run and not self.eval_set:
+            raise UserError("--eval-set is missing: it takes a classification set in the CLIP-benchmark layout")
+        if not self.dry_run and not Path(self.eval_set).is_dir():
+            raise UserError(f"--eval-set {self.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
+        if self.num_concepts and self.dataset_size < self.num_concepts:
+            raise UserError(
+                f"--dataset-size {self.dataset_size} pairs cannot hold each of --num-concepts {self.num_concepts}"
+            )
+        if self.dataset_size < self.batch_size:
+            raise UserError(f"--dataset-size {self.dataset_size} is less than one batch of {self.batch_size}")
+        if self.law != "zipf" and self.exponent != 1:
+            raise UserError(f"--exponent belongs to --law zipf: leave it out with --law {self.law}")
 
 
-SMALL = Config(groups=(), num_concepts=None, epochs=24, batch_size=256, lr=3e-3, warmup=46)
-EMOJI = dataclasses.replace(
+SMALL = Config(
+    groups=(), num_concepts=None, epochs=24, batch_size=256, lr=3e-3, warmup=46, workers=0, save_every=200,
+)  # fmt: skip
+EMOJI = replace(
     SMALL,
     data="data/emoji/train",
     eval_set="data/emoji/eval/names_ood",
+    eval_every=24,
     groups=Config.groups,
     num_concepts=400,
 )
 PRESETS = {
-    "small": ("Zipf frequencies over the classes of your own --data and --eval-set, small", SMALL),
-    "emoji": ("Zipf frequencies over 400 emoji", EMOJI),
+    "small": ("ours: Zipf frequencies over the classes of your own --data and --eval-set, small", SMALL),
+    "emoji": ("ours: Zipf frequencies over 400 emoji", EMOJI),
     "emoji-uniform": (
-        "the same concepts and number of pairs, all equally frequent",
-        dataclasses.replace(EMOJI, exponent=0.0),
+        "ours: the same concepts and number of pairs, all equally frequent",
+        replace(EMOJI, exponent=0.0),
     ),
     "emoji-log-uniform": (
-        "the same, frequencies evenly spread over their logarithm",
-        dataclasses.replace(EMOJI, law="log-uniform"),
+        "ours: the same, frequencies evenly spread over their logarithm",
+        replace(EMOJI, law="log-uniform"),
     ),
-    "emoji-reassigned": ("Zipf again, ranks given to other concepts", dataclasses.replace(EMOJI, assignment=1)),
+    "emoji-reassigned": ("ours: Zipf again, ranks given to other concepts", replace(EMOJI, assignment=1)),
     "shards": (
-        "the experiment on shards of your own, with concepts named in their .json",
+        "ours: the experiment on shards of your own, with concepts named in their .json",
         Config(
             groups=(),
-            total=1_000_000,
+            dataset_size=1_000_000,
             model="ViT-B-32",
             epochs=32,
             batch_size=1024,
@@ -120,48 +117,13 @@ PRESETS = {
 }
 
 
-def check(cfg: Config, world_size: int) -> None:
-    """Raise ValueError on invalid settings before work starts."""
-    if not cfg.data:
-        raise UserError(
-            "--data is missing: it takes image-text shards in img2dataset layout whose .json has the fields name and "
-            "tags, e.g. --data 'data/emoji/train'; 'python -m shared.pack classes' makes them of your own "
-            "pictures"
-        )
-    cli.check_embedded(cfg.data)
-    if not cfg.eval_set:
-        raise UserError("--eval-set is missing: it takes a classification set in the CLIP-benchmark layout")
-    if not Path(cfg.eval_set).is_dir():
-        raise UserError(f"--eval-set {cfg.eval_set} does not exist: name a folder in the CLIP-benchmark layout")
-    check_sizes(cfg, world_size)
-
-
-def check_sizes(cfg: Config, world_size: int) -> None:
-    """Raise ValueError on settings that need no data to be checked, as in a dry run."""
-    cli.check_counts(cfg, "num_concepts", "total", "epochs", "batch_size", "save_every", "log_every", "image_size")
-    cli.check_counts(cfg, "warmup", "eval_every", least=0)
-    cli.check_batch(cfg, world_size)
-    if cfg.num_concepts and cfg.total < cfg.num_concepts:
-        raise UserError(f"--total {cfg.total} pairs cannot hold each of --num-concepts {cfg.num_concepts}")
-    if cfg.total < cfg.batch_size:
-        raise UserError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
-    cli.check_rates(cfg, "lr", "weight_decay", "exponent")
-    cli.check_positive(cfg, "max_grad_norm")
-    if not 0 <= cfg.misaligned <= 1:
-        raise UserError(f"--misaligned is a share of 0 to 1, not {cfg.misaligned}")
-    if cfg.law != "zipf" and cfg.exponent != 1:
-        raise UserError(f"--exponent belongs to --law zipf: leave it out with --law {cfg.law}")
-
-
 # ------------------------------------------------------------------------------------------------------------ the count
 
-CAPTION_BYTES = 2_000  # memory of a caption while its partition is indexed: text, noun set, postings
-DOC_BYTES = 100_000  # memory of a caption inside spaCy
 
-
-@dataclasses.dataclass
+@dataclass(unsafe_hash=True)
 class CountConfig:
-    """Settings of a count."""
+    """Settings of a count. The paper's are the defaults, and what a preset sets; `data` to `out`, `corrected`,
+    `label_column`, `partition` and the settings after it are ours."""
 
     data: tuple[str, ...] = ()
     """Captions: .tar shards (img2dataset layout), .parquet, .tsv or .txt (one a line), folders of them, or URLs; braces
@@ -182,22 +144,12 @@ class CountConfig:
     """Pipeline that tags captions; `python -m spacy download NAME` installs one."""
     query_spacy: str = "en_core_web_sm"
     """Pipeline that lemmatises the words of concepts, one by one."""
-    exact: bool = True
-    """Skip only the recognition of named entities, which does not change noun sets. --no-exact also skips the parser,
-    which is faster, but adds nouns that the parser's rules would make auxiliaries."""
     lemmatize: bool = True
     """Lemmatise the words of concepts. --no-lemmatize: use them in lower case (upstream's method `lowercased`)."""
-    casefold: bool = False
-    """Index nouns in lower case. Otherwise, as upstream, `Eagles` in a title is never found."""
-    last_token: bool = True
-    """If a concept's word has several tokens, only the last counts, as upstream: `t-shirt` is searched as `shirt`."""
-    clean_terms: bool = False
-    """Clean concepts' terms as nouns are cleaned, so that `crème` can match. Upstream does not."""
-    phrases: bool = True
-    """Also count the captions that contain a concept's name as written, ignoring case. This comparison is not in the
-    paper. Concepts added later need another pass over the captions."""
-    unknown: Literal["drop", "zero"] = "drop"
-    """Terms in no caption. drop: ignore them, as upstream (`unicorn dog` counts as `dog`). zero: the count is 0."""
+    corrected: bool = False
+    """Search what the paper's text says. Otherwise, as upstream, proper nouns are never found (`Eagles`), only the last
+    token of a word counts (`t-shirt` is searched as `shirt`), signs and accents are never found (`crème`), and words in
+    no caption are ignored (`unicorn dog` counts as `dog`)."""
 
     label_column: str = ""
     """Parquet column with the concept in each image, instead of a tagger."""
@@ -213,9 +165,7 @@ class CountConfig:
     descriptions: str = ""
     """Descriptions of the concepts: JSON {concept: texts}, or the authors' list of such dictionaries; empty: `a photo
     of a {c}.`"""
-    average: bool = True
-    """Average the descriptions of a concept, as the authors do. --no-average: RAM++ weights them by the image."""
-    threshold: float = 0.7
+    threshold: Share = 0.7
     """A concept is in an image if its probability exceeds this (compared in half precision, as upstream)."""
     images: tuple[str, ...] = ()
     """Image shards, if captions come from other files; `ids` then finds the caption row of an image."""
@@ -224,47 +174,87 @@ class CountConfig:
     files."""
     keep: str = ""
     """Similarity control: .npy of the ids to keep; adds counts of only these images."""
-    size: int | None = None
+    size: Count | None = None
     """Size of the corpus for the misalignment degree; None: the number of captions counted."""
 
-    workers: int = 0
+    partition: Count = 100_000
+    """Captions of a partition of a table; a worker needs about 2 KB for each, beside its spaCy pipeline. A tar is one
+    partition."""
+    part: str = ""
+    """i/n, with i from 0: only index and tag every n-th partition from the i-th on, as one of n jobs that share --out.
+    When all have ended, the same command without it adds up."""
+    workers: Whole = 0
     """Processes on this machine; 0: one per core. With GPUs, one process per GPU tags images, and the others decode
     them."""
-    address: str = ""
-    """Ray cluster: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local` for Ray on this machine; the extra `ray`."""
-    memory: int = 256
-    """MiB a worker may use for captions and postings, in addition to its spaCy pipeline; sets the size of partitions
-    and batches. A tar is not split."""
-    merge: bool = False
-    """Also write one index of all captions, index.npz; it must fit in memory (8 bytes a posting)."""
     strict: bool = False
     """Stop at the first broken sample instead of counting and skipping it."""
 
-    @property
-    def partition_captions(self) -> int:
-        """Captions of a partition, within `memory`."""
-        return max(self.memory * 2**20 // CAPTION_BYTES, 1)
+    def part_of(self) -> tuple[int, int]:
+        """(i, n) of `part`. UserError unless it is two numbers with i below n."""
+        number, slash, parts = self.part.partition("/")
+        if not (slash and number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
+            raise UserError(f"--part is i/n with i from 0 to n - 1, not {self.part!r}")
+        return int(number), int(parts)
 
-    @property
-    def batch_captions(self) -> int:
-        """Captions that spaCy tags at a time, within `memory`."""
-        return min(max(self.memory * 2**20 // 4 // DOC_BYTES, 1), 5000)
+    def check(self) -> None:
+        """UserError for settings that cannot work, before work starts."""
+        check_limits(self)
+        if not self.data:
+            raise UserError(
+                "--data is missing: it takes captions, e.g. --data 'cc3m/{00000..00331}.tar' or 'part-*.parquet'"
+            )
+        if not self.concepts:
+            raise UserError(
+                "--concepts is missing: name lists of concepts (.txt, .json, or a folder with classnames.txt)"
+            )
+        if self.part:
+            self.part_of()
+        if self.tagger and self.label_column:
+            raise UserError("--tagger and --label-column exclude each other: pass only one")
+        if self.keep and not self.tagger:
+            raise UserError("--keep needs a --tagger")
+        if self.images and not self.tagger:
+            raise UserError("--images needs a --tagger")
+        if self.also and self.ids in ("cc12m", "yfcc15m"):
+            raise UserError(f"--also drops rows, but --ids {self.ids} numbers all rows: leave --also out")
+        if bool(self.images) != (self.ids != "row"):
+            raise UserError(
+                "pass --images (image shards) and --ids (how an image's row of the captions is found) together"
+            )
 
 
-COUNT_PRESETS = {
-    "shards": ("image-text shards in img2dataset layout", CountConfig()),
-    "cc3m": ("CC-3M: tsv (caption, url)", CountConfig(corpus="cc3m", caption_column="0", size=3_318_333)),
-    "cc12m": ("CC-12M: tsv (url, caption)", CountConfig(corpus="cc12m", caption_column="1", size=12_423_374)),
-    "yfcc15m": ("YFCC-15M: tsv (url, caption)", CountConfig(corpus="yfcc15m", caption_column="1", size=14_825_236)),
+COUNT_PRESETS = {  # name: (row of the paper with its misalignment degree, settings)
+    "shards": ("the search, on your image-text shards in img2dataset layout", CountConfig()),
+    "cc3m": (
+        "table 3, CC-3M, tsv (caption, url): 16.81 %",
+        CountConfig(corpus="cc3m", caption_column="0", size=3_318_333),
+    ),
+    "cc12m": (
+        "table 3, CC-12M, tsv (url, caption): 17.25 %",
+        CountConfig(corpus="cc12m", caption_column="1", size=12_423_374),
+    ),
+    "yfcc15m": (
+        "table 3, YFCC-15M, tsv (url, caption): 36.48 %",
+        CountConfig(corpus="yfcc15m", caption_column="1", size=14_825_236),
+    ),
     "laion400m": (
-        "LAION-400M: parquet (caption, url)",
+        "table 3, LAION-400M, parquet (caption, url): 5.31 %",
         CountConfig(corpus="laion400m", caption_column="caption", also="url", size=414_080_000),
     ),
-    "laion2b": ("LAION-2B: parquet (TEXT, URL)", CountConfig(corpus="laion2b", caption_column="TEXT", also="URL")),
-    "laion-aesthetics": ("LAION-Aesthetics shards", CountConfig(corpus="laion_aesthetics", size=161_100_000)),
-    "synthci30m": ("SynthCI-30M shards", CountConfig(corpus="synthci30m")),
+    "laion2b": (
+        "authors' code, LAION-2B, parquet (TEXT, URL): no number",
+        CountConfig(corpus="laion2b", caption_column="TEXT", also="URL"),
+    ),
+    "laion-aesthetics": (
+        "table 3, LAION-Aesthetics shards: 14.34 %",
+        CountConfig(corpus="laion_aesthetics", size=161_100_000),
+    ),
+    "synthci30m": (
+        "section 4.2, SynthCI-30M shards, synthetic pairs: no number",
+        CountConfig(corpus="synthci30m"),
+    ),
     "emoji": (
-        "the embedded corpus, names of its evaluation set",
+        "ours: the embedded corpus, names of its evaluation set",
         CountConfig(
             data=("data/emoji/train",), concepts=("data/emoji/eval/names_ood",), corpus="emoji", spacy="en_core_web_sm"
         ),
@@ -272,31 +262,7 @@ COUNT_PRESETS = {
 }
 
 
-def check_count(cfg: CountConfig) -> None:
-    """Raise ValueError on invalid settings before work starts."""
-    if not cfg.data:
-        raise UserError(
-            "--data is missing: it takes captions, e.g. --data 'cc3m/{00000..00331}.tar' or 'part-*.parquet'"
-        )
-    if not cfg.concepts:
-        raise UserError("--concepts is missing: name lists of concepts (.txt, .json, or a folder with classnames.txt)")
-    if cfg.memory < 1:
-        raise UserError(f"--memory is at least 1 MiB, not {cfg.memory}")
-    if not 0 <= cfg.threshold <= 1:
-        raise UserError(f"--threshold is a probability, not {cfg.threshold}")
-    if cfg.tagger and cfg.label_column:
-        raise UserError("--tagger and --label-column exclude each other: pass only one")
-    if cfg.keep and not cfg.tagger:
-        raise UserError("--keep needs a --tagger")
-    if cfg.images and not cfg.tagger:
-        raise UserError("--images needs a --tagger")
-    if cfg.also and cfg.ids in ("cc12m", "yfcc15m"):
-        raise UserError(f"--also drops rows, but --ids {cfg.ids} numbers all rows: leave --also out")
-    if bool(cfg.images) != (cfg.ids != "row"):
-        raise UserError("pass --images (image shards) and --ids (how an image's row of the captions is found) together")
-
-
-# ------------------------------------------------------------------------------------------ the paper's models and rows
+# ---------------------------------------------------------------------------------- the paper's models, of evaluate.py
 
 # BACKBONE|CORPUS: open_clip's model and weights. If weights are empty, open_clip has none and the user names a file.
 # Activations are those of the authors' evaluation, not always those of training (README, detail 24).
@@ -346,52 +312,26 @@ MODELS = {
     "SO400M|siglip": ("ViT-SO400M-14-SigLIP", "webli"),
 }
 
-# Legends of figures 2 and 4: Pearson's r of log frequency and zero-shot accuracy with the bare class name
-CURVES = dict(zip(CURVE_MODELS, PRINTED["classification", "integrated", "class"], strict=True)) | DERIVED
-CURVES["ViT-B-32|laion200m_train_test_sim_normalized"] = PRINTED["classification", "image", "class"][-1]
-CONTROLS = {  # corpora of figure 4: the control, and the data
-    "synthci30m": ("synthetic data", "synthci30m"),
-    "laion200m_train_test_sim_normalized": ("similarity control, image counts", "150M pairs of LAION"),
-}
-MISALIGNED = {"cc3m": 16.81, "cc12m": 17.25, "yfcc15m": 36.48, "laion400m": 5.31, "laion-aesthetics": 14.34}  # table 3
-LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "tables 4 and 6, figures 3, 5, 6, 8 to 15, 17 to 19, 24, 25, 27": "no runs: `replay` reads the authors' files",
-    "tables 7, 8 and 10, figures 7, 16, 21 to 23, 26, 28 to 31": "no data in the repository",
-    "fig. 20, SLIP and CyCLIP": "no data in the repository; `measure` takes checkpoints of both",
-    "table 2, text-to-image models": "no images are generated in this project; `replay` reads the authors' scores",
-    "RAM++ with GPT-4's descriptions (examples in table 5)": "users supply both: `count --tagger ram++`",
-}
 
-
-def of_model(model: str) -> Row:
+def row_of(model: str) -> str:
     """The figure with a model's curve, its row of table 9, and their numbers."""
-    backbone, _, corpus = model.partition("|")
-    control, data = CONTROLS.get(corpus, ("", corpus))
-    sources, numbers = [], []
-    if model in CURVES:
-        sources.append(f"fig. 4 ({control})" if control else "fig. 2")
-        numbers.append(f"r = {CURVES[model]}" + " (recomputed)" * (model in DERIVED))
+    rows = []
+    curves = dict(zip(CURVE_MODELS, PRINTED["classification", "integrated", "class"], strict=True)) | DERIVED
+    controls = {  # of figure 4, the second with image counts
+        "ViT-B-16|synthci30m": curves["ViT-B-16|synthci30m"],
+        "ViT-B-32|laion200m_train_test_sim_normalized": PRINTED["classification", "image", "class"][-1],
+    }
+    if model in controls:
+        rows.append(f"fig. 4: r = {controls[model]}")
+    elif model in curves:
+        rows.append(f"fig. 2: r = {curves[model]}" + " (recomputed)" * (model in DERIVED))
     if model in TABLE9:
-        sources.append("table 9")
-        numbers.append("ImageNet {:.2f} %, Let It Wag! {:.2f} %".format(*TABLE9[model]))
-    return Row(f"{' and '.join(sources)}, {backbone}, {data}", data, number="; ".join(numbers))
+        rows.append("table 9: ImageNet {:.2f} %, Let It Wag! {:.2f} %".format(*TABLE9[model]))
+    return "; ".join(rows)
 
 
-PAPER_ROWS = {
-    "train": {"small": OWN}
-    | dict.fromkeys(("emoji", "emoji-uniform", "emoji-log-uniform", "emoji-reassigned"), EMBEDDED)
-    | {
-        "shards": Row("ours: the experiment on other data", "any shards with concepts", number="none: not in the paper")
-    },
-    "count": {
-        "shards": Row("the search, on other data", "any shards", number="none: not in the paper"),
-        **{
-            name: Row("table 3, " + name, name, number=f"misalignment degree {degree} %")
-            for name, degree in MISALIGNED.items()
-        },
-        "laion2b": Row("the search", "laion2b"),
-        "synthci30m": Row("synthetic pretraining data", "synthci30m"),
-        "emoji": EMBEDDED,
-    },
-    "measure": {f"'{model}'": of_model(model) for model in MODELS},
+SCRIPTS = {
+    "train": PRESETS,
+    "count": COUNT_PRESETS,
+    "evaluate": {f"'{model}'": (row_of(model), weights) for model, weights in MODELS.items()},
 }

@@ -1,160 +1,196 @@
-"""Count concepts in a corpus of image-text pairs, on one machine or many: `python -m concept_frequency.count PRESET`
+"""Count concepts in a corpus of image-text pairs: `python -m concept_frequency.count PRESET`
 
     python -m concept_frequency.count laion400m --data '/data/laion400m/part-{00000..00031}.parquet' --concepts a.txt
     python -m concept_frequency.count shards --data '/data/cc3m/{00000..00331}.tar' --concepts b.json --tagger clip
 
-Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. Read in this order:
-  corpus.py    files to partitions (a tar, or a slice of a table), their captions, ids of images
-  tagging.py   captions to nouns, images to concepts
-  search.py    the work on one partition, in any process
-  this file    all partitions: index and tag the missing ones, collect the terms that any of them has, sum their counts
-An index of the whole corpus is built only with --merge, and machines exchange only a few thousand words and numbers.
+Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:`. A corpus is a list of partitions: tars, or
+slices of tables (captions.py). Steps, each of them over all partitions in a pool of processes:
+  1. index the nouns of the captions                                      `index_partition`
+  2. tag the images, or take their labels                                 `tag_partition`, `label_partition`
+  3. collect the concepts' terms that any caption has, and count          `sum_partitions`, `count_partition`
+Steps 1 and 2 write a file for each partition, atomically: a count that is restarted computes the missing ones, a count
+of other concepts reuses the index of captions, and `--part i/n` computes every n-th file, on any machine.
 """
 
-import dataclasses
 import functools
 import itertools
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import torch
+from numpy.typing import NDArray
+from scipy import sparse
 
-from concept_frequency.concepts import read_concepts
-from concept_frequency.config import COUNT_PRESETS, CountConfig, check_count
-from concept_frequency.corpus import Partition, RowTable, list_partitions, read_captions, sample_id  # noqa: F401
-from concept_frequency.model import InvertedIndex, clean, query_terms
-from concept_frequency.search import (
-    Counted,
-    CountJob,
-    Done,
-    Job,
-    RayTagger,
-    TagJob,
-    count_partition,
-    count_tags,
-    done_before,
-    index_partition,
-    known_terms,
-    label_partition,
-    partitions_of_tags,
-    phrase_partition,
-    read_phrases,
-    tag_partition,
+from concept_frequency.captions import (
+    Partition,
+    lemmas_of,
+    list_partitions,
+    read_captions,
+    read_columns,
+    tag_captions,
 )
-from concept_frequency.tagging import lemmas_of, tag_captions, tag_images  # noqa: F401
-from shared import checkpoints, cli, data, evaluation, run, tars
+from concept_frequency.concepts import load_json, read_concepts
+from concept_frequency.config import COUNT_PRESETS, CountConfig
+from concept_frequency.images import CaptionRows, Tagger, Tags, load_tagger, tag_shard
+from concept_frequency.model import (
+    InvertedIndex,
+    controlled_counts,
+    known_terms,
+    matched_counts,
+    query_terms,
+    tag_presence,
+)
+from concept_frequency.statistics import misaligned, misalignment_degrees
+from shared import checkpoints, cli, data, evaluation, run
 from shared.errors import UserError
 
-CONNECT_SECONDS = 5.0  # time limit for a Ray head to answer
+# -------------------------------------------------------------------------------------- index and tags of one partition
 
 
-def count_corpus(cfg: CountConfig, names: Sequence[str]) -> Counted:
+class Job(NamedTuple):
+    """A job that writes the index or the tags of a partition."""
+
+    partition: Partition
+    cfg: CountConfig
+    target: str  # file to write
+    names: tuple[str, ...] = ()
+    rows: str = ""  # file of CaptionRows
+
+
+class Done(NamedTuple):
+    """The result of a Job: the index or tags are in the file `target`."""
+
+    target: str
+    documents: int
+    broken: list[data.Broken]
+
+
+def index_partition(job: Job) -> Done:
+    """Tag the captions of a partition and write their index."""
+    broken: list[data.Broken] = []
+    captions = read_captions(job.partition, job.cfg.caption_column, job.cfg.also, broken)
+    index = InvertedIndex.build(tag_captions(captions, job.cfg.spacy, job.cfg.corrected))
+    save = functools.partial(sparse.save_npz, matrix=index.matrix, compressed=False)
+    return finish(job.target, save, index.matrix.shape[0], broken, terms=index.terms)
+
+
+def read_index(target: str) -> InvertedIndex:
+    """The index that `index_partition` wrote."""
+    return InvertedIndex(terms_of(target), sparse.load_npz(target))
+
+
+def terms_of(target: str) -> list[str]:
+    """The words of an index."""
+    return load_json(Path(target).with_suffix(".json"))["terms"]
+
+
+def label_partition(job: Job) -> Done:
+    """Write tags with probability 1 from the label column instead of from images."""
+    cfg, place = job.cfg, {name: c for c, name in enumerate(job.names)}
+    columns = [cfg.caption_column, cfg.label_column] + ([cfg.also] if cfg.also else [])
+    rows = (row for row in read_columns(job.partition, columns) if not cfg.also or (row[0] and row[2]))
+    concepts = np.array([place.get(row[1], -1) for row in rows], dtype=np.int32)
+    documents = np.flatnonzero(concepts >= 0)
+    tags = Tags(documents, concepts[documents], np.ones(len(documents), dtype=np.float16))
+    return finish(job.target, functools.partial(np.savez, **tags._asdict()), len(concepts), [])
+
+
+def tag_partition(job: Job) -> Done:
+    """Write the tags of a shard's images."""
+    tagger = loaded_tagger(job.cfg, job.names, Worker.device)
+    rows = CaptionRows.load(job.rows) if job.rows else None
+    tags, images, broken = tag_shard(job.partition, job.cfg, tagger, rows, Worker.device, Worker.decoders)
+    return finish(job.target, functools.partial(np.savez, **tags._asdict()), images, broken)
+
+
+@functools.cache
+def loaded_tagger(cfg: CountConfig, names: tuple[str, ...], device: str) -> Tagger:
+    """The tagger of this process, loaded once."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # this process must not use another GPU
+    return load_tagger(cfg, names, device)
+
+
+def finish(
+    target: str, save: Callable[[BinaryIO], None], documents: int, broken: list[data.Broken], **about: Any
+) -> Done:
+    """Write `target` atomically, and its number of documents and broken samples to a .json beside it."""
+    about |= {"documents": documents, "broken": broken}
+    checkpoints.write_json(Path(target).with_suffix(".json"), about)
+    own = f".{os.getpid()}.tmp"  # a worker left over from a killed run may write the same file
+    with checkpoints.replaced(Path(target), own) as file:
+        save(file)
+    return Done(target, documents, broken)
+
+
+def done_before(target: str) -> Done:
+    """The Done of a file that an earlier run wrote."""
+    about = load_json(Path(target).with_suffix(".json"))
+    return Done(target, about["documents"], [data.Broken(*each) for each in about["broken"]])
+
+
+# ------------------------------------------------------------------------------------------------------- all partitions
+
+
+def count_corpus(cfg: CountConfig, names: Sequence[str]) -> "Counted":
     """Counts of the concepts `names` in the corpus of `cfg`; finished partitions are not repeated."""
-    cfg, names = absolute(cfg), tuple(names)
-    if cfg.address:
-        connect(cfg.address)
+    texts, tags = prepare(cfg, tuple(names))
+    lemmas = lemmas_of(cfg.query_spacy) if cfg.lemmatize else None
+    return sum_partitions(cfg, [query_terms(name, lemmas, cfg.corrected) for name in names], texts, tags)
+
+
+def prepare(cfg: CountConfig, names: tuple[str, ...]) -> tuple[list[Done], list[Done]]:
+    """(indexes, tags) of the partitions; of every n-th one with `--part`. Reports broken samples."""
     out = Path(cfg.out)
-    partitions = list_partitions(cfg.data, cfg.partition_captions, out / "cache")
-    phrases = phrase_files(cfg, names, partitions, out)
-    texts = text_stage(cfg, partitions, out, names, phrases)
+    partitions = list_partitions(cfg.data, cfg.partition, out / "cache")
+    settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.corrected)
+    texts = stage(index_partition, jobs_of(cfg, partitions, "text", settings), cfg, "captions")
     broken = [b for done in texts for b in done.broken]
-    if not sum(done.documents for done in texts):
+    if not cfg.part and not sum(done.documents for done in texts):
         why = f": {broken[0].reason} ({broken[0].key})" if broken else ""
         raise UserError(f"{', '.join(cfg.data)} holds no caption{why}")
-    data.say_damaged(damaged_tars(partitions, texts))
-    tags, broken_images = tag_stage(cfg, names, partitions, out)
-    broken += broken_images
+    tags = tag_stage(cfg, names, partitions) if cfg.tagger or cfg.label_column else []
+    broken += [b for done in tags for b in done.broken]
     if line := data.broken_report(broken, "kept as documents without concepts"):
         print(line)
-    total = add_up(cfg, names, texts, tags)
-    if cfg.phrases:
-        jobs = [Job(partition, cfg, file, names) for partition, file in zip(partitions, phrases, strict=True)]
-        found = stage(phrase_partition, jobs, cfg, "captions")
-        total = total._replace(phrase=sum(read_phrases(done.target) for done in found))
-    if cfg.merge:
-        InvertedIndex.merge([InvertedIndex.load(done.target) for done in texts]).save(out / "index.npz")
-    return total
+    return texts, tags
 
 
-def damaged_tars(partitions: list[Partition], texts: list[Done]) -> list[str]:
-    """A sentence for each damaged local tar: bytes and captions that could be read, and the expected number."""
-    found, whole = [], []
-    for partition, done in zip(partitions, texts, strict=True):
-        if partition.kind == ".tar" and partition.file in {broken.key for broken in done.broken}:
-            found.append((partition.file, done.documents))
-        elif partition.kind == ".tar":
-            whole.append(done.documents)
-    return [data.damaged_shard(file, count, tars.index_shard(file).spans, whole) for file, count in found]
+def jobs_of(
+    cfg: CountConfig, partitions: list[Partition], kind: str, settings: tuple, names: tuple[str, ...] = ()
+) -> list[Job]:
+    """A job for each partition; its file is in a folder whose name changes with the settings."""
+    folder = Path(cfg.out) / "partitions" / f"{kind}-{data.stable_hash(*map(str, settings)):016x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Job(partition, cfg, str(folder / f"{partition.name()}.npz"), names) for partition in partitions]
 
 
-def absolute(cfg: CountConfig) -> CountConfig:
-    """The same settings with absolute paths, since remote processes have another working folder."""
-    paths = {
-        name: getattr(cfg, name) for name in ("keep", "checkpoint", "descriptions", "model", "pretrained", "spacy")
-    }
-    found = {name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
-    return dataclasses.replace(cfg, out=os.path.abspath(cfg.out), **found)
-
-
-def phrase_files(cfg: CountConfig, names: tuple[str, ...], partitions: list[Partition], out: Path) -> list[str]:
-    """The file of each partition's phrase counts; "" without --phrases."""
-    if not cfg.phrases:
-        return [""] * len(partitions)
-    folder = out / "partitions" / f"phrases-{data.stable_hash(cfg.caption_column, cfg.also, *names):016x}"
-    return [str(folder / f"{partition.name()}.npz") for partition in partitions]
-
-
-def text_stage(
-    cfg: CountConfig, partitions: list[Partition], out: Path, names: tuple[str, ...] = (), phrases: Sequence[str] = ()
-) -> list[Done]:
-    """Index the nouns of every partition. Partitions that are indexed now also get phrase counts of the names."""
-    settings = (cfg.caption_column, cfg.also, cfg.spacy, cfg.exact, cfg.casefold)
-    folder = out / "partitions" / f"text-{data.stable_hash(*map(str, settings)):016x}"
-    files = phrases or [""] * len(partitions)
-    jobs = [
-        Job(partition, cfg, str(folder / f"{partition.name()}.npz"), names if file else (), phrases=file)
-        for partition, file in zip(partitions, files, strict=True)
-    ]
-    return stage(index_partition, jobs, cfg, "captions")
-
-
-def tag_stage(
-    cfg: CountConfig, names: tuple[str, ...], partitions: list[Partition], out: Path
-) -> tuple[list[Done], list[data.Broken]]:
-    """(tags of every partition or image shard, broken samples); nothing without a tagger or labels."""
-    if not (cfg.tagger or cfg.label_column):
-        return [], []
+def tag_stage(cfg: CountConfig, names: tuple[str, ...], partitions: list[Partition]) -> list[Done]:
+    """The tags of every partition, or of every image shard."""
     files = (cfg.model, cfg.pretrained, cfg.checkpoint, cfg.descriptions)
-    settings = (names, cfg.tagger, cfg.label_column, *files)
-    settings += (cfg.average, cfg.ids, cfg.caption_column, cfg.also, min(cfg.threshold, 0.5))
+    settings = (names, cfg.tagger, cfg.label_column, *files, cfg.ids, cfg.caption_column, cfg.also)
+    settings += (min(cfg.threshold, 0.5),)
     weights = (os.path.join(path, "checkpoint.pt") if path and os.path.isdir(path) else path for path in files)
     settings += tuple(stamp(path) for path in weights if path and os.path.isfile(path))
-    if cfg.ids in ("cc12m", "yfcc15m"):  # an image's row depends on all captions
-        settings += tuple(partition.name() for partition in partitions)
-    folder = out / "partitions" / f"images-{data.stable_hash(*map(str, settings)):016x}"
-    table = ""
-    if cfg.ids in ("cc12m", "yfcc15m"):
-        table = str(folder / "rows.npz")
-        if not Path(table).exists():
-            folder.mkdir(parents=True, exist_ok=True)
+    by_text = cfg.ids in ("cc12m", "yfcc15m")  # an image's row depends on all captions
+    settings += tuple(partition.name() for partition in partitions) if by_text else ()
+    shards = list_partitions(cfg.images, cfg.partition, Path(cfg.out) / "cache") if cfg.images else partitions
+    jobs = jobs_of(cfg, shards, "images", settings, names)
+    if by_text and jobs:
+        rows = Path(jobs[0].target).with_name("rows.npz")
+        if not rows.exists():
             column = cfg.caption_column if cfg.ids == "cc12m" else "0"
-            captions = (text for partition in partitions for text in read_captions(partition, column, "", []))
-            RowTable.build(map(str.strip, captions)).save(table)
-    shards = list_partitions(cfg.images, cfg.partition_captions, out / "cache") if cfg.images else partitions
-    jobs = [Job(partition, cfg, str(folder / f"{partition.name()}.npz"), names, table) for partition in shards]
-    done = stage(tag_partition if cfg.tagger else label_partition, jobs, cfg, "images")
-    return done, [b for each in done for b in each.broken]
+            texts = (text for partition in partitions for text in read_captions(partition, column, "", []))
+            CaptionRows.build(map(str.strip, texts)).save(str(rows))
+        jobs = [job._replace(rows=str(rows)) for job in jobs]
+    return stage(tag_partition if cfg.tagger else label_partition, jobs, cfg, "images")
 
 
 def stamp(path: str) -> str:
@@ -163,13 +199,14 @@ def stamp(path: str) -> str:
 
 
 def stage(work: Callable, jobs: list[Job], cfg: CountConfig, label: str) -> list[Done]:
-    """Run the jobs whose results are missing; return all results, in order. Shows partitions, rate and time left."""
+    """Run the jobs of `--part` whose results are missing; return all their results, in order. Shows progress."""
+    if cfg.part:
+        number, parts = cfg.part_of()
+        jobs = jobs[number::parts]
     done = {i: done_before(job.target) for i, job in enumerate(jobs) if Path(job.target).exists()}
     for result in done.values():
         refuse_broken(result, cfg)
     todo = [i for i in range(len(jobs)) if i not in done]
-    for folder in {Path(job.target).parent for job in jobs}:
-        folder.mkdir(parents=True, exist_ok=True)
     start, seen = time.perf_counter(), 0
     with run.counting(len(todo), label, "partition") as tick:
         for i, result in spread(work, [jobs[i] for i in todo], cfg):
@@ -186,89 +223,42 @@ def refuse_broken(result: Done, cfg: CountConfig) -> None:
         raise UserError(f"--strict: sample {result.broken[0].key}: {result.broken[0].reason}")
 
 
-def shown(work: Callable, jobs: Sequence, cfg: CountConfig, label: str) -> Iterator[Any]:
-    """Results in order of completion, under a progress bar."""
-    results = (result for _, result in spread(work, jobs, cfg))
-    return run.progress(results, len(jobs), label, unit="partition")
+class Worker:
+    """What a process uses to tag images: its device, and its number of processes that decode them."""
 
+    device, decoders = "cpu", 0
 
-def add_up(cfg: CountConfig, names: tuple[str, ...], texts: list[Done], tags: list[Done]) -> Counted:
-    """Sums over partitions; each is counted alone, with the terms that occur in any partition."""
-    lemmas = lemmas_of(cfg.query_spacy) if cfg.lemmatize else None
-    queries = [query_terms(name, lemmas, cfg.last_token, cfg.clean_terms) for name in names]
-    wanted = frozenset(term for terms in queries for term in terms)
-    vocabulary = set().union(*shown(known_terms, [(done.target, wanted) for done in texts], cfg, "terms"))
-    missing = tuple(tuple(term for term in terms if term not in vocabulary) for terms in queries)
-    if cfg.unknown == "drop":
-        queries = [[term for term in terms if term in vocabulary] for terms in queries]
-    frozen = tuple(map(tuple, queries))
-
-    bases = np.cumsum([0] + [done.documents for done in texts]).tolist()
-    if cfg.images:  # a file of tags can contain documents of any partition
-        of_partition: list[list[tuple[str, int]]] = [[] for _ in texts]
-        asked = [(done.target, tuple(bases[:-1])) for done in tags]
-        for i, numbers in spread(partitions_of_tags, asked, cfg):
-            for number in numbers:
-                of_partition[number].append((tags[i].target, 0))
-    else:  # the tags of partition i belong to partition i
-        of_partition = [[(done.target, base)] for done, base in zip(tags, bases, strict=False)] or [[] for _ in texts]
-    jobs = [
-        CountJob(done.target, base, done.documents, tuple(sorted(files)), frozen, cfg.threshold)
-        for done, base, files in zip(texts, bases, of_partition, strict=False)
-    ]
-    tag_jobs = [
-        TagJob(done.target, base, len(names), cfg.threshold, cfg.keep)
-        for done, base in zip(tags, [0] * len(tags) if cfg.images else bases, strict=False)
-    ]
-    zero = np.zeros(len(names), dtype=np.int64)
-    total = Counted(zero, zero, 0, 0, 0, zero, zero, 0, searched=frozen, missing=missing)
-    for work, todo, label in ((count_partition, jobs, "counts"), (count_tags, tag_jobs, "image counts")):
-        for counted in shown(work, todo, cfg, label):
-            total = Counted(*(a + b for a, b in zip(total, counted, strict=True)))
-    return total
-
-
-# ------------------------------------------------------------------------------------------------------- where jobs run
+    @classmethod
+    def set(cls, devices: Any, decoders: int) -> None:
+        cls.device, cls.decoders = devices.get(), decoders
 
 
 def spread(work: Callable, jobs: Sequence, cfg: CountConfig) -> Iterator[tuple[int, Any]]:
-    """(job number, result) in order of completion, from this process, processes of this machine, or a Ray cluster.
+    """(job number, result) in order of completion, from this process or a pool of processes.
 
-    Jobs and results are pickled and functions are found by name, so the project must be importable where they run.
+    Images are tagged by one process per GPU, with its share of the workers as decoders; without a GPU, and for all
+    other work, there is a process per worker.
     """
-    if cfg.address:
-        yield from run_on_ray(work, jobs)
-        return
-    crews = processes(work, cfg.workers or cli.cores(), len(jobs))
-    if sum(size for size, _ in crews) <= 1:
-        yield from ((i, call(job)) for _, call in crews for i, job in enumerate(jobs))
+    workers = cfg.workers or run.cores()
+    devices = gpus()[: min(workers, len(jobs))] if work is tag_partition else []
+    size = len(devices) or min(workers, len(jobs))
+    decoders = workers // size if devices and workers > size else 0
+    if size <= 1:
+        Worker.device, Worker.decoders = (devices or ["cpu"])[0], decoders
+        yield from enumerate(map(work, jobs))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes to start
-    pools = [ProcessPoolExecutor(size, multiprocessing.get_context("spawn")) for size, _ in crews]
-    places = [(functools.partial(pool.submit, call), size) for pool, (size, call) in zip(pools, crews, strict=True)]
-
-    def first(running: list[Future]) -> Future:
-        return futures.wait(running, return_when=futures.FIRST_COMPLETED).done.pop()
-
+    context = multiprocessing.get_context("spawn")
+    waiting = context.SimpleQueue()  # each process takes one device
+    for device in devices or ["cpu"] * size:
+        waiting.put(device)
+    pool = ProcessPoolExecutor(size, context, Worker.set, (waiting, decoders))
     try:
-        yield from as_they_come(jobs, places, first, Future.result)
+        numbers = {pool.submit(work, job): i for i, job in enumerate(jobs)}
+        for future in as_completed(numbers):
+            yield numbers[future], future.result()
     finally:
-        for wait in (False, True):  # cancel everywhere first
-            for pool in pools:
-                pool.shutdown(wait, cancel_futures=True)
-
-
-def processes(work: Callable, workers: int, jobs: int) -> list[tuple[int, Callable]]:
-    """(number of processes, the function that each of them calls) for this number of jobs on this machine.
-
-    Images are tagged by one process per GPU, with its share of the `workers` as decoders. Everything else, and images
-    without a GPU, is done by as many processes as there are workers.
-    """
-    devices = gpus()[: min(workers, jobs)] if work is tag_partition else []
-    if not devices:
-        return [(min(workers, jobs), work)]
-    decoders = workers // len(devices) if workers > len(devices) else 0
-    return [(1, functools.partial(work, device=device, decoders=decoders)) for device in devices]
+        pool.shutdown(cancel_futures=True)
 
 
 def gpus() -> list[str]:
@@ -276,199 +266,179 @@ def gpus() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
-def as_they_come(
-    jobs: Sequence, places: list[tuple[Callable, int]], first: Callable[[list], Any], result: Callable[[Any], Any]
-) -> Iterator[tuple[int, Any]]:
-    """(job number, result) in order of completion.
+# --------------------------------------------------------------------------------------------------------------- counts
 
-    places: (function that starts a job, number of simultaneous jobs); as many more are queued, so that no process
-    waits. `first` waits for one of the running jobs, `result` returns its result.
+
+class Counted(NamedTuple):
+    """Counts, summed over partitions. Arrays are (K,)."""
+
+    text: NDArray[np.int64]
+    both: NDArray[np.int64]
+    documents: int
+    with_text: int  # documents with a concept in the caption
+    misaligned: int  # documents with concepts in caption and image, but none in both
+    image: NDArray[np.int64]
+    kept: NDArray[np.int64]  # images in the similarity control
+    with_image: int
+    searched: tuple[tuple[str, ...], ...] = ()  # only in the total: search terms of each concept
+    missing: tuple[tuple[str, ...], ...] = ()  # only in the total: those terms that no caption has
+
+
+class CountJob(NamedTuple):
+    """A job that counts the concepts of a partition in captions, and in both caption and image."""
+
+    index: str  # file of a partition's index
+    base: int  # id of its first document in the corpus
+    tags: tuple[tuple[str, int], ...]  # (file, id of its first document): may tag this partition's documents
+    queries: tuple[tuple[str, ...], ...]  # known terms
+    threshold: float
+
+
+def sum_partitions(cfg: CountConfig, queries: Sequence[Sequence[str]], texts: list[Done], tags: list[Done]) -> Counted:
+    """Counts of K lists of terms: sums over partitions, each counted alone.
+
+    c matches i <=> K_c is not empty and a subset of N_i, with K_c = the terms of c that *some* document of the whole
+    corpus has. So these terms are first collected over all partitions. (Upstream run on partitions drops the terms that
+    are unknown in each of them, so its sums are too large.)
     """
-    todo, running = iter(enumerate(jobs)), {}
+    wanted = {term for terms in queries for term in terms}
+    vocabulary = {term for done in texts for term in wanted.intersection(terms_of(done.target))}
+    missing = tuple(tuple(term for term in terms if term not in vocabulary) for terms in queries)
+    if not cfg.corrected:
+        queries = [known_terms(terms, vocabulary) for terms in queries]
+    searched, k = tuple(map(tuple, queries)), len(queries)
 
-    def start(submit: Callable, count: int) -> None:
-        running.update({submit(job): (i, submit) for i, job in itertools.islice(todo, count)})
-
-    for submit, count in places * 2:
-        start(submit, count)
-    while running:
-        done = first(list(running))
-        i, submit = running.pop(done)
-        start(submit, 1)
-        yield i, result(done)
-
-
-def run_on_ray(work: Callable, jobs: Sequence) -> Iterator[tuple[int, Any]]:
-    """`spread` on the connected Ray cluster: one process per processor, for images one per GPU."""
-    import ray
-
-    taggers, share = [], cores_of_a_gpu(ray.nodes()) if work is tag_partition else None
-    if share is None:
-        places = [(ray.remote(work).remote, 2 * int(ray.cluster_resources().get("CPU", 1)))]
-    else:  # long-lived processes that keep their GPU and model
-        tagger = ray.remote(num_gpus=1, num_cpus=share, max_restarts=2, max_task_retries=2)(RayTagger)
-        count = min(int(ray.available_resources().get("GPU", 0)) or 1, len(jobs))  # other programs may use some
-        taggers = [tagger.remote(share) for _ in range(count)]
-        places = [(tagger.tag.remote, 1) for tagger in taggers]
-
-    def result(done: Any) -> Any:
-        try:
-            return ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # one sentence, without the tracebacks of both machines
-
-    try:
-        yield from as_they_come(jobs, places, lambda running: ray.wait(running, num_returns=1)[0][0], result)
-    finally:
-        for tagger in taggers:
-            ray.kill(tagger)
+    bases = np.cumsum([0] + [done.documents for done in texts]).tolist()
+    of_partition: list[list[tuple[str, int]]] = [[] for _ in texts]
+    if cfg.images:  # a file of tags can contain documents of any partition
+        for i, numbers in spread(partitions_of_tags, [(done.target, tuple(bases[:-1])) for done in tags], cfg):
+            for number in numbers:
+                of_partition[number].append((tags[i].target, 0))
+    else:  # the tags of partition i belong to partition i
+        for i, done in enumerate(tags):
+            of_partition[i].append((done.target, bases[i]))
+    jobs = [
+        CountJob(done.target, base, tuple(sorted(files)), searched, cfg.threshold)
+        for done, base, files in zip(texts, bases, of_partition, strict=False)
+    ]
+    tag_jobs = [(done.target, 0 if cfg.images else base, k, cfg) for done, base in zip(tags, bases, strict=False)]
+    zero = np.zeros(k, dtype=np.int64)
+    total = Counted(zero, zero, 0, 0, 0, zero, zero, 0, searched=searched, missing=missing)
+    for work, todo, label in ((count_partition, jobs, "counts"), (count_tags, tag_jobs, "image counts")):
+        for _, counted in run.progress(spread(work, todo, cfg), len(todo), label, unit="partition"):
+            total = Counted(*(a + b for a, b in zip(total, counted, strict=True)))
+    return total
 
 
-def cores_of_a_gpu(nodes: list[dict]) -> int | None:
-    """Processors per GPU on the machine of a Ray cluster with the lowest number; None without GPUs."""
-    found = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
-    return min((int(each.get("CPU", 0) // each["GPU"]) for each in found), default=None)
+def count_partition(job: CountJob) -> Counted:
+    """Count the concepts of one partition; a document has a concept if it has all of the concept's known terms."""
+    text = read_index(job.index).matches(job.queries)
+    n, k = text.shape
+    pairs = [read_tags(path, job.threshold) + np.array([[base - job.base], [0]]) for path, base in job.tags]
+    rows, columns = np.concatenate([np.zeros((2, 0), dtype=np.int64), *pairs], axis=1)
+    own = (rows >= 0) & (rows < n)
+    image = sparse.csr_array((np.ones(own.sum(), dtype=bool), (rows[own], columns[own])), (n, k))
+    with_text, nothing = int((text.sum(axis=1) > 0).sum()), np.zeros(k, dtype=np.int64)
+    return Counted(
+        text.sum(axis=0), matched_counts(text, image), n, with_text, misaligned(text, image), nothing, nothing, 0
+    )
 
 
-def connect(address: str) -> None:
-    """Connect to the Ray cluster at HOST:PORT, ray://HOST:PORT or `auto`, or start one here (`local`).
-
-    Its processes import this project and modules of the working folder from the same paths as this process, so machines
-    share a file system or have the project installed. ValueError within seconds if nothing answers; Ray itself would
-    try for minutes.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--address needs Ray: pip install 'ray[client]>=2.40'") from None
-    if address not in ("auto", "local"):
-        check_head(address)
-    folders = [str(Path(__file__).resolve().parents[1]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "OMP_NUM_THREADS": "1"}}
-    try:
-        ray.init(
-            address=None if address == "local" else address, ignore_reinit_error=True, log_to_driver=False,
-            runtime_env=environment,
-        )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0].partition(". ")[0]
-        raise UserError(f"--address {address}: no Ray cluster found ({why})") from None
+def count_tags(job: tuple[str, int, int, CountConfig]) -> Counted:
+    """Count the concepts of the images in one file of tags, and of the images that the similarity control keeps; job:
+    (this file, id of its first document, number of concepts, settings)."""
+    path, base, k, cfg = job
+    documents, concepts = read_tags(path, cfg.threshold) + np.array([[base], [0]])
+    nothing = kept = np.zeros(k, dtype=np.int64)
+    if cfg.keep:
+        distinct = np.unique([documents, concepts], axis=1)
+        kept = controlled_counts(*distinct, np.load(cfg.keep, allow_pickle=False), k)
+    return Counted(nothing, nothing, 0, 0, 0, np.bincount(concepts, minlength=k), kept, len(np.unique(documents)))
 
 
-def check_head(address: str) -> None:
-    """UserError unless a gRPC server answers at [ray://]HOST:PORT, as a Ray head does."""
-    import grpc
+def read_tags(path: str, threshold: float) -> NDArray[np.int64]:
+    """(2, n): documents and concepts with a probability above the threshold."""
+    with np.load(path, allow_pickle=False) as file:
+        rows = tag_presence(file["probability"], threshold)
+        return np.stack([file["document"][rows], file["concept"][rows]]).astype(np.int64)
 
-    where = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        host, port = where.hostname, where.port
-    except ValueError:
-        host = port = None
-    if not host or not port:
-        raise UserError(f"--address is auto, local, HOST:PORT or ray://HOST:PORT, not {address!r}")
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise UserError(f"--address {address}: no answer ({error}); `ray status` shows the head's address") from None
-    if os.environ.get("RAY_USE_TLS", "0") == "1":
-        return
-    with grpc.insecure_channel(where.netloc, [("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
-            text = f"--address {address}: this is not a Ray head; `ray status` shows the head's address"
-            raise UserError(text) from None
+
+def partitions_of_tags(job: tuple[str, tuple[int, ...]]) -> set[int]:
+    """Indices of the partitions whose documents are in a file of tags; job: (this file, first document of each
+    partition)."""
+    path, bases = job
+    with np.load(path, allow_pickle=False) as file:
+        return set(np.unique(np.searchsorted(bases, file["document"], side="right") - 1).tolist())
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def write_counts(cfg: CountConfig, lists: dict[str, list[str]], names: Sequence[str], counted: Counted) -> None:
-    """counts.parquet of all concepts, and the authors' <list>_<corpus>_<method>_search_counts.json of each list."""
-    out, with_images = Path(cfg.out), bool(cfg.tagger or cfg.label_column)
-    columns = {"text": counted.text}
-    text_method = "lemmatized" if cfg.lemmatize else "lowercased"
-    methods = {"text": text_method}
-    if with_images:
+def table_of(cfg: CountConfig, names: Sequence[str], counted: Counted) -> pd.DataFrame:
+    """The counts of all concepts, the terms that were searched, and those that no caption has: they were dropped, or
+    with `--corrected` set the count to zero."""
+    columns = {"concept": list(names), "text": counted.text}
+    if cfg.tagger or cfg.label_column:
         columns |= {"image": counted.image, "integrated": counted.both}
-        kind = {"ram++": "rampp", "": "label"}.get(cfg.tagger, cfg.tagger.replace(":", "."))
-        methods |= {"image": f"{kind}{cfg.threshold}", "integrated": f"integrated_t{text_method}_i{cfg.threshold}"}
-    if cfg.keep:
-        columns["kept"], methods["kept"] = counted.kept, f"kept_{methods['image']}"
-    about = {"phrase": counted.phrase} if cfg.phrases else {}
-    about |= {
-        "searched_as": list(map(" ".join, counted.searched)),
-        missing_heading(cfg): list(map(" ".join, counted.missing)),
-    }
+    columns |= {"kept": counted.kept} if cfg.keep else {}
+    columns["searched_as"] = list(map(" ".join, counted.searched))
+    columns["unknown" if cfg.corrected else "dropped"] = list(map(" ".join, counted.missing))
+    return pd.DataFrame(columns)
+
+
+def write_counts(cfg: CountConfig, lists: dict[str, list[str]], counts: pd.DataFrame, counted: Counted) -> None:
+    """counts.parquet of all concepts, and the authors' <list>_<corpus>_<method>_search_counts.json of each list."""
+    out, text = Path(cfg.out), "lemmatized" if cfg.lemmatize else "lowercased"
+    kind = {"ram++": "rampp", "": "label"}.get(cfg.tagger, cfg.tagger.replace(":", "."))
+    image = f"{kind}{cfg.threshold}"
+    methods = {"text": text, "image": image, "integrated": f"integrated_t{text}_i{cfg.threshold}"}
+    methods["kept"] = f"kept_{image}"
     with checkpoints.replaced(out / "counts.parquet") as file:
-        pq.write_table(pa.table({"concept": list(names)} | columns | about), file)
-    place = {name: i for i, name in enumerate(names)}
-    for title, wanted in lists.items():
-        for key, method in methods.items():
-            counts = {name: columns[key][place[name]].item() for name in wanted}
-            checkpoints.write_json(out / f"{title}_{cfg.corpus}_{method}_search_counts.json", counts)
-    if with_images:
-        larger, size = max(counted.with_text, counted.with_image, 1), cfg.size or max(counted.documents, 1)
+        counts.to_parquet(file)
+    by_name = counts.set_index("concept")
+    for (title, wanted), column in itertools.product(lists.items(), methods.keys() & set(counts.columns)):
+        path = out / f"{title}_{cfg.corpus}_{methods[column]}_search_counts.json"
+        checkpoints.write_json(path, by_name[column][wanted].to_dict())
+    if "image" in counts:
+        extracted, whole = degrees(cfg, counted)
         checkpoints.write_json(
             out / f"{cfg.corpus}_misalignment_degree.json",
             {
                 "misalignment_counts": counted.misaligned,
-                "misalignment_degree (percent); extracted dataset size": counted.misaligned / larger,
-                "misalignment_degree (percent); fixed conservative dataset size": counted.misaligned / size,
+                "misalignment_degree (percent); extracted dataset size": extracted,
+                "misalignment_degree (percent); fixed conservative dataset size": whole,
             },
         )
 
 
-def missing_heading(cfg: CountConfig) -> str:
-    """Heading for a concept's terms that no caption has: they were dropped, or set its count to zero."""
-    return "dropped" if cfg.unknown == "drop" else "unknown"
-
-
-def most_frequent(cfg: CountConfig, names: Sequence[str], counted: Counted, rows: int = 10) -> str:
-    """A table of the concepts in the most captions, with the terms that were searched for each."""
-    columns = {"captions": counted.text}
-    columns |= {"phrase": counted.phrase} if cfg.phrases else {}
-    columns |= {"images": counted.image, "both": counted.both} if cfg.tagger or cfg.label_column else {}
-    return evaluation.table([
-        {"concept": names[i], "searched as": " ".join(counted.searched[i]),
-         missing_heading(cfg): " ".join(counted.missing[i])}
-        | {heading: f"{values[i]:,}" for heading, values in columns.items()}
-        for i in np.argsort(-counted.text, kind="stable")[:rows]
-    ])  # fmt: skip
-
-
-def why_never(cfg: CountConfig, names: Sequence[str], counted: Counted) -> str | None:
-    """A sentence about concepts that cannot be found because of their spelling, if there are any."""
-    odd = [name for name, terms in zip(names, counted.missing, strict=True) if any(clean(t) != t for t in terms)]
-    if not odd:
-        return None
-    remedy = "pass --lemmatize, which splits words as captions are split" if not cfg.lemmatize else "pass --clean-terms"
-    return (
-        f"{len(odd):,} concepts, such as {odd[0]!r}, have a term with other signs than letters, which are deleted from "
-        f"captions' nouns, so no caption has the term; {remedy}"
-    )
+def degrees(cfg: CountConfig, counted: Counted) -> tuple[float, float]:
+    """The `misalignment_degrees` of a count."""
+    size = cfg.size or max(counted.documents, 1)
+    return misalignment_degrees(counted.misaligned, counted.with_text, counted.with_image, size)
 
 
 def main(cfg: CountConfig) -> None:
     """Count the concepts of the lists, write the counts, print the most frequent."""
-    check_count(cfg)
+    cfg.check()
     lists = {Path(path).stem if Path(path).is_file() else Path(path).name: read_concepts(path) for path in cfg.concepts}
     if len(lists) < len(cfg.concepts):
         raise UserError(f"lists of concepts need different names, not {', '.join(cfg.concepts)}")
     names = list(dict.fromkeys(name for wanted in lists.values() for name in wanted))
-    start = time.perf_counter()
-    with run.lock(Path(cfg.out)):
+    start, out = time.perf_counter(), Path(cfg.out)
+    if cfg.part:
+        texts, tags = prepare(cfg, tuple(names))
+        print(f"part {cfg.part}: {len(texts) + len(tags)} files in {out}; the command without --part adds up all parts")
+        return
+    with run.lock(out):
         counted = count_corpus(cfg, names)
-        write_counts(cfg, lists, names, counted)
+        counts = table_of(cfg, names, counted)
+        write_counts(cfg, lists, counts, counted)
     seconds, never = time.perf_counter() - start, int((counted.text == 0).sum())
     print(f"{counted.documents:,} captions, {len(names):,} concepts, {seconds:.1f} s; {never:,} concepts in no caption")
-    print(most_frequent(cfg, names, counted))
-    if line := why_never(cfg, names, counted):
-        print(line)
-    if cfg.tagger or cfg.label_column:
-        size = cfg.size or max(counted.documents, 1)
-        print(f"misaligned: {counted.misaligned:,} pairs, {counted.misaligned / size:.2%}")
-    print(f"written to {cfg.out}")
+    print(evaluation.table(counts.sort_values("text", ascending=False, kind="stable")[:10].to_dict("records")))
+    if "image" in counts:
+        print(f"misaligned: {counted.misaligned:,} pairs, {degrees(cfg, counted)[1]:.2%}")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -3,28 +3,24 @@
     python -m concept_frequency.curve --counts runs/cc3m/counts.parquet --scores scores/wds_*_class_results.json
     python -m concept_frequency.curve --counts imagenet_laion400m_lemmatized_search_counts.json --scores log.txt
 
-Counts are those of `concept_frequency.count` or the authors', scores those of `concept_frequency.measure`, of
+Counts are those of `concept_frequency.count` or the authors', scores those of `concept_frequency.evaluate`, of
 CLIP-benchmark, or a table. Writes the curve as a figure, correlation, nulls and diagnostics, the pairs, and the names
-that did not match. The statistics are in statistics.py, the joining of names is in joining.py.
+that did not match. The statistics are in statistics.py, the joining of names is in concepts.py.
 """
 
-import csv
 import dataclasses
-import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pyarrow.parquet as pq
+import pandas as pd
 import tyro
 
-from concept_frequency import figures, statistics
-from concept_frequency.concepts import load_json, scores_of
-from concept_frequency.joining import Joined, join, numbered
-from concept_frequency.published import short
+from concept_frequency import statistics
+from concept_frequency.concepts import join, load_json, numbered, scores_of, short
+from concept_frequency.published import figures
 from shared import checkpoints, cli, evaluation
 from shared.errors import UserError
 
@@ -40,7 +36,7 @@ class Config:
     """Counts of concepts: JSON name -> number, counts.parquet, or CSV with a header. One file for all files of scores,
     or one per file."""
     scores: tuple[str, ...] = ()
-    """Scores of concepts, one file per data set: JSON of `concept_frequency.measure` or the authors, JSON name ->
+    """Scores of concepts, one file per data set: JSON of `concept_frequency.evaluate` or the authors, JSON name ->
     number, CSV with a header, or the output of `clip_benchmark eval --dump_classnames` (.txt or .log)."""
     models: tuple[str, ...] = ()
     """Models in the files of scores, `ViT-B-32|laion400m`; if none is given, all."""
@@ -54,8 +50,6 @@ class Config:
     """Bins of log frequency: the paper's 12 for classification, 7 for retrieval."""
     bins: str = "1:-1"
     """Which bins are correlated, as a Python slice. The paper: 1:-1, LAION-400M 2:-1, SynthCI-30M 0:-4, retrieval 3:"""
-    repetitions: int = 300
-    """Shuffles for each null."""
     out: str = "runs/concept_frequency/curve"
     """Folder for curve.png, curve.json, results.md, pairs.csv and unjoined.json."""
 
@@ -68,51 +62,31 @@ class Scores(NamedTuple):
     values: dict[str, float]
 
 
-class Pairs(NamedTuple):
-    """Counts and scores of one model, pooled over data sets."""
-
-    names: list[str]
-    counts: np.ndarray  # (P,) int64
-    scores: np.ndarray  # (P,) float64
-    datasets: list[str]  # (P,)
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def read_table(path: Path) -> dict[str, list]:
-    """Columns of a parquet or CSV file by name; UserError if no column has concept names."""
-    if path.suffix == ".parquet":
-        columns = pq.read_table(path).to_pydict()
-    else:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-        columns = {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
-    if not any(name in columns for name in NAMES):
-        raise UserError(f"{path} has no column {' or '.join(NAMES)}; it has {', '.join(columns) or 'none'}")
-    return columns
+def read_table(path: Path) -> pd.DataFrame:
+    """A parquet or CSV file; UserError if it does not exist."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def column(columns: dict[str, list], wanted: Iterable[str], path: Path) -> list:
+def column(table: pd.DataFrame, wanted: tuple[str, ...], path: Path) -> pd.Series:
     """The first of the given columns that exists; UserError if none does."""
-    wanted = tuple(wanted)
-    for name in wanted:
-        if name in columns:
-            return columns[name]
-    raise UserError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(columns)}")
+    if found := [name for name in wanted if name in table]:
+        return table[found[0]]
+    raise UserError(f"{path} has no column {' or '.join(wanted)}; it has {', '.join(table) or 'none'}")
 
 
 def read_counts(path: str | Path, count_column: str = "") -> dict[str, int]:
     """{concept: count} from JSON, parquet or CSV."""
     path = Path(path)
     if path.suffix in (".parquet", ".csv"):
-        columns = read_table(path)
-        names = column(columns, NAMES, path)
-        values = column(columns, (count_column,) if count_column else COUNTS, path)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{path} has two counts of {twice}")
+        table = read_table(path)
+        names, values = column(table, NAMES, path), column(table, (count_column,) if count_column else COUNTS, path)
+        if len(twice := names[names.duplicated()]):
+            raise UserError(f"{path} has two counts of {twice.iloc[0]}")
         found = dict(zip(names, values, strict=True))
     else:
         found = load_json(path)
@@ -133,13 +107,11 @@ def read_scores(path: str | Path, score_column: str = "score") -> list[Scores]:
     if path.suffix in (".txt", ".log"):
         return clip_benchmark_scores(path)
     if path.suffix == ".csv":
-        columns = read_table(path)
-        names, values = column(columns, NAMES, path), column(columns, (score_column,), path)
-        models = columns.get("model", ["scores"] * len(names))
-        found: dict[str, dict[str, float]] = {model: {} for model in models}
-        for name, value, model in zip(names, values, models, strict=True):
-            found[model][name] = float(value)
-        return [Scores(path.stem, model, values) for model, values in found.items()]
+        table = read_table(path)
+        names, values = column(table, NAMES, path), column(table, (score_column,), path).astype(float)
+        models = table["model"] if "model" in table else ["scores"] * len(table)
+        found = values.groupby(models, sort=False)
+        return [Scores(path.stem, model, dict(zip(names[of.index], of, strict=True))) for model, of in found]
     value = load_json(path)
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds no scores, name -> number, but a {type(value).__name__}")
@@ -184,72 +156,54 @@ def clip_benchmark_scores(path: Path) -> list[Scores]:
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
-def pair_up(cfg: Config) -> tuple[dict[str, Pairs], dict[str, dict]]:
-    """({model: its pairs}, {data set: names that did not match}). UserError if no name of any file of scores has a
-    count."""
+def pair_up(cfg: Config) -> tuple[pd.DataFrame, dict[str, dict]]:
+    """(pairs: columns model, dataset, concept, count, score; {data set: names that did not match}). UserError if no
+    name of any file of scores has a count."""
     if not cfg.counts or not cfg.scores:
         raise UserError("--counts and --scores are both needed: files of counts, and of scores of the same concepts")
     if len(cfg.counts) not in (1, len(cfg.scores)):
         raise UserError(f"{len(cfg.counts)} files of counts, {len(cfg.scores)} of scores: name one, or one for each")
     one_for_all = len(cfg.counts) < len(cfg.scores)
-    files = cfg.counts * len(cfg.scores) if one_for_all else cfg.counts
     aliases = load_json(cfg.aliases) if cfg.aliases else {}
     if not isinstance(aliases, dict):
         raise UserError(f"--aliases {cfg.aliases} should be a dictionary, name in the scores -> name in the counts")
-    rows: dict[str, list[tuple[str, int, float, str]]] = {}
-    report: dict[str, dict] = {}
-    unmatched = None
-    for counts_file, scores_file in zip(files, cfg.scores, strict=True):
+    rows, report = [], {}
+    for counts_file, scores_file in zip(cfg.counts * (len(cfg.scores) if one_for_all else 1), cfg.scores, strict=True):
         counts = read_counts(counts_file, cfg.count_column)
         for scores in read_scores(scores_file, cfg.score_column):
             if cfg.models and scores.model not in cfg.models:
                 continue
-            if odd := next((name for name, value in scores.values.items() if not math.isfinite(value)), None):
-                raise UserError(f"{scores_file} has a score of {odd} that is not finite")
             joined = join(counts, scores.values, aliases)
-            if not joined.names and unmatched is None:
-                theirs, ours = (next(iter(each), "nothing") for each in (scores.values, counts))
-                unmatched = (
-                    f"no name in {scores_file} has a count in {counts_file} (first names: {theirs!r} and {ours!r}): "
-                    "match them with --aliases"
-                )
-            report[scores.dataset] = described(joined, one_for_all)
-            rows.setdefault(scores.model, []).extend(
-                (name, counts[other], scores.values[name], scores.dataset) for name, other in joined.names.items()
-            )
-    if missing := [model for model in cfg.models if model not in rows]:
-        raise UserError(f"no file of scores has the model {missing[0]}")
-    if unmatched and not any(rows.values()):
-        raise UserError(unmatched)
-    return {model: pooled(of) for model, of in rows.items() if of}, report
+            report[scores.dataset] = {
+                "joined": len(joined.names), "other spelling": joined.respelled, "other name": joined.renamed,
+                "scores without a count": joined.scores_left,
+                "counts without a score": len(joined.counts_left) if one_for_all else joined.counts_left,
+            }  # fmt: skip
+            rows += [
+                (scores.model, scores.dataset, name, counts[other], scores.values[name])
+                for name, other in joined.names.items()
+            ]
+    pairs = pd.DataFrame(rows, columns=["model", "dataset", "concept", "count", "score"])
+    if missing := set(cfg.models) - set(pairs.model):
+        raise UserError(f"no file of scores has the model {missing.pop()}")
+    if pairs.empty:
+        raise UserError(f"no name in {', '.join(cfg.scores)} has a count in {', '.join(cfg.counts)}: use --aliases")
+    return pairs, report
 
 
-def described(joined: Joined, one_for_all: bool) -> dict:
-    """Summary of a join; counts without a score are listed only if the file of counts belongs to this data set
-    alone."""
-    return {
-        "joined": len(joined.names), "other spelling": joined.respelled, "other name": joined.renamed,
-        "scores without a count": joined.scores_left,
-        "counts without a score": len(joined.counts_left) if one_for_all else joined.counts_left,
-    }  # fmt: skip
-
-
-def pooled(rows: list[tuple[str, int, float, str]]) -> Pairs:
-    """Pairs of one model from (name, count, score, data set). UserError if there is nothing to correlate, or if some
-    data sets have scores in percent and others fractions."""
-    names, counts, scores, datasets = (list(each) for each in zip(*rows, strict=True))
-    largest: dict[str, float] = {}
-    for dataset, score in zip(datasets, scores, strict=True):
-        largest[dataset] = max(largest.get(dataset, 0.0), score)
-    fractions = [dataset for dataset, score in largest.items() if 0 < score <= 1]
-    if fractions and (percent := [dataset for dataset, score in largest.items() if score > 1]):
+def check_pairs(pairs: pd.DataFrame) -> None:
+    """UserError if one model's pairs have no curve, or if data sets have scores in different units."""
+    if len(odd := pairs[~np.isfinite(pairs.score)]):
+        raise UserError(f"{odd.dataset.iloc[0]} has a score of {odd.concept.iloc[0]} that is not finite")
+    largest = pairs.groupby("dataset").score.max()
+    fractions, percent = largest[(largest > 0) & (largest <= 1)], largest[largest > 1]
+    if len(fractions) and len(percent):
         raise UserError(
-            f"scores of {fractions[0]} are fractions (at most {largest[fractions[0]]:g}), those of {percent[0]} are in "
-            f"percent (up to {largest[percent[0]]:g}): pool data sets with one unit"
+            f"scores of {fractions.index[0]} are fractions (at most {fractions.iloc[0]:g}), those of "
+            f"{percent.index[0]} are in percent (up to {percent.iloc[0]:g}): pool data sets with one unit"
         )
-    if len(set(counts)) < 2:
-        raise UserError(f"all {len(counts)} concepts have the count {counts[0]}: a curve needs different counts")
-    return Pairs(names, np.array(counts, dtype=np.int64), np.array(scores, dtype=np.float64), datasets)
+    if pairs["count"].clip(lower=1).nunique() < 2:
+        raise UserError(f"all {len(pairs)} concepts have the count {pairs['count'].iloc[0]}: a curve needs others")
 
 
 def parse_slice(text: str) -> slice:
@@ -262,11 +216,10 @@ def parse_slice(text: str) -> slice:
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def row_of(model: str, pairs: Pairs, about: statistics.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
+def row_of(model: str, concepts: int, about: statistics.Diagnostics, slope: dict[str, float]) -> dict[str, str]:
     """A model's row in the table."""
     return {
-        "model": model.replace("|", ", "), "concepts": str(len(pairs.names)), "rho": f"{about.rho:.3f}",
-        "p": f"{about.p:.0e}",
+        "model": model.replace("|", ", "), "concepts": str(concepts), "rho": f"{about.rho:.3f}", "p": f"{about.p:.0e}",
         "all bins": f"{about.all_bins:.3f}", "no bins": f"{about.pearson:.3f}", "rank": f"{about.spearman:.3f}",
         "bin 0": f"{about.bin0:.0%}", "shuffled": f"{about.across:.2f}", "... within data sets": f"{about.within:.2f}",
         "reach": f"{about.reached:.0%}",
@@ -274,38 +227,27 @@ def row_of(model: str, pairs: Pairs, about: statistics.Diagnostics, slope: dict[
     }  # fmt: skip
 
 
-def write_pairs(path: Path, found: dict[str, Pairs]) -> None:
-    """All pairs of all models as CSV."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "dataset", "concept", "count", "score"))
-        for model, pairs in found.items():
-            columns = (pairs.datasets, pairs.names, pairs.counts.tolist(), pairs.scores.tolist())
-            writer.writerows((model, *row) for row in zip(*columns, strict=True))
-
-
 def main(cfg: Config) -> list[dict[str, str]]:
     """Join, correlate, draw and write; returns the rows of the table, one per model."""
-    cli.check_counts(cfg, "repetitions")
     bins, out = parse_slice(cfg.bins), Path(cfg.out)
-    found, report = pair_up(cfg)
+    pairs, report = pair_up(cfg)
+    models = pairs.groupby("model", sort=False)
     rows, written = [], {}
     figure, axis = plt.subplots(figsize=(6.4, 4.8))
-    for i, (model, pairs) in enumerate(found.items()):
-        curve, about = statistics.diagnose(
-            pairs.counts, pairs.scores, pairs.datasets, cfg.num_bins, bins, cfg.repetitions
-        )
-        slope = statistics.slope_per_decade(pairs.counts, pairs.scores)
-        rows.append(row_of(model, pairs, about, slope))
+    for i, (model, of) in enumerate(models):
+        check_pairs(of)
+        curve, about = statistics.diagnose(of["count"], of.score, of.dataset, cfg.num_bins, bins)
+        slope = statistics.slope_per_decade(of["count"], of.score)
+        rows.append(row_of(model, len(of), about, slope))
         places = {key: getattr(curve, key).tolist() for key in ("position", "mean", "std", "size")}
         written[model] = about._asdict() | {f"decade_{key}": value for key, value in slope.items()} | {"bins": places}
-        figures.draw_curve(axis, curve, bins, figures.legend(model, about.rho, about.p), i, len(found), interval=True)
+        figures.draw_curve(axis, curve, bins, figures.legend(model, about.rho, about.p), i, len(models), interval=True)
     figures.frame(axis, "score")
     out.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(out / "curve.png", dpi=150)
     plt.close(figure)
-    write_pairs(out / "pairs.csv", found)
+    pairs.to_csv(out / "pairs.csv", index=False)
     checkpoints.write_json(out / "curve.json", written)
     checkpoints.write_json(out / "unjoined.json", report)
     (out / "results.md").write_text(evaluation.table(rows) + "\n")

@@ -84,8 +84,14 @@ def read_split(root: Path, name: str) -> LabelledImages:
     titles = [by_label[label] for label in range(len(by_label))]
     if name == "caltech256":
         titles = [title.split(".")[1].replace("-101", "") for title in titles]
-    images = ((label, (root / layout.images / path).read_bytes()) for path, label, _ in splits["test"])
-    return LabelledImages(titles, images)
+    return LabelledImages(titles, ((label, read(root / layout.images / path)) for path, label, _ in splits["test"]))
+
+
+def read(path: Path) -> bytes:
+    """The content of an image file; UserError if it does not exist."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    return path.read_bytes()
 
 
 def read_let_it_wag(root: Path) -> LabelledImages:

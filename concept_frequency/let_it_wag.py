@@ -17,13 +17,15 @@ import torch
 import tyro
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from scipy.fft import dct
+from scipy.fft import dctn
+from scipy.spatial.distance import cdist
 
 from concept_frequency.curve import read_counts
 from concept_frequency.datasets import png, write_set
 from shared import cli, data, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.settings import Count, Whole, check_limits
 
 
 def select_tail(counts: Sequence[dict[str, int]], n: int = 290, zeros: bool = True) -> list[str]:
@@ -85,14 +87,13 @@ def phash(image: Image.Image | ArrayLike) -> NDArray[np.bool_]:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image).astype(np.uint8))
     grey = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS).convert("L"), dtype=np.float64)
-    low = dct(dct(grey, axis=0), axis=1)[:8, :8].flatten()
+    low = dctn(grey)[:8, :8].flatten()
     return low >= np.median(low[1:])
 
 
 def hamming_distances(bits: ArrayLike) -> NDArray[np.int64]:
     """(n, n) number of differing bits of hashes (n, 64)."""
-    x = np.asarray(bits, dtype=np.int64)
-    return x @ (1 - x).T + (1 - x) @ x.T
+    return cdist(bits, bits, "cityblock").astype(np.int64)
 
 
 def deduplicate(hamming: ArrayLike, order: Sequence[int], max_distance: int = 10) -> list[int]:
@@ -147,9 +148,9 @@ class Config:
     """Sources of images: folders with one subfolder per concept, or sets in the CLIP-benchmark layout."""
     out: str = "data/let_it_wag"
     """Folder of the benchmark."""
-    n: int = 290
+    n: Count = 290
     """Number of least frequent concepts."""
-    per_class: int = 450
+    per_class: Count = 450
     """Images per class; classes without more images than that are left out."""
     zeros: bool = True
     """Include concepts with a count of 0 in all pretraining sets."""
@@ -159,7 +160,7 @@ class Config:
     """Cosine similarity of features above which images are duplicates: 0.9, or 0.95 for fine-grained classes."""
     max_distance: int = 10
     """Images are near-duplicates if their hashes differ in at most this number of the 64 bits."""
-    seed: int = 0
+    seed: Whole = 0
     """Seed of the draw of each class's images."""
 
 
@@ -211,7 +212,7 @@ def clean(images: dict[str, list[Image.Image]], network: str, similarity: float)
 def build(cfg: Config) -> dict[str, int]:
     """Write the benchmark. Returns {concept: number of its images without near-duplicates}. UserError for a number out
     of range."""
-    cli.check_counts(cfg, "n", "per_class")
+    check_limits(cfg)
     if not -1 <= cfg.similarity <= 1:
         raise UserError(f"--similarity {cfg.similarity} should be a cosine, from -1 to 1")
     if not 0 <= cfg.max_distance <= 64:

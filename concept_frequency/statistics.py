@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import sparse, stats
 
-from concept_frequency.model import pair_keys
 from shared.errors import UserError
 
 Array = NDArray[np.float64]
@@ -55,12 +54,6 @@ def from_saved(saved: dict[str, ArrayLike]) -> Curve:
     return Curve(position, mean, std, np.zeros(len(position), dtype=np.int64), nothing)
 
 
-def points(curve: Curve, bins: slice) -> tuple[Array, Array]:
-    """(ln position, mean) of a slice's non-empty bins."""
-    x, y = np.log(curve.position[bins]), curve.mean[bins]
-    return x[~np.isnan(y)], y[~np.isnan(y)]
-
-
 def correlation(curve: Curve, bins: slice = slice(None)) -> tuple[float, float]:
     """Pearson's rho of ln position and mean score over a slice of n bins, and its two-sided p (t test with n - 2
     degrees of freedom).
@@ -68,17 +61,12 @@ def correlation(curve: Curve, bins: slice = slice(None)) -> tuple[float, float]:
     The paper's slices: 1:-1 for classification, 2:-1 for LAION-400M, 0:-4 for SynthCI, 3: for retrieval. Empty bins are
     left out; NaN for fewer than two bins or constant means.
     """
-    x, y = points(curve, bins)
+    x, y = np.log(curve.position[bins]), curve.mean[bins]
+    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan"), float("nan")
     result = stats.pearsonr(x, y)
     return float(result.statistic), float(result.pvalue)
-
-
-def line(curve: Curve, bins: slice = slice(None)) -> tuple[float, float]:
-    """(slope, intercept) of the least-squares line through the same points; x is the natural logarithm."""
-    slope, intercept = np.polyfit(*points(curve, bins), 1)
-    return float(slope), float(intercept)
 
 
 def permutation_null(
@@ -130,27 +118,7 @@ def slope_per_decade(counts: ArrayLike, scores: ArrayLike, repetitions: int = 10
     with np.errstate(invalid="ignore"):  # draws of equally frequent concepts have no slope: NaN
         slopes = (centred * y[rows]).sum(axis=1) / (centred**2).sum(axis=1)
     low, high = np.nanquantile(slopes, (0.025, 0.975))
-    return {"slope": float(np.polyfit(x, y, 1)[0]), "low": float(low), "high": float(high)}
-
-
-def within_slope(changes: ArrayLike, gains: ArrayLike, repetitions: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Slope of the gain in score on the change of log10 frequency of the *same* concept, from (S, K) seeds by concepts.
-
-    Properties of a concept that are equal in both arms (such as its difficulty) cancel in the differences. Each seed
-    has an intercept, since one arm may be better overall. 95 % bootstrap interval over concepts; a concept is drawn
-    with all its seeds. Not in the paper, which has no model at two frequencies.
-    """
-    x, y = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (changes, gains))
-    rng, (_, num_concepts) = np.random.default_rng(seed), x.shape
-
-    def slope(columns: NDArray[np.int64]) -> float:
-        dx, dy = x[:, columns], y[:, columns]
-        dx = dx - dx.mean(axis=1, keepdims=True)
-        return float((dx * dy).sum() / (dx**2).sum())
-
-    drawn = [slope(rng.integers(num_concepts, size=num_concepts)) for _ in range(repetitions)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return {"slope": slope(np.arange(num_concepts)), "low": float(low), "high": float(high)}
+    return {"slope": float(stats.linregress(x, y).slope), "low": float(low), "high": float(high)}
 
 
 def small_bins(sizes: ArrayLike) -> list[int]:
@@ -198,23 +166,20 @@ def diagnose(
 # --------------------------------------------------------------------------------------------- what the counts are like
 
 
-def misalignment(
-    text_pairs: ArrayLike, image_pairs: ArrayLike, dataset_size: int, both_sides: bool = True
-) -> tuple[int, float, float]:
-    """(number, of extracted, of dataset): samples whose caption and image have no concept in common.
+def misaligned(text: sparse.sparray, image: sparse.sparray) -> int:
+    """Number of samples with concepts in both caption and image, but none in common; from bool (N, K) of both.
 
-    Source: U:src/misalignment_degree_quantification.py:152, which requires a concept on both sides, as the default
-    here. Algorithm 1 of the paper also counts samples without any concept: `both_sides=False`. Pairs are (document,
-    concept) rows. The second number divides by the larger of the two numbers of samples with any concept, the third,
-    the paper's, by the size of the corpus.
+    Source: U:src/misalignment_degree_quantification.py:152. Algorithm 1 of the paper also counts samples without any
+    concept.
     """
-    text, image = (np.asarray(pairs, dtype=np.int64).reshape(-1, 2) for pairs in (text_pairs, image_pairs))
-    width = 1 + max(text[:, 1].max(initial=0), image[:, 1].max(initial=0))
-    with_text, with_image = np.unique(text[:, 0]), np.unique(image[:, 0])
-    agreeing = np.intersect1d(pair_keys(text, width), pair_keys(image, width), assume_unique=True) // width
-    could_agree = len(np.intersect1d(with_text, with_image, assume_unique=True)) if both_sides else dataset_size
-    number = could_agree - len(np.unique(agreeing))
-    return number, number / max(len(with_text), len(with_image), 1), number / dataset_size
+    with_text, with_image, agree = (of.sum(axis=1) > 0 for of in (text, image, text.multiply(image)))
+    return int((with_text & with_image & ~agree).sum())
+
+
+def misalignment_degrees(number: int, with_text: int, with_image: int, dataset_size: int) -> tuple[float, float]:
+    """`misaligned` samples as a share of the samples with concepts, on the side that has more of them, and of the
+    corpus, the paper's degree."""
+    return number / max(with_text, with_image, 1), number / dataset_size
 
 
 def frequency_agreement(a: dict[str, int], b: dict[str, int]) -> tuple[float, int]:
@@ -276,7 +241,7 @@ def two_slopes(imagenet: ArrayLike, tail: ArrayLike, split: float = 50.0) -> dic
     found: dict[str, float] = {}
     for name, rows in (("below", x < split), ("above", x > split)):
         found[f"n_{name}"] = int(rows.sum())
-        found[f"slope_{name}"] = float(np.polyfit(x[rows], y[rows], 1)[0]) if rows.sum() > 1 else float("nan")
+        found[f"slope_{name}"] = float(stats.linregress(x[rows], y[rows]).slope) if rows.sum() > 1 else float("nan")
     return found
 
 

@@ -1,13 +1,15 @@
-"""The paper's long-context retrieval sets and Crossmodal-3600 as their authors ship them -> (image file, caption).
+"""The paper's evaluation sets that are no webdataset shards, read as their authors ship them.
 
-Read as FLAME does (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,docci,dci}.py): one caption per image.
-Also ImageNet's class names in five languages, as LAION-AI/CLIP_benchmark@48de38c ships them.
+Long captions and Crossmodal-3600 as FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,
+docci,dci}.py): one caption per image. Winoground, SugarCrepe and ImageNet's class names in five languages as
+LAION-AI/CLIP_benchmark@48de38c reads them, cited as `B:` with paths under clip_benchmark/.
 """
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -78,7 +80,7 @@ def imagenet_names(root: str | Path) -> dict[str, tuple[list[str], list[str]]]:
         )
         try:
             found[language] = tuple(json.loads(_text(path))["imagenet1k"] for path in (names, templates))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{names} and {templates.name} hold no class names of imagenet1k ({error!r})") from error
     return found
 
@@ -87,15 +89,77 @@ def read_set(reader: Callable[..., Pairs], root: str | Path, *more: str) -> Pair
     """Read pairs below `root`. UserError if there are none or the files have another format."""
     try:
         pairs = reader(Path(root), *more)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{root} is not {reader.__name__} in its authors' format ({error!r})") from error
     if not pairs:
         raise UserError(f"{root} holds no image with a caption for {' '.join((reader.__name__, *more))}")
     return pairs
 
 
+# ---------------------------------------------------------------------------------------------- Winoground, SugarCrepe
+
+
+class Instance(NamedTuple):
+    """Images and captions to be matched: caption i belongs to image i, and further captions are wrong."""
+
+    images: tuple[Path, ...]
+    captions: tuple[str, ...]
+
+
+def winoground(root: Path) -> dict[str, list[Instance]]:
+    """Read the hub's folder facebook/winoground with data/images.zip unpacked in place: two images, two captions per
+    instance.
+
+    B:datasets/winoground.py.
+    """
+    found = []
+    for line in _text(root / "data/examples.jsonl").splitlines():
+        about = json.loads(line)
+        images = tuple(root / "data/images" / f"{about[f'image_{i}']}.png" for i in range(2))
+        found.append(Instance(images, (about["caption_0"], about["caption_1"])))
+    return {"winoground": found}
+
+
+SUGAR_CREPE = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+
+
+def sugar_crepe(root: Path) -> dict[str, list[Instance]]:
+    """Read COCO's val2017/ and SugarCrepe's seven files beside it: an image, its caption and a wrong one per instance.
+
+    B:datasets/sugar_crepe.py, B:datasets/builder.py:228-244.
+    """
+    found = {}
+    for kind in SUGAR_CREPE:
+        entries = json.loads(_text(root / f"{kind}.json")).values()
+        found[f"sugar_crepe_{kind}"] = [
+            Instance((root / "val2017" / one["filename"],), (one["caption"], one["negative_caption"]))
+            for one in entries
+        ]
+    return found
+
+
+COMPOSITIONAL_READERS = {"winoground": winoground, "sugar_crepe": sugar_crepe}
+
+
+def read_instances(name: str, root: str | Path) -> dict[str, list[Instance]]:
+    """Read the instances of `name`, a key of COMPOSITIONAL_READERS, in the folder `root` -> {set: instances}.
+
+    UserError if the files have another format.
+    """
+    try:
+        found = COMPOSITIONAL_READERS[name](Path(root))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{root} is not {name} in its authors' format ({error!r})") from error
+    if empty := [kind for kind, instances in found.items() if not instances]:
+        raise UserError(f"{root} holds no instance of {empty[0]}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
 def read_image(path: Path) -> Image.Image:
-    """RGB image. UserError if the file is missing, UserError if it is unreadable."""
+    """RGB image. UserError if the file is missing or unreadable."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
     try:

@@ -1,153 +1,92 @@
-"""Every setting of a LexVLA run, its presets, and the checks before a run starts.
+"""LexVLA's settings and presets.
 
-Presets named cc12m* are the paper's (one setting and its ablations); `emoji*`, for the corpus of scenes.py, and `small`
+Presets named cc12m* are the paper's (one setting and its ablations); `small` and `emoji*`, on the scenes of the study,
 are ours.
 """
 
-import dataclasses
 import re
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
-from lexvla.model import LLAMA_LINEARS
-from shared import cli
 from shared.errors import UserError
-from shared.presets import EMBEDDED, OWN, Row
+from shared.settings import BaseConfig, Count, Limits, Number, Positive, Rate, Whole
 
-LITE0 = "efficientnet_lite0"  # the backbone from shared.pretrained
 NO_EXPORT = "--export: open_clip has no towers that end in a vocabulary, as LexVLA's do"
 
 
-@dataclasses.dataclass
-class Config:
+@dataclass
+class Config(BaseConfig):
     """Defaults are the paper's; a field says so if the paper does not state its value."""
 
-    data: str = ""
-    """Shards in img2dataset layout ('cc12m/{00000..01242}.tar', several lists joined by '::', a folder), or a .tsv."""
-    out: str = "runs/lexvla/run"
-    """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt. With a checkpoint in it, the run resumes."""
-    dataset_size: int | None = None
-    """Number of samples to use, from the start of the data; None uses all."""
-    window_shards: int = 0
-    """0: all shards are available, and samples are shuffled over all of them. S: each process reads its share of the
-    shards S at a time, fetched ahead and deleted afterwards, so the data may be larger than the disk. --dataset-size is
-    then the number of samples per epoch: if the shards hold more, each epoch leaves out different samples; if fewer,
-    samples repeat. A new run first reads all shards once, for the vocabulary."""
-    cache: str = "data/cache"
-    """Folder for copies of remote shards, for the index of large data, and for tokens of --encode-once."""
-
     backbone: str = "facebook/dinov2-base"
-    """Frozen image backbone: a folder or hub name for transformers (with a /), a timm model, or efficientnet_lite0,
-    with feature maps as patches (ours)."""
+    """Frozen image backbone: a folder or hub name for transformers (with a /), or a timm model, such as
+    efficientnet_lite0_maps (see lite0.py)."""
+    image_size: Count = 224
+    """Image side in pixels. Not stated in the paper."""
     encode_once: bool = False
     """Encode all images once, without random crops, and train on the tokens, which are kept in `cache`. Ours."""
-    image_size: int = 224
-    """Image side in pixels. Not stated in the paper."""
-    crop_scale: float = 0.9
-    """Smallest share of the image's area in a training crop. Not stated in the paper."""
-    adapter_width: int | None = None
+    adapter_width: Count | None = None
     """Width of the adapter's block; a linear layer first maps the tokens to it. None: the backbone's width. Ours."""
-    adapter_hidden: int = 2048
+    adapter_hidden: Count = 2048
     """Width of the adapter's second MLP. The adapter's layout is not stated in the paper; this gives its 17M."""
-    pool_cls: bool = True
-    """Include [CLS] in the maximum over tokens, as eq. 3 and 4 suggest; not stated in the paper. The latent baseline
-    reads only [CLS], or with --no-pool-cls the mean patch."""
 
     lm: str = "meta-llama/Llama-2-7b-hf"
     """Llama-style causal LM: folder or hub name."""
-    states: str = ""
-    """File of `python -m lexvla.text`: the frozen LM has encoded the captions once, and LoRA adapts only its last MLP.
-    Empty: the LM runs in training."""
-    grad_checkpointing: bool = False
-    """Recompute the LM's blocks in the backward pass instead of keeping them."""
     text: Literal["lm", "bow"] = "lm"
     """lm, or bow: the ablation's bag of the caption's content words (see text.py)."""
-    head: Literal["lexical", "dense"] = "lexical"
-    """lexical, or dense: our latent baseline with linear maps to `dense_dim` instead of codebooks."""
-    dense_dim: int = 512
-    """Dimensions of the latent baseline."""
-    lora_rank: int = 8
+    states: str = ""
+    """File that keeps the frozen LM's states of captions, from which LoRA adapts only the last MLP; those that are
+    missing are computed first. Empty: the LM runs in training. Ours."""
+    lora_rank: Whole = 8
     """Rank of LoRA; 0: none. Not stated in the paper."""
-    lora_alpha: float = 16.0
+    lora_alpha: Rate = 16.0
     """LoRA's alpha: its scale times its rank. Not stated in the paper."""
-    lora_targets: tuple[str, ...] = LLAMA_LINEARS
-    """Linear layers of the LM's blocks with LoRA; with `states`, only those of the last MLP. Not stated in the
-    paper."""
-    prompt_end: str = ""
-    """Text after the prompt's "words:", such as a quotation mark. The paper's printed prompt ends there; whether more
-    follows is not stated in the paper."""
-    max_length: int = 128
+    max_length: Count = 128
     """Tokens of a prompt, including the text around the caption; longer captions are cut. Not stated in the paper."""
 
-    min_count: int = 1
-    """Minimum number of occurrences in the captions for a piece of the vocabulary. The rule is not stated in the
-    paper."""
-    max_vocabulary: int | None = 17_149
-    """Number of pieces, the most frequent ones; None: no limit. The paper has 17,149."""
+    max_vocabulary: Annotated[int, Limits(least=2)] | None = 17_149
+    """Number of pieces in the vocabulary, the most frequent ones in the captions; None: no limit. The paper has 17,149,
+    by a rule that it does not state."""
+    min_count: Whole = 1
+    """Minimum number of occurrences in the captions for a piece of the vocabulary. Not stated in the paper."""
     pattern: str | None = None
     """Regular expression that a piece must match as a whole to be in the vocabulary; a leading space is the start of a
     word. Not stated in the paper."""
-    centre_codebook: bool = False
-    """Subtract the codebook's mean row. Ours, for LMs whose logits are all far above 0."""
-    bias: float | None = 0.0
-    """Added to all logits before elu1p; None: minus two standard deviations of the first 256 captions' logits. Ours."""
-    tune_codebook: bool = True
-    """Train the image codebook. Switching it off is an ablation of ours."""
+    bias: Number | None = 0.0
+    """Added to all logits before elu1p; None: minus two standard deviations of the LM's logits of the first 256
+    captions. Ours."""
 
     penalty: Literal["overuse", "flops", "none"] = "overuse"
     """Eq. 7, or eq. 6 (ablation), or neither. Computed on the global batch (not stated in the paper)."""
-    lambda_image: float = 5e-4
+    lambda_image: Rate = 5e-4
     """Final weight of the images' penalty. For flops not stated in the paper."""
-    lambda_text: float = 1e-3
+    lambda_text: Rate = 1e-3
     """Final weight of the captions' penalty. For flops not stated in the paper."""
-    penalty_warmup: int = 2000
+    penalty_warmup: Whole = 2000
     """Steps over which both weights rise quadratically."""
-    detach_weight: bool = False
-    """Stop the gradient in the overuse penalty's weight. Not stated in the paper."""
-    topk: int | None = None
-    """Words kept in sparse representations; None: those above 1/sqrt(V)."""
-    sparse_training: bool = False
-    """Use sparse representations in the contrastive loss, too, not only in evaluation. Not stated in the paper."""
 
-    epochs: int = 12
-    """Passes over the data."""
-    batch_size: int = 6144
+    batch_size: Count = 6144
     """Pairs per step, over all processes together."""
-    accumulate: int = 1
-    """Micro-batches a step, to save memory. Gradients equal those of one batch; the towers' forward pass runs twice."""
-    lr: float = 5e-4
+    epochs: Count = 12
+    """Passes over the data."""
+    lr: Rate = 5e-4
     """Peak learning rate of all trained parameters."""
-    warmup: int = 0
+    warmup: Whole = 0
     """Steps of linear warm-up. Not stated in the paper."""
-    weight_decay: float = 0.0
-    """AdamW's decay of matrices; 0 is plain Adam. Not stated in the paper."""
-    beta1: float = 0.9
-    """Adam's beta1. Not stated in the paper."""
-    beta2: float = 0.98
-    """Adam's beta2. Not stated in the paper."""
-    eps: float = 1e-6
-    """Adam's epsilon. Not stated in the paper."""
+    eps: Positive = 1e-6
+    """Adam's epsilon; its betas are 0.9 and 0.98. Not stated in the paper."""
 
-    seed: int = 0
-    """Seed of initial weights, shuffles and crops."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 if the processor supports it. Norms, penalties and losses are always fp32."""
-    workers: int = 8
-    """Loader processes per training process; they do not change the order of samples."""
-    strict: bool = False
-    """Stop at the first broken sample instead of counting and replacing it."""
-    save_every: int = 1000
-    """Steps between checkpoints; there is one at the end, too."""
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int = 0
-    """Epochs between retrieval evaluations on `eval_set`; 0: never during training."""
-    eval_set: str = ""
-    """Retrieval set in the CLIP-benchmark webdataset layout, for `eval_every`."""
-    dry_run: bool = False
-    """Print sizes, schedule and a memory estimate, and stop; needs neither data nor weights."""
+    def check(self, world_size: int) -> None:
+        """UserError for settings that cannot work, before work starts."""
+        super().check(world_size)
+        if self.stream and (self.encode_once or self.states or self.bias is None):
+            raise UserError("--stream: leave out --encode-once, --states and --bias None, which read samples by row")
+        if self.encode_once and self.keep_in_memory:
+            raise UserError("--encode-once keeps tokens of the images: leave out --keep-in-memory")
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise UserError(f"--pattern {self.pattern!r} is no regular expression: {error}") from error
 
 
 PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True, accumulate=4)
@@ -172,10 +111,10 @@ SMALL = Config(
     workers=0,
     save_every=200,
 )
-EMOJI = dataclasses.replace(
+EMOJI = replace(
     SMALL,
     data="data/lexvla/scenes/train",
-    backbone=LITE0,
+    backbone="efficientnet_lite0_maps",
     image_size=128,
     adapter_width=192,
     adapter_hidden=512,
@@ -185,98 +124,25 @@ EMOJI = dataclasses.replace(
     penalty_warmup=40,
     epochs=4,
 )
-
-
-def _preset(about: str, base: Config = PAPER, **settings) -> tuple[str, Config]:
-    """A preset: what it is, and `base` with other `settings`."""
-    return about, dataclasses.replace(base, **settings)
-
-
-PRESETS = {
-    "small": ("LexVLA with the overuse penalty on your own --data and the --states of their captions, small", SMALL),
-    "emoji": ("LexVLA with the overuse penalty on scenes of emoji", EMOJI),
-    "emoji-none": _preset("... without a penalty", EMOJI, penalty="none"),
-    "emoji-flops": _preset("... with the FLOPs loss", EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
-    # bags have no logits to take a bias from, so it is a number: the bias that the LM's arms take
-    "emoji-bow": _preset(
-        "... with bags of words in the LM's place", EMOJI, text="bow", states="", lora_rank=0, bias=-6.3
+PRESETS = {  # name: (row of the paper, settings); the numbers in its tables could not be read
+    "cc12m": (
+        "Tables 1 and 2, LexVLA: DINOv2 base, Llama 2 7B, CC12M (9.2M pairs), 8 x A100 40 GB: 1,081 of 17,149 words "
+        "active",
+        PAPER,
     ),
-    "emoji-dense": _preset(
-        "a latent baseline of 512 dimensions: same towers, samples and steps",
-        EMOJI,
-        head="dense",
-        penalty="none",
-        bias=0.0,
-        pool_cls=False,
+    "cc12m-flops": ("Table 1, FLOPs loss", replace(PAPER, penalty="flops")),
+    "cc12m-bow": ("Table 1, bag of words for text", replace(PAPER, text="bow", lora_rank=0, accumulate=1)),
+    "cc12m-clip": (
+        "Tables 1 and 2, CLIP's image backbone",
+        replace(PAPER, backbone="vit_base_patch16_clip_quickgelu_224.openai"),
     ),
-    "cc12m": _preset("LexVLA: DINOv2 base, Llama 2 7B, CC12M, 12 epochs"),
-    "cc12m-flops": _preset("its ablation: FLOPs loss", penalty="flops"),
-    "cc12m-bow": _preset("its ablation: bag of words for text", text="bow", lora_rank=0, accumulate=1),
-    "cc12m-clip": _preset("its ablation: CLIP's image backbone", backbone="vit_base_patch16_clip_quickgelu_224.openai"),
-    "cc12m-top512": _preset("its ablation: 512 words kept in evaluation, trained as cc12m", topk=512),
+    "small": ("ours: LexVLA on your own --data, with --states FILE on a CPU", SMALL),
+    "emoji": ("ours: LexVLA with the overuse penalty on scenes of emoji", EMOJI),
+    "emoji-none": ("ours: emoji without a penalty", replace(EMOJI, penalty="none")),
+    "emoji-flops": (
+        "ours: emoji with the FLOPs loss",
+        replace(EMOJI, penalty="flops", lambda_image=1.0, lambda_text=1.0),
+    ),
+    "emoji-bow": ("ours: emoji with bags of words in the LM's place", replace(EMOJI, text="bow", lora_rank=0)),
 }
-
-
-def check(cfg: Config, world_size: int) -> None:
-    """Raise ValueError on invalid settings before work starts."""
-    cli.check_data(cfg, "cc12m/{00000..01242}.tar")
-    if cfg.states and not Path(cfg.states).is_file():
-        raise UserError(f"--states {cfg.states} does not exist: 'python -m lexvla.text' makes it")
-    cli.check_batch(cfg, world_size)
-    check_model(cfg)
-
-
-def check_model(cfg: Config) -> None:
-    """The checks that need no files; a dry run makes only these."""
-    cli.check_counts(
-        cfg,
-        *("epochs", "batch_size", "save_every", "log_every", "dense_dim", "adapter_hidden", "max_length", "image_size"),
-    )
-    cli.check_counts(cfg, "topk", "adapter_width")
-    cli.check_counts(cfg, "max_vocabulary", least=2)
-    cli.check_counts(cfg, "dataset_size")
-    cli.check_counts(cfg, "lora_rank", "penalty_warmup", "warmup", "min_count", "workers", least=0)
-    cli.check_counts(cfg, "window_shards", "eval_every", least=0)
-    cli.check_rates(cfg, "lr", "weight_decay", "lora_alpha", "lambda_image", "lambda_text")
-    cli.check_finite(cfg, "bias")
-    cli.check_adam(cfg)
-    if not 0 < cfg.crop_scale <= 1:
-        raise UserError(f"--crop-scale must be above 0 and at most 1, not {cfg.crop_scale}")
-    if cfg.text == "bow" and (cfg.head == "dense" or cfg.states):
-        raise UserError("--text bow has no LM: leave --head lexical and --states ''")
-    if cfg.text == "bow" and cfg.bias is None:
-        raise UserError("--text bow has no logits to take a bias from: pass a number as --bias")
-    if cfg.encode_once and cfg.window_shards:
-        raise UserError("--encode-once keeps all tokens in memory; --window-shards is for data that do not fit")
-    if cfg.head == "dense" and cfg.penalty != "none":
-        raise UserError("--head dense has no words to penalise: pass --penalty none")
-    if cfg.head == "dense" and cfg.sparse_training:
-        raise UserError("--head dense has no words to leave out: pass --no-sparse-training")
-    if cfg.pattern is not None:
-        try:
-            re.compile(cfg.pattern)
-        except re.error as error:
-            raise UserError(f"--pattern {cfg.pattern!r} is no regular expression: {error}") from error
-    if cfg.backbone == LITE0 and cfg.image_size % 32:
-        raise UserError(f"--image-size {cfg.image_size} is no multiple of 32, which --backbone {LITE0} needs")
-
-
-CC12M, A100 = "CC12M, 9.2M pairs", "8 x A100 40 GB"
-LEFT_OUT = {  # rows of the paper's tables without a preset, and why
-    "Table 1, the other methods": "models of others: `lexvla.eval` measures those that open_clip loads",
-    "Table 2, random patches, CLIP and VDR": "not trained here: `lexvla.eval patchdis` measures them",
-    "Fig. 5, sparsity": "an evaluation of the same run, made by each `lexvla.eval`; of other models for CLIP and VDR",
-    "Figs. 1, 3, 4 and 6": "pictures of the same runs, made by `lexvla.eval` and the study",
-    "Table 3, hyperparameters": "a picture that could not be read",
-}
-PAPER_ROWS = {
-    "train": {
-        "small": OWN,
-        **dict.fromkeys(("emoji", "emoji-none", "emoji-flops", "emoji-bow", "emoji-dense"), EMBEDDED),
-        "cc12m": Row("Tables 1 and 2, LexVLA", CC12M, A100, "active words 1,081 of 17,149"),
-        "cc12m-flops": Row("Table 1, FLOPs loss", CC12M, A100),
-        "cc12m-bow": Row("Table 1, bag of words", CC12M, A100),
-        "cc12m-clip": Row("Tables 1 and 2, CLIP's image backbone", CC12M, A100),
-        "cc12m-top512": Row("Table 1, top 512 words", CC12M, A100),
-    }
-}
+SCRIPTS = {"train": PRESETS}

@@ -1,42 +1,31 @@
-"""Evaluate LexVLA.
+"""Evaluate LexVLA: `python -m lexvla.eval RUN... --sets FOLDER... --patchdis FOLDER`.
 
-    python -m lexvla.eval RUN...                measure runs
-    python -m lexvla.eval search RUN "red fruit"                the best images for a query
-    python -m lexvla.eval explain RUN apple.png "red fruit"     each word's share of a pair's score
-    python -m lexvla.eval patchdis MODEL...                     PatchDis of other dual encoders, as lexvla.patchdis
-
-The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Fig. 5), PatchDis (section
-3.4), word clouds, and the patches of a word. Ours: the frequency of the most used words, which the overuse penalty
-should reduce; what each word adds to a pair's score; and search in an inverted index. PatchDis is in patchdis.py,
-search and the explanation of a pair are in search.py, plots of words in plots.py.
+The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Table 1, Fig. 5), PatchDis
+(section 3.4), word clouds, and the patches of a word. Ours: the frequency of the most used words, which the overuse
+penalty should reduce. PatchDis is in patchdis.py, pictures are in plots.py.
 """
 
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
 from lexvla.checkpoints import load_run
-from lexvla.config import NO_EXPORT
-from lexvla.model import DenseImageEncoder, LexVLA, sparsify
-from lexvla.patchdis import DRAWN, check_folder, class_maps, classnames, labelled_images, measure, patchdis  # noqa: F401
-from lexvla.patchdis import Config as Dual
-from lexvla.patchdis import main as measure_encoders
-from lexvla.plots import PairWords, plot_class_maps, plot_patches, plot_words
-from lexvla.search import Explain, Search, explain, explain_pair, search, top_words  # noqa: F401
-from lexvla.text import EMOJI_NAMES, SCENES, SETS, encode_texts, leading_space, lm_dtype, pieces
-from lexvla.towers import eval_transform, normalize, side_step
+from lexvla.model import LexVLA, sparsify
+from lexvla.patchdis import DRAWN, check_folder, classnames, labelled_images, measure
+from lexvla.plots import PairWords, plot_class_maps, plot_words, top_words
+from lexvla.text import encode_texts, leading_space, lm_dtype, pieces
+from lexvla.towers import eval_transform, normalize, patch_side
 from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import (
     classification_metrics,
     evaluate,
@@ -45,60 +34,33 @@ from shared.zeroshot import (
     retrieval_ranks_from_scores,
 )
 
-SET, NEW = "retrieval_known", "retrieval_new"  # the sets that compare the arms
 KS = (1, 5, 10)
-METRICS = {
-    f"{SET}/image_to_text_R@1": "I2T R@1",
-    f"{SET}/text_to_image_R@1": "T2I R@1",
-    f"{SET}/mean_recall": "mean recall",
-    f"{SET}/dense/mean_recall": "... all words",
-    "retrieval_mixed/mean_recall": "... half new words",
-    f"{NEW}/mean_recall": "... new words",
-    f"{Path(EMOJI_NAMES).name}/mean_recall": "... single emoji",
-    f"{SET}/image/max_document_frequency": "most used word, images",
-    f"{SET}/text/max_document_frequency": "most used word, texts",
-    f"{SET}/image/active": "active words, images",
-    f"{SET}/text/active": "active words, texts",
-    f"{SET}/top5_in_caption": "top-5 words in caption",
-    "patchdis/miou": "PatchDis, all classes",
-    "patchdis/miou_present": "... present classes",
-    "seconds": "seconds",
-}
+HEADINGS = {"patchdis/miou": "PatchDis, all classes", "patchdis/miou_present": "... present classes"}
 
 
 @dataclasses.dataclass
 class Config:
-    """Measure runs: print the main numbers, write all to RUN/results.json and RUN/results.md.
-
-    Subcommands: search, explain and patchdis (see `python -m lexvla.eval search --help` and so on).
-    """
+    """Measure runs: print the main numbers, write all to RUN/results.json and RUN/results.md."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders. Also, for zero-shot classification and retrieval only, another paper's run folder, local-dir:DIR
     written by another paper's --export, or MODEL@TAG of open_clip."""
-    sets: tuple[str, ...] = SETS
+    sets: tuple[str, ...] = ()
     """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
-    patchdis: str | None = f"{SCENES}/eval/patchdis"
-    """Folder of images and masks (see patchdis.py) for PatchDis; None skips it."""
-    patchdis_side: int = 128
-    """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. Not stated in the
-    paper."""
-    topk: int | None = None
-    """Words kept in each representation; None: the run's setting."""
-    renormalize: bool = False
-    """Renormalise representations after sparsifying. Not stated in the paper; VDR and SPLADE do not."""
-    class_text: str = "prompt"
-    """What represents a class in PatchDis: prompt (its name in the LM's prompt), or word (the mean codebook row of its
-    name's pieces). Only for lexical runs with an LM; others use the prompt. Not stated in the paper."""
+    patchdis: str | None = None
+    """Folder of images and masks for PatchDis (see patchdis.py)."""
+    patchdis_side: Count | None = None
+    """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. None: the run's image
+    size. Not stated in the paper."""
     patchdis_sparse: bool = False
     """PatchDis compares sparse patches and classes. Not stated in the paper."""
     background: bool = False
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
-    export: str | None = None
-    """Refused: open_clip has no towers like LexVLA's."""
-    batch_size: int = 256
+    topk: Count | None = None
+    """Words kept in each representation; None: those above 1/sqrt(V). The paper's ablation keeps 512."""
+    batch_size: Count = 256
     """Images or captions per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -116,8 +78,7 @@ def encode_pairs(
     batches = eval_set.batches(batch_size, workers, device)
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
     texts = [caption for of_image in captions for caption in of_image]
-    image_of_text = owners(captions)
-    return s_img, encode_texts(model, read, texts, batch_size, device, dtype), image_of_text, texts
+    return s_img, encode_texts(model, read, texts, batch_size, device, dtype), owners(captions), texts
 
 
 # ----------------------------------------------------------------------------------------------------------- retrieval
@@ -161,7 +122,25 @@ def named_recalls(recalls: Tensor) -> dict[str, float]:
     return values | {"mean_recall": sum(values.values()) / len(values)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- usage
+def retrieval_of_run(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, topk: int | None) -> dict[str, float]:
+    """Recall of sparse representations, of dense ones, and of the sweep; number and usage of active words."""
+    sparse = [sparsify(s, topk) for s in (s_img, s_txt)]
+    flat = retrieval(*sparse, image_of_text)
+    flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
+    levels = sweep_levels(s_img.shape[1])
+    for kept, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels, KS), strict=True):
+        flat |= {f"top{kept}/{name}": value for name, value in named_recalls(recalls).items()}
+    for side, s, kept in zip(("image", "text"), (s_img, s_txt), sparse, strict=True):
+        used = usage(s)
+        flat[f"{side}/active"] = (kept > 0).sum(-1).float().mean().item()
+        flat[f"{side}/sparsity"] = 100 * (1 - flat[f"{side}/active"] / s.shape[1])
+        flat[f"{side}/max_document_frequency"] = 100 * used["max_document_frequency"]
+        flat[f"{side}/entropy"] = used["entropy"]
+    flat["max_document_frequency"] = sum(flat[f"{side}/max_document_frequency"] for side in ("image", "text")) / 2
+    return flat
+
+
+# ----------------------------------------------------------------------------------------------------- use of the words
 
 
 def usage(s: Tensor, k: int = 10) -> dict:
@@ -179,133 +158,6 @@ def usage(s: Tensor, k: int = 10) -> dict:
         "mean_activation": mean,
         "entropy": torch.special.entr(share).sum().item(),
     }
-
-
-# ------------------------------------------------------------------------------------------------------------- PatchDis
-
-
-def patchdis_of_run(
-    model: LexVLA, s_class: Tensor, names: list[str], cfg: Config, backbone: str, device, picture: Path
-) -> dict[str, float]:
-    """`patchdis.measure` of a run on the folder `cfg.patchdis`; draws maps of predicted classes into `picture`.
-
-    s_class (C, V): representations of the classes `names`. Representations are sparse if `cfg.patchdis_sparse` is set.
-    """
-    sparse = sparsify if cfg.patchdis_sparse and not isinstance(model.image, DenseImageEncoder) else lambda s: s
-    normalise, s_class = normalize(backbone), sparse(s_class)
-
-    def patches(pixels: Tensor) -> Tensor:
-        return sparse(model.image.patches(pixels))
-
-    images = labelled_images(cfg.patchdis, cfg.patchdis_side, normalise)
-    found = measure(patches, s_class, images, cfg.background, device=device)
-    images = itertools.islice(labelled_images(cfg.patchdis, cfg.patchdis_side, normalise), DRAWN)
-    plot_class_maps(class_maps(patches, s_class, images, device), names, picture)
-    return {f"patchdis/{name}": value for name, value in found.items()}
-
-
-def class_words(model: LexVLA, tokenizer, names: Sequence[str]) -> Tensor:
-    """Classes as words, (C, V): eq. 2 of the mean codebook row of a name's pieces; unknown pieces are ignored."""
-    word_of = torch.full((len(tokenizer),), -1)  # token id -> word, -1 outside the vocabulary
-    word_of[model.text.vocab_ids.cpu()] = torch.arange(len(model.text.vocab_ids))
-    space, means = leading_space(tokenizer), []
-    for ids in tokenizer([space + name for name in names], add_special_tokens=False)["input_ids"]:
-        words = word_of[torch.tensor(ids)]
-        known = words[words >= 0]
-        means.append(model.text.codebook[known].sum(0) / max(len(known), 1))
-    return model.text.represent(torch.stack(means)).detach().cpu()
-
-
-# ------------------------------------------------------------------------------------------------------ one checkpoint
-
-
-def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Zero-shot and retrieval metrics of a dual encoder: another paper's run, an export or MODEL@TAG."""
-    model, transform, tokenizer = export.load_model(path, device)
-    found = evaluate(model, tokenizer, transform, cfg.sets, device, cfg.batch_size, dtype, cfg.workers)
-    return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
-
-
-@torch.no_grad()
-def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Measure one run: {"retrieval_known/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
-    precision = run.resolve_precision(cfg.precision, process.device)
-    dtype = run.DTYPES[precision]
-    if export.foreign(path, "lexvla"):
-        return other_model(path, cfg, process.device, dtype)
-    model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, process.device))
-    model.to(process.device)
-    if cfg.patchdis:
-        names = classnames(cfg.patchdis)
-        if cfg.patchdis_side % (step := side_step(model.image.backbone)):
-            raise UserError(
-                f"--patchdis-side {cfg.patchdis_side} is no multiple of {step}, which the backbone of {path} needs"
-            )
-        check_folder(cfg.patchdis)
-    transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
-    lexical, topk = train_cfg.head == "lexical", cfg.topk or train_cfg.topk
-
-    def sparse(s: Tensor) -> Tensor:
-        kept = sparsify(s, topk)
-        return F.normalize(kept, dim=-1) if cfg.renormalize else kept
-
-    words = pieces(tokenizer, model.text.vocab_ids.tolist())
-    flat: dict[str, float] = {}
-    sets = evaluation.open_sets("sets", cfg.sets, transform, "retrieval", "classification")
-    for folder, eval_set in zip(cfg.sets, sets, strict=True):
-        name = eval_set.name
-        if eval_set.kind == "retrieval":
-            encoded = encode_pairs(model, read, eval_set, cfg.batch_size, cfg.workers, process.device, dtype)
-            flat |= {f"{name}/{key}": v for key, v in retrieval_of_run(*encoded, lexical, sparse).items()}
-            if lexical:
-                s_img, s_txt, image_of_text, texts = encoded
-                share = top_words_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
-                flat[f"{name}/top5_in_caption"] = share
-                if folder == cfg.sets[0]:
-                    draw_words(Path(path), eval_set, s_img, s_txt, image_of_text, words)
-        else:
-            loader = eval_set.batches(cfg.batch_size, cfg.workers, process.device)
-            features, labels = extract_image_features(model.image, loader, process.device, dtype, name)
-            classes = encode_texts(model, read, eval_set.classnames, cfg.batch_size, process.device, dtype)
-            if lexical:
-                features, classes = sparse(features), sparse(classes)
-            flat |= {f"{name}/{key}": v for key, v in classification_metrics(features @ classes.T, labels).items()}
-    if cfg.patchdis:
-        if cfg.class_text == "word" and lexical and train_cfg.text == "lm":
-            s_class = class_words(model, tokenizer, names)
-        else:
-            s_class = encode_texts(model, read, names, cfg.batch_size, process.device, dtype)
-        picture, device = Path(path) / "classes.png", process.device
-        flat |= patchdis_of_run(model, s_class, names, cfg, train_cfg.backbone, device, picture)
-        if lexical:
-            images = labelled_images(cfg.patchdis, cfg.patchdis_side, normalize(train_cfg.backbone))
-            plot_patches(model, itertools.islice(images, DRAWN), words, s_class, names, Path(path) / "patches.png")
-    return {name: value for name, value in flat.items() if not math.isnan(value)}
-
-
-def retrieval_of_run(
-    s_img: Tensor, s_txt: Tensor, image_of_text: Tensor, texts: list[str], lexical: bool, sparse: Callable
-) -> dict[str, float]:
-    """Recall of sparse representations sparse(s), of dense ones, and of the sweep; number and usage of active words.
-
-    Of the latent baseline (not `lexical`), only the recall of dense representations.
-    """
-    if not lexical:
-        return retrieval(s_img, s_txt, image_of_text)
-    both_sparse = [sparse(s) for s in (s_img, s_txt)]
-    flat = retrieval(*both_sparse, image_of_text)
-    flat |= {f"dense/{key}": value for key, value in retrieval(s_img, s_txt, image_of_text).items()}
-    levels = sweep_levels(s_img.shape[1])
-    for kept, recalls in zip(levels, sparsity_sweep(s_img, s_txt, image_of_text, levels, KS), strict=True):
-        flat |= {f"top{kept}/{name}": value for name, value in named_recalls(recalls).items()}
-    for side, s, kept in zip(("image", "text"), (s_img, s_txt), both_sparse, strict=True):
-        used = usage(s)
-        flat[f"{side}/active"] = (kept > 0).sum(-1).float().mean().item()
-        flat[f"{side}/sparsity"] = 100 * (1 - flat[f"{side}/active"] / s.shape[1])
-        flat[f"{side}/max_document_frequency"] = 100 * used["max_document_frequency"]
-        flat[f"{side}/entropy"] = used["entropy"]
-    flat["max_document_frequency"] = sum(flat[f"{side}/max_document_frequency"] for side in ("image", "text")) / 2
-    return flat
 
 
 def top_words_in_captions(
@@ -339,7 +191,71 @@ def draw_words(
     checkpoints.write_json(folder / f"words_{name}.json", most)
 
 
-def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+# ------------------------------------------------------------------------------------------------------ one checkpoint
+
+
+def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Zero-shot and retrieval metrics of a dual encoder: another paper's run, an export or MODEL@TAG."""
+    model, transform, tokenizer = export.load_model(path, device)
+    found = evaluate(model, tokenizer, transform, cfg.sets, device, cfg.batch_size, dtype, cfg.workers)
+    return {f"{name}/{metric}": value for name, metrics in found.items() for metric, value in metrics.items()}
+
+
+@torch.no_grad()
+def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
+    """Measure one run: {"flickr30k/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
+    precision, device = run.resolve_precision(cfg.precision, process.device), process.device
+    dtype = run.DTYPES[precision]
+    if export.foreign(path, "lexvla"):
+        return other_model(path, cfg, device, dtype)
+    if not cfg.sets and not cfg.patchdis:
+        raise UserError("nothing to measure: name --sets FOLDER..., --patchdis FOLDER, or both")
+    model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, device))
+    model.to(device)
+    if cfg.patchdis:
+        side = cfg.patchdis_side or train_cfg.image_size
+        if side % (step := patch_side(model.image.backbone)):
+            raise UserError(f"--patchdis-side {side} is no multiple of {step}, which the backbone of {path} needs")
+        check_folder(cfg.patchdis)
+    transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
+    words = pieces(tokenizer, model.text.vocab_ids.tolist())
+    flat: dict[str, float] = {}
+    sets = evaluation.open_sets("sets", cfg.sets, transform, "retrieval", "classification")
+    for number, eval_set in enumerate(sets):
+        name = eval_set.name
+        if eval_set.kind == "retrieval":
+            s_img, s_txt, image_of_text, texts = encode_pairs(
+                model, read, eval_set, cfg.batch_size, cfg.workers, device, dtype
+            )
+            found = retrieval_of_run(s_img, s_txt, image_of_text, cfg.topk)
+            share = top_words_in_captions(s_img, image_of_text, texts, tokenizer, model.text.vocab_ids)
+            found["top5_in_caption"] = share
+            if number == 0:
+                draw_words(Path(path), eval_set, s_img, s_txt, image_of_text, words)
+        else:
+            batches = eval_set.batches(cfg.batch_size, cfg.workers, device)
+            s_img, labels = extract_image_features(model.image, batches, device, dtype, name)
+            s_class = encode_texts(model, read, eval_set.classnames, cfg.batch_size, device, dtype)
+            found = classification_metrics(sparsify(s_img, cfg.topk) @ sparsify(s_class, cfg.topk).T, labels)
+        flat |= {f"{name}/{key}": value for key, value in found.items()}
+    if cfg.patchdis:
+        names = classnames(cfg.patchdis)
+        s_class = encode_texts(model, read, names, cfg.batch_size, device, dtype)
+
+        def seen(s: Tensor) -> Tensor:
+            return sparsify(s, cfg.topk) if cfg.patchdis_sparse else s
+
+        def patches(pixels: Tensor) -> Tensor:
+            return seen(model.image.patches(pixels))
+
+        images = labelled_images(cfg.patchdis, side, normalize(train_cfg.backbone))
+        found, maps = measure(patches, seen(s_class), images, cfg.background, device=device)
+        flat |= {f"patchdis/{name}": value for name, value in found.items()}
+        plot_class_maps(maps, names, Path(path) / "classes.png")
+    return {name: value for name, value in flat.items() if not math.isnan(value)}
+
+
+def evaluated(path: str, cfg: Config, process: run.Process, evaluate_run: Callable = evaluate_run) -> dict[str, float]:
     """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise UserError(f"{checkpoint} does not exist: train the run first")
@@ -350,20 +266,9 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 def main(cfg: Config) -> list[dict[str, float]]:
     """Measure every run. Returns the measurements of each."""
     process = run.setup(0, cfg.device)
-    if cfg.export:
-        raise UserError(NO_EXPORT)
-    cli.check_counts(cfg, "batch_size", "patchdis_side", "topk")
-    if cfg.class_text not in ("prompt", "word"):
-        raise UserError(f"--class-text is prompt or word, not {cfg.class_text!r}")
-    results = evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), METRICS, foreign=True)
-    return results
+    check_limits(cfg)
+    return evaluation.evaluate_runs(cfg, lambda path: evaluated(path, cfg, process), HEADINGS, foreign=True)
 
 
 if __name__ == "__main__":
-    commands = {"search": (Search, search), "explain": (Explain, explain_pair), "patchdis": (Dual, measure_encoders)}
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        name = sys.argv[1]
-        cls, function = commands[name]
-        cli.command_line(lambda: function(tyro.cli(cls, args=sys.argv[2:], prog=f"lexvla.eval {name}")))
-    else:
-        cli.command_line(lambda: main(tyro.cli(Config)))
+    cli.command_line(lambda: main(tyro.cli(Config)))

@@ -5,8 +5,8 @@ The authors have released no code (Clementine24/LexVLA holds a README). Equation
 the paper does not state is marked here and numbered in README.md. This file contains the paper's whole contribution:
   - an image and a caption as sparse, non-negative vectors over one vocabulary     `lexical_map`, `sparsify`
   - two codebooks over it: the LLM's own, frozen, and a trained copy for images    `TextEncoder`, `ImageEncoder`
-  - an LLM as predictor of a caption's words, by an in-context prompt              `lexical_prompt`, `TextEncoder`
   - the overuse penalty, so that words do not become mere shared dimensions        `overuse_penalty`
+The in-context prompt and the vocabulary are in text.py.
 
 Shapes: B batch, N samples, n = 1 + P image tokens ([CLS], patches), D backbone width, d lexical width, V words, T text
 tokens.
@@ -14,7 +14,7 @@ tokens.
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from lexvla import fast
 from shared import run
 from shared.errors import UserError
 
-CHUNK = 2**26  # numbers in the largest block of logits that exists at a time: 256 MB of float32
+FAST = True  # eq. 4 and 5 by fast.py: the same numbers in less memory and to more digits
 
 # ------------------------------------------------------------------------------------ lexical representation, eq. 2, 4
 
@@ -45,81 +46,36 @@ def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0
     representation of this word.
 
     With `pool`, z (B, n, d) -> (B, V): the maximum over tokens, eq. 4, taken before elu1p, which is increasing (so does
-    V:src/ir/encoder/vdr_crossmodal_image.py:221); see `MaxLogits`. Float32 from elu1p on. `bias` is ours, 0 in the
-    paper: a constant added to all logits changes elu1p, but no softmax, so a language model leaves it undetermined.
+    V:src/ir/encoder/vdr_crossmodal_image.py:221). Float32 from elu1p on. `bias` is ours, 0 in the paper: a constant
+    added to all logits changes elu1p, but no softmax, so a language model leaves it undetermined.
     """
-    logits = MaxLogits.apply(z, codebook) if pool else z @ codebook.T
-    logits = (logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits) + bias
+    if pool and FAST:
+        logits = fast.MaxLogits.apply(z, codebook)
+    elif pool:
+        logits = (z @ codebook.T).amax(dim=1)
+    else:
+        logits = z @ codebook.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) + bias
     # If all logits of a sample are negative, shift their maximum to 0, so that e^x cannot vanish: the norm cancels the
     # shift.
     return F.normalize(elu1p(logits - logits.detach().amax(-1, keepdim=True).clamp(max=0)), dim=-1)
 
 
-class MaxLogits(torch.autograd.Function):
-    """max_i z_i Z^T: (B, n, d), (V, d) -> (B, V), keeping only the arg-max for the backward pass.
-
-    The (B, n, V) logits are computed in blocks of words with at most CHUNK numbers. In the backward pass, the gradient
-    of word v of image b goes only to its arg-max token. So both gradients are weighted sums of vectors, which take
-    B * V * d operations; the gradients of the matrix product take n times as many.
-    """
-
-    @staticmethod
-    def forward(ctx, z: Tensor, codebook: Tensor) -> Tensor:
-        step = max(1, CHUNK // max(z.shape[0] * z.shape[1], 1))
-        blocks = [(z @ words.T).max(dim=1) for words in codebook.split(step)]
-        winner = torch.cat([block.indices for block in blocks], dim=1)  # (B, V) token of each word's maximum
-        ctx.save_for_backward(z, codebook, winner)
-        return torch.cat([block.values for block in blocks], dim=1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        z, codebook, winner = ctx.saved_tensors
-        (B, n, d), grad_z, grad_codebook = z.shape, None, None
-        token = winner + n * torch.arange(B, device=z.device)[:, None]  # (B, V) row of z.view(B * n, d)
-        if ctx.needs_input_grad[0]:  # token i sums the codebook rows of the words whose maximum it is
-            order = token.flatten().argsort(stable=True)
-            counts = torch.zeros(B * n, dtype=torch.long, device=z.device)
-            counts.scatter_add_(0, token.flatten(), torch.ones_like(order))  # `bincount` would wait for a GPU
-            grad_z = F.embedding_bag(
-                order % winner.shape[1],
-                codebook,
-                counts.cumsum(0) - counts,
-                mode="sum",
-                per_sample_weights=grad.flatten()[order].to(codebook.dtype),
-            ).view(B, n, d)
-        if ctx.needs_input_grad[1]:  # word v sums its arg-max tokens
-            weights = grad.T.contiguous().to(z.dtype)
-            grad_codebook = F.embedding_bag(
-                token.T.contiguous(), z.reshape(B * n, d), mode="sum", per_sample_weights=weights
-            )
-        return (
-            None if grad_z is None else grad_z.to(z.dtype),
-            None if grad_codebook is None else grad_codebook.to(codebook.dtype),
-        )
-
-
-def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None) -> Tensor:
+def sparsify(s: Tensor, topk: int | None = None) -> Tensor:
     """Set weak words of s (.., V) to zero, section 3.1; the others keep their values, without renormalising.
 
-    topk: keep the k largest, ties in favour of the first; threshold: keep those above it. The default is the threshold
-    1/sqrt(V), the entry of a uniform unit vector. Used in evaluation; the paper does not say that training is sparse,
-    too. S:splade/utils/utils.py:74, V:src/ir/utils/sparsify_utils.py:8.
+    Keeps those above 1/sqrt(V), the entry of a uniform unit vector, or the `topk` largest, ties in favour of the first.
+    Used in evaluation; the paper does not say that training is sparse, too. S:splade/utils/utils.py:74,
+    V:src/ir/utils/sparsify_utils.py:8.
     """
     V = s.shape[-1]
     if topk is None:
-        return s * (s > (1 / math.sqrt(V) if threshold is None else threshold))
-    if topk <= 0:
-        return torch.zeros_like(s)
-    if topk >= V:
-        return s
+        return s * (s > 1 / math.sqrt(V))
+    if topk == 0 or topk >= V:
+        return s * (topk > 0)
     kth = s.topk(topk).values[..., -1:]
-    keep = s >= kth
-    if s.is_cuda or (keep.sum(-1) > topk).any():  # ties at the cut-off; asking a GPU for them would wait for it
-        above = s > kth
-        tied = keep & ~above
-        keep = above | tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True))
-    return s * keep
+    above, tied = s > kth, s == kth
+    return s * (above | tied & (tied.cumsum(-1) <= topk - above.sum(-1, keepdim=True)))
 
 
 # -------------------------------------------------------------------------------------------------- losses, eq. 5 to 8
@@ -130,21 +86,12 @@ def sparsify(s: Tensor, topk: int | None = None, threshold: float | None = None)
 # global batch, and the mean of their gradients, which DDP computes, is its gradient.
 
 
-def info_nce(logits: Tensor, own: Tensor) -> Tensor:
-    """Mean over rows of -log softmax(logits (B, N)) at column own (B,), as log(1 + sum_(j != own) e^(l_j - l_own)).
-
-    For well-separated pairs, float32 represents this sum exactly enough, but not the difference of two large numbers.
-    """
-    own = own[:, None]
-    others = logits.scatter(1, own, torch.finfo(logits.dtype).min).logsumexp(1)
-    return F.softplus(others - logits.gather(1, own)[:, 0]).mean()
-
-
 def contrastive_loss(s_img: Tensor, s_txt: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 5, InfoNCE image -> text and text -> image of this rank's pairs (B, V); logit_scale is ln(1/tau).
 
     LexVLA adds the two; CLIP takes their mean (V:src/ir/training/loss_utils.py:266).
     """
+    info_nce = fast.info_nce if FAST else F.cross_entropy
     s_img, s_txt, scale = s_img.float(), s_txt.float(), logit_scale.float().exp()
     images, texts, own = run.gather(s_img), run.gather(s_txt), run.own_columns(s_img)
     to_text = scale * (s_img @ texts.T)  # (B, W*B)
@@ -166,15 +113,15 @@ def flops_loss(s: Tensor) -> Tensor:
     return mean_activation(s).square().sum()
 
 
-def overuse_penalty(s: Tensor, detach_weight: bool = False) -> Tensor:
+def overuse_penalty(s: Tensor) -> Tensor:
     """Eq. 7 of (B, V): V sum_j w_j m_j^2, w_j = m_j / sum_k m_k, so V sum m^3 / sum m.
 
     1 if all words are used alike, V if all samples use only one word (FLOPs: 1 in both cases). The gradient flows
-    through w, which is part of the formula; `detach_weight`, not stated in the paper, stops it.
+    through w, which is part of the formula.
     """
     m = mean_activation(s)
     w = m / m.sum().clamp_min(torch.finfo(m.dtype).tiny)
-    return len(m) * ((w.detach() if detach_weight else w) * m.square()).sum()
+    return len(m) * (w * m.square()).sum()
 
 
 PENALTIES = {"overuse": overuse_penalty, "flops": flops_loss}
@@ -187,69 +134,18 @@ def total_loss(
     lambda_img: float,
     lambda_txt: float,
     penalty: str = "overuse",
-    detach_weight: bool = False,
-    sparse: Callable[[Tensor], Tensor] = lambda s: s,
 ) -> dict[str, Tensor]:
     """Eq. 8: L = l_i2t + l_t2i + lambda_I penalty(S_img) + lambda_T penalty(S_txt), of this rank's pairs (B, V).
 
-    `penalty` is overuse, flops (the ablation) or none, of dense representations; `sparse` is applied to those of the
-    contrastive loss, which is not stated in the paper. Returns `loss` and its unweighted terms.
+    `penalty` is overuse, flops (the ablation) or none. Returns `loss` and its unweighted terms.
     """
-    i2t, t2i = contrastive_loss(sparse(s_img), sparse(s_txt), logit_scale)
+    i2t, t2i = contrastive_loss(s_img, s_txt, logit_scale)
     losses = {"loss": i2t + t2i, "i2t": i2t, "t2i": t2i}
     if penalty != "none":
-        options = {"detach_weight": detach_weight} if penalty == "overuse" else {}
         for name, s, weight in (("image", s_img, lambda_img), ("text", s_txt, lambda_txt)):
-            losses[f"{penalty}_{name}"] = PENALTIES[penalty](s, **options)
+            losses[f"{penalty}_{name}"] = PENALTIES[penalty](s)
             losses["loss"] = losses["loss"] + weight * losses[f"{penalty}_{name}"]
     return losses
-
-
-# ------------------------------------------------------------------------------------------------ vocabulary and prompt
-
-FOCUS = 'The focus of "{}" lies on important words:'
-EXAMPLE = FOCUS.format("The man is riding a white horse.") + '"man", "riding", "white", "horse". '
-
-
-def lexical_prompt(caption: str) -> str:
-    """The in-context prompt of section 3.2.1: one solved example, then the caption, for the model to continue with its
-    words."""
-    return EXAMPLE + FOCUS.format(caption)
-
-
-def refine_vocabulary(
-    counts: Tensor, special_ids: Iterable[int], min_count: int = 1, max_size: int | None = None
-) -> Tensor:
-    """Token ids to keep, ascending: counted (T,) at least `min_count` times and not special, section 3.1.
-
-    `max_size` keeps the most frequent (ties: lower ids). The paper drops "unused and meaningless" pieces, leaving
-    17,149 of Llama 2's 32,000; its rule is not stated.
-    """
-    counts = torch.as_tensor(counts).clone()
-    counts[torch.as_tensor(list(special_ids), dtype=torch.long)] = -1
-    kept = (counts >= max(min_count, 0)).nonzero()[:, 0]
-    if max_size is not None:
-        kept = kept[counts[kept].argsort(descending=True, stable=True)[:max_size]]
-    return kept.sort().values
-
-
-def bag_of_words(token_ids: Tensor, vocab_ids: Tensor) -> Tensor:
-    """Unit multi-hot vectors (N, V) of token ids (N, L), for the ablation without an LLM.
-
-    Ids outside the vocabulary are ignored; negative ids are padding. V:src/ir/utils/sparsify_utils.py:21.
-    """
-    size = 1 + max(int(vocab_ids.max()), int(token_ids.max()) if token_ids.numel() else 0)
-    hot = torch.zeros(len(token_ids), size + 1, dtype=torch.float64, device=token_ids.device)
-    hot.scatter_(1, torch.where(token_ids < 0, size, token_ids), 1.0)
-    hot = hot[:, vocab_ids]
-    return (hot / hot.sum(1, keepdim=True).clamp(min=1).sqrt()).float()
-
-
-def last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, T, d) at the last position that is not padding, on either side: (B, d)."""
-    position = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-    last = (attention_mask * position).argmax(dim=1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 # ------------------------------------------------------------------------------------------------------- LoRA, adapter
@@ -268,10 +164,6 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
 
-    def merged(self) -> Tensor:
-        """The equivalent single matrix (out, in)."""
-        return self.linear.weight + self.scale * self.B @ self.A
-
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -281,16 +173,14 @@ def add_lora(
 ) -> nn.Module:
     """Replace, in place, linear layers whose name ends in one of `targets` by `LoRALinear`; freeze everything else.
 
-    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. UserError for lm_head, which
-    is the text codebook, and if no layer has such a name.
+    Rank, alpha and targets are not stated in the paper; these give its 0.30 % of Llama 2. They leave out lm_head, which
+    is the text codebook. UserError if no layer has such a name.
     """
-    if "lm_head" in targets:
-        raise UserError("LoRA on lm_head would change the frozen text codebook: leave it out of the targets")
     module.requires_grad_(False)
     found = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
     found = [(name, m) for name, m in found if name.rpartition(".")[2] in targets]
     if not found:
-        raise UserError(f"none of {', '.join(targets)} is a linear layer of this {type(module).__name__}")
+        raise UserError(f"--lora-rank: none of {', '.join(targets)} is a linear layer of this {type(module).__name__}")
     for name, linear in found:
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, LoRALinear(linear, rank, alpha))
@@ -322,18 +212,15 @@ class ImageEncoder(nn.Module):
     """Pixels -> frozen backbone -> adapter -> eq. 4, with an image codebook of its own, trained from a copy.
 
     `backbone`: a transformers ViT (Dinov2Model) or a timm one, read after the final LayerNorm. It stays in eval mode.
-    Not stated in the paper: whether [CLS] is pooled. Eq. 3 and 4 include it (`pool_cls`); "image patch token" excludes
-    it.
+    [CLS] is one of the tokens of the maximum, as in eq. 3 and 4; the text's "image patch token" would leave it out.
     """
 
-    def __init__(
-        self, backbone: nn.Module, adapter: nn.Module, codebook: Tensor, pool_cls: bool = True, bias: float = 0.0
-    ):
+    def __init__(self, backbone: nn.Module, adapter: nn.Module, codebook: Tensor, bias: float = 0.0):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.adapter = adapter
         self.codebook = nn.Parameter(codebook.detach().float().clone())  # (V, d) Z_img
-        self.pool_cls, self.bias = pool_cls, bias
+        self.bias = bias
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ImageEncoder":
@@ -349,13 +236,12 @@ class ImageEncoder(nn.Module):
         return self.backbone(pixel_values=pixels).last_hidden_state
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        """z_img (B, n, d), eq. 3, of pixels (B, 3, H, W), or of precomputed `frozen` tokens (B, n, D)."""
-        return self.adapter(self.frozen(pixels) if pixels.ndim == 4 else pixels)
+        """z_img (B, n, d), eq. 3, of pixels (B, 3, H, W)."""
+        return self.adapter(self.frozen(pixels))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """s_img (B, V)."""
-        z = self.tokens(pixels)
-        return lexical_map(z if self.pool_cls else z[:, 1:], self.codebook, pool=True, bias=self.bias)
+        return lexical_map(self.tokens(pixels), self.codebook, pool=True, bias=self.bias)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """s_patch (B, P, V): each patch alone, without pooling (section 3.4)."""
@@ -370,23 +256,28 @@ class ImageEncoder(nn.Module):
         return lexical_map(z, self.codebook, pool=True, bias=self.bias)
 
 
+def last_token(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T, d) at the last position that is not padding, on either side: (B, d)."""
+    position = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    last = (attention_mask * position).argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
 class TextEncoder(nn.Module):
     """Prompt -> LLM -> last token -> eq. 2 over the LLM's own output embedding, frozen and reduced to `vocab_ids`.
 
     `lm`: a causal LM of transformers, with or without `add_lora`. z_txt is its state after the final norm at the last
-    token, which predicts the next token; there is no pooling over text tokens. `center`, ours, subtracts the codebook's
-    mean row, for small LMs, whose logits are all far above 0. This changes elu1p's values, but no softmax.
+    token, which predicts the next token; there is no pooling over text tokens.
     """
 
-    def __init__(self, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0, center: bool = False):
+    def __init__(self, lm: nn.Module, vocab_ids: Tensor, bias: float = 0.0):
         super().__init__()
         self.lm, self.bias = lm, bias
         for name, parameter in lm.named_parameters():
             parameter.requires_grad_(name.rpartition(".")[2] in ("A", "B"))
         head = lm.get_output_embeddings().weight
-        rows = head.detach()[vocab_ids.to(head.device)].float()
         self.register_buffer("vocab_ids", vocab_ids)
-        self.register_buffer("codebook", rows - rows.mean(0) if center else rows.clone())  # (V, d) Z_txt
+        self.register_buffer("codebook", head.detach()[vocab_ids.to(head.device)].float())  # (V, d) Z_txt
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TextEncoder":
@@ -396,24 +287,15 @@ class TextEncoder(nn.Module):
         return self
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """z_txt (B, d) of token ids (B, T)."""
+        """z_txt (B, d) of token ids (B, T). What is padding in all texts, on the right, is cut off."""
+        length = int(attention_mask.any(0).nonzero()[-1]) + 1
+        input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
         output = self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False)
         return last_token(output.last_hidden_state, attention_mask)
 
-    def hidden_of_states(self, states: Tensor) -> Tensor:
-        """z_txt (B, d) of `states` (B, d): the last block's residual stream between attention and MLP, last token.
-
-        Exact as long as no earlier layer is trained: text.py computes states once, and training runs only the last MLP
-        with LoRA.
-        """
-        block = self.lm.model.layers[-1]
-        return self.lm.model.norm(states + block.mlp(block.post_attention_layernorm(states)))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """s_txt (B, V) of token ids (B, T) with their mask, or of float `states` (B, d)."""
-        if input_ids.is_floating_point():
-            return self.represent(self.hidden_of_states(input_ids))
-        return self.represent(self.hidden(input_ids, attention_mask))
+    def forward(self, *text: Tensor) -> Tensor:
+        """s_txt (B, V) of what `hidden` takes."""
+        return self.represent(self.hidden(*text))
 
     def represent(self, z: Tensor) -> Tensor:
         """Representations (.., V) of states z (.., d), eq. 2."""
@@ -424,6 +306,15 @@ class TextEncoder(nn.Module):
         return self.represent(self.codebook[ids])
 
 
+class LastMLPTextEncoder(TextEncoder):
+    """The text tower if LoRA adapts only the LM's last MLP: what comes before is frozen and computed once (text.py)."""
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """z_txt (B, d) of `states` (B, d): the last block's residual stream between attention and MLP, last token."""
+        block = self.lm.model.layers[-1]
+        return self.lm.model.norm(states + block.mlp(block.post_attention_layernorm(states)))
+
+
 class BagOfWords(nn.Module):
     """The text side of the ablation without an LLM: returns its input, (B, V) of `bag_of_words`."""
 
@@ -431,42 +322,21 @@ class BagOfWords(nn.Module):
         super().__init__()
         self.register_buffer("vocab_ids", vocab_ids)
 
-    def forward(self, s: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, s: Tensor) -> Tensor:
         return s
 
-
-class DenseImageEncoder(ImageEncoder):
-    """The latent baseline: a linear map (E, d) instead of the codebook, without activation.
-
-    It maps [CLS], as CLIP does; without `pool_cls` the mean patch, so that patches are trained, too.
-    """
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        tokens = self.tokens(pixels)
-        z = tokens[:, 0] if self.pool_cls else tokens[:, 1:].mean(1)
-        return F.normalize((z @ self.codebook.T).float(), dim=-1)
-
-    def patches(self, pixels: Tensor) -> Tensor:
-        return F.normalize((self.tokens(pixels)[:, 1:] @ self.codebook.T).float(), dim=-1)
+    def word(self, ids: Tensor) -> Tensor:
+        """Representations of single words: (..) -> (.., V) one-hot."""
+        return F.one_hot(ids, len(self.vocab_ids)).float()
 
 
-class DenseTextEncoder(TextEncoder):
-    """The latent baseline: a trained affine map of z_txt to E dimensions instead of the codebook."""
-
-    def __init__(self, lm: nn.Module, vocab_ids: Tensor, projection: Tensor):
-        super().__init__(lm, vocab_ids)
-        self.projection = nn.Parameter(projection.clone())  # (E, d)
-        self.offset = nn.Parameter(torch.zeros(len(projection)))
-
-    @torch.no_grad()
-    def centre(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Set the bias so that these captions' mean is 0: prompts have nearly equal states, which hide the
-        differences."""
-        z = self.hidden_of_states(input_ids) if attention_mask is None else self.hidden(input_ids, attention_mask)
-        self.offset.copy_(-(z @ self.projection.T).mean(0))
-
-    def represent(self, z: Tensor) -> Tensor:
-        return F.normalize((z @ self.projection.T + self.offset).float(), dim=-1)
+class Output(NamedTuple):
+    s_img: Tensor
+    """(B, V)"""
+    s_txt: Tensor
+    """(B, V)"""
+    logit_scale: Tensor
+    """ln(1/tau)"""
 
 
 class LexVLA(nn.Module):
@@ -477,11 +347,9 @@ class LexVLA(nn.Module):
         self.image, self.text = image, text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(
-        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(s_img (B, V), s_txt (B, V), ln(1/tau)); text in the text tower's input format."""
-        return self.image(pixels), self.text(input_ids, attention_mask), self.logit_scale
+    def forward(self, pixels: Tensor, *text: Tensor) -> Output:
+        """Pixels (B, 3, H, W), and text in the text tower's input format."""
+        return Output(self.image(pixels), self.text(*text), self.logit_scale)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

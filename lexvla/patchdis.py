@@ -1,6 +1,6 @@
 """PatchDis (section 3.4, Table 2): classify each patch of an image by the most similar class text.
 
-    python -m lexvla.eval patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
+    python -m lexvla.patchdis ViT-B-16-quickgelu@openai --folder data/coco/eval/patchdis_val
     python -m lexvla.patchdis vdr:vsearch/vdr-cross-modal local-dir:my-export --folder data/coco/eval/patchdis_val
 
 Measures dual encoders whose patches and class texts lie in one space: open_clip's ViTs, folders written by `--export`
@@ -38,6 +38,7 @@ from lexvla.plots import ClassMap, plot_class_maps
 from shared import checkpoints, cli, data, evaluation, export, run
 from shared.clip import quiet_open_clip
 from shared.errors import UserError
+from shared.settings import Count, check_limits
 
 IGNORE = 65535  # value of unlabelled pixels in 16-bit masks; in 8-bit masks 255
 DRAWN = 6  # number of images with drawn predictions
@@ -49,7 +50,7 @@ class Config:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Dual encoders: MODEL@TAG of open_clip, local-dir:FOLDER, or vdr:FOLDER (or name on the hub) for VDR's weights."""
-    folder: str = "data/lexvla/scenes/eval/patchdis"
+    folder: str
     """Folder of images, masks and classnames.txt."""
     out: str = "runs/lexvla/patchdis"
     """Folder for patchdis.json and a picture for each model."""
@@ -57,7 +58,7 @@ class Config:
     """Prompt for a class, with {} for its name. Not stated in the paper."""
     background: bool = False
     """Count unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per forward pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -123,25 +124,30 @@ def measure(
     background: bool = False,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
-) -> dict[str, float]:
-    """PatchDis over a data set: {"miou", "miou_present", "random_miou", "random_miou_present"} in percent.
+) -> tuple[dict[str, float], list[ClassMap]]:
+    """PatchDis over a data set: ({"miou", "miou_present", "random_miou", "random_miou_present"} in percent, maps of the
+    first images, for Fig. 3).
 
     patches: function of pixels (B, 3, S, S) -> (B, P, V), with square grids; s_class (C, V); images: output of
     `labelled_images`. In `miou` all classes compete, in `miou_present` only those in the image's mask. `random_`: the
     same for random similarities of patches to classes.
     """
     totals: dict[str, Tensor] = {}  # float64: there may be more pixels than float32 can count
+    maps: list[ClassMap] = []
     noise, C, s_class = torch.Generator().manual_seed(0), len(s_class), s_class.to(device)
     while batch := list(itertools.islice(images, batch_size)):
         found = patches(torch.cat([pixels for pixels, _, _ in batch]).to(device)).float()
         side = math.isqrt(found.shape[1])
-        for s_patch, (_, mask, ignore) in zip(found, batch, strict=True):
+        for s_patch, (pixels, mask, ignore) in zip(found, batch, strict=True):
+            if len(maps) < DRAWN:
+                predicted = (s_patch @ s_class.T).argmax(-1).view(side, side).cpu()
+                maps.append(ClassMap(pixels[0], torch.where(mask[0] == ignore, -1, mask[0]), predicted))
             mask, random = mask.to(device), torch.rand(1, side * side, C, generator=noise).to(device)
             for name, values, classes in (("", s_patch[None], s_class), ("random_", random, torch.eye(C).to(device))):
                 for kind, present_only in (("miou", False), ("miou_present", True)):
                     counts = patchdis(values, classes, (side, side), mask, ignore, present_only, background)[:2]
                     totals[name + kind] = totals.get(name + kind, 0) + torch.stack(counts).double()
-    return {name: 100 * mean_iou(*sums) for name, sums in totals.items()}
+    return {name: 100 * mean_iou(*sums) for name, sums in totals.items()}, maps
 
 
 # ---------------------------------------------------------------------------------------------------- labelled images
@@ -225,19 +231,6 @@ def image_size(file: Path) -> tuple[int, int]:
         return Image.open(io.BytesIO(data.read_file(file)), formats=data.FORMATS).size
     except Exception as error:  # PIL raises many kinds
         raise UserError(f"{file} cannot be read as an image: {error}") from error
-
-
-@torch.no_grad()
-def class_maps(
-    patches: Callable[[Tensor], Tensor], s_class: Tensor, images: Iterator[tuple[Tensor, Tensor, int]], device
-) -> list[ClassMap]:
-    """For each image, the class of each pixel and the predicted class of each patch (Fig. 3)."""
-    maps = []
-    for pixels, mask, ignore in images:
-        predicted = (patches(pixels.to(device))[0].float() @ s_class.to(device).T).argmax(-1).cpu()
-        side = math.isqrt(len(predicted))
-        maps.append(ClassMap(pixels[0], torch.where(mask[0] == ignore, -1, mask[0]), predicted.view(side, side)))
-    return maps
 
 
 # ------------------------------------------------------------------------------------------------------- dual encoders
@@ -396,7 +389,7 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
         raise UserError("name at least one model: MODEL@TAG of open_clip, local-dir:FOLDER or vdr:FOLDER")
     if "{}" not in cfg.template:
         raise UserError(f"--template {cfg.template!r} has no {{}} for the class's name")
-    cli.check_counts(cfg, "batch_size")
+    check_limits(cfg)
     check_folder(cfg.folder)
     device, names = run.setup(0, cfg.device).device, classnames(cfg.folder)
     found: dict[str, dict[str, float]] = {}
@@ -405,10 +398,8 @@ def main(cfg: Config) -> dict[str, dict[str, float]]:
         encoder = vdr_encoder(name[4:], device) if name.startswith("vdr:") else open_clip_encoder(name, device)
         s_class = encoder.classes([cfg.template.replace("{}", one) for one in names]).float()
         images = labelled_images(cfg.folder, encoder.side, encoder.normalise)
-        found[name] = measure(encoder.patches, s_class, images, cfg.background, cfg.batch_size, device)
-        few = itertools.islice(labelled_images(cfg.folder, encoder.side, encoder.normalise), DRAWN)
-        picture = Path(cfg.out) / f"{re.sub(r'[^A-Za-z0-9@._-]+', '-', name)}.png"
-        plot_class_maps(class_maps(encoder.patches, s_class, few, device), names, picture)
+        found[name], maps = measure(encoder.patches, s_class, images, cfg.background, cfg.batch_size, device)
+        plot_class_maps(maps, names, Path(cfg.out) / f"{re.sub(r'[^A-Za-z0-9@._-]+', '-', name)}.png")
     print(evaluation.table(table_rows(found)))
     checkpoints.write_json(Path(cfg.out) / "patchdis.json", {"setting": dataclasses.asdict(cfg), "models": found})
     print(f"written to {cfg.out}")

@@ -1,19 +1,70 @@
-"""Draw word clouds of images, sets of patches and captions (Fig. 1 and 4), the patches of a word (Fig. 4), and maps of
-predicted classes (Fig. 3)."""
+"""Explain a pair in words, and draw the paper's pictures.
 
+    python -m lexvla.plots RUN apple.png "red fruit"
+
+prints what each word adds to the pair's score, and draws word clouds of image, caption and a set of patches, and the
+patches of words (Fig. 1 and 4). eval.py draws a set's word clouds, and maps of predicted classes (Fig. 3). That a score
+is split into the shares of its words is ours.
+"""
+
+import dataclasses
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 from wordcloud import WordCloud
 
-from lexvla.model import LexVLA, TextEncoder
+from lexvla.checkpoints import load_run
+from lexvla.model import sparsify
+from lexvla.text import encode_texts, pieces
+from lexvla.towers import eval_transform
+from shared import cli, data, run
+from shared.errors import UserError
+from shared.settings import Count, check_limits
+
+
+@dataclasses.dataclass
+class Config:
+    """Print each word's share of the score of an image and a caption, and draw it."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """Image file."""
+    caption: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION")]
+    """Caption to compare it with."""
+    k: Count = 10
+    """Words to list."""
+    topk: Count | None = None
+    """Words kept in both representations; None: those above 1/sqrt(V)."""
+    out: str = "explain.png"
+    """Picture to write: word clouds of the image, of the caption, and of the patches most similar to the word with the
+    largest share; below them, each patch's similarity to the words with the largest shares."""
+
+
+# ------------------------------------------------------------------------------------------------------ words of a pair
+
+
+def top_words(s: Tensor, words: Sequence[str], k: int = 10) -> list[tuple[str, float]]:
+    """The k strongest words of one representation (V,), and their weights; words of weight 0 are left out."""
+    values, index = s.sort(descending=True, stable=True)
+    return [(words[i], v) for v, i in zip(values[:k].tolist(), index[:k].tolist(), strict=True) if v > 0]
+
+
+def explain(s_img: Tensor, s_txt: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, word indices), (.., k) each: the k largest terms of the score sum_j s_img_j s_txt_j of pairs (.., V)."""
+    values, index = (s_img * s_txt).sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], index[..., :k]
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def word_cloud(weights: dict[str, float]) -> np.ndarray:
@@ -62,13 +113,6 @@ def word_mask(s_patch: Tensor, s_word: Tensor, grid: tuple[int, int]) -> Tensor:
     return ((sim - sim.min()) / (sim.max() - sim.min()).clamp_min(1e-12)).view(*grid)
 
 
-def word_rows(model: LexVLA, ids: Tensor) -> Tensor:
-    """Representations of single words, ids (k,) -> (k, V): by the LM's codebook, or one-hot if there is no LM."""
-    if isinstance(model.text, TextEncoder):
-        return model.text.word(ids.to(model.text.codebook.device)).cpu()
-    return torch.eye(len(model.text.vocab_ids))[ids]
-
-
 def picture_of(pixels: Tensor) -> np.ndarray:
     """Normalised pixels (3, H, W) -> picture (H, W, 3) in 0..1."""
     picture = pixels.permute(1, 2, 0).numpy()
@@ -91,42 +135,6 @@ def plot_pair(
         axis.imshow(mask.numpy(), vmin=0, vmax=1, cmap="magma")
         axis.set_title(word, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def plot_patches(
-    model: LexVLA,
-    images: Iterable[tuple[Tensor, Tensor, int]],
-    words: Sequence[str],
-    s_class: Tensor,
-    classnames: Sequence[str],
-    path: Path,
-) -> None:
-    """Draw PatchDis images (pixels, mask, value to ignore) and, beside each, up to four of its classes.
-
-    A class is shown by the similarity of patches to its strongest word, as brightness; the title has this word, and the
-    three strongest words of the patches inside the class's mask.
-    """
-    device = next(model.parameters()).device
-    images = list(images)
-    figure, axes = plt.subplots(len(images), 5, figsize=(10, 2.1 * len(images)), squeeze=False)
-    for row, (pixels, mask, ignore) in zip(axes, images, strict=True):
-        s_patch = model.image.patches(pixels.to(device))[0].float().cpu()
-        side = math.isqrt(len(s_patch))
-        row[0].imshow(picture_of(pixels[0]))
-        for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
-            word = s_class[label].argmax()
-            mask_of_word = word_mask(s_patch, word_rows(model, word), (side, side))
-            axis.imshow(mask_of_word.numpy(), vmin=0, vmax=1, cmap="magma")
-            inside = torch.nn.functional.adaptive_max_pool2d((mask == label).float(), side)[0].flatten() > 0
-            top = model.image.patch_set(pixels.to(device), inside[None])[0].cpu().topk(3).indices.tolist()
-            strongest = ", ".join(words[i].strip() for i in top)
-            axis.set_title(f"{classnames[label][:24]}: {words[word].strip()}\n{strongest}", fontsize=7)
-        for axis in row:
-            axis.axis("off")
-    figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -168,3 +176,46 @@ def plot_class_maps(maps: Sequence[ClassMap], classnames: Sequence[str], path: P
             axis.axis("off")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+@torch.no_grad()
+def main(cfg: Config) -> None:
+    """Print each word's share of the score of an image and a caption, and draw it."""
+    check_limits(cfg)
+    if Path(cfg.out).suffix != ".png" or not Path(cfg.out).parent.is_dir():
+        raise UserError(f"--out {cfg.out} is no .png in a folder that exists")
+    device = run.setup(0).device
+    model, train_cfg, tokenizer, read = load_run(cfg.run)
+    model.to(device)
+    words = pieces(tokenizer, model.text.vocab_ids.tolist())
+    if not Path(cfg.image).is_file():
+        raise UserError(f"{cfg.image} does not exist")
+    try:
+        picture = data.decode_image(Path(cfg.image).read_bytes())
+    except data.BrokenSample as error:
+        raise UserError(f"{cfg.image} cannot be read: {error}") from error
+    pixels = eval_transform(train_cfg.backbone, train_cfg.image_size)(picture)[None].to(device)
+    s_img, s_txt = model.image(pixels)[0].cpu(), encode_texts(model, read, [cfg.caption], device=device)[0]
+    sparse_img, sparse_txt = (sparsify(s, cfg.topk) for s in (s_img, s_txt))
+    score, (values, ids) = (sparse_img @ sparse_txt).item(), explain(sparse_img, sparse_txt, cfg.k)
+    ids = ids[values > 0]
+    print(f"score {score:.3f}: image of {(sparse_img > 0).sum()} words, caption of {(sparse_txt > 0).sum()}")
+    for value, word in zip(values.tolist(), ids.tolist(), strict=False):
+        print(f"{value:.3f}  {100 * value / score:3.0f} %  {words[word].strip()}")
+    clouds = {"image": dict(top_words(s_img, words, 40)), "caption": dict(top_words(s_txt, words, 40))}
+    s_patch, masks = model.image.patches(pixels)[0].cpu(), {}
+    side = math.isqrt(len(s_patch))
+    for word in ids[:4].to(device):
+        masks[words[word].strip()] = word_mask(s_patch, model.text.word(word).cpu(), (side, side))
+    for name, mask in list(masks.items())[:1]:
+        s_set = model.image.patch_set(pixels, mask.flatten()[None] > 0.5)[0].cpu()
+        clouds[f"patches of {name}"] = dict(top_words(s_set, words, 40))
+    plot_pair(pixels[0].cpu(), cfg.caption, clouds, masks, Path(cfg.out))
+    print(f"drawn in {cfg.out}")
+
+
+if __name__ == "__main__":
+    cli.command_line(lambda: main(tyro.cli(Config)))

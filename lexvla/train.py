@@ -1,35 +1,58 @@
 """Train LexVLA, or an ablation of it: `python -m lexvla.train PRESET [--overrides]`.
 
-LexVLA (arXiv 2407.17827); no code of the authors is public. A step computes both lexical representations, then the
-summed InfoNCE and the penalties over all processes' pairs, with this step's penalty weights (eq. 8), takes an Adam step
-and caps the temperature. Settings are in config.py, towers by name in towers.py, the processing of captions in text.py.
+LexVLA (arXiv 2407.17827); no code of the authors is public. Before training,
+  1. the vocabulary is taken from the captions, and with it both codebooks       `vocabulary`
+Then, for each batch,
+  2. both lexical representations, the summed InfoNCE and the penalties over all
+     processes' pairs (eq. 8), a step of Adam, and the cap of the temperature    `train_step`
+  3. the weights of the penalties rise, the learning rate falls                  `quadratic_warmup`, `learning_rate`
+Towers and losses are in model.py, captions in text.py, towers by name in towers.py, settings in config.py.
 """
 
-import contextlib
-import functools
-import itertools
 import math
-import os
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
 
-from lexvla.checkpoints import backbone_fingerprint, check_lm, load_weights, trained_weights
-from lexvla.config import PRESETS, Config, check, check_model
-from lexvla.model import ImageEncoder, LexVLA, TextEncoder, sparsify, total_loss
-from lexvla.text import Prompts, States, caption_vocabulary, encode_texts, lm_dtype, lm_sample, load_lm, piece_counts
-from lexvla.towers import create_model, eval_transform, patch_side, text_input, train_transform
-from shared import accumulate, checkpoints, cli, data, evaluation, run, windows
-from shared.errors import UserError
-from shared.evalsets import EvalSet
-from shared.zeroshot import extract_image_features, owners, retrieval_ranks_from_scores
+from lexvla import plan
+from lexvla.checkpoints import Trained, backbone_fingerprint, check_lm
+from lexvla.config import PRESETS, Config
+from lexvla.model import LexVLA, total_loss
+from lexvla.text import caption_vocabulary, lm_dtype, lm_sample, load_lm, piece_counts
+from lexvla.tokens import Precomputed, frozen_tokens
+from lexvla.towers import create_model, lm_input, text_encoder, text_input, train_transform
+from shared import accumulate, cli, data, run
+from shared.corpus import open_corpus
+
+BETAS = 0.9, 0.98  # of Adam; not stated in the paper
+
+# ---------------------------------------------------------------------------------------------------------- one step
+
+
+def train_step(
+    model: nn.Module,
+    batch: tuple[Tensor, tuple[Tensor, ...]],
+    lambdas: tuple[float, float],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    cfg: Config,
+) -> dict[str, Tensor]:
+    """One step on this rank's (images, text input), with these weights of the penalties; returns the losses."""
+    images, text = batch
+    with run.autocast(cfg.precision, images.device):
+        output = model(images, *text)
+    losses = total_loss(*output, *lambdas, cfg.penalty)
+
+    optimizer.zero_grad()
+    scaler.scale(losses["loss"]).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    run.bare(model).clamp_logit_scale()
+    return losses
+
 
 # ----------------------------------------------------------------------------------------------------------- schedules
 
@@ -42,402 +65,130 @@ def quadratic_warmup(step: int, value: float, steps: int) -> float:
     return value * min(1.0, step / steps if steps else 1.0) ** 2
 
 
-def cosine_lr(step: int, base: float, total: int, warmup: int = 0) -> float:
+def learning_rate(step: int, base: float, total: int, warmup: int = 0) -> float:
     """Learning rate of a step from 0 on: linear to `base` over `warmup` steps, then half a cosine to 0."""
     if step < warmup:
         return base * (step + 1) / warmup
     return 0.5 * base * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay (by 0 in the paper's setting), vectors and the temperature do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def rates(cfg: Config, step: int, total: int) -> dict[str, float]:
+    """Learning rate and weights of the penalties at a step, from 0 on."""
+    image, text = (quadratic_warmup(step + 1, x, cfg.penalty_warmup) for x in (cfg.lambda_image, cfg.lambda_text))
+    return {"lr": learning_rate(step, cfg.lr, total, cfg.warmup), "lambda_image": image, "lambda_text": text}
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------------- vocabulary
 
 
-class PairDataset(Dataset):
-    """Item i of a run: (image, caption, broken samples skipped); the crop depends on seed, epoch and sample.
+def all_captions(cfg: Config, pairs: Any, process: run.Process) -> Iterator[str]:
+    """This process's share of all captions. A stream is read once for them, images and all."""
+    if pairs is not None:
+        yield from filter(None, map(pairs.caption, range(process.rank, len(pairs), process.world_size)))
+        return
+    stream = open_corpus(cfg, process, lambda pair: pair.caption)
+    for _, _, captions in stream.epoch(0, lambda image: torch.zeros(1)):
+        yield from captions
 
-    If `transform` ends in normalising, images are uint8, and `normalise` normalises a batch of them.
+
+def vocabulary(cfg: Config, pairs: Any, lm: nn.Module, tokenizer: Any, process: run.Process) -> dict[str, Any]:
+    """Vocabulary ids (V,) from all captions, each process counting a share, and the bias of the logits.
+
+    The bias is the configuration's, or minus two standard deviations of the LM's logits of the first captions, so that
+    few words are above 0 (ours).
     """
-
-    def __init__(self, pairs, transform: Callable, seed: int = 0):
-        self.pairs, self.seed = pairs, seed
-        self.transform, self.normalise = data.split_normalisation(transform)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, str, list[data.Broken]]:
-        pair, broken = data.read_item(self.pairs, i, self.seed)
-        return self.transform(pair.image), pair.caption, broken
-
-
-class TokenDataset(Dataset):
-    """Item i: (the frozen backbone's tokens (n, D) of image i by `transform`, caption, broken samples skipped).
-
-    Tokens are read from `file` if it has the right shape and the first image's tokens agree. Otherwise each process
-    encodes a share of the images, the shares are gathered, and `file` is written, unless a sample is broken.
-    """
-
-    def __init__(
-        self, pairs, transform: Callable, image: ImageEncoder, process: run.Process, precision: str, file: Path
-    ):
-        self.pairs, self.normalise, self.file = pairs, data.identity, file
-        views = PairDataset(pairs, transform)
-        alone = run.Process(0, 1, process.device)
-        [(_, first, *_)] = encoded(Subset(views, range(1)), views.normalise, image, alone, precision)
-        kept = self.kept(first)
-        if all(run.gather_lists([kept is not None], process)):
-            self.tokens, self.broken = kept, [[]] * len(pairs)
-            self.captions = [pairs.caption(row) for row in range(len(pairs))]
-            return
-        batches = run.gather_lists(encoded(views, views.normalise, image, process, precision), process)
-        _, tokens, captions, broken = zip(*sorted(batches, key=itemgetter(0)), strict=True)
-        self.tokens = np.concatenate(tokens)
-        self.captions, self.broken = (list(itertools.chain.from_iterable(each)) for each in (captions, broken))
-        if any(self.broken) or not np.isfinite(self.tokens).all():
-            return
-        if process.main:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            checkpoints.save_array(file, self.tokens, f".{os.getpid()}.tmp")
-        run.wait()
-        if (kept := self.kept(first)) is not None:  # processes share its memory
-            self.tokens = kept
-
-    def kept(self, first: np.ndarray) -> np.ndarray | None:
-        """Tokens of all images, memory-mapped from `file`; None if it is missing or belongs to other images.
-
-        `first`: tokens (1, n, D) of the first image, to compare with.
-        """
-        try:
-            tokens = np.load(self.file, mmap_mode="r")
-        except (OSError, ValueError):
-            return None
-        same = tokens.shape == (len(self.pairs), *first.shape[1:])
-        return tokens if same and np.allclose(tokens[:1], first, rtol=0.01, atol=0.01) else None
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, str, list[data.Broken]]:
-        i %= len(self)
-        return torch.from_numpy(self.tokens[i].astype(np.float32)), self.captions[i], self.broken[i]
-
-
-def encoded(
-    views: Dataset, normalise: Callable, image: ImageEncoder, process: run.Process, precision: str
-) -> list[tuple[int, np.ndarray, list[str], list[list[data.Broken]]]]:
-    """(number, tokens (B, n, D) in half precision, captions, broken samples) of each of this process' batches.
-
-    Batches have 256 images and are dealt out in turn to the W processes, so they do not depend on W. An image that is
-    in a batch several times, with different captions, is encoded once.
-    """
-    batches = [range(first, min(first + 256, len(views))) for first in range(0, len(views), 256)]
-    own = range(process.rank, len(batches), process.world_size)
-    items, done = DataLoader(views, batch_sampler=[batches[i] for i in own], collate_fn=lambda items: items), []
-    total = sum(len(batches[i]) for i in own)
-
-    def encode(pixels: Tensor) -> np.ndarray:
-        with run.autocast(precision, process.device):
-            return image.frozen(normalise(pixels.to(process.device))).half().cpu().numpy()
-
-    with run.counting(total, "images through the frozen backbone", process=process) as tick:
-        for number, batch in zip(own, items, strict=True):
-            pixels, captions, broken = zip(*batch, strict=True)
-            tokens = data.encode_distinct(encode, torch.stack(pixels), [each.numpy().tobytes() for each in pixels])
-            done.append((number, tokens, list(captions), list(broken)))
-            tick(len(batch))
-    return done
-
-
-def training_set(
-    cfg: Config, pairs, image: ImageEncoder, process: run.Process, precision: str
-) -> PairDataset | TokenDataset:
-    """Random crops of the images, or with --encode-once the tokens of their evaluation views."""
-    if cfg.encode_once:
-        sources = evaluation.images_of(pairs), backbone_fingerprint(image), cfg.backbone, str(cfg.image_size), precision
-        file = Path(cfg.cache) / f"tokens-{data.fingerprint(*(source.encode() for source in sources))}.npy"
-        return TokenDataset(pairs, eval_transform(cfg.backbone, cfg.image_size), image, process, precision, file)
-    return PairDataset(pairs, train_transform(cfg.backbone, cfg.image_size, cfg.crop_scale), cfg.seed)
-
-
-class Collate:
-    """Items -> (pixels (B, 3, S, S) or tokens (B, n, D), the text tower's input, broken samples)."""
-
-    def __init__(self, read: Callable[[Sequence[str]], tuple[Tensor, ...]]):
-        self.read = read
-
-    def __call__(self, items: list) -> tuple[Tensor, tuple[Tensor, ...], list[data.Broken]]:
-        images, captions, broken = zip(*items, strict=True)
-        return torch.stack(images), self.read(captions), [b for each in broken for b in each]
-
-
-@torch.no_grad()
-def bias_of_logits(model: TextEncoder, texts: tuple[Tensor, ...]) -> float:
-    """Minus two standard deviations of the logits of a batch's captions, so that few words are above 0 (ours)."""
-    z = model.hidden_of_states(texts[0]) if texts[0].is_floating_point() else model.hidden(*texts)
-    return -2 * (z @ model.codebook.T).std().item()
-
-
-def vocabulary_and_bias(cfg: Config, pairs, lm: nn.Module, tokenizer, process: run.Process) -> tuple[Tensor, float]:
-    """(vocabulary ids (V,), bias of the logits).
-
-    The vocabulary comes from all captions; each process counts the pieces of its share. The bias is the
-    configuration's, or `bias_of_logits` of the first 256 captions.
-    """
-    captions = windows.captions(pairs, process.rank, process.world_size)
-    counts = sum(run.gather_lists([piece_counts(tokenizer, captions)], process))
+    counts = sum(run.gather_lists([piece_counts(tokenizer, all_captions(cfg, pairs, process))], process))
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:
-        text = TextEncoder(lm, vocab_ids, center=cfg.centre_codebook)
-        bias = bias_of_logits(text, text_input(cfg, lm, tokenizer, vocab_ids)(first_captions(pairs)))
-    return vocab_ids, run.broadcast(bias, process)
+        text, tower = lm_input(cfg, lm, tokenizer)(first_captions(pairs)), text_encoder(cfg)(lm, vocab_ids)
+        with torch.no_grad():
+            z = tower.hidden(*(x.to(tower.codebook.device) for x in text))
+            bias = -2 * (z @ tower.codebook.T).std().item()
+    return {"vocab_ids": vocab_ids, "bias": run.broadcast(bias, process)}
 
 
-def first_captions(pairs) -> list[str]:
-    """The captions among the first 256 samples."""
-    return list(filter(None, itertools.islice(windows.captions(pairs), 256)))
-
-
-def quick_recall(
-    model: LexVLA, read: Callable, transform: Callable, cfg: Config, device: torch.device, precision: str
-) -> dict[str, float]:
-    """R@1 in both directions, in percent, on `cfg.eval_set` with dense representations, for the learning curve."""
-    was_training, eval_set, dtype = model.training, EvalSet(cfg.eval_set, transform), run.DTYPES[precision]
-    model.eval()
-    batches = eval_set.batches(256, windows.evaluation_workers(cfg), device)
-    s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
-    texts = [caption for of_image in captions for caption in of_image]
-    s_txt = encode_texts(model, read, texts, 256, device, dtype)
-    model.train(was_training)
-    ranks = retrieval_ranks_from_scores(s_img @ s_txt.T, owners(captions))
-    names = ("image_to_text_R@1", "text_to_image_R@1")
-    return {name: 100 * (of_way < 1).float().mean().item() for name, of_way in zip(names, ranks, strict=True)}
-
-
-# ---------------------------------------------------------------------------------------------------------- one step
-
-
-def train_step(
-    model: nn.Module,
-    batch: tuple[Tensor, tuple[Tensor, ...]],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    lr: float,
-    cfg: Config,
-    precision: str = "fp32",
-    scaler: torch.amp.GradScaler | None = None,
-) -> dict[str, Tensor]:
-    """One optimizer step, `step` from 1, on (pixels, text input); returns this rank's losses."""
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-    pixels, text = batch
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    (s_img, s_txt, logit_scale), backward = accumulate.forward(model, (pixels, *text), cfg, precision)
-    weights = (quadratic_warmup(step, value, cfg.penalty_warmup) for value in (cfg.lambda_image, cfg.lambda_text))
-    options = {"sparse": functools.partial(sparsify, topk=cfg.topk)} if cfg.sparse_training else {}
-    losses = total_loss(s_img, s_txt, logit_scale, *weights, cfg.penalty, cfg.detach_weight, **options)
-    optimizer.zero_grad()
-    backward(scaler.scale(losses["loss"]))
-    scaler.step(optimizer)
-    scaler.update()
-    bare.clamp_logit_scale()
-    return losses
+def first_captions(pairs: Any) -> list[str]:
+    """The captions of the first 256 samples."""
+    return list(filter(None, map(pairs.caption, range(min(len(pairs), 256)))))
 
 
 # -------------------------------------------------------------------------------------------------------- the script
 
 
-def dry_run(cfg: Config, world_size: int = 1) -> None:
-    """Print the plan of a run: parameters, vocabulary, steps, rates, memory; needs neither data nor weights."""
-    check_model(cfg)
-    cli.check_batch(cfg, world_size)
-    try:
-        n = data.planned_size(cfg)
-    except UserError:
-        n = 0
-    V = cfg.max_vocabulary or 2_000
-    model, lm_config = model_without_weights(cfg, V)
-    sizes = {"adapter": model.image.adapter, "backbone": model.image.backbone, "text tower": model.text}
-    count = {name: sum(p.numel() for p in module.parameters()) for name, module in sizes.items()}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    lora = sum(p.numel() for p in model.text.parameters() if p.requires_grad)
-    vocabulary = f"{V:,} at most" if cfg.max_vocabulary else f"about {V:,}, from the captions"
-    per_epoch = n // cfg.batch_size
-    steps = per_epoch * cfg.epochs
-    cli.show_plan(
-        [
-            ("parameters", f"{trained:,} trained, {frozen:,} frozen"),
-            ("", ", ".join(f"{name} {value:,}" for name, value in count.items())),
-            ("", f"image codebook {model.image.codebook.numel():,}, trained in the text tower {lora:,}"),
-            ("vocabulary", vocabulary),
-            ("samples", f"{n:,} an epoch, {n * cfg.epochs:,} in {cfg.epochs} epochs"),
-            cli.disk_row(n, trained),
-            cli.batch_row(cfg, world_size),
-            cli.step_row(steps, per_epoch),
-        ]
-    )
-    for step in sorted({0, cfg.warmup, cfg.penalty_warmup, steps // 2, steps - 1}):
-        if 0 <= step < steps:
-            lr = cosine_lr(step, cfg.lr, steps, cfg.warmup)
-            lambdas = [quadratic_warmup(step + 1, x, cfg.penalty_warmup) for x in (cfg.lambda_image, cfg.lambda_text)]
-            rates = f"{lr:.3e}, penalties {lambdas[0]:.1e} and {lambdas[1]:.1e}, at step {step:,}"
-            cli.show_plan([("learning rate", rates)])
-    mean, longest = prompt_lengths(cfg)
-    length = f"{mean:.0f} tokens on average, the longest {longest}" if mean else f"{longest} tokens, by --max-length"
-    cli.show_plan([("prompts", length)] if cfg.text == "lm" else [])
-    weights, image, text, words = memory(cfg, cfg.batch_size // world_size, model, lm_config, V, longest)
-    estimate = f"{weights + image + words + text:.1f} GiB a process: {weights:.1f} weights and Adam; "
-    terms = f"{image:.1f} image tokens; {text:.1f} language model; {words:.1f} representations"
-    cli.show_plan([("memory estimate", estimate + terms)])
+def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Callable | None = None) -> Path | None:
+    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder.
 
-
-def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any]:
-    """(the model on the meta device, the LM's configuration)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-
-    local = Path(cfg.lm).is_dir()
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.lm) if local else LlamaConfig())
-        model = create_model(cfg, lm, torch.arange(words), cfg.bias or 0.0, pretrained=False)
-    return model, lm.config
-
-
-def prompt_lengths(cfg: Config) -> tuple[float | None, int]:
-    """(mean, maximum) number of tokens of the prompts in the first shard, for the estimate of memory.
-
-    (None, --max-length) if the data or the LM's tokenizer is not available offline.
+    create, start: make another model, and begin with it, for baselines with the same data and loop.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.lm, local_files_only=True)
-        first = cfg.data if cfg.data.endswith((".tsv", ".csv")) else data.expand_shards(cfg.data)[0]
-        if data.is_remote(first):
-            return None, cfg.max_length
-        pairs = data.open_pairs(first, cache=Path(cfg.cache))
-    except (OSError, ValueError):
-        return None, cfg.max_length
-    captions = filter(None, map(pairs.caption, range(min(len(pairs), 10_000))))
-    lengths = [len(ids) for ids in Prompts(tokenizer, cfg.max_length, cfg.prompt_end).ids(list(captions))]
-    return sum(lengths) / len(lengths), max(lengths)
-
-
-def memory(cfg: Config, size: int, model: LexVLA, lm: Any, words: int, length: int | None = None) -> tuple[float, ...]:
-    """GiB of (weights with Adam, image tokens, language model, representations) in one process.
-
-    size: pairs per process; lm: the LM's configuration; words: V; length: tokens of a prompt, by default --max-length.
-    """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    gib, d, blocks = 2**30, lm.hidden_size, lm.num_hidden_layers
-    D, tokens = model.image.adapter.proj.fc1.in_features, (cfg.image_size // patch_side(model.image.backbone)) ** 2 + 1
-    weights = (16 * trained + 2 * frozen) / gib
-    micro = size / cfg.accumulate
-    cached = size if cfg.accumulate > 1 else 0  # pairs whose representations and gradients `accumulate` keeps
-    image = micro * tokens * (34 * D + 4 * d) / gib  # 34 D: a block's tokens in bf16
-    s = (20 * micro + 16 * cached + 24 * cfg.batch_size) * words / gib
-    text = micro * (length or cfg.max_length) * d * (2 * blocks + 34 if cfg.grad_checkpointing else 34 * blocks) / gib
-    return weights, image, 0.0 if cfg.states or cfg.text == "bow" else text, s
-
-
-def prepare(
-    cfg: Config, folder: run.RunFolder, pairs, process: run.Process, precision: str
-) -> tuple[LexVLA, Callable, nn.Module, Any]:
-    """(model, text input, LM, tokenizer).
-
-    On resuming, weights, vocabulary and bias are the checkpoint's; a new run takes the vocabulary from the captions.
-    """
-    lm, tokenizer = load_lm(cfg.lm, lm_dtype(precision, process.device))
-    check_lm(lm, folder.state, folder.path)
-    if not folder.resumed:
-        found = vocabulary_and_bias(cfg, pairs, lm, tokenizer, process)
-        folder.state["vocab_ids"], folder.state["bias"] = found
-    vocab_ids, bias = folder.state["vocab_ids"], folder.state["bias"]
-    read = text_input(cfg, lm, tokenizer, vocab_ids)
-    torch.manual_seed(cfg.seed)
-    model = create_model(cfg, lm, vocab_ids, bias).to(process.device)
-    if folder.resumed:
-        load_weights(model, folder.state, folder.path)
-        del folder.state["weights"]
-    elif cfg.head == "dense":
-        model.text.centre(*(x.to(process.device) for x in read(first_captions(pairs))))
-    return model, read, lm, tokenizer
-
-
-def main(cfg: Config) -> Path | None:
-    """Train to the end, resuming from the run folder's last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
+    cfg.check(process.world_size)
     if cfg.dry_run:
-        return dry_run(cfg, process.world_size) if process.main else None
-    check(cfg, process.world_size)
-    device, precision = process.device, run.resolve_precision(cfg.precision, process.device)
-    folder = run.RunFolder(cfg, process, epoch=0, batch=0)
+        return plan.show(cfg, process, rates)
+    folder, device = run.RunFolder(cfg, process, epoch=0, batch=0), process.device
     if folder.finished(epoch=cfg.epochs):
         return folder.path
 
-    # Data, model, optimizer
-    pairs = windows.open_pairs(cfg, process)
-    data.check_pairs(pairs, cfg, folder.state, process)
-    model, read, lm, tokenizer = prepare(cfg, folder, pairs, process, precision)
-    groups = param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    folder.restore(optimizer=optimizer, scaler=scaler)
-    per_epoch, first = len(pairs) // cfg.batch_size, folder.state["epoch"]
-    kept = {name: folder.state[name] for name in ("vocab_ids", "bias")}
-    kept |= {"backbone": backbone_fingerprint(model.image), "lm": lm_sample(lm)}
-    done, total = per_epoch * first + folder.state["batch"], per_epoch * cfg.epochs
-    folder.start(done, total, len(pairs), data=pairs.fingerprint, **kept)
+    # Language model and vocabulary
+    lm, tokenizer = load_lm(cfg.lm, lm_dtype(run.resolve_precision(cfg.precision, device), device))
+    lm.to(device if cfg.text == "lm" else "cpu")  # bags of words need only its head
+    pairs = None if cfg.stream else data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
+    if cfg.states and cfg.text == "lm":
+        lm_input(cfg, lm, tokenizer).add(filter(None, map(pairs.caption, range(len(pairs)))))
+    if folder.resumed:
+        check_lm(lm, folder.state, folder.path)
+        found = {name: folder.state[name] for name in ("vocab_ids", "bias")}
+    else:
+        found = vocabulary(cfg, pairs, lm, tokenizer, process)
+    read = text_input(cfg, lm, tokenizer, found["vocab_ids"])
+
+    # Model and optimizer, with the state of the last checkpoint if there is one
+    torch.manual_seed(cfg.seed)
+    model = create(cfg, lm, *found.values()).to(device)
+    if start and not folder.resumed:
+        start(model, read, pairs)
+    optimizer = torch.optim.Adam(
+        [p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=BETAS, eps=cfg.eps, fused=True
+    )
+    scaler = run.grad_scaler(cfg, process)
+    folder.restore(weights=Trained(model), optimizer=optimizer, scaler=scaler)
+    backbone = backbone_fingerprint(model.image)
+
+    # Data: images, or tokens of the frozen backbone
+    view = train_transform(cfg.backbone, cfg.image_size)
+    if cfg.encode_once:
+        pairs = frozen_tokens(cfg, pairs, model.image, process)
+        model.image.backbone = Precomputed()
+    corpus = open_corpus(cfg, process, lambda pair: [x[0] for x in read([pair.caption])], pairs)
+    first, begin = folder.state["epoch"], folder.state["batch"]
+    total = corpus.steps * cfg.epochs
+    folder.start(corpus.steps * first + begin, total, len(corpus), data=corpus.fingerprint, backbone=backbone)
+    kept = found | {"lm": lm_sample(lm)}
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
-    transform, start = eval_transform(cfg.backbone, cfg.image_size), folder.state["batch"]
-    dataset = training_set(cfg, pairs, model.image, process, precision)
-    loader = windows.training_batches(dataset, Collate(read), cfg, process, range(first, cfg.epochs), start)
+    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process, broadcast_buffers=False)
 
     for epoch in range(first, cfg.epochs):
         model.train()
-        broken = list(pairs.broken)
-        label = f"{folder.path.name} epoch {epoch + 1}/{cfg.epochs}"
-        batches = run.progress(loader, per_epoch - start, label, cfg.batch_size, process)
-        for batch, (pixels, text, _) in enumerate(data.collect_broken(batches, broken), start + 1):
-            step = per_epoch * epoch + batch  # from 1
-            torch.manual_seed(data.stable_hash(cfg.seed, step, process.rank))  # for dropout: a resumed run is equal
-            pixels = dataset.normalise(pixels.to(device, non_blocking=True))
-            on_device = pixels, tuple(x.to(device, non_blocking=True) for x in text)
-            lr = cosine_lr(step - 1, cfg.lr, total, cfg.warmup)
-            losses = train_step(ddp, on_device, optimizer, step, lr, cfg, precision, scaler)
-            if step % cfg.log_every == 0 or batch == 1:
-                folder.log(step, epoch=epoch, lr=lr, logit_scale=model.logit_scale.exp(), **run.over_ranks(losses))
-            if folder.due(step) and batch < per_epoch:
-                folder.save(step, epoch=epoch, batch=batch, weights=trained_weights(model))
+        for batch, (_, images, text) in enumerate(corpus.epoch(epoch, view, begin), begin):
+            step = corpus.steps * epoch + batch
+            run.seed_step(cfg, step + 1, process)
+            now = rates(cfg, step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = now["lr"]
+            lambdas = now["lambda_image"], now["lambda_text"]
+            losses = train_step(network, (images, text), lambdas, optimizer, scaler, cfg)
+            if batch == 0 or (step + 1) % cfg.log_every == 0:
+                scale = model.logit_scale.exp()
+                folder.log(step + 1, epoch=epoch, lr=now["lr"], logit_scale=scale, **run.over_ranks(losses))
+            if folder.due(step + 1) and batch + 1 < corpus.steps:
+                folder.save(step + 1, epoch=epoch, batch=batch + 1, **kept)
 
-        done, last, start = per_epoch * (epoch + 1), epoch + 1 == cfg.epochs, 0
-        if process.main and cfg.eval_every and ((epoch + 1) % cfg.eval_every == 0 or last):
-            position = {"epoch": epoch, "batch": per_epoch, "weights": trained_weights(model)}
-            with folder.evaluation(done, **position), unknown_captions(read, lm, tokenizer):
-                recall = quick_recall(model, read, transform, cfg, device, precision)
-            folder.log(done, epoch=epoch, **recall)
-        data.report_broken(broken, process, f"epoch {epoch + 1}")
+        done, last, begin = corpus.steps * (epoch + 1), epoch + 1 == cfg.epochs, 0
+        corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or last:
-            folder.save(done, epoch=epoch + 1, batch=0, weights=trained_weights(model))
-    folder.close("--sets FOLDER --patchdis None")
+            folder.save(done, epoch=epoch + 1, batch=0, **kept)
+    folder.close("--sets FOLDER")
     return folder.path
-
-
-def unknown_captions(read: Callable, lm: nn.Module, tokenizer: Any) -> contextlib.AbstractContextManager:
-    """Context in which captions missing in the file of states are encoded by the LM."""
-    return read.unknown_through(lm, tokenizer) if isinstance(read, States) else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared.data import BrokenSample, check_absent, decode_image, stable_hash
+from shared.data import BrokenSample, check_absent, decode_image
 from shared.errors import UserError
 from shared.evalsets import grouped
 from shared.index import Strings, cached, fingerprint, forget
+from shared.run import stable_hash
 from shared.tars import IMAGE_EXTENSIONS, OpenFiles
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded

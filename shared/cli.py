@@ -1,13 +1,11 @@
-"""Command lines: check settings before work starts, print dry runs, report errors in one sentence with exit code 2."""
+"""Command lines: choose a preset, print a dry run, report errors in one sentence with exit code 2."""
 
 import contextlib
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,145 +14,10 @@ from torch import nn
 
 from shared.clip import set_grad_checkpointing
 from shared.errors import UserError
-from shared.evalsets import EvalSet
-from shared.run import QUIET, Process, cores, finish, paper_of  # noqa: F401
+from shared.run import QUIET, Process, finish, paper_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
-
-# ----------------------------------------------------------------------------------------------------------- checks
-
-
-def check_data(config: Any, example: str) -> None:
-    """UserError if --data is missing, the embedded corpus is not built, or the evaluation set does not exist."""
-    if not config.data:
-        raise UserError(
-            f"--data is missing: it takes image-text shards in img2dataset layout, e.g. --data '{example}'; "
-            "'python -m shared.pack' makes them of your own pictures"
-        )
-    check_embedded(config.data)
-    folder = folder_of(config.data)
-    if folder.is_relative_to("data") and "scenes" in str(folder) and not folder.exists():
-        study = f"reproduce-{paper_of(config).replace('_', '-')}"
-        raise UserError(f"{config.data} does not exist: 'make {study}' first builds the scenes of its presets")
-    check_eval_set(config)
-
-
-def check_embedded(shards: str) -> None:
-    """UserError if --data names the embedded corpus and it is not built."""
-    check_built(shards, "data/emoji", "'make data' builds the embedded corpus")
-
-
-def check_built(shards: str, corpus: str, advice: str) -> None:
-    """UserError, which ends in `advice`, if --data is in the folder `corpus` and does not exist."""
-    if (folder := folder_of(shards)).is_relative_to(corpus) and not folder.exists():
-        raise UserError(f"{shards} does not exist: {advice}")
-
-
-def folder_of(shards: str) -> Path:
-    """The first path of --data; if it has braces, the folder before them."""
-    first, brace, _ = shards.partition("::")[0].partition("{")
-    return Path(first.rpartition("/")[0] if brace else first)
-
-
-def check_eval_set(config: Any) -> None:
-    """UserError if --eval-every is negative, or is on and --eval-set is missing or does not exist."""
-    if config.eval_every < 0:
-        raise UserError(f"--eval-every must be at least 0 (never), not {config.eval_every}")
-    if config.eval_every and not config.eval_set:
-        raise UserError("--eval-set is missing: --eval-every needs a folder in the CLIP-benchmark layout")
-    if config.eval_every and not Path(config.eval_set).is_dir():
-        raise UserError(f"--eval-set {config.eval_set} does not exist: name a folder, or pass --eval-every 0")
-
-
-def check_zero_shot_set(config: Any) -> None:
-    """UserError if --eval-every is on and --eval-set is no classification set."""
-    if config.eval_every and (kind := EvalSet(config.eval_set, None).kind) != "classification":
-        raise UserError(f"--eval-set {config.eval_set} is a {kind} set: it must be a classification set")
-
-
-def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """UserError if one of the fields `names` is less than `least`. Fields set to None are skipped."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-
-
-def check_max_length(length: int, model: Any, tokenizer: Any, name: str) -> None:
-    """UserError if a Hugging Face model takes fewer tokens than --max-length.
-
-    Its tokenizer's limit counts, too: RoBERTa has 514 positions, but the first two are not for tokens.
-    """
-    most = min(getattr(model.config, "max_position_embeddings", None) or length, tokenizer.model_max_length)
-    if length > most:
-        raise UserError(f"--max-length {length} is more than the {most} tokens that {name} takes")
-
-
-def check_rates(config: Any, *names: str) -> None:
-    """UserError unless the fields `names` are finite numbers of at least 0. Fields set to None are skipped."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not 0 <= value < math.inf:
-            finite = " and finite" * (value == math.inf)
-            raise UserError(f"--{name.replace('_', '-')} must be at least 0{finite}, not {value}")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """UserError unless the fields `names` are numbers above 0. Fields set to None are skipped."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-
-
-def check_finite(config: Any, *names: str) -> None:
-    """UserError unless the fields `names` are finite numbers. Fields set to None are skipped."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not math.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} must be finite, not {value}")
-
-
-def check_adam(config: Any) -> None:
-    """UserError unless beta1 and beta2 are at least 0 and below 1, and eps is at least 0. None is skipped."""
-    check_rates(config, "beta1", "beta2", "eps")
-    for name in ("beta1", "beta2"):
-        if (value := getattr(config, name)) is not None and value >= 1:
-            raise UserError(f"--{name} must be below 1, not {value}")
-
-
-def check_batch(config: Any, world_size: int) -> None:
-    """UserError if the batch cannot be divided evenly over processes and micro-batches."""
-    micro_batches = getattr(config, "accumulate", 1)
-    if micro_batches < 1:
-        raise UserError(f"--accumulate must be at least 1, not {micro_batches}")
-    if config.batch_size % (equal := world_size * micro_batches):
-        next_size = (config.batch_size // equal + 1) * equal
-        each = f" and {micro_batches} micro-batches in each" if micro_batches > 1 else ""
-        shares = f"{world_size} processes{each}"
-        raise UserError(f"--batch-size {config.batch_size} cannot be divided evenly among {shares}; {next_size} can")
-
-
-def check_in_memory(config: Any, shards: str = "window_shards") -> None:
-    """UserError if --keep-in-memory comes with --window-shards (or with the field that `shards` names), or
-    --distinct-captions without --keep-in-memory."""
-    if config.keep_in_memory and getattr(config, shards):
-        flag = shards.replace("_", "-")
-        raise UserError(f"--keep-in-memory needs a corpus that fits into memory; --{flag} reads one that does not")
-    if getattr(config, "distinct_captions", False) and not config.keep_in_memory:
-        raise UserError("--distinct-captions needs --keep-in-memory")
-
-
-def check_crop(config: Any) -> None:
-    """UserError unless --crop (if set) is two shares of the image, and --crop-ratio two ratios, smaller first.
-
-    With --keep-in-memory a crop may be larger than the image, up to four times its area.
-    """
-    most = 4 if config.keep_in_memory else 1
-    if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= most:
-        least, largest = config.crop
-        raise UserError(f"--crop {least} {largest} should be two shares with 0 < least <= most <= {most}")
-    if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
-        narrow, wide = config.crop_ratio
-        raise UserError(f"--crop-ratio {narrow} {wide} should be two ratios above 0")
-
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
 

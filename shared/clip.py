@@ -65,7 +65,7 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
 
 def cut_padding(text: Tensor, device: torch.device) -> Tensor:
     """Token ids (B, L) on the CPU -> (B, length of the longest text) on the device, without waiting for a GPU."""
-    length = int(text.argmax(dim=-1).max()) + 1  # the end token has the highest id
+    length = int((text != 0).any(dim=0).nonzero()[-1]) + 1  # padding is 0
     return text.to(device, non_blocking=True)[:, :length]  # cut after the copy: a slice is not contiguous
 
 

@@ -26,7 +26,8 @@ class Corpus:
     """Pairs by row. `text(pair)` -> tensor(s) of a sample's text, computed in a loader process.
 
     `pairs` may be a paper's own: it has a length, `keys`, `broken`, `strict`, `fingerprint`, and `read(row)`, a
-    named tuple with the image. `cut_padding`: texts are CLIP's tokens, whose padding is cut off. `side`: with
+    named tuple with the image. `cut_padding`: texts, or the first of their parts, are tokens whose padding, 0, is cut
+    off. `side`: with
     --keep-in-memory, shorter sides of larger images are reduced to it.
     """
 

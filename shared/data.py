@@ -22,7 +22,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 from webdataset.shardlists import expand_urls
 
@@ -38,7 +37,6 @@ from shared import clip, run
 from shared.errors import UserError
 from shared.fetch import fetch, is_remote
 from shared.index import Strings, cached, fingerprint, read_index
-from shared.run import stable_hash
 from shared.tars import MAX_BYTES, Broken, OpenFiles
 
 MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
@@ -491,17 +489,6 @@ def read_or_next(
     raise UserError(f"1000 samples in a row from {pairs.keys[index % n]} on are unreadable ({broken[-1].reason})")
 
 
-def read_item(pairs: Any, i: int, seed: int) -> tuple[Any, list[Broken]]:
-    """(item i of a run, broken samples that were skipped for it); seeds the CPU's generator for the item's views.
-
-    `pairs` are as in `read_or_next`, or any sequence with such a `read`; the views depend on `seed`, epoch and sample.
-    """
-    broken: list[Broken] = []
-    item = read_or_next(pairs, int(i), broken)
-    seed_views(seed, i, len(pairs))
-    return item, broken
-
-
 def batches(
     n: int, batch_size: int, seed: Sequence[int], rank: int = 0, world_size: int = 1, start: int = 0
 ) -> list[np.ndarray]:
@@ -517,50 +504,12 @@ def batches(
     return [order[first : first + size][rank * batch_size : (rank + 1) * batch_size] for first in firsts]
 
 
-def training_batches(
-    dataset: Dataset,
-    collate: Callable,
-    cfg,
-    process: run.Process,
-    epochs: range,
-    start: int = 0,
-    drop_last: bool = True,
-) -> Iterator:
-    """This rank's batches of `epochs`, one after the other, from batch `start` of the first epoch on.
-
-    Each epoch is a pass over the dataset, shuffled by (cfg.seed, epoch). `drop_last` leaves out a short last batch.
-    `cfg` also has the global `batch_size` and the number of loader `workers`, which start immediately.
-    """
-    n, size = len(dataset), cfg.batch_size // process.world_size
-
-    def order() -> Iterator[np.ndarray]:
-        for epoch in epochs:
-            first = start if epoch == epochs[0] else 0
-            of_epoch = batches(n, size, (cfg.seed, epoch), process.rank, process.world_size, first)
-            for rows in of_epoch[: n // cfg.batch_size - first] if drop_last else of_epoch:
-                yield epoch * n + rows
-
-    return iter(loader_of(dataset, order(), collate, cfg, process))
-
-
-def loader_of(
-    dataset: Dataset, batches: Iterable[Sequence[int]], collate: Callable, cfg, process: run.Process
-) -> DataLoader:
-    """DataLoader of `batches`, lists of items."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=cfg.workers,
-        collate_fn=collate,
-        pin_memory=process.device.type == "cuda",
-        generator=torch.Generator().manual_seed(0),  # so that the loader does not use the global generator
-    )
-
-
 def on_device(batch: tuple, device: torch.device, normalise: Callable, cut_padding: bool) -> tuple:
     """(positions, images, texts) on the device; images normalised, padding of tokens cut."""
     positions, images, texts = batch
-    texts = clip.cut_padding(texts, device) if cut_padding else moved(texts, device)
+    tokens, *more = texts if isinstance(texts, list) else [texts]
+    tokens = clip.cut_padding(tokens, device) if cut_padding else moved(tokens, device)
+    texts = [tokens, *moved(more, device)] if isinstance(texts, list) else tokens
     images = moved(images, device)
     features = (
         isinstance(images, torch.Tensor) and images.is_floating_point()
@@ -576,21 +525,6 @@ def moved(value: Any, device: torch.device) -> Any:
         parts = [moved(part, device) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
-
-
-def seed_views(seed: int, item: int, n: int) -> None:
-    """Seed the CPU's generator for item e n + r of a run: sample r of n in epoch e.
-
-    `torch.manual_seed` would seed all devices, which takes 0.1 ms.
-    """
-    torch.default_generator.manual_seed(stable_hash(seed, *divmod(int(item), n)))
-
-
-def collect_broken(batches: Iterable, broken: list[Broken]) -> Iterable:
-    """Yield the batches; the last item of each is its list of broken samples, which is added to `broken`."""
-    for batch in batches:
-        broken.extend(batch[-1])
-        yield batch
 
 
 def broken_report(broken: Iterable[Broken], fate: str = "left out or replaced") -> str | None:

@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 from shared import checkpoints, cli, data, layout, run
 from shared.errors import UserError
 from shared.evalsets import read_lines
+from shared.settings import Count, check_limits
 from shared.tars import Broken, write_split
 
 RECIPE = 1  # version; increased when the output for the same pictures and setting changes
@@ -231,7 +232,7 @@ class Pictures:
     """Folder that the image paths are relative to; None: the folder of SOURCE."""
     image_column: str = "image"
     """Column or key of the pictures' paths."""
-    max_side: int | None = None
+    max_side: Count | None = None
     """Resize pictures whose longer side has more pixels than this; None: no resizing."""
     strict: bool = False
     """Stop at the first broken picture instead of counting it."""
@@ -323,7 +324,7 @@ class Pictures:
 
     def build(self) -> None:
         """Writes the folder and its manifest, and prints how to use it; a finished folder is left unchanged."""
-        cli.check_counts(self, "max_side")
+        check_limits(self)
         if not 0 <= (share := getattr(self, "hold_out", 0)) < 1:
             raise UserError(f"--hold-out must be a share of at least 0 and less than 1, not {share}")
         plan = self.plan()

@@ -5,7 +5,7 @@ with `python -m FOLDER.SCRIPT PRESET`. The numbers in a row are the authors'; ou
 """
 
 import importlib
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,21 +13,6 @@ from shared import cli
 from shared.checkpoints import ROOT
 from shared.errors import UserError
 from shared.evaluation import table
-
-NOT_STATED = "not stated"
-
-
-class Row(NamedTuple):
-    """The paper's setting of a preset."""
-
-    source: str  # table or figure of the paper or of the authors' page, and its row
-    data: str = NOT_STATED
-    gpus: str = NOT_STATED
-    number: str = NOT_STATED  # the authors' result, metric first
-
-
-EMBEDDED = Row("ours", "embedded corpus", "none: CPU", "none: other data")
-OWN = Row("ours", "your own", "none: CPU", "none: other data")
 
 
 def folders() -> list[str]:
@@ -39,16 +24,7 @@ def folders() -> list[str]:
 
 def scripts(folder: str) -> dict[str, dict[str, tuple[str, Any]]]:
     """{script: {preset: (row of the paper, settings)}} of a paper."""
-    config = importlib.import_module(f"{folder}.config")
-    if hasattr(config, "SCRIPTS"):
-        return config.SCRIPTS
-    return {
-        script: {
-            name: (f"{row.source}; {row.data}; {row.gpus}: {row.number}" if row.gpus != OWN.gpus else row.source, None)
-            for name, row in rows.items()
-        }
-        for script, rows in config.PAPER_ROWS.items()
-    }
+    return importlib.import_module(f"{folder}.config").SCRIPTS
 
 
 def rows(folder: str) -> list[dict[str, str]]:

@@ -332,6 +332,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        folder.mkdir(parents=True, exist_ok=True)
         self.file = open(folder / "metrics.jsonl", "a+")
         write_json(folder / "config.json", dataclasses.asdict(config))
         self.file.seek(0)

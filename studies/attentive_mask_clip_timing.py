@@ -15,11 +15,12 @@ import torch
 import tyro
 
 from attentive_mask_clip.config import Config as TrainConfig
-from attentive_mask_clip.config import check_model
+from attentive_mask_clip.model import PRESETS as MODELS
 from attentive_mask_clip.model import create_model
-from attentive_mask_clip.train import blank_batch, param_groups, train_step
+from attentive_mask_clip.train import blank_batch, parameter_groups, train_step
 from shared import checkpoints, cli, evaluation, run
 from shared.errors import UserError
+from shared.settings import Count, check_limits
 
 ARMS = {  # changed training settings; `step_times` also halves the EMA view of aclip-eff
     "clip": dict(method="clip"),
@@ -39,11 +40,11 @@ PAPER = {"clip": "1.00x", "slip": "2.67x", "aclip": "1.16x", "aclip-eff": "0.86x
 class Config:
     model: str = "emoji"
     """Towers: vit_s16, vit_b16, vit_l16, emoji or scenes."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Images a step."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Arms to time; clip is always timed."""
-    rounds: int = 5
+    rounds: Count = 5
     """Timed rounds after one warm-up round; each arm runs one step per round."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -56,11 +57,12 @@ class Config:
 def stepper(cfg: TrainConfig, device: torch.device) -> Callable[[], dict[str, torch.Tensor]]:
     """A function that runs one training step of the arm on random tensors and returns its losses."""
     model = create_model(cfg.method, cfg.model, **cfg.model_settings()).to(device)
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), fused=True)
     images, boxes, tokens = blank_batch(model, cfg, cfg.batch_size)
     images = [torch.randn(view.shape, device=device) for view in images]
     batch = images, boxes.to(device), torch.randint(1, 49406, tokens.shape, device=device)
-    return lambda: train_step(model, batch, optimizer, 1e-4, 0.99, cfg, cfg.precision)
+    scaler = torch.amp.GradScaler(enabled=False)
+    return lambda: train_step(model, batch, optimizer, scaler, 1e-4, 0.99, cfg)
 
 
 def step_times(cfg: Config) -> dict[str, dict]:
@@ -69,12 +71,13 @@ def step_times(cfg: Config) -> dict[str, dict]:
 
     UserError for an unknown arm.
     """
-    cli.check_counts(cfg, "batch_size", "rounds")
+    check_limits(cfg)
     device = run.setup(0, cfg.device).device
     precision = run.resolve_precision(cfg.precision, device)
     names = ["clip", *(arm for arm in cfg.arms if arm != "clip")]
     base = TrainConfig(model=cfg.model, batch_size=cfg.batch_size, precision=precision)
-    check_model(base)
+    if cfg.model not in MODELS:
+        raise UserError(f"--model is one of {', '.join(MODELS)}, not {cfg.model!r}")
     steppers = {}
     for arm in names:
         if arm not in ARMS:

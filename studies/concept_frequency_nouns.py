@@ -15,11 +15,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from concept_frequency.captions import lemmas_of, load_spacy, tag_captions
 from concept_frequency.concepts import Concepts, caption_concepts
-from concept_frequency.config import CountConfig
-from concept_frequency.count import count_corpus
-from concept_frequency.eval import INNER, NUM_BINS, concept_recall
-from concept_frequency.model import InvertedIndex
+from concept_frequency.eval import INNER, NUM_BINS
+from concept_frequency.evaluate import concept_recall
+from concept_frequency.model import InvertedIndex, known_terms, query_terms
 from concept_frequency.statistics import (
     correlation,
     log_linear_curve,
@@ -27,7 +27,6 @@ from concept_frequency.statistics import (
     slope_per_decade,
     unbinned,
 )
-from concept_frequency.tagging import load_spacy
 from shared import checkpoints, cli, data, run, zeroshot
 from shared.errors import UserError
 from studies.harness import locked_clip, photos
@@ -121,17 +120,10 @@ def nouns_of_captions(shards: str) -> np.ndarray:
     home = HOME / f"captions-{data.stable_hash(SPACY, *captions, *names):016x}"
     if not (home / "nouns.npy").is_file():
         home.mkdir(parents=True, exist_ok=True)
-        (home / "captions.txt").write_text("".join(f"{text}\n" for text in captions))
-        cfg = CountConfig(
-            data=(str(home / "captions.txt"),), out=str(home / "count"), spacy=SPACY, query_spacy=SPACY, phrases=False,
-            merge=True, workers=1,
-        )  # fmt: skip
         with run.lock(home):
-            queries = count_corpus(cfg, names).searched
-        index, found = InvertedIndex.load(home / "count/index.npz"), np.zeros((len(captions), len(names)), bool)
-        for column, terms in enumerate(queries):
-            found[index.search(terms, unknown="zero"), column] = True
-        checkpoints.save_array(home / "nouns.npy", found)
+            index, lemmas = InvertedIndex.build(tag_captions(captions, SPACY)), lemmas_of(SPACY)
+            found = index.matches([known_terms(query_terms(name, lemmas), index.place) for name in names])
+            checkpoints.save_array(home / "nouns.npy", found.toarray())
     return np.load(home / "nouns.npy")
 
 

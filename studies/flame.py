@@ -1,11 +1,11 @@
 """The small-scale study of FLAME: `python -m studies.flame` (`make reproduce-flame`).
 
 Images are emoji, a stand-in for CC3M, with captions of three lengths. About a fifth of the names is left out of
-training (new_names.py); zero-shot classification is measured on these names. The image tower is an MLP behind a locked
-EfficientNet-Lite0, or a small ResNet from scratch. A frozen language model embeds the facets of all captions once; the
-embeddings are kept in data/flame, and training does not load the model. The environment variable LLM selects the model:
-gemma (Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set, gemma is used if its package is
-installed, else smollm2.
+training (flame_new_names.py); zero-shot classification is measured on these names. The image tower is an MLP behind a
+locked EfficientNet-Lite0, or a small ResNet from scratch (flame_towers.py). A frozen language model embeds the facets
+of all captions once; the embeddings are kept in data/flame, and training does not load the model. The environment
+variable LLM selects the model: gemma (Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set,
+gemma is used if its package is installed, else smollm2.
 
 Why the effects can appear: a language model knows words, in many languages, that a few thousand captions do not
 contain. An image tower trained towards its embeddings can therefore be queried with words that no training caption
@@ -13,10 +13,8 @@ used. The effects would vanish if training captions contained all queried words,
 text tower to learn them.
 """
 
-import contextlib
 import functools
 import importlib.util
-import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -32,24 +30,29 @@ from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor, nn
 
 from flame import eval as evaluation
-from flame.bank import Bank, centred, open_bank
-from flame.config import LANGUAGE_SETS, LANGUAGES, LONG_SETS, PRESETS, ZERO_SHOT_SETS
-from flame.embed import GEMMA, SMOLLM2, open_set, read_captions_of, read_images
-from flame.eval import all_and_other, language_means
-from flame.inmemory import set_tokens, whole_image
-from flame.recaption import read_captions
-from flame.train import open_model
+from flame.bank import Bank
+from flame.captions import Captions
+from flame.config import LANGUAGES
+from flame.llm import GEMMA, SMOLLM2
+from flame.zeroshot import open_set
 from shared import cli, data
 from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
 from shared.pretrained import cached_lite0_features
 from shared.zeroshot import percent, retrieval_metrics
+from studies.flame_banks import centred, centres_of
+from studies.flame_measure import all_and_other, language_means, measured, read_captions_of, read_images
+from studies.flame_towers import PRESETS, WIDTH, cells_of, whole_image
 from studies.harness import floors, photos, runner, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
 
+EVAL = "data/emoji/eval/"
+ZERO_SHOT_SETS = tuple(EVAL + name for name in ("bare_names_id", "bare_names_ood", "subgroups_id", "subgroups_ood"))
+LONG_SETS = (EVAL + "retrieval_long_ood",)
+LANGUAGE_SETS = tuple(f"{EVAL}retrieval_xm_{language}" for language in LANGUAGES)
 LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-Instruct (English)"}
 BANKS = {GEMMA: "data/flame/bank-gemma", SMOLLM2: "data/flame/bank"}
 SCENES = "data/flame/scenes"
@@ -93,21 +96,24 @@ def variables_of(summary: dict) -> str:
 
 def arms(llm: str) -> tuple[Arm, ...]:
     """The arms, in the order of the paper's argument, with the embeddings of this language model."""
-    clip, flame = "train emoji-lite0-clip", f"train emoji-lite0 --bank {BANKS[llm]}"
+    train, bank = "studies.flame_towers emoji", f"--bank {BANKS[llm]}"
+    clip, flame = f"{train}-lite0-clip", f"{train}-lite0 {bank}-centred"
     captions = " ".join(f"{SCENES}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    scenes, bank = f"--data {SCENES}/train --epochs 30", f"{SCENES}/{Path(BANKS[llm]).name}"
+    scenes, bank_of_scenes = f"--data {SCENES}/train --epochs 30", f"{SCENES}/{Path(BANKS[llm]).name}"
     few = [
         Arm(f"{name}-{share}", f"{command} {FEWER[share]}", heading=f"{title}, 1/{share} of the pairs")
         for name, command, title in (("clip", clip, "CLIP"), ("flame", flame, "FLAME"))
         for share in FEWER
     ]
+    english = f"{train}-lite0 --bank {BANKS[SMOLLM2]}-centred"  # with SmolLM2, this is the arm flame
+    english = () if llm == SMOLLM2 else (Arm("flame-english", english, heading="FLAME, SmolLM2", core=False),)
     return (
         Arm("clip", clip, heading="CLIP: trained text tower"),
         Arm("clip-equal-time", f"{clip} --epochs 8 --warmup 40", heading="CLIP, as many seconds as FLAME", core=False),
         *few[:2],
         Arm(
             "minilm",
-            "train emoji-lite0 --bank data/flame/bank-minilm --facets 3",
+            f"{train}-lite0 --bank data/flame/bank-minilm-centred --facets 3",
             heading="frozen MiniLM, 3 captions",
         ),
         Arm("raw", f"{flame} --facet-ids 0 --facets 1", heading="frozen LLM, raw caption, 1 facet", core=False),
@@ -117,27 +123,27 @@ def arms(llm: str) -> tuple[Arm, ...]:
             heading="frozen LLM, 3 captions, 1 facet each",
             core=False,
         ),
-        Arm("causal", f"{flame}-causal", heading="FLAME with a plain causal mask", core=False),
+        Arm("causal", f"{train}-lite0 {bank}-causal-centred", heading="FLAME with a plain causal mask", core=False),
         Arm("flame", flame, heading="FLAME: 3 captions, 11 facets, decoupled"),
         *few[2:],
-        Arm("flame-english", f"train emoji-lite0 --bank {BANKS[SMOLLM2]}", heading="FLAME, SmolLM2", core=False),
-        Arm("flame-raw-states", f"{flame} --no-centre", heading="FLAME, states not centred", core=False),
-        Arm("clip-scratch", "train emoji-resnet-clip", heading="CLIP, small ResNet from scratch", core=False),
+        *english,
+        Arm("flame-raw-states", f"{train}-lite0 {bank}", heading="FLAME, states not centred", core=False),
+        Arm("clip-scratch", f"{train}-resnet-clip", heading="CLIP, small ResNet from scratch", core=False),
         Arm(
             "flame-scratch",
-            f"train emoji-resnet --bank {BANKS[llm]}",
+            f"{train}-resnet {bank}-centred",
             heading="FLAME, small ResNet from scratch",
             core=False,
         ),
         Arm(
             "clip-scenes",
-            f"train emoji-lite0-clip {scenes} --captions {captions}",
+            f"{clip} {scenes} --captions {captions}",
             heading="CLIP, scenes of several emoji",
             core=False,
         ),
         Arm(
             "flame-scenes",
-            f"train emoji-lite0 {scenes} --bank {bank}",
+            f"{train}-lite0 {scenes} --bank {bank_of_scenes}-centred",
             heading="FLAME, scenes of several emoji",
             core=False,
         ),
@@ -146,24 +152,30 @@ def arms(llm: str) -> tuple[Arm, ...]:
 
 def before(llm: str) -> tuple[Once, ...]:
     """The commands that run once: captions, and their embeddings."""
-    embed, bank = f"flame.embed emoji --llm {llm}", BANKS[llm]
-    texts = f"--sets {' '.join(NEW_SETS + ZERO_SHOT_SETS + LONG_SETS)}"
-    english = (Once(f"flame.embed emoji {texts} --out {BANKS[SMOLLM2]}", arms=("flame-english",)),)
+    embed, bank, centre = f"flame.embed emoji --llm {llm}", BANKS[llm], "studies.flame_banks --bank"
+    sets = f"--sets {' '.join(NEW_SETS + ZERO_SHOT_SETS)}"
+    english = (
+        Once(f"flame.embed emoji {sets} --out {BANKS[SMOLLM2]}", arms=("flame-english",)),
+        Once(f"{centre} {BANKS[SMOLLM2]}", arms=("flame-english",)),
+    )
     scenes = (
         "--samples 6000 --eval-samples 500 --image-size 128 --captioned 2 3 --captioned-size 0.35 0.45 --clutter 0 0"
     )
     captions = " ".join(f"--{kind} {SCENES}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    sets = f"--sets {SCENE_SET} --gallery None --language-sets --out {SCENES}/{Path(bank).name}"
+    of_scenes = f"{SCENES}/{Path(bank).name}"
     return (
-        Once("flame.recaption"),
+        Once("studies.flame_recaption"),
         Once("studies.flame_new_names"),
-        Once(f"{embed} {texts} --out {bank}"),
-        Once(f"flame.embed emoji --llm minilm {texts} --out data/flame/bank-minilm", arms=("minilm",)),
-        Once(f"{embed} --mask causal {texts} --out {bank}-causal", arms=("causal",)),
+        Once(f"{embed} {sets} --out {bank}"),
+        Once(f"{centre} {bank}"),
+        Once(f"{centre} data/flame/bank-minilm --encoder minilm", arms=("minilm",)),
+        Once(f"{embed} --mask causal {sets} --out {bank}-causal", arms=("causal",)),
+        Once(f"{centre} {bank}-causal", arms=("causal",)),
         *(english if llm != SMOLLM2 else ()),
         Once(f"studies.corpora.scenes --out {SCENES} {scenes}", arms=ON_SCENES),
-        Once(f"flame.recaption --data {SCENES}/train --out {SCENES}/captions", arms=ON_SCENES),
-        Once(f"{embed} --data {SCENES}/train {captions} {sets}", arms=("flame-scenes",)),
+        Once(f"studies.flame_recaption --data {SCENES}/train --out {SCENES}/captions", arms=ON_SCENES),
+        Once(f"{embed} --data {SCENES}/train {captions} --sets {SCENE_SET} --out {of_scenes}", arms=("flame-scenes",)),
+        Once(f"{centre} {of_scenes}", arms=("flame-scenes",)),
     )
 
 
@@ -232,22 +244,16 @@ def claims(llm: str) -> tuple[Claim, ...]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """Run eval.py's measurements on the images whose texts `flame.embed` has embedded; scenes have their own set."""
-    on_emoji = dict(
-        sets=NEW_SETS + ZERO_SHOT_SETS + LONG_SETS, language_sets=LANGUAGE_SETS, gallery=GALLERY,
-        language_gallery=LANGUAGE_GALLERY, centre=True,
-    )  # fmt: skip
-    scenes = [path for path in runs if Path(path).name.rpartition("-seed")[0] in ON_SCENES]
-    found: dict[str, dict[str, float]] = {}
-    for chosen, settings in ((scenes, dict(sets=(SCENE_SET,))), ([r for r in runs if r not in scenes], on_emoji)):
-        if chosen:
-            with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows the same numbers
-                found |= zip(chosen, evaluation.main(evaluation.Config(tuple(chosen), **settings)), strict=True)
-    name = Path(SCENE_SET).name
-    return [
-        {key.replace(name, "scenes") if path in scenes else key: found[path][key] for key in found[path]}
-        for path in runs
-    ]
+    """Metrics of the runs; those on scenes have their own set."""
+    found = []
+    for path in runs:
+        if Path(path).name.rpartition("-seed")[0] in ON_SCENES:
+            found.append(measured(path, (), {SCENE_SET: "scenes"}, ()))
+        else:
+            names, long = NEW_SETS + ZERO_SHOT_SETS, {LONG_SETS[0]: LONG}
+            galleries = dict(gallery=GALLERY, language_gallery=LANGUAGE_GALLERY)
+            found.append(measured(path, names, long, LANGUAGE_SETS, **galleries))
+    return found
 
 
 def derive(found: Comparison) -> None:
@@ -328,7 +334,7 @@ def neighbour_words(pixels: bool = False, pairs: int | None = None) -> dict[str,
 
     pairs: how many of the training pairs are known; None: all.
     """
-    shards, short = PRESETS["emoji-lite0"][1].data, read_captions("data/flame/captions/short.json")
+    shards, short = PRESETS["emoji-lite0"][1].data, Captions("data/flame/captions/short.json")
     captions = [short[str(key)] for key in data.open_pairs(shards).keys]
     features, found = training_features(shards, floors.raw_pixels if pixels else VIEW), {}
     train, captions = F.normalize(features, dim=-1)[:pairs], captions[:pairs]
@@ -357,7 +363,7 @@ def letters_of_neighbours(
 
     Knows no language, only that words are spelt alike. Reads an image's first caption, as eval.py does.
     """
-    english, train = read_captions(captions), F.normalize(training_features(shards, view), dim=-1)
+    english, train = Captions(captions), F.normalize(training_features(shards, view), dim=-1)
     known, found = [english[str(key)] for key in data.open_pairs(shards).keys], {}
     for folder in sets:
         eval_set = open_set(folder, view, "retrieval")
@@ -381,7 +387,7 @@ def neighbour_letters() -> dict[str, float]:
 def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, float]:
     """The floor for long captions: canonical correlation of the pretrained tower's features with the words of the
     training pictures' long captions, in closed form. `name`: the set's name in the metrics."""
-    long = read_captions(captions)
+    long = Captions(captions)
     found = photos.correlate(training_features(shards, VIEW), [long[str(key)] for key in data.open_pairs(shards).keys])
     eval_set = open_set(folder, VIEW, "retrieval")
     images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
@@ -392,15 +398,13 @@ def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, 
 def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict[str, float]:
     """The ceiling: the arms' tower with an MLP that outputs classes, trained on the name labels."""
     torch.manual_seed(0)
-    tower, cpu = open_model(PRESETS["emoji-lite0"][1], 64).visual, torch.device("cpu")
 
     def read(folder: str, split: str) -> tuple[Tensor, Tensor]:
-        return set_tokens(open_set(folder, VIEW, "classification", split=split), tower, cpu, torch.float32)
+        _, pixels, labels = zip(*open_set(folder, VIEW, "classification", split=split), strict=True)
+        return cells_of(pixels, torch.device("cpu"), "fp32").flatten(2).transpose(1, 2), torch.tensor(labels)
 
     tokens, labels = read(NAMES[0], "train")
-    network = nn.Sequential(
-        nn.Dropout(0.2), nn.Linear(tower.width, 512), nn.GELU(), nn.Linear(512, int(labels.max()) + 1)
-    )
+    network = nn.Sequential(nn.Dropout(0.2), nn.Linear(WIDTH, 512), nn.GELU(), nn.Linear(512, int(labels.max()) + 1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.2)
     steps = len(labels) // batch_size
     for step in range(epochs * steps):
@@ -450,9 +454,8 @@ def plot(found: Comparison, out: Path) -> None:
     plot_arms(found.arms, out)
     plot_languages(found.arms, out)
     settings = [read_json(folder / "config.json") for folders in found.folders.values() for folder in folders]
-    banks = [each["bank"] for each in settings if each["method"] == "flame"]
-    if banks and isinstance(bank := open_bank(min(banks, key=len)), Bank):
-        plot_facets(bank, out)
+    if banks := [each["bank"].removesuffix("-centred") for each in settings if each["method"] == "flame"]:
+        plot_facets(Bank(min(banks, key=len)), out)
 
 
 def plot_shares(arms: dict[str, list[dict]], out: Path) -> None:
@@ -532,10 +535,10 @@ def facet_similarity(facets: Tensor) -> Tensor:
 
 
 def plot_facets(bank: Bank, out: Path, images: int = 500) -> None:
-    """flame_facets.png: mean cosines between an image's facets, for images of the first shard; left: as stored, right:
+    """flame_facets.png: mean cosines between an image's facets, for the bank's first images; left: as stored, right:
     after subtracting each facet's mean."""
-    facets = torch.from_numpy(bank.shard(0)[:images].astype("float32"))
-    less = centred(facets, bank.centres[: bank.facets])
+    facets = torch.from_numpy(bank.embeddings[:images].astype("float32"))
+    less = centred(facets, centres_of(bank.embeddings, 7)[:-1])
     names = [f"{kind}{k}" for kind, count in (("raw ", 1), ("short ", 3), ("long ", 7)) for k in range(1, count + 1)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
     for axis, shown, title in zip(axes, (facets, less), ("facets of an image", "each less its mean"), strict=True):
@@ -559,17 +562,22 @@ def corpus(llm: str) -> str:
     )
 
 
-METRICS = (
-    {NEW_ID: "new names ID", NEW_OOD: "new names OOD"}
-    | evaluation.METRICS
-    | {
-        BY_SCRIPT["Latin script"]: "Latin script I2T",
-        BY_SCRIPT["other scripts"]: "other scripts I2T",
-        SCENES_TO_TEXT: "scenes I2T",
-        SCENES_TO_IMAGE: "scenes T2I",
-    }
-)
-METRICS["seconds"] = METRICS.pop("seconds")  # the last column
+METRICS = {
+    NEW_ID: "new names ID",
+    NEW_OOD: "new names OOD",
+    NAMES_OOD: "names OOD",
+    NAMES_ID: "names ID",
+    "subgroups_ood/top1": "subgroups OOD",
+    LONG_TO_TEXT: "long I2T",
+    LONG_TO_IMAGE: "long T2I",
+    "languages/image_to_text_R@1": "36 languages I2T",
+    "languages/text_to_image_R@1": "36 languages T2I",
+    BY_SCRIPT["Latin script"]: "Latin script I2T",
+    BY_SCRIPT["other scripts"]: "other scripts I2T",
+    SCENES_TO_TEXT: "scenes I2T",
+    SCENES_TO_IMAGE: "scenes T2I",
+    "seconds": "seconds",
+}
 
 
 def study(llm: str) -> Study:

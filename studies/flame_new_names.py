@@ -1,6 +1,6 @@
 """Split the embedded corpus by names, for the study: `python -m studies.flame_new_names`.
 
-    OUT/train/                  training shards without the drawings of about a fifth of the names
+    OUT/train/                  training shards without the drawings of about a fifth of the names; captions are names
     OUT/eval/new_names_id/      the drawings of the left-out names in the styles of training
     OUT/eval/new_names_ood/     the drawings of the left-out names in the unseen style
     OUT/manifest.json           settings, counts, sha256 of every shard
@@ -12,12 +12,14 @@ keys, so captions and banks of the whole corpus also serve these shards. Classes
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from shared import cli, data, layout, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.settings import Limits, check_limits
 
 
 @dataclasses.dataclass
@@ -26,7 +28,7 @@ class Config:
     """The embedded corpus, as `make data` builds it."""
     out: str = "data/flame/known"
     """Folder to write; it appears only when complete, and a finished one is not changed."""
-    every: int = 5
+    every: Annotated[int, Limits(least=2)] = 5
     """Leave about one name in N out of training."""
 
 
@@ -41,7 +43,7 @@ def write(folder: Path, cfg: Config) -> dict[str, int]:
     known, new = [], []
     for key, files in tars.samples(data.expand_shards(str(corpus / "train")), ("png", "txt", "json")):
         name = json.loads(files["json"])["name"]
-        (new if is_new(name, cfg.every) else known).append((name, {"__key__": key} | files))
+        (new if is_new(name, cfg.every) else known).append((name, {"__key__": key} | files | {"txt": name}))
     for number, first in enumerate(range(0, len(known), layout.SHARD)):
         some = [sample for _, sample in known[first : first + layout.SHARD]]
         tars.write_tar(folder / "train" / f"{number:05}.tar", some)
@@ -62,11 +64,11 @@ def write(folder: Path, cfg: Config) -> dict[str, int]:
 
 
 def main(cfg: Config) -> None:
-    cli.check_counts(cfg, "every", least=2)
+    check_limits(cfg)
     manifest = Path(cfg.corpus) / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{cfg.corpus} holds no corpus: 'make data' builds it")
-    setting = {"every": cfg.every, "corpus": data.fingerprint(manifest.read_bytes())}
+    setting = {"every": cfg.every, "captions": "names", "corpus": data.fingerprint(manifest.read_bytes())}
     layout.build(Path(cfg.out), setting, lambda folder: {"counts": write(folder, cfg)})
 
 

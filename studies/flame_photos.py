@@ -8,15 +8,12 @@ Why the effects can appear: for the same reasons as on emoji; in addition, CIFAR
 except dog, hardly occur in the captions. The effects would vanish if training captions were in all these languages.
 """
 
-import contextlib
-import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flame import eval as evaluation
-from flame.embed import GEMMA, SMOLLM2
-from flame.eval import language_means
-from flame.inmemory import whole_image
+from flame.llm import GEMMA, SMOLLM2
 from studies.flame import (
     LANGUAGE_MODELS,
     by_language,
@@ -26,6 +23,8 @@ from studies.flame import (
     plot_languages,
     variables_of,
 )
+from studies.flame_measure import language_means, measured
+from studies.flame_towers import whole_image
 from studies.harness import floors, photos, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
@@ -48,8 +47,9 @@ QUARTER = "--dataset-size 1500"
 def arms(llm: str) -> tuple[Arm, ...]:
     """The arms, with the embeddings of this language model."""
     captions = " ".join(f"{HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    clip = f"train emoji-lite0-clip {TOWER} --captions {captions}"
-    flame = f"train emoji-lite0 {TOWER} --bank {HOME}/bank-{llm} --lr 5e-4 --warmup 20 --weight-decay 1"
+    clip = f"studies.flame_towers emoji-lite0-clip {TOWER} --captions {captions}"
+    flame = f"studies.flame_towers emoji-lite0 {TOWER} --bank {HOME}/bank-{llm}-centred"
+    flame += " --lr 5e-4 --warmup 20 --weight-decay 1"
     whole, quarter = f"{flame} --epochs 10", f"{flame} {QUARTER} --epochs 20"
     quarter_clip, fewer = f"{clip} {QUARTER} --epochs 16 --warmup 20", "1/4 of the photographs"
     return (
@@ -65,13 +65,14 @@ def arms(llm: str) -> tuple[Arm, ...]:
 def before(llm: str) -> tuple[Once, ...]:
     """The commands that run once: corpora, caption files, embeddings of captions and of evaluation texts."""
     captions = " ".join(f"--{kind} {HOME}/captions/{kind}.json" for kind in ("raw", "short", "long"))
-    sets = f"--sets {' '.join(NAMES)} {LONG} --language-sets {' '.join(LANGUAGE_SETS)}"
+    sets = f"--sets {' '.join(NAMES)} {LONG}"
     return (
         photos.FLICKR8K,
         photos.CIFAR10,
         photos.PACS,
-        Once(f"flame.recaption --data {DATA} --out {HOME}/captions"),
+        Once(f"studies.flame_recaption --data {DATA} --out {HOME}/captions"),
         Once(f"flame.embed small --llm {llm} --data {DATA} {captions} {sets} --out {HOME}/bank-{llm}"),
+        Once(f"studies.flame_banks --bank {HOME}/bank-{llm}"),
     )
 
 
@@ -128,10 +129,8 @@ def more_rows(found: Comparison) -> list[dict[str, Any]]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    """Run eval.py's measurements, all runs in one process, so that tokens of test photographs are computed once."""
-    cfg = evaluation.Config(tuple(runs), sets=(*NAMES, LONG), language_sets=LANGUAGE_SETS, centre=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # the table of arms shows it
-        return evaluation.main(cfg)
+    """Metrics of the runs, all in one process, so that cells of test photographs are computed once."""
+    return [measured(path, NAMES, {LONG: Path(LONG).name}, LANGUAGE_SETS) for path in runs]
 
 
 # --------------------------------------------------------------------------------------------------------------- floors

@@ -22,6 +22,8 @@ training captions, so a bag of words has no disadvantage.
 """
 
 import functools
+import itertools
+import math
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -37,37 +40,67 @@ from sklearn.feature_extraction.text import CountVectorizer
 from torch import Tensor
 
 from lexvla import eval as evaluation
-from lexvla import patchdis
-from lexvla.config import LITE0, PRESETS
-from lexvla.eval import KS, METRICS, NEW, SET, SETS
-from lexvla.text import EMOJI_NAMES, SCENES, States
-from lexvla.towers import Lite0Maps, eval_transform, normalize
-from shared import data
+from lexvla import lite0, patchdis
+from lexvla.checkpoints import load_run
+from lexvla.config import PRESETS
+from lexvla.eval import KS
+from lexvla.plots import picture_of, word_mask
+from lexvla.text import Prompts, States, encode_texts, load_lm, pieces
+from lexvla.towers import eval_transform, normalize
+from shared import data, run
 from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
 from shared.zeroshot import extract_image_features, owners
+from studies import lexvla_dense
 from studies.harness import floors, photos, runner, verdicts
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
 
-BEFORE = (  # lexvla.text: the frozen language model encodes all captions once
+SCENES = "data/lexvla/scenes"
+TRAIN, PATCHDIS = f"{SCENES}/train", f"{SCENES}/eval/patchdis"
+SET, NEW = "retrieval_known", "retrieval_new"  # the sets that compare the arms
+EMOJI_NAMES = "data/emoji/eval/retrieval_xm_en"  # a drawing in an unseen style and its English name
+SETS = (*(f"{SCENES}/eval/{name}" for name in (SET, "retrieval_mixed", NEW)), EMOJI_NAMES)
+BEFORE = (
     Once("shared.pretrained smollm2"),
     Once("shared.pretrained efficientnet_lite0"),
     Once("studies.lexvla_scenes"),
-    Once("lexvla.text"),
+    Once(f"studies.lexvla_states --data {TRAIN} --sets {' '.join(SETS)} {PATCHDIS}"),
 )
+METRICS = {
+    f"{SET}/image_to_text_R@1": "I2T R@1",
+    f"{SET}/text_to_image_R@1": "T2I R@1",
+    f"{SET}/mean_recall": "mean recall",
+    f"{SET}/dense/mean_recall": "... all words",
+    "retrieval_mixed/mean_recall": "... half new words",
+    f"{NEW}/mean_recall": "... new words",
+    f"{Path(EMOJI_NAMES).name}/mean_recall": "... single emoji",
+    f"{SET}/image/max_document_frequency": "most used word, images",
+    f"{SET}/text/max_document_frequency": "most used word, texts",
+    f"{SET}/image/active": "active words, images",
+    f"{SET}/text/active": "active words, texts",
+    f"{SET}/top5_in_caption": "top-5 words in caption",
+    "patchdis/miou": "PatchDis, all classes",
+    "patchdis/miou_present": "... present classes",
+    "seconds": "seconds",
+}
 ARMS = (
     Arm("none", "train emoji-none", heading="no penalty"),
     Arm("flops", "train emoji-flops", heading="FLOPs loss"),
     Arm("flops-weak", "train emoji-flops --lambda-image 0.3 --lambda-text 0.3", heading="FLOPs x 0.3"),
     Arm("overuse", "train emoji", heading="LexVLA: overuse penalty"),
     Arm("bow", "train emoji-bow", heading="bag of words for text"),
-    Arm("dense", "train emoji-dense", heading="latent baseline, 512 dimensions"),
+    Arm("dense", "studies.lexvla_dense emoji-dense", heading="latent baseline, 512 dimensions"),
     Arm("overuse-weak", "train emoji --lambda-image 0.03 --lambda-text 0.03", heading="overuse x 0.3", core=False),
-    Arm("dense-64", "train emoji-dense --dense-dim 64", heading="latent baseline, 64 dimensions", core=False),
-    Arm("dense-cls", "train emoji-dense --pool-cls", heading="latent baseline of [CLS]", core=False),
+    Arm(
+        "dense-64",
+        "studies.lexvla_dense emoji-dense --dense-dim 64",
+        heading="latent baseline, 64 dimensions",
+        core=False,
+    ),
+    Arm("dense-cls", "studies.lexvla_dense emoji-dense --pool-cls", heading="latent baseline of [CLS]", core=False),
 )
 PENALTIES = {"FLOPs": ("flops-weak", "flops"), "overuse": ("overuse-weak", "overuse")}  # by rising weight
 
@@ -114,6 +147,21 @@ CLAIMS = (
 )
 
 
+def evaluate(
+    runs: Sequence[str], sets: tuple[str, ...] = SETS, labelled: str = PATCHDIS, side: int | None = None
+) -> list[dict[str, float]]:
+    """Measurements of each run, by eval.py or, of the latent baseline, by lexvla_dense.py; in fp32, since in bf16 words
+    tie around rank ten."""
+    cfg, found = evaluation.Config(tuple(runs), sets, labelled, side, precision="fp32"), []
+    process = run.setup(0, cfg.device)
+    for folder in runs:
+        dense = "dense_dim" in read_json(Path(folder) / "config.json")
+        measure = lexvla_dense.evaluate_run if dense else evaluation.evaluate_run
+        found.append(evaluation.evaluated(folder, cfg, process, measure))
+        print(f"{folder}: mean recall {found[-1][f'{Path(sets[0]).name}/mean_recall']:.2f}", flush=True)
+    return found
+
+
 def derive(found: Comparison) -> None:
     """Add metrics that need several arms: recall of 64 dimensions beside that of 64 words, and the most used word's
     share with FLOPs at the recall of overuse.
@@ -158,13 +206,10 @@ def more_rows(found: Comparison) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------------- floors and ceiling
 
-TRAIN = f"{SCENES}/train"
-PATCHDIS = f"{SCENES}/eval/patchdis"
-
 
 @functools.cache
-def network() -> Lite0Maps:
-    return Lite0Maps().eval()
+def network() -> lite0.Lite0Maps:
+    return timm.create_model(lite0.NAME, pretrained=True).eval()
 
 
 @torch.no_grad()
@@ -211,7 +256,7 @@ def read_corpus(tower: torch.nn.Module, transform: Callable[[Image.Image], Tenso
 @functools.cache
 def on_lite0() -> Corpus:
     """The scenes, with the mean frozen patch of EfficientNet-Lite0."""
-    return read_corpus(Pooled(), eval_transform(LITE0, 128))
+    return read_corpus(Pooled(), eval_transform(lite0.NAME, 128))
 
 
 def correlated() -> dict[str, float]:
@@ -236,16 +281,16 @@ def nearest_caption(corpus: Corpus) -> dict[str, float]:
 
 def random_patches(folder: str = PATCHDIS) -> dict[str, float]:
     """PatchDis of random similarities, which `patchdis.measure` adds to that of any patches (here zeros)."""
-    images = patchdis.labelled_images(folder, 128, normalize(LITE0))
+    images = patchdis.labelled_images(folder, 128, normalize(lite0.NAME))
     classes = torch.zeros(len(patchdis.classnames(folder)), 1)
-    found = patchdis.measure(lambda pixels: torch.zeros(len(pixels), 64, 1), classes, images)
+    found, _ = patchdis.measure(lambda pixels: torch.zeros(len(pixels), 64, 1), classes, images)
     return {f"patchdis/{name}": found[f"random_{name}"] for name in ("miou", "miou_present")}
 
 
 def labelled_patches(folder: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens (P, 432) and classes (P,) of the patches that are at least half covered by one class."""
     classes = 1 + len(patchdis.classnames(folder))  # class 0: none
-    for pixels, mask, ignore in patchdis.labelled_images(folder, 128, normalize(LITE0)):
+    for pixels, mask, ignore in patchdis.labelled_images(folder, 128, normalize(lite0.NAME)):
         label = torch.where(mask[0] == ignore, 0, mask[0] + 1)
         of_patch = patchdis.patch_of_pixels((8, 8), *label.shape) * classes + label
         counts = of_patch.flatten().bincount(minlength=64 * classes).view(64, classes)  # pixels of each class
@@ -262,8 +307,8 @@ def patches_by_labels(train: str = f"{PATCHDIS}_train", test: str = PATCHDIS) ->
     x, y = (torch.cat(of_images) for of_images in zip(*labelled_patches(train), strict=True))
     x, C = F.pad(x, (0, 1), value=1.0).double(), len(patchdis.classnames(test))
     weights = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ F.one_hot(y, C).double()).float()
-    images = patchdis.labelled_images(test, 128, normalize(LITE0))
-    found = patchdis.measure(
+    images = patchdis.labelled_images(test, 128, normalize(lite0.NAME))
+    found, _ = patchdis.measure(
         lambda pixels: F.pad(tokens(pixels)[:, 1:], (0, 1), value=1.0) @ weights, torch.eye(C), images
     )
     return {f"patchdis/{name}": found[name] for name in ("miou", "miou_present")}
@@ -291,10 +336,44 @@ def plot(found: Comparison, out: Path) -> None:
         plot_sweep(found.arms, out / "lexvla_sparsity.png")
         plot_penalties(found.arms, out / "lexvla_penalties.png")
     plot_usage(found.folders, out / "lexvla_words.png")
-    if "overuse" in found.folders:  # plots that eval.py drew for the method's first seed
-        for file, name in ((f"words_{SET}.png", "clouds"), ("patches.png", "patches"), ("classes.png", "classes")):
-            if (drawn := found.folders["overuse"][0] / file).exists():
-                shutil.copyfile(drawn, out / f"lexvla_{name}.png")
+    if "overuse" in found.folders:  # of the method's first seed; two of them were drawn by eval.py
+        first = found.folders["overuse"][0]
+        for file, name in ((f"words_{SET}.png", "clouds"), ("classes.png", "classes")):
+            if (first / file).exists():
+                shutil.copyfile(first / file, out / f"lexvla_{name}.png")
+        if Path(PATCHDIS).is_dir():
+            plot_patches(first, out / "lexvla_patches.png")
+
+
+@torch.no_grad()
+def plot_patches(folder: Path, path: Path, labelled: str = PATCHDIS, side: int | None = None) -> None:
+    """Draw PatchDis images of a run and, beside each, up to four of its classes.
+
+    A class is shown by the similarity of patches to its strongest word, as brightness; the title has this word, and the
+    three strongest words of the patches inside the class's mask.
+    """
+    model, cfg, tokenizer, read = load_run(folder)
+    words, names = pieces(tokenizer, model.text.vocab_ids.tolist()), patchdis.classnames(labelled)
+    s_class = encode_texts(model, read, names)
+    images = patchdis.labelled_images(labelled, side or cfg.image_size, normalize(cfg.backbone))
+    images = list(itertools.islice(images, patchdis.DRAWN))
+    figure, axes = plt.subplots(len(images), 5, figsize=(10, 2.1 * len(images)), squeeze=False)
+    for row, (pixels, mask, ignore) in zip(axes, images, strict=True):
+        s_patch = model.image.patches(pixels)[0].float()
+        grid = math.isqrt(len(s_patch))
+        row[0].imshow(picture_of(pixels[0]))
+        for axis, label in zip(row[1:], [c for c in mask.unique().tolist() if c != ignore][:4], strict=False):
+            word = s_class[label].argmax()
+            axis.imshow(word_mask(s_patch, model.text.word(word), (grid, grid)).numpy(), vmin=0, vmax=1, cmap="magma")
+            inside = F.adaptive_max_pool2d((mask == label).float(), grid)[0].flatten() > 0
+            top = model.image.patch_set(pixels, inside[None])[0].topk(3).indices.tolist()
+            strongest = ", ".join(words[i].strip() for i in top)
+            axis.set_title(f"{names[label][:24]}: {words[word].strip()}\n{strongest}", fontsize=7)
+        for axis in row:
+            axis.axis("off")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def plot_sweep(arms: dict[str, list[dict]], path: Path) -> None:
@@ -382,8 +461,7 @@ STUDY = Study(
     corpus="Scenes of two or three emoji with sentences; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
     "SmolLM2-135M-Instruct in Llama 2's",
     minutes={"core": 10, "all": 14},
-    # fp32: in bf16, words tie around rank ten
-    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), precision="fp32")),
+    evaluate=evaluate,
     alone=True,
     derive=derive,
     metrics=METRICS,
@@ -408,8 +486,12 @@ PHOTOS_ARMS = (
     Arm("none", f"train emoji-none {WORDS} {LM}", heading="no penalty"),
     Arm("flops", f"train emoji-flops {WORDS} {LM}", heading="FLOPs loss"),
     Arm("overuse", f"train emoji {WORDS} {LM}", heading="LexVLA: overuse penalty"),
-    Arm("bow", f"train emoji-bow {WORDS} --bias -6", heading="bag of words for text"),
-    Arm("dense", f"train emoji-dense {LENGTH} --lr 1.4e-3 {LM}", heading="latent baseline, 512 dimensions"),
+    Arm("bow", f"train emoji-bow {WORDS} {LM}", heading="bag of words for text"),
+    Arm(
+        "dense",
+        f"studies.lexvla_dense emoji-dense {LENGTH} --lr 1.4e-3 {LM}",
+        heading="latent baseline, 512 dimensions",
+    ),
 )
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -446,15 +528,16 @@ def more_rows_on_photos(found: Comparison) -> list[dict]:
 
 
 def evaluate_photos(runs: Sequence[str]) -> list[dict[str, float]]:
-    """Measurements of eval.py, in fp32, since in bf16 words tie around rank ten."""
-    return evaluation.main(evaluation.Config(tuple(runs), sets=(photos.RETRIEVAL,), patchdis=COCO, precision="fp32"))
+    """Measurements of each run on photographs."""
+    return evaluate(runs, (photos.RETRIEVAL,), COCO)
 
 
 def by_states() -> dict[str, float]:
     """Canonical correlation of EfficientNet-Lite0, at the size of the arms' photographs, with the LM's frozen states of
     single captions."""
     cfg = PRESETS["emoji"][1]
-    states = States(STATES, cfg.lm, cfg.max_length, cfg.prompt_end)
+    lm, tokenizer = load_lm(cfg.lm)
+    states = States(STATES, cfg.lm, lm, Prompts(tokenizer, cfg.max_length))
     return photos.by_correlation(
         [photos.RETRIEVAL], train=FLICKR8K, side=SIDE, own=True, of_texts=lambda x: states(x)[0]
     )
@@ -471,7 +554,7 @@ PHOTOS = Study(
         Once("studies.corpora.photos coco --root {photos}/coco --train-masks --out data/photos-coco"),
         Once("shared.pretrained smollm2"),
         Once("shared.pretrained efficientnet_lite0"),
-        Once(f"lexvla.text --data {FLICKR8K} --sets {photos.RETRIEVAL} {COCO} --out {STATES}"),
+        Once(f"studies.lexvla_states --data {FLICKR8K} --sets {photos.RETRIEVAL} {COCO} --states {STATES}"),
     ),
     arms=PHOTOS_ARMS,
     corpus=f"Flickr8k, {photos.RESIZED}, seen at {SIDE} pixels, a sample for each English caption; PatchDis on 79 "

@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from shared import cli, data, layout
+from shared.settings import Count, check_limits
 from studies.corpora.captions import listed, relation
 from studies.corpora.emoji_sources import Emoji
 from studies.corpora.scenes import Scene, Scenes, Setting, several
@@ -36,13 +37,13 @@ class Config:
     """Folder to write; it appears only when complete."""
     corpus: Path = Path("data/emoji")
     """The emoji corpus, whose drawings are used."""
-    image_size: int = 128
+    image_size: Count = 128
     """Image side in pixels."""
-    concepts: int = 150
+    concepts: Count = 150
     """Number of emoji that scenes show."""
-    samples: int = 24_000
+    samples: Count = 24_000
     """Training scenes."""
-    eval_samples: int = 500
+    eval_samples: Count = 500
     """Scenes of an evaluation set."""
     seed: int = 0
     """Seed of the choice of emoji, of scenes and of sentences."""
@@ -133,7 +134,7 @@ def write(folder: Path, cfg: Config, sprites: Sprites) -> dict[str, int]:
 
 
 def main(cfg: Config) -> None:
-    cli.check_counts(cfg, "samples", "eval_samples", "concepts", "image_size")
+    check_limits(cfg)
     about = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("out", "corpus")}
     versions = " ".join(f"{name} {of['version']}" for name, of in sorted(packages(cfg.corpus).items()))
     setting = about | {"packages": data.fingerprint(versions.encode()), "forms": list(FORMS)}

@@ -159,6 +159,7 @@ def main(cfg: StudyConfig) -> None:
         raise UserError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
     if unknown := [method for method in cfg.methods if method not in PRESETS]:
         raise UserError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
+    check_limits(cfg)
     file = folder / "study.json"
     images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
     sources = evaluation.stamp([folder / "checkpoint.pt", *images])

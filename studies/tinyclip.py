@@ -495,9 +495,9 @@ STUDY = Study(
 
 # ---------------------------------------------------------------------------------------------------------- photographs
 
-# Unlike on emoji, crops do not extend beyond the image; equal captions are too rare to be kept apart. Photographs are
+# Unlike on emoji, crops stay within the image; equal captions are too rare to be kept apart. Photographs are
 # decoded once and kept in memory. The teacher sees the crops, so its features are computed in each step.
-PHOTOS_DATA = f"--data {photos.SINGLE} --eval-every 0 --crop 0.5 1 --crop-ratio 0.75 1.33 --no-distinct-captions"
+PHOTOS_DATA = f"--data {photos.SINGLE} --eval-every 0 --border 0 --crop-ratio 0.75 1.33 --no-distinct-captions"
 STUDENT = f"{PHOTOS_DATA} --model emoji-resnet-25 --steps 232"  # four epochs
 AFFINITY = f"train emoji-resnet {STUDENT} --teacher {{teacher}}"
 CONTRASTIVE = f"train emoji-resnet-contrastive {STUDENT}"

@@ -2,7 +2,8 @@
 
 Scenes of one emoji stand in for CC3M: near copies of a thousand scenes, many of a few and few of most, with a known
 share of bad captions (pool.py). A text tower and an MLP on EfficientNet-Lite0's features (the paper's image towers
-start from ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps.
+start from ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps
+(tldr_reduction_learner.py).
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
 distinct scenes keeps more distinct scenes than a random selection. Bad captions name the wrong emoji or none, and
@@ -15,16 +16,19 @@ import csv
 import functools
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 from torch import Tensor
 
-from shared import data, probes, tars
+from shared import checkpoints, data, evaluation, probes, run, tars
+from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.pretrained import cached_lite0_features
 from studies.harness import floors, runner, verdicts
@@ -32,8 +36,10 @@ from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim
-from tldr_reduction import eval as evaluation
-from tldr_reduction.datasets import LockedPairs, eval_transform, of_lite0, open_pairs
+from studies.tldr_reduction_learner import VIEW, Features, load_run
+from tldr_reduction import eval as tldr
+from tldr_reduction.config import Common, total_steps
+from tldr_reduction.datasets import local_pairs, open_pairs
 
 # ------------------------------------------------------------------------------------------------------------- corpora
 
@@ -98,7 +104,7 @@ def oracle(pool: str, wrong: int = 20) -> str:
 
 AS_MANY = "--select random --match {reduced/codes%s}"  # as many pairs as selected by codes from the same pictures
 REDUCTIONS = {  # name: (pool, flags)
-    "codes": ("", "--captions original --check auto"),
+    "codes": ("", "--captions original --check"),
     "random": ("", f"{AS_MANY % ''} --captions original"),
     "random-refined": ("", f"{AS_MANY % ''} --predictions data/tldr/oracle-20.json"),
     "tldr": ("", "--predictions data/tldr/oracle-20.json --scorer {full}"),
@@ -130,7 +136,8 @@ REDUCTIONS = {  # name: (pool, flags)
 # of which is kept, but at least one. The paper's shares for CC3M and YFCC15M (24 and 16.7 %) are not used: all pools
 # have the same share, so that they differ in captions or copies alone; a smaller one would still keep a sample of each
 # cluster.
-REDUCE = "reduce {pool} --keep 0.25 --clusters 1500 --work runs/tldr_reduction/work{name}-seed{{seed}}"
+WORK = "runs/tldr_reduction/work{name}-seed{{seed}}"
+REDUCE = f"studies.tldr_reduction_learner reduce {{pool}} --keep 0.25 --clusters 1500 --work {WORK}"
 
 
 def reductions() -> Iterator[Stage]:
@@ -138,7 +145,7 @@ def reductions() -> Iterator[Stage]:
     computes only the codes and scores that are missing there."""
     before: dict[str, tuple[str, ...]] = {pool: () for pool in POOLS}
     for name, (pool, flags) in REDUCTIONS.items():
-        checked = "" if "--check" in flags else " --check none"
+        checked = "" if "--check" in flags else " --no-check"
         command = f"{REDUCE.format(pool=shards(pool), name=pool)} --seed {{seed}} --out {{out}} {flags}{checked}"
         yield Stage(f"reduced/{name}", command, after=before[pool])
         before[pool] += (f"reduced/{name}",)
@@ -148,19 +155,19 @@ def reductions() -> Iterator[Stage]:
 
 # Steps of every arm. Choose them with another seed, on data/tldr-validation, which no table uses:
 #     python -m studies.tldr_reduction_pool --validation data/tldr-validation
-#     python -m tldr_reduction.train emoji-scenes --steps 217 --seed 100 --out runs/pilot \
+#     python -m studies.tldr_reduction_learner train --steps 217 --seed 100 --out runs/pilot \
 #         --eval-every 5 --eval-set data/tldr-validation
 STEPS = 217
 
 
 def on(reduction: str, heading: str, core: bool = False) -> Arm:
     """The arm that trains on a reduction and has its name."""
-    command = f"train emoji-scenes --data {{reduced/{reduction}}}/shards --steps {STEPS}"
+    command = f"studies.tldr_reduction_learner train --data {{reduced/{reduction}}}/shards --steps {STEPS}"
     return Arm(reduction, command, heading=heading, core=core)
 
 
 ARMS = (  # T_o: original captions; T_g: captions by an oracle, wrong in 20 % unless a heading says otherwise
-    Arm("full", f"train emoji-scenes --steps {STEPS}", heading="full, T_o"),
+    Arm("full", f"studies.tldr_reduction_learner train --steps {STEPS}", heading="full, T_o"),
     on("random", "third at random, T_o", core=True),
     on("codes", "third by codes, T_o", core=True),
     on("random-refined", "third at random, T_o; T_g", core=True),
@@ -191,13 +198,152 @@ ARMS = (  # T_o: original captions; T_g: captions by an oracle, wrong in 20 % un
     *(
         Arm(
             f"full{pool}",
-            f"train emoji-scenes --data {shards(pool)} --steps {STEPS}",
+            f"studies.tldr_reduction_learner train --data {shards(pool)} --steps {STEPS}",
             heading=f"full, T_o; {WHERE[pool]}",
             core=False,
         )
         for pool in WHERE
     ),
 )
+
+# ------------------------------------------------------------------------------------------------------- measurement
+
+METRICS = {  # metrics shown for a run, and their headings
+    "names_ood/top1": "names OOD",
+    "names_ood/top5": "names OOD, top-5",
+    "names_id/top1": "names ID",
+    "data/pairs": "pairs",
+    "steps": "steps",
+    "data/scenes": "distinct scenes",
+    "data/named": "true T_o",
+    "itm/before_mean": "score before (kept pairs)",
+    "itm/after_mean": "score after",
+    "itm/before_below_cut": "scores below the cut, before",
+    "itm/after_below_cut": "scores below the cut, after",
+    "itm/auc": "ITM AUC, true names against others'",
+    "data/generated_right": "T_g is the name",
+    "data/ami": "adjusted mutual information of clusters and scenes",
+    "pixels/cohesion": "cohesion of clusters on pixels",
+    "pixels/coverage": "coverage on pixels",
+    "codes/codes_used": "codes used",
+    "early_loss_ita": "ITC loss, epochs 0-2",
+    "seconds": "seconds",
+}
+
+
+def plain(text: str) -> str:
+    """The text's letters and digits, in lower case and without accents, for comparison with captions from WordPiece,
+    which drops accents and puts spaces around hyphens."""
+    return "".join(character for character in unicodedata.normalize("NFKD", text.lower()) if character.isalnum())
+
+
+CHECKED_ON = {"images at 8 x 8 pixels": "pixels", "captions": "captions"}  # features of a reduction's checks
+
+
+def quality_metrics(summary: dict) -> dict[str, float]:
+    """Cohesion and coverage of a reduction and of random ones as cosines times 100; `summary` is its report.json."""
+    metrics = {}
+    for features, short in CHECKED_ON.items():
+        for name, value in summary.get("checks", {}).get(features, {}).items():
+            if name != "samples":
+                metrics[f"{short}/{name}"] = 100 * float(np.mean(value))
+    return metrics
+
+
+def score_metrics(summary: dict, lines: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Mean scores of the kept pairs with their captions before and after, and percent below the cut.
+
+    summary: report.json, whose cut is 0.5 for probabilities of a match, and for cosines the median of all pairs before.
+    lines: report.csv.
+    """
+    kept = [line for line in lines if line.get("itm") and line.get("itm_after")]
+    if "itm" not in summary or not kept:
+        return {}
+    metrics, cut = {}, summary["itm"]["before"]["cut"]
+    for when, column in (("before", "itm"), ("after", "itm_after")):
+        scores = np.array([float(line[column]) for line in kept])
+        metrics |= {f"itm/{when}_mean": 100 * scores.mean(), f"itm/{when}_below_cut": 100 * (scores < cut).mean()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def descriptions(spec: str) -> dict[str, dict]:
+    """{key: content of its .json} of the samples of shards. If the shards are remote, missing or damaged: {}, and the
+    reason is printed."""
+    try:
+        shards = data.expand_shards(spec)
+        if any(map(data.is_remote, shards)):
+            raise UserError("they are remote")
+        return dict(tars.descriptions(shards))
+    except (OSError, ValueError) as error:
+        print(f"metrics of the samples in {spec} are left out: {error}")
+        return {}
+
+
+def data_metrics(cfg: Common) -> dict[str, float]:
+    """Metrics of a run's training data: pairs, distinct scenes, scores before and after, cohesion and coverage;
+    agreement of clusters with scenes, of generated captions with true names, and of scores with the kind of caption.
+    {} if the data are not on this machine."""
+    pairs = local_pairs(cfg.data, cfg.image_root, cfg.dataset_size, cfg.cache)
+    metrics = {} if pairs is None else {"data/pairs": len(pairs)}
+    if not isinstance(pairs, data.Shards):
+        return metrics
+    everything = descriptions(cfg.data)
+    samples = [everything[key] for key in pairs.keys if key in everything]
+    metrics["data/scenes"] = len({d["original"] for d in samples})
+    metrics["data/named"] = 100 * sum(d["noise"] == "name" for d in samples) / len(samples)
+    folder = Path(pairs.paths[0]).parent.parent
+    whole = list(map(Path, pairs.paths)) == sorted((folder / "shards").glob("*.tar"))
+    return metrics | reduction_metrics(folder) if whole and (folder / "report.json").is_file() else metrics
+
+
+def reduction_metrics(folder: Path) -> dict[str, float]:
+    """The `data_metrics` of a reduction, from its report.json, config.json and report.csv."""
+    summary, settings = (checkpoints.read_json(folder / name) for name in ("report.json", "config.json"))
+    metrics = quality_metrics(summary)
+    metrics |= {f"codes/{name}": summary[name] for name in ("codes_used", "perplexity") if name in summary}
+    everything = descriptions(settings["data"])
+    with open(folder / "report.csv", newline="", encoding="utf-8") as file:
+        lines = [everything.get(line["key"], {}) | line for line in csv.DictReader(file)]
+    metrics |= score_metrics(summary, lines)
+    if clustered := [line for line in lines if line.get("cluster") and "original" in line]:
+        labels = ([line[name] for line in clustered] for name in ("original", "cluster"))
+        metrics["data/ami"] = 100 * adjusted_mutual_info_score(*labels)
+    if settings["captions"] != "original":  # T_g that is the emoji's true name
+        written = [line for line in lines if line["kept"] == "1" and "name" in line]
+        right = sum(plain(line["name"]) == plain(line["generated"]) for line in written)
+        metrics |= {"data/generated_right": 100 * right / len(written)} if written else {}
+    scored = [line for line in lines if line.get("itm") and line.get("noise") in ("name", "other")]
+    if len({line["noise"] for line in scored}) == 2:  # do scores separate true names from those of other emoji?
+        labels, scores = zip(*((line["noise"] == "name", float(line["itm"])) for line in scored), strict=True)
+        metrics["itm/auc"] = 100 * roc_auc_score(labels, scores)
+    return metrics
+
+
+def training_metrics(folder: Path, cfg: Common) -> dict[str, float]:
+    """`data_metrics` of a run, its number of steps (without --steps, its data must be on this machine), and the mean
+    contrastive loss of its first three epochs, if it was logged."""
+    metrics = data_metrics(cfg)
+    if steps := total_steps(cfg, metrics.get("data/pairs", 0) // cfg.batch_size):
+        metrics["steps"] = steps
+    if early := [line["loss_ita"] for line in run.read_metrics(folder, "loss_ita") if line["epoch"] < 3]:
+        metrics["early_loss_ita"] = sum(early) / len(early)
+    return metrics
+
+
+def measure(path: str, cfg: tldr.Config, process: run.Process) -> dict[str, float]:
+    """All measurements of an arm's run, saved beside its checkpoint; reused while nothing has changed."""
+
+    def found(folder: Path) -> dict[str, float]:
+        model, settings, tokenizer = load_run(path)
+        return tldr.measure_model(cfg, process, model, settings, tokenizer, VIEW) | training_metrics(folder, settings)
+
+    return evaluation.measured_run(path, cfg, cfg.sets, found)
+
+
+def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
+    cfg, process = tldr.Config(runs=tuple(runs), sets=SETS, rerank=()), run.setup(0, "cpu")
+    return evaluation.evaluate_runs(cfg, lambda path: measure(path, cfg, process), METRICS)
+
 
 # --------------------------------------------------------------------------------------------------------------- claims
 
@@ -268,9 +414,6 @@ def more_rows(found: Comparison) -> list[dict]:
     ]
 
 
-LITE0_VIEW = eval_transform(128, of_lite0)  # one object, since `floors.read` caches by it
-
-
 @functools.cache
 def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     """Features (N, 1280) of all pictures of a pool of POOLS, their true names, the names in their captions ("" if a
@@ -282,7 +425,7 @@ def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
     by_oracle = json.loads(Path(oracle(pool)).read_text(encoding="utf-8"))
     generated = {each["image_id"]: each["caption"] for each in by_oracle}
     return (
-        LockedPairs(pairs, LITE0_VIEW, 0).features,
+        Features(pairs).features,
         [each["name"] for each in about],
         [called[each["noise"]](row) for row, each in enumerate(about)],
         [generated[str(key)] for key in pairs.keys],
@@ -314,7 +457,7 @@ def nearest_caption(
     labels = torch.tensor([names.index(name) if name else -1 for name in (generated if refined else called)])
     rows, found = kept(reduction, seed) if reduction else torch.arange(len(labels)), {}
     for path in SETS:
-        test = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
+        test = floors.read(path, "test", cached_lite0_features, VIEW)
         found[f"{Path(path).name}/top1"] = probes.nearest_neighbour(features[rows], labels[rows], *test)
     return found
 
@@ -326,7 +469,7 @@ def on_labels() -> dict[str, float]:
     probe, classnames = LogisticRegression(C=0.01, max_iter=200).fit(features, names), EvalSet(SETS[0], None).classnames
     found = {}
     for path in SETS:
-        test, truth = floors.read(path, "test", cached_lite0_features, LITE0_VIEW)
+        test, truth = floors.read(path, "test", cached_lite0_features, VIEW)
         found[f"{Path(path).name}/top1"] = 100 * probe.score(test, [classnames[label] for label in truth])
     return found
 
@@ -478,9 +621,9 @@ STUDY = Study(
     arms=ARMS,
     minutes={"core": 4, "all": 15},
     terms="T_o: the original captions.",
-    evaluate=lambda runs: evaluation.main(evaluation.Config(runs=tuple(runs), sets=SETS, rerank=())),
+    evaluate=evaluate,
     alone=True,
-    metrics=evaluation.METRICS,
+    metrics=METRICS,
     sets=SETS,
     floor_files=reduced,
     floors=FLOORS,

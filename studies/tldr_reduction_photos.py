@@ -30,7 +30,7 @@ import tyro
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, run, zeroshot
-from shared.pretrained import in_order, keep_features, known_features
+from shared.pretrained import in_order, keep_features, known_features, minilm
 from shared.tars import descriptions
 from studies import tldr_reduction as study
 from studies.harness import locked_clip, photos, verdicts
@@ -38,12 +38,12 @@ from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim
-from tldr_reduction.captioner import text_embedder
+from tldr_reduction.codebook import text_embedder
 from tldr_reduction.reduce import refined
 
 POOL, PREDICTIONS = photos.SINGLE, "data/tldr-photos/captions.json"
 RUNS = "runs/photos/tldr_reduction"
-REDUCE = f"reduce {POOL} --check none --work {RUNS}/work-seed{{seed}}"
+REDUCE = f"reduce {POOL} --no-check --work {RUNS}/work-seed{{seed}}"
 CLUSTERED = "--clusters 300 --no-drop-duplicates"  # a cluster holds some twenty photographs with all their copies
 QUARTER, AS_MANY = f"{CLUSTERED} --keep 0.25", "--select random --match {reduced/codes}"  # the paper keeps 24 %
 REDUCTIONS = {
@@ -164,7 +164,7 @@ def minilm_features(texts: Sequence[str]) -> Tensor:
     by_length = sorted(unseen, key=lambda digest: len(unseen[digest]))  # batches then need little padding
     if unseen:
         with run.autocast(precision, cpu):
-            features = text_embedder("minilm", MINILM)([unseen[digest] for digest in by_length]).float()
+            features = text_embedder(str(minilm()), MINILM)([unseen[digest] for digest in by_length]).float()
         keep_features(store, new := dict(zip(by_length, features.numpy(), strict=True)))
         known |= new
     return in_order(order, known)

@@ -23,7 +23,7 @@ for name in [*LATE, *OURS, "tests.small_models"]:
     with contextlib.suppress(Exception):  # a test that needs the module reports the error
         importlib.import_module(name)
 with contextlib.suppress(Exception):
-    sys.modules["concept_frequency.tagging"].load_spacy("en_core_web_sm")
+    sys.modules["concept_frequency.captions"].load_spacy("en_core_web_sm")
 with contextlib.suppress(Exception):
     from open_clip import tokenizer
 

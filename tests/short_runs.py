@@ -24,7 +24,7 @@ from shared.data import open_pairs
 EVAL = ROOT / "data/emoji/eval"
 FOLDERS = tuple(presets.folders())
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
-SCRIPTS |= {"tldr_reduction": "tldr_reduction.captioner", "tldr_reduction-clip": "tldr_reduction.train"}  # its two
+SCRIPTS |= {"tldr_reduction": "tldr_reduction.train", "tldr_reduction-clip": "tldr_reduction.train"}  # its two
 
 
 def config(folder: str, script: str) -> type:
@@ -105,7 +105,7 @@ def dinov2(folder: Path, **sizes: int) -> Path:
 
 def vocabulary(folder: Path, data: Path) -> Path:
     """Write a WordPiece vocabulary of the captions."""
-    from tldr_reduction.tokenizer import build_vocab
+    from tldr_reduction_ports import build_vocab
 
     pairs = open_pairs(str(data))
     words = build_vocab(pairs.caption(row) for row in range(len(pairs)))
@@ -118,10 +118,9 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
     two. `parts` is the folder of the files that they need."""
     arms = {
         "attentive_mask_clip": "emoji --model test --image-size 20 --epochs 2 --warmup-epochs 1",
-        "concept_frequency": f"""emoji --model ViT-test --image-size 16 --num-concepts 12 --total 160 --epochs 2
+        "concept_frequency": f"""emoji --model ViT-test --image-size 16 --num-concepts 12 --dataset-size 160 --epochs 2
             --warmup 2 --eval-set {EVAL}/names_ood""",
-        "flame": """emoji-clip --captions --image-size 16 --hidden-dim 32 --text-width 32 --text-layers 1 --embed-dim 16
-            --epochs 2 --warmup 2""",
+        "flame": "emoji-clip --captions --model ViT-test --image-size 16 --hidden-dim 32 --epochs 2 --warmup 2",
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {dinov2(parts / "dinov2")}
             --states= --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 2048
             --min-count 1 --epochs 2 --warmup 2""",
@@ -129,16 +128,15 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "protoclip": """emoji --model ResNet-test --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8
             --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2""",
         "tinyclip": "emoji-teacher --model test-100 --image-size 16 --steps 10 --warmup 2 --no-keep-in-memory",
-        "tldr_reduction": f"""emoji --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
+        "tldr_reduction": f"""small-captioner --vocab {vocabulary(parts, data)} --image-size 16 --patch-size 8
             --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --code-dim 16 --num-codes 32
             --epochs 2 --warmup 2""",
-        "tldr_reduction-clip": f"""emoji-clip --clip-model ViT-test --vocab {parts / "vocab.txt"} --image-size 16
+        "tldr_reduction-clip": f"""small-clip --clip-model ViT-test --vocab {parts / "vocab.txt"} --image-size 16
             --epochs 2 --warmup 2""",
     }
-    common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2".split()
-    workers = {name: ["--workers", "0"] for name in arms} | {"concept_frequency": []}
-    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": []}
-    return {name: [*arms[name].split(), *common, *workers[name], *evaluation[name]] for name in arms}
+    common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2 --workers 0".split()
+    evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": [], "lexvla": []}
+    return {name: [*arms[name].split(), *common, *evaluation[name]] for name in arms}
 
 
 def image_folder(folder: Path, data: Path) -> Path:
@@ -194,12 +192,10 @@ def stages(data: Path, parts: Path) -> dict[str, list[str]]:
         "nmtune.finetune": f"""full --encoder timm:resnet_emoji --data {image_folder(parts / "images", data)} {tune}
             --batch-size 8""",
         "protoclip.teacher": f"roberta-large --data {data} --model {parts / 'lm'} --dim 8",
-        "flame.recaption": f"--data {data}",
-        "flame.embed": f"""cc3m-mistral-nemo --data {data} --dataset-size 8 --llm {parts / "lm"} --layers 1 --precision
-            fp32 --short {parts / "short.json"} --long {parts / "long.json"} --shard-size 4""",
-        "lexvla.text": f"--data {data} --lm {parts / 'lm'} --precision fp32 --sets",
-        "tldr_reduction.reduce": f"{data} --select random --keep 0.5 --chunk 50 --workers 0 --precision fp32",
-        "studies.tldr_reduction_corpus": f"--source {parts / 'source'}",
+        "studies.flame_recaption": f"--data {data}",
+        "flame.embed": f"""small --data {data} --dataset-size 8 --llm {parts / "lm"} --precision fp32
+            --short {parts / "short.json"} --long {parts / "long.json"}""",
+        "tldr_reduction.reduce": f"{data} --select random --keep 0.5 --batch-size 50 --workers 0 --precision fp32",
         "concept_frequency.count": f"shards --data {data} --concepts {parts / 'names.txt'} {pipeline}",
     }
     return {module: text.split() for module, text in arguments.items()}

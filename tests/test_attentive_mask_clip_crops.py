@@ -3,7 +3,6 @@
 import re
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -12,13 +11,14 @@ from attentive_mask_clip.config import Config
 from attentive_mask_clip.crops import (
     MEAN,
     STD,
-    ViewDataset,
+    Views,
+    crop,
+    drawn_caption,
     eval_transform,
     three_boxes,
     title_and_description,
     view_transform,
 )
-from attentive_mask_clip.train import three_crops
 
 
 @pytest.mark.golden("attentive_mask_clip", "three_crops")
@@ -26,10 +26,11 @@ def test_three_crops(case):
     size = case["pil_crops_u8"].shape[1]
     for seed, (height, width), boxes in zip(case["seed"], case["height_width"].tolist(), case["boxes"], strict=True):
         torch.manual_seed(seed)
-        assert torch.equal(three_crops(Image.new("RGB", (width, height)), size, released_boxes=True)[1], boxes)
+        assert torch.equal(three_boxes(Image.new("RGB", (width, height)), released_boxes=True), boxes)
     image = Image.fromarray(case["image_u8"].numpy().astype(np.uint8))
     torch.manual_seed(case["seed"][0])
-    crops, boxes = three_crops(image, size, released_boxes=True)
+    boxes = three_boxes(image, released_boxes=True)
+    crops = [crop(image, box, size) for box in boxes]
     case.close("pil_boxes", boxes)
     case.close("pil_crops_u8", np.stack(crops))
     case.close("ema_view_tensor", view_transform("plain")(crops[-1]), atol=1e-6)
@@ -77,12 +78,12 @@ def test_the_released_ema_box_leaves_parts_of_views_out():
 def test_crops_are_what_their_boxes_say(ema_size):
     torch.manual_seed(0)
     pixels = torch.rand(60, 80, 3).mul(255).byte().numpy()
-    crops, boxes = three_crops(Image.fromarray(pixels), 32, ema_size=ema_size)
-    assert [crop.size for crop in crops] == [(32, 32), (32, 32), (ema_size or 32,) * 2]
+    boxes = three_boxes(image := Image.fromarray(pixels))
+    crops = [crop(image, box, size) for box, size in zip(boxes, (32, 32, ema_size or 32), strict=True)]
     assert boxes.shape == (3, 4) and boxes.dtype == torch.int64
-    for crop, (top, left, height, width) in zip(crops, boxes.tolist(), strict=True):
+    for seen, (top, left, height, width) in zip(crops, boxes.tolist(), strict=True):
         cut = Image.fromarray(pixels[top : top + height, left : left + width])
-        assert np.array_equal(cut.resize(crop.size, Image.Resampling.BILINEAR), crop)
+        assert np.array_equal(cut.resize(seen.size, Image.Resampling.BILINEAR), seen)
 
 
 @pytest.mark.parametrize("kind, changes", [("plain", False), ("aclip", True), ("slip", True)])
@@ -99,32 +100,23 @@ def test_only_online_views_are_augmented(kind, changes):
 
 @pytest.mark.parametrize("method", ["aclip", "slip", "clip"])
 @pytest.mark.parametrize("views", [1, 2])
-def test_samples_are_functions_of_seed_and_index(method, views):
-    class Pairs:
-        broken = ()
+def test_views_of_a_method(method, views):
+    """Views are drawn from the generator alone; each batch is normalised later."""
+    pixels = (torch.rand(20, 24, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    view = Views(Config(method=method, views=views, ema_image_size=8), 16, ema_view=method == "aclip")
 
-        def __len__(self):
-            return 4
+    def drawn(seed: int):
+        torch.manual_seed(seed)
+        return view.pixels(Image.fromarray(pixels))
 
-        def read(self, i):
-            torch.manual_seed(i)  # of the picture only
-            pixels = (torch.rand(20, 24, 3) * 255).byte().numpy()
-            return type("Pair", (), {"image": Image.fromarray(pixels), "caption": "one\ntwo"})
-
-    cfg = Config(method=method, views=views, ema_image_size=8, caption_lines=True)
-    tokenizer = open_clip.SimpleTokenizer(context_length=5)
-    first, again, other = (ViewDataset(Pairs(), cfg, 16, tokenizer, seed, True) for seed in (0, 0, 1))
-    images, boxes, tokens, broken = first[3]
-    first[0]
-    for ours, theirs in ((first[3], again[3]), (first[2], again[2])):
-        assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
-        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
-    assert not torch.equal(first[3][0][0], other[3][0][0])
-    assert torch.equal(first[3 + 4][1], again[3 + 4][1]) and not torch.equal(first[3][1], first[3 + 4][1])  # epochs
-    online = {"aclip": views, "slip": 1, "clip": 1}[method]
-    assert boxes.shape == (online + 1, 4)
-    captions = {tuple(ViewDataset(Pairs(), cfg, 16, tokenizer, s, True)[0][2].tolist()) for s in range(20)}
-    assert captions == {tuple(tokenizer(text)[0].tolist()) for text in ("one", "two")}
+    images, boxes = drawn(0)
+    sides = {"aclip": [16] * views + [8], "slip": [16] * 3, "clip": [16]}[method]
+    assert [image.shape for image in images] == [(3, side, side) for side in sides]
+    assert all(image.dtype == torch.uint8 for image in images)
+    assert boxes.shape == ({"aclip": views, "slip": 1, "clip": 1}[method] + 1, 4)
+    again, others = drawn(0), drawn(1)
+    assert all(map(torch.equal, images, again[0])) and torch.equal(boxes, again[1])
+    assert not torch.equal(boxes, others[1])
 
 
 SUNSET = "Sunset\nTaken in Rome.\n\nWith my brother..."  # a description of YFCC15M may have line breaks
@@ -146,15 +138,8 @@ def test_a_caption_file_is_a_title_and_a_description(text, captions):
 
 @pytest.mark.parametrize("caption_lines", [True, False])
 def test_title_and_description_are_drawn_equally_often(caption_lines):
-    class Pairs(list):
-        read = list.__getitem__
-
-    pair = type("Pair", (), {"image": Image.new("RGB", (9, 8)), "caption": SUNSET})
-    seen = []
-    cfg = Config(method="clip", augmentation="crop", caption_lines=caption_lines)
-    dataset = ViewDataset(Pairs([pair] * 400), cfg, 4, lambda text: [seen.append(text)], (0, 0), False)
-    for i in range(len(dataset)):
-        dataset[i]
+    torch.manual_seed(0)
+    seen = [drawn_caption(SUNSET, caption_lines) for _ in range(400)]
     if caption_lines:
         assert set(seen) == {"Sunset", "Taken in Rome. With my brother..."} and 160 < seen.count("Sunset") < 240
     else:

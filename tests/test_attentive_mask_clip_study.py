@@ -118,7 +118,7 @@ def test_every_arm_trains_on_scenes_that_the_study_builds():
     assert set(built) == {study.folder(corpus) for corpus in study.CORPORA}
     for arm in study.ARMS:
         cfg = parsed(arm)
-        config.check_model(cfg)
+        cfg.check_patches()
         corpus = str(Path(cfg.data).parent)
         assert cfg.eval_set == f"{corpus}/eval/names_ood" and cfg.model == "scenes"
         assert [folder for folder, arms in built.items() if arm.name in arms] == [corpus]

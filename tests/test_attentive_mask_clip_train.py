@@ -30,7 +30,7 @@ from scripts import (
     same,
     start_two,
 )
-from short_runs import small_corpus, small_set
+from short_runs import small_set
 from test_attentive_mask_clip_model import attention_as_in_training, batch, model_of, tiny  # noqa: F401
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -38,8 +38,9 @@ from torch.nn.parallel import DistributedDataParallel
 from attentive_mask_clip import config, train
 from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip.config import Config
+from attentive_mask_clip.crops import Views
 from attentive_mask_clip.model import aclip_loss, create_model
-from attentive_mask_clip.train import cosine_schedule, param_groups, schedules, train_step
+from attentive_mask_clip.train import cosine_schedule, parameter_groups, schedules, train_step
 from shared import checkpoints, data
 from shared import cli as command_line
 from shared.clip import set_grad_checkpointing
@@ -48,7 +49,7 @@ SCRIPT, SECONDS = "attentive_mask_clip.train", 120
 
 STEPS, PER_EPOCH = 9, 3
 TINY = f"""--model test --data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32
-    --warmup-epochs 1 --lr 1e-3 --eps 1e-4 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
+    --warmup-epochs 1 --lr 1e-3 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +69,22 @@ def test_param_groups(case):
         return 1 + max(int(m[1]) for name in case["decay"] if (m := re.match(pattern + r"\.(\d+)\.", name)))
 
     model = tiny(vision_layers=blocks(r"visual\.blocks"), text_layers=blocks(r"transformer\.resblocks"))
-    decayed, others = param_groups(model, 0.3)
+    decayed, others = parameter_groups(model, 0.3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == set(case["decay"]) and decayed["weight_decay"] == 0.3
     assert {names[id(p)] for p in others["params"]} == set(case["no_decay"]) and others["weight_decay"] == 0
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(case["frozen"])
 
 
+def unscaled() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(enabled=False)
+
+
 def test_the_text_tower_has_a_rate_of_its_own():
     """With --text-lr, only parameters that images never pass have it; decay is split as without it."""
     model = tiny().train()
     cfg = Config(precision="fp32", text_lr=0.1)
-    groups, plain = param_groups(model, 0.3, cfg.text_lr), param_groups(model, 0.3)
+    groups, plain = parameter_groups(model, 0.3, cfg.text_lr), parameter_groups(model, 0.3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert sorted(names[id(p)] for group in groups for p in group["params"]) == sorted(
         name for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -94,7 +99,7 @@ def test_the_text_tower_has_a_rate_of_its_own():
     assert slow == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     views, ema_view, tokens, boxes = batch()
-    train_step(model, ([*views.split(len(tokens)), ema_view], boxes, tokens), optimizer, 0.01, 0.9, cfg)
+    train_step(model, ([*views.split(len(tokens)), ema_view], boxes, tokens), optimizer, unscaled(), 0.01, 0.9, cfg)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.001, 0.001]
 
 
@@ -105,16 +110,15 @@ BEFORE_BATCH_NORM = {f"image_mlp.{name}" for i in (1, 2) for name in (f"layer{i}
 def test_train_steps(case):
     model = model_of(case).train()
     cfg = Config(simclr_pair="same", precision="fp32", weight_decay=0.5)
-    groups = param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=1, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    groups = parameter_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1, **cfg.adamw, fused=True)
     names = "loss simclr_loss im_byol_loss contra_loss_1 contra_loss_2 clip_acc".split()
     log = []
     for step, expected in enumerate(case["losses"]):
         views, ema_view, text, boxes = (case[f"step{step}/{name}"] for name in ("views", "ema_view", "text", "boxes"))
         images = [*views.split(len(text)), ema_view]
-        losses = train_step(
-            model, (images, boxes, text), optimizer, case["lr"][step].item(), case["momentum"][step].item(), cfg
-        )
+        lr, momentum = case["lr"][step].item(), case["momentum"][step].item()
+        losses = train_step(model, (images, boxes, text), optimizer, unscaled(), lr, momentum, cfg)
         log.append([losses[name] for name in names])
         assert len(names) == len(expected)
     case.close("losses", torch.tensor(log), rtol=1e-5)
@@ -157,8 +161,9 @@ def test_schedules_of_the_paper():
 
 def step_of(model, inputs, cfg: Config, lr: float = 1e-3, momentum: float = 0.9):
     views, ema_view, tokens, boxes = inputs
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=lr)
-    return train_step(model, ([*views.split(len(tokens)), ema_view], boxes, tokens), optimizer, lr, momentum, cfg)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=lr)
+    images = [*views.split(len(tokens)), ema_view]
+    return train_step(model, (images, boxes, tokens), optimizer, unscaled(), lr, momentum, cfg)
 
 
 def test_the_ema_of_a_step_has_seen_the_weights_before_it():
@@ -211,7 +216,7 @@ def test_checkpointing_changes_no_gradient(method: str):
         model = tiny(method, vision_layers=3, text_layers=2).train()
         set_grad_checkpointing(model, on)
         torch.manual_seed(2)
-        losses = train.forward_losses(model, images, boxes, tokens, Config(method=method), "fp32")
+        losses = model.loss(model(*model.inputs(images, boxes, tokens)), Config(method=method))
         losses["loss"].backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None] + [*model.buffers()])
     assert len(found[0]) == len(found[1]) > 20 and all(map(torch.equal, *found))
@@ -304,8 +309,11 @@ def test_methods_start_from_the_same_towers_and_first_crops(embedded_corpus: Non
         cfg = dataclasses.replace(config.PRESETS[arm][1])
         torch.manual_seed(cfg.seed)
         states.append(create_model(cfg.method, cfg.model, **cfg.model_settings()).state_dict())
-        dataset = train.ViewDataset(pairs, cfg, 20, lambda text: torch.zeros(1, 4, dtype=torch.long), 0, True)
-        samples.append([dataset[i][1][0] for i in range(8)])
+        view, boxes = Views(cfg, 20, ema_view=True), []
+        for i in range(8):
+            torch.manual_seed(i)
+            boxes.append(view.pixels(pairs.read(i).image)[1][0])
+        samples.append(boxes)
     for name in states[1]:
         assert torch.equal(states[0][name], states[1][name]) and torch.equal(states[2][name], states[1][name]), name
     assert all(same(boxes, samples[0]) for boxes in samples)
@@ -398,22 +406,6 @@ def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, fold
         assert same(state[part], expected[part]), (part, kills)
     scales = {group["lr_scale"] for group in state["optimizer"]["param_groups"]}
     assert scales == ({1.0, 0.5} if arm == "aclip" else {1.0})  # as --text-lr says
-
-
-def test_windows_killed_at_random_equal_uninterrupted(cli, start, folder: Path):
-    """Shards are downloaded one at a time by a pipe: command into a cache that each run empties."""
-    first = sorted(small_corpus(folder / "three_shards", pairs=300, shards=3).glob("*.tar"))
-    command = [*ARMS["clip"], *TINY, "--data", "::".join(f"pipe:cat {path}" for path in first), "--window-shards", 1]
-    command += ["--dataset-size", 96, "--save-every", 2, "--workers", 2]
-    outs = [folder / f"windows-{i}" for i in range(2)]
-    finished(cli(*command, "--cache", folder / "cache-0", "--out", outs[0]))
-    for line in (random.randint(2, 4), random.randint(5, 7)):
-        print("killed at line", line)
-        kill_at(start(*command, "--cache", folder / "cache-1", "--out", outs[1]), outs[1], line, timeout=120)
-    finished(cli(*command, "--cache", folder / "cache-1", "--out", outs[1]))
-    assert metrics(outs[0]) == metrics(outs[1]) and len(metrics(outs[0])) == STEPS
-    states = [checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"] for out in outs]
-    assert same(*states) and not list(folder.glob("cache-*/**/*.tar"))
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

@@ -293,7 +293,7 @@ def test_the_bench_of_reading_measures_all_readers(tmp_path: Path, monkeypatch: 
 
 def test_hours_of_a_count(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """The note's rate, hours and core-hours follow from the seconds of the row."""
-    monkeypatch.setattr(frequency.cli, "cores", lambda: 1)
+    monkeypatch.setattr(frequency.run, "cores", lambda: 1)
     frequency.counting([f"a red bus number {i}" for i in range(20)], "en_core_web_sm", partitions=4)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     ((seconds,), note) = row["ours"], row["note"]

@@ -1,33 +1,49 @@
-"""Concepts of captions and prompts, and files of concepts, counts and scores."""
+"""Files of concepts and scores; matching names of counts with names of scores: equal, respelled, renamed."""
 
+import itertools
 import json
+import re
 
 import pytest
 
 from concept_frequency.concepts import (
-    concept_scores,
-    load_counts,
-    load_results,
-    mean_scores,
-    prompts_with_concept,
+    OTHER_NAMES,
+    fold,
+    join,
+    load_json,
+    numbered,
     read_concepts,
     read_descriptions,
+    scores_of,
 )
+
+# Ports of upstream code that nothing here runs, for the golden cases that record it
+
+
+def case_variants(name: str) -> list[str]:
+    """Lower-case and Capitalised words in all combinations. U:src/image_search_matches_inverted_index.py:10."""
+    return ["_".join(words) for words in itertools.product(*((w.lower(), w.capitalize()) for w in name.split()))]
+
+
+def prompts_with_concept(prompts: list[str], words: list[str]) -> dict[str, list[int]]:
+    """Prompts with a word or, by a prefix rule, its plural. U:src/text_to_image_experiments/utils.py:29."""
+    plain = [" " + re.sub(r"[^\w\s]", "", prompt) + " " for prompt in prompts]
+    found = {word: [i for i, p in enumerate(plain) if f" {word} " in p or f" {word}s" in p] for word in words}
+    return {word: rows for word, rows in found.items() if rows}
+
+
+@pytest.mark.golden("concept_frequency", "case_variants")
+def test_case_variants(case):
+    assert {name: case_variants(name) for name in case.json} == case.json
 
 
 @pytest.mark.golden("concept_frequency", "t2i_concepts")
 def test_t2i_concepts(case):
+    """Scores of a concept's prompts (utils.py:71) are those of its rows in the table of scores."""
     found = prompts_with_concept(case["prompts"], case["words"])
     assert found == case["indices"]
-    scores = concept_scores(found, case["scores"])
-    assert {word: rows.tolist() if len(rows) else None for word, rows in scores.items()} == case["aggregated"]
-
-
-def test_prompts_and_scores():
-    prompts = ["a carsick person", "two cars"]
-    assert prompts_with_concept(prompts, ["car"]) == {"car": [0, 1]}
-    assert prompts_with_concept(prompts, ["car"], plural_prefix=False) == {"car": [1]}
-    assert mean_scores({"a": [1.0] * 5, "b": [2.0] * 6}) == {"b": 2.0}
+    scores = {word: [case["scores"][i] for i in rows if i < len(case["scores"])] for word, rows in found.items()}
+    assert {word: rows or None for word, rows in scores.items()} == case["aggregated"]
 
 
 def test_files_of_concepts(tmp_path):
@@ -46,8 +62,42 @@ def test_files_of_concepts(tmp_path):
     value = {"backboneRN50_pretrainedcc3m": {"full": 1.0, "classwise": {"plane": 3.0}}}
     for name, key in (("cifar10_class_results.json", "airplane"), ("toys_class_results.json", "plane")):
         (tmp_path / name).write_text(json.dumps(value))
-        assert load_results(tmp_path / name, "RN50|cc3m") == {key: 3.0}
+        assert scores_of(load_json(tmp_path / name), "RN50|cc3m", tmp_path / name) == {key: 3.0}
     with pytest.raises(ValueError, match="has no model backboneRN101"):
-        load_results(tmp_path / "toys_class_results.json", "RN101|cc3m")
-    (tmp_path / "c.json").write_text('{"dog": 3}')
-    assert load_counts(tmp_path / "c.json") == {"dog": 3}
+        scores_of(value, "RN101|cc3m", tmp_path / "toys_class_results.json")
+
+
+def test_spellings_of_a_name_match():
+    assert fold("Polka-dotted") == fold("polka_dotted") == "polka dotted"
+    counts = {"Annual Crop Land": 1, "american_bulldog": 2, "2012 Acura TL Sedan": 3, "outdoor apartment building": 4}
+    scores = {
+        "american bulldog": 20.0, "Acura TL Sedan 2012": 30.0, "annual crop land": 10.0,
+        "apartment_building/outdoor": 40.0, "unheard of": 0.0,
+    }  # fmt: skip
+    found = join(counts, scores, {})
+    assert {name: counts[other] for name, other in found.names.items()} == {
+        "american bulldog": 2, "Acura TL Sedan 2012": 3, "annual crop land": 1, "apartment_building/outdoor": 4,
+    }  # fmt: skip
+    assert (found.respelled, found.renamed) == (4, 0)
+    assert found.scores_left == ["unheard of"] and found.counts_left == []
+
+
+def test_equal_names_match_first_and_ambiguous_names_do_not_match():
+    found = join({"T-shirt": 5, "t-shirt": 7, "cup": 1}, {"t shirt": 1.0, "T-shirt": 2.0, "Cup": 3.0, "CUP": 4.0}, {})
+    assert found.names == {"T-shirt": "T-shirt", "t shirt": "t-shirt"}  # one is left, and has one candidate
+    assert found.scores_left == ["Cup", "CUP"] and found.counts_left == ["cup"]
+    assert join({"T-shirt": 5, "t-shirt": 7}, {"t shirt": 1.0}, {}).names == {}
+
+
+def test_other_names_and_aliases():
+    counts = {"car": 1, "Herbaceous Vegetation Land": 2, "projectile": 3, "missile": 4, "lorry": 5}
+    scores = dict.fromkeys(["automobile", "brushland or shrubland", "missile (1)", "missile (2)", "truck"], 1.0)
+    found = join(counts, scores, {"truck": "lorry", "ship": "boat"})
+    assert list(found.names.values()) == ["car", "Herbaceous Vegetation Land", "missile", "projectile", "lorry"]
+    assert found.renamed == 4 and not found.scores_left and not found.counts_left
+    assert not join({"car": 1}, {"car": 1.0, "automobile": 2.0}, {}).names.keys() - {"car"}  # a count has one score
+    assert all(fold(name) == name for pair in OTHER_NAMES.items() for name in pair)
+
+
+def test_classes_that_share_a_name_are_numbered():
+    assert numbered(["missile", "dog", "missile"]) == ["missile (1)", "dog", "missile (2)"]

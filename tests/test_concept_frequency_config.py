@@ -8,24 +8,25 @@ from scripts import one_sentence
 from test_concept_frequency_train import TINY, shards  # noqa: F401
 
 from concept_frequency import train
-from concept_frequency.config import MODELS, PRESETS, check
-from concept_frequency.paper_numbers import CURVE_MODELS, TABLE9
+from concept_frequency.config import MODELS, PRESETS
+from concept_frequency.published.numbers import CURVE_MODELS, TABLE9
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"data": ""}, "--data is missing"),
     ({"eval_set": "nowhere"}, "--eval-set nowhere does not exist"),
     ({"batch_size": 33}, "cannot be divided"),
-    ({"total": 39}, "cannot hold each"),
-    ({"total": 40, "batch_size": 64}, "less than one batch"),
-    ({"misaligned": 2.0}, "share of 0 to 1"),
+    ({"dataset_size": 39}, "cannot hold each"),
+    ({"dataset_size": 40, "batch_size": 64}, "less than one batch"),
+    ({"misaligned": 2.0}, "--misaligned must be at most 1"),
     ({"epochs": 0}, "--epochs must be at least 1"),
     ({"exponent": -1.0}, "must be at least 0"),
     ({"law": "log-uniform", "exponent": 0.5}, "--law zipf"),
+    ({"keep_in_memory": False}, "always kept in memory"),
 ])  # fmt: skip
 def test_training_refuses(change, message):
     with pytest.raises(ValueError, match=message):
-        check(dataclasses.replace(TINY, **change), 2)
+        dataclasses.replace(TINY, **change).check(2)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -43,7 +44,7 @@ def test_command_lines_end_in_one_sentence(in_process, arguments, message):
 def test_dry_run_needs_no_data(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, (_, preset) in PRESETS.items():
-        train.train(dataclasses.replace(preset, model="ViT-emoji", dry_run=True, device="cpu"))
+        train.main(dataclasses.replace(preset, model="ViT-emoji", dry_run=True, device="cpu"))
         out = capsys.readouterr().out
         assert all(word in out for word in ("parameters", "frequencies", "learning rate", "memory")), name
 

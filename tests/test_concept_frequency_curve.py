@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from scripts import ROOT, one_sentence
 
-from concept_frequency import curve, measure
-from concept_frequency.joining import numbered
+from concept_frequency import curve, evaluate
+from concept_frequency.concepts import numbered
 
 NAMES = [f"thing {i}" for i in range(120)]
 COUNTS = {name: int(10 ** (4 * i / 119)) for i, name in enumerate(NAMES)}
@@ -48,7 +48,7 @@ def files(tmp_path: Path) -> Path:
 
 def run(files: Path, counts: str, given: str, **more) -> list[dict[str, str]]:
     out = str(files / "out")
-    return curve.main(curve.Config((str(files / counts),), (str(files / given),), out=out, repetitions=50, **more))
+    return curve.main(curve.Config((str(files / counts),), (str(files / given),), out=out, **more))
 
 
 def test_curve_of_every_kind_of_file(files, capsys):
@@ -83,7 +83,7 @@ def test_data_sets_are_pooled(files):
     (files / "b.json").write_text(json.dumps({name: 90.0 for name in half}))
     cfg = curve.Config(
         (str(files / "counts.json"), str(files / "half.json")), (str(files / "flat.json"), str(files / "b.json")),
-        out=str(files / "out"), repetitions=20,
+        out=str(files / "out"),
     )  # fmt: skip
     (row,) = curve.main(cfg)
     assert row["concepts"] == "180"
@@ -171,7 +171,7 @@ def test_files_of_clip_benchmark(tmp_path, monkeypatch, capsys):
         curve.read_scores(tmp_path / "log.txt")
 
 
-def test_names_of_measure_are_keys():
+def test_names_of_evaluated_classes_are_keys():
     """Two classes with the same name have two scores."""
     import torch
 
@@ -181,7 +181,7 @@ def test_names_of_measure_are_keys():
 
     tokenizer = lambda texts: torch.tensor([[len(text), 1.0] for text in texts])  # noqa: E731
     features, labels = torch.eye(2).repeat(3, 1), torch.tensor([0, 1] * 3)
-    found = measure.classify(
+    found = evaluate.classify(
         Model(), tokenizer, features, labels, ["missile", "missile"], ["{c}"], 8, torch.device("cpu"), torch.float32
     )
     assert list(found["classwise"]) == ["missile (1)", "missile (2)"]

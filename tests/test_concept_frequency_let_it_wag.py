@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scripts import one_sentence
 
-from concept_frequency import images, let_it_wag
+from concept_frequency import assigned, let_it_wag
 from concept_frequency.concepts import read_concepts
 from concept_frequency.let_it_wag import balance_classes, deduplicate, hamming_distances, phash, select_tail
 
@@ -93,10 +93,10 @@ def test_tail_benchmark_from_folders(tmp_path):
     cfg = let_it_wag.Config((str(tmp_path / "a.json"),), (str(tmp_path / "images"),), str(tmp_path / "out"), 2, 3)
     assert let_it_wag.build(cfg) == {"rare cat": 2, "rare bird": 5}
     assert read_concepts(tmp_path / "out") == ["rare bird"]
-    test = images.read_test_set(str(tmp_path / "out"), ["rare bird"])
+    test = assigned.read_test_set(str(tmp_path / "out"), ["rare bird"])
     assert len(test.labels) == 3
     with pytest.raises(ValueError, match="has no image of the run's 1 concepts"):
-        images.read_test_set(str(tmp_path / "out"), ["common"])
+        assigned.read_test_set(str(tmp_path / "out"), ["common"])
     with pytest.raises(ValueError, match="no concept has more than --per-class 450"):
         let_it_wag.build(dataclasses.replace(cfg, per_class=450))
 

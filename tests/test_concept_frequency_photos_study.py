@@ -45,10 +45,10 @@ def test_captions_are_tagged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "some.txt").write_text("".join(f"{captions[row]}\n" for row in rows))
     cfg = CountConfig(
         data=(str(tmp_path / "some.txt"),), out=str(tmp_path / "alone"), spacy=nouns.SPACY, query_spacy=nouns.SPACY,
-        phrases=False, workers=1,
+        workers=1,
     )  # fmt: skip
     assert found[rows].sum(0).tolist() == count_corpus(cfg, nouns.test_nouns().names).text.tolist()
-    monkeypatch.setattr(nouns, "count_corpus", lambda *_: pytest.fail("tagged again"))
+    monkeypatch.setattr(nouns, "tag_captions", lambda *_: pytest.fail("tagged again"))
     nouns.nouns_of_captions.cache_clear()
     assert np.array_equal(nouns.nouns_of_captions("shards"), found)
     nouns.nouns_of_captions.cache_clear()

@@ -1,20 +1,18 @@
 """The concept frequency study: arms, commands, comparison and report, and claims that follow the effect."""
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_concept_frequency_replay import write_published
+from test_concept_frequency_published_replay import write_published
 from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
 from concept_frequency import eval
-from concept_frequency.concepts import load_counts
+from concept_frequency.concepts import load_json
 from studies import concept_frequency as study
-from studies.harness import runner, verdicts
-from studies.harness.floors import Floor
+from studies.harness import verdicts
 
 
 @pytest.fixture(scope="module")
@@ -22,41 +20,67 @@ def runs(arms) -> dict[str, Path]:
     return {arm: arms[arm] for arm in ARMS}
 
 
-def test_arms_are_compared(runs, folder, capsys, monkeypatch):
-    cfg = eval.Config(
-        runs=tuple(str(path) for path in runs.values()), eval_set=str(EVAL), views=2, spacy=PIPELINE, device="cpu",
-        planted=study.PLANTED,
-    )  # fmt: skip
-    panels, close = [], study.plt.close
-    monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
-    bars = (Floor("none", lambda: study.of_all(-1.0)),)
-    monkeypatch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=bars, sets=()))
-    with monkeypatch.context() as here:
-        here.chdir(folder)
-        runner.compare(study.STUDY, cfg.runs, eval.main(cfg), folder / "results.json")
-    summary = json.loads((folder / "results.json").read_text())
-    assert list(summary["arms"]) == list(runs) and (folder / "concept_frequency_curves.png").is_file()
-    assert panels == [1 + ("reassigned" in runs)]  # none is empty
-    values = {key: value["mean"] for key, value in summary["arms"]["zipf"].items()}
-    assert values["counted_both"] > 0.5 and values["misaligned_40"] > values["misaligned_20"] > values["misaligned"]
-    rows = {row["claim"]: row for row in summary["claims"]}
-    assert {claim.claim for claim in study.CLAIMS} < set(rows)
-    assert {row["verdict"] for row in rows.values()} == {"not resolved", "not testable here", "no claim"}
-    planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
-    assert planted["difference"] == pytest.approx(values["misaligned_20"] - values["misaligned"])
-    table = json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"]
-    assert {name: row["image"] for name, row in table.items()} == load_counts(runs["zipf"] / "frequencies.json")
-    assert "tail benchmark" in capsys.readouterr().out
-    stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
-    eval.main(cfg)  # kept
-    assert (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
-
-
-def test_all_arms_have_the_metrics_of_the_claims(runs):
-    results = study.evaluate([str(path) for path in runs.values()])
+def test_arms_are_measured_and_compared(runs, folder, capsys, monkeypatch):
+    """The study's metrics of each arm, its claims and its plot; what eval.py measured is not measured again."""
+    paths = [str(path) for path in runs.values()]
+    results = study.evaluate(paths)
     of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
     assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == [*runs][1:]
+    zipf = results[0]
+    assert zipf["counted_both"] > 0.5 and zipf["misaligned_40"] > zipf["misaligned_20"] > zipf["misaligned"]
+    assert {name: row["image"] for name, row in zipf["concepts"].items()} == load_json(
+        runs["zipf"] / "frequencies.json"
+    )
+    assert json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"] == zipf["concepts"]
+    assert "rank r of our counts" in capsys.readouterr().out
+    stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
+    assert study.evaluate(paths) == results and (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
+
+    found = SimpleNamespace(arms={arm: [measured] for arm, measured in zip(runs, results, strict=True)})
+    study.derive(found)
+    rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, [((), study.of_all(-1.0))])}
+    defined = {claim.claim for claim in study.CLAIMS if "ρ" not in claim.claim}  # bins of tiny arms may all be equal
+    assert defined <= set(rows) <= {claim.claim for claim in study.CLAIMS}
+    assert {row["verdict"] for row in rows.values()} == {"not resolved", "no claim"}
+    planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
+    assert planted["difference"] == pytest.approx(zipf["misaligned_20"] - zipf["misaligned"])
+    panels, close = [], study.plt.close
+    monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
+    study.plot(found, folder)
+    assert (folder / "concept_frequency_curves.png").is_file() and panels == [2]  # none is empty
+
+
+def test_within_slope_is_not_biased_by_differences_between_concepts():
+    """Accuracy that depends on the concept but not on its frequency biases only the slope between concepts."""
+    rng = np.random.default_rng(0)
+    frequency = 10 ** np.linspace(0, 3, 200)
+    for effect in (0.0, 5.0):
+        easy = 10 * np.log10(frequency)  # frequent concepts happen to be easy
+        first, second = frequency, rng.permutation(frequency)
+        scores = [
+            easy + effect * np.log10(f) + rng.normal(0, 2, 200) + better for f, better in ((first, 7), (second, 0))
+        ]
+        between = study.slope_per_decade(first, scores[0])
+        within = study.within_slope(np.log10(first) - np.log10(second), scores[0] - scores[1])
+        assert between["low"] > effect + 8
+        assert within["low"] < effect < within["high"] and within["high"] - within["low"] < 2
+        two = study.within_slope(*(np.stack([x, x]) for x in (np.log10(first / second), scores[0] - scores[1])))
+        assert two == pytest.approx(within)  # the same seed twice is no more evidence
+
+
+def test_changes_are_of_the_same_concept():
+    def table(frequency: list[int], accuracy: list[float]) -> eval.Table:
+        rows = zip("abc", frequency, accuracy, strict=True)
+        return {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
+
+    zipf, other = table([100, 10, 1], [50.0, 30.0, 10.0]), table([1, 10, 100], [40.0, 30.0, 20.0])
+    change, gain = study.changes([zipf], [other])
+    assert change.tolist() == [[2, 0, -2]] and gain.tolist() == [[10, 0, -10]]
+    found = study.beside_zipf(other, zipf)
+    assert found["within"] == pytest.approx(5) and found["slope_on_zipf"] == pytest.approx(10)
+    assert found["head"] == 40 and found["change_r_log"] == pytest.approx(1)
+    assert "within" not in study.beside_zipf(zipf, zipf)
 
 
 def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
@@ -74,7 +98,7 @@ def synthetic_arms(effect: float, seeds: int) -> dict[str, list[dict]]:
             found |= {f"misaligned_{share}": share + seed for share in study.PLANTED}
             rows = zip(names, frequency.tolist(), accuracy.tolist(), strict=True)
             found["concepts"] = {name: {"assigned": f, "accuracy": a} for name, f, a in rows}
-            arms[arm].append(found | eval.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
+            arms[arm].append(found | study.beside_zipf(found["concepts"], (arms["zipf"] + [found])[seed]["concepts"]))
     study.derive(SimpleNamespace(arms=arms))
     return arms
 

@@ -12,16 +12,17 @@ import torch
 from scripts import ROOT, SHARDS, Lazily, ended, in_turn, kill_when, start_two
 
 from concept_frequency import train
-from concept_frequency.concepts import load_counts
+from concept_frequency.assigned import log_uniform_counts, zipf_counts
+from concept_frequency.concepts import load_json
 from concept_frequency.config import Config
-from concept_frequency.train import log_uniform_counts, zipf_counts
 from shared import checkpoints, run
 
 EVAL = ROOT / "data/emoji/eval/names_ood"
 PIPELINE = "en_core_web_sm"
 TINY = Config(
-    data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, total=320, epochs=3, batch_size=32,
-    model="ViT-test", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, device="cpu", precision="fp32",
+    data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, dataset_size=320, epochs=3,
+    batch_size=32, model="ViT-test", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, eval_every=3,
+    workers=0, device="cpu", precision="fp32",
 )  # fmt: skip
 STEPS = 30
 ARMS = {  # settings of each
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def arms(folder) -> dict[str, Path]:
     """Run folders of the tiny arms, each trained at the first access."""
-    return Lazily(lambda arm: train.train(dataclasses.replace(TINY, out=str(folder / f"{arm}-seed0"), **ARMS[arm])))
+    return Lazily(lambda arm: train.main(dataclasses.replace(TINY, out=str(folder / f"{arm}-seed0"), **ARMS[arm])))
 
 
 def flags(cfg, *names: str) -> list[str]:
@@ -57,8 +58,8 @@ def flags(cfg, *names: str) -> list[str]:
 
 
 TINY_FLAGS = flags(
-    TINY, "data", "eval_set", "num_concepts", "total", "epochs", "batch_size", "model", "image_size", "lr", "warmup",
-    "log_every", "save_every", "device", "precision",
+    TINY, "data", "eval_set", "num_concepts", "dataset_size", "epochs", "batch_size", "model", "image_size", "lr",
+    "warmup", "log_every", "save_every", "eval_every", "workers", "device", "precision",
 )  # fmt: skip
 
 
@@ -69,16 +70,16 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_pairs_have_the_assigned_frequencies(arms):
     for name in ARMS:
         out = arms[name]
-        assigned = load_counts(out / "frequencies.json")
+        assigned = load_json(out / "frequencies.json")
         table = pq.read_table(out / "pairs.parquet").to_pydict()
-        assert sum(assigned.values()) == len(table["key"]) == TINY.total and len(assigned) == TINY.num_concepts
+        assert sum(assigned.values()) == len(table["key"]) == TINY.dataset_size and len(assigned) == TINY.num_concepts
         assert {c: table["concept"].count(c) for c in assigned} == assigned
         assert all(c in text for c, text in zip(table["concept"], table["caption"], strict=True))
         assert (max(assigned.values()) - min(assigned.values()) <= 1) == (name == "uniform")
         lines = run.read_metrics(out)
         assert lines[-1]["step"] == STEPS and "zero_shot_top1" in lines[-1]
         assert lines[-2]["loss"] < lines[0]["loss"]
-    zipf, reassigned = (load_counts(arms[arm] / "frequencies.json") for arm in ("zipf", "reassigned"))
+    zipf, reassigned = (load_json(arms[arm] / "frequencies.json") for arm in ("zipf", "reassigned"))
     assert (
         zipf != reassigned and sorted(zipf.values()) == sorted(reassigned.values()) and list(zipf) == list(reassigned)
     )
@@ -86,17 +87,18 @@ def test_pairs_have_the_assigned_frequencies(arms):
 
 def test_finished_run_is_not_run_twice(arms, capsys):
     before = (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns
-    train.train(dataclasses.replace(TINY, out=str(arms["zipf"])))
+    train.main(dataclasses.replace(TINY, out=str(arms["zipf"])))
     assert "is finished" in capsys.readouterr().out
     assert (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another configuration: lr"):
-        train.train(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
+        train.main(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
 
 
 def test_killed_run_ends_with_the_same_weights(arms, start, folder):
     out = folder / "killed"
     kill_when(start("emoji", *TINY_FLAGS, "--out", out), (out / "checkpoint.pt").exists, timeout=100)
-    assert 0 < checkpoints.load_checkpoint(out / "checkpoint.pt")["step"] < STEPS
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
+    assert 0 < TINY.steps_per_epoch * state["epoch"] + state["batch"] < STEPS
     code, _, err = ended(start("emoji", *TINY_FLAGS, "--out", out))
     assert code == 0, err
     torch.testing.assert_close(weights(out), weights(arms["zipf"]), rtol=0, atol=0)
@@ -107,13 +109,13 @@ def test_a_failed_evaluation_costs_no_epoch(folder, monkeypatch):
     """The resumed run repeats the evaluation alone, also after the last epoch."""
     found = torch.tensor([1.0])
     monkeypatch.setattr(train, "zero_shot", in_turn(found, ValueError("broken set"), found))
-    cfg = dataclasses.replace(TINY, out=str(folder / "failed"), epochs=2, total=64, num_concepts=8, eval_every=1)
+    cfg = dataclasses.replace(TINY, out=str(folder / "failed"), epochs=2, dataset_size=64, num_concepts=8, eval_every=1)
     with pytest.raises(ValueError, match="broken set"):
-        train.train(cfg)
+        train.main(cfg)
     state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
-    assert (state["epoch"], state["step"]) == (1, 4)
+    assert (state["epoch"], state["batch"]) == (1, 2)
     monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was repeated"))
-    train.train(cfg)
+    train.main(cfg)
     lines = run.read_metrics(folder / "failed")
     assert [line["step"] for line in lines if "zero_shot_top1" in line] == [2, 4]
 
@@ -154,9 +156,3 @@ def test_log_uniform_counts(k, total):
         assert inner[0] == pytest.approx(inner[1], rel=0.15)
     with pytest.raises(ValueError, match="cannot hold"):
         log_uniform_counts(10, 9, None)
-
-
-def test_contract_is_importable():
-    """Names of the contract are in the file that it gives."""
-    names = "zipf_counts sample_pairs train"
-    assert all(hasattr(train, name) for name in names.split())

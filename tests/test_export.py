@@ -111,12 +111,12 @@ def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_set
     words = f"{words} --batch-size 32 --eval-every 0 --precision fp32 --out {folder}/taught".split()
     finished(cli(*words, module="tinyclip.train"))
     plain = ["--sets", *sets, "--precision", "fp32"]
-    said = finished(cli(theirs, "--language-sets", "--probe", "None", *plain, module="flame.eval")).out
+    said = finished(cli(theirs, *plain, module="flame.eval")).out
     assert "image_to_text_R@1" in said and "runs/flame/protoclip-protoclip/results.md" in said
     said = finished(cli(f"local-dir:{theirs}/open_clip", *plain, "--patchdis", "None", module="lexvla.eval")).out
     assert "mean_recall" in said and "runs/lexvla/open_clip/results.md" in said
     out = folder / "scores"
-    finished(cli(theirs, "--sets", sets[0], "--prompts", "class", "--out", out, module="concept_frequency.measure"))
+    finished(cli(theirs, "--sets", sets[0], "--prompts", "class", "--out", out, module="concept_frequency.evaluate"))
     assert list(json.loads((out / "subgroups_ood_class_results.json").read_text())) == ["protoclip"]
     words = [folder / "corpus", "--select", "itm", "--keep", "0.5", "--scorer", theirs, "--out", folder / "reduced"]
     finished(cli(*words, "--precision", "fp32", module="tldr_reduction.reduce"))
@@ -192,8 +192,6 @@ def test_clip_benchmark_gives_the_same_numbers(exported, runs, small_sets, name:
 
 def test_what_open_clip_has_not_is_refused(in_process, runs: dict[str, Path], tmp_path: Path):
     cases = {
-        "flame": ("run", "no image tower that averages an MLP"),
-        "lexvla": ("run", "no towers that end in a vocabulary"),
         "tinyclip": (runs["pruned"], "its masks left layers of different widths"),
     }
     for name, (path, words) in cases.items():

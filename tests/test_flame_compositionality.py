@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flame.compositionality import READERS, SUGAR_CREPE, caption_selection, read_instances
+from flame.eval import caption_selection
+from flame.longsets import COMPOSITIONAL_READERS, SUGAR_CREPE, read_instances
 
 
 def test_accuracies_are_those_of_the_pairwise_definition():
@@ -46,7 +47,7 @@ def test_sets_are_read_as_clip_benchmark_reads_them(tmp_path: Path):
 
 
 def test_files_that_are_missing_or_of_another_layout_are_refused(tmp_path: Path):
-    for name in READERS:
+    for name in COMPOSITIONAL_READERS:
         with pytest.raises(ValueError, match="is missing"):
             read_instances(name, tmp_path)
     (tmp_path / "data").mkdir()

@@ -14,33 +14,12 @@ from authors_files import beside_weights
 from conftest import Case, leaf
 from open_clip.transformer import VisionTransformer
 from scripts import in_ranks
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BatchEncoding,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
-from flame.embed import render
-from flame.model import (
-    FLAME,
-    LONG,
-    PLAIN,
-    RAW,
-    SHORT,
-    FrozenLLM,
-    SentenceEncoder,
-    TrainedText,
-    clean_caption,
-    facet_decoupled_mask,
-    image_tower,
-    load_checkpoint,
-    mp_nce_loss,
-    mp_sigmoid_loss,
-)
+from flame import model as flame_model
+from flame.llm import LONG, RAW, SHORT, FrozenLLM, clean_caption, facet_decoupled_mask, render
+from flame.model import FLAME, TrainedText, image_tower, load_checkpoint, mp_nce_loss, mp_sigmoid_loss
+from shared.export import open_clip_config
 
 # ------------------------------------------------------------------------------------------------------- from a case
 
@@ -52,7 +31,9 @@ def llm_of(case: Case, attention: str = "sdpa", **options) -> FrozenLLM:
     config._attn_implementation = attention
     lm = LlamaModel(config)
     lm.load_state_dict(case.group("param/"))
-    return FrozenLLM(lm, None, case["layers"].tolist(), **options)
+    llm = FrozenLLM(lm, None, **options)
+    assert [llm.block is block for block in lm.layers].index(True) + 1 == case["layers"].item()
+    return llm
 
 
 def numbered(case: Case, name: str) -> list[torch.Tensor]:
@@ -129,29 +110,30 @@ def test_facet_hidden(case, attention):
         case.close("embeds_l2", F.normalize(hidden, dim=-1), atol=1e-5)
         case.close("infer_mean_0", hidden[0].mean(0), atol=1e-4)
         case.close("separate_gapped", hidden, atol=1e-4)
-    restarted = llm_of(case, attention, restart_positions=True).encode_ids(*left_padded(ids), lens)
-    case.close("separate_contiguous", restarted, atol=1e-4)
+    restarted = [[facet_alone(llm, x, lens, k, gapped=False) for k in range(len(lens))] for x in ids]
+    case.close("separate_contiguous", torch.stack([torch.stack(rows) for rows in restarted]), atol=1e-4)
     causal = llm_of(case, attention, decoupled=False).encode_ids(*left_padded(ids), lens)
     torch.testing.assert_close(causal[:, 0], together[:, 0], rtol=0, atol=1e-4)  # the first facet sees no other
     if len(lens) > 1:
         assert (F.normalize(causal, dim=-1) - F.normalize(together, dim=-1)).abs().max() > 1e-2
 
 
-def facet_alone(llm: FrozenLLM, ids: torch.Tensor, lens: list[int], k: int) -> torch.Tensor:
-    """A causal pass of the library over prefix and facet k, at their positions in the whole sequence."""
+def facet_alone(llm: FrozenLLM, ids: torch.Tensor, lens: list[int], k: int, gapped: bool = True) -> torch.Tensor:
+    """A causal pass of the library over prefix and facet k, at their positions in the whole sequence, or with positions
+    that restart at the facet."""
     prefix = len(ids) - sum(lens)
     start = prefix + sum(lens[:k])
     places = torch.cat([torch.arange(prefix), torch.arange(start, start + lens[k])])[None]
-    blocks, states = [llm.blocks[n - 1] for n in llm.layers], []  # `hidden_states` has the last block's after the norm
+    positions, states = places if gapped else torch.arange(prefix + lens[k])[None], []
 
     def keep(block, inputs, output):
         states.append((output[0] if isinstance(output, tuple) else output)[0, -1])
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    llm.lm(input_ids=ids[places], attention_mask=torch.ones_like(places), position_ids=places)
-    for handle in handles:
-        handle.remove()
-    return torch.stack(states).mean(0)
+    handle = llm.block.register_forward_hook(keep)
+    with torch.no_grad():
+        llm.lm(input_ids=ids[places], attention_mask=torch.ones_like(places), position_ids=positions)
+    handle.remove()
+    return states[0]
 
 
 @pytest.mark.golden("flame", "facet_hidden")
@@ -289,18 +271,13 @@ def test_too_long_captions_are_cut_and_prompts_are_not():
     assert len(prefix) + sum(map(len, llm.facet_ids(LONG))) <= 600 and text_of(prefix).endswith(LONG.head[-12:])
 
 
-def test_readout_is_before_the_last_block_by_default():
+def test_readout_is_before_the_last_block():
     llm = letters_llm()
-    assert llm.layers == (2,)
     ids = torch.randint(2, 258, (2, 9))
     llm.encode_ids(ids, torch.ones_like(ids))
     assert not any(m._forward_hooks for m in llm.modules())  # upstream's pile up
     states = llm.lm(input_ids=ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(llm.encode_ids(ids, torch.ones_like(ids))[:, 0], states[2][:, -1])
-    both = letters_llm(layers=(1, 2)).encode_ids(ids, torch.ones_like(ids))[:, 0]
-    torch.testing.assert_close(both, (states[1][:, -1] + states[2][:, -1]) / 2)
-    with pytest.raises(ValueError, match="layers"):
-        letters_llm(layers=(4,))
 
 
 def test_the_language_model_is_frozen():
@@ -309,6 +286,10 @@ def test_the_language_model_is_frozen():
 
 
 # ------------------------------------------------------------------------------------------------------------ towers
+
+
+def small(text_dim: int, hidden_dim: int | None = None, **options) -> FLAME:
+    return FLAME(*image_tower(open_clip_config("FLAME-emoji")), text_dim, hidden_dim, **options)
 
 
 @pytest.mark.golden("flame", "image_tower")
@@ -320,7 +301,7 @@ def test_image_tower(case):
     case.close("visual_only", model.encode_image(image, visual_only=True), atol=1e-5)
     embeds = model.encode_image(image, normalize=True)
     case.close("embeds", embeds, atol=1e-5)
-    torch.testing.assert_close(model(image)[0], embeds)
+    torch.testing.assert_close(model(image).image_features, embeds)
     (embeds * case["cotangent"]).sum().backward()
     case.close("grad_image", image.grad, rtol=1e-4, atol=1e-6)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -331,9 +312,9 @@ def test_image_tower(case):
 
 
 def test_flame_starts_as_published():
-    model = FLAME(image_tower("emoji"), 128, 576)
+    model = small(576)
     assert len(model.mm[0].weight) == 4096 and model.mm[3].normalized_shape == (576,)
-    assert FLAME(image_tower("emoji"), 128, 5120).mm[0].out_features == 5120
+    assert small(5120).mm[0].out_features == 5120
     assert math.isclose(model.logit_scale.exp().item(), 10, rel_tol=1e-6) and model.logit_bias.item() == -10
     model.logit_scale.data.fill_(9.0)
     model.clamp_logit_scale()
@@ -341,7 +322,7 @@ def test_flame_starts_as_published():
 
 
 def test_image_features_do_not_depend_on_the_class_token_after_the_vit():
-    model = FLAME(image_tower("emoji"), 128, 32, 64).eval()
+    model = small(32, 64).eval()
     images, seen = torch.randn(2, 3, 32, 32), []
     model.mm[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     model.encode_image(images)
@@ -351,59 +332,40 @@ def test_image_features_do_not_depend_on_the_class_token_after_the_vit():
 def test_trained_text_leaves_padding_out():
     torch.manual_seed(0)
     text = {"context_length": 16, "vocab_size": 100, "width": 16, "heads": 2, "layers": 2}
-    model = TrainedText(image_tower("emoji"), 128, 24, 32, text).eval()
+    model = TrainedText(*image_tower(open_clip_config("FLAME-emoji")), 24, 32, text).eval()
     tokens = torch.tensor([[98, 5, 99] + [0] * 13, [98, 5, 6, 7, 99] + [0] * 11])
     torch.testing.assert_close(model.encode_text(tokens), model.text(tokens), rtol=1e-4, atol=1e-5)
-    image, texts, scale = model(torch.randn(2, 3, 32, 32), tokens)
+    image, texts, scale, bias = model(torch.randn(2, 3, 32, 32), tokens)
     assert image.shape == texts.shape == (2, 24) and math.isclose(scale.item(), 1 / 0.07, rel_tol=1e-5)
+    assert bias is None
 
 
 def test_the_bias_is_the_sigmoid_losss_alone():
     torch.manual_seed(0)
-    plain = FLAME(image_tower("emoji"), 128, 16, 32, bias=False)
+    plain = small(16, 32, bias=False)
     assert plain.logit_bias is None and "logit_bias" not in plain.state_dict()
-    image, scale = plain(torch.zeros(2, 3, 32, 32))
-    assert image.shape == (2, 16) and scale > 1
+    image, _, scale, bias = plain(torch.zeros(2, 3, 32, 32))
+    assert image.shape == (2, 16) and scale > 1 and bias is None
     load_checkpoint(plain, {"state_dict": plain.state_dict()})
-    assert len(FLAME(image_tower("emoji"), 128, 16, 32)(torch.zeros(2, 3, 32, 32))) == 3
+    assert small(16, 32)(torch.zeros(2, 3, 32, 32)).logit_bias.item() == -10
 
 
-def test_a_sentence_encoder_reads_captions_without_a_prompt():
-    """The mean of a caption's last states over its words does not depend on the rest of the batch."""
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    torch.manual_seed(0)
-    bert = BertModel(BertConfig(vocab_size=256, **sizes))
-
-    class Bytes:
-        def __call__(self, texts, padding, truncation, max_length, return_tensors):
-            rows = [list(text.encode())[:max_length] for text in texts]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-            return BatchEncoding({"input_ids": ids, "attention_mask": mask})
-
-    encoder = SentenceEncoder(bert, Bytes(), max_caption=12)
-    together = encoder(["a cat", "a much longer caption"], PLAIN)
-    assert together.shape == (2, 1, 16) and encoder.dim == 16 and encoder([]).shape == (0, 1, 16)
-    for caption, row in zip(("a cat", "a much longer caption"), together, strict=True):
-        ids = torch.tensor([list(caption.encode())[:12]])
-        torch.testing.assert_close(row[0], bert(ids).last_hidden_state[0].mean(0), rtol=1e-4, atol=1e-5)
-
-
-def test_unknown_towers_are_refused():
-    with pytest.raises(ValueError, match="'ViT-B-32' is none of ViT-B-16"):
-        image_tower("ViT-B-32")
+def test_towers_of_other_sizes():
+    with pytest.raises(ValueError, match="'ViT-B-33' is not an open_clip config"):
+        open_clip_config("ViT-B-33")
     with pytest.raises(ValueError, match="patches of 8 pixels do not tile an image of 41"):
-        image_tower("emoji", 41)
+        image_tower(open_clip_config("FLAME-emoji"), 41)
+    model = FLAME(*image_tower(open_clip_config("ResNet-emoji")), 16, 32).eval()  # of timm
+    assert model.patch_tokens(torch.zeros(2, 3, 32, 32)).shape == (2, 4, 256)
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def sigmoid_gradients(case: Case, negative_only: bool = False) -> dict[str, torch.Tensor]:
+def sigmoid_gradients(case: Case) -> dict[str, torch.Tensor]:
     names = ("image_features", "text_features", "logit_scale", "logit_bias")
     inputs = {name: leaf(case[name]) for name in names}
-    loss = mp_sigmoid_loss(*inputs.values(), negative_only)
+    loss = mp_sigmoid_loss(*inputs.values())
     loss.backward()
     short = {"image_features": "grad_image", "text_features": "grad_text"}
     return {"loss": loss} | {short.get(name, f"grad_{name}"): value.grad for name, value in inputs.items()}
@@ -419,8 +381,18 @@ def test_mp_sigmoid_loss(case):
 
 
 @pytest.mark.golden("flame", "mp_sigmoid_negative_only")
-def test_mp_sigmoid_negative_only(case):
-    case.close("loss", sigmoid_gradients(case, negative_only=True)["loss"], rtol=1e-5)
+def test_mp_sigmoid_negative_only(case, monkeypatch):
+    """The texts of another process add this to the loss: here they are gathered beside texts that add nothing."""
+    image, text, scale, bias = (case[name] for name in ("image_features", "text_features", "logit_scale", "logit_bias"))
+    far = torch.full_like(text, 0.0) + 1e3 * image.repeat_interleave(case["num_facets"], 0)  # own texts, surely matched
+    own = mp_sigmoid_loss(image[:1], far[: case["num_facets"]], scale, bias)
+    assert own == 0
+    losses = []
+    for i in range(len(image)):  # one image at a time, whose own texts are the only other ones
+        k = slice(i * case["num_facets"], (i + 1) * case["num_facets"])
+        monkeypatch.setattr(flame_model, "gather", lambda own: torch.cat([own, text]))
+        losses.append(mp_sigmoid_loss(image[i : i + 1], far[k], scale, bias))
+    case.close("loss", torch.stack(losses).mean(), rtol=1e-5)
     n, k = len(case["image_features"]), case["num_facets"]
     own = torch.eye(n).repeat_interleave(k, dim=1)
     case.close("labels_pos", 2 * own - 1)
@@ -519,8 +491,8 @@ def test_authors_checkpoints_load(case, tmp_path):
 
 
 def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
-    model = FLAME(image_tower("emoji"), 128, 32, 16)
-    torch.save({"state_dict": FLAME(image_tower("emoji"), 128, 24, 16).state_dict()}, tmp_path / "other.pt")
+    model = small(32, 16)
+    torch.save({"state_dict": small(24, 16).state_dict()}, tmp_path / "other.pt")
     (tmp_path / "none.pt").write_bytes(b"no checkpoint")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     for name, message in {"other.pt": "does not hold the weights of this FLAME", "none.pt": "none.pt is not a"}.items():
@@ -532,7 +504,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
 
 
 def test_visual_loads_into_open_clip():
-    model = FLAME(image_tower("emoji"), 128, 32, 16)
+    model = small(32, 16)
     sizes = dict(width=128, layers=3, heads=4, patch_size=8, image_size=32, output_dim=128)
     theirs = VisionTransformer(mlp_ratio=4.0, pool_type="avg", **sizes)
     theirs.load_state_dict(model.visual.state_dict())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flame import recaption
 from studies import flame_photos as photos_study
+from studies import flame_recaption as recaption
 from studies.harness import verdicts
 from studies.harness.report import Comparison
 

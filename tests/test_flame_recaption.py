@@ -1,19 +1,17 @@
-"""python -m flame.recaption: captions of three lengths for the embedded corpus, and the caption files."""
+"""python -m studies.flame_recaption: captions of three lengths for the embedded corpus."""
 
-import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from test_flame_embed import SCRIPT, SECONDS, SHARDS, captions, folder  # noqa: F401
 
-from flame import recaption
-from flame.recaption import read_captions
+from flame.captions import Captions
 from shared import data
+from studies import flame_recaption as recaption
 
 
 def test_recaptions_are_the_same_for_all_drawings_of_an_emoji(captions: Path):
-    lists = {kind: read_captions(captions / f"{kind}.json") for kind in ("raw", "short", "long")}
+    lists = {kind: Captions(captions / f"{kind}.json") for kind in ("raw", "short", "long")}
     pairs = data.open_pairs(str(SHARDS / "00000.tar"))
     assert all(set(found) == set(pairs.keys.tolist()) for found in lists.values())
     by_name: dict[str, set] = {}
@@ -34,24 +32,7 @@ def test_an_emoji_without_keywords_has_captions_without_gaps():
     assert of_tags == recaption.captions(about | {"tags": ["pet", "whiskers"]})
 
 
-@pytest.mark.parametrize("content", ["no JSON", "3", '["text"]', '[{"caption": "no key"}]', '[{"__key__": "a"}]',
-                                     '[{"__key__": "a", "caption": "x", "other": "y"}]'])  # fmt: skip
-def test_files_of_another_layout_are_refused(content: str, tmp_path: Path):
-    (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match="bad.json is no caption file: it should be a JSON list"):
-        read_captions(str(tmp_path / "bad.json"))
-
-
-def test_the_name_of_a_caption_does_not_matter(tmp_path: Path):
-    (tmp_path / "theirs.json").write_text(
-        json.dumps([{"__key__": "a", "minicpm": "A cat."}, {"__key__": "b", "x": None}])
-    )
-    assert read_captions(str(tmp_path / "theirs.json")) == {"a": "A cat.", "b": ""}
-    with pytest.raises(ValueError, match="caption file .*none.json does not exist"):
-        read_captions(str(tmp_path / "none.json"))
-
-
-def test_scenes_bring_their_captions(tmp_path: Path):
+def test_scenes_bring_their_captions():
     forms = {"names": "a cat and a dog", "tags": "-", "positions": "a cat at the top and a dog", "long": "There is."}
     assert recaption.captions({"boxes": [], "captions": forms}) == (
         "a cat and a dog", "a cat at the top and a dog", "There is."

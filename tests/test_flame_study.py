@@ -12,9 +12,10 @@ import tyro
 from PIL import Image
 
 from flame import config
-from flame.embed import GEMMA, SMOLLM2
+from flame.llm import GEMMA, SMOLLM2
 from shared import checkpoints, layout, tars
 from studies import flame as study
+from studies import flame_towers as towers
 from studies.flame import SCRIPTS, facet_similarity
 from studies.harness import runner, verdicts
 from studies.harness.report import Comparison
@@ -26,24 +27,29 @@ def words(llm: str, arm: str) -> str:
 
 
 def test_arms_are_flags_of_one_preset_each():
-    bank, small = "--bank data/flame/bank-gemma", "flame.train emoji-lite0"
-    assert words(GEMMA, "flame") == f"{small} {bank} --seed 3 --out runs/flame/flame-seed3"
-    assert words(SMOLLM2, "flame") == f"{small} --bank data/flame/bank --seed 3 --out runs/flame/flame-seed3"
-    assert words(GEMMA, "causal").startswith(f"{small} {bank}-causal ")
-    assert words(GEMMA, "summary").startswith(f"{small} {bank} --facet-ids 0 1 4 --facets 3 ")
-    assert words(GEMMA, "clip").startswith("flame.train emoji-lite0-clip --seed")
+    bank, small = "--bank data/flame/bank-gemma", "studies.flame_towers emoji-lite0"
+    end = "--seed 3 --out runs/flame/flame-seed3"
+    assert words(GEMMA, "flame") == f"{small} {bank}-centred {end}"
+    assert words(SMOLLM2, "flame") == f"{small} --bank data/flame/bank-centred {end}"
+    assert words(GEMMA, "causal").startswith(f"{small} {bank}-causal-centred ")
+    assert words(GEMMA, "flame-raw-states").startswith(f"{small} {bank} --seed")
+    assert words(GEMMA, "summary").startswith(f"{small} {bank}-centred --facet-ids 0 1 4 --facets 3 ")
+    assert words(GEMMA, "clip").startswith("studies.flame_towers emoji-lite0-clip --seed")
     assert words(GEMMA, "flame-english") == words(SMOLLM2, "flame").replace("flame-seed3", "flame-english-seed3")
     core = ["clip", "clip-4", "clip-16", "minilm", "flame", "flame-4", "flame-16"]
     for llm in (GEMMA, SMOLLM2):
         of = study.study(llm)
         assert [arm.name for arm in of.chosen("core")] == core
-        assert {arm.name for arm in of.arms} >= {*study.ON_LITE0, *study.ON_SCENES}
+        arms = [arm for arm in of.arms if arm.name != "flame-english"]
+        assert {arm.name for arm in of.arms} | {"flame-english"} >= {*study.ON_LITE0, *study.ON_SCENES}
+        assert len({arm.commands for arm in arms}) == len(arms)  # no arm is trained twice
+        assert len(of.arms) - len(arms) == (llm == GEMMA)
 
 
 def test_arms_on_fewer_pairs_read_their_share_and_train_long_enough_for_a_full_batch():
     for (share, flags), epochs in zip(study.FEWER.items(), (30, 60), strict=True):
         assert flags.startswith(f"--dataset-size {math.floor(7146 / int(share))} --epochs {epochs} ")
-        assert 7146 / int(share) >= config.PRESETS["emoji-lite0"][1].batch_size
+        assert 7146 / int(share) >= towers.PRESETS["emoji-lite0"][1].batch_size
 
 
 @pytest.mark.parametrize("arm", ["clip-equal-time", "clip-4", "clip-16", "flame-4", "flame-16"])
@@ -51,23 +57,26 @@ def test_shorter_runs_warm_up_for_the_same_share_of_their_steps(arm: str):
     def warmup_share(cfg: config.Config) -> float:
         return cfg.warmup / (cfg.epochs * ((cfg.dataset_size or 7146) // cfg.batch_size))
 
-    cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words(GEMMA, arm).split()[1:])
-    share = warmup_share(config.PRESETS["emoji-lite0"][1])
+    cfg = tyro.extras.overridable_config_cli(towers.PRESETS, args=words(GEMMA, arm).split()[1:])
+    share = warmup_share(towers.PRESETS["emoji-lite0"][1])
     assert warmup_share(cfg) == pytest.approx(share, rel=0.02)  # whole steps
 
 
 def test_what_runs_once_is_made_for_the_arms_that_read_it():
     for llm in (GEMMA, SMOLLM2):
         made = {once.command: once.arms for once in study.before(llm)}
-        bank, texts = study.BANKS[llm], f"--sets {' '.join(study.NEW_SETS + config.ZERO_SHOT_SETS + config.LONG_SETS)}"
-        assert made["flame.recaption"] == made["studies.flame_new_names"] == ()
-        assert made[f"flame.embed emoji --llm {llm} {texts} --out {bank}"] == ()
-        assert made[f"flame.embed emoji --llm {llm} --mask causal {texts} --out {bank}-causal"] == ("causal",)
-        banks = {line.split("--out ")[1].split()[0] for line in made if line.startswith("flame.embed")}
+        bank, sets = study.BANKS[llm], f"--sets {' '.join(study.NEW_SETS + study.ZERO_SHOT_SETS)}"
+        assert made["studies.flame_recaption"] == made["studies.flame_new_names"] == ()
+        assert made[f"flame.embed emoji --llm {llm} {sets} --out {bank}"] == ()
+        assert made[f"flame.embed emoji --llm {llm} --mask causal {sets} --out {bank}-causal"] == ("causal",)
+        embedded = {line.split("--out ")[1].split()[0] for line in made if line.startswith("flame.embed")}
+        centred = {line.split("--bank ")[1].split()[0] for line in made if line.startswith("studies.flame_banks")}
         wanted = {
-            words(llm, arm.name).split("--bank ")[1].split()[0] for arm in study.arms(llm) if "clip" not in arm.name
+            words(llm, arm.name).split("--bank ")[1].split()[0].removesuffix("-centred")
+            for arm in study.arms(llm)
+            if "clip" not in arm.name
         }
-        assert wanted == banks
+        assert wanted == centred == embedded | {"data/flame/bank-minilm"}
 
 
 def test_the_language_model_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch, capsys):
@@ -126,21 +135,15 @@ def test_languages_are_averaged_by_script():
 
 
 def test_scenes_are_measured_on_their_own_set(monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def measured(cfg):
-        asked.append(cfg)
-        return [{"retrieval_long_ood/chance": 0.2, "seconds": float(len(path))} for path in cfg.runs]
-
-    monkeypatch.setattr(study.evaluation, "main", measured)
+    asked = {}
+    monkeypatch.setattr(study, "measured", lambda path, *sets, **galleries: asked.setdefault(path, (*sets, galleries)))
     runs = ["runs/flame/flame-seed0", "runs/flame/flame-scenes-seed0", "runs/flame/clip-seed0"]
-    found = study.evaluate(runs)
-    assert [sorted(each) for each in found] == [
-        ["retrieval_long_ood/chance", "seconds"], ["scenes/chance", "seconds"], ["retrieval_long_ood/chance", "seconds"]
-    ]  # fmt: skip
-    assert [each["seconds"] for each in found] == [len(path) for path in runs]
-    on_emoji = study.NEW_SETS + config.ZERO_SHOT_SETS + config.LONG_SETS
-    assert {cfg.sets for cfg in asked} == {(study.SCENE_SET,), on_emoji}
+    assert study.evaluate(runs) == [asked[path] for path in runs]
+    names, long, languages, galleries = asked[runs[0]]
+    assert asked[runs[2]] == asked[runs[0]] and names == study.NEW_SETS + study.ZERO_SHOT_SETS
+    assert long == {study.LONG_SETS[0]: study.LONG} and languages == study.LANGUAGE_SETS
+    assert galleries == {"gallery": study.GALLERY, "language_gallery": study.LANGUAGE_GALLERY}
+    assert asked[runs[1]][:3] == ((), {study.SCENE_SET: "scenes"}, ())
 
 
 def test_floors_name_the_metrics_that_claims_are_about():
@@ -217,9 +220,10 @@ def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
     scripts = [" ".join(line) for line in called]
-    assert scripts[:2] == ["flame.recaption", "studies.flame_new_names"]
+    assert scripts[:2] == ["studies.flame_recaption", "studies.flame_new_names"]
     assert scripts[2].startswith("flame.embed emoji --llm gemma ")
-    assert [line.split()[0] for line in scripts[3:]] == ["flame.train", "flame.train"]
+    assert scripts[3] == "studies.flame_banks --bank data/flame/bank-gemma"
+    assert [line.split()[0] for line in scripts[4:]] == ["studies.flame_towers"] * 2
 
 
 @pytest.mark.parametrize("installed", (GEMMA, SMOLLM2))

@@ -19,15 +19,15 @@ from test_accumulate import PLAIN
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 SCRIPT, SECONDS = "protoclip.train", 300
-SCRIPTS = SCRIPTS | {  # and further arms and scripts; flame.captioner logs no losses
+SCRIPTS = SCRIPTS | {  # and further arms and scripts
     "nmtune-labels": "nmtune.pretrain",
     "nmtune-views": "nmtune.train",
     "nmtune-features": "nmtune.train",
     "nmtune-finetune": "nmtune.finetune",
     "nmtune-lora": "nmtune.finetune",
     "tldr_reduction-blip": "tldr_reduction.train",
-    "tldr_reduction-finetune": "tldr_reduction.finetune",
-    "tldr_reduction-retrieval": "tldr_reduction.retrieval",
+    "tldr_reduction-finetune": "tldr_reduction.train",
+    "tldr_reduction-retrieval": "tldr_reduction.train",
 }
 ALONE = ("nmtune-finetune", "nmtune-lora")  # refuse a second process: their regularisers need the whole batch
 # Of the first loss, relative: sums in another order and TF32's 11 bits of mantissa; 8 and 11 bits in the towers'
@@ -41,7 +41,7 @@ BLIP = """--image-size 224 --patch-size 16 --width 768 --layers 12 --heads 12 --
 LARGE = {
     "attentive_mask_clip": "--model vit_b16 --image-size 224",
     "concept_frequency": "--model ViT-B-32 --image-size 224",
-    "flame": "--model ViT-B-16 --image-size 224 --hidden-dim 4096 --text-width 512 --text-layers 12 --embed-dim 512",
+    "flame": "--model ViT-B-16 --image-size 224 --hidden-dim 4096",
     "lexvla": """--text lm --lora-rank 8 --image-size 224 --adapter-hidden 2048 --precision bf16
         --lm {parts}/large-lm --backbone {parts}/dinov2-base""",
     "nmtune": "--model RN50",
@@ -90,9 +90,9 @@ def given(start, folder: Path) -> dict[str, list[str]]:
         "nmtune-features": f"nmtune --features {features(parts / 'features.npz')} --epochs 4 --batch-size 12",
         "nmtune-finetune": f"full --encoder timm:resnet_emoji {views} --epochs 4 --batch-size 8",
         "nmtune-lora": f"lora --encoder open_clip:ViT-test {views} --epochs 4 --batch-size 8",
-        "tldr_reduction-blip": f"emoji-blip {blip} --embed-dim 16 --queue-size 64 --warmup 2 --eval-every 0",
-        "tldr_reduction-finetune": f"emoji {blip} --init {parts}/captioner",
-        "tldr_reduction-retrieval": f"coco {blip} --init {parts}/captioner --embed-dim 16 --queue-size 64",
+        "tldr_reduction-blip": f"small-blip {blip} --embed-dim 16 --queue-size 64 --warmup 2",
+        "tldr_reduction-finetune": f"small-finetune {blip} --init {parts}/captioner",
+        "tldr_reduction-retrieval": f"retrieval-coco {blip} --init {parts}/captioner --embed-dim 16 --queue-size 64",
     }
     common = "--precision fp32 --workers 0 --log-every 1 --save-every 2".split()
     return found | {name: [*text.split(), *common] for name, text in more.items()}

@@ -135,7 +135,7 @@ def test_vdrs_weights_load_and_give_its_rows(vdr: Path):
 def test_models_are_measured_and_drawn(labelled: Path, exported: Path, vdr: Path, in_process, tmp_path: Path):
     options = ["--folder", labelled, "--out", tmp_path / "out", "--device", "cpu"]
     models = f"local-dir:{exported}", f"vdr:{vdr}"
-    result = in_process("patchdis", *models, *options, "--template", "a {}", module="lexvla.eval")
+    result = in_process(*models, *options, "--template", "a {}")
     assert result.code == 0, result.err
     assert "random patches" in result.out and "mIoU, present classes" in result.out
     found = json.loads((tmp_path / "out/patchdis.json").read_text())["models"]
@@ -155,9 +155,10 @@ def test_perfect_patches_have_full_miou_and_random_ones_do_not(labelled: Path):
     masks = [mask for _, mask, _ in patchdis.labelled_images(str(labelled), 32, lambda image: torch.zeros(3, 32, 32))]
     square = [(torch.zeros(1, 3, 4, 4), mask[:, :16, :16], 255) for mask in masks]
     answers = iter(mask.flatten(1).clamp(max=1) for _, mask, _ in square)
-    found = patchdis.measure(
+    found, maps = patchdis.measure(
         lambda pixels: F.one_hot(next(answers), 2).float(), torch.eye(2), iter(square), batch_size=1
     )
+    assert all((each.predicted == each.truth)[each.truth >= 0].all() for each in maps) and len(maps) == 3
     assert found["miou"] == found["miou_present"] == 100 and 10 < found["random_miou"] < 60
 
 
@@ -239,7 +240,7 @@ def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported:
     (bad / "open_clip_config.json").write_text((exported / "open_clip_config.json").read_text())
     (bad / "open_clip_model.safetensors").write_bytes((exported / "open_clip_model.safetensors").read_bytes()[:1000])
     for arguments, words in (
-        ((), "name at least one model"),
+        (("--folder", labelled), "name at least one model"),
         ((f"local-dir:{exported}", "--folder", tmp_path), "classnames.txt does not exist"),
         ((f"local-dir:{exported}", "--folder", bad), "classnames.txt is empty"),
         ((f"local-dir:{exported}", "--folder", labelled, "--template", "a photo"), "has no {} for the class's name"),

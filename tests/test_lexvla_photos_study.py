@@ -8,6 +8,7 @@ import torch
 
 from shared import layout
 from studies import lexvla as study
+from studies import lexvla_dense
 from studies.harness import verdicts
 
 
@@ -15,13 +16,14 @@ def test_arms_read_the_same_captions():
     for arm in study.PHOTOS_ARMS:
         (words,) = study.PHOTOS.words(arm, 0)
         assert words[words.index("--data") + 1] == study.FLICKR8K and study.LENGTH in " ".join(words)
-        assert ("--states" in words) == (arm.name != "bow")
+        assert words[words.index("--states") + 1] == study.STATES
     assert study.STATES in study.PHOTOS.before[-1].command
 
 
 def test_arms_and_their_floor_see_photographs_at_one_size(monkeypatch: pytest.MonkeyPatch):
     sides = []
     monkeypatch.setattr(study.photos, "by_correlation", lambda *_, side=None, **__: sides.append(side) or {})
+    monkeypatch.setattr(study, "load_lm", lambda *_: (None, None))
     monkeypatch.setattr(study, "States", lambda *_: None)
     found = study.PHOTOS.floors[1:5]
     for floor in found:
@@ -30,7 +32,8 @@ def test_arms_and_their_floor_see_photographs_at_one_size(monkeypatch: pytest.Mo
     assert [floor.ceiling for floor in found] == [False, False, True, True]
     for arm in study.PHOTOS_ARMS:
         _, preset, *words = study.PHOTOS.words(arm, 0)[0]
-        assert study.PRESETS[preset][1].image_size == study.SIDE and "--image-size" not in words
+        assert (study.PRESETS | lexvla_dense.PRESETS)[preset][1].image_size == study.SIDE
+        assert "--image-size" not in words
 
 
 def test_claims_about_shared_words_need_arms_that_retrieve():

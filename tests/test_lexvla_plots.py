@@ -5,8 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import one_sentence
+from test_lexvla_model import check, something_was_compared  # noqa: F401
+from test_lexvla_train import ARMS, SCRIPT, SECONDS, SHARDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
 
 from lexvla import plots
+from shared import data
 
 
 def test_word_clouds_show_each_word_once_and_larger_words_larger(tmp_path: Path):
@@ -44,3 +48,33 @@ def test_map_of_predicted_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (classes[0, 2] == 1).all() and (predicted[0, 1] == 0.75).all()
     assert (classes[0, 0] == predicted[0, 0]).all() and (classes[2, 0] == predicted[1, 0]).all()
     assert not (classes[0, 0] == classes[2, 0]).all() and (tmp_path / "classes.png").is_file()
+
+
+@pytest.mark.golden("lexvla", "explain")
+def test_explain(case):
+    values, index = plots.explain(case["s_img"], case["s_txt"], case["top_index"].shape[-1])
+    case.close("top_index", index)
+    case.close("top_value", values, atol=1e-7)
+    check(case, atol=1e-7, contribution=case["s_img"] * case["s_txt"])
+    check(case, atol=1e-6, similarity=(case["s_img"] * case["s_txt"]).sum(-1))
+
+
+@pytest.mark.parametrize("arm", ["overuse", "bow"])
+def test_explanation_of_a_pair(arms: dict[str, Path], in_process, tmp_path: Path, arm: str):
+    image, picture = tmp_path / "image.png", tmp_path / "explain.png"
+    data.open_pairs(f"{SHARDS}/00000.tar", 1).read(0).image.save(image)
+    caption = data.open_pairs(f"{SHARDS}/00000.tar", 1).caption(0)
+    result = in_process(arms[arm], image, caption, "--out", picture, module="lexvla.plots")
+    assert result.code == 0 and picture.stat().st_size > 5_000, result.err
+    first, *reasons, _ = result.out.splitlines()
+    values = [float(line.split()[0]) for line in reasons]
+    assert values == sorted(values, reverse=True) and sum(values) <= float(first.split()[1].rstrip(":")) + 0.01
+    nothing = in_process(arms[arm], image, "", "--out", tmp_path / "empty.png", module="lexvla.plots")
+    assert nothing.code == 0 and (arm != "bow" or nothing.out.startswith("score 0.000")), nothing.err
+    for options in (["--out", tmp_path / "nowhere/x.png"], ["--out", tmp_path / "x.gif"], ["--k", "-1"]):
+        result = in_process(arms[arm], image, caption, *options, module="lexvla.plots")
+        assert result.code == 2 and options[0] in result.err and one_sentence(result.err), result.err
+    (tmp_path / "text.png").write_text("no image")
+    for file, words in ((tmp_path / "nothing.png", "does not exist"), (tmp_path / "text.png", "cannot be read")):
+        result = in_process(arms[arm], file, "a cat", module="lexvla.plots")
+        assert result.code == 2 and words in result.err and one_sentence(result.err), result.err

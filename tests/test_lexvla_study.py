@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import short_runs
 import torch
 from test_corpora_scenes import bank, corpus  # noqa: F401
+from test_lexvla_model import tiny_lm
 from test_lexvla_scenes import small_corpus, small_scenes  # noqa: F401
 from test_lexvla_train import (  # noqa: F401
     ARMS,
@@ -29,6 +29,7 @@ from lexvla import config, patchdis
 from lexvla import eval as evaluation
 from shared import checkpoints
 from studies import lexvla as study
+from studies import lexvla_states
 from studies.harness import runner
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
@@ -40,11 +41,11 @@ def test_arms_differ_only_in_the_settings_of_their_names():
     allowed = {
         "emoji-none": {"penalty"},
         "emoji-flops": {"penalty", "lambda_image", "lambda_text"},
-        "emoji-bow": {"text", "states", "lora_rank", "bias"},
-        "emoji-dense": {"head", "penalty", "bias", "pool_cls"},
+        "emoji-bow": {"text", "lora_rank"},
+        "emoji-dense": {"penalty", "bias"},
     }
     for preset, names in allowed.items():
-        other = dataclasses.asdict(config.PRESETS[preset][1])
+        other = dataclasses.asdict((config.PRESETS | study.lexvla_dense.PRESETS)[preset][1])
         assert {name for name in base if base[name] != other[name]} == names
     commands = {arm.name: arm.command for arm in study.ARMS}
     for arm, preset, factor in (("flops-weak", "emoji-flops", 0.3), ("overuse-weak", "emoji", 0.3)):
@@ -59,28 +60,27 @@ def test_arms_differ_only_in_the_settings_of_their_names():
 
 @pytest.fixture(scope="module")
 def measured(arms: dict[str, Path], folder: Path, small_set: Path, small_scenes: Path):
-    """Two arms, copied as two seeds each, evaluated and compared."""
+    """(runs, their measurements, report) of two arms, copied as two seeds each."""
     runs = []
     for arm in ("overuse", "dense"):
         for seed in (0, 1):
             runs.append(str(folder / "eval" / f"{arm}-seed{seed}"))
             shutil.copytree(arms[arm], runs[-1])
-    sets = (str(small_set), short_runs.small_set("groups_id", folder / "eval sets"))
-    floor = Floor("none", lambda: {study.RECALL: -1.0, study.ALL: 101.0})
-    cfg = evaluation.Config(runs=tuple(runs), sets=sets, patchdis=str(small_scenes), patchdis_side=32, device="cpu")
+    floor, report = Floor("none", lambda: {study.RECALL: -1.0, study.ALL: 101.0}), folder / "eval/results.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "STUDY", dataclasses.replace(study.STUDY, floors=(floor,)))
         patch.chdir(folder)
-        runner.compare(study.STUDY, runs, evaluation.main(cfg), folder / "eval/results.json")
-        yield cfg
+        results = study.evaluate(runs, (str(small_set),), str(small_scenes), 32)
+        runner.compare(dataclasses.replace(study.STUDY, floors=(floor,)), runs, results, report)
+        yield runs, results, report
 
 
-def test_report(measured: evaluation.Config, folder: Path):
-    summary = checkpoints.read_json(folder / "eval/results.json")
+def test_report(measured: tuple, small_set: Path, small_scenes: Path):
+    runs, results, report = measured
+    summary = checkpoints.read_json(report)
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"overuse", "dense"}
     overuse = summary["arms"]["overuse"]
     for name in ("retrieval_known/top16/text_to_image_R@10", "retrieval_known/image/active",
-                 "patchdis/random_miou_present", "groups_id/top1", "retrieval_known/top5_in_caption"):  # fmt: skip
+                 "patchdis/random_miou_present", "retrieval_known/top5_in_caption"):  # fmt: skip
         assert name in overuse
     rows = {row["claim"]: row for row in summary["claims"]}
     primary = rows["words retrieve better than 512 dimensions"]
@@ -90,14 +90,39 @@ def test_report(measured: evaluation.Config, folder: Path):
     assert rows["PatchDis of present classes: words, latent dimensions"]["verdict"] == "no claim"
     above = rows["PatchDis of words above random patches"]
     assert above["difference"] == pytest.approx(overuse[study.ALL]["mean"] - overuse["patchdis/random_miou"]["mean"])
+    study.plot_patches(Path(runs[0]), report.parent / "lexvla_patches.png", str(small_scenes), 32)
     for name in ("sparsity", "words", "penalties", "clouds", "patches", "classes"):
-        assert (folder / f"eval/lexvla_{name}.png").stat().st_size > 5_000
-    first = Path(measured.runs[0])
-    assert (first / "patches.png").is_file() and (first / "words_retrieval_known.png").is_file()
+        assert (report.parent / f"lexvla_{name}.png").stat().st_size > 5_000
+    first = Path(runs[0])
+    assert (first / "words_retrieval_known.png").is_file()
     assert json.loads((first / "words_retrieval_known.json").read_text())["image"]
     with pytest.MonkeyPatch.context() as patch:  # what has been measured is not measured again
         patch.setattr(evaluation, "evaluate_run", lambda *_: pytest.fail("evaluated twice"))
-        evaluation.main(measured)
+        assert study.evaluate(runs, (str(small_set),), str(small_scenes), 32) == results
+
+
+def test_latent_texts_start_around_zero():
+    """`start` makes the mean over captions 0, which removes what all prompts have in common."""
+    torch.manual_seed(0)
+    encoder = study.lexvla_dense.DenseTextEncoder(tiny_lm(), torch.arange(64), torch.randn(8, 16))
+    states = torch.randn(6, 16) + 3
+    encoder.start(states)
+    z = encoder.hidden(states) @ encoder.projection.T + encoder.offset
+    torch.testing.assert_close(z.mean(0), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder(states), torch.nn.functional.normalize(z, dim=-1))
+    assert {name for name, p in encoder.named_parameters() if p.requires_grad} == {"projection", "offset"}
+
+
+def test_the_language_model_reads_the_studys_captions(
+    lm: Path, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lexvla_states.EMOJI, "lm", str(lm))
+    sets = tuple(str(small_corpus / "eval" / name) for name in ("retrieval_new", "patchdis"))
+    cfg = lexvla_states.Config(str(small_corpus / "train"), sets, str(tmp_path / "states.pt"))
+    texts = lexvla_states.texts_of(cfg)
+    lexvla_states.main(cfg)
+    assert checkpoints.load_checkpoint(tmp_path / "states.pt")["texts"] == texts
+    assert set(patchdis.classnames(sets[1])) < set(texts) and len(texts) > 30
 
 
 def test_flops_at_the_recall_of_overuse():

@@ -8,126 +8,112 @@ import numpy as np
 import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
+from short_runs import add_sample, small_corpus
 from test_lexvla_model import tiny_lm
 from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch.utils.data import Subset
 
-from lexvla import config, towers, train
+from lexvla import config, lite0, tokens, towers
 from lexvla.config import Config
 from lexvla.model import ImageEncoder, LoRALinear
 from lexvla.towers import with_lora
 from shared import data, pretrained, run
 
 
-def test_lora_targets_of_a_run():
-    lm = with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj", "down_proj")))
-    assert sum(isinstance(module, LoRALinear) for module in lm.modules()) == 4  # two layers in each of two blocks
-    lm = with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj", "down_proj"), states="states.pt"))
-    assert [name for name, m in lm.named_modules() if isinstance(m, LoRALinear)] == ["model.layers.1.mlp.down_proj"]
-    for targets, sentence in (
-        (("q_proj", "v_prj"), "--lora-targets v_prj: the LM's layers are down_proj, gate_proj"),
-        (("q_proj", "lm_head"), "text codebook"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=targets))
-    with pytest.raises(ValueError, match="none of q_proj"):
-        with_lora(tiny_lm(), Config(lora_rank=2, lora_targets=("q_proj",), states="states.pt"))
+def test_lora_of_a_run():
+    """On all linear layers of the language model; on those of the last MLP, if what comes before is computed once."""
+    lm = with_lora(tiny_lm(), Config(lora_rank=2))
+    assert sum(isinstance(module, LoRALinear) for module in lm.modules()) == 14  # seven layers in each of two blocks
+    lm = with_lora(tiny_lm(), Config(lora_rank=2, states="states.pt"))
+    names = [name for name, module in lm.named_modules() if isinstance(module, LoRALinear)]
+    assert names == [f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")]
 
 
-def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: Path):
-    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
-    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
-    pairs, alone = data.open_pairs(f"{SHARDS}/00000.tar", 30), run.Process(0, 1, torch.device("cpu"))
-    transform = towers.eval_transform(cfg.backbone, 16)
-    file = tmp_path / "cache/tokens.npy"
-    encoded = train.TokenDataset(pairs, transform, image, alone, "fp32", file)
+def encoder(backbone: Path, tmp_path: Path) -> tuple[Config, ImageEncoder]:
+    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None, batch_size=8)
+    cfg = dataclasses.replace(cfg, cache=str(tmp_path / "cache"), precision="fp32", out=str(tmp_path / "run"))
+    return cfg, towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
+
+
+ALONE = run.Process(0, 1, torch.device("cpu"))
+
+
+def test_frozen_tokens_are_the_backbones_and_are_kept(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg, image = encoder(backbone, tmp_path)
+    pairs, transform = data.open_pairs(f"{SHARDS}/00000.tar", 30), towers.eval_transform(cfg.backbone, 16)
+    encoded = tokens.frozen_tokens(cfg, pairs, image, ALONE)
     pixels = torch.stack([transform(pairs.read(row).image) for row in range(30)])
-    tokens = torch.stack([encoded[i][0] for i in range(30)])
-    torch.testing.assert_close(tokens, image.frozen(pixels), rtol=1e-3, atol=1e-3)  # kept in half precision
-    torch.testing.assert_close(image(tokens), image(pixels), rtol=1e-2, atol=1e-2)
-    assert [encoded[i][1] for i in range(30)] == [pairs.caption(row) for row in range(30)]
-    again = train.TokenDataset(
-        pairs, transform, image, alone, "fp32", file
-    )  # from the file, where the first image agrees
-    assert isinstance(again.tokens, np.memmap) and all(torch.equal(again[i][0], encoded[i][0]) for i in range(30))
-    assert [again[i][1:] for i in range(30)] == [encoded[i][1:] for i in range(30)]
-    zeros = np.zeros_like(encoded.tokens)
-    file.unlink()  # the old one stays, where it is mapped
-    np.save(file, zeros)
-    third = train.TokenDataset(pairs, transform, image, alone, "fp32", file)
-    assert torch.equal(third[7][0], encoded[7][0]) and np.load(file).any()
-    file.unlink()
-    file.write_bytes(b"no array")
-    assert torch.equal(train.TokenDataset(pairs, transform, image, alone, "fp32", file)[7][0], encoded[7][0])
+    found = torch.stack([encoded.read(row).image for row in range(30)])
+    torch.testing.assert_close(found, image.frozen(pixels), rtol=1e-3, atol=1e-3)  # kept in half precision
+    whole, image.backbone = image(pixels), tokens.Precomputed()
+    torch.testing.assert_close(image(found), whole, rtol=1e-2, atol=1e-2)
+    assert [encoded.read(row).caption for row in range(30)] == [pairs.caption(row) for row in range(30)]
+    cfg, image = encoder(backbone, tmp_path)
+    monkeypatch.setattr(tokens, "encoded", lambda *_: pytest.fail("encoded again"))
+    again = tokens.frozen_tokens(cfg, pairs, image, ALONE)
+    assert isinstance(again.tokens, np.memmap) and np.array_equal(again.tokens, encoded.tokens)
 
 
-def test_tokens_of_replaced_images_have_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tokens_of_replaced_images_have_another_file(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Under the same names, as a .tsv has them."""
-    monkeypatch.setattr(train, "backbone_fingerprint", lambda image: "the same")
-    monkeypatch.setattr(train, "TokenDataset", lambda *given: given[-1])
+    cfg, image = encoder(backbone, tmp_path)
     (tmp_path / "pairs.tsv").write_text(f"title\tfilepath\none\t{tmp_path}/a.png\n")
-    pairs, files = data.open_pairs(str(tmp_path / "pairs.tsv")), []
-    for content in (b"one", b"one", b"another"):
-        if not files or content != b"one":
-            (tmp_path / "a.png").write_bytes(content)
-        files.append(train.training_set(config.EMOJI, pairs, None, None, "fp32"))
-    assert files[0] == files[1] != files[2]
+    (tmp_path / "a.png").write_bytes(b"one")
+    pairs, made = data.open_pairs(str(tmp_path / "pairs.tsv")), []
+    monkeypatch.setattr(tokens, "encoded", lambda *_: made.append(1) or np.zeros((1, 2, 3), np.float16))
+    for content in (b"one", b"another"):
+        (tmp_path / "a.png").write_bytes(content) if content != b"one" else None
+        tokens.frozen_tokens(cfg, pairs, image, ALONE)
+        tokens.frozen_tokens(cfg, pairs, image, ALONE)
+    assert len(made) == 2
 
 
-def test_equal_images_are_encoded_once(backbone: Path, monkeypatch: pytest.MonkeyPatch):
-    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
-    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
-    pairs, one = data.open_pairs(f"{SHARDS}/00000.tar", 6), run.Process(0, 1, torch.device("cpu"))
-    views = train.PairDataset(pairs, towers.eval_transform(cfg.backbone, 16))
-    [(_, alone, captions, _)] = train.encoded(views, views.normalise, image, one, "fp32")
-    rows, frozen, asked = [0, 0, 3, 0, 5, 3], image.frozen, []
-    monkeypatch.setattr(image, "frozen", lambda pixels: asked.append(len(pixels)) or frozen(pixels))
-    [(_, tokens, said, _)] = train.encoded(Subset(views, rows), views.normalise, image, one, "fp32")
-    assert asked == [3] and said == [captions[row] for row in rows]
-    np.testing.assert_allclose(tokens, alone[rows], atol=1e-3)
+def test_images_that_cannot_be_read_have_no_tokens(backbone: Path, tmp_path: Path):
+    """The sample after them takes their place, as without tokens, and they are named with the reason."""
+    folder = small_corpus(tmp_path / "corpus", 30, 1)
+    add_sample(folder / "00000.tar", "broken", b"\x89PNG\r\n\x1a\n?", b"no picture")
+    cfg, image = encoder(backbone, tmp_path)
+    pairs = data.open_pairs(str(folder / "00000.tar"))
+    encoded = tokens.frozen_tokens(cfg, pairs, image, ALONE)
+    (lost,) = [row for row in range(len(pairs)) if np.isnan(encoded.tokens[row]).any()]
+    assert str(pairs.keys[lost]) == "broken"
+    broken = []
+    assert data.read_or_next(encoded, lost, broken).key == str(pairs.keys[(lost + 1) % len(pairs)])
+    assert [one.key for one in broken] == ["broken"]
 
 
-def test_processes_share_out_the_images_of_frozen_tokens(
-    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Two processes encode each image once, together, and both have the tokens that one alone has."""
-    cfg = dataclasses.replace(config.EMOJI, backbone=str(backbone), image_size=16, adapter_width=None)
-    image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0)
-    pairs, transform = data.open_pairs(f"{SHARDS}/00000.tar", 600), towers.eval_transform(cfg.backbone, 16)
-    one, *two = (run.Process(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2)))
-    whole = train.TokenDataset(pairs, transform, image, one, "fp32", tmp_path / "one.npy")
-    views = train.PairDataset(pairs, transform)
-    parts = [train.encoded(views, views.normalise, image, process, "fp32") for process in two]
-    assert [[number for number, *_ in part] for part in parts] == [[0, 2], [1]]
-    said = iter([[True, False], [*parts[1], *parts[0]]])  # one of them has a file
-    monkeypatch.setattr(run, "gather_lists", lambda items, process: next(said))
-    monkeypatch.setattr(train, "encoded", lambda views, *rest: [(0, whole.tokens[:1])] if len(views) == 1 else None)
-    for process in two[1:]:
-        found = train.TokenDataset(pairs, transform, image, process, "fp32", tmp_path / "one.npy")
-        assert np.array_equal(found.tokens, whole.tokens) and found.captions == whole.captions
-        assert isinstance(found.tokens, np.memmap) and len(found) == 600
+def test_processes_share_out_the_images(backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cfg, image = encoder(backbone, tmp_path)
+    pairs, parts = data.open_pairs(f"{SHARDS}/00000.tar", 30), []
+    whole = tokens.encoded(cfg, pairs, image, ALONE)
+    monkeypatch.setattr(run, "gather_lists", lambda items, process: parts.extend(items) or parts)
+    for rank in range(2):
+        both = tokens.encoded(cfg, pairs, image, run.Process(rank, 2, torch.device("cpu")))
+    assert sorted(row for rows, _ in parts for row in rows.tolist()) == list(range(30))
+    np.testing.assert_allclose(both, whole, rtol=1e-3, atol=1e-3)
 
 
 def test_maps_of_efficientnet_lite0_are_tokens(backbone: Path):
     """Of the pretrained network: its two maps, each normalised; wider tokens are mapped to the adapter's width."""
-    network, maps = pretrained.efficientnet_lite0(), towers.create_backbone(config.LITE0, 128)[0].eval()
+    network, maps = pretrained.efficientnet_lite0(), towers.create_backbone(lite0.NAME, 128)[0].eval()
     pixels = torch.randn(2, 3, 128, 64)
     with torch.no_grad():
-        tokens, x = maps.forward_features(pixels), network.bn1(network.conv_stem(pixels))
+        found, x = maps.forward_features(pixels), network.bn1(network.conv_stem(pixels))
         for number, stage in enumerate(network.blocks):
             x = stage(x)
             if number == 4:
-                torch.testing.assert_close(tokens[:, 1:, :112], normalized(x), rtol=1e-3, atol=1e-3)
-    assert tokens.shape == (2, 1 + 8 * 4, 432)
+                torch.testing.assert_close(found[:, 1:, :112], normalized(x), rtol=1e-3, atol=1e-3)
+    assert found.shape == (2, 1 + 8 * 4, 432)
     last = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
-    torch.testing.assert_close(tokens[:, 1:, 112:], normalized(last), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(tokens[:, 0], tokens[:, 1:].mean(1))
+    torch.testing.assert_close(found[:, 1:, 112:], normalized(last), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[:, 0], found[:, 1:].mean(1))
     cfg = dataclasses.replace(config.EMOJI, adapter_width=24, adapter_hidden=32)
     image = towers.create_image_encoder(cfg, torch.randn(40, 8), -1.0, pretrained=False)
     assert image(pixels).shape == (2, 40) and image.adapter.reduce.weight.shape == (24, 432)
-    assert towers.patch_side(image.backbone) == 16 and towers.side_step(image.backbone) == 32
-    assert towers.side_step(towers.create_backbone(str(backbone), 16)[0]) == 8 and not image.backbone.training
+    assert towers.patch_side(image.backbone) == 16 and not image.backbone.training
+    assert towers.patch_side(towers.create_backbone(str(backbone), 16)[0]) == 8
+    with pytest.raises(ValueError, match="multiples of 32 pixels, not 48"):
+        image.frozen(torch.randn(1, 3, 48, 48))
 
 
 def normalized(maps: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
-"""python -m lexvla.train, .text, .scenes, .eval, end to end on real emoji shards, with a tiny random language model.
+"""Training of every arm, end to end on real emoji shards, with a tiny random language model.
 
-Every arm, kill -9 and resume, two processes against one, broken shards, evaluation during training, schedules. Scripts
-start in forks of a server that has already imported torch and the rest, which saves time.
+Every arm, kill -9 and resume, two processes against one, broken shards, schedules. Scripts start in
+forks of a server that has already imported torch and the rest, which saves time.
 """
 
-import dataclasses
 import io
 import random
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
-from short_runs import dinov2
+from short_runs import dinov2, small_corpus
 from test_lexvla_model import check, something_was_compared  # noqa: F401
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -24,10 +23,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lexvla import config, towers, train
+from lexvla import config
 from lexvla import text as texts
-from lexvla.train import cosine_lr, quadratic_warmup
+from lexvla.towers import create_model
+from lexvla.train import learning_rate, quadratic_warmup
 from shared import checkpoints, data
+from studies import lexvla_dense
 
 GROUPS = ROOT / "data/emoji/eval/groups_id"
 SCRIPT, SECONDS = "lexvla.train", 120
@@ -65,8 +66,11 @@ def lm(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def states(folder: Path, lm: Path) -> Path:
-    cfg = texts.Config(lm=str(lm), data=f"{SHARDS}/00000.tar", sets=(), out=str(folder / "states.pt"), device="cpu")
-    texts.main(dataclasses.replace(cfg, precision="fp32"))
+    """States of the captions that the runs train on, as the first of them would keep them."""
+    model, tokenizer = texts.load_lm(str(lm))
+    pairs = data.open_pairs(f"{SHARDS}/00000.tar")
+    kept = texts.States(str(folder / "states.pt"), str(lm), model, texts.Prompts(tokenizer))
+    kept.add(pairs.caption(row) for row in range(len(pairs)))
     return folder / "states.pt"
 
 
@@ -79,7 +83,7 @@ def backbone(folder: Path) -> Path:
 def tiny(lm: Path, states: Path, backbone: Path, folder: Path) -> list[str]:
     return f"""--data {SHARDS}/00000.tar --dataset-size 160 --lm {lm} --states {states} --backbone {backbone}
         --cache {folder}/cache --image-size 16 --epochs 3 --adapter-width None --adapter-hidden 32 --batch-size 32
-        --lora-rank 2 --min-count 2 --eval-every 0 --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32
+        --lora-rank 2 --min-count 2 --warmup 2 --penalty-warmup 4 --lr 1e-3 --eps 1e-4 --precision fp32
         --log-every 1""".split()
 
 
@@ -89,17 +93,22 @@ ARMS = {
     "none": ["emoji-none"],
     "flops": ["emoji-flops"],
     "overuse": ["emoji"],
-    "bow": ["emoji-bow", "--states", "", "--lora-rank", "0"],
+    "bow": ["emoji-bow"],
     "dense": ["emoji-dense"],
     "whole-models": ["emoji", "--states", "", "--no-encode-once"],
 }
+
+
+def module(arm: str) -> str:
+    """The script that trains an arm."""
+    return "studies.lexvla_dense" if arm == "dense" else SCRIPT
 
 
 @pytest.fixture(scope="module")
 def arms(cli, folder: Path, tiny: list[str]) -> dict[str, Path]:
     def trained(arm: str) -> Path:
         preset, *options = ARMS[arm]
-        finished(cli(preset, *tiny, *options, "--out", folder / arm))
+        finished(cli(preset, *tiny, *options, "--out", folder / arm, module=module(arm)))
         return folder / arm
 
     return Lazily(trained)
@@ -108,7 +117,8 @@ def arms(cli, folder: Path, tiny: list[str]) -> dict[str, Path]:
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(arms: dict[str, Path], arm: str):
     out = arms[arm]
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"}
+    files = {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", ".lock"}
+    assert {path.name for path in out.iterdir()} == files
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(value) for line in lines for value in line.values())
@@ -135,7 +145,9 @@ def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
     for out in (arms["none"], arms["dense"]):
         state = checkpoints.load_checkpoint(out / "checkpoint.pt")
         torch.manual_seed(0)
-        model = towers.create_model(config.Config(**state["config"]), texts.load_lm(str(lm))[0], state["vocab_ids"])
+        dense = "dense_dim" in state["config"]
+        kind, create = (lexvla_dense.Config, lexvla_dense.create_model) if dense else (config.Config, create_model)
+        model = create(kind(**state["config"]), texts.load_lm(str(lm))[0], state["vocab_ids"])
         starts.append(model.image)
     for part in ("adapter", "backbone"):
         assert same(*(dict(getattr(image, part).state_dict()) for image in starts))
@@ -169,11 +181,11 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tin
     """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
     out, (preset, *options) = folder / f"two-{arm}", ARMS[arm]
     command = [preset, *tiny, *options, "--save-every", "3", "--out", out]
-    first, second = start_two(start, *command)
+    first, second = start_two(start, *command, module=module(arm))
     kill_at(first, out, 10, timeout=120)
     second.kill()
     second.join()
-    finished(ended(start(*command)))
+    finished(ended(start(*command, module=module(arm))))
     for a, b in zip(metrics(arms[arm]), metrics(out), strict=True):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
@@ -181,6 +193,18 @@ def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tin
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_stream_has_the_vocabulary_of_its_captions(cli, arms: dict[str, Path], folder: Path, tiny: list[str]):
+    """The same as by row, if the stream's epoch holds each sample once."""
+    whole = ["--dataset-size", "None", "--max-vocabulary", "60", "--bias", "-1", "--states", "", "--no-encode-once"]
+    shards, found = small_corpus(folder / "streamed", 160, 2), []
+    for name, how in (("by-row", ["--dataset-size", "160"]), ("stream", ["--stream", "--dataset-size", "160"])):
+        options = [*whole, "--data", shards, "--epochs", "1", *how]
+        finished(cli("emoji-bow", *tiny, *options, "--workers", "1", "--out", folder / name))
+        assert len(metrics(folder / name)) == PER_EPOCH
+        found.append(checkpoints.load_checkpoint(folder / name / "checkpoint.pt")["vocab_ids"])
+    assert torch.equal(*found)
 
 
 # ------------------------------------------------------------------------------------------------------ broken shards
@@ -241,32 +265,6 @@ def small_set(folder: Path) -> Path:
     return target
 
 
-def test_evaluation_during_training(cli, folder: Path, tiny: list[str], small_set: Path):
-    """Captions that are missing in the file of states are encoded by the LM."""
-    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", small_set]
-    finished(cli("emoji", *tiny, *options, "--out", folder / "evaluated"))
-    last = metrics(folder / "evaluated")[-1]
-    assert last["step"] == PER_EPOCH and 0 <= last["text_to_image_R@1"] <= 100
-
-
-def test_a_failed_evaluation_costs_no_epoch(
-    in_process, folder: Path, tiny: list[str], small_set: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The resumed run repeats the evaluation alone."""
-    options = ["--epochs", "1", "--eval-every", "1", "--eval-set", small_set, "--out", folder / "failed"]
-    shard, content = small_set / "test/0.tar", (small_set / "test/0.tar").read_bytes()
-    shard.write_bytes(content[:5000])
-    result = in_process("emoji", *tiny, *options)
-    shard.write_bytes(content)
-    assert result.code == 2 and str(shard) in result.err and one_sentence(result.err), result.err
-    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
-    assert (state["epoch"], state["batch"]) == (0, PER_EPOCH)
-    losses = metrics(folder / "failed")
-    result = in_process("emoji", *tiny, *options)
-    assert result.code == 0, result.err
-    assert metrics(folder / "failed")[:-1] == losses and "text_to_image_R@1" in metrics(folder / "failed")[-1]
-
-
 @pytest.mark.golden("lexvla", "schedules")
 def test_schedules(case):
     if "lambda_t" in case:
@@ -275,28 +273,5 @@ def test_schedules(case):
         check(case, rtol=1e-6, lambda_t=weights, splade_lambda_t=weights)
     if "lr" in case:
         base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
-        lrs = [cosine_lr(step, base, total, warmup) for step in case["lr_steps"].tolist()]
+        lrs = [learning_rate(step, base, total, warmup) for step in case["lr_steps"].tolist()]
         check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
-
-
-def test_images_of_the_learning_curve_come_from_the_device(monkeypatch: pytest.MonkeyPatch):
-    """Evaluation during training asks the set for batches in pinned memory for the device."""
-    asked, device = [], torch.device("cpu")
-
-    class Set:
-        name = "a set"
-
-        def __init__(self, *_):
-            pass
-
-        def batches(self, size: int, workers: int = 0, place=None):
-            asked.append(place)
-            yield torch.eye(2), [["one"], ["two"]]
-
-    class Model(torch.nn.Module):
-        image = text = staticmethod(lambda rows: rows)
-
-    monkeypatch.setattr(train, "EvalSet", Set)
-    read, cfg = lambda captions: (torch.eye(len(captions)),), config.Config(eval_set="a set")
-    recall = train.quick_recall(Model(), read, None, cfg, device, "fp32")
-    assert asked == [device] and set(recall.values()) == {100}

@@ -81,9 +81,9 @@ def configurations(folder: str) -> dict[str, Any]:
     for name, row in listed.items():
         if row.startswith(("ours", "not in the paper")):
             continue
-        if name.startswith("measure "):  # a table of models
+        if name.startswith("evaluate "):  # a table of models
             models = importlib.import_module(f"{folder}.config").MODELS
-            found |= {f"measure {model}": SimpleNamespace(weights=weights) for model, weights in models.items()}
+            found |= {f"evaluate {model}": SimpleNamespace(weights=weights) for model, weights in models.items()}
         elif name.startswith("reduce "):  # a recipe: what it sets
             config = importlib.import_module(f"{folder}.config")
             found[name] = dataclasses.replace(config.ReduceConfig(data="", out=""), **known[name])

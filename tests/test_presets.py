@@ -21,7 +21,7 @@ def offered(folder: str) -> dict[str, Any]:
             found |= {f"{file.stem} {name}": config for name, (_, config) in known.items()}
     if folder == "tldr_reduction":
         recipes = importlib.import_module("tldr_reduction.config").RECIPES
-        found |= {f"reduce --recipe {name}": recipe for name, recipe in recipes.items()}
+        found |= {f"reduce --recipe {name}": recipe for name, (_, recipe) in recipes.items()}
     return found
 
 
@@ -30,7 +30,7 @@ def test_the_table_lists_every_preset_with_its_row(folder: str, capsys: pytest.C
     listed = {
         f"{script} {name}": row for script, of in presets.scripts(folder).items() for name, (row, _) in of.items()
     }
-    models = {name for name in listed if name.startswith("measure ")}  # of a table of models, not of presets
+    models = {name for name in listed if name.startswith("evaluate ")}  # of a table of models, not of presets
     assert set(listed) - models == set(offered(folder)) and all(listed.values())
     presets.main(folder)
     printed = capsys.readouterr().out
@@ -58,6 +58,8 @@ def test_small_presets_are_the_embedded_ones_without_the_corpus(folder: str):
     for name, cfg in small.items():
         assert not cfg.data and "emoji/" not in repr(cfg) and not getattr(cfg, "eval_every", 0), name
         name = name.replace("small", "emoji")
+        if folder == "tldr_reduction":  # it has no embedded presets
+            continue
         ours, theirs = (dataclasses.asdict(each) for each in (cfg, known.get(name) or known[f"{name}-00"]))
         assert {field for field in ours if ours[field] != theirs[field]} <= CORPUS | BACKBONE.get(folder, set()), name
 

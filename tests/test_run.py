@@ -81,19 +81,21 @@ def test_a_run_folder_has_one_writer(tmp_path: Path):
         import sys, time
         from pathlib import Path
         sys.path.append("tests")
-        from test_run import ALONE, Config, run
-        log = run.RunLog(Path(sys.argv[1]), Config(), ALONE)
-        log.write(1, loss=1.0)
+        from test_run import ALONE, Config, run, torch
+        folder = run.RunFolder(Config(out=sys.argv[1]), ALONE, epoch=0)
+        folder.restore()
+        folder.start(0)
+        folder.log(1, loss=torch.tensor(1.0))
         print("here", flush=True)
         time.sleep(60)"""
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout.readline() == "here\n"
     with pytest.raises(ValueError, match="belongs to a run that is still going"):
-        run.RunLog(tmp_path, Config(lr=0.2), ALONE)
+        run.RunFolder(Config(out=str(tmp_path), lr=0.2), ALONE, epoch=0)
     assert len(run.read_metrics(tmp_path)) == 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
     other.kill()
     other.wait()
-    run.RunLog(tmp_path, Config(), ALONE, step=1).close()
+    run.RunFolder(Config(out=str(tmp_path)), ALONE, epoch=0)
     assert len(run.read_metrics(tmp_path)) == 1
 
 
@@ -344,7 +346,6 @@ def test_the_best_checkpoint_is_written_before_the_last(tmp_path: Path, monkeypa
     folder, written = run.RunFolder(Settings(out=str(tmp_path / "run")), ALONE, epoch=0), []
     folder.restore(**objects(0))
     best = tmp_path / "run/checkpoint-best.pt"
-    best.parent.mkdir()
     best.touch()
     folder.start(0)
     assert not best.exists()

@@ -166,8 +166,8 @@ def test_what_runs_once_runs_first_and_only_where_it_is_needed(study: Study):
     once = (Once("paper.train corpus --out data"), Once("paper.train other --out data", arms=("late",)))
     runner.run(dataclasses.replace(study, before=once, claims=()), runner.Options(seeds=(0,), arms="base"))
     assert order() == ["data", "runs/paper/base-seed0"]
-    with pytest.raises(ValueError, match="'python -m paper.train bad --out data' failed"):
-        runner.run(dataclasses.replace(study, before=(Once("paper.train bad --out data"),)), runner.Options())
+    with pytest.raises(ValueError, match="'python -m paper.train bad --out other' failed"):
+        runner.run(dataclasses.replace(study, before=(Once("paper.train bad --out other"),)), runner.Options())
 
 
 def test_results_and_clones(study: Study):

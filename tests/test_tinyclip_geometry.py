@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_tinyclip_model import TEXT, VISION, example, some_masks, tiny
 
-from shared.memory import CLIP_STATISTICS
+from shared.clip import STATISTICS
 from tinyclip.geometry import (
     CONFIGS,
     config_beside,
     convert_state_dict,
-    geometry,
+    geometry_of_weights,
     open_clip_config,
     statistics_beside,
     weights_file,
@@ -35,7 +35,7 @@ def test_checkpoint_keys(case):
 
 def test_a_pruned_network_is_rebuilt_from_its_weights():
     small = prune(tiny(), some_masks(VISION), some_masks(TEXT))
-    again = CLIP(**geometry(small.state_dict(), 8))
+    again = CLIP(**geometry_of_weights(small.state_dict(), 8))
     again.load_state_dict(small.state_dict())
     assert torch.equal(again.encode_image(example()[0]), small.encode_image(example()[0]))
     assert open_clip_config(small.geometry) is None and open_clip_config(tiny().geometry) is not None
@@ -112,7 +112,7 @@ def test_configurations_that_fit_no_tower_here(their_model):
 
 def test_statistics_of_images(tmp_path: Path):
     file = tmp_path / "open_clip_model.safetensors"
-    assert statistics_beside(file) == CLIP_STATISTICS
+    assert statistics_beside(file) == STATISTICS
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
     assert statistics_beside(file) == ((0.5,) * 3, (1.0,) * 3)
     config = tmp_path / "open_clip_config.json"

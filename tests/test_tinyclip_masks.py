@@ -5,7 +5,7 @@ import torch
 from conftest import Case, leaf
 from test_tinyclip_model import TEXT, VISION, clip_of, example, head_widths, some_masks, tiny, towers, variants
 
-from tinyclip.geometry import convert_state_dict, geometry
+from tinyclip.geometry import convert_state_dict, geometry_of_weights
 from tinyclip.masks import (
     KINDS,
     L0Mask,
@@ -132,19 +132,6 @@ def test_the_paper_s_constraint_pulls_back():
     torch.testing.assert_close(loss, 10 * gap + 10 * gap**2)
 
 
-def test_towers_may_have_constraints_of_their_own():
-    masks = [L0Mask(8, 32, 2, 2, init=3.0), L0Mask(16, 64, 2, 1, init=0.0)]
-    alone = [sparsity_loss([mask], 0.5)[0] for mask in masks]
-    torch.testing.assert_close(sparsity_loss(masks, 0.5, joint=False)[0], sum(alone))
-    assert not torch.isclose(sparsity_loss(masks, 0.5)[0], sum(alone))
-
-
-def test_equal_gates_close_in_order():
-    gate = eval_gate(torch.zeros(2, 5))
-    closed = round(5 * (1 - L0Mask.open_prob(torch.zeros(())).item()))
-    assert closed == 1 and (gate == 0).tolist() == [[True] * closed + [False] * (5 - closed)] * 2
-
-
 # ------------------------------------------------------------------------------------------- masked and pruned networks
 
 
@@ -210,7 +197,7 @@ def test_masked_clip(case):
 def test_reload_pruned(case):
     pruned, full = convert_state_dict(case.group("pruned/")), convert_state_dict(case.group("full/"))
     names = dict(zip(full, case.group("full/"), strict=True))
-    model = CLIP(**geometry(towers(full), head_widths(full)))
+    model = CLIP(**geometry_of_weights(towers(full), head_widths(full)))
     masks = masks_of(full, model)
     for mask in masks:
         for parameter in mask.parameters():

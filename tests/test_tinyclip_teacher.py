@@ -65,34 +65,34 @@ def test_which_models_are_taken_how(tmp_path: Path):
     plain, timm = exported(tmp_path / "plain", "ViT-emoji", 24), exported(tmp_path / "timm", "ResNet-emoji", 16)
     assert teacher.as_clip(f"local-dir:{plain}") == plain and teacher.as_clip(str(timm)) is None
     assert teacher.as_clip("ViT-B-32@openai") == "ViT-B-32@openai" and teacher.as_clip("ViT-L-14@openai") is None
-    same = teacher.load_teacher(str(plain), 64, None, 24, 24)
+    same = teacher.load_teacher(str(plain), 24, 24)
     assert type(same).__name__ == "CLIP" and not same.cuts_padding
     tokens = open_clip.SimpleTokenizer(context_length=24)(["a cat", "a red heart on white"])
     images = torch.randn(2, 3, 24, 24)
-    larger = teacher.load_teacher(str(plain), 64, None, 48, 24)
+    larger = teacher.load_teacher(str(plain), 48, 24)
     expected = same(F.interpolate(images, (24, 24)), tokens)[0]
     assert torch.allclose(larger(images, tokens)[0], expected, atol=1e-5) and larger.side == 24
-    other = teacher.load_teacher(str(timm), 64, None, 24, 24)
+    other = teacher.load_teacher(str(timm), 24, 24)
     loaded, _, _ = export.load_model(f"local-dir:{timm}")
     assert torch.allclose(other(images, tokens[:, :9])[1], F.normalize(loaded.encode_text(tokens), dim=-1), atol=1e-5)
     assert (other.side, other.context) == (16, 24)
     config = checkpoints.read_json(plain / "open_clip_config.json")
     config["preprocess_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
     checkpoints.write_json(plain / "open_clip_config.json", config)
-    shifted = teacher.load_teacher(str(plain), 64, None, 24, 24)
+    shifted = teacher.load_teacher(str(plain), 24, 24)
     pixels = images * torch.tensor(STATISTICS[1]).view(3, 1, 1) + torch.tensor(STATISTICS[0]).view(3, 1, 1)
     assert torch.allclose(shifted(images, tokens)[0], same((pixels - 0.5) / 0.25, tokens)[0], atol=1e-5)
-    assert teacher.first_source(str(plain), 64, True).geometry["vision"]["image_size"] == 24
+    assert teacher.load_init(str(plain)).geometry["vision"]["image_size"] == 24
     with pytest.raises(ValueError, match="--init .*timm has towers without inheritable weights"):
-        teacher.first_source(str(timm), 64, True)
+        teacher.load_init(str(timm))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
     model = create_model("test-25")
     model.logit_scale.data.fill_(float("nan"))
     torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, tmp_path / "nan.pt")
-    for load in (lambda: teacher.first_source(str(tmp_path / "nan.pt"), 64, False),
-                 lambda: teacher.load_teacher(str(tmp_path / "nan.pt"), 64, None, 16, 24)):  # fmt: skip
+    for load in (lambda: teacher.load_init(str(tmp_path / "nan.pt")),
+                 lambda: teacher.load_teacher(str(tmp_path / "nan.pt"), 16, 24)):  # fmt: skip
         with pytest.raises(ValueError, match="holds logit_scale with numbers that are not finite"):
             load()
 
@@ -101,11 +101,11 @@ def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
     model = tiny()
     torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, tmp_path / "tiny.pt")
     with pytest.raises(ValueError, match="--init .*tiny.pt has a vocabulary of 30 tokens, and CLIP's tokenizer 49,408"):
-        teacher.first_source(str(tmp_path / "tiny.pt"), 8, False)
+        teacher.load_init(str(tmp_path / "tiny.pt"))
     tokenizer = types.SimpleNamespace(vocab_size=32_000)
     monkeypatch.setattr(export, "load_model", lambda source: (nn.Identity(), None, tokenizer))
     with pytest.raises(ValueError, match="--teacher ViT-B-16-SigLIP@webli uses another tokenizer than the student"):
-        teacher.load_teacher("ViT-B-16-SigLIP@webli", 64, None, 24, 24)
+        teacher.load_teacher("ViT-B-16-SigLIP@webli", 24, 24)
 
 
 def test_a_run_says_whose_it_is(tmp_path: Path):

@@ -13,13 +13,13 @@ from shared.clip import set_grad_checkpointing
 from tldr_reduction import blip
 from tldr_reduction.blip import (
     BLIP,
+    RetrievalBLIP,
     TextDecoder,
     TextTransformer,
     VisionTransformer,
     drawn,
     negative_weights,
     resize_pos_embed,
-    target_places,
 )
 from tldr_reduction.model import CodebookCaptioner
 
@@ -141,18 +141,16 @@ def test_negatives_are_drawn_as_by_multinomial():
     assert torch.equal(drawn(weights), theirs) and torch.equal(torch.rand(1), behind)
 
 
-def test_places_of_targets():
+def test_the_loss_leaves_out_padding_and_prompt():
     ids = torch.tensor([[101, 7, 8, 9, 102], [101, 7, 102, 0, 0]])
-    assert target_places(ids).tolist() == [0, 1, 2, 3, 5, 6]  # positions of the tokens before the targets
-    assert target_places(ids, prompt_length=2).tolist() == [1, 2, 3, 6]
     torch.manual_seed(0)
     decoder = TextDecoder(TextTransformer(110, 16, 1, 2, 8, 16)).eval()
     inputs = ids, (ids != 0).long(), torch.randn(2, 3, 16)
     logits = decoder(*inputs)
-    whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    wanted = (ids[:, 1:] != 0).flatten()
-    torch.testing.assert_close(decoder.losses(*inputs), whole[wanted])
-    assert torch.equal(decoder.losses(*inputs), decoder.losses(*inputs, places=target_places(ids)))
+    whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 4)
+    torch.testing.assert_close(decoder.loss(*inputs), whole[ids[:, 1:] != 0].mean())
+    after = torch.stack([*whole[0, 1:], whole[1, 1]])  # targets from position 2 on
+    torch.testing.assert_close(decoder.loss(*inputs, prompt_length=2), after.mean())
 
 
 def test_decoder_shares_everything_except_self_attention():
@@ -164,17 +162,18 @@ def test_decoder_shares_everything_except_self_attention():
 
 @pytest.mark.parametrize("stage", ["blip", "captioner"])
 def test_checkpointing_changes_no_gradient(stage: str):
-    """Recomputed activations have the same dropout and stochastic depth."""
+    """Recomputed activations have the same dropout."""
     found = []
     for on in (False, True):
         torch.manual_seed(0)
         texts = [TextTransformer(30, 16, 2, 4, 24, 16, dropout=0.2) for _ in range(2)]
-        vision = VisionTransformer(16, 8, 16, 3, 4, drop_path=0.2)
+        vision = VisionTransformer(16, 8, 16, 3, 4)
         model = BLIP(vision, *texts, 8, 12) if stage == "blip" else CodebookCaptioner(vision, texts[0], None)
         set_grad_checkpointing(model.train(), on)
         ids = torch.randint(4, 28, (4, 9))
         inputs = torch.randn(4, 3, 16, 16), ids, torch.ones_like(ids)
-        sum(model(*inputs, *([0.3] if stage == "blip" else []))).backward()
+        losses = model(*inputs, *([0.3] if stage == "blip" else []))._asdict()
+        sum(loss for name, loss in losses.items() if name != "codes").backward()
         found.append(gradients(model))
     assert len(found[0]) > 20 and all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
 
@@ -234,3 +233,57 @@ def test_ranks_agree_on_widths_without_a_wait(watch, monkeypatch: pytest.MonkeyP
     embeds = model.visual_encoder(torch.randn(4, 3, 16, 16))
     loss = watch.within(model.matching_loss)(embeds, ids, torch.ones_like(ids), negatives)
     assert loss.isfinite() and widths == [9]
+
+
+# ----------------------------------------------------------------------------------------- fine-tuning for retrieval
+
+
+def tiny_retrieval() -> RetrievalBLIP:
+    torch.manual_seed(0)
+    return RetrievalBLIP(VisionTransformer(16, 8, 16, 2, 4), TextTransformer(30, 16, 2, 4, 24, 16, 0.0), 8, 12)
+
+
+def test_losses_are_those_of_the_formulas():
+    """In the second of two steps, the queue holds the keys of the first, among them one of an image of the batch."""
+    model, generator = tiny_retrieval(), torch.Generator().manual_seed(1)
+    assert not hasattr(model, "text_decoder")
+    inputs = torch.randn(4, 3, 16, 16, generator=generator), torch.randint(4, 28, (4, 6), generator=generator)
+    mask, ids = torch.ones(4, 6), (torch.tensor([7, 7, 8, 9]), torch.tensor([5, 8, 6, 5]))
+    model(*inputs, mask, 0.0, ids[0])
+    assert model.idx_queue[0].tolist() == [7, 7, 8, 9] + [-100] * 8
+    queues = model.image_queue.clone(), model.text_queue.clone()
+    negatives = torch.tensor([1, 0, 3, 2]), torch.tensor([2, 3, 0, 1])
+    loss_ita, loss_itm = model(*inputs, mask, 0.4, ids[1], negatives)
+
+    with torch.no_grad():  # with the momentum encoders after that step
+        image_m = F.normalize(model.vision_proj_m(model.visual_encoder_m(inputs[0])[:, 0]), dim=-1)
+        text_m = F.normalize(model.text_proj_m(model.text_encoder_m(inputs[1], mask)[:, 0]), dim=-1)
+        image, text = model.encode_image(inputs[0]), model.encode_text(inputs[1], mask)
+    same = (ids[1][:, None] == torch.cat([ids[1], ids[0], torch.full((8,), -100)])[None]).float()
+    assert same.sum(1).tolist() == [2, 2, 1, 2]
+    total = 0
+    for own, keys, momentum in (
+        (image, torch.cat([text_m.T, queues[1]], 1), image_m),
+        (text, torch.cat([image_m.T, queues[0]], 1), text_m),
+    ):
+        targets = 0.4 * (momentum @ keys / model.temp).softmax(1) + 0.6 * same / same.sum(1, keepdim=True)
+        total = total - (targets * (own @ keys / model.temp).log_softmax(1)).sum(1).mean() / 2
+    torch.testing.assert_close(loss_ita, total, rtol=1e-4, atol=1e-5)
+    embeds, matched = model.visual_encoder(inputs[0]), inputs[1].clone()
+    matched[:, 0] = 29
+    rows = ((embeds, matched), (embeds[negatives[0]], matched), (embeds, matched[negatives[1]]))
+    logits = torch.cat([model.match(image, text, mask) for image, text in rows])
+    torch.testing.assert_close(loss_itm, F.cross_entropy(logits, (torch.arange(12) < 4).long()))
+
+
+def test_negatives_are_of_other_images(monkeypatch):
+    model, drawn = tiny_retrieval(), []
+    keep = model.matching_loss
+    monkeypatch.setattr(model, "matching_loss", lambda *inputs: (drawn.append(inputs[3]), keep(*inputs))[1])
+    image_ids = torch.tensor([1, 1, 1, 2])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model(torch.randn(4, 3, 16, 16), torch.randint(4, 28, (4, 6)), torch.ones(4, 6), 0.4, image_ids)
+    for negatives in drawn:
+        for chosen in negatives:
+            assert (image_ids[chosen] != image_ids).all()

@@ -142,6 +142,6 @@ def test_runs_are_exported_for_stock_blip_and_transformers(tmp_path, capsys):
         checkpoints.export_blip(model, config.Config(**sizes), tokenizer, tmp_path / "out")
     sizes.pop("embed_dim")
     codes = tiny_captioner().eval()  # transformers' BLIP has no codebook
-    checkpoints.export_blip(codes, config.CaptionerConfig(**sizes), tokenizer, tmp_path / "codes")
+    checkpoints.export_blip(codes, config.CaptionerConfig(**sizes, code_dim=8), tokenizer, tmp_path / "codes")
     assert "nothing for transformers" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "codes").iterdir()] == ["blip.pth"]

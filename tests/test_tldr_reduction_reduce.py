@@ -23,13 +23,13 @@ from test_tldr_reduction_train import (  # noqa: F401
     tiny,
     two,
 )
+from tldr_reduction_ports import refine_annotations
 
 from shared import checkpoints, export, run
-from tldr_reduction import cluster as clustering
-from tldr_reduction import inference, reduce, tokenizer
+from tldr_reduction import reduce
 from tldr_reduction.datasets import eval_transform, open_pairs
-from tldr_reduction.reduce import refine_annotations, write_shards
-from tldr_reduction.scorers import Scorer
+from tldr_reduction.encoders import Scorer
+from tldr_reduction.reduce import write_shards
 
 
 @pytest.mark.golden("tldr_reduction", "caption_merge")
@@ -61,17 +61,6 @@ def test_only_the_caption_file_is_rewritten(tmp_path):
     assert open_pairs(str(tmp_path / "out/00000.tar")).caption(0) == "newer"
     write_shards(pairs, {}, tmp_path / "out", run.Process(0, 1, torch.device("cpu")))
     assert not list((tmp_path / "out").iterdir())  # a later selection may keep nothing of the shard
-
-
-def test_names_of_the_contract_can_be_imported():
-    chosen = ("keep_top", "random_subset", "select_by_distance", "select_every_nth", "select_fraction")
-    for module, names in (
-        (clustering, ("kmeans", "whiten", *chosen)),
-        (inference, ["extract_codes"]),
-        (tokenizer, ["pre_caption"]),
-    ):
-        for name in names:
-            assert getattr(reduce, name) is getattr(module, name)
 
 
 def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
@@ -139,11 +128,9 @@ def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_p
         refused(in_process(*command, module=REDUCE), "belongs to a run that is still going")
     assert in_process(*command, module=REDUCE).code == 0
     settings = json.loads((out / "config.json").read_text())
+    assert settings["fingerprint"]
     (tmp_path / "pool/00001.tar").unlink()
     refused(in_process(*command, module=REDUCE), "reduces other data than")
-    settings.pop("fingerprint")  # as in an older folder
-    (out / "config.json").write_text(json.dumps(settings))
-    assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
 
 
 def test_a_reduction_keeps_as_many_as_the_matched_one(folder, in_process, tmp_path):
@@ -231,7 +218,6 @@ ARMS = {
     "blip": ["--features", "blip"],
     "text": ["--features", "text"],
     "generated": ["--captions", "generated"],
-    "cls": ["--select", "all", "--cls-scores"],
     "release": ["--recipe", "release_comment", "--clusters", "4"],
 }
 
@@ -256,7 +242,6 @@ def test_every_way_to_reduce(chain, cli, folder):
     scores = sorted((float(line["itm"]) for line in kept["all"]), reverse=True)
     assert min(float(line["itm"]) for line in kept["itm"]) >= scores[full - 1] - 1e-4
     assert 0 < len(kept["release"]) < 80
-    assert [line["itm"] for line in kept["cls"]] != [line["itm"] for line in kept["all"]]  # not those in work/
     assert all(float(line["itm"]) >= scores[79] - 1e-4 for line in kept["release"])
 
 
@@ -282,9 +267,8 @@ def test_annotation_json_in_and_out(chain, cli, folder, tiny):
     finished(cli(folder / "all.json", *options, "--out", out, module=REDUCE))
     written = json.loads((out / "annotation.json").read_text())
     assert 48 <= len(written) <= 51 and all(entry in entries for entry in written) and not (out / "shards").exists()
-    assert f"--image-root {folder}" in " ".join(json.loads((out / "report.json").read_text())["notes"])
     data_flags = ["--data", out / "annotation.json", "--image-root", folder, "--dataset-size", "32"]
-    finished(cli("emoji-clip", *tiny, *data_flags, "--out", folder / "json-clip"))
+    finished(cli("small-clip", *tiny, *data_flags, "--out", folder / "json-clip"))
 
 
 def test_extracted_images_are_what_stock_blip_trains_on(in_process, folder):
@@ -303,15 +287,15 @@ def test_extracted_images_are_what_stock_blip_trains_on(in_process, folder):
 
 def test_without_a_captioner_codes_come_from_a_pretrained_encoder(in_process, folder):
     out = folder / "alone"
-    command = [folder / "pool", "--keep", "0.25", "--out", out, "--num-codes", "64"]
+    command = [folder / "pool", "--keep", "0.25", "--out", out]
     assert "kept" in finished(in_process(*command, module=REDUCE)).out
-    assert next(out.glob("work/codebook-*/codebook.npz")) and (out / "shards/00000.tar").exists()
+    assert next(out.glob("work/codebook-*.npz")) and (out / "shards/00000.tar").exists()
     report = json.loads((out / "report.json").read_text())
     assert report["clusters"] == 5 and 40 <= report["kept"] <= 45 and "itm" not in report
     assert set(report["checks"]) == {"images at 8 x 8 pixels", "captions"}  # EfficientNet-Lite0 made the clusters
-    assert report["codes_used"] <= 64
+    assert report["codes_used"] <= 256
     refused(
-        in_process(*command[:-4], "--out", folder / "no", "--encoder", "lite", module=REDUCE), "there is no encoder"
+        in_process(*command[:-2], "--out", folder / "no", "--encoder", "lite", module=REDUCE), "there is no encoder"
     )
 
 
@@ -326,7 +310,7 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
                 content = source.extractfile(member).read()
                 member.name, member.size = copy + member.name, len(content)
                 target.addfile(member, io.BytesIO(content))
-    options = ["--keep", "0.25", "--clusters", "2", "--check", "none", "--num-codes", "64"]
+    options = ["--keep", "0.25", "--clusters", "2", "--no-check"]
     lines = {}
     for name, flags in (("dropped", []), ("members", ["--no-drop-duplicates"])):
         out = folder / f"copies-{name}"
@@ -340,7 +324,7 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
     assert len(duplicates) == 64 and all(line["key"] == f"copy-{line['duplicate_of']}" for line in duplicates)
     assert all(line["reason"] == f"same image as {line['duplicate_of']}" for line in duplicates)
     assert not [line for line in lines["members"] if line["reason"].startswith("same image")]
-    more = ["--keep", "0.6", "--clusters", "2", "--num-codes", "64", "--work", folder / "copies-work"]
+    more = ["--keep", "0.6", "--clusters", "2", "--work", folder / "copies-work"]
     finished(in_process(copies, *more, "--out", folder / "copies-all", module=REDUCE))
     report = json.loads((folder / "copies-all/report.json").read_text())
     assert report["kept"] == 64 and report["notes"][0].startswith("Only 64 of 128 images are distinct")
@@ -350,10 +334,15 @@ def test_identical_images_are_dropped_as_such(in_process, folder):
 def test_a_killed_reduction_resumes(chain, start, cli, folder):
     out = folder / "killed-reduction"
     command = [*chain["command"], "--out", out]
-    kill_when(start(*command, module=REDUCE), lambda: len(list(out.glob("work/codes-*/0*.npz"))) >= 2, timeout=120)
-    before = {path: path.stat().st_mtime_ns for path in out.glob("work/codes-*/0*.npz")}
+
+    def begun() -> bool:
+        return any(np.load(path, mmap_mode="r")["done"].sum() >= 48 for path in out.glob("work/codes-*.npy"))
+
+    kill_when(start(*command, module=REDUCE), begun, timeout=120)
+    (path,) = out.glob("work/codes-*.npy")
+    assert path.stat().st_size > 160 * 10  # it has room for all samples from the start
     finished(cli(*command, module=REDUCE))
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert np.load(path, mmap_mode="r")["done"].all()
     for name in ("report.csv", "annotation.json", "shards/00000.tar", "shards/00001.tar"):
         assert (out / name).read_bytes() == (chain["reduced"] / name).read_bytes(), name
 
@@ -391,24 +380,21 @@ def test_wrong_reduction_flags(in_process, folder, chain):
     for arguments, words in (
         (["nowhere.tar"], "nowhere.tar does not exist"),
         (["x.tsv"], "reduce takes .tar files"),
-        ([pool, "--keep", "1.5"], "--keep 1.5 is not in (0, 1]"),
-        ([pool, "--max-length", "3"], "--max-length 3 must exceed the prompt's 4 tokens"),
-        ([pool, "--clusters", "161"], "--clusters 161 is not in 1..160"),
-        ([pool, "--points-per-centroid", "0"], "--points-per-centroid must be at least 1"),
+        ([pool, "--keep", "1.5"], "--keep must be at most 1"),
+        ([pool, "--clusters", "161"], "--clusters 161 is more than the 160 samples"),
         ([pool, "--select", "first", "--keep", "0.001"], "--keep 0.001 leaves none of 160 samples"),
         ([pool, "--workers", "-1"], "--workers must be at least 0"),
         ([pool, "--work", pool / "00000.tar"], "00000.tar is a file: name a folder"),
-        ([pool, "--check", "lite"], "there is no encoder 'lite'"),
+        ([pool, "--encoder", "lite"], "there is no encoder 'lite'"),
         ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
         ([pool, "--captions", "refined"], "needs --caption-model"),
         ([pool, "--select", "itm"], "need --scorer"),
         ([pool, "--captioner", folder], "is no run folder"),
         ([pool, "--scorer", folder], "is no run folder"),
-        ([pool, "--encoder", "timm:resnet10t:gone.pt"], "gone.pt, the weights of timm:resnet10t, does not exist"),
         ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
         ([pool, "--match", folder], "holds no report.json"),
-        ([pool, "--match", chain["reduced"]], "--match goes with --select random, first or itm, not stride"),
-        ([chain["reduced"] / "shards", "--match", chain["reduced"], "--select", "all"], "not all"),
+        ([pool, "--match", chain["reduced"]], "--match goes with --select random, first or itm"),
+        ([chain["reduced"] / "shards", "--match", chain["reduced"], "--select", "all"], "--match goes"),
         ([folder / "words.json"], "the caption of a.png is no text (entry 0)"),
         ([folder / "gone.json", "--select", "random"], "none of the 1 images"),
         ([pool, "--precision", "fp16"], "fp16 needs a GPU"),

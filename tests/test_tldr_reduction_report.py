@@ -1,7 +1,14 @@
-"""Duplicates and notes that a reduction reports."""
+"""Duplicates and notes that a reduction reports, and its page: every section is shown, text of the data is escaped."""
+
+from pathlib import Path
 
 import numpy as np
+import pandas
+import pytest
+from PIL import Image
+from test_browser import look
 
+from shared import data
 from tldr_reduction import report
 from tldr_reduction.config import ReduceConfig
 
@@ -39,25 +46,6 @@ def test_notes_name_a_kept_share_above_keep():
     assert notes(FOUND | {"kept": 150}, scorer="c", select="random") == []
 
 
-def test_notes_are_about_flags_without_effect():
-    flags = dict(clusters=20, drop_duplicates=False, code_dim=8, check="a", scorer="c")
-    (note,) = notes(FOUND, select="random", **flags)
-    assert note == "--clusters, --no-drop-duplicates, --code-dim, --check have no effect with --select random."
-    assert notes(FOUND, select="stride", **flags) == []
-    assert notes(FOUND, select="random", scorer="c", check="none") == []  # 10 clusters are the default, 300 / 30
-    assert notes(FOUND, select="all", scorer="c", keep=0.5) == ["--keep has no effect with --select all."]
-    (note,) = notes(FOUND, select="itm", **flags)
-    assert "--clusters" in note and "--check" not in note  # its coverage is compared with that of random selections
-
-
-def test_notes_say_what_was_not_compared_and_where_images_are():
-    cfg = ReduceConfig(data="pool", out="", keep=0.25, clusters=10, scorer="c")
-    (note,) = report.notes_of(cfg, FOUND, 300, "no package x")
-    assert note == "The selection was not compared on features of an independent encoder: no package x."
-    (note,) = notes(FOUND, scorer="c", data="lists/train.json", image_root="/pictures")
-    assert note == "Images were not copied: pass --image-root /pictures beside the new annotation.json."
-
-
 def test_notes_compare_coverage_with_random_selections():
     def check(coverage: float) -> dict:
         return {"coverage": coverage, "coverage_random": [0.49, 0.50, 0.51]}
@@ -79,3 +67,71 @@ def test_self_scores_are_named(tmp_path):
     assert "the scorer was trained on these captions" in note
     (tmp_path / "config.json").write_text('{"data": "other"}')
     assert notes(FOUND, scorer=str(tmp_path)) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+class Pairs:
+    """Six pictures whose captions are HTML scripts; the last one is broken."""
+
+    keys = np.array([f"k{i}" for i in range(6)])
+
+    def read(self, row: int) -> data.Pair:
+        if row == 5:
+            raise data.BrokenSample("unreadable")
+        return data.Pair(f"k{row}", Image.new("RGB", (300, 200), (40 * row, 0, 0)), f"<script>{row}</script>")
+
+
+def write(path: Path) -> None:
+    """Write a page with every section."""
+    columns = {
+        "key": Pairs.keys.tolist(),
+        "kept": [1, 0, 1, 0, 0, 0],
+        "reason": ["evenly", "passed over", "evenly", "same image as k0", "passed over", "broken: unreadable"],
+        "duplicate_of": ["", "", "", "k0", "", ""],
+        "cluster": [0, 0, 1, 0, 1, ""],
+        "itm": [0.5, 0.2, 0.9, 0.5, 0.1, ""],
+        "itm_after": [0.75, "", 0.95, "", "", ""],
+        "caption": ["<b>", "", "two", "", "", ""],
+        "generated": ["<b>red", "", "", "", "", ""],
+    }
+    summary = {"mean": 0.4, "cut": 0.5, "below_cut": 60.0, "span": [0, 1], "histogram": [1.0] * 10}
+    found = {
+        **dict(kept=2, samples=6, kept_share=0.4, broken=1, identical_images=1, codes_used=9, perplexity=4.0),
+        **dict(clusters=2, cluster_sizes=[2, 2, 2, 3, 3], itm={"before": summary, "after": summary}),
+        "captions": {"by": "a/b"},
+        "notes": ["There is no --scorer <"],
+        "checks": {"captions": {"coverage": 0.5, "coverage_random": [0.4, 0.45], "cohesion": 0.3,
+                                "cohesion_shuffled": 0.1, "cohesion_kmeans": 0.4}},
+    }  # fmt: skip
+    cfg = ReduceConfig(data="<shards>", out="", keep=0.4, captions="refined", caption_model="a/b", scorer="c")
+    report.write_page(path, cfg, Pairs(), found, pandas.DataFrame(columns))
+
+
+def test_everything_is_shown_and_nothing_runs(tmp_path: Path):
+    write(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "<shards>" not in text and "<b>red" not in text
+    for words in (
+        "2 of 6 samples kept", "better than a random selection", "no --scorer &lt;",
+        "cohesion 0.300", "Refined captions", "score 0.50 to 0.75",
+        "passed over: 2", "broken: unreadable: 1", "Identical images: 1", "cluster 0: 1 of 3 kept", "&lt;script&gt;",
+    ):  # fmt: skip
+        assert words in text, words
+    assert text.count("data:image/jpeg;base64,") > 8 and text.count('class="kept"') >= 2
+
+
+@pytest.mark.parametrize("width", (390, 1280))
+def test_it_reads_in_a_browser(tmp_path: Path, width: int):
+    """At the widths of a phone and of a desktop, nothing is fetched, every thumbnail is shown and nothing overflows."""
+    write(tmp_path / "report.html")
+    seen = look(tmp_path / "report.html", tmp_path / "report.png", width)
+    assert seen["requests"] == [(tmp_path / "report.html").as_uri()] and not seen["failed"] and not seen["messages"]
+    assert seen["title"] == "Reduction" and seen["headings"] == [
+        "Is it better than a random selection?", "Scores of captions, before and after", "Refined captions",
+        "Why samples were kept or dropped", "Identical images: 1", "Clusters",
+    ]  # fmt: skip
+    assert len(seen["images"]) > 8
+    assert all(image["decoded"] == image["width"] == report.SIDE for image in seen["images"])
+    assert "stride, 0.4" in seen["cells"] and seen["overflow"] == 0

@@ -1,13 +1,17 @@
 """Arms, reductions, pools and floors of the study."""
 
+import dataclasses
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
 
+from shared import tars
 from studies import tldr_reduction as study
+from studies import tldr_reduction_learner as learner
 from studies.harness import verdicts
 from studies.harness.runner import Stage, in_order
 from studies.tldr_reduction import IN_EACH, KINDS, POOLS, REDUCTIONS, STUDY, WHERE, shards
@@ -35,10 +39,10 @@ def test_arms_are_trained_on_the_reduction_they_are_named_after():
     runs = "runs/tldr_reduction"
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
-        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[1:])
+        parsed = tyro.cli(learner.COMMANDS, args=words[1:])
         whole = {f"full{pool}": pool for pool in ("", *WHERE)}.get(arm.name)
         assert parsed.data == (f"{runs}/reduced/{arm.name}-seed7/shards" if whole is None else shards(whole))
-        assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and parsed.lock_image
+        assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and words[1] == "train"
 
 
 def test_reductions_are_of_their_pool_and_equal_in_number():
@@ -47,22 +51,22 @@ def test_reductions_are_of_their_pool_and_equal_in_number():
         (words,) = STUDY.words(stage, 7)
         name = stage.name.removeprefix("reduced/")
         pool, _ = REDUCTIONS[name]
-        parsed = tyro.cli(config.ReduceConfig, args=words[1:])
+        parsed = tyro.cli(learner.COMMANDS, args=words[1:])
         assert parsed.data == shards(pool) and parsed.seed == 7 and parsed.out == f"{runs}/{stage.name}-seed7"
         assert parsed.work == f"{runs}/work{pool}-seed7" and parsed.clusters > 1000
         pictures = "" if pool in KINDS else pool
         assert parsed.match in (None, f"{runs}/reduced/codes{pictures}-seed7")
         assert (parsed.match is not None) == name.startswith("random")
         assert parsed.predictions is None or parsed.predictions.startswith(POOLS[pool][1])
-        assert (parsed.check == "auto") == (name == "codes")  # only this one measures cohesion and coverage
+        assert parsed.check == (name == "codes")  # only this one measures cohesion and coverage
         assert (parsed.select == "all") == name.startswith("full-refined")
 
 
 def test_all_arms_have_the_same_steps():
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
-        parsed = tyro.extras.overridable_config_cli(config.PRESETS, args=words[1:])
-        assert parsed.steps == study.STEPS and parsed.epochs == config.PRESETS["emoji-scenes"][1].epochs
+        parsed = tyro.cli(learner.COMMANDS, args=words[1:])
+        assert parsed.steps == study.STEPS and parsed.epochs == learner.SETTINGS.epochs
 
 
 def test_pools_have_the_same_arms_and_are_built_for_each_of_them():
@@ -128,5 +132,63 @@ def test_the_nearest_caption_is_of_the_samples_that_a_reduction_keeps(monkeypatc
     monkeypatch.setattr(study.floors, "read", lambda *_: (pictures, torch.tensor([0, 1])))
     assert study.nearest_caption(refined=True)["names_ood/top1"] == 100
     assert study.nearest_caption("codes", seed=0, refined=True)["names_ood/top1"] == 50
-    with pytest.raises(ValueError, match="reduced/image-seed0/report.csv"):
+    with pytest.raises(FileNotFoundError, match="reduced/image-seed0/report.csv"):
         study.kept("image", 0)
+
+
+ABOUT = json.dumps({"original": 1, "noise": "name"})
+
+
+def test_scores_are_of_the_kept_pairs_before_and_after():
+    lines = [{"itm": "0.1", "itm_after": "0.3"}, {"itm": "0.6", "itm_after": "0.8"}, {"itm": "0.0", "itm_after": ""}]
+    found = study.score_metrics({"itm": {"before": {"cut": 0.5}}}, lines)
+    assert found == pytest.approx(
+        {"itm/before_mean": 35, "itm/before_below_cut": 50, "itm/after_mean": 55, "itm/after_below_cut": 50}
+    )
+    median = study.score_metrics({"itm": {"before": {"cut": 0.2}}}, lines)  # a median, as of cosines
+    assert (median["itm/before_below_cut"], median["itm/after_below_cut"]) == (50, 0)
+    assert study.score_metrics({}, [{"key": "a"}]) == {}
+
+
+def test_quality_of_a_reduction_is_in_percent_of_cosines():
+    checks = {"captions": {"samples": 9, "coverage": 0.5, "coverage_random": [0.4, 0.45]}, "another encoder": {}}
+    assert study.quality_metrics({"checks": checks}) == pytest.approx(
+        {"captions/coverage": 50, "captions/coverage_random": 42.5}
+    )
+    assert study.quality_metrics({"checks": {}}) == {}
+
+
+def test_metrics_of_data_are_of_the_samples_that_a_run_reads(tmp_path, capsys):
+    """Data may be a list of shards, of which --dataset-size uses the first samples; steps follow from their number."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.0}\n')
+    for shard in range(2):
+        samples = []
+        for row in range(64 * shard, 64 * shard + 64):
+            about = json.dumps({"original": row // 2, "noise": ("name", "other")[row % 2]})
+            samples.append({"__key__": f"{row:03}", "png": b"?", "txt": "a", "json": about})
+        tars.write_tar(tmp_path / f"pool/{shard:05}.tar", samples)
+    cfg = config.Config(data=f"{tmp_path}/pool/{{00000..00001}}.tar", batch_size=32, epochs=3)
+    for size, pairs in ((None, 128), (70, 70)):
+        found = study.training_metrics(tmp_path, dataclasses.replace(cfg, dataset_size=size))
+        assert found["data/pairs"] == pairs and found["data/scenes"] == pairs / 2 and found["data/named"] == 50
+        assert found["steps"] == 3 * (pairs // 32) and "early_loss_ita" not in found
+    assert study.training_metrics(tmp_path, dataclasses.replace(cfg, data="gone/{0..9}.tar")) == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reduction_is_measured_without_the_data_that_it_reduced(tmp_path, capsys):
+    """They may be gone by then."""
+    shard = tmp_path / "shards/00000.tar"
+    tars.write_tar(shard, [{"__key__": key, "png": b"?", "txt": "a", "json": ABOUT} for key in ("b", "c")])
+    cfg = config.Config(data=str(tmp_path / "shards"))
+    known = {"data/pairs": 2, "data/scenes": 1, "data/named": 100.0}
+    assert study.data_metrics(cfg) == known
+    checks = {"captions": {"samples": 9, "coverage": 0.5}}
+    (tmp_path / "report.json").write_text(json.dumps({"checks": checks}))
+    (tmp_path / "config.json").write_text('{"data": "gone.tar", "captions": "original"}')
+    (tmp_path / "report.csv").write_text("key,kept,cluster\nb,1,0\nc,1,1\n")
+    measured = known | {"captions/coverage": 50.0}
+    assert study.data_metrics(cfg) == measured
+    assert "metrics of the samples in gone.tar are left out: shard gone.tar does not exist" in capsys.readouterr().out
+    tars.write_tar(tmp_path / "shards/00001.tar", [{"__key__": "d", "png": b"?", "txt": "a", "json": ABOUT}])
+    assert study.data_metrics(dataclasses.replace(cfg, data=str(shard))) == known  # not of all shards

@@ -1,9 +1,10 @@
-"""The training programs of TL;DR, end to end on emoji shards, each in its own process.
+"""The training stages of TL;DR, end to end on emoji shards, each in its own process.
 
 Captioner, fine-tuning, pre-training and fine-tuning for retrieval: kill -9 and resume, two processes against one,
 broken shards, schedules. Scripts start in forks of a server that has imported torch and other packages.
 """
 
+import dataclasses
 import io
 import random
 import shutil
@@ -14,28 +15,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scripts import SHARDS, Ended, Lazily, ended, finished, in_turn, kill_at, metrics, same, start_two
+from test_tldr_reduction_blip import tiny_blip
 from test_tldr_reduction_model import exact
+from tldr_reduction_ports import build_vocab, emoji_pairs
 
-from shared import checkpoints
+from shared import checkpoints, tars
 from shared import cli as command_line
-from shared.pretrained import efficientnet_lite0
-from studies import tldr_reduction_corpus as corpus
-from tldr_reduction import train
-from tldr_reduction.checkpoints import load_run
-from tldr_reduction.datasets import LockedPairs, open_pairs, view_of
-from tldr_reduction.tokenizer import build_vocab
-from tldr_reduction.train import alpha_ramp, cosine_lr, warmup_step_lr
+from tldr_reduction import config, train
+from tldr_reduction.checkpoints import load_run, start_weights
+from tldr_reduction.datasets import TextOf, open_pairs, pixel_hash
+from tldr_reduction.tokenizer import PROMPT, WordPiece
+from tldr_reduction.train import alpha_ramp, cosine_lr, learning_rate, warmup_step_lr
 
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
-PROGRAMS = {  # a stage of the chain: module, preset
-    "captioner": ("tldr_reduction.captioner", "emoji"),
-    "finetune": ("tldr_reduction.finetune", "emoji"),
-    "retrieval": ("tldr_reduction.retrieval", "coco"),
-    "scorer": (SCRIPT, "emoji-scorer"),
-    "clip": (SCRIPT, "emoji-clip"),
-    "locked": (SCRIPT, "emoji-scenes"),
-    "blip": (SCRIPT, "emoji-blip"),
+STAGES = {  # name: preset
+    "captioner": "small-captioner",
+    "finetune": "small-finetune",
+    "retrieval": "retrieval-coco",
+    "scorer": "small-scorer",
+    "clip": "small-clip",
+    "blip": "small-blip",
 }
 SIZES = """--image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2 --text-width 32 --text-layers 1
     --text-heads 2""".split()
@@ -48,24 +49,20 @@ WARM = ["--lr-decay-rate", "0.85", "--warmup", "4"]
 QUEUE = ["--embed-dim", "16", "--queue-size", "64"]
 OWN = {  # flags of a stage besides SIZES and COMMON
     "captioner": [*CODES, *WARM],
-    "finetune": CODES,
+    "finetune": [],
     "retrieval": [*QUEUE, "--max-positions", "40", "--no-augment", "--no-flip"],
-    **dict.fromkeys(("scorer", "clip", "locked", "blip"), [*QUEUE, *WARM, "--eval-every", "0"]),
+    **dict.fromkeys(("scorer", "clip", "blip"), [*QUEUE, *WARM]),
 }
 
 
 @pytest.fixture(scope="module")
 def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    """Folder with shards and a vocabulary of 160 pairs in the layout of `corpus`, and for runs; deleted at the end."""
+    """Folder with shards and a vocabulary of 160 pairs, and for runs; deleted at the end."""
     path = tmp_path_factory.mktemp("tldr")
-    entries, captions = [], []
-    for key, image, description in corpus.samples(SHARDS.parent):
-        entries.append((key, image, description["name"], description | {"noise": "name"}))
-        captions.append(description["name"])
-        if len(entries) == 160:
-            break
-    corpus.write(path / "pool", entries, size=64)
-    (path / "vocab.txt").write_text("\n".join(build_vocab(captions)) + "\n")
+    entries = emoji_pairs(SHARDS.parent, 160)
+    for number in range(0, 160, 64):
+        tars.write_tar(path / f"pool/{number // 64:05}.tar", entries[number : number + 64])
+    (path / "vocab.txt").write_text("\n".join(build_vocab(entry["txt"] for entry in entries)) + "\n")
     yield path
     shutil.rmtree(path)
 
@@ -76,8 +73,8 @@ def tiny(folder: Path) -> list[str]:
 
 
 def command(stage: str, tiny: list[str], *more) -> list:
-    """Arguments of a stage's program, after its module."""
-    return [PROGRAMS[stage][1], *tiny, *OWN[stage], *more]
+    """Arguments of a stage, after the module."""
+    return [STAGES[stage], *tiny, *OWN[stage], *more]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +85,7 @@ def chain(folder: Path, cli, tiny) -> Lazily:
 
     def make(name: str):
         if name == "command":
-            reduce = [folder / "pool", "--keep", "0.5", "--clusters", "4", "--chunk", "48", "--max-length", "10"]
+            reduce = [folder / "pool", "--keep", "0.5", "--clusters", "4", "--batch-size", "48"]
             models = {"--captioner": "captioner", "--caption-model": "finetune", "--scorer": "scorer"}
             return [*reduce, *(word for flag, stage in models.items() for word in (flag, chain[stage]))]
         if name == "printed":
@@ -103,7 +100,7 @@ def chain(folder: Path, cli, tiny) -> Lazily:
             options = ["--data", chain["reduced"] / "shards", *shorter]
         if name == "retrieval":
             options = ["--init", chain["scorer"]]
-        finished(cli(*command(name, tiny, *options), "--out", folder / name, module=PROGRAMS[name][0]))
+        finished(cli(*command(name, tiny, *options), "--out", folder / name))
         return folder / name
 
     chain = Lazily(make)
@@ -172,14 +169,14 @@ def test_every_stage_trains(chain):
     }
 
 
-@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "locked", "retrieval"])
+@pytest.mark.parametrize("stage", ["captioner", "finetune", "scorer", "retrieval"])
 def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage):
     out, first = folder / f"killed-{stage}", {"finetune": "captioner", "retrieval": "scorer"}.get(stage)
     init = ["--init", chain[first]] if first else []
-    words, module = [*command(stage, tiny, *init), "--save-every", "3", "--out", out], PROGRAMS[stage][0]
+    words = [*command(stage, tiny, *init), "--save-every", "3", "--out", out]
     for line in (random.randint(2, 5), random.randint(7, 11)):
-        kill_at(start(*words, module=module), out, line, timeout=120)
-    finished(ended(start(*words, module=module)))
+        kill_at(start(*words), out, line, timeout=120)
+    finished(ended(start(*words)))
     assert metrics(out) == metrics(chain[stage])
     state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, chain[stage]))
     assert ("used" in state) == (stage == "captioner")
@@ -189,41 +186,36 @@ def test_kill_and_resume_equals_uninterrupted(chain, start, folder, tiny, stage)
 
 @pytest.mark.parametrize("stage", ["captioner", "clip"])
 def test_two_processes_equal_one(start, cli, folder, tiny, stage):
-    flags, module = [*command(stage, tiny), "--dropout", "0", "--eps", "1e-4"], PROGRAMS[stage][0]
+    flags = [*command(stage, tiny), "--dropout", "0", "--lr", "1e-5"]
     one, both = folder / f"{stage}-1", folder / f"{stage}-2"
-    finished(cli(*flags, "--out", one, module=module))
-    two(start, *flags, "--out", both, module=module)
+    finished(cli(*flags, "--out", one))
+    two(start, *flags, "--out", both)
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (one, both))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_locked_trunk_keeps_its_weights(chain, folder):
-    """The projection is trained on features of whole images, on which it gives what the tower gives on the images."""
-    model, settings, _ = load_run(chain["locked"])
-    loaded = efficientnet_lite0().state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in model.visual.trunk.state_dict().items())
-    pairs = open_pairs(settings.data, limit=40)
-    dataset = LockedPairs(pairs, view_of(model, settings), 0, cache=folder / "features")
-    images = torch.stack([view_of(model, settings)(pairs.read(row).image) for row in range(40)])
-    with torch.no_grad():
-        close = torch.cosine_similarity(model.visual.eval()(images), model.visual(dataset.features))
-    assert close.min() > 0.99 and dataset[43][2] == dataset[3][2] and len(dataset) == 40
-    assert torch.equal(dataset[43][1], dataset[3][1]) and dataset[43][0] == 43
-    assert not model.visual.train().trunk.training and not any(p.requires_grad for p in model.visual.trunk.parameters())
-
-
 def test_a_failed_evaluation_costs_no_epoch(folder, tiny, monkeypatch):
     """The resumed run repeats the evaluation alone, also where --steps ends a run within an epoch."""
-    monkeypatch.setattr(train, "zero_shot", in_turn(1.0, ValueError("broken set"), 2.0))
-    flags = [*command("clip", tiny), "--eval-every", "1", "--epochs", "2", "--steps", str(PER_EPOCH + 1)]
+    monkeypatch.setattr(train, "quick_top1", in_turn(1.0, ValueError("broken set"), 2.0))
+    flags = [
+        *command("clip", tiny),
+        "--eval-every",
+        "1",
+        "--eval-set",
+        str(SHARDS.parent / "eval/names_ood"),
+        "--epochs",
+        "2",
+        "--steps",
+        str(PER_EPOCH + 1),
+    ]
     monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, flags), "--out", str(folder / "failed")])
     cfg = command_line.preset_cli(train.PRESETS)
     with pytest.raises(ValueError, match="broken set"):
         train.main(cfg)
     state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
     assert (state["epoch"], state["batch"]) == (1, PER_EPOCH)
-    monkeypatch.setattr(train, "losses_of", lambda *_: pytest.fail("a step was repeated"))
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was repeated"))
     train.main(cfg)
     top1 = {line["step"]: line["zero_shot_top1"] for line in metrics(folder / "failed") if "zero_shot_top1" in line}
     assert top1 == {PER_EPOCH: 1.0, PER_EPOCH + 1: 2.0}
@@ -231,10 +223,15 @@ def test_a_failed_evaluation_costs_no_epoch(folder, tiny, monkeypatch):
 
 def test_broken_samples_are_counted(cli, folder, tiny, broken):
     flags = [*command("captioner", tiny), "--data", broken, "--dataset-size", "64", "--batch-size", "16"]
-    result = finished(cli(*flags, "--out", folder / "broken", module=PROGRAMS["captioner"][0]))
+    result = finished(cli(*flags, "--out", folder / "broken"))
     reports = [line for line in result.out.splitlines() if "broken samples" in line]
     assert len(reports) == 3 and all("truncated or damaged tar" in line for line in reports)
-    refused(cli(*flags, "--strict", "--out", folder / "strict", module=PROGRAMS["captioner"][0]), "--strict")
+    refused(cli(*flags, "--strict", "--out", folder / "strict"), "--strict")
+
+
+def test_a_stream_trains(cli, folder, tiny):
+    finished(cli(*command("scorer", tiny), "--stream", "--epochs", "1", "--out", folder / "stream"))
+    assert [line["step"] for line in metrics(folder / "stream")] == list(range(1, PER_EPOCH + 1))
 
 
 def test_a_run_needs_its_vocabulary(chain, in_process, tiny, tmp_path):
@@ -249,10 +246,65 @@ def test_a_run_needs_its_vocabulary(chain, in_process, tiny, tmp_path):
     with pytest.raises(ValueError, match=f"was trained with another vocabulary than {vocab} holds now: restore"):
         load_run(tmp_path / "run")
     flags = ["--vocab", vocab, "--epochs", "4", "--init", state["config"]["init"], "--out", tmp_path / "run"]
-    result = in_process(*command("finetune", tiny, *flags), module=PROGRAMS["finetune"][0])
-    refused(result, f"was trained with another vocabulary than {vocab} holds now: choose another --out")
+    result = in_process(*command("finetune", tiny, *flags), module=SCRIPT)
+    refused(result, "was trained with another vocabulary than the one given: choose another --out")
 
 
 def test_a_run_does_not_resume_with_other_settings(chain, cli, tiny, folder):
     changed = [*command("captioner", tiny), "--lr", "2e-3", "--out", chain["captioner"]]
-    refused(cli(*changed, module=PROGRAMS["captioner"][0]), "another configuration: lr")
+    refused(cli(*changed), "another configuration: lr")
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [
+        ("finetune", [], "--init is missing"),
+        ("finetune", ["--init", "gone"], "gone does not exist"),
+        ("retrieval", [], "--init is missing"),
+        ("retrieval", ["--queue-size", "8"], "smaller than"),
+    ],
+)
+def test_what_a_stage_needs(in_process, tiny, stage, flags, words):
+    refused(in_process(*command(stage, tiny), *flags, module=SCRIPT), words)
+
+
+def test_each_stage_has_its_schedule():
+    captioner = dataclasses.replace(config.CAPTIONER, warmup=10)
+    assert learning_rate(captioner, 0, 0) == 1e-6
+    assert learning_rate(captioner, 0, 10) == captioner.lr
+    assert learning_rate(captioner, 2, 5) == pytest.approx(captioner.lr * 0.81)
+    for cfg in (config.FINETUNE, config.RETRIEVAL):
+        rates = [learning_rate(cfg, epoch, 3) for epoch in range(cfg.epochs)]
+        assert rates[0] == cfg.lr and rates == sorted(rates, reverse=True)
+    assert [alpha_ramp(e, 0, 4, 0.4, epochs=1) for e in range(3)] == [0, 0.4, 0.4]
+    assert [alpha_ramp(e, 2, 4, 0.4) for e in range(3)] == pytest.approx([0.1, 0.3, 0.4])
+
+
+def test_a_blip_starts_with_equal_momentum_encoders(tmp_path, capsys):
+    source, model = tiny_blip(), tiny_blip()
+    state = {name: value for name, value in source.state_dict().items() if "text_decoder" not in name}
+    torch.save({"model": {name: value + 1.0 for name, value in state.items()}}, tmp_path / "blip.pth")
+    start_weights(model, config.Config(init=str(tmp_path / "blip.pth")))
+    assert "which start at random" in capsys.readouterr().out
+    for online, slow in zip(model.visual_encoder.parameters(), model.visual_encoder_m.parameters(), strict=True):
+        assert torch.equal(online, slow)
+
+
+def test_texts_of_the_stages(folder):
+    """The prompt is put before clean captions; in retrieval, images are known by their pixels."""
+    pairs, words = open_pairs(str(folder / "pool")), WordPiece(folder / "vocab.txt")
+    plain, clean, numbered = (TextOf(words, cfg) for cfg in (config.CAPTIONER, config.FINETUNE, config.RETRIEVAL))
+    pair = pairs.read(0)
+    prompt = words.prompt_ids(PROMPT)[:-1].tolist()
+    assert len(plain(pair)) == 30 and len(clean(pair)) == 40 and clean(pair)[: len(prompt)].tolist() == prompt
+    numbers = [int(numbered(pairs.read(i))[1]) for i in (0, 1, 0)]
+    assert numbers[0] == numbers[2] != numbers[1] and all(0 <= number < 2**63 for number in numbers)
+    assert pixel_hash(Image.new("RGB", (4, 2))) != pixel_hash(Image.new("RGB", (2, 4)))
+
+
+def test_a_retrieval_run_is_loaded_and_scores(chain, cli, folder):
+    model, settings, _ = load_run(chain["retrieval"])
+    assert settings.stage == "retrieval" and (model.idx_queue >= 0).any()
+    out = folder / "by-retrieval"
+    words = [folder / "pool", "--select", "itm", "--keep", "0.5", "--scorer", chain["retrieval"], "--out", out]
+    assert cli(*words, module=REDUCE).code == 0

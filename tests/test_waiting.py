@@ -14,7 +14,7 @@ from short_runs import SCRIPTS, commands, small_corpus
 # What takes a step in each script; timm's AdamW, which keeps the number of steps on the CPU, is left out.
 STEP = {"protoclip": ["protoclip_loss", "batch_statistics", "ProtoCLIP.forward"], "nmtune": ["losses"]}
 STEP |= {"tldr_reduction-clip": ["losses_of"]}
-NAMES = {"nmtune": "PRETRAIN_PRESETS", "tldr_reduction": "CAPTIONERS"}  # of presets
+NAMES = {"nmtune": "PRETRAIN_PRESETS"}  # of presets
 MAIN = {"concept_frequency": "train"}
 
 

@@ -8,7 +8,7 @@ open_clip, or MODEL@WEIGHTS of open_clip; and the embedded corpus or any CLIP-be
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import checkpoints, cli, evaluation, export, run, zeroshot
+from shared import checkpoints, cli, evaluation, export, run, settings, zeroshot
+from shared.clip import STATISTICS
 from shared.errors import UserError
 from shared.evalsets import EvalSet
-from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import open_clip_config, statistics_beside, weights_file
-from tinyclip.masks import too_little
+from tinyclip.masks import sparsity_warning
 from tinyclip.model import CLIP, parameter_counts
 from tinyclip.teacher import checked_clip
 from tinyclip.train import image_transform
@@ -60,9 +60,9 @@ class Config:
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
     probe: tuple[str, ...] = ()
     """Sets with a train/ split for linear probes of the image features; none by default."""
-    probe_c: float = 0.316
+    probe_c: settings.Positive = 0.316
     """Inverse L2 strength of the probe's logistic regression, the value in CLIP's README (its paper sweeps it)."""
-    head_width: int = 64
+    head_width: settings.Count = 64
     """Width of an attention head, for checkpoint files that do not contain it."""
     quick_gelu: bool | None = None
     """Activation (True: QuickGELU, False: GELU) of files that do not state it. The authors' files have GELU."""
@@ -70,9 +70,9 @@ class Config:
     """Measure pairs per second; the machine should be idle otherwise."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
-    batch_size: int = 256
+    batch_size: settings.Count = 256
     """Images or captions per forward pass."""
-    workers: int = 0
+    workers: settings.Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -81,35 +81,6 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
-
-
-def zero_shot_classifier(text_features: Tensor) -> Tensor:
-    """(C, T, D) prompt features of C classes in T templates -> (D, C). U:training/zero_shot.py:29."""
-    return zeroshot.zeroshot_classifier(text_features)
-
-
-def zero_shot_accuracy(logits: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> list[float]:
-    """For each k: share (0..1) of targets (N,) among the k largest logits (N, C). U:training/zero_shot.py:67."""
-    ranks = zeroshot.label_ranks(logits, target)
-    return [(ranks < k).double().mean().item() for k in ks]
-
-
-def retrieval_metrics(image: Tensor, text: Tensor) -> dict[str, float]:
-    """Ranks (from 1) and recalls (0..1) of N one-to-one pairs (N, D) in both directions. U:training/train.py:754 (never
-    called there).
-
-    Ties count as misses, so that collapsed features get no hits.
-    """
-    ranks = zeroshot.retrieval_ranks(image, text, torch.arange(len(image)))
-    metrics = {}
-    for way, rank in zip(("image_to_text", "text_to_image"), ranks, strict=True):
-        rank = rank.double()
-        metrics |= {
-            f"{way}_mean_rank": rank.mean().item() + 1,
-            f"{way}_median_rank": rank.quantile(0.5).floor().item() + 1,
-        }
-        metrics |= {f"{way}_R@{k}": (rank < k).double().mean().item() for k in (1, 5, 10)}
-    return metrics
 
 
 def linear_probe(
@@ -175,7 +146,7 @@ def throughput(
 
 def export_run(path: str, folder: str, cfg: Config) -> None:
     """Write the run as an open_clip model. UserError if open_clip has no such towers."""
-    model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path)
+    model = checked_clip(path, path, cfg.head_width, cfg.quick_gelu)
     config = open_clip_config(model.geometry)
     if config is None:
         plain = "block" in model.geometry["vision"]
@@ -188,7 +159,7 @@ def export_run(path: str, folder: str, cfg: Config) -> None:
 
 def image_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation by which a checkpoint's images are normalised."""
-    return CLIP_STATISTICS if evaluation.named(path) else statistics_beside(weights_file(Path(path)))
+    return STATISTICS if evaluation.named(path) else statistics_beside(weights_file(Path(path)))
 
 
 def probe_sets(cfg: Config, transform: Callable) -> list[tuple[EvalSet, EvalSet]]:
@@ -224,7 +195,7 @@ def sparsities(folder: Path) -> dict[str, float]:
     if "sparsity_reached" in flat:
         asked = checkpoints.read_json(folder / "config.json")["target_sparsity"]
         flat["target_sparsity"] = asked  # the logged target rises with the step, and may end lower in a short run
-        if warning := too_little(flat["sparsity_reached"], asked):
+        if warning := sparsity_warning(flat["sparsity_reached"], asked):
             print(f"{folder}: {warning}, so the pruned model is larger than intended")
             flat["sparsity_missing"] = asked - flat["sparsity_reached"]
     return flat
@@ -232,7 +203,7 @@ def sparsities(folder: Path) -> dict[str, float]:
 
 def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """All metrics of one checkpoint: {"names_ood/top1": ..., "parameters_m": ..., ...}."""
-    model = checked_clip(path, cfg.head_width, cfg.quick_gelu, path).to(process.device)
+    model = checked_clip(path, path, cfg.head_width, cfg.quick_gelu).to(process.device)
     geometry = model.geometry
     if cfg.quick_gelu not in (None, geometry["quick_gelu"]):
         raise UserError(f"{path} says itself that QuickGELU is {geometry['quick_gelu']}: leave out --quick-gelu")
@@ -279,9 +250,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every run. Returns the metrics of each run."""
     process = run.setup(0, cfg.device)
-    cli.check_counts(cfg, "batch_size")
-    cli.check_counts(cfg, "workers", least=0)
-    cli.check_positive(cfg, "probe_c")
+    settings.check_limits(cfg)
     cfg.runs = tuple(path.removeprefix(export.LOCAL) for path in cfg.runs)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export, cfg)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from shared.checkpoints import read_json
+from shared.clip import STATISTICS
 from shared.errors import UserError
-from shared.memory import CLIP_STATISTICS
 
 # ------------------------------------------------------------------------------------------------- geometries by name
 
@@ -207,7 +207,7 @@ def statistics_beside(file: Path) -> tuple[tuple[float, ...], tuple[float, ...]]
             if any(len(values) != 3 for values in found) or min(found[1]) <= 0:
                 raise UserError(f"{path} has no three means and three positive standard deviations of images")
             return found
-    return CLIP_STATISTICS
+    return STATISTICS
 
 
 def config_of_trainer(args: object) -> dict:
@@ -218,7 +218,7 @@ def config_of_trainer(args: object) -> dict:
     return {"quick_gelu": bool(args.force_quick_gelu or str(getattr(args, "pretrained", "")).lower() == "openai")}
 
 
-def geometry(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int] = 64) -> dict:
+def geometry_of_weights(state_dict: Mapping[str, Tensor], head_width: int | tuple[int, int] = 64) -> dict:
     """State dict of a CLIP in OpenAI's layout, pruned or not -> its geometry: embed_dim, vision and text.
 
     `head_width`, for both towers or (image, text), cannot be read from shapes; all released models have 64.

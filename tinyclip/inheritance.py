@@ -1,8 +1,8 @@
-"""TinyCLIP's manual inheritance (arXiv 2309.12314): the student's initial weights are cut out of the teacher's by rule.
+"""TinyCLIP's weight inheritance (arXiv 2309.12314): the student before its first step, `initialise_student`.
 
-Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution:
-every k-th layer, with its first channels and heads (`depth_indices`, `inherit_weights`). `inherit_at_random` is the
-control. Automatic inheritance, which learns what to keep, is in masks.py.
+Authors' code: wkcn/TinyCLIP@ad981bf, cited as `U:<path>:<line>` with paths under its `src/`. The paper's contribution
+by hand: every k-th layer, with its first channels and heads (`depth_indices`, `inherit_weights`). `inherit_at_random`
+is the control. Automatic inheritance, which learns what to keep, is in masks.py.
 """
 
 import copy
@@ -14,34 +14,92 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.errors import UserError
-from tinyclip.geometry import block_sizes
-from tinyclip.masks import prune, resized
+from shared.run import stable_hash
+from tinyclip.config import Config
+from tinyclip.geometry import CONFIGS, block_sizes, tower_of
+from tinyclip.masks import L0Mask, expand_pruned, prune, resized
+from tinyclip.model import CLIP, Student
+from tinyclip.teacher import load_init
+
+# ------------------------------------------------------------------------------------- the student's initial weights
+
+
+def random_student(cfg: Config) -> Student:
+    """The student of --model and --image-size with random weights, and with --masks two open masks."""
+    shape = copy.deepcopy(CONFIGS[cfg.model])
+    shape["vision"]["image_size"] = cfg.image_size or shape["vision"]["image_size"]
+    return Student(CLIP(**shape), *[L0Mask.of(shape[tower]) for tower in ("vision", "text") if cfg.masks])
+
+
+def initialise_student(cfg: Config) -> Student:
+    """The student before its first step.
+
+    Without --init its weights are random. Otherwise they are inherited, by hand or at random. With masks the student
+    takes all weights of the source, and the masks are open; a pruned source is expanded, and the masks of the removed
+    slots are closed. UserError if the student does not fit into the source.
+    """
+    student = random_student(cfg)
+    if cfg.init is None:
+        return student
+    clip = student.clip
+    source = load_init(cfg.init)
+    check_head_widths(clip, source, cfg)
+    state, own = source.state_dict(), clip.state_dict()
+    table = "visual.positional_embedding"
+    if table in state and table in own and len(state[table]) != len(own[table]):
+        state[table] = resize_positional_embedding(state[table], round((len(own[table]) - 1) ** 0.5))
+    if cfg.masks and any(name not in state or state[name].shape != value.shape for name, value in own.items()):
+        expand_pruned(clip, *student.masks, state)
+    elif cfg.inherit == "random":
+        generator = torch.Generator().manual_seed(stable_hash(cfg.seed, "inherit"))
+        taken = inherit_at_random(source, clip.geometry, generator).state_dict()
+        shapes, wanted = ({name: value.shape for name, value in each.items()} for each in (taken, own))
+        if shapes != wanted or source.geometry["quick_gelu"]:
+            raise UserError(
+                f"--inherit random cannot cut {cfg.model} out of {cfg.init}: their sizes or activations do not fit"
+            )
+        clip.load_state_dict(taken | {"logit_scale": own["logit_scale"]})
+    else:
+        try:
+            taken = inherit_weights(own, state, block_sizes(clip.geometry["text"])[0])
+        except ValueError as error:
+            raise UserError(f"--model {cfg.model} cannot start from --init {cfg.init}: {error}") from error
+        towers = {None: ("vision", "text"), "image": ("vision",), "text": ("text",)}[cfg.inherit_only]
+        clip.load_state_dict(own | {name: value for name, value in taken.items() if tower_of(name) in towers})
+    return student
+
+
+def check_head_widths(clip: CLIP, source: CLIP, cfg: Config) -> None:
+    """UserError if heads of student and source differ in width: shapes would allow a slice that mixes heads."""
+    for tower in ("vision", "text"):
+        sizes = [each.geometry[tower] for each in (source, clip)]
+        if all(isinstance(each["layers"], int) for each in sizes):
+            theirs, ours = (block_sizes(each)[0] for each in sizes)
+            if theirs != ours:
+                raise UserError(
+                    f"--init {cfg.init}: heads of its {tower} tower are {theirs} wide, and those of --model "
+                    f"{cfg.model} {ours}; choose a --model with heads of that width"
+                )
+
 
 # ------------------------------------------------------------------------------------------------------------- by hand
 
 
-def depth_indices(teacher_depth: int, student_depth: int, rule: str = "interval_front") -> list[int]:
+def depth_indices(teacher_depth: int, student_depth: int) -> list[int]:
     """Indices of the teacher's layers that the student's layers start from. U:open_clip/weight_inherit.py:84.
 
-    interval_front: every (teacher_depth // student_depth)-th, so 12 -> 9 takes the first nine; uniform: an even spread.
+    Every (teacher_depth // student_depth)-th, so 12 -> 9 takes the first nine.
     """
     if not 0 < student_depth <= teacher_depth:
         raise UserError(f"{student_depth} layers cannot inherit from {teacher_depth}")
-    if rule == "interval_front":
-        return [i * (teacher_depth // student_depth) for i in range(student_depth)]
-    if rule == "uniform":
-        return [i * teacher_depth // student_depth for i in range(student_depth)]
-    raise UserError(f"depth rule {rule!r} is neither interval_front nor uniform")
+    return [i * (teacher_depth // student_depth) for i in range(student_depth)]
 
 
 BLOCK = re.compile(r"(.*(?:resblocks|layer\d))\.(\d+)\.(.+)")  # transformer blocks, and blocks of a ResNet's stages
 
 
 def inherit_weights(
-    student_sd: Mapping[str, Tensor],
-    teacher_sd: Mapping[str, Tensor],
-    head_dim: int = 64,
-    depth_rule: str = "interval_front",
+    student_sd: Mapping[str, Tensor], teacher_sd: Mapping[str, Tensor], head_dim: int = 64
 ) -> dict[str, Tensor]:
     """The student's state dict, cut out of the teacher's; logit_scale is not inherited.
     U:open_clip/weight_inherit.py:71.
@@ -58,7 +116,7 @@ def inherit_weights(
         return counts
 
     ours, theirs = depths(student_sd), depths(teacher_sd)
-    layers = {stage: depth_indices(theirs.get(stage, 0), depth, depth_rule) for stage, depth in ours.items()}
+    layers = {stage: depth_indices(theirs.get(stage, 0), depth) for stage, depth in ours.items()}
     inherited = {}
     for name, target in student_sd.items():
         if name == "logit_scale":

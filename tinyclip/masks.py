@@ -160,7 +160,7 @@ def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
     return 1 - sum(m.expected_params() for m in masks) / sum(m.prunable_params for m in masks)
 
 
-def too_little(reached: float, asked: float) -> str | None:
+def sparsity_warning(reached: float, asked: float) -> str | None:
     """A warning if the reached sparsity is far below the target `asked`, else None."""
     if asked - reached < 0.05:
         return None
@@ -172,25 +172,17 @@ def reached_sparsity(masks: Sequence[L0Mask]) -> float:
     return 1 - sum(m.kept_params() for m in masks) / sum(m.prunable_params for m in masks)
 
 
-def sparsity_loss(
-    masks: Sequence[L0Mask], target: float, joint: bool = True, two_sided: bool = False
-) -> tuple[Tensor, Tensor]:
-    """lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), and e over all towers.
+def sparsity_loss(masks: Sequence[L0Mask], target: float, two_sided: bool = False) -> tuple[Tensor, Tensor]:
+    """(lambda_1 g + lambda_2 g^2, e) with g = max(q - e, 0), e over all towers and the means of their lambdas.
     U:training/train.py:260, U:open_clip/l0module.py:209.
 
-    joint: one constraint over all towers, with the mean of their lambdas; else one per tower, summed. The lambdas
-    follow gradient ascent (their learning rate is negative). two_sided: the paper's g = q - e, which also reduces
-    sparsity.
+    The lambdas follow gradient ascent (their learning rate is negative). two_sided: the paper's equation 7, g = q - e,
+    which also reduces sparsity.
     """
-
-    def lagrangian(group: Sequence[L0Mask]) -> Tensor:
-        gap = target - expected_sparsity(group)
-        gap = gap if two_sided else gap.clamp(min=0)
-        lambda_1, lambda_2 = (sum(getattr(m, name) for m in group) / len(group) for name in ("lambda_1", "lambda_2"))
-        return lambda_1 * gap + lambda_2 * gap.square()
-
-    loss = lagrangian(masks) if joint else sum(lagrangian([mask]) for mask in masks)
-    return loss, expected_sparsity(masks)
+    expected = expected_sparsity(masks)
+    gap = target - expected if two_sided else (target - expected).clamp(min=0)
+    lambda_1, lambda_2 = (sum(getattr(m, name) for m in masks) / len(masks) for name in ("lambda_1", "lambda_2"))
+    return lambda_1 * gap + lambda_2 * gap.square(), expected
 
 
 # ------------------------------------------------------------------------------------------ masks -> a smaller network

@@ -5,7 +5,7 @@ The paper's contribution:
   - affinity mimicking: the student's image-text similarities follow the teacher's    `affinity_mimicking_loss`
   - weight inheritance, by hand or by learned masks                                  inheritance.py, masks.py
   - gates on hidden dimensions, heads and neurons of both towers                     `gated_linear`, `LayerNorm`
-  - progressive distillation in stages of moderate compression                       train.py, config.py `STAGES`
+  - progressive distillation in stages of moderate compression                       train.py, config.py `PRESETS`
 A network without gates is a plain CLIP with OpenAI's and open_clip's parameter names.
 
 Shapes: B pairs of a process, N pairs of all W processes, D and D' the student's and teacher's embedding; S tokens, H
@@ -34,13 +34,11 @@ from tinyclip.geometry import (
     config_beside,
     config_of_trainer,
     convert_state_dict,
-    geometry,
+    geometry_of_weights,
     of_transformers,
-    tower_of,
     weights_file,
 )
-from tinyclip.inheritance import depth_indices, inherit_weights  # noqa: F401
-from tinyclip.masks import L0Mask, Masks, expand_pruned, prune, sparsity_loss, target_sparsity  # noqa: F401
+from tinyclip.masks import L0Mask, Masks, prune
 
 Gather = Callable[[Tensor], Tensor]
 OPEN_CLIP = ("ViT-B-32", "ViT-B-16", "RN50")  # open_clip's models that `load_clip` loads by name
@@ -287,6 +285,7 @@ class PlainResNet(nn.Module):
 
     def __init__(self, tower: Mapping, embed_dim: int):
         super().__init__()
+        self.image_size = tower["image_size"]
         self.trunk = resnet7_small(num_classes=0, width_factor=tower["width"] / 128)
         channels = self.trunk.num_features
         self.proj = nn.Parameter(channels**-0.5 * torch.randn(channels, embed_dim))
@@ -305,6 +304,7 @@ class CLIP(nn.Module):
 
     def __init__(self, embed_dim: int, vision: Mapping, text: Mapping, quick_gelu: bool = False):
         super().__init__()
+        self.context_length = text["context_length"]
         self.geometry = {"embed_dim": embed_dim, "vision": dict(vision), "text": dict(text), "quick_gelu": quick_gelu}
         activation = QuickGELU() if quick_gelu else nn.GELU()
         if isinstance(vision["layers"], int):
@@ -341,7 +341,7 @@ class CLIP(nn.Module):
     def encode_image(self, image: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """(B, 3, R, R) -> (B, D)."""
         if masks and not isinstance(self.visual, VisionTransformer):
-            raise UserError("masks act on transformers; use manual inheritance (inherit_weights) for a ResNet tower")
+            raise UserError("masks act on transformers, not on a ResNet")
         features = self.visual(image, masks) if masks else self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -373,32 +373,15 @@ class CLIP(nn.Module):
 
     def forward(
         self,
-        image: Tensor | None,
-        text: Tensor | None,
+        image: Tensor,
+        text: Tensor,
         image_masks: Masks | None = None,
         text_masks: Masks | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Unit features (B, D) of images and texts, fp32 even under autocast, and exp(logit_scale).
-
-        The features of an input that is None are None.
-        """
-        image_features = None if image is None else F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
-        text_features = None if text is None else F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features (B, D) of images and texts, fp32 even under autocast, and exp(logit_scale)."""
+        image_features = F.normalize(self.encode_image(image, image_masks).float(), dim=-1)
+        text_features = F.normalize(self.encode_text(text, text_masks).float(), dim=-1)
         return image_features, text_features, self.logit_scale.exp()
-
-    def lock(self, image: bool = False, text: bool = False) -> None:
-        """Freeze the image or the text tower: no gradients, and BatchNorm keeps its statistics, as with the authors'
-        --lock-image-freeze-bn-stats. U:open_clip/model.py:1015, 1023."""
-        locked = {"vision": image, "text": text}
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not locked.get(tower_of(name), False))
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "CLIP":
-        """Set the training mode; a locked image tower stays in eval mode."""
-        super().train(mode)
-        self.visual.train(mode and next(self.visual.parameters()).requires_grad)
-        return self
 
 
 class Student(nn.Module):
@@ -413,19 +396,19 @@ class Student(nn.Module):
         return [mask for mask in (self.image_mask, self.text_mask) if mask is not None]
 
     def uniforms(self) -> dict[str, dict[str, Tensor]] | None:
-        """The uniform numbers of one draw of both masks, to use in several forward passes; None without masks."""
+        """The uniform numbers of one draw of both masks, for all micro-batches of a step; None without masks."""
         return {"image": self.image_mask.uniforms(), "text": self.text_mask.uniforms()} if self.masks else None
 
     def tower_masks(self, u: dict[str, dict[str, Tensor]] | None = None) -> list[Masks | None]:
-        """Masks of (image, text): in training samples, by the uniform numbers `u` if given; else as in `eval_masks`."""
-        towers = {"image": self.image_mask, "text": self.text_mask}
-        return [
-            None if mask is None else mask.sample(u and u[tower]) if self.training else mask.eval_masks()
-            for tower, mask in towers.items()
-        ]
+        """Masks of (image, text): in training samples by the uniform numbers `u`; else as in `eval_masks`."""
+        if not self.masks:
+            return [None, None]
+        if not self.training:
+            return self.eval_masks()
+        return [self.image_mask.sample(u["image"]), self.text_mask.sample(u["text"])]
 
-    def forward(self, images: Tensor | None, tokens: Tensor | None, u: dict | None = None) -> tuple:
-        """As `CLIP.forward`, with the masks."""
+    def forward(self, images: Tensor, tokens: Tensor, u: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `CLIP.forward`, with the masks; `u`: see `uniforms`."""
         return self.clip(images, tokens, *self.tower_masks(u))
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -438,9 +421,9 @@ class Student(nn.Module):
         """(image, text): the deterministic masks of evaluation and pruning."""
         return [mask.eval_masks() for mask in (self.image_mask, self.text_mask)]
 
-    def pruned(self, exact: bool = False) -> "Student":
+    def pruned(self) -> "Student":
         """The smaller network that remains after pruning by the masks."""
-        return Student(prune(self.clip, *self.eval_masks(), exact=exact))
+        return Student(prune(self.clip, *self.eval_masks()))
 
 
 # ---------------------------------------------------------------------------------------- models by name or from a file
@@ -484,8 +467,9 @@ def load_clip(source: str | Path, head_width: int = 64, quick_gelu: bool | None 
         ) from error
     if model.geometry["quick_gelu"] is None:
         raise UserError(
-            f"{source} does not say whether its activation is QuickGELU: pass --quick-gelu (of a teacher, "
-            "--teacher-quick-gelu), True for weights of OpenAI, False for what the authors of TinyCLIP have released"
+            f"{source} does not say whether its activation is QuickGELU: pass --quick-gelu, True for weights of "
+            "OpenAI, False for what the authors of TinyCLIP have released (in training: first write them with "
+            "'python -m tinyclip.eval FILE --quick-gelu True --export DIR')"
         )
     return model.eval()
 
@@ -525,6 +509,6 @@ def checkpoint_weights(path: Path, head_width: int) -> tuple[dict[str, Tensor], 
     if any("mask." in key for key in state):
         raise UserError(f"{path} still has its masks; prune it with the authors' code, or load its last stage")
     try:
-        return state, geometry(state, stated.pop("head_width", head_width)) | stated
+        return state, geometry_of_weights(state, stated.pop("head_width", head_width)) | stated
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import checkpoints, data, export
-from shared.clip import cuts, image_side
+from shared.clip import STATISTICS, cuts, image_side
 from shared.errors import UserError
 from shared.evaluation import named
-from shared.memory import CLIP_STATISTICS
 from tinyclip.geometry import statistics_beside, weights_file
 from tinyclip.model import CLIP, OPEN_CLIP, load_clip
 
@@ -37,7 +36,7 @@ def as_clip(source: str) -> str | Path | None:
     return None if strange or odd else folder
 
 
-def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
+def load_init(source: str) -> CLIP:
     """The model that initial weights come from. UserError if its towers cannot be cut."""
     path = as_clip(source)
     if path is None and named(source):
@@ -46,23 +45,24 @@ def first_source(source: str, head_width: int, quick_gelu: bool) -> CLIP:
         raise UserError(
             f"--init {source} has towers without inheritable weights: it must be a CLIP with transformers or a ResNet"
         )
-    return checked_clip(path, head_width, quick_gelu, f"--init {source}")
+    # the student has GELU whatever the activation of the file, as upstream
+    return checked_clip(path, f"--init {source}", quick_gelu=False)
 
 
-def checked_clip(path: str | Path, head_width: int, quick_gelu: bool | None, source: str) -> CLIP:
+def checked_clip(path: str | Path, source: str, head_width: int = 64, quick_gelu: bool | None = None) -> CLIP:
     """`load_clip(path)`; UserError that names `source` if a weight is not finite, or the vocabulary is not CLIP's."""
-    model = finite(load_clip(path, head_width, quick_gelu), source)
+    model = load_clip(path, head_width, quick_gelu)
+    check_weights(model, source)
     if (size := model.geometry["text"]["vocab_size"]) != VOCABULARY:
         raise UserError(f"{source} has a vocabulary of {size:,} tokens, and CLIP's tokenizer {VOCABULARY:,}")
     return model
 
 
-def finite(model: nn.Module, source: str) -> nn.Module:
-    """The model itself; UserError if one of its weights is not finite."""
+def check_weights(model: nn.Module, source: str) -> None:
+    """UserError if a weight of the model is not finite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{source} holds {name} with numbers that are not finite: its training had diverged")
-    return model
 
 
 def digest_of(model: nn.Module | None) -> str | None:
@@ -81,7 +81,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model, self.side, self.context, self.whole_texts = model, side, context, whole_texts
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in statistics)
-        own_mean, own_std = (torch.tensor(each).view(3, 1, 1) for each in CLIP_STATISTICS)
+        own_mean, own_std = (torch.tensor(each).view(3, 1, 1) for each in STATISTICS)
         self.register_buffer("scale", own_std / std)
         self.register_buffer("shift", (own_mean - mean) / std)
 
@@ -105,16 +105,16 @@ def fitted(tokens: Tensor, context: int, whole: bool = False) -> Tensor:
     return F.pad(tokens, (0, context - tokens.shape[1])) if whole else tokens
 
 
-def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: int, context: int) -> CLIP | Teacher:
+def load_teacher(source: str, side: int, context: int) -> CLIP | Teacher:
     """The teacher of a student with images of `side` pixels and `context` tokens: a `CLIP` if the sizes and the images'
     statistics are equal, else wrapped in `Teacher`. UserError if it has another tokenizer, or is not finite."""
     path = as_clip(source)
     if path is not None:
-        model = checked_clip(path, head_width, quick_gelu, f"--teacher {source}")
-        model.cuts_padding = False  # `train.Corpus` has cut it from the tokens
+        model = checked_clip(path, f"--teacher {source}")
+        model.cuts_padding = False  # the corpus has cut it from the tokens
         own = model.geometry["vision"]["image_size"], model.geometry["text"]["context_length"]
-        statistics, whole = CLIP_STATISTICS if named(str(path)) else statistics_beside(weights_file(Path(path))), False
-        if (own, statistics) == ((side, context), CLIP_STATISTICS):
+        statistics, whole = STATISTICS if named(str(path)) else statistics_beside(weights_file(Path(path))), False
+        if (own, statistics) == ((side, context), STATISTICS):
             return model
     else:
         model, _, tokenizer = export.load_model(source)
@@ -122,5 +122,5 @@ def load_teacher(source: str, head_width: int, quick_gelu: bool | None, side: in
             raise UserError(f"--teacher {source} uses another tokenizer than the student, which uses CLIP's")
         own, whole = (image_side(model), model.context_length), not cuts(model)
         statistics = tuple(model.visual.preprocess_cfg[name] for name in ("mean", "std"))
-        finite(model, f"--teacher {source}")
+        check_weights(model, f"--teacher {source}")
     return Teacher(model, *own, statistics, whole)

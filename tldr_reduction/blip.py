@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import timm.models.vision_transformer as timm_vit
 import torch
@@ -32,10 +33,10 @@ PAD, SEP = 0, 102  # of bert-base-uncased
 class VisionTransformer(timm_vit.VisionTransformer):
     """timm's pre-LN ViT, [CLS] included, final LayerNorm, learned positions: (B, 3, S, S) -> (B, 1+N, D).
 
-    Source: V:models/vit.py:104-186. `drop_path` is 0 for base, 0.1 for large (V:models/blip.py:190-202).
+    Source: V:models/vit.py:104-186.
     """
 
-    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int, drop_path: float = 0.0):
+    def __init__(self, image_size: int, patch_size: int, width: int, layers: int, heads: int):
         super().__init__(
             img_size=image_size,
             patch_size=patch_size,
@@ -44,7 +45,6 @@ class VisionTransformer(timm_vit.VisionTransformer):
             num_heads=heads,
             num_classes=0,
             global_pool="",
-            drop_path_rate=drop_path,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
 
@@ -240,41 +240,28 @@ class TextDecoder(nn.Module):
         """Logits (B, T, V) of each next token."""
         return self.cls["predictions"](self.bert(input_ids, attention_mask, image_embeds, True, cache))
 
-    def losses(
+    def loss(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         image_embeds: Tensor,
         prompt_length: int = 0,
         label_smoothing: float = 0.0,
-        places: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of each next token that is neither padding nor prompt: (M,) fp32. V:models/med.py:901-908.
+        """Mean cross-entropy of the next tokens that are neither padding nor prompt, (). V:models/med.py:901-908.
 
-        Logits are computed at those M positions only; pass them as `places` if they are known beforehand.
+        It is the mean over the tokens of all ranks, scaled so that DDP's average of gradients is that of one batch.
         """
-        hidden = self.bert(input_ids, attention_mask, image_embeds, True).flatten(0, 1)
-        places = target_places(input_ids, prompt_length) if places is None else places
-        logits = self.cls["predictions"](hidden.index_select(0, places)).float()
-        targets = input_ids.flatten().index_select(0, places + 1)
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-
-
-def target_places(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Positions (M,) in the flattened ids (B, T) whose next token is neither padding nor prompt. With ids on
-    a GPU, the call waits for the GPU."""
-    position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
-    wanted = (input_ids[:, 1:] != PAD) & (position >= prompt_length)
-    return F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0]
-
-
-def token_mean(losses: Tensor) -> Tensor:
-    """Mean over the tokens of all ranks, scaled so that DDP's average of gradients is that of one large batch."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return losses.mean()
-    count = torch.full((), float(losses.numel()), device=losses.device)
-    dist.all_reduce(count)
-    return losses.sum() * dist.get_world_size() / count
+        hidden = self.bert(input_ids, attention_mask, image_embeds, True)[:, :-1]
+        targets = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == PAD, -100)
+        targets[:, : max(prompt_length - 1, 0)] = -100
+        logits = self.cls["predictions"](hidden).float().flatten(0, 1)
+        total = F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=label_smoothing)
+        count = (targets != -100).sum().float()
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            count /= dist.get_world_size()
+        return total / count
 
 
 # -------------------------------------------------------------------------------------------------------- generation
@@ -367,39 +354,6 @@ def beam_search(
     return finished.best(eos)
 
 
-@torch.no_grad()
-def nucleus_sampling(
-    next_logits: Callable[[Tensor, Tensor], Tensor],
-    prompt_ids: Tensor,
-    batch: int,
-    max_length: int,
-    min_length: int,
-    eos: int,
-    pad: int,
-    top_p: float = 0.9,
-    repetition_penalty: float = 1.1,
-) -> Tensor:
-    """Draw each next token from the smallest set of tokens with total probability `top_p`: (B, <= max_length) ids.
-
-    Arguments as in `beam_search`. V:models/blip.py:135-147.
-    """
-    ids, order = prompt_ids.expand(batch, -1), torch.arange(batch, device=prompt_ids.device)
-    done = torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device)
-    while ids.shape[1] < max_length and not bool(done.all()):
-        scores = next_logits(ids, order).float()
-        seen = scores.gather(1, ids)
-        scores = scores.scatter(1, ids, torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty))
-        if ids.shape[1] < min_length:
-            scores[:, eos] = -math.inf
-        ranked, index = scores.softmax(1).sort(dim=1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(1) - ranked > top_p, 0.0)
-        token = index.gather(1, torch.multinomial(ranked, 1))[:, 0]
-        token = torch.where(done, pad, token)
-        done = done | (token == eos)
-        ids = torch.cat([ids, token[:, None]], dim=1)
-    return ids
-
-
 # ----------------------------------------------------------------------------------------------------------------- BLIP
 
 
@@ -431,6 +385,17 @@ def drawn(weights: Tensor) -> Tensor:
     Like `torch.multinomial`, but without its check of the weights, which waits for the GPU.
     """
     return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1)
+
+
+class BLIPLosses(NamedTuple):
+    loss_ita: Tensor
+    loss_itm: Tensor
+    loss_lm: Tensor
+
+
+class RetrievalLosses(NamedTuple):
+    loss_ita: Tensor
+    loss_itm: Tensor
 
 
 class BLIP(nn.Module):
@@ -507,12 +472,11 @@ class BLIP(nn.Module):
         attention_mask: Tensor,
         alpha: float,
         negatives: tuple[Tensor, Tensor] | None = None,
-        places: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss_ita, loss_itm, loss_lm). B:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
+    ) -> BLIPLosses:
+        """Losses, scalars. B:models/blip_pretrain.py:97-212; input_ids (B, T) begin with [CLS].
 
         negatives: for each pair of this process, the indices in the global batch of an image for its text and of a text
-        for its image; None draws them. places: `target_places` of the ids, if known beforehand.
+        for its image; None draws them.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -525,8 +489,8 @@ class BLIP(nn.Module):
 
         decoder_ids = input_ids.clone()
         decoder_ids[:, 0] = self.bos_token_id
-        losses = self.text_decoder.losses(decoder_ids, attention_mask, image_embeds, 0, 0.1, places)
-        return loss_ita, loss_itm, token_mean(losses)
+        loss_lm = self.text_decoder.loss(decoder_ids, attention_mask, image_embeds, label_smoothing=0.1)
+        return BLIPLosses(loss_ita, loss_itm, loss_lm)
 
     def contrast(self, image_features, text_features, image, input_ids, attention_mask, alpha: float, image_ids=None):
         """loss_ita and the in-batch similarities (B, W*B); updates the momentum encoders, then the queues.
@@ -631,8 +595,8 @@ class RetrievalBLIP(BLIP):
         alpha: float,
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(loss_ita, loss_itm). B:models/blip_retrieval.py:62-200; image_ids (B,) int64 identifies images.
+    ) -> RetrievalLosses:
+        """Losses, scalars. B:models/blip_retrieval.py:62-200; image_ids (B,) int64 identifies images.
 
         `negatives` as in BLIP; None draws them from pairs of other images.
         """
@@ -644,7 +608,7 @@ class RetrievalBLIP(BLIP):
         if negatives is None:
             others = image_ids[:, None] != gather(image_ids)[None]
             negatives = tuple(drawn(sim.softmax(dim=1) * others) for sim in (sim_t2i, sim_i2t))
-        return loss_ita, self.matching_loss(image_embeds, input_ids, attention_mask, negatives)
+        return RetrievalLosses(loss_ita, self.matching_loss(image_embeds, input_ids, attention_mask, negatives))
 
     def of_same_image(self, image_ids: Tensor) -> Tensor:
         """Targets (B, W*B + Q): each pair has equal weights, summing to 1, on the keys of its own image."""

@@ -10,7 +10,6 @@ as --scorer, --caption-model or --captioner, the training programs as --init. `e
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,16 +26,16 @@ from tldr_reduction.blip import VisionTransformer, resize_pos_embed
 from tldr_reduction.model import build, build_for
 from tldr_reduction.tokenizer import WordPiece, not_on_hub, tokenizer_of
 
-HUGGING_FACE = (  # key patterns of transformers' BLIP -> BLIP's own, in this order
-    (r"^vision_model\.embeddings\.class_embedding$", "visual_encoder.cls_token"),
-    (r"^vision_model\.embeddings\.position_embedding$", "visual_encoder.pos_embed"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual_encoder.patch_embed.proj."),
-    (r"^vision_model\.post_layernorm\.", "visual_encoder.norm."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"visual_encoder.blocks.\1.attn.qkv."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"visual_encoder.blocks.\1.attn.proj."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"visual_encoder.blocks.\1.norm\2."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.", r"visual_encoder.blocks.\1."),
-    (r"^text_decoder\.cls\.", "text_decoder.cls."),
+HUGGING_FACE = (  # parts of names of parameters: BLIP's, and transformers' in its place
+    ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+    ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+    ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+    ("visual_encoder.norm.", "vision_model.post_layernorm."),
+    ("visual_encoder.blocks.", "vision_model.encoder.layers."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
 )
 NEEDED = {  # stage: prefixes of the weights that it needs
     "blip": ("visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"),
@@ -51,9 +50,10 @@ def load_run(path: str | Path) -> tuple[nn.Module, config.Common, WordPiece | op
         raise UserError(f"{path} is no run folder: it has no checkpoint.pt")
     state = checkpoints.load_checkpoint(Path(path) / "checkpoint.pt")
     kept = state.get("config") if isinstance(state, dict) else None
-    cfg = checkpoints.config_in(state, config.class_of(kept if isinstance(kept, dict) else {}), path)
+    stage = kept.get("stage") if isinstance(kept, dict) else None
+    cfg = checkpoints.config_in(state, config.STAGES.get(stage, config.Config), path)
     tokenizer = tokenizer_of(cfg)
-    if state.get("vocab") not in (None, getattr(tokenizer, "fingerprint", None)):
+    if state.get("vocabulary") not in (None, getattr(tokenizer, "fingerprint", None)):
         raise UserError(f"{path} was trained with another vocabulary than {cfg.vocab} holds now: restore that file")
     model = build_for(cfg, tokenizer)
     model.load_state_dict(state["state_dict"])
@@ -81,11 +81,8 @@ def load_model(path: str, stage: str) -> tuple[nn.Module, config.Common, WordPie
 
 
 def weights_of(path: str) -> Path | None:
-    """The file of weights of a run folder, an export, a folder of transformers or timm:NAME:FILE; None if the weights
-    come from a package or a hub."""
-    if path.startswith("timm:"):
-        file = path.split(":", 2)[2:]
-        return Path(file[0]) if file and Path(file[0]).is_file() else None
+    """The file of weights of a run folder, an export or a folder of transformers; None if the weights come from a
+    package or a hub."""
     names = ("open_clip_model.safetensors", "checkpoint.pt", "model.safetensors", "pytorch_model.bin")
     folder = Path(path.removeprefix("local-dir:"))
     return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -146,20 +143,13 @@ def load_hugging_face(path: str, stage: str) -> tuple[nn.Module, config.Common, 
 # ------------------------------------------------------------------------------------------- BLIP's and the authors'
 
 
-def renamed(key: str, patterns: Iterable[tuple[str, str]]) -> str:
-    """The key, renamed by the first of the (pattern, replacement) that it matches."""
-    for pattern, replacement in patterns:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key
-
-
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of transformers' BLIP (Salesforce/blip-itm-base-coco, -image-captioning-base) under BLIP's names."""
-    found = {renamed(key, HUGGING_FACE): value for key, value in state.items()}
-    if "visual_encoder.cls_token" in found:
-        found["visual_encoder.cls_token"] = found["visual_encoder.cls_token"].view(1, 1, -1)
+    found = {}
+    for key, value in state.items():
+        for ours, theirs in HUGGING_FACE:
+            key = key.replace(theirs, ours)
+        found[key] = value.view(1, 1, -1) if key == "visual_encoder.cls_token" else value
     return found
 
 
@@ -192,16 +182,6 @@ def load_blip(model: nn.Module, source: str | Path | dict) -> list[str]:
 
 # -------------------------------------------------------------------------------------- to stock BLIP and transformers
 
-TO_HUGGING_FACE = (  # BLIP's key patterns -> transformers', in this order
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.norm\.", "vision_model.post_layernorm."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-    (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.", r"vision_model.encoder.layers.\1."),
-)
 EXPORTS = {  # folder of an export: transformers' class, and its modules besides the image tower
     "retrieval": ("BlipForImageTextRetrieval", ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")),
     "captioning": ("BlipForConditionalGeneration", ("text_decoder.",)),
@@ -210,8 +190,13 @@ EXPORTS = {  # folder of an export: transformers' class, and its modules besides
 
 def to_hugging_face(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Convert a state dict under BLIP's names to the names of transformers' BLIP of that kind (EXPORTS)."""
-    wanted = ("visual_encoder.", *EXPORTS[kind][1])
-    return {renamed(key, TO_HUGGING_FACE): value for key, value in state.items() if key.startswith(wanted)}
+    found = {}
+    for key, value in state.items():
+        if key.startswith(("visual_encoder.", *EXPORTS[kind][1])):
+            for ours, theirs in HUGGING_FACE:
+                key = key.replace(ours, theirs)
+            found[key] = value
+    return found
 
 
 def hugging_face_config(cfg: config.Common, tokenizer: WordPiece):
@@ -336,6 +321,27 @@ def init_text(model: nn.Module, name: str) -> None:
             value[: len(source)].copy_(source)
 
 
+def start_weights(model: nn.Module, cfg: config.Common) -> None:
+    """Load the initial weights that the settings name; print the parameters that start at random because the
+    checkpoint of --init lacks them."""
+    if isinstance(cfg, config.Warm) and cfg.vision_init:
+        init_vision(model.visual_encoder, cfg.vision_init)
+    if isinstance(cfg, config.Warm) and cfg.text_init:
+        init_text(model, cfg.text_init)
+    if cfg.init:
+        path = Path(cfg.init)
+        missing = load_blip(model, path / "checkpoint.pt" if path.is_dir() else path)
+        lost = [name for name in missing if "_m." not in name and "queue" not in name]
+        if lost:
+            print(
+                f"--init {cfg.init} lacks {len(lost)} of the parameters, which start at random: {', '.join(lost[:3])}"
+            )
+    if cfg.stage in ("blip", "retrieval"):  # momentum encoders start as copies
+        model.momentum, kept = 0.0, model.momentum
+        model.update_momentum()
+        model.momentum = kept
+
+
 # ------------------------------------------------------------------------------------------- a run folder of a file
 
 
@@ -391,11 +397,13 @@ def main(cfg: Config) -> None:
         raise UserError(f"{cfg.source} belongs to a run folder already: it needs no conversion")
     state = blip_state(state)
     sizes = sizes_of(state) | ({"image_size": cfg.image_size} if cfg.image_size else {})
-    known = {"captioner": config.CaptionerConfig, "finetune": config.FinetuneConfig, "blip": config.Config}[cfg.stage]
+    known = config.STAGES[cfg.stage]
     fields = {field.name for field in dataclasses.fields(known)}
     sizes = {name: size for name, size in sizes.items() if name in fields}
     queue = {"queue_size": 1} if cfg.stage == "blip" else {}
-    settings = known(out=cfg.out, init=cfg.source, vocab=cfg.vocab, epochs=1, batch_size=1, **queue, **sizes)
+    settings = known(
+        out=cfg.out, init=cfg.source, vocab=cfg.vocab, epochs=1, batch_size=1, stage=cfg.stage, **queue, **sizes
+    )
     if settings.image_size % settings.patch_size:
         raise UserError(f"--image-size {cfg.image_size} is no multiple of the patches' {settings.patch_size} pixels")
     model = build_for(settings, tokenizer_of(settings))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 
+POINTS = 256  # vectors per cluster that k-means is trained on, at most; upstream trains on all
 CHUNK = 2**12  # code vectors per chunk of whitening and assignment, which fit the cache as float32
 
 # --------------------------------------------------------------------------------------------------------- whitening
@@ -58,17 +59,6 @@ def fit_whitening(x, dim: int = 256) -> Whitening:
     return Whitening(mean, (vectors[:, good] / values[good].sqrt()).float())
 
 
-def whiten(x, dim: int = 256) -> Tensor:
-    """(N, L') -> (N, d <= dim) float32: whitened, then scaled to unit length. Trained on at most 1000 L' vectors, those
-    that faiss draws."""
-    limit, drawn = 1000 * x.shape[1], slice(None)
-    if len(x) > limit:
-        order = np.empty(len(x), np.int32)
-        faiss.rand_perm(faiss.swig_ptr(order), len(x), 1234)
-        drawn = np.sort(order[:limit])
-    return whitened(fit_whitening(x[drawn], dim), x)
-
-
 def whitened(whitening: Whitening, x) -> Tensor:
     """`whitening` of (N, L') in chunks: (N, d)."""
     return torch.cat([whitening(x[first : first + CHUNK]) for first in range(0, len(x), CHUNK)])
@@ -85,28 +75,18 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(labels[:, 0]), torch.from_numpy(distances[:, 0])
 
 
-def kmeans(
-    x: Tensor, k: int, seed: int = 0, niter: int = 20, init_index: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """assignment (N,) int64, centroids (k, d), objective (iterations,). U:fast_cluster.py:59-99.
+def train_kmeans(x: Tensor, k: int, seed: int, niter: int = 20) -> tuple[Tensor, Tensor]:
+    """Centroids (k, d), and the objective (iterations,), the sum of squared distances. U:fast_cluster.py:59-99.
 
-    faiss' Lloyd iterations on all vectors x (N, d), starting from k random ones or from those with the indices
-    `init_index`; an empty cluster takes half of a big one. The objective is the sum of squared distances.
+    faiss' Lloyd iterations on all vectors x (N, d), starting from k random ones; an empty cluster takes half of a big
+    one.
     """
-    centroids, objective = train_kmeans(x, k, seed, niter, init_index)
-    return nearest(as_float(x).detach().cpu(), centroids)[0], centroids, objective
-
-
-def train_kmeans(x: Tensor, k: int, seed: int, niter: int, init_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Centroids and objective of `kmeans`."""
     x = as_float(x).detach().cpu().contiguous()
     if not 1 <= k <= len(x):
         raise UserError(f"{len(x)} samples cannot make {k} clusters: choose --clusters between 1 and {len(x)}")
     clustering = faiss.Clustering(x.shape[1], k)
     clustering.seed, clustering.niter = seed, niter
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 10_000_000
-    if init_index is not None:
-        faiss.copy_array_to_vector(x[init_index].numpy().ravel(), clustering.centroids)
     clustering.train(x.numpy(), faiss.IndexFlatL2(x.shape[1]))
     centroids = torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1).copy())
     stats = clustering.iteration_stats
@@ -124,12 +104,10 @@ class Clusters(NamedTuple):
     dim: int  # axes kept
 
 
-def cluster_codes(
-    codes, k: int, dim: int = 256, seed: int = 0, niter: int = 20, points_per_centroid: int = 256
-) -> Clusters:
+def cluster_codes(codes, k: int, seed: int = 0, dim: int = 256) -> Clusters:
     """Code vectors (N, L'), in memory or memory-mapped -> clusters, in bounded memory.
 
-    Whitening is trained on at most 1000 L' vectors and k-means on at most points_per_centroid*k; all vectors are
+    Whitening is trained on at most 1000 L' vectors and k-means on at most POINTS*k; all vectors are
     whitened and assigned in chunks, so that memory holds only the codes and (N,) results.
     """
     rng = np.random.default_rng(seed)
@@ -139,8 +117,8 @@ def cluster_codes(
         return codes[:] if n <= limit else codes[np.sort(rng.choice(n, limit, replace=False))]
 
     whitening = fit_whitening(sample(1000 * codes.shape[1]), dim)
-    features = whitened(whitening, sample(points_per_centroid * k))
-    centroids, objective = train_kmeans(features, k, seed, niter)
+    features = whitened(whitening, sample(POINTS * k))
+    centroids, objective = train_kmeans(features, k, seed)
     chunks = [nearest(whitening(codes[first : first + CHUNK]), centroids) for first in range(0, n, CHUNK)]
     assignment, dist2 = (torch.cat(of_chunks) for of_chunks in zip(*chunks, strict=True))
     return Clusters(assignment, dist2, objective, features.shape[1])
@@ -162,20 +140,12 @@ def share_of(fraction: float) -> Fraction:
     return Fraction(fraction).limit_denominator(10**6)
 
 
-def select_every_nth(assignment: Tensor, k: int, n: int) -> Tensor:
-    """Samples at positions 0, n, 2n... of each cluster, cluster by cluster: ceil(size/n) of each.
-
-    U:codebook_cluster.py:58-78. It uses no distance and no score ("uniform").
-    """
-    order, position, _ = in_cluster(assignment, k)
-    return order[position % n == 0]
-
-
 def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | None = None) -> Tensor:
-    """`select_every_nth` for shares other than 1/n: ceil(size * fraction) samples of each cluster, evenly spaced.
+    """ceil(size * fraction) samples of each cluster, evenly spaced, cluster by cluster. U:codebook_cluster.py:58-78.
 
-    `seed` draws the member of each cluster where cyclic counting starts, so that all members are equally likely to be
-    kept. None starts from the first member, as upstream, which favours the beginning of the file.
+    It uses no distance and no score ("uniform"). For a fraction of 1/n these are the positions 0, n, 2n... of each
+    cluster. `seed` draws the member of each cluster where cyclic counting starts, so that all members are equally
+    likely to be kept. None starts from the first member, as upstream, which favours the beginning of the file.
     """
     share = share_of(fraction)
     order, position, sizes = in_cluster(assignment, k)
@@ -187,11 +157,11 @@ def select_fraction(assignment: Tensor, k: int, fraction: float, seed: int | Non
     return order[up_to(position + 1) > up_to(position)]
 
 
-def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float, largest: bool = True) -> Tensor:
-    """The ceil(size * fraction) samples of each cluster farthest from (or nearest to) its centroid; an ablation."""
+def select_by_distance(assignment: Tensor, dist2: Tensor, k: int, fraction: float) -> Tensor:
+    """The ceil(size * fraction) samples of each cluster farthest from its centroid; an ablation (table 2b)."""
     share = share_of(fraction)
     assignment, dist2 = torch.as_tensor(assignment), torch.as_tensor(dist2)
-    by_distance = torch.argsort(-dist2 if largest else dist2, stable=True)
+    by_distance = torch.argsort(-dist2, stable=True)
     order, position, sizes = in_cluster(assignment[by_distance], k)
     samples = by_distance[order]
     wanted = -(-sizes * share.numerator // share.denominator)

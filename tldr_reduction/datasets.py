@@ -8,10 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as vision
 from PIL import Image
 from torch import Tensor, nn
@@ -22,10 +24,10 @@ from torchvision.transforms import InterpolationMode
 from shared import data
 from shared.errors import UserError
 from shared.index import Strings, cached
-from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
+from shared.pretrained import LITE0_MEAN, LITE0_STD
 from tldr_reduction.config import Common
-from tldr_reduction.model import LockedTower, image_side
-from tldr_reduction.tokenizer import WordPiece, pre_caption
+from tldr_reduction.model import image_side
+from tldr_reduction.tokenizer import PROMPT, pre_caption
 
 # ------------------------------------------------------------------------------------------------------- transforms
 
@@ -39,9 +41,8 @@ def eval_transform(size: int, normalise: Callable[[Image.Image], Tensor] = norma
 
 
 def view_of(model: nn.Module, cfg: Common) -> transforms.Compose:
-    """`eval_transform` with the image size and normalisation of a run's model."""
-    locked = isinstance(getattr(model, "visual", None), LockedTower)
-    return eval_transform(image_side(model, cfg), of_lite0 if locked else normalised)
+    """`eval_transform` with the image size of a run's model."""
+    return eval_transform(image_side(model, cfg))
 
 
 def no_pixels(image: Image.Image) -> Tensor:
@@ -164,108 +165,73 @@ def pixel_hash(image: Image.Image) -> int:
     return int(data.fingerprint(repr(image.size).encode(), image.tobytes()), 16)
 
 
-class PairDataset(Dataset):
-    """Items of a run: (i, uint8 image (3, S, S), caption after `pre_caption`, broken samples that were skipped).
+class TextOf:
+    """Makes the text of a pair for training, in a loader process: token ids (T,), in retrieval with a number of the
+    image, which is equal for all pairs with the same pixels.
 
-    `normalise` turns batches of these images into input of the model. A view depends only on seed, epoch and sample.
+    WordPiece's ids are padded to `max_length`; in fine-tuning, the prompt is put before the caption.
     """
 
-    def __init__(self, pairs, transform, seed: int, max_words: int = 30):
-        self.pairs, self.seed, self.max_words = pairs, seed, max_words
-        self.transform, self.normalise = data.split_normalisation(transform)
+    def __init__(self, tokenizer, cfg: Common):
+        self.stage, self.max_length = cfg.stage, cfg.max_length
+        self.tokenizer = data.RememberingTokenizer(tokenizer) if cfg.stage == "clip" else tokenizer
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, str, list[data.Broken]]:
-        pair, broken = data.read_item(self.pairs, i, self.seed)
-        return int(i), self.transform(pair.image), pre_caption(pair.caption, self.max_words), broken
-
-
-class LockedPairs(PairDataset):
-    """`PairDataset` with features (C,) of a locked Lite0 trunk instead of images, computed once on whole images.
-
-    `transform` is the model's evaluation transform. A broken sample is replaced by the next one. Features are kept in
-    `cache` for other runs.
-    """
-
-    def __init__(self, pairs, transform, seed: int, max_words: int = 30, cache: str | Path = "data/cache"):
-        super().__init__(pairs, transform, seed, max_words)
-        self.captions: list[str] = []
-        self.broken: list[data.Broken] = []
-        self.normalise = data.identity
-        self.features = cached_lite0_features(self.views(), cache)
-
-    def views(self, size: int = 256) -> Iterator[Tensor]:
-        """Yield uint8 batches (B, 3, S, S) of all images, and collect their captions in `captions`."""
-        for first in range(0, len(self.pairs), size):
-            last = min(first + size, len(self.pairs))
-            found = [data.read_or_next(self.pairs, row, self.broken) for row in range(first, last)]
-            self.captions += [pre_caption(pair.caption, self.max_words) for pair in found]
-            yield torch.stack([self.transform(pair.image) for pair in found])
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor, str, list[data.Broken]]:
-        row = int(i) % len(self)
-        return int(i), self.features[row], self.captions[row], self.broken if row == 0 else []
+    def __call__(self, pair: data.Pair) -> Tensor | tuple[Tensor, Tensor]:
+        caption = pre_caption(pair.caption)
+        if self.stage == "clip":
+            return self.tokenizer([caption])[0]
+        ids, _ = self.tokenizer([PROMPT * (self.stage == "finetune") + caption], self.max_length)
+        ids = F.pad(ids[0], (0, self.max_length - ids.shape[1]))
+        return (ids, torch.tensor(pixel_hash(pair.image) >> 1)) if self.stage == "retrieval" else ids  # fits int64
 
 
-class Collate:
-    """Make batches of `PairDataset`: item numbers (B,), images, ids (B, T), mask (B, T), broken samples.
+class Ordered(Dataset):
+    """Samples `rows` in order: (row, image by the evaluation transform, caption, pixel hash, whether it is readable).
 
-    The tokenizer is WordPiece, for which `prompt` is put before the captions, or open_clip's. Numbers after the caption
-    of an item become (B,) tensors after the mask.
-    """
-
-    def __init__(self, tokenizer, max_length: int, prompt: str = ""):
-        self.tokenizer, self.max_length, self.prompt = tokenizer, max_length, prompt
-        if not isinstance(tokenizer, WordPiece):
-            self.tokenizer = data.RememberingTokenizer(tokenizer)
-
-    def __call__(self, items: list) -> tuple:
-        numbers, images, captions, *more, broken = zip(*items, strict=True)
-        if isinstance(self.tokenizer, WordPiece):
-            ids, mask = self.tokenizer([self.prompt + caption for caption in captions], self.max_length)
-        else:
-            ids = self.tokenizer(captions)
-            mask = (ids != 0).long()
-        more = [torch.tensor(each) for each in more]
-        return torch.tensor(numbers), torch.stack(images), ids, mask, *more, [b for each in broken for b in each]
-
-
-class OrderedDataset(Dataset):
-    """Samples `rows` in order: (row, image by the evaluation transform, caption, pixel hash, reason).
-
-    A broken sample is not replaced: it has a blank image, and a reason, which is "" for readable samples.
+    A broken sample is not replaced: it has a blank image. `normalise` turns batches of images into input of the model.
     """
 
     def __init__(self, pairs, rows: np.ndarray, transform):
-        self.pairs, self.rows, self.transform = pairs, rows, transform
+        self.pairs, self.rows = pairs, rows
+        self.transform, self.normalise = data.split_normalisation(transform)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, str]:
+    def __getitem__(self, i: int) -> tuple[int, Tensor, str, int, bool]:
         row = int(self.rows[i])
         try:
             pair = self.pairs.read(row)
         except data.BrokenSample as error:
             if self.pairs.strict:
                 raise UserError(f"--strict: sample {self.pairs.keys[row]}: {error}") from error
-            return row, self.transform(Image.new("RGB", (8, 8))), "", 0, str(error)
-        return row, self.transform(pair.image), pair.caption, pixel_hash(pair.image), ""
+            return row, self.transform(Image.new("RGB", (8, 8))), "", 0, False
+        return row, self.transform(pair.image), pair.caption, pixel_hash(pair.image), True
 
 
-def collate_ordered(items: list) -> tuple[Tensor, Tensor, list[str], list[int], list[str]]:
-    """Items of `OrderedDataset` as a batch."""
-    rows, images, captions, pixels, reasons = zip(*items, strict=True)
-    return torch.tensor(rows), torch.stack(images), list(captions), list(pixels), list(reasons)
+class Batch(NamedTuple):
+    """Samples in order."""
+
+    rows: np.ndarray  # (b,) indices in the data
+    images: Tensor  # (b, 3, S, S) normalised, on the device
+    captions: list[str]
+    pixels: np.ndarray  # (b,) uint64 hashes of the images
+    readable: np.ndarray  # (b,) bool
 
 
-def ordered_loader(
-    pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
-    """Batches (rows (b,), images, captions, hashes, reasons) of `OrderedDataset`."""
-    return DataLoader(
-        OrderedDataset(pairs, rows, transform), batch_size, num_workers=workers, collate_fn=collate_ordered,
-        pin_memory=pin_memory,
-    )  # fmt: skip
+def in_order(
+    pairs, rows: np.ndarray, transform, batch_size: int, workers: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """Batches of the samples `rows`, in their order."""
+    dataset, device = Ordered(pairs, rows, transform), torch.device(device)
+    pin = device.type == "cuda"
+    for items in DataLoader(dataset, batch_size, num_workers=workers, collate_fn=columns, pin_memory=pin):
+        numbers, images, captions, pixels, readable = items
+        images = dataset.normalise(images.to(device, non_blocking=True))
+        yield Batch(numbers, images, captions, pixels, readable)
+
+
+def columns(items: list) -> tuple:
+    """Items of `Ordered` as a batch."""
+    rows, images, captions, pixels, readable = zip(*items, strict=True)
+    return np.array(rows), torch.stack(images), list(captions), np.array(pixels, np.uint64), np.array(readable)

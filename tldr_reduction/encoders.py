@@ -1,9 +1,10 @@
-"""Pretrained image encoders, for reductions without a codebook captioner.
+"""Pretrained models that a reduction uses beside the captioner: image encoders and scorers.
 
-A k-means codebook turns an encoder's tokens into code vectors. A selection is compared with random ones on an encoder's
-features.
+An encoder's tokens, quantised by a k-means codebook, replace the captioner's codes; a selection is compared with random
+ones on an encoder's features. A scorer says how well a caption fits its image: BLIP's matching head, or the cosine of
+any dual encoder. Authors' code: showlab/datacentric.vlp@a488102, `V:` for its `vq_compress_model/`.
 
-Shapes: B images, S their side, C channels of a token, D features, c numbers of a code, K codes.
+Shapes: B images, S their side, C channels of a token, D features, c numbers of a code, K codes, E embedding.
 """
 
 from collections.abc import Callable
@@ -15,18 +16,21 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
 from shared import checkpoints, data, export, pretrained
 from shared.errors import UserError
+from tldr_reduction.blip import BLIP
+from tldr_reduction.checkpoints import load_model, load_run
 from tldr_reduction.cluster import as_float, nearest, train_kmeans
+from tldr_reduction.datasets import eval_transform, of_lite0, view_of
+from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece, eval_tokenizer, pre_caption
 
 LITE0 = "efficientnet_lite0"
-NAMES = f"{LITE0}, timm:NAME, timm:NAME:FILE, another paper's run, local-dir:DIR of --export, or MODEL@TAG of open_clip"
+NAMES = f"{LITE0}, timm:NAME, another paper's run, local-dir:DIR of --export, or MODEL@TAG of open_clip"
 SIDE = 128  # pixels of an image for EfficientNet-Lite0
 ON_CPU = 32  # images per forward pass on a CPU
 GRID = 3  # an image has GRID x GRID tokens
+CODES, CODE_DIM = 256, 64  # size K and dimension c of an encoder's codebook
 
 # ------------------------------------------------------------------------------------------------------------ encoders
 
@@ -44,23 +48,19 @@ class Encoder(NamedTuple):
         return F.adaptive_avg_pool2d(self.map(images).float(), GRID).flatten(2).transpose(1, 2)
 
 
-def square(size: int, mean: tuple, std: tuple) -> transforms.Compose:
-    """PIL RGB -> normalised (3, S, S)."""
-    resize = transforms.Resize((size, size), InterpolationMode.BICUBIC)
-    return transforms.Compose([resize, data.ToNormalizedTensor(mean, std)])
-
-
 def load_encoder(name: str, device: torch.device | str = "cpu") -> Encoder:
-    """Load an encoder by its name (NAMES). ValueError or UserError if it cannot be loaded."""
+    """Load an encoder by its name (NAMES). UserError if it cannot be loaded."""
     kind, _, rest = name.partition(":")
     if name == LITE0:
         model = pretrained.fold_batch_norms(pretrained.efficientnet_lite0()).to(device)
-        view = square(SIDE, pretrained.LITE0_MEAN, pretrained.LITE0_STD)
-        return Encoder(view, in_batches(last_map(model.forward_intermediates)), in_batches(model))
+        return Encoder(
+            eval_transform(SIDE, of_lite0), in_batches(last_map(model.forward_intermediates)), in_batches(model)
+        )
     if kind == "timm" and rest:
-        model = load_timm(*rest.partition(":")[::2]).to(device)
+        model = load_timm(rest).to(device)
         settings = timm.data.resolve_model_data_config(model)
-        view = square(settings["input_size"][-1], settings["mean"], settings["std"])
+        normalise = data.ToNormalizedTensor(settings["mean"], settings["std"])
+        view = eval_transform(settings["input_size"][-1], normalise)
         return Encoder(view, in_batches(last_map(model.forward_intermediates)), in_batches(model))
     if export.foreign(name, "tldr_reduction"):
         model, transform, _ = export.load_model(name, device)
@@ -90,25 +90,15 @@ def last_map(forward_intermediates: Callable) -> Callable[[Tensor], Tensor]:
     return last
 
 
-def load_timm(name: str, file: str = "") -> nn.Module:
-    """A timm model without its classifier, in eval mode, with the weights in `file` or, without it, timm's."""
+def load_timm(name: str) -> nn.Module:
+    """A pretrained timm model without its classifier, in eval mode."""
     try:
-        model = timm.create_model(name, pretrained=not file, num_classes=0)
+        return timm.create_model(name, pretrained=True, num_classes=0).eval()
     except Exception as error:  # timm, the hub and the network raise all kinds
         why = checkpoints.one_line(error, 120)
         raise UserError(
-            f"timm:{name} is not on this machine and could not be fetched ({why}); timm:{name}:FILE takes weights from "
-            f"a file, or name {LITE0}"
+            f"timm:{name} is not on this machine and could not be fetched ({why}); {LITE0} comes with a package"
         ) from error
-    if file:
-        if not Path(file).is_file():
-            raise UserError(f"{file}, the weights of timm:{name}, does not exist")
-        state = checkpoints.load_checkpoint(file)
-        state = state.get("state_dict", state.get("model", state))
-        missing, _ = model.load_state_dict(state, strict=False)
-        if missing:
-            raise UserError(f"{file} holds no weights of timm:{name}: it lacks {missing[0]}")
-    return model.eval()
 
 
 # --------------------------------------------------------------------------------------------------------------- codes
@@ -129,12 +119,88 @@ class Codebook(NamedTuple):
         return {name: value.numpy() for name, value in self._asdict().items()}
 
 
-def fit_codebook(tokens: Tensor, num_codes: int, code_dim: int, seed: int) -> Codebook:
+def fit_codebook(tokens: Tensor, seed: int) -> Codebook:
     """Fit a codebook to tokens (n, 9, C): k-means on their projections on the first principal axes, not whitened."""
     flat = as_float(tokens).flatten(0, 1)
     mean = flat.mean(0)
     centred = flat - mean
     _, vectors = torch.linalg.eigh((centred.T @ centred).double())  # ascending
-    axes = vectors.flip(1)[:, :code_dim].float().contiguous()
-    centroids, _ = train_kmeans(centred @ axes, min(num_codes, len(flat)), seed, niter=10)
+    axes = vectors.flip(1)[:, :CODE_DIM].float().contiguous()
+    centroids, _ = train_kmeans(centred @ axes, min(CODES, len(flat)), seed, niter=10)
     return Codebook(mean, axes, centroids[centroids[:, 0].argsort()].contiguous())
+
+
+# ------------------------------------------------------------------------------------------------------------- scorers
+
+
+class Scorer(NamedTuple):
+    """The functions of a model that scores how well captions fit images."""
+
+    transform: Callable  # PIL RGB -> (3, S, S)
+    score: Callable[[Tensor, list[str]], Tensor]  # images (B, 3, S, S), captions -> (B,)
+    encode_image: Callable[[Tensor], Tensor]  # images -> (B, E), unit
+    encode_text: Callable[[list[str]], Tensor]  # captions -> (B, E), unit
+    matches: bool  # True: scores are probabilities of a match. False: cosines
+
+
+def scored_tokens(scorer: BLIP, tokenizer: WordPiece, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Tokenize captions for matching or embedding as in training, but cut at `SCORED_LENGTH` tokens: ids (B, T), mask
+    (B, T)."""
+    length = min(SCORED_LENGTH, scorer.text_encoder.max_positions)
+    return tokenizer([pre_caption(caption) for caption in captions], length)
+
+
+@torch.no_grad()
+def itm_scores(scorer: BLIP, tokenizer: WordPiece, images: Tensor, captions: list[str]) -> Tensor:
+    """Probability that each caption matches its image, (B,). images (B, 3, S, S), B captions. V:models/blip_itm.py:41.
+
+    Token 0 is [ENC], as in BLIP's training; theirs leaves [CLS] there.
+    """
+    ids, mask = scored_tokens(scorer, tokenizer, captions)
+    ids[:, 0] = tokenizer.enc
+    return scorer.itm(images, ids.to(images.device), mask.to(images.device)).softmax(dim=1)[:, 1]
+
+
+def load_scorer(name: str, device: torch.device) -> Scorer:
+    """Load a scorer: a run folder (BLIP's matching, or CLIP's cosine), transformers' BLIP, or any dual encoder that
+    shared/export.py loads. UserError if `name` cannot be loaded.
+    """
+    if export.foreign(name, "tldr_reduction"):
+        model, transform, tokenizer = export.load_model(name, device)
+        return cosines(model, transform, tokenizer, device)
+    if (Path(name) / "checkpoint.pt").is_file():
+        model, settings, tokenizer = load_run(name)
+        if settings.stage == "clip":
+            return cosines(model, view_of(model, settings), eval_tokenizer(tokenizer, settings), device)
+    if name.startswith(export.LOCAL):
+        raise UserError(f"{name} holds no open_clip_config.json: name a folder that --export wrote")
+    blip, settings, tokenizer = load_model(name, "blip")
+    blip.to(device)
+
+    def encode_text(captions: list[str]) -> Tensor:
+        ids, mask = scored_tokens(blip, tokenizer, captions)
+        return blip.encode_text(ids.to(device), mask.to(device))
+
+    def score(images: Tensor, captions: list[str]) -> Tensor:
+        return itm_scores(blip, tokenizer, images, captions)
+
+    return Scorer(eval_transform(settings.image_size), score, blip.encode_image, encode_text, True)
+
+
+def cosines(model: nn.Module, transform: Callable, tokenizer: Callable, device: torch.device) -> Scorer:
+    """Scorer that computes the cosines of a dual encoder. transform: PIL RGB -> (3, S, S); tokenizer: captions -> ids
+    (B, T)."""
+    model.to(device)
+
+    @torch.no_grad()
+    def encode_image(images: Tensor) -> Tensor:
+        return F.normalize(model.encode_image(images).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(captions: list[str]) -> Tensor:
+        return F.normalize(model.encode_text(tokenizer(captions).to(device)).float(), dim=-1)
+
+    def score(images: Tensor, captions: list[str]) -> Tensor:
+        return (encode_image(images) * encode_text(captions)).sum(dim=1)
+
+    return Scorer(transform, score, encode_image, encode_text, False)

@@ -1,176 +1,92 @@
-"""Outputs of the models for every sample, saved to files: codes, features, matching scores, generated captions.
+"""Outputs of the models for every sample of a reduction: codes, features, matching scores, generated captions.
 
-`rows` are indices of samples in the data; ranks divide them among themselves. An interrupted reduction resumes from the
-saved files, and reductions may share them. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
+Each pass over the data fills one memory-mapped table in the work folder, with an entry for every sample. Ranks divide
+the samples among themselves; an interrupted reduction computes only what is missing, and reductions of the same data
+may share the folder. Authors' code: showlab/datacentric.vlp@a488102, cited as `U:`.
 """
 
-import itertools
 import os
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import checkpoints, data, run
 from shared.errors import UserError
-from shared.index import locked
 from tldr_reduction.checkpoints import load_model, weights_of
 from tldr_reduction.config import ReduceConfig
-from tldr_reduction.datasets import eval_transform, no_pixels, ordered_loader
-from tldr_reduction.encoders import LITE0, Codebook, Encoder, fit_codebook, load_encoder
-from tldr_reduction.model import CodebookCaptioner
+from tldr_reduction.datasets import Batch, eval_transform, in_order, no_pixels
+from tldr_reduction.encoders import LITE0, Codebook, Encoder, Scorer, fit_codebook, load_encoder, load_scorer
+from tldr_reduction.model import MAX_LENGTH, CodebookCaptioner
 from tldr_reduction.quality import thumbnails
-from tldr_reduction.scorers import Scorer, load_scorer
-from tldr_reduction.tokenizer import SCORED_LENGTH, WordPiece
+from tldr_reduction.tokenizer import WordPiece
 
 FITTED = 4096  # images to fit an encoder's codebook on
 
-# ------------------------------------------------------------------------------------------------------- forward passes
+# -------------------------------------------------------------------------------------------------------------- tables
 
 
-@torch.no_grad()
-def extract_codes(captioner: CodebookCaptioner, loader: Iterable, precision: str = "fp32") -> np.ndarray:
-    """Code vectors (N, L') in the order of the sample index: uint16, or int32 with more than 65536 codes.
+def open_table(path: Path, size: int, values: dict[str, np.ndarray]) -> np.memmap:
+    """The table of a pass, opened for writing: `size` entries of the fields of `values`, arrays (b, ...), and `done`.
 
-    U:codebook_extractor.py:24-63. `loader` yields (index (b,), images, ...), images in the evaluation transform, so an
-    image always has the same codes (upstream takes random training views).
+    It is made if it does not exist; all its bytes are reserved, since writing to a map on a full disk would kill the
+    process. UserError if there is no room.
     """
-    captioner.eval()
-    device = next(captioner.parameters()).device
-    dtype = np.uint16 if captioner.quantize.embedding.num_embeddings <= 2**16 else np.int32
-    indices, codes = [], []
-    for index, images, *_ in loader:
-        with run.autocast(precision, device):
-            codes.append(captioner.encode(images.to(device)).cpu().numpy().astype(dtype))
-        indices.append(np.asarray(index))
-    return np.concatenate(codes)[np.argsort(np.concatenate(indices), kind="stable")]
+    fields = [("done", "?"), *((name, array.dtype, array.shape[1:]) for name, array in values.items())]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            table = np.lib.format.open_memmap(fresh, "w+", dtype=np.dtype(fields), shape=(size,))
+            with open(fresh, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, table.offset + table.nbytes)
+            os.link(fresh, path)  # fails if another rank or reduction was faster
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise UserError(f"{path} could not be written: {error.strerror}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+    table = np.lib.format.open_memmap(path, "r+")
+    if table.dtype != np.dtype(fields) or len(table) != size:
+        raise UserError(f"{path} holds other outputs than those of this pass: remove it")
+    return table
 
 
-@torch.no_grad()
-def image_features(captioner: CodebookCaptioner, images: Tensor) -> Tensor:
-    """Means (B, D) of the continuous image tokens, for the ablation that clusters without the codebook."""
-    return captioner.visual_encoder(images).float().mean(dim=1)
+class Rows:
+    """Some rows of a memory-mapped array (N, ...), read when they are indexed."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray):
+        self.array, self.rows = array, rows
+        self.shape = len(rows), *array.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key) -> np.ndarray:
+        return self.array[self.rows[key]]
 
 
-def short(reasons: list[str]) -> np.ndarray:
-    """Reasons cut to 80 characters, as an array that is no wider than the longest."""
-    return np.array([reason[:80] for reason in reasons], dtype=np.str_)
-
-
-# ------------------------------------------------------------------------------------------- outputs saved by sample
-
-
-def cached_rows(
-    folder: Path, rows: np.ndarray, size: int, process: run.Process, compute: Callable[[np.ndarray], dict]
-) -> None:
-    """Run `compute(rows)`, which returns arrays with an entry per sample, for those of `rows` (ascending) that `folder`
-    lacks.
-
-    There is one file for each `size` samples of the data, replaced atomically. Ranks divide the files among themselves;
-    an earlier run may have had another number of ranks.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in np.unique(rows // size)[process.rank :: process.world_size]:
-        path, wanted = folder / f"{number:06}.npz", rows_in(rows, number, size)
-        kept = load_file(path)
-        missing = wanted if kept is None else np.setdiff1d(wanted, kept["rows"])
-        if not len(missing):
-            continue
-        fresh = {"rows": missing, **compute(missing)}
-        with locked(path.with_suffix(".lock")):  # reductions may share the folder
-            merged = merge(load_file(path), fresh)
-            with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
-                np.savez(file, **merged)
-    run.wait()  # until all ranks have written their files
-
-
-def merge(kept: dict[str, np.ndarray] | None, fresh: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of both, ascending by row; of a row that both have, those of `kept`."""
-    if kept is not None:
-        new = ~np.isin(fresh["rows"], kept["rows"])
-        fresh = {name: np.concatenate([kept[name], values[new]]) for name, values in fresh.items()}
-    order = np.argsort(fresh["rows"])
-    return {name: values[order] for name, values in fresh.items()}
-
-
-def rows_in(rows: np.ndarray, number: int, size: int) -> np.ndarray:
-    """Those `rows` (ascending) that belong to file `number`."""
-    return rows[slice(*np.searchsorted(rows, (number * size, (number + 1) * size)))]
-
-
-def load_file(path: Path) -> dict[str, np.ndarray] | None:
-    """All arrays of a file, or None if it does not exist or cannot be read, so that it is computed again."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def read_rows(folder: Path, rows: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Array `name` of the samples `rows` (ascending)."""
-    found = []
-    for number in np.unique(rows // size):
-        with np.load(folder / f"{number:06}.npz", allow_pickle=False) as file:
-            kept, wanted = file["rows"], rows_in(rows, number, size)
-            places = np.searchsorted(kept, wanted).clip(max=len(kept) - 1)
-            if not np.array_equal(kept[places], wanted):  # another reduction replaced the file meanwhile
-                raise UserError(f"{folder}/{number:06}.npz lacks samples that were written: run the reduction again")
-            found.append(file[name][places])
-    return np.concatenate(found)
-
-
-def read_reasons(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
-    """(N,) why the images of the samples `rows` (ascending) are unreadable, "" if they are readable.
-
-    In the object array equal strings are one object; a string array would store each at the width of the longest.
-    """
-    found, known = [np.empty(0, dtype=object)], {}
-    for number in np.unique(rows // size):
-        reasons = read_rows(folder, rows_in(rows, number, size), size, "reasons").astype(object)
-        found.append(np.array([known.setdefault(reason, reason) for reason in reasons], dtype=object))
-    return np.concatenate(found)
-
-
-def gathered_codes(folder: Path, rows: np.ndarray, size: int) -> np.ndarray:
-    """Code vectors (N, L') of the samples `rows` as one memory-mapped array."""
-    path, first = folder / "codes.npy", read_rows(folder, rows[:1], size, "codes")
-    header = np.lib.format.header_data_from_array_1_0(first) | {"shape": (len(rows), first.shape[1])}
-    # On a full disk, writing to a file is an error, but writing to a memory map kills the process
-    with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for number in np.unique(rows // size):
-            file.write(read_rows(folder, rows_in(rows, number, size), size, "codes").tobytes())
-    return np.load(path, mmap_mode="r")
-
-
-# --------------------------------------------------------------------------------------------------- all of a reduction
+# ------------------------------------------------------------------------------------------------ all of a reduction
 
 
 class Inference:
-    """A reduction's forward passes over its data, saved in the work folder; all ranks call each method."""
+    """A reduction's passes over its data; all ranks call each method, except `checks` and `text_features`."""
 
-    def __init__(self, cfg: ReduceConfig, pairs, process: run.Process):
-        self.cfg, self.pairs, self.process = cfg, pairs, process
+    def __init__(self, cfg: ReduceConfig, pairs, process: run.Process, load_scorer: Callable = load_scorer):
+        self.cfg, self.pairs, self.process, self.load_scorer = cfg, pairs, process, load_scorer
         self.rows = np.arange(len(pairs))
         self.work = Path(cfg.work or Path(cfg.out) / "work")
-        self.fingerprint = pairs.fingerprint  # part of the names of the folders in the work folder
+        self.fingerprint = pairs.fingerprint  # part of the names of the tables
         if root := getattr(pairs, "root", None):  # in another root, an annotation file names other images
             self.fingerprint = data.fingerprint(f"{pairs.fingerprint} {os.path.abspath(root)}".encode())
         self.precision = run.resolve_precision(cfg.precision, process.device)
         self.loaded: dict[str, tuple] = {}
-        self.fitted: dict[str, np.ndarray] = {"rows": np.empty(0, np.int64)}  # codes that `encoder_codes` made
-        self.tick: Callable[[int], None] = lambda _: None  # counts the samples of a pass
 
-    def folder(self, what: str, model: str) -> Path:
-        """Folder for the outputs `what` of a model on the reduction's data; each pair of model and data has its own."""
-        file = weights_of(model)
-        stamp = file and file.stat().st_mtime_ns
-        marks = (self.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision)
-        return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
+    # ---------------------------------------------------------------------------------------------------------- models
 
     def model(self, path: str, stage: str) -> tuple[nn.Module, WordPiece, Callable]:
         """Model and tokenizer of a run folder or of transformers' BLIP, and the transform of its images."""
@@ -182,231 +98,182 @@ class Inference:
     def scorer(self) -> Scorer:
         """The model that scores image-text matching."""
         if "scorer" not in self.loaded:
-            self.loaded["scorer"] = load_scorer(self.cfg.scorer, self.process.device, self.cfg.cls_scores)
+            self.loaded["scorer"] = self.load_scorer(self.cfg.scorer, self.process.device)
         return self.loaded["scorer"]
 
-    def loader(self, rows: np.ndarray, transform: Callable) -> Iterator[tuple]:
-        """Batches (rows (b,), images on the device, captions, hashes, reasons)."""
-        (pixels, normalise), device = data.split_normalisation(transform), self.process.device
-        pin = device.type == "cuda"
-        for index, images, *rest in ordered_loader(
-            self.pairs, rows, pixels, self.cfg.batch_size, self.cfg.workers, pin
-        ):
-            yield index, normalise(images.to(device, non_blocking=True)), *rest
-            self.tick(len(index) * self.process.world_size)
-
-    def keep(
-        self,
-        folder: Path,
-        rows: np.ndarray,
-        label: str,
-        compute: Callable[[np.ndarray], dict],
-        size: int | None = None,
-    ) -> Path:
-        """`cached_rows` with the reduction's settings and a progress report; return the folder."""
-        size = size or self.cfg.chunk
-        files = {number for number in np.unique(rows // size).tolist() if (folder / f"{number:06}.npz").exists()}
-        left = len(rows) - sum(len(rows_in(rows, number, size)) for number in files)
-        with run.counting(left, label, "sample", self.process) as self.tick:
-            cached_rows(folder, rows, size, self.process, compute)
-        self.tick = lambda _: None
-        return folder
-
     def encoder(self, name: str) -> Encoder:
-        """The pretrained image encoder of that name, loaded once."""
+        """The pretrained image encoder of that name."""
         if name not in self.loaded:
             self.loaded[name] = load_encoder(name, self.process.device)
         return self.loaded[name]
 
-    def codes(self, path: str | None) -> Path:
-        """Folder with code vectors, pixel hashes and reasons (why an image is broken, else "") of all samples.
+    def table(self, what: str, model: str, *settings) -> Path:
+        """File for the outputs `what` of a model; other data, weights, precision and settings have other files."""
+        file = weights_of(model)
+        stamp = file and file.stat().st_mtime_ns
+        marks = (self.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision, *settings)
+        return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}.npy"
 
-        Codes are those of the captioner in `path`, or of the encoder's k-means codebook.
-        """
-        if path:
-            captioner, _, transform = self.model(path, "captioner")
-            encode, kept_in = None, self.folder("codes", path)
-        else:
-            transform, encode = self.encoder(self.cfg.encoder).transform, self.encoder_codes()
-            kept_in = self.encoder_folder("codes")
+    # ---------------------------------------------------------------------------------------------------------- a pass
 
-        def compute(rows: np.ndarray) -> dict:
-            old = np.isin(rows, self.fitted["rows"])
-            if not old.any():
-                return encoded(rows)
-            known = {name: values[np.isin(self.fitted["rows"], rows)] for name, values in self.fitted.items()}
-            self.tick(int(old.sum()) * self.process.world_size)
-            if not old.all():
-                known = merge(known, {"rows": rows[~old], **encoded(rows[~old])})
-            return {name: known[name] for name in ("codes", "pixels", "reasons")}
-
-        def encoded(rows: np.ndarray) -> dict:
-            pixels, reasons = [], []
-
-            def watched():
-                for index, images, _, hashes, why in self.loader(rows, transform):
-                    pixels.extend(hashes)
-                    reasons.extend(why)
-                    yield index, images, hashes
-
-            if encode is None:
-                codes = extract_codes(captioner, watched(), self.precision)
-            else:
-                codes = np.concatenate(
-                    [data.encode_distinct(encode, images, hashes) for _, images, hashes in watched()]
-                )
-            return {"codes": codes, "pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
-
-        return self.keep(kept_in, self.rows, "codes", compute)
-
-    def encoder_folder(self, what: str) -> Path:
-        """Folder for the outputs `what` of --encoder with its codebook's settings, as `folder`."""
+    @torch.no_grad()
+    def filled(
+        self, path: Path, rows: np.ndarray, label: str, transform: Callable, compute: Callable[[Batch], dict]
+    ) -> np.memmap:
+        """The table `path`, in which the `rows` (ascending) are filled with `compute(batch)`, arrays by name."""
+        left = rows
+        if path.exists():
+            left = rows[~np.load(path, mmap_mode="r")["done"][rows]]
+        left = run.broadcast(left, self.process)  # a faster rank may have written already
+        own = np.array_split(left, self.process.world_size)[self.process.rank]
         cfg = self.cfg
-        marks = (self.fingerprint, cfg.encoder, cfg.num_codes, cfg.code_dim, cfg.seed, self.precision)
-        if (file := weights_of(cfg.encoder)) is not None:  # a file that may change
-            marks += (file.stat().st_mtime_ns,)
-        return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}"
+        with run.counting(len(left), label, "sample", self.process) as tick:
+            for batch in in_order(self.pairs, own, transform, cfg.batch_size, cfg.workers, self.process.device):
+                with run.autocast(self.precision, self.process.device):
+                    values = compute(batch)
+                self.put(path, batch.rows, values)
+                tick(len(batch.rows) * self.process.world_size)
+        run.wait()  # until all ranks have written their rows
+        return np.load(path, mmap_mode="r")
 
-    def encoder_codes(self) -> Callable[[Tensor], np.ndarray]:
-        """Return a function images (B, 3, S, S) -> codes (B, 9), by a codebook that rank 0 fits to at most FITTED
-        samples of the data and saves.
+    def put(self, path: Path, rows: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """Write `values` (b, ...) of some rows to the table `path`, and note that they are done."""
+        table = open_table(path, len(self.pairs), values)
+        for name, value in values.items():
+            table[name][rows] = value
+        table["done"][rows] = True
 
-        Codes of these samples are kept in `fitted`, so that their images are not encoded again.
+    def codes(self) -> np.memmap:
+        """Table of all samples: `codes` (L',), hashes of the pixels, and whether an image is readable.
+
+        Codes are those of --captioner, or of the codebook of --encoder. They are computed on the evaluation transform
+        and stored by sample (U:codebook_extractor.py:24-63 has random training views and no order).
         """
-        cfg, encoder, path = self.cfg, self.encoder(self.cfg.encoder), self.encoder_folder("codebook") / "codebook.npz"
-        if self.process.main and load_file(path) is None:
+        cfg = self.cfg
+        if cfg.captioner:
+            captioner, _, transform = self.model(cfg.captioner, "captioner")
+            path, encode = self.table("codes", cfg.captioner), lambda images: codes_of(captioner, images)
+        else:
+            transform, path = self.encoder(cfg.encoder).transform, self.table("codes", cfg.encoder, cfg.seed)
+            codebook, encoder = self.codebook(path), self.encoder(cfg.encoder)
+            encode = lambda images: codebook(encoder.tokens(images))  # noqa: E731
+
+        def compute(batch: Batch) -> dict:
+            codes = data.encode_distinct(encode, batch.images, batch.pixels.tolist())
+            return {"codes": codes, "pixels": batch.pixels, "readable": batch.readable}
+
+        return self.filled(path, self.rows, "codes", transform, compute)
+
+    def codebook(self, codes: Path) -> Codebook:
+        """The codebook of --encoder, which rank 0 fits to at most FITTED samples of the data and saves; the codes of
+        these samples go to the table `codes`."""
+        cfg, encoder = self.cfg, self.encoder(self.cfg.encoder)
+        path = self.table("codebook", cfg.encoder, cfg.seed).with_suffix(".npz")
+        if self.process.main and not path.exists():
             sample = np.sort(np.random.default_rng(cfg.seed).permutation(len(self.rows))[:FITTED])
-            batches, pixels, reasons = [], [], []
-            for _, images, _, hashes, why in self.loader(sample, encoder.transform):
-                with run.autocast(self.precision, images.device):
-                    batches.append(encoder.tokens(images).cpu())
-                pixels += hashes
-                reasons += why
-            tokens = torch.cat(batches)
-            codebook = fit_codebook(tokens, cfg.num_codes, cfg.code_dim, cfg.seed)
-            self.fitted = {"rows": sample, "codes": codebook(tokens)}
-            self.fitted |= {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
+            rows, pixels, readable, tokens = [], [], [], []
+            for batch in in_order(
+                self.pairs, sample, encoder.transform, cfg.batch_size, cfg.workers, self.process.device
+            ):
+                with run.autocast(self.precision, self.process.device):
+                    tokens.append(encoder.tokens(batch.images).cpu())
+                rows.append(batch.rows)
+                pixels.append(batch.pixels)
+                readable.append(batch.readable)
+            tokens = torch.cat(tokens)
+            codebook = fit_codebook(tokens, cfg.seed)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with checkpoints.replaced(path) as file:
+            with checkpoints.replaced(path, f".{os.getpid()}.tmp") as file:
                 np.savez(file, **codebook.arrays())
+            values = {"pixels": np.concatenate(pixels), "readable": np.concatenate(readable)}
+            self.put(codes, np.concatenate(rows), {"codes": codebook(tokens), **values})
         run.wait()  # until it is written
-        kept = load_file(path)
-        codebook = Codebook(*(torch.from_numpy(kept[name]) for name in Codebook._fields))
+        with np.load(path, allow_pickle=False) as kept:
+            return Codebook(*(torch.from_numpy(kept[name]) for name in Codebook._fields))
 
-        def encode(images: Tensor) -> np.ndarray:
-            with run.autocast(self.precision, images.device):
-                return codebook(encoder.tokens(images))
+    def readable(self) -> np.memmap:
+        """Table of all samples as of `codes`, without codes."""
 
-        return encode
+        def compute(batch: Batch) -> dict:
+            return {"pixels": batch.pixels, "readable": batch.readable}
 
-    def checks(self, rows: np.ndarray) -> tuple[dict[str, Tensor], list[str], str]:
-        """For readable samples `rows` (n,): features (n, D) by name, captions, and why an encoder's are missing, or "".
+        path = self.work / f"images-{self.fingerprint}.npy"
+        return self.filled(path, self.rows, "images", no_pixels, compute)
 
-        Features are thumbnails, and those of the encoder that --check names.
-        """
-        cfg, missing = self.cfg, ""
-        name, encoder = LITE0 if cfg.check == "auto" else cfg.check, None
-        if not (cfg.check == "auto" and cfg.coded_by == LITE0):
-            try:
-                encoder = self.encoder(name)
-            except UserError as error:
-                if cfg.check != "auto":
-                    raise
-                missing = str(error)
-        transform = encoder.transform if encoder else eval_transform(32)
-
-        def compute(rows: np.ndarray) -> dict:
-            small, features = [], []
-            for _, images, *_ in self.loader(rows, transform):
-                small.append(thumbnails(images))
-                with torch.no_grad(), run.autocast(self.precision, images.device):
-                    features.append(encoder.features(images).float().cpu() if encoder else small[-1][:, :0])
-            return {"small": torch.cat(small).numpy(), "features": torch.cat(features).numpy()}
-
-        marks = self.fingerprint, str(encoder and name), self.precision, data.fingerprint(rows.tobytes())
-        folder = self.work / f"check-{data.stable_hash(*marks):016x}"
-        size = max(cfg.chunk, len(self.pairs) // 16)  # few files, since there are few samples
-        self.keep(folder, rows, "check", compute, size)
-        found = {"images at 8 x 8 pixels": torch.from_numpy(read_rows(folder, rows, size, "small"))}
-        if encoder:
-            found[name] = torch.from_numpy(read_rows(folder, rows, size, "features"))
-        return found, [self.pairs.caption(row) for row in rows], missing
-
-    def readable(self) -> Path:
-        """Folder with pixel hashes and reasons (as in `codes`) of all samples, for reductions that need no codes."""
-
-        def compute(rows: np.ndarray) -> dict:
-            batches = [(hashes, why) for _, _, _, hashes, why in self.loader(rows, no_pixels)]
-            pixels, reasons = (list(itertools.chain.from_iterable(each)) for each in zip(*batches, strict=True))
-            return {"pixels": np.array(pixels, np.uint64), "reasons": short(reasons)}
-
-        return self.keep(self.work / f"images-{self.fingerprint}", self.rows, "images", compute)
-
-    def features(self, captioner: str | None) -> Path:
-        """Folder with continuous features of all images, for ablations: those of the captioner or encoder, or the
-        scorer's embeddings."""
-        if self.cfg.features == "blip":
-            transform, encode = self.scorer().transform, self.scorer().encode_image
-            kept_in = self.folder("features-blip", self.cfg.scorer)
-        elif captioner:
-            model, _, transform = self.model(captioner, "captioner")
-            encode, kept_in = lambda images: image_features(model, images), self.folder("features-image", captioner)
-        else:
-            transform, _, encode = self.encoder(self.cfg.encoder)
-            kept_in = self.encoder_folder("features")
-
-        def compute(rows: np.ndarray) -> dict:
-            batches = []
-            for _, images, _, hashes, _ in self.loader(rows, transform):
-                with torch.no_grad(), run.autocast(self.precision, images.device):
-                    batches.append(data.encode_distinct(lambda x: encode(x).float().cpu(), images, hashes))
-            return {"features": torch.cat(batches).numpy()}
-
-        return self.keep(kept_in, self.rows, "features", compute)
-
-    def text_features(self) -> np.ndarray:
-        """The scorer's embeddings of all captions, (N, E); not saved."""
-        batches = []
-        for first in range(0, len(self.rows), self.cfg.batch_size):
-            captions = [self.pairs.caption(row) for row in self.rows[first : first + self.cfg.batch_size]]
-            with torch.no_grad():
-                batches.append(self.scorer().encode_text(captions).cpu())
-        return torch.cat(batches).numpy()
-
-    def scores(self, rows: np.ndarray, captions: dict[int, str] | None, what: str) -> np.ndarray:
-        """ITM scores (n,) of the images `rows` (n,) with `captions`, by row, or with their own captions (None)."""
-        cfg, scorer = self.cfg, self.scorer()
-
-        def compute(rows: np.ndarray) -> dict:
-            batches = []
-            for index, images, own, *_ in self.loader(rows, scorer.transform):
-                texts = own if captions is None else [captions[int(row)] for row in index]
-                with run.autocast(self.precision, images.device):
-                    batches.append(scorer.score(images, texts).float().cpu())
-            return {"scores": torch.cat(batches).numpy()}
-
-        name = f"{what}-{SCORED_LENGTH}" + "-cls" * cfg.cls_scores
-        folder = self.keep(self.folder(name, cfg.scorer), rows, what.partition("-after")[0], compute)
-        return read_rows(folder, rows, cfg.chunk, "scores")
-
-    def scores_after(self, rows: np.ndarray, captions: dict[int, str]) -> np.ndarray:
-        """ITM scores of the kept samples `rows` with their new captions."""
-        return self.scores(rows, captions, f"itm-after-{data.stable_hash(*captions.items()):016x}")
-
-    def generated(self, rows: np.ndarray) -> np.ndarray:
-        """Generated captions T_g of `rows`."""
+    def features(self) -> np.ndarray:
+        """Continuous features (N, D) of all images, for ablations: those of the captioner (the mean of its tokens) or
+        encoder, or the scorer's embeddings."""
         cfg = self.cfg
-        captioner, tokenizer, transform = self.model(cfg.caption_model, "finetune")
+        if cfg.features == "blip":
+            transform, encode = self.scorer().transform, self.scorer().encode_image
+            path = self.table("features-blip", cfg.scorer)
+        elif cfg.captioner:
+            captioner, _, transform = self.model(cfg.captioner, "captioner")
+            path = self.table("features-image", cfg.captioner)
+            encode = lambda images: captioner.visual_encoder(images).float().mean(dim=1)  # noqa: E731
+        else:
+            transform, _, encode = self.encoder(cfg.encoder)
+            path = self.table("features-image", cfg.encoder)
+
+        def compute(batch: Batch) -> dict:
+            encoded = data.encode_distinct(
+                lambda images: encode(images).float().cpu(), batch.images, batch.pixels.tolist()
+            )
+            return {"features": encoded.numpy()}
+
+        return self.filled(path, self.rows, "features", transform, compute)["features"]
+
+    def scores(self, rows: np.ndarray, captions: dict[int, str] | None) -> np.ndarray:
+        """ITM scores (n,) of the images `rows` (n,) with `captions`, by row, or with their own captions (None)."""
+        scorer = self.scorer()
+
+        def compute(batch: Batch) -> dict:
+            texts = batch.captions if captions is None else [captions[int(row)] for row in batch.rows]
+            return {"scores": scorer.score(batch.images, texts).float().cpu().numpy()}
+
+        which = () if captions is None else (data.stable_hash(*captions.items()),)
+        path = self.table("itm" if captions is None else "itm-after", self.cfg.scorer, *which)
+        return self.filled(path, rows, "itm", scorer.transform, compute)["scores"][rows]
+
+    def generated(self, rows: np.ndarray) -> list[str]:
+        """Generated captions T_g of `rows`."""
+        captioner, tokenizer, transform = self.model(self.cfg.caption_model, "finetune")
         prompt = tokenizer.prompt_ids().to(self.process.device)
 
-        def compute(rows: np.ndarray) -> dict:
-            texts = []
-            for _, images, *_ in self.loader(rows, transform):
-                with run.autocast(self.precision, images.device):
-                    ids = captioner.generate(images, prompt, cfg.num_beams, cfg.max_length, cfg.min_length)
-                texts += tokenizer.decode(ids.cpu())
-            return {"captions": np.array(texts, dtype=np.str_)}
+        def compute(batch: Batch) -> dict:
+            ids = captioner.generate(batch.images, prompt)
+            return {"ids": F.pad(ids, (0, MAX_LENGTH - ids.shape[1])).int().cpu().numpy()}
 
-        what = f"captions-{cfg.num_beams}-{cfg.max_length}-{cfg.min_length}"
-        folder = self.keep(self.folder(what, cfg.caption_model), rows, "captions", compute)
-        return read_rows(folder, rows, cfg.chunk, "captions")
+        path = self.table("captions", self.cfg.caption_model)
+        ids = self.filled(path, rows, "captions", transform, compute)["ids"][rows]
+        return tokenizer.decode(torch.from_numpy(ids))
+
+    # ------------------------------------------------------------------------------------------------- on rank 0 alone
+
+    @torch.no_grad()
+    def text_features(self) -> np.ndarray:
+        """The scorer's embeddings of all captions, (N, E); not saved."""
+        size = self.cfg.batch_size
+        batches = [self.rows[first : first + size] for first in range(0, len(self.rows), size)]
+        texts = ([self.pairs.caption(row) for row in batch] for batch in batches)
+        return torch.cat([self.scorer().encode_text(captions).cpu() for captions in texts]).numpy()
+
+    @torch.no_grad()
+    def checks(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Features (n, D), by name, of readable samples `rows` (n,): thumbnails and, unless it made the clusters,
+        EfficientNet-Lite0's; not saved."""
+        encoder = None if self.cfg.coded_by == LITE0 else self.encoder(LITE0)
+        transform = encoder.transform if encoder else eval_transform(32)
+        found: dict[str, list[Tensor]] = {"images at 8 x 8 pixels": []} | ({LITE0: []} if encoder else {})
+        for batch in in_order(self.pairs, rows, transform, self.cfg.batch_size, self.cfg.workers, self.process.device):
+            found["images at 8 x 8 pixels"].append(thumbnails(batch.images))
+            if encoder:
+                with run.autocast(self.precision, self.process.device):
+                    found[LITE0].append(encoder.features(batch.images).float().cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def codes_of(captioner: CodebookCaptioner, images: Tensor) -> np.ndarray:
+    """Code vectors (B, L') of images, uint16, or int32 with more than 65536 codes. U:codebook_extractor.py:36-42."""
+    small = captioner.quantize.embedding.num_embeddings <= 2**16
+    return captioner.encode(images).cpu().numpy().astype(np.uint16 if small else np.int32)

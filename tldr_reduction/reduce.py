@@ -22,7 +22,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,40 +34,30 @@ from shared import checkpoints, cli, data, run, tars
 from shared.errors import UserError
 from tldr_reduction.checkpoints import weights_of
 from tldr_reduction.cluster import (
+    POINTS,
     Clusters,
     cluster_codes,
     keep_top,
-    kmeans,  # noqa: F401  of this file's contract
     random_subset,
     select_by_distance,
-    select_every_nth,  # noqa: F401  of this file's contract
     select_fraction,
-    whiten,  # noqa: F401  of this file's contract
 )
-from tldr_reduction.config import SETS, ReduceConfig, check_reduction, kept_by
+from tldr_reduction.config import SETS, ReduceConfig, complete, kept_by
 from tldr_reduction.datasets import local_pairs, open_pairs
-from tldr_reduction.encoders import GRID
-from tldr_reduction.html_report import write_page
-from tldr_reduction.inference import (
-    Inference,
-    extract_codes,  # noqa: F401  of this file's contract
-    gathered_codes,
-    read_reasons,
-    read_rows,
-)
+from tldr_reduction.encoders import GRID, load_scorer
+from tldr_reduction.inference import Inference, Rows
 from tldr_reduction.quality import caption_features, measured, sampled
 from tldr_reduction.report import (
     Outcome,
-    column,
     distinct_images,
     itm_summaries,
     notes_of,
     print_report,
+    put,
     summary_of,
     table_of,
-    write_csv,
+    write_page,
 )
-from tldr_reduction.tokenizer import pre_caption  # noqa: F401  of this file's contract
 
 # ----------------------------------------------------------------------------------------------------- refined captions
 
@@ -75,34 +65,6 @@ from tldr_reduction.tokenizer import pre_caption  # noqa: F401  of this file's c
 def refined(original: str, generated: str) -> str:
     """T = T_o "; " T_g. U:generate_train_json_w_caption.py:45."""
     return f"{original}; {generated}"
-
-
-def refine_annotations(
-    rows: Sequence[Sequence[str]], generated: Iterable[dict], annotations: Iterable[dict]
-) -> list[dict]:
-    """Annotations with the captions of `rows`, followed by the generated ones.
-    U:generate_train_json_w_caption.py:33-82.
-
-    rows: [caption, key] of the source; generated: {"image_id": row number, "caption"}; annotations: {"image",
-    "caption"}. A row belongs to the annotation whose file name, up to its first dot, equals the end of the row's key,
-    after its last "_". Annotations without a row keep their captions, and so do rows without a generated caption; if a
-    row has several generated captions, all are appended.
-    """
-    captions = [row[0] for row in rows]
-    for entry in generated:
-        row = int(entry["image_id"])
-        if 0 <= row < len(captions):
-            captions[row] = refined(captions[row], entry["caption"])
-    by_key = {row[1].split("_")[-1]: caption for row, caption in zip(rows, captions, strict=True)}
-    return [
-        {"image": entry["image"], "caption": by_key.get(image_key(entry["image"]), entry["caption"])}
-        for entry in annotations
-    ]
-
-
-def image_key(path: str) -> str:
-    """train/0/0001.jpg -> 0001"""
-    return path.split("/")[-1].split(".")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ selection
@@ -125,7 +87,7 @@ def select(cfg: ReduceConfig, n: int, scores: np.ndarray | None, clusters: Clust
     if cfg.select == "stride":
         seed = cfg.seed if cfg.start == "seed" else None
         return select_fraction(clusters.assignment, cfg.clusters, keep, seed)
-    return select_by_distance(clusters.assignment, clusters.dist2, cfg.clusters, keep, cfg.select == "farthest")
+    return select_by_distance(clusters.assignment, clusters.dist2, cfg.clusters, keep)
 
 
 def select_distinct(cfg: ReduceConfig, pixels: np.ndarray, scores: np.ndarray | None, clusters: Clusters | None):
@@ -220,19 +182,19 @@ def dry_run(cfg: ReduceConfig) -> None:
     n, what = SETS[name][0], f"{name}, as {cfg.data} is not here"
     if (pairs := local_pairs(cfg.data, cfg.image_root, cache=cfg.cache)) is not None:
         n, what = len(pairs), cfg.data
-    cfg = check_reduction(cfg, n)
+    cfg = complete(cfg, n)
     kept = n if cfg.select == "all" else kept_by(cfg.match) if cfg.match else round(n * cfg.keep)
     more = f", and up to one more in each of {cfg.clusters:,} clusters" if cfg.clustered else ""
     rows = [("samples", f"{n:,} ({what})"), ("kept", f"{kept:,}{more}")]
     if cfg.itm_keep is not None:
         rows += [("ITM filter", f"of those only the ones in the upper {100 * cfg.itm_keep:g} % by score")]
     if cfg.clustered and cfg.features == "codes":
-        trained = min(n, cfg.clusters * cfg.points_per_centroid)
+        trained = min(n, cfg.clusters * POINTS)
         length, whose = (197, "ViT-B/16 at 224 px") if cfg.captioner else (GRID**2, cfg.encoder)
-        codes, axes = n * length * 2 / 2**30, trained * min(length, cfg.whiten_dim) * 4 / 2**30
+        codes, axes = n * length * 2 / 2**30, trained * min(length, 256) * 4 / 2**30
         rows += [
             ("code vectors", f"{codes:.2f} GiB in work/ ({length} codes of {whose}), memory-mapped"),
-            ("k-means", f"{trained:,} vectors of at most {min(length, cfg.whiten_dim)} axes, {axes:.2f} GiB"),
+            ("k-means", f"{trained:,} vectors of at most {min(length, 256)} axes, {axes:.2f} GiB"),
         ]
     more = f", {kept:,} to generate" if cfg.captions != "original" and cfg.caption_model else ""
     cli.show_plan([*rows, ("captions", f"{cfg.captions}{more}")])
@@ -262,13 +224,12 @@ def is_finished(out: Path, settings: dict) -> bool:
             raise UserError(f"{out}/shards holds shards that no reduction into {out} has written: choose another --out")
         return False
     then, weights = checkpoints.read_json(out / "config.json"), settings["weights"]
-    if then.get("fingerprint", settings["fingerprint"]) != settings["fingerprint"]:  # older folders lack it
+    if then["fingerprint"] != settings["fingerprint"]:
         raise UserError(f"{out} reduces other data than {settings['data']} holds now: choose another --out")
     for path, made in then.get("weights", {}).items():
         if weights.get(path, made) != made:  # a changed path is reported below, as a changed flag
             raise UserError(f"{out} was made when {path} had other content: choose another --out")
     free = ("out", "workers", "device", "batch_size", "cache", "work", "weights", "fingerprint")
-    then = {field.name: field.default for field in dataclasses.fields(ReduceConfig)} | then  # older ones lack fields
     changed = [f"--{k.replace('_', '-')}" for k in settings if k not in free and settings[k] != then.get(k)]
     if changed:
         raise UserError(f"{out} holds a reduction with another {', '.join(changed)}: choose another --out")
@@ -283,14 +244,12 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - started
 
 
-def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, codes, features: Path | None) -> Clusters:
-    """Cluster the readable samples `good` by their code vectors or by other features; only rank 0 calls this."""
-    vectors = codes
+def find_clusters(cfg: ReduceConfig, inference: Inference, good: np.ndarray, vectors: np.ndarray | None) -> Clusters:
+    """Cluster the readable samples `good` by code vectors or features (N, ...) of all samples, or by the scorer's text
+    features; only rank 0 calls this."""
     if cfg.features == "text":
-        vectors = inference.text_features()[good]
-    elif cfg.features != "codes":
-        vectors = read_rows(features, good, cfg.chunk, "features")
-    return cluster_codes(vectors, cfg.clusters, cfg.whiten_dim, cfg.seed, cfg.niter, cfg.points_per_centroid)
+        vectors = inference.text_features()
+    return cluster_codes(Rows(vectors, good), cfg.clusters, cfg.seed)
 
 
 def check_selection(
@@ -300,32 +259,29 @@ def check_selection(
     pixels: np.ndarray,
     kept: np.ndarray,
     clusters: Clusters | None,
-) -> tuple[dict[str, dict], str]:
-    """Compare clusters and selection with random ones, on at most CHECKED samples. Returns {features:
-    `quality.measured`}, and a sentence about features that are missing, or "".
+) -> dict[str, dict]:
+    """Compare clusters and selection with random ones, on at most CHECKED samples: {features: `quality.measured`}.
 
     good: readable samples; pixels: their image hashes. If copies of images are dropped, only distinct images are
-    compared: a dropped copy is covered by its kept original, which would favour the selection. The dictionary is empty
-    on ranks other than 0, with --check none, and for selections that are random or keep all samples.
+    compared: a dropped copy is covered by its kept original, which would favour the selection. Empty with --no-check,
+    and for selections that are random or keep all samples.
     """
     compared = good[distinct_images(pixels)] if cfg.clustered and cfg.drop_duplicates else good
-    if cfg.check == "none" or cfg.select in ("all", "random") or len(kept) == len(compared):
-        return {}, ""
+    if not cfg.check or cfg.select in ("all", "random") or len(kept) == len(compared):
+        return {}
 
     def labels_of(rows: np.ndarray) -> np.ndarray | None:
         return None if clusters is None else clusters.assignment[np.searchsorted(good, rows)].numpy()
 
-    rows = sampled(compared, labels_of(compared), cfg.seed) if inference.process.main else None
-    rows = run.broadcast(rows, inference.process)
-    features, captions, missing = inference.checks(rows)
+    rows = sampled(compared, labels_of(compared), cfg.seed)
     chosen = torch.from_numpy(np.isin(rows, kept))
-    if not inference.process.main or not chosen.any() or chosen.all():
-        return {}, missing
-    if (words := caption_features(captions)) is not None:
+    if not chosen.any() or chosen.all():
+        return {}
+    features = inference.checks(rows)
+    if (words := caption_features([inference.pairs.caption(row) for row in rows])) is not None:
         features["captions"] = words
     labels = None if clusters is None else torch.from_numpy(labels_of(rows))
-    found = {name: {"samples": len(rows), **measured(x, labels, chosen, cfg.seed)} for name, x in features.items()}
-    return found, missing
+    return {name: {"samples": len(rows), **measured(x, labels, chosen, cfg.seed)} for name, x in features.items()}
 
 
 def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> tuple[dict[int, str], dict[int, str]]:
@@ -337,7 +293,7 @@ def new_captions(cfg: ReduceConfig, inference: Inference, rows: np.ndarray) -> t
             known = read_predictions(cfg.predictions, keys)
             generated = {row: known.get(str(keys[row]), known.get(row, "")) for row in rows.tolist()}
         else:
-            generated = dict(zip(rows.tolist(), inference.generated(rows).tolist(), strict=True))
+            generated = dict(zip(rows.tolist(), inference.generated(rows), strict=True))
         join = refined if cfg.captions == "refined" else lambda original, text: text
         captions = {row: join(captions[row], text) if text else captions[row] for row, text in generated.items()}
     return captions, generated
@@ -368,41 +324,6 @@ def read_predictions(path: str, keys: Sequence[str]) -> dict[str | int, str]:
     return known
 
 
-def write_tables(
-    cfg: ReduceConfig,
-    pairs,
-    found: Outcome,
-    images: dict[int, str],
-    captions: dict[int, str],
-    generated: dict[int, str],
-    itm: tuple | None,
-) -> tuple[dict, dict]:
-    """Write annotation.json and report.csv; return the entries of report.json and the columns of report.csv.
-
-    `images`, `captions`: image paths and captions of the kept samples; `generated`: T_g of those that have one. `itm`:
-    the scores of all samples (N,), those of the kept ones with their new captions, and whether scores are
-    probabilities.
-    """
-    out, rows = Path(cfg.out), range(len(pairs))
-    annotation = [{"image": images[row], "caption": captions[row]} for row in found.kept.tolist()]
-    checkpoints.write_json(out / "annotation.json", annotation)
-    columns, report = table_of(cfg, pairs.keys, found), summary_of(cfg, found, len(pairs.broken))
-    report["captions"] = {
-        "kind": cfg.captions,
-        "by": cfg.caption_model or cfg.predictions,
-        "without_generated": sum(not text for text in generated.values()),
-    }
-    if itm is not None:
-        before, after, probabilities = itm
-        report["itm"] = itm_summaries(before[found.good], after, probabilities)
-        for name, shown, scores in (("itm", found.good, before[found.good]), ("itm_after", np.sort(found.kept), after)):
-            columns[name] = column(len(pairs), shown, [round(score, 4) for score in scores.tolist()])
-    columns["caption"] = [captions.get(row, "") for row in rows]
-    columns["generated"] = [generated.get(row, "") for row in rows]
-    write_csv(out / "report.csv", columns)
-    return report, columns
-
-
 def original_scores(cfg: ReduceConfig, inference: Inference, good: np.ndarray) -> np.ndarray | None:
     """Scores (N,) of all samples with their own captions, or None without a scorer.
 
@@ -410,7 +331,7 @@ def original_scores(cfg: ReduceConfig, inference: Inference, good: np.ndarray) -
     """
     if not cfg.scorer:
         return None
-    scores = inference.scores(inference.rows, None, "itm")
+    scores = inference.scores(inference.rows, None)
     if (wrong := ~np.isfinite(scores[good])).any():
         raise UserError(
             f"--scorer {cfg.scorer} gives no finite score for {wrong.sum():,} of {len(good):,} samples, the first is "
@@ -419,79 +340,99 @@ def original_scores(cfg: ReduceConfig, inference: Inference, good: np.ndarray) -
     return scores
 
 
+def reason_of(pairs, row: int) -> str:
+    """Why the image of a sample cannot be read."""
+    try:
+        pairs.read(row)
+    except data.BrokenSample as error:
+        return str(error)
+    return "it could not be read before"
+
+
 def reduce(cfg: ReduceConfig, inference: Inference) -> None:
     """Run all passes and write the results into the output folder, in which `main` has written config.json."""
-    pairs, process, rows = inference.pairs, inference.process, inference.rows
+    pairs, process, out = inference.pairs, inference.process, Path(cfg.out)
     seconds: dict[str, float] = {}
 
     # Costly passes over all images: codes, features, ITM scores
     coded = cfg.captioner is not None or (cfg.clustered and cfg.features == "codes")
     with timed(seconds, "codes"):
-        folder = inference.codes(cfg.captioner) if coded else inference.readable()
-        pixels, reasons = read_rows(folder, rows, cfg.chunk, "pixels"), read_reasons(folder, rows, cfg.chunk)
-    features = inference.features(cfg.captioner) if cfg.clustered and cfg.features in ("image", "blip") else None
-    good = rows[reasons == ""]
+        images = inference.codes() if coded else inference.readable()
+        vectors = images["codes"] if coded else None
+    if cfg.clustered and cfg.features in ("image", "blip"):
+        vectors = inference.features()
+    good, pixels = np.flatnonzero(images["readable"]), np.array(images["pixels"])
+    reasons = np.full(len(pairs), "", dtype=object)
+    for row in np.flatnonzero(~images["readable"]) if process.main else ():
+        reasons[row] = reason_of(pairs, row)
     if not len(good):
-        raise UserError(f"none of the {len(rows):,} images of {cfg.data} can be read: {reasons[0]}")
+        raise UserError(f"none of the {len(pairs):,} images of {cfg.data} can be read: {reason_of(pairs, 0)}")
     with timed(seconds, "itm"):
         before = original_scores(cfg, inference, good)
 
-    # Clusters and selection, on rank 0
-    selected = codes = clusters = None
+    # Clusters and selection, on rank 0, and its comparison with random ones
+    selected = clusters = None
     if process.main:
-        if coded:
-            codes = gathered_codes(folder, good, cfg.chunk)
-        if cfg.clustered:
-            with timed(seconds, "clusters"):
-                clusters = find_clusters(cfg, inference, good, codes, features)
+        with timed(seconds, "clusters"):
+            clusters = find_clusters(cfg, inference, good, vectors) if cfg.clustered else None
         scores = None if before is None else before[good]
         selected = good[select_distinct(cfg, pixels[good], scores, clusters).numpy()]
     selected = run.broadcast(selected, process)
-    kept = filtered(cfg, selected, good, before)
-
-    # Comparison with a random selection
-    with timed(seconds, "check"):
-        checks, missing = check_selection(cfg, inference, good, pixels[good], kept, clusters)
+    kept, checks = filtered(cfg, selected, good, before), {}
+    if process.main:
+        with timed(seconds, "check"):
+            checks = check_selection(cfg, inference, good, pixels[good], kept, clusters)
 
     # Captions of the kept samples, and their scores
     with timed(seconds, "captions"):
         ascending = np.sort(kept)
         captions, generated = new_captions(cfg, inference, ascending)
-    itm = None
     if cfg.scorer:
-        after = before[ascending] if cfg.captions == "original" else inference.scores_after(ascending, captions)
-        itm = before, after, inference.scorer().matches
+        after = before[ascending] if cfg.captions == "original" else inference.scores(ascending, captions)
 
     # Output
     with timed(seconds, "output"):
-        images = write_samples(cfg, pairs, captions, process)
+        files = write_samples(cfg, pairs, captions, process)
         if not process.main:
             return
+        annotation = [{"image": files[row], "caption": captions[row]} for row in kept.tolist()]
+        checkpoints.write_json(out / "annotation.json", annotation)
+        codes = Rows(images["codes"], good) if coded else None
         found = Outcome(good, selected, kept, pixels, reasons, codes, clusters)
-        report, columns = write_tables(cfg, pairs, found, images, captions, generated, itm)
+        table, report = table_of(cfg, pairs.keys, found, captions, generated), summary_of(cfg, found, len(pairs.broken))
+        report["captions"] = {
+            "kind": cfg.captions,
+            "by": cfg.caption_model or cfg.predictions,
+            "without_generated": sum(not text for text in generated.values()),
+        }
+        if cfg.scorer:
+            report["itm"] = itm_summaries(before[good], after, inference.scorer().matches)
+            put(table, "itm", good, [round(score, 4) for score in before[good].tolist()])
+            put(table, "itm_after", ascending, [round(score, 4) for score in after.tolist()])
         report["checks"] = checks
-        report["notes"] = notes_of(cfg, report, len(good), missing)
-        write_page(Path(cfg.out) / "report.html", cfg, pairs, report, columns)
+        report["notes"] = notes_of(cfg, report, len(good))
+        with checkpoints.replaced(out / "report.csv") as file:
+            table.to_csv(file, index=False, mode="wb")
+        write_page(out / "report.html", cfg, pairs, report, table)
     report["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-    checkpoints.write_json(Path(cfg.out) / "report.json", report)
+    checkpoints.write_json(out / "report.json", report)
     unreadable = [data.Broken(str(pairs.keys[row]), str(reasons[row])) for row in np.flatnonzero(reasons != "")]
     data.say_left_out(pairs, unreadable)
     print_report(report)
 
 
-def main(cfg: ReduceConfig) -> None:
-    """Check the settings and the output folder, then `reduce`; or --dry-run."""
+def main(cfg: ReduceConfig, load_scorer: Callable = load_scorer) -> None:
+    """Check the settings and the output folder, then `reduce`; or --dry-run. A study may bring its own scorers."""
     process = run.setup(cfg.seed, cfg.device)
     if cfg.data.endswith((".tsv", ".csv")):
         raise UserError(f"{cfg.data} is no set of shards: reduce takes .tar files, or an annotation .json")
     if cfg.dry_run:
         return dry_run(cfg) if process.main else None
     pairs = open_pairs(cfg.data, cfg.image_root, None, cfg.strict, cfg.cache)
-    cfg = check_reduction(cfg, len(pairs))
-    inference, weights, out = Inference(cfg, pairs, process), {}, Path(cfg.out)
+    cfg = complete(cfg, len(pairs))
+    inference, weights, out = Inference(cfg, pairs, process, load_scorer), {}, Path(cfg.out)
     for path, load in (  # all models, so that a missing one is reported before work starts
         (cfg.coded_by, lambda: inference.encoder(cfg.coded_by)),
-        (None if cfg.check in ("auto", "none") else cfg.check, lambda: inference.encoder(cfg.check)),
         (cfg.captioner, lambda: inference.model(cfg.captioner, "captioner")),
         (cfg.caption_model, lambda: inference.model(cfg.caption_model, "finetune")),
         (cfg.scorer, inference.scorer),

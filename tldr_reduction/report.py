@@ -1,20 +1,25 @@
-"""Reports of a reduction: report.csv, one line per sample with the reason why it was kept or not, and report.json."""
+"""What a reduction did: report.csv (one line per sample, with the reason why it was kept or not), report.json, and the
+same as a page, report.html, with examples that are drawn by the seed. The page is one file without scripts."""
 
-import csv
+import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
+import pandas
 import torch
 
-from shared import checkpoints
+from shared import checkpoints, data
 from tldr_reduction.cluster import Clusters, in_cluster
-from tldr_reduction.config import ReduceConfig, without_effect
+from tldr_reduction.config import ReduceConfig
 from tldr_reduction.eval import itm_histogram
 
 SAME = 0.005  # coverages (mean cosines) that differ by less are called equal
+SIDE = 96  # pixels of an example's longer side
+CLUSTERS, EXAMPLES = 8, 10  # clusters on the page, and samples of each of them, of each reason, of refined captions
 
 
 class Outcome(NamedTuple):
@@ -25,7 +30,7 @@ class Outcome(NamedTuple):
     kept: np.ndarray  # indices of the samples that the ITM filter leaves, a subset of `selected`
     pixels: np.ndarray  # (n,) hashes of the images
     reasons: np.ndarray  # (n,) strings: why an image cannot be read; "" if it can
-    codes: np.ndarray | None  # (len(good), L') code vectors
+    codes: Sequence | None  # (len(good), L') code vectors
     clusters: Clusters | None  # of the samples `good`
 
 
@@ -59,28 +64,25 @@ def distinct_images(hashes: np.ndarray) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------------------------------- report.csv
 
-
-def reasons_of(cfg: ReduceConfig, kept: np.ndarray, selected: np.ndarray) -> list[str]:
-    """Why each of n samples was kept or not; kept (n,) and selected (n,) bool."""
-    rules = {
-        "stride": (f"evenly spaced {cfg.keep:g} of its cluster", "passed over in its cluster"),
-        "nearest": (f"nearest {cfg.keep:g} of its cluster", "far from its centroid"),
-        "farthest": (f"farthest {cfg.keep:g} of its cluster", "near its centroid"),
-        "random": ("drawn", "not drawn"),
-        "first": ("first of the file", "behind the first of the file"),
-        "itm": ("high ITM score", "low ITM score"),
-        "all": ("all are kept", ""),
-    }[cfg.select]
-    if_kept, if_not_selected = rules
-    reasons = np.where(selected, "low ITM score", if_not_selected)  # selected but not kept: dropped by the ITM filter
-    return np.where(kept, if_kept, reasons).tolist()
+REASONS = {  # of a selection: why a sample was kept, and why not
+    "stride": ("evenly spaced {} of its cluster", "passed over in its cluster"),
+    "farthest": ("farthest {} of its cluster", "near its centroid"),
+    "random": ("drawn", "not drawn"),
+    "first": ("first of the file", "behind the first of the file"),
+    "itm": ("high ITM score", "low ITM score"),
+    "all": ("all are kept", ""),
+}
 
 
-def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, list]:
-    """Columns of report.csv except scores and captions; `keys` (n,) of the samples."""
+def table_of(
+    cfg: ReduceConfig, keys: np.ndarray, found: Outcome, captions: dict[int, str], generated: dict[int, str]
+) -> pandas.DataFrame:
+    """The columns of report.csv except scores; `keys` (n,) of the samples, `captions` of the kept ones by row."""
     rows, reasons = np.arange(len(keys)), found.reasons
-    kept = np.isin(rows, found.kept)
-    why = np.array(reasons_of(cfg, kept, np.isin(rows, found.selected)), dtype=object)
+    kept, selected = np.isin(rows, found.kept), np.isin(rows, found.selected)
+    if_kept, if_not = REASONS[cfg.select]
+    why = np.where(selected, "low ITM score", if_not)  # selected but not kept: dropped by the ITM filter
+    why = np.where(kept, if_kept.format(f"{cfg.keep:g}"), why).astype(object)
     why[reasons != ""] = [f"broken: {reason}" for reason in reasons[reasons != ""]]
     first = first_of_equal(found.pixels[found.good])
     copies = first != np.arange(len(first))
@@ -88,68 +90,56 @@ def table_of(cfg: ReduceConfig, keys: np.ndarray, found: Outcome) -> dict[str, l
     duplicate_of[found.good[copies]] = keys[found.good[first[copies]]]
     if cfg.clustered and cfg.drop_duplicates:
         why[found.good[copies]] = [f"same image as {key}" for key in duplicate_of[found.good[copies]]]
-    columns = {"key": keys.tolist(), "kept": kept.astype(int).tolist(), "reason": why.tolist()}
-    columns["duplicate_of"] = duplicate_of.tolist()
+    table = pandas.DataFrame({"key": keys.tolist(), "kept": kept.astype(int), "reason": why})
+    table["duplicate_of"] = duplicate_of
     if found.clusters is not None:
         order, position, _ = in_cluster(found.clusters.assignment, cfg.clusters)
         distance = [round(d, 4) for d in found.clusters.dist2.clamp(min=0).sqrt().tolist()]
-        columns["cluster"] = column(len(keys), found.good, found.clusters.assignment.tolist())
-        columns["distance"] = column(len(keys), found.good, distance)
-        columns["position"] = column(len(keys), found.good, position[torch.argsort(order)].tolist())
-    return columns
+        put(table, "cluster", found.good, found.clusters.assignment.tolist())
+        put(table, "distance", found.good, distance)
+        put(table, "position", found.good, position[torch.argsort(order)].tolist())
+    put(table, "caption", captions.keys(), captions.values())
+    put(table, "generated", generated.keys(), generated.values())
+    return table
 
 
-def column(n: int, rows: np.ndarray, values: Sequence) -> list:
-    """A column of n entries: `values` in `rows`, elsewhere ""."""
-    entries: list = [""] * n
-    for row, value in zip(rows.tolist(), values, strict=True):
-        entries[row] = value
-    return entries
-
-
-def write_csv(path: Path, columns: dict[str, Sequence]) -> None:
-    """Write columns {name: values} with one line per sample; the file is replaced atomically."""
-    with checkpoints.replaced(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
-        writer = csv.writer(text)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        text.detach()
+def put(table: pandas.DataFrame, name: str, rows, values) -> None:
+    """Add a column with `values` in `rows`, elsewhere ""."""
+    column = np.full(len(table), "", dtype=object)
+    column[np.fromiter(rows, np.int64, len(rows))] = list(values)
+    table[name] = column
 
 
 # ---------------------------------------------------------------------------------------------------------- report.json
 
 
-def itm_summary(scores: np.ndarray, cut: float = 0.5, span: tuple[float, float] = (0.0, 1.0)) -> dict:
-    """Mean of matching scores (n,), percent below `cut`, and their histogram over `span`."""
-    scores = torch.from_numpy(np.asarray(scores, dtype=np.float32))
-    return {
-        "mean": scores.mean().item(),
-        "cut": cut,
-        "below_cut": 100 * (scores < cut).float().mean().item(),
-        "span": list(span),
-        "histogram": itm_histogram((scores - span[0]) / max(span[1] - span[0], 1e-6)).tolist(),
-    }
-
-
-def itm_summaries(before: np.ndarray, after: np.ndarray, probabilities: bool) -> dict:
-    """`itm_summary` of scores of all samples before and of the kept ones after, with the same cut and span.
+def itm_summaries(before: np.ndarray, after: np.ndarray, probabilities: bool) -> dict[str, dict]:
+    """Mean of the scores of all samples before and of the kept ones after, percent below a cut, histogram over a span.
 
     Probabilities of a match are cut at 0.5; cosines are cut at their median before.
     """
-    if probabilities:
-        return {"before": itm_summary(before), "after": itm_summary(after)}
     ends = np.concatenate([before, after])
-    how = float(np.median(before)), (float(ends.min()), float(ends.max()))
-    return {"before": itm_summary(before, *how), "after": itm_summary(after, *how)}
+    cut, low, high = (0.5, 0.0, 1.0) if probabilities else (float(np.median(before)), ends.min(), ends.max())
+    found = {}
+    for when, scores in (("before", before), ("after", after)):
+        scores = torch.from_numpy(np.asarray(scores, dtype=np.float32))
+        found[when] = {
+            "mean": scores.mean().item(),
+            "cut": cut,
+            "below_cut": 100 * (scores < cut).float().mean().item(),
+            "span": [float(low), float(high)],
+            "histogram": itm_histogram((scores - float(low)) / max(float(high - low), 1e-6)).tolist(),
+        }
+    return found
 
 
 def code_summary(codes: np.ndarray) -> dict:
     """Number of code vectors (N, L') that repeat an earlier one, number of codes used, and perplexity of the codes."""
-    num_codes = int(codes.max()) + 1 if len(codes) else 0
-    counts = np.zeros(num_codes, dtype=np.int64)
+    counts = np.zeros(2**16, dtype=np.int64)
     for first in range(0, len(codes), 2**16):
-        counts += np.bincount(codes[first : first + 2**16].ravel(), minlength=num_codes)
+        found = np.bincount(codes[first : first + 2**16].ravel())
+        counts = np.pad(counts, (0, max(len(found) - len(counts), 0)))
+        counts[: len(found)] += found
     p = counts / counts.sum()
     return {
         "identical_code_vectors": len(codes) - len(np.unique(row_hashes(codes))),
@@ -158,37 +148,24 @@ def code_summary(codes: np.ndarray) -> dict:
     }
 
 
-def cluster_summary(clusters: Clusters, k: int) -> dict:
-    """Number of clusters and of empty ones, sizes (minimum, quartiles, maximum), axes, and k-means' objective."""
-    sizes = torch.bincount(clusters.assignment, minlength=k)
-    quantiles = torch.quantile(sizes.float(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-    return {
-        "clusters": k,
-        "empty_clusters": int((sizes == 0).sum()),
-        "cluster_sizes": quantiles.tolist(),
-        "whitened_axes": clusters.dim,
-        "objective": clusters.objective.tolist(),
-    }
-
-
 def summary_of(cfg: ReduceConfig, found: Outcome, unread: int) -> dict:
     """Entries of report.json except captions, matching scores, checks, notes and seconds.
 
-    `unread`: number of samples that were lost because their shard is damaged.
+    `unread`: number of samples that were lost because their shard is damaged. The sizes of clusters are their minimum,
+    quartiles and maximum.
     """
-    good, pixels = found.good, found.pixels[found.good]
-    report = {
-        "samples": len(found.reasons),
-        "broken": int((found.reasons != "").sum()) + unread,
-        "kept": len(found.kept),
-        "kept_share": len(found.kept) / max(len(found.reasons), 1),
-        "selected": len(found.selected),
-        "identical_images": len(good) - len(np.unique(pixels)),
-    }
+    good, n = found.good, len(found.reasons)
+    report = {"samples": n, "broken": int((found.reasons != "").sum()) + unread, "kept": len(found.kept)}
+    report |= {"kept_share": len(found.kept) / max(n, 1), "selected": len(found.selected)}
+    report["identical_images"] = len(good) - len(np.unique(found.pixels[good]))
     if found.codes is not None:
         report |= code_summary(found.codes)
     if found.clusters is not None:
-        report |= cluster_summary(found.clusters, cfg.clusters)
+        sizes = torch.bincount(found.clusters.assignment, minlength=cfg.clusters)
+        quantiles = torch.quantile(sizes.float(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+        report |= {"clusters": cfg.clusters, "empty_clusters": int((sizes == 0).sum())}
+        report |= {"cluster_sizes": quantiles.tolist(), "whitened_axes": found.clusters.dim}
+        report["objective"] = found.clusters.objective.tolist()
     return report
 
 
@@ -210,12 +187,10 @@ def coverage_notes(checks: dict[str, dict]) -> list[str]:
         gain = check["coverage"] - np.mean(check["coverage_random"])
         word = "about as well as" if abs(gain) < SAME else "better than" if gain > 0 else "worse than"
         kinds.setdefault(word, []).append(name)
-    if not kinds:
-        return []
     words = "; ".join(
         f"{word} a random choice of as many, by {' and by '.join(names)}" for word, names in kinds.items()
     )
-    return [f"The kept samples cover the dropped ones {words}."]
+    return [f"The kept samples cover the dropped ones {words}."] if kinds else []
 
 
 def self_score(cfg: ReduceConfig) -> str | None:
@@ -230,35 +205,25 @@ def self_score(cfg: ReduceConfig) -> str | None:
     return None
 
 
-def notes_of(cfg: ReduceConfig, report: dict, readable: int, unchecked: str = "") -> list[str]:
-    """Sentences about missing captions, scores or comparisons, settings without effect, and coverage, for report.json,
-    report.html and the terminal.
+def notes_of(cfg: ReduceConfig, report: dict, readable: int) -> list[str]:
+    """Sentences about coverage, the kept share, scores and missing captions, for all reports.
 
     `report` has the entries of `summary_of`, of the captions and of the checks; `readable` is the number of readable
-    samples; `unchecked` says why features of an encoder are not among the checks.
+    samples.
     """
     captions, notes = report["captions"], coverage_notes(report.get("checks", {}))
-    if unchecked:
-        notes += [f"The selection was not compared on features of an independent encoder: {unchecked}."]
-    if cfg.data.endswith(".json"):
-        root = cfg.image_root or Path(cfg.data).parent
-        notes += [f"Images were not copied: pass --image-root {root} beside the new annotation.json."]
-    distinct = readable - report["identical_images"]
+    distinct, share = readable - report["identical_images"], report["kept"] / max(readable, 1)
     if cfg.clustered and cfg.drop_duplicates and report["identical_images"] and distinct <= cfg.keep * readable:
         notes += [
             f"Only {distinct:,} of {readable:,} images are distinct, no more than --keep {cfg.keep:g} asks for: all "
             f"distinct ones are selected, and the clusters have no effect. They have one for --keep below "
             f"{distinct / readable:.2g}."
         ]
-    share = report["kept"] / max(readable, 1)
     if cfg.clustered and share > cfg.keep + 0.02:
         notes += [
             f"{100 * share:.1f} % are kept, more than --keep {cfg.keep:g}: the number of samples of each of the "
             f"{cfg.clusters:,} clusters is rounded up.{' Fewer --clusters come closer.' * (cfg.clusters > 1)}"
         ]
-    if flags := without_effect(cfg, report["samples"]):
-        have = "has" if len(flags) == 1 else "have"
-        notes += [f"{', '.join(flags)} {have} no effect with --select {cfg.select}."]
     if why := self_score(cfg):
         notes += [f"Scores are self-scores: {why}, so that errors that both share are not seen."]
     if captions["kind"] == "original" and cfg.select != "all":
@@ -277,24 +242,69 @@ def notes_of(cfg: ReduceConfig, report: dict, readable: int, unchecked: str = ""
 def print_report(report: dict) -> None:
     """Print the main numbers of report.json."""
     print(f"kept               {report['kept']:,} of {report['samples']:,} ({100 * report['kept_share']:.1f} %)")
-    vectors = f", {report['identical_code_vectors']:,} code vectors" if "codes_used" in report else ""
-    print(f"duplicates         {report['identical_images']:,} identical images{vectors} that occurred before")
+    print(f"duplicates         {report['identical_images']:,} identical images that occurred before")
     if "codes_used" in report:
         print(f"codebook           {report['codes_used']:,} codes used, perplexity {report['perplexity']:.1f}")
     if "clusters" in report:
         low, _, middle, _, high = report["cluster_sizes"]
-        print(
-            f"clusters           {report['clusters']:,} of {low:.0f} to {high:.0f} samples, median {middle:.0f}; "
-            f"{report['empty_clusters']:,} empty; {report['whitened_axes']} axes"
-        )
+        print(f"clusters           {report['clusters']:,} of {low:.0f} to {high:.0f} samples, median {middle:.0f}")
     for name, check in report.get("checks", {}).items():
         print(f"against random     {check_line(name, check)}")
-    if "itm" in report:
-        before, after = report["itm"]["before"], report["itm"]["after"]
-        print(
-            f"ITM score          mean {before['mean']:.3f} before, {after['mean']:.3f} after; "
-            f"below {before['cut']:.2f}: {before['below_cut']:.1f} %, {after['below_cut']:.1f} %"
-        )
+    for when, itm in report.get("itm", {}).items():
+        print(f"ITM score {when:8} mean {itm['mean']:.3f}; below {itm['cut']:.2f}: {itm['below_cut']:.1f} %")
     for note in report["notes"]:
         print(f"note               {note}")
     print("seconds            " + ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()))
+
+
+# ---------------------------------------------------------------------------------------------------------- report.html
+
+
+def write_page(path: Path, cfg: ReduceConfig, pairs, report: dict, table: pandas.DataFrame) -> None:
+    """Write the page from the entries of report.json and the table of report.csv; `pairs` has the images."""
+    rng = np.random.default_rng(cfg.seed)
+
+    def example(row: int) -> dict:
+        """A sample as the page shows it, with a thumbnail as a data URL, and its own caption."""
+        line = table.iloc[row].to_dict() | {"picture": "", "shown": ""}
+        try:
+            pair = pairs.read(row)
+        except data.BrokenSample:
+            return line
+        return line | {"picture": thumbnail(pair.image), "shown": pair.caption}
+
+    def drawn(rows: np.ndarray, count: int = EXAMPLES) -> list[int]:
+        """At most `count` of the rows, drawn at random, ascending."""
+        return np.sort(rng.permutation(rows)[:count]).tolist()
+
+    where = lambda mask: np.flatnonzero(np.asarray(mask))  # noqa: E731
+    refined, copies = drawn(where(table["generated"] != "")), drawn(where(table["duplicate_of"] != ""), EXAMPLES // 2)
+    row_of = {key: row for row, key in enumerate(table["key"])} if copies else {}
+    others = table["reason"][~table["reason"].str.startswith("same image")]
+    reasons = [
+        (reason, count, drawn(where(table["reason"] == reason))) for reason, count in others.value_counts().items()
+    ]
+    clusters = []
+    if "cluster" in table:
+        sizes = table["cluster"][table["cluster"] != ""].value_counts().sort_index().sort_values(kind="stable")
+        for place in np.unique(np.linspace(0, len(sizes) - 1, min(CLUSTERS, len(sizes))).astype(int)):
+            rows = where(table["cluster"] == sizes.index[place])
+            clusters.append((sizes.index[place], int(table["kept"].to_numpy()[rows].sum()), len(rows), drawn(rows)))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, loader=jinja2.FileSystemLoader(Path(__file__).parent))
+    page.filters["example"] = example
+    highest = max([1e-6, *(value for itm in report.get("itm", {}).values() for value in itm["histogram"])])
+    text = page.get_template("report.html.jinja2").render(
+        cfg=cfg, report=report, highest=highest, refined=refined, reasons=reasons, clusters=clusters,
+        pairs=[(row_of[table["duplicate_of"][row]], row) for row in copies],
+        check_lines=[check_line(name, check) for name, check in report.get("checks", {}).items()],
+    )  # fmt: skip
+    with checkpoints.replaced(path) as file:
+        file.write(text.encode())
+
+
+def thumbnail(image) -> str:
+    """A PIL image as a data URL of a small JPEG."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((SIDE, SIDE))
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

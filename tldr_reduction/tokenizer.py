@@ -4,8 +4,7 @@ BLIP's code: salesforce/BLIP@056a169, cited as `B:`.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import open_clip
@@ -32,27 +31,10 @@ def pre_caption(text: str, max_words: int = 30) -> str:
     return " ".join(words[:max_words])
 
 
-def build_vocab(captions: Iterable[str], size: int = 30_522) -> list[str]:
-    """Make a WordPiece vocabulary of at most `size` pieces (default: BERT's size).
-
-    It has the special tokens, the 1000 most frequent characters (from which any other word can be composed), the words
-    of the prompt, and then whole words by descending frequency.
-    """
-    texts = (pre_caption(caption) for caption in (PROMPT, *captions))
-    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
-    letters: Counter[str] = Counter()
-    for word, count in words.items():
-        letters.update(dict.fromkeys(word, count))
-    characters = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:1000])
-    pieces = [*SPECIAL, *characters, *(f"##{character}" for character in characters)]
-    ranked = sorted(words, key=lambda word: (-words[word], word))
-    return list(dict.fromkeys([*pieces, *PROMPT.split(), *ranked]))[:size]
-
-
-def not_on_hub(what: str, error: Exception, instead: str) -> ValueError:
+def not_on_hub(what: str, error: Exception, instead: str) -> UserError:
     """The error for a user if `what` is not local and not on the Hugging Face hub; `instead` names an alternative."""
     why = checkpoints.one_line(error, 120)
-    return ValueError(f"{what}, and the Hugging Face hub does not give it ({why}); {instead} will do, too")
+    return UserError(f"{what}, and the Hugging Face hub does not give it ({why}); {instead} will do, too")
 
 
 class WordPiece:
@@ -154,7 +136,7 @@ def eval_tokenizer(tokenizer: WordPiece | open_clip.SimpleTokenizer, cfg: Common
     `SCORED_LENGTH` tokens."""
 
     def tokens(texts: Sequence[str]) -> Tensor:
-        texts = [pre_caption(text, cfg.max_words) for text in texts]
+        texts = [pre_caption(text) for text in texts]
         return tokenizer(texts) if cfg.stage == "clip" else tokenizer(texts, min(SCORED_LENGTH, cfg.max_positions))[0]
 
     return tokens

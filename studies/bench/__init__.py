@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared import cli, run
+from shared import run
 from shared.errors import UserError
 from tests.parity import check_commit
 
@@ -42,7 +42,7 @@ CPU = run.Process(0, 1, torch.device("cpu"))
 
 def thread_settings() -> dict[str, dict[str, str]]:
     """{name: environment variables} of the thread settings; both sides are timed under each."""
-    cores, one = cli.cores(), {"1 thread": {"OMP_NUM_THREADS": "1"}}
+    cores, one = run.cores(), {"1 thread": {"OMP_NUM_THREADS": "1"}}
     if cores == 1:
         return one
     every = {"OMP_NUM_THREADS": str(cores)}

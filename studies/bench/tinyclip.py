@@ -19,14 +19,17 @@ from open_clip_train.scheduler import cosine_lr
 from studies import tinyclip as study
 from tests.parity import test_tinyclip as parity
 from tinyclip import model, train
-from tinyclip.config import PRESETS, Stage
+from tinyclip.config import PRESETS, Config
 from tinyclip.eval import macs, throughput
-from tinyclip.geometry import open_clip_config
+from tinyclip.geometry import CONFIGS, open_clip_config
 from tinyclip.inheritance import random_masks
+from tinyclip.masks import prune
 
 from . import arguments, at_least, attention, bench, print_row, race, step_row
 from .baselines import baseline_rows
 from .open_clip_loop import open_clip_loop
+
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def captions(n: int, context: int, vocabulary: int, low: int, high: int) -> torch.Tensor:
@@ -54,22 +57,22 @@ def affinity(up, n: int, repetitions: int) -> None:
 def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what: str) -> None:
     """A step of learning masks on ViT-B/32 with a ViT-B/32 teacher, fp32: their train_one_epoch against
     `train_step`."""
-    cfg = model.CONFIGS["ViT-B-32"]
-    stage = Stage(masks=True, target_sparsity=0.5, sparsity_warmup=1)
-    theirs, student = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"], masks=True)
+    shape = CONFIGS["ViT-B-32"]
+    cfg = Config(masks=True, target_sparsity=0.5, sparsity_warmup=1, precision="fp32")
+    theirs, student = parity.twins(up, shape["vision"], shape["text"], shape["embed_dim"], masks=True)
     for mask in student.masks:
         mask.clamp_()
-    teacher, own = parity.twins(up, cfg["vision"], cfg["text"], cfg["embed_dim"])
+    teacher, own = parity.twins(up, shape["vision"], shape["text"], shape["embed_dim"])
     steps = 1
     tokens = [captions(batch, 77, 49408, *length) for _ in range(steps)]
     batches = [(torch.randn(batch, 3, 224, 224), each) for each in tokens]
-    one_pass, _ = parity.their_trainer(up, theirs, teacher, stage)
-    optimizers = train.make_optimizers(student.train(), stage)
+    one_pass, _ = parity.their_trainer(up, theirs, teacher, cfg)
+    optimizers = train.make_optimizers(student.train(), cfg)
 
     def ours():
         for step, (images, text) in enumerate(batches, 1000):
-            answer = train.ask_teacher(own.clip.eval(), images, text, stage)
-            train.train_step(student, answer, images, text, step, stage, optimizers)
+            features = train.teacher_forward(own.clip.eval(), images, text, cfg)
+            train.train_step(student, features, images, text, step, optimizers, SCALER, cfg)
 
     epochs = iter(range(10, 10**6))
     name = f"masked step, ViT-B/32, batch {batch}, fp32, {what}"
@@ -79,18 +82,17 @@ def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what:
 def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: int = 256) -> None:
     """The contrastive arm's step against open_clip_train's on the same towers, from the same weights."""
     clip = model.create_model("emoji-50")
-    stage = Stage(alpha=0.0, logit_scale=None, steps=1000, warmup=30, lr=1e-3)
-    cfg = open_clip_config(clip.geometry)
-    plain = open_clip.CLIP(**cfg, output_dict=True)
+    cfg = Config(alpha=0.0, logit_scale=None, steps=1000, warmup=30, lr=1e-3, precision=precision)
+    plain = open_clip.CLIP(**open_clip_config(clip.geometry), output_dict=True)
     plain.load_state_dict(clip.state_dict())
     student = model.Student(clip).train()
-    optimizers = train.make_optimizers(student, stage)
-    groups = train.param_groups(plain, stage.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.eps)
-    scheduler = cosine_lr(optimizer, stage.lr, stage.warmup, stage.steps)
+    optimizers = train.make_optimizers(student, cfg)
+    groups = train.parameter_groups(plain, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps)
     batches = [(torch.randn(batch, 3, 40, 40), captions(batch, 24, 49408, 4, 20)) for _ in range(steps)]
 
-    their_loop = open_clip_loop(plain, batches, optimizer, scheduler, precision, stage.max_grad_norm)
+    their_loop = open_clip_loop(plain, batches, optimizer, scheduler, precision, cfg.max_grad_norm)
 
     def theirs(flash):
         with attention(flash):
@@ -98,7 +100,7 @@ def contrastive_step(precision: str, repetitions: int, steps: int = 4, batch: in
 
     def ours():
         for step, (images, tokens) in enumerate(batches):
-            train.train_step(student, None, images, tokens, step, stage, optimizers, precision)
+            train.train_step(student, None, images, tokens, step, optimizers, SCALER, cfg)
 
     for flash, what in ((False, "with our attention setting"), (True, "as it comes")):
         name = f"contrastive step, emoji-50, batch {batch}, {precision}: open_clip {what}"
@@ -136,7 +138,7 @@ def pruned_like(image_m: float, text_m: float) -> model.CLIP:
         heads, width, neurons = min(choices, key=partial(uneven, shape, size))
         small = {"width": width, "layers": shape["layers"], "head_width": 64, "heads": heads, "mlp_width": neurons}
         masks.append(random_masks(shape, small, torch.Generator().manual_seed(0)))
-    return model.prune(whole, *masks)
+    return prune(whole, *masks)
 
 
 def proportions(rounds: int) -> str:

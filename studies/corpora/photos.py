@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from shared import checkpoints, cli, data, layout
 from shared.errors import UserError
+from shared.settings import Count, check_limits
 from shared.tars import IMAGE_EXTENSIONS, write_split
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot hold
@@ -54,7 +55,7 @@ class Photographs:
     """Folder of the data set."""
     out: Path
     """Output folder. It appears only when it is complete."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Resize larger photographs to this shorter side in pixels; None: no resizing."""
     strict: bool = False
     """Stop at the first broken image instead of counting it."""
@@ -108,7 +109,7 @@ class Photographs:
 
     def build(self) -> None:
         """Writes shards, evaluation sets and manifest; a finished folder is left unchanged."""
-        cli.check_counts(self, "image_size")
+        check_limits(self)
         listing = self.plan()
         sizes = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file in self.used if file.is_file()]
         setting = layout.setting_of(self, self.recipe) | {"files": data.fingerprint("\n".join(sizes).encode())}

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from shared import cli, data, layout
 from shared.errors import UserError
+from shared.settings import Count, Limits, check_limits
 from shared.tars import write_split
 from studies.corpora import emoji_sources
 from studies.corpora.captions import FORMS, write_caption
@@ -49,7 +50,7 @@ SPLITS = ("train", "id", "ood")
 class Setting:
     """The parameters of scenes."""
 
-    image_size: int = 48
+    image_size: Annotated[int, Limits(least=8)] = 48
     """Image side in pixels."""
     captioned: tuple[int, int] = (1, 1)
     """Fewest and most captioned emoji of a scene; their concepts differ."""
@@ -67,15 +68,15 @@ class Setting:
     """Captions: names of the captioned emoji, names with some tags, names with positions, or several sentences."""
     noise: float = 0.0
     """Share of scenes with a wrong caption; it names the same number of other concepts."""
-    distinct: int | None = None
+    distinct: Count | None = None
     """Number of distinct scenes, which come first; later scenes are near copies of them. None: all are distinct."""
     skew: float = 1.2
     """With `distinct`: distinct scene r is copied with probability proportional to 1 / (r + 10) ** skew."""
-    concepts: int | None = 100
+    concepts: Count | None = 100
     """Number of captioned concepts; a larger number adds concepts. None: all allowed by `groups` and `min_drawings`."""
     groups: tuple[str, ...] = ("animals-nature", "food-drink", "objects", "travel-places", "activities")
     """Groups of emoji that concepts are chosen from."""
-    min_drawings: int = 4
+    min_drawings: Annotated[int, Limits(least=2)] = 4
     """Fewest drawings of a concept in `styles`; one of them is held out."""
     styles: tuple[str, ...] = emoji_sources.TRAIN_STYLES
     """Drawing styles to train on."""
@@ -91,9 +92,9 @@ class Config(Setting):
     """Output folder. It appears only when it is complete."""
     corpus: Path = Path("data/emoji")
     """Folder of the emoji corpus with the drawings."""
-    samples: int = 20000
+    samples: Count = 20000
     """Number of training scenes."""
-    eval_samples: int = 2000
+    eval_samples: Count = 2000
     """Scenes per evaluation set; in sets with several emoji per scene, at most half the possible combinations."""
 
 
@@ -341,9 +342,7 @@ def blend(picture: np.ndarray, colour: np.ndarray, clear: np.ndarray, top: int, 
 
 def check(s: Setting) -> None:
     """ValueError on invalid settings."""
-    cli.check_counts(s, "image_size", least=8)
-    cli.check_counts(s, "concepts", "distinct")
-    cli.check_counts(s, "min_drawings", least=2)
+    check_limits(s)
     for name, least in (("captioned", 1), ("clutter", 0)):
         low, high = getattr(s, name)
         if not least <= low <= high:
@@ -467,7 +466,6 @@ def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_sampl
 
 def main(cfg: Config) -> None:
     check(cfg)
-    cli.check_counts(cfg, "samples", "eval_samples")
     about, setting = packages(cfg.corpus), dataclasses.asdict(cfg)
     for name in ("out", "corpus"):
         del setting[name]

@@ -9,31 +9,37 @@ from typing import NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import functional
 
-from shared import data, export, memory, run
-from shared.clip import image_side, quiet_open_clip
+from shared import data, export, run
+from shared.clip import STATISTICS, image_side, quiet_open_clip
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent
 
 
 def read(folder: str | Path, split: str, side: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, side, side) uint8 and labels (N,) of one split of a classification set."""
-    view = functools.partial(memory.square_pixels, side=side)
+    view = functools.partial(square_pixels, side=side)
     images, labels = zip(*EvalSet(folder, view, split).batches(256), strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
+def square_pixels(image: Image.Image, side: int) -> Tensor:
+    """RGB image -> its centre square (3, side, side) uint8, as open_clip's transform and clip-benchmark take it."""
+    resized = functional.resize(image, side, functional.InterpolationMode.BICUBIC)
+    return data.to_pixels(functional.center_crop(resized, side))
+
+
 def labelled_by_caption(shards: str, classnames: Sequence[str], side: int) -> tuple[Tensor, Tensor]:
     """Images (N, 3, side, side) uint8 and labels (N,) of training pairs whose captions are class names."""
-    captions: list[str] = []
-
-    def number(texts: list[str]) -> Tensor:
-        captions.extend(texts)
-        return torch.zeros(len(texts), 1)
-
-    corpus = memory.read(data.open_pairs(shards), side, number)
-    return corpus.pixels, torch.tensor([classnames.index(caption) for caption in captions])
+    pairs, images, labels = data.open_pairs(shards), [], []
+    for row in range(len(pairs)):
+        pair = data.read_or_next(pairs, row, [])
+        images.append(square_pixels(pair.image, side))
+        labels.append(classnames.index(pair.caption))
+    return torch.stack(images), torch.tensor(labels)
 
 
 class Tower(NamedTuple):
@@ -54,9 +60,25 @@ def open_clip_tower(model: str) -> Tower:
 CPU = torch.device("cpu")
 
 
+def random_boxes(count: int, scale: tuple[float, float], ratio: tuple[float, float] = (0.85, 1.18)) -> Tensor:
+    """(count, 4) left, top, width, height in units of the image's side; area and aspect ratio are drawn as in
+    torchvision's RandomResizedCrop. With areas above 1, boxes reach beyond the image."""
+    u, low, high = torch.rand(count, 4), *map(math.log, ratio)
+    area, shape = scale[0] + (scale[1] - scale[0]) * u[:, 0], (low + (high - low) * u[:, 1]).exp()
+    size = torch.stack([area * shape, area / shape], dim=1).sqrt().clamp(max=max(1.0, math.sqrt(scale[1])))
+    return torch.cat([u[:, 2:] * (1 - size), size], dim=1)
+
+
 def views(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Boxes (B, 4) of stored images (B, 3, H, H) -> normalised images (B, 3, side, side)."""
-    return memory.normalized(memory.crop_and_resize(pixels, boxes, side))
+    """Boxes (B, 4) of stored images (B, 3, H, H) -> normalised images (B, 3, side, side). Beyond an image, its border
+    is repeated."""
+    left, top, width, height = boxes.unbind(1)
+    none = torch.zeros_like(left)
+    rows = [torch.stack(row, 1) for row in ((width, none, 2 * left + width - 1), (none, height, 2 * top + height - 1))]
+    grid = F.affine_grid(torch.stack(rows, 1), (len(pixels), 3, side, side), align_corners=False)
+    images = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
+    mean, std = (255 * torch.tensor(values)[:, None, None] for values in STATISTICS)
+    return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
 def fit(
@@ -75,7 +97,7 @@ def fit(
         for step, batch in enumerate(order, epoch * steps):
             rate = (step + 1) / steps if step < steps else (1 + math.cos(math.pi * step / (epochs * steps))) / 2
             optimizer.param_groups[0]["lr"] = lr * rate
-            boxes = memory.random_crops(torch.rand(len(batch), 4), crop, (0.85, 1.18))
+            boxes = random_boxes(len(batch), crop)
             with run.autocast(precision, CPU):
                 logits = network(views(pixels[batch], boxes, side))
             optimizer.zero_grad()

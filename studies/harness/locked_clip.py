@@ -19,6 +19,7 @@ from shared import checkpoints, cli, data, export, run
 from shared.clip import quiet_open_clip, trimmed, without_padding
 from shared.errors import UserError
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
+from shared.settings import Count, check_limits
 from studies.harness import photos
 
 
@@ -30,11 +31,11 @@ class Settings:
     """Run folder: config.json, metrics.jsonl, tensorboard/, checkpoint.pt."""
     data: str = photos.SINGLE
     """Shards of photographs, with one sample per caption."""
-    total: int = 30_000
+    total: Count = 30_000
     """Captions per epoch; if the data have fewer, they are repeated."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over `total` captions."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Captions per step."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
@@ -51,7 +52,7 @@ class Settings:
     """auto: bf16 if the hardware supports it."""
     save_every: int = 1000
     """Fewest steps between checkpoints, which are written when an epoch ends; there is one at the end, too."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
 
 
@@ -91,7 +92,7 @@ def learning_rate(step: int, cfg: Settings) -> float:
 def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPEN_CLIP) -> Path:
     """Train on all or some rows of the data, from the last checkpoint if there is one. Returns the run folder."""
     process = run.setup(cfg.seed, cfg.device)
-    cli.check_counts(cfg, "total", "epochs", "batch_size", "log_every")
+    check_limits(cfg)
     if cfg.total < cfg.batch_size:
         raise UserError(f"--total {cfg.total} is less than one batch of {cfg.batch_size}")
     precision, steps = run.resolve_precision(cfg.precision, process.device), cfg.total // cfg.batch_size

@@ -29,7 +29,7 @@ import tyro
 from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
 from shared.errors import UserError
-from shared.run import QUIET
+from shared.run import QUIET, cores
 from studies.harness import report, verdicts
 from studies.harness.floors import Floor
 from studies.harness.verdicts import Claim, measured
@@ -297,7 +297,7 @@ def environment_of(at_once: int) -> dict[str, str]:
     If runs in parallel have several threads each, these wait passively (OMP_WAIT_POLICY), since active waiting would
     take the cores of other runs.
     """
-    threads = max(cli.cores() // at_once, 1)
+    threads = max(cores() // at_once, 1)
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if at_once > 1 and threads > 1 else {}
     return waiting | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
@@ -438,7 +438,7 @@ class Options:
     photos: str | None = None
     """Folder with flickr8k, multi30k, pacs, cifar10 and coco, each in its authors' layout; only those that the study
     reads are needed."""
-    jobs: int = min(cli.cores(), 4)
+    jobs: int = min(cores(), 4)
     """Number of parallel runs; they share the cores."""
     measure: str | None = None
     """Only evaluate this run folder."""

@@ -387,11 +387,21 @@ def test_training_steps(up, table):
     momenta = up.utils.cosine_scheduler(0.9, 1, 1, steps)
     optimizer = up.main.get_optim(args, theirs)
     cfg = train.Config(simclr_pair="same", precision="fp32", weight_decay=args.wd, batch_size=args.batch_size)
-    adamw = torch.optim.AdamW(train.param_groups(ours, args.wd), lr=args.lr, betas=args.betas, eps=args.eps, fused=True)
+    adamw = torch.optim.AdamW(
+        train.parameter_groups(ours, args.wd), lr=args.lr, betas=args.betas, eps=args.eps, fused=True
+    )
 
     def our_steps():
         values = [
-            train.train_step(ours, ([*images.chunk(2), ema], boxes, tokens), adamw, lr, momentum, cfg)
+            train.train_step(
+                ours,
+                ([*images.chunk(2), ema], boxes, tokens),
+                adamw,
+                torch.amp.GradScaler(enabled=False),
+                lr,
+                momentum,
+                cfg,
+            )
             for (images, ema, tokens, boxes), lr, momentum in zip(batches, lrs, momenta, strict=True)
         ]
         return {name: torch.stack([value[name] for value in values]).mean() for name in values[0]}
@@ -450,10 +460,10 @@ def test_trajectory(up, table):
             simclr_pair="same", weight_decay=args.wd, lr=args.lr, min_lr=args.lr_end, warmup_lr=args.lr_start,
             epochs=epochs, batch_size=batch_size, ema_momentum=args.momentum_ema,
         )  # fmt: skip
-        groups, betas = train.param_groups(network, args.wd), (cfg.beta1, cfg.beta2)
-        adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+        groups = train.parameter_groups(network, args.wd)
+        adamw = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw, fused=True)
         for batch, lr, momentum in zip(in_precision(dtype), *train.schedules(cfg, steps), strict=True):
-            yield train.train_step(network, batch, adamw, lr, momentum, cfg)
+            yield train.train_step(network, batch, adamw, torch.amp.GradScaler(enabled=False), lr, momentum, cfg)
 
     curves = trajectory.run(theirs, ours)
     trajectory.compare(table, "attentive_mask_clip", up.main.train, "train.train_step", curves, late=0.3, double=1e-5)
@@ -465,14 +475,16 @@ def test_parameter_groups(up, table):
     order = [dict(each.named_parameters()) for each in (theirs, ours)]
     assert order[0].keys() == order[1].keys()
     by_name = [{id(p): n for n, p in each.items()} for each in order]
-    groups = up.main.get_optim(SimpleNamespace(**TRAIN), theirs).param_groups, train.param_groups(ours, TRAIN["wd"])
+    groups = up.main.get_optim(SimpleNamespace(**TRAIN), theirs).param_groups, train.parameter_groups(ours, TRAIN["wd"])
     listed = [
         [(sorted(by_name[side][id(p)] for p in group["params"]), group["weight_decay"]) for group in groups[side]]
         for side in (0, 1)
     ]
     assert listed[0] == listed[1] and len(names[0]) == len(names[1])
     counts = [[len(group) for group, _ in each] for each in listed]
-    table.compare("parameters with and without decay", up.main.get_optim, "train.param_groups", *counts, rtol=0, atol=0)
+    table.compare(
+        "parameters with and without decay", up.main.get_optim, "train.parameter_groups", *counts, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("warmup", [0, 2])
@@ -493,12 +505,13 @@ def test_three_crops(up, table):
         torch.manual_seed(seed)
         theirs, theirs_boxes = zip(*transform(image), strict=True)
         torch.manual_seed(seed)
-        ours, ours_boxes = train.three_crops(image, 32, released_boxes=True)
+        ours_boxes = crops.three_boxes(image, released_boxes=True)
+        ours = [crops.crop(image, box, 32) for box in ours_boxes]
         boxes.append((torch.tensor(theirs_boxes), ours_boxes))
         pixels.append(([np.array(x) for x in theirs], [np.array(x) for x in ours]))
     function, exact = up.datasets.GetThreeRandomResizedCrop.forward, dict(rtol=0, atol=0)
-    table.compare("three boxes, released formula", function, "train.three_crops", *zip(*boxes, strict=True), **exact)
-    table.compare("pixels of the crops", function, "train.three_crops", *zip(*pixels, strict=True), **exact)
+    table.compare("three boxes, released formula", function, "crops.three_boxes", *zip(*boxes, strict=True), **exact)
+    table.compare("pixels of the crops", function, "crops.three_boxes", *zip(*pixels, strict=True), **exact)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

@@ -17,10 +17,10 @@ import open_clip
 import pytest
 import torch
 
-from concept_frequency import concepts, eval, model, statistics, tagging, train
+from concept_frequency import concepts, evaluate, model, statistics, train
 from concept_frequency.config import Config
-from concept_frequency.published import BINS, Results
-from shared import run
+from concept_frequency.published.files import BINS, Results
+from shared import clip
 from shared.clip import without_padding
 
 from . import Table, check_commit, import_beside, race, run_block, trajectory
@@ -60,12 +60,10 @@ def up(table) -> SimpleNamespace:
     names = {
         "words": "text_search_inverted_index_get_word_dictionaries",
         "search": "text_search_matches_inverted_index",
-        "images": "image_search_matches_inverted_index",
         "extract": "downstream_retrieval_extract_concepts",
     }
     found = import_beside(table.root / "src", list(names.values()), stubs)
-    prompts = import_beside(table.root / "src/text_to_image_experiments", ["utils"], {})["utils"]
-    return SimpleNamespace(**{short: found[name] for short, name in names.items()}, prompts=prompts)
+    return SimpleNamespace(**{short: found[name] for short, name in names.items()})
 
 
 def documents(n: int, seed: int = 0) -> list[list[SimpleNamespace]]:
@@ -105,7 +103,7 @@ def test_index_and_search(up, table):
     queries = [[terms[i] for i in rng.integers(0, len(terms), rng.integers(1, 4))] for _ in range(500)]
     (theirs_n, ours_n), seconds = race(
         lambda: [up.search.search_for_text(None, theirs, query, "")[0] for query in queries],
-        lambda: ours.counts(queries),
+        lambda: [len(ours.search(model.known_terms(query, ours.place))) for query in queries],
         3,
     )
     table.compare(
@@ -124,14 +122,6 @@ def sorted_values(postings: dict) -> dict:
     return {term: torch.tensor(postings[term]) for term in sorted(postings)}
 
 
-def test_case_variants(up, table):
-    names = ["bald eagle", "Black footed Albatross", "dog"]
-    same = [up.images.generate_combinations(name) == model.case_variants(name) for name in names]
-    table.compare(
-        "case variants", up.images.generate_combinations, "case_variants", [1] * 3, [int(x) for x in same], atol=0
-    )
-
-
 def test_caption_concepts(up, table):
     docs = documents(2000, 2)
     pairs = [[(t.lemma_, t.pos_) for t in doc] for doc in docs]
@@ -144,33 +134,6 @@ def test_caption_concepts(up, table):
     table.compare(
         "nouns of captions", up.extract.extract_concepts, "caption_concepts", dict(sorted(found[0].items())),
         dict(sorted(found[1].items())), atol=0, rtol=0, seconds=seconds,
-    )  # fmt: skip
-
-
-def test_prompts(up, table):
-    prompts = [
-        "a cat's hat, red",
-        "two cats",
-        "category",
-        "carsick in the car",
-        "the dog-house",
-        "a dog: portrait",
-    ] * 20
-    words = ["cat", "car", "dog", "hat", "nothing", "red"]
-    scores = np.arange(360.0).reshape(120, 3)
-    (theirs, ours), seconds = race(
-        lambda: up.prompts.find_word_indices(prompts, words), lambda: concepts.prompts_with_concept(prompts, words), 3
-    )
-    table.compare(
-        "prompts with a concept", up.prompts.find_word_indices, "prompts_with_concept",
-        {k: torch.tensor(v) for k, v in theirs.items()}, {k: torch.tensor(v) for k, v in ours.items()}, rtol=0, atol=0,
-        seconds=seconds,
-    )  # fmt: skip
-    rows = up.prompts.calculate_aggregated_scores(theirs, scores.tolist())
-    mine = concepts.concept_scores(ours, scores[:, 1:])
-    table.compare(
-        "scores of a concept's prompts", up.prompts.calculate_aggregated_scores, "concept_scores",
-        {k: torch.tensor(v[0]) for k, v in rows.items()}, mine, rtol=0, atol=0,
     )  # fmt: skip
 
 
@@ -269,7 +232,7 @@ def test_ram_plus(ram, table):
     encoder = ram.bert.BertEncoder(config).eval()
     for layer in encoder.layer:
         del layer.attention
-    ours = tagging.RAMPlus("swin_tiny_patch4_window7_224", 224).eval()
+    ours = model.RAMPlus("swin_tiny_patch4_window7_224", 224).eval()
     state = {f"visual_encoder.{k}": v for k, v in swin.state_dict().items()}
     state |= {f"tagging_head.encoder.{k}": v for k, v in encoder.state_dict().items()}
     rest = {k: v for k, v in ours.head.state_dict().items() if not k.startswith("tagging_head")}
@@ -280,9 +243,7 @@ def test_ram_plus(ram, table):
         theirs = swin(images)
         mine = ours.visual_encoder.forward_features(images).flatten(1, 2)
         mine = torch.cat([mine.mean(dim=1, keepdim=True), mine], dim=1)
-        table.compare(
-            "RAM++ image tokens", ram.swin.SwinTransformer.forward, "tagging.RAMPlus", theirs, mine, atol=1e-4
-        )
+        table.compare("RAM++ image tokens", ram.swin.SwinTransformer.forward, "model.RAMPlus", theirs, mine, atol=1e-4)
         mask = torch.zeros(2, 1, 1, 50)
         (theirs, mine), seconds = race(
             lambda: encoder(
@@ -292,7 +253,7 @@ def test_ram_plus(ram, table):
             3,
         )
     table.compare(
-        "RAM++ tagging head", ram.bert.BertEncoder.forward, "tagging.TaggingHead", theirs, mine, seconds=seconds
+        "RAM++ tagging head", ram.bert.BertEncoder.forward, "model.TaggingHead", theirs, mine, seconds=seconds
     )
 
 
@@ -318,7 +279,7 @@ def test_retrieval(table):
     by_image = {i: [n for n in found.names if i in found.to_images[n]] for i in range(60)}
     (theirs, ours), seconds = race(
         lambda: scope["evaluate"](None, None, None, None, None, by_text, None, by_image),
-        lambda: [eval.concept_recall(image, text, found, k) for k in (1, 5, 10)],
+        lambda: [evaluate.concept_recall(image, text, found, k) for k in (1, 5, 10)],
         2,
     )
     t2i, i2t, by_i2t, by_t2i = theirs
@@ -351,8 +312,9 @@ def test_trajectory(table):
     text = dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2)
     start = open_clip.CLIP(24, vision, text, output_dict=True)
     tokens = open_clip.SimpleTokenizer(context_length=24)(captions)
-    cfg = Config(epochs=epochs, batch_size=batch_size, total=trajectory.STEPS // epochs * batch_size, warmup=20)
-    per_epoch = cfg.steps_per_epoch()
+    size = trajectory.STEPS // epochs * batch_size
+    cfg = Config(epochs=epochs, batch_size=batch_size, dataset_size=size, warmup=20, precision="fp32")
+    per_epoch = cfg.steps_per_epoch
     rows = trajectory.orders(len(captions), batch_size, epochs * per_epoch)
     args = SimpleNamespace(
         model="CLIP", train_data="shards", opt="adamw", trace=False, precision="fp32", device="cpu", rank=0,
@@ -380,9 +342,10 @@ def test_trajectory(table):
         network = without_padding(network)
         groups = train.parameter_groups(network, cfg.weight_decay)
         adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-        scaler, process = torch.amp.GradScaler(enabled=False), run.Process(0, 1, torch.device("cpu"))
-        for step, batch in enumerate(batches(dtype)):
-            yield train.train_step(network, *batch, adamw, scaler, step, cfg, process, "fp32")
+        scaler = torch.amp.GradScaler(enabled=False)
+        for step, (images, texts) in enumerate(batches(dtype)):
+            train.set_learning_rate(adamw, cfg, step)
+            yield train.train_step(network, images, clip.cut_padding(texts, images.device), adamw, scaler, cfg)
 
     where = f"open_clip_train/train.py:{loop.train_one_epoch.__code__.co_firstlineno}"
     curves, against = trajectory.run(theirs, ours), "open_clip's trainer"

@@ -13,6 +13,7 @@ import math
 import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import open_clip
 import pytest
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flame import embed, model, train
+from flame import config, llm, model, train, zeroshot
 from flame import eval as evaluation
 
 from . import (  # noqa: F401  (seeded: autouse)
@@ -124,9 +125,9 @@ def their_encoder(up, lm, tokenizer, layer: int):
     return encoder
 
 
-def template_of(prompt: model.Prompt) -> str:
+def template_of(prompt: llm.Prompt) -> str:
     """A prompt in their notation."""
-    return embed.render(prompt, "*sent_0*").replace(" ", "_")
+    return llm.render(prompt, "*sent_0*").replace(" ", "_")
 
 
 CAPTIONS = [
@@ -143,11 +144,11 @@ def test_text_encoder(up, table):
     sizes["initializer_range"] = 0.3  # for states of about size 1, which an absolute tolerance suits
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_key_value_heads=2, **sizes)).eval()
     tokenizer = Words()
-    prompts = embed.read_prompts(up.root.parent)
-    ours, theirs = model.FrozenLLM(lm, tokenizer), their_encoder(up, lm, tokenizer, 3)
+    prompts = llm.read_prompts(up.root / "training/embed_cc3m_mask.py")
+    ours, theirs = llm.FrozenLLM(lm, tokenizer), their_encoder(up, lm, tokenizer, 3)
     source = up.multiprompteol_embeddings.MultiPromptEOLEmbeddingsLLM.forward
 
-    def encode(caption: str, prompt: model.Prompt, infer: bool):
+    def encode(caption: str, prompt: llm.Prompt, infer: bool):
         ids = padded([tokenizer.ids(caption, True)]).input_ids
         several = len(prompt.facets) > 1
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
@@ -161,15 +162,15 @@ def test_text_encoder(up, table):
             2,
         )
         table.compare(
-            f"clean-up, prompt, mask, readout: {name}", source, "model.FrozenLLM", a, b, atol=1e-4, seconds=seconds,
+            f"clean-up, prompt, mask, readout: {name}", source, "llm.FrozenLLM", a, b, atol=1e-4, seconds=seconds,
             note="ours in one batch",
         )  # fmt: skip
     mean = torch.cat([encode(caption, prompts[2], True) for caption in CAPTIONS])
-    table.compare("mean of facets", source, "model.FrozenLLM", mean, ours(CAPTIONS, prompts[2]).mean(1), atol=1e-4)
+    table.compare("mean of facets", source, "llm.FrozenLLM", mean, ours(CAPTIONS, prompts[2]).mean(1), atol=1e-4)
     rows = [torch.cat([encode(caption, prompt, False) for caption in CAPTIONS]) for prompt in prompts]
     theirs_bank = F.normalize(torch.cat(rows, dim=1), dim=-1)
-    ours_bank = embed.embed_captions(ours, CAPTIONS, CAPTIONS, CAPTIONS, prompts, batch_size=2)
-    table.compare("bank, 11 facets", "training/embed_cc3m_mask.py:237", "embed.embed_captions", theirs_bank, ours_bank)
+    ours_bank = llm.embed_captions(ours, CAPTIONS, CAPTIONS, CAPTIONS, prompts, batch_size=2)
+    table.compare("bank, 11 facets", "training/embed_cc3m_mask.py:237", "llm.embed_captions", theirs_bank, ours_bank)
 
 
 def test_drawing_facets(up, table):
@@ -228,22 +229,27 @@ def test_parameter_groups(up, table):
     _, ours = twins(up)
     names = {id(p): name for name, p in ours.named_parameters()}
     theirs = sorted(name for name, p in ours.named_parameters() if exclude(name, p))
-    mine = sorted(names[id(p)] for p in train.param_groups(ours, 0.5)[0]["params"])
+    mine = sorted(names[id(p)] for p in train.parameter_groups(ours, 0.5)[0]["params"])
     assert theirs == mine
-    table.compare("no weight decay", f"training/main.py:{line + 1}", "train.param_groups", len(theirs), len(mine))
+    table.compare("no weight decay", f"training/main.py:{line + 1}", "train.parameter_groups", len(theirs), len(mine))
 
 
 def test_image_transform(up, table):
     image = Image.fromarray(torch.randint(0, 256, (70, 97, 3), dtype=torch.uint8).numpy())
     theirs = up.transform.image_transform(48, is_train=False)(image)
-    ours = train.view(48, train=False)(image)
-    table.compare("evaluation transform", up.transform.image_transform, "train.view", theirs, ours, rtol=0, atol=1e-6)
+    sized = SimpleNamespace(visual=SimpleNamespace(image_size=(48, 48)))
+    ours = zeroshot.eval_transform(sized)(image)
+    table.compare(
+        "evaluation transform", up.transform.image_transform, "zeroshot.eval_transform", theirs, ours, rtol=0, atol=1e-6
+    )
     cfg = up.transform.AugmentationCfg(scale=(0.9, 1.0))
     torch.manual_seed(5)
     theirs = up.transform.image_transform(48, is_train=True, aug_cfg=cfg)(image)
     torch.manual_seed(5)
-    ours = train.view(48, train=True)(image)
-    table.compare("training transform", up.transform.image_transform, "train.view", theirs, ours, rtol=0, atol=1e-6)
+    ours = train.training_view(48, 0.9)(image)
+    table.compare(
+        "training transform", up.transform.image_transform, "train.training_view", theirs, ours, rtol=0, atol=1e-6
+    )
 
 
 # ------------------------------------------------------------------------------------------------ losses and schedules
@@ -267,24 +273,18 @@ def test_losses(up, table):
                       seconds=seconds)  # fmt: skip
     negative = up.loss.MultiPositiveSigmoidLoss()._loss(image, text, scale, bias, negative_only=True)
     where = up.loss.MultiPositiveSigmoidLoss._loss
-    ours = model.mp_sigmoid_loss(image, text, scale, bias, negative_only=True)
+    matched = 1e3 * image.repeat_interleave(6, 0)  # own texts that add nothing, one image at a time
+    with mock.patch.object(model, "gather", lambda texts: torch.cat([texts, text])):
+        parts = zip(image.split(1), matched.split(6), strict=True)
+        ours = torch.stack([model.mp_sigmoid_loss(*part, scale, bias) for part in parts]).mean()
     table.compare("texts of another process", where, "model.mp_sigmoid_loss", negative, ours)
 
 
-def test_schedules(up, table):
-    steps = range(0, 1000, 7)
-    optimizer = SimpleNamespace(param_groups=[{}])
-    theirs = up.scheduler
-    cases = [
-        (theirs.cosine_lr, (5e-4, 100, 1000), lambda s: train.cosine_lr(s, 5e-4, 100, 1000), "cosine_lr"),
-        (theirs.const_lr, (5e-4, 100, 1000), lambda s: train.const_lr(s, 5e-4, 100), "const_lr"),
-        (theirs.const_lr_cooldown, (5e-4, 100, 1000, 200), lambda s: train.const_cooldown_lr(s, 5e-4, 100, 1000, 200),
-         "const_cooldown_lr"),
-    ]  # fmt: skip
-    for function, settings, ours, name in cases:
-        adjust = function(optimizer, *settings)
-        a, b = [adjust(s) for s in steps], [ours(s) for s in steps]
-        table.compare(f"schedule {name}", function, f"train.{name}", a, b, rtol=1e-6, atol=1e-12)
+def test_learning_rate(up, table):
+    steps, optimizer = range(0, 1000, 7), SimpleNamespace(param_groups=[{}])
+    adjust, cfg = up.scheduler.cosine_lr(optimizer, 5e-4, 100, 1000), config.Config(lr=5e-4, warmup=100)
+    a, b = [adjust(s) for s in steps], [train.learning_rate(cfg, s, 1000) for s in steps]
+    table.compare("learning rate", up.scheduler.cosine_lr, "train.learning_rate", a, b, rtol=1e-6, atol=1e-12)
 
 
 def test_training_step(up, table):
@@ -294,8 +294,9 @@ def test_training_step(up, table):
     ours.logit_scale.data.fill_(math.log(10))
     side = SimpleNamespace(visual=theirs["visual"], mm=theirs["mm"])
     options = dict(lr=5e-4, betas=(0.9, 0.95), eps=1e-4)
-    optimizers = [torch.optim.AdamW(train.param_groups(m, 0.5), **options) for m in (theirs, ours)]
-    loss, cfg = up.loss.MultiPositiveSigmoidLoss(), train.Config(precision="fp32")
+    optimizers = [torch.optim.AdamW(train.parameter_groups(m, 0.5), **options) for m in (theirs, ours)]
+    loss, cfg = up.loss.MultiPositiveSigmoidLoss(), config.Config(precision="fp32")
+    scaler = torch.amp.GradScaler(enabled=False)
     losses = ([], [])
     for _ in range(3):
         images, facets = torch.randn(6, 3, 24, 24), unit(6, 3, 20)
@@ -307,7 +308,7 @@ def test_training_step(up, table):
         with torch.no_grad():
             theirs.logit_scale.clamp_(0, math.log(100))
         losses[0].append(value.item())
-        losses[1].append(train.train_step(ours, (images, facets), optimizers[1], 5e-4, cfg).item())
+        losses[1].append(train.train_step(ours, (images, facets), optimizers[1], scaler, 5e-4, cfg)["loss"].item())
     table.compare("three steps: loss", "training/train.py:90", "train.train_step", *losses)
     state = theirs.state_dict()
     a, b = ({n: v for n, v in s.items() if not n.endswith("in_proj_bias")} for s in (state, ours.state_dict()))
@@ -329,12 +330,13 @@ def test_trajectory(up, table):
     sizes = dict(
         hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
     )
-    llm = model.FrozenLLM(LlamaForCausalLM(LlamaConfig(vocab_size=3000, **sizes)).eval(), Words())
-    bank = embed.embed_captions(llm, captions, captions, captions, embed.read_prompts(up.root.parent), batch_size=64)
+    encoder = llm.FrozenLLM(LlamaForCausalLM(LlamaConfig(vocab_size=3000, **sizes)).eval(), Words())
+    prompts = llm.read_prompts(up.root / "training/embed_cc3m_mask.py")
+    bank = llm.embed_captions(encoder, captions, captions, captions, prompts, batch_size=64)
     rows = trajectory.orders(len(pairs), batch_size, epochs * per_epoch)
     facets = [torch.stack([train.sample_facets(bank[row]) for row in batch]) for batch in rows]
     parts, start = twins(up)
-    cfg = train.Config(warmup=20, epochs=epochs, batch_size=batch_size, lr=1e-3)
+    cfg = config.Config(warmup=20, epochs=epochs, batch_size=batch_size, lr=1e-3, precision="fp32")
     args = SimpleNamespace(
         model="FLAME", train_data="shards", trace=False, precision="fp32", device="cpu", rank=0, local_rank=0,
         world_size=1, horovod=False, wd=cfg.weight_decay, lr=cfg.lr, beta1=cfg.beta1, beta2=cfg.beta2, eps=cfg.eps,
@@ -365,10 +367,12 @@ def test_trajectory(up, table):
 
     def ours(dtype):
         network = copy.deepcopy(start).to(dtype)
-        groups = train.param_groups(network, cfg.weight_decay)
-        adamw = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
+        groups = train.parameter_groups(network, cfg.weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw, fused=True)
+        scaler = torch.amp.GradScaler(enabled=False)
         for step, batch in enumerate(batches(dtype)):
-            yield train.train_step(network, batch, adamw, train.schedule(cfg, step, epochs * per_epoch), cfg)
+            lr = train.learning_rate(cfg, step, epochs * per_epoch)
+            yield train.train_step(network, batch, adamw, scaler, lr, cfg)["loss"]
 
     where = f"{table.where(up.train.train_one_epoch)}, training/main.py:308"
     trajectory.compare(table, "flame", where, "train.train_step", trajectory.run(theirs, ours))
@@ -390,8 +394,8 @@ def test_zero_shot_classifier(up, table):
 
     function = up.zero_shot_classifier.build_zero_shot_classifier
     theirs = function(SimpleNamespace(encode_text=encode_text), tokenizer, names, templates)
-    table.compare("template ensemble", function, "eval.zero_shot_classifier", theirs,
-                  evaluation.zero_shot_classifier(embeds), atol=1e-6)  # fmt: skip
+    table.compare("template ensemble", function, "zeroshot.zero_shot_classifier", theirs,
+                  zeroshot.zero_shot_classifier(embeds), atol=1e-6)  # fmt: skip
 
 
 def test_retrieval(up, table):

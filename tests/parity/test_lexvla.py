@@ -24,13 +24,12 @@ from open_clip_train.scheduler import cosine_lr as openclip_cosine_lr
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lexvla.config import Config
+from lexvla.fast import MaxLogits
 from lexvla.model import (
     ImageEncoder,
     LexVLA,
     LoRALinear,
-    MaxLogits,
     TextEncoder,
-    bag_of_words,
     contrastive_loss,
     elu1p,
     flops_loss,
@@ -38,7 +37,9 @@ from lexvla.model import (
     sparsify,
 )
 from lexvla.patchdis import VDRImage, vdr_vocabulary
-from lexvla.train import cosine_lr, param_groups, quadratic_warmup, train_step
+from lexvla.text import bag_of_words
+from lexvla.tokens import Precomputed
+from lexvla.train import BETAS, learning_rate, quadratic_warmup, rates, train_step
 from shared import pretrained
 
 from . import Table, check_commit, race, trajectory
@@ -202,9 +203,9 @@ def test_schedules(roots, table):
     for warmup in (0, 30):
         optimizer = torch.optim.SGD([parameter], lr=1.0)
         set_lr = openclip_cosine_lr(optimizer, 5e-4, warmup, 200)
-        a, b = [set_lr(step) for step in range(200)], [cosine_lr(step, 5e-4, 200, warmup) for step in range(200)]
+        a, b = [set_lr(step) for step in range(200)], [learning_rate(step, 5e-4, 200, warmup) for step in range(200)]
         table.compare(
-            "learning rate", "open_clip_train/scheduler.py cosine_lr", "cosine_lr", a, b, rtol=1e-9, atol=1e-15
+            "learning rate", "open_clip_train/scheduler.py cosine_lr", "learning_rate", a, b, rtol=1e-9, atol=1e-15
         )
 
 
@@ -230,7 +231,7 @@ class TextTower(torch.nn.Module):
         self.linear = LoRALinear(torch.nn.Linear(*codebook.shape[1:] * 2, bias=False), rank=4, alpha=16)
         self.register_buffer("codebook", codebook)
 
-    def forward(self, states: torch.Tensor, attention_mask: None = None) -> torch.Tensor:
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
         return lexical_map(self.linear(states), self.codebook)
 
 
@@ -297,10 +298,10 @@ def numpy_loop(start: dict[str, np.ndarray], batches: Iterable, steps: int, cfg:
         if t > cfg.warmup:
             lr = cfg.lr * (1 + np.cos(np.pi * (t - 1 - cfg.warmup) / (steps - cfg.warmup))) / 2
         for name, g in gradients.items():
-            first[name] = cfg.beta1 * first.get(name, 0) + (1 - cfg.beta1) * g
-            second[name] = cfg.beta2 * second.get(name, 0) + (1 - cfg.beta2) * g**2
-            root = np.sqrt(second[name] / (1 - cfg.beta2**t)) + cfg.eps
-            p[name] = (p[name] - float(lr) * first[name] / (1 - cfg.beta1**t) / root).astype(y.dtype)
+            first[name] = BETAS[0] * first.get(name, 0) + (1 - BETAS[0]) * g
+            second[name] = BETAS[1] * second.get(name, 0) + (1 - BETAS[1]) * g**2
+            root = np.sqrt(second[name] / (1 - BETAS[1] ** t)) + cfg.eps
+            p[name] = (p[name] - float(lr) * first[name] / (1 - BETAS[0] ** t) / root).astype(y.dtype)
         p["logit_scale"] = np.minimum(p["logit_scale"], np.log(100).astype(y.dtype))
         yield float(loss)
 
@@ -321,9 +322,9 @@ def test_trajectory():
     hot = torch.tensor([[float(word in words) for word in common] for words in split])
     codebook = torch.randn(len(common), d)
     h = hot @ codebook / hot.sum(1, keepdim=True).clamp(min=1)
-    image = ImageEncoder(torch.nn.Identity(), torch.nn.Linear(y.shape[2], d), codebook)
+    image = ImageEncoder(Precomputed(), torch.nn.Linear(y.shape[2], d), codebook)
     start, rows = LexVLA(image, TextTower(codebook)), trajectory.orders(len(captions), 32, steps)
-    cfg = Config(lr=1e-2, warmup=20, penalty_warmup=100, lambda_image=0.3, lambda_text=0.3)
+    cfg = Config(lr=1e-2, warmup=20, penalty_warmup=100, lambda_image=0.3, lambda_text=0.3, precision="fp32")
 
     def theirs(dtype):
         state = {name: value.to(dtype).numpy() for name, value in start.state_dict().items()}
@@ -331,11 +332,14 @@ def test_trajectory():
 
     def ours(dtype):
         model = copy.deepcopy(start).to(dtype)
-        groups, betas = param_groups(model, cfg.weight_decay), (cfg.beta1, cfg.beta2)
-        adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(trained, lr=cfg.lr, betas=BETAS, eps=cfg.eps, fused=True)
+        scaler = torch.amp.GradScaler(enabled=False)
         for step, b in enumerate(rows):
-            batch, lr = (y[b].to(dtype), (h[b].to(dtype),)), cosine_lr(step, cfg.lr, steps, cfg.warmup)
-            yield train_step(model, batch, adamw, step + 1, lr, cfg)
+            now = rates(cfg, step, steps)
+            adam.param_groups[0]["lr"] = now["lr"]
+            lambdas = now["lambda_image"], now["lambda_text"]
+            yield train_step(model, (y[b].to(dtype), (h[b].to(dtype),)), lambdas, adam, scaler, cfg)
 
     table = Table(Path(__file__).parent)
     curves, against = trajectory.run(theirs, ours), "a loop in NumPy"

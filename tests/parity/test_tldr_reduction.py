@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tldr_reduction_ports import build_vocab, refine_annotations
 
-from tldr_reduction import blip, captioner, cluster, model, reduce, train, training
+from tldr_reduction import blip, cluster, model, reduce, train
 from tldr_reduction.checkpoints import load_blip
 from tldr_reduction.config import CaptionerConfig
-from tldr_reduction.tokenizer import WordPiece, build_vocab, pre_caption
+from tldr_reduction.tokenizer import WordPiece, pre_caption
 
 from . import (  # noqa: F401  (seeded: autouse)
     Table,
@@ -294,7 +295,7 @@ def test_resized_positions(up, table):
             up.vit.interpolate_pos_embed,
             "resize_pos_embed",
             theirs,
-            model.resize_pos_embed(positions, side),
+            blip.resize_pos_embed(positions, side),
         )
 
 
@@ -351,7 +352,7 @@ def test_captioner(up, table):
     image, ids, mask = pairs()
     theirs, ours = twins(up, Tokenizer(ids, mask))
     their_losses = theirs(image, None, 0.4)
-    own_losses = ours(image, ids, mask)
+    own_losses = ours(image, ids, mask)[:2]
     theirs_grad = gradients(theirs, sum(their_losses))
     own_grad = gradients(ours, sum(own_losses))
     theirs_grad = {name: theirs_grad[name] for name in own_grad}
@@ -375,7 +376,7 @@ def test_caption_model(up, table):
     image, ids, mask = pairs()
     theirs, ours = twins(up, Tokenizer(ids, mask), quantize=False)
     loss = theirs(image, None)
-    own, _ = ours(image, ids, mask, prompt_length=4)
+    own, *_ = ours(image, ids, mask, prompt_length=4)
     grads = [gradients(theirs, loss), gradients(ours, own)]
     grads[0] = {name: grads[0][name] for name in grads[1]}
     table.compare(
@@ -396,7 +397,7 @@ def test_itm(up, table):
         vision_proj=torch.nn.Linear(32, 16), text_proj=torch.nn.Linear(32, 16), itm_head=torch.nn.Linear(32, 2)
     )
     theirs = randomised(assemble(up, "blip_itm", **parts)).eval()
-    ours = model.BLIP(blip.VisionTransformer(**VISION), our_bert(), our_bert(), 16, 8).eval()
+    ours = blip.BLIP(blip.VisionTransformer(**VISION), our_bert(), our_bert(), 16, 8).eval()
     load_blip(ours, {"model": theirs.state_dict()})
     with torch.no_grad():
         expected = [theirs(image, None, head) for head in ("itm", "itc")]
@@ -415,18 +416,20 @@ def codes_of(n=1500, length=80):
     return np.where(noise, rng.integers(0, 256, (n, length)), patterns[rng.integers(0, 60, n)])
 
 
+def whiten(codes: np.ndarray) -> torch.Tensor:
+    return cluster.whitened(cluster.fit_whitening(codes, 40), codes)
+
+
 def test_whitening(up, table):
     codes = codes_of()
     theirs = up.fast_cluster.preprocess_features(codes, pca=40)
-    (theirs, ours), seconds = race(
-        lambda: up.fast_cluster.preprocess_features(codes, pca=40), lambda: cluster.whiten(codes, 40)
-    )
+    (theirs, ours), seconds = race(lambda: up.fast_cluster.preprocess_features(codes, pca=40), lambda: whiten(codes))
     theirs = torch.from_numpy(np.asarray(theirs))
     function = up.fast_cluster.preprocess_features
     table.compare(
         "whitening (Gram)",
         function,
-        "cluster.whiten",
+        "cluster.fit_whitening",
         theirs @ theirs.T,
         ours @ ours.T,
         rtol=0,
@@ -436,16 +439,21 @@ def test_whitening(up, table):
 
 
 def test_kmeans(up, table):
-    features = cluster.whiten(codes_of(), 40)
+    features = whiten(codes_of())
 
     def theirs():
         np.random.seed(7)
         return up.fast_cluster.run_kmeans(features.numpy(), 30)
 
     seed = np.random.RandomState(7).randint(1234)
-    ((assignment, objective), own), seconds = race(theirs, lambda: cluster.kmeans(features, 30, seed), 3)
-    results = [torch.tensor(assignment), objective], [own[0], own[2][-1]]
-    table.compare("k-means", up.fast_cluster.run_kmeans, "cluster.kmeans", *results, rtol=1e-5, seconds=seconds)
+
+    def ours():
+        centroids, objective = cluster.train_kmeans(features, 30, seed)
+        return cluster.nearest(features, centroids)[0], objective[-1]
+
+    ((assignment, objective), own), seconds = race(theirs, ours, 3)
+    results = [torch.tensor(assignment), objective], own
+    table.compare("k-means", up.fast_cluster.run_kmeans, "cluster.train_kmeans", *results, rtol=1e-5, seconds=seconds)
 
 
 def test_selection(up, table, tmp_path):
@@ -462,9 +470,9 @@ def test_selection(up, table, tmp_path):
     )
     scope = statements(script, "success_data = []", "for i in range(len(success_data))", **names)
     theirs = [torch.tensor([int(e["image"]) for e in scope[key]]) for key in ("success_data", "success_data_preserved")]
-    ours = cluster.select_every_nth(assignment, 9, scope["N"])
+    ours = cluster.select_fraction(assignment, 9, 1 / scope["N"])
     own = [ours, ours[torch.isin(ours, torch.tensor(keep))]]
-    table.compare("selection, ITM half", "codebook_cluster.py:58-95", "select_every_nth", theirs, own, rtol=0, atol=0)
+    table.compare("selection, ITM half", "codebook_cluster.py:58-95", "select_fraction", theirs, own, rtol=0, atol=0)
 
 
 def test_caption_merge(up, table, tmp_path):
@@ -488,11 +496,11 @@ def test_caption_merge(up, table, tmp_path):
     scope = statements(
         up.root / "generate_train_json_w_caption.py", "success_data = []", "for i in range(len(ann2))", **names
     )
-    same = scope["success_data"] == reduce.refine_annotations(rows, generated, annotations)
+    same = scope["success_data"] == refine_annotations(rows, generated, annotations)
     table.compare(
         "caption merge",
         "generate_train_json_w_caption.py:33-82",
-        "refine_annotations",
+        "reduce.refined",
         1.0,
         float(same),
         rtol=0,
@@ -529,9 +537,9 @@ def test_trajectory(up, table, tmp_path):
     words = WordPiece(tmp_path / "vocab.txt")
     starts = twins(up, Words(words), vocab=len(words))
     rows = trajectory.orders(len(captions), batch_size, epochs * per_epoch)
-    cfg = CaptionerConfig(epochs=epochs, batch_size=batch_size, lr=1e-3, warmup=20, lr_decay_rate=0.8)
+    cfg = CaptionerConfig(epochs=epochs, batch_size=batch_size, lr=1e-3, warmup=20, lr_decay_rate=0.8, precision="fp32")
     config = dict(
-        laion_path="", warmup_steps=cfg.warmup, warmup_lr=cfg.warmup_lr, init_lr=cfg.lr, min_lr=cfg.min_lr, alpha=0.4,
+        laion_path="", warmup_steps=cfg.warmup, warmup_lr=1e-6, init_lr=cfg.lr, min_lr=cfg.min_lr, alpha=0.4,
         lr_decay_rate=cfg.lr_decay_rate, weight_decay=cfg.weight_decay, max_epoch=epochs,
     )  # fmt: skip
 
@@ -551,13 +559,13 @@ def test_trajectory(up, table, tmp_path):
     def ours(dtype):
         network, scaler = copy.deepcopy(starts[1]).to(dtype), torch.amp.GradScaler(enabled=False)
         trained, decay = list(network.parameters()), cfg.weight_decay
-        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, eps=cfg.eps, weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=decay, fused=True)
         for step, (images, texts) in enumerate(batches(dtype)):
-            optimizer.param_groups[0]["lr"] = training.learning_rate(cfg, *divmod(step, per_epoch))
-            yield captioner.train_step(network, [images, *words(texts)], optimizer, scaler)
+            optimizer.param_groups[0]["lr"] = train.learning_rate(cfg, *divmod(step, per_epoch))
+            yield train.train_step(network, (images, words(texts)[0]), optimizer, scaler, cfg)
 
     where = f"{table.where(up.pretrain_vq_compress.train)}, vq_compress_model/pretrain_vq_compress.py:125"
-    trajectory.compare(table, "tldr_reduction", where, "captioner.train_step", trajectory.run(theirs, ours))
+    trajectory.compare(table, "tldr_reduction", where, "train.train_step", trajectory.run(theirs, ours))
 
 
 def test_schedules(up, table):

@@ -1,0 +1,1 @@
+"""The paper's numbers, the authors' published files, and what our code computes from these files."""

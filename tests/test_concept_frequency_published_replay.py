@@ -1,0 +1,229 @@
+"""The replay of the authors' published files, and of files in their layout.
+
+Golden cases derived from the published files are compared with these files if they exist: in `upstream_results/` beside
+the case, or in the clone of --upstream.
+"""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Case
+from PIL import Image
+from scripts import one_sentence
+from test_concept_frequency_statistics import as_upstream
+
+from concept_frequency import statistics
+from concept_frequency.published import replay
+from concept_frequency.published.files import BINS, CLASSIFICATION, METHODS, RETRIEVAL, Results
+from concept_frequency.published.numbers import TABLE3, TABLE9
+from concept_frequency.statistics import correlation, frequency_agreement, log_linear_curve, long_tail
+
+
+def results(case: Case, request: pytest.FixtureRequest) -> Results:
+    """The authors' published files."""
+    beside = case.path.parent / "upstream_results"
+    folder = beside if beside.is_dir() else request.config.getoption("upstream")
+    if folder is None or not (Path(folder) / "search_counts").is_dir():
+        pytest.skip("needs the authors' published files: upstream_results/ beside the case, or --upstream CLONE")
+    return Results(folder)
+
+
+@pytest.mark.golden("concept_frequency", "published_curves")
+def test_published_curves(case, request):
+    """Curves computed from the authors' counts and scores."""
+    published = results(case, request)
+    for row in case.json:
+        model_name = f"{row['model']}|{row['pretraining']}"
+        counts, scores, _ = published.pairs(row["task"], row["search"], model_name, row["prompt_or_metric"])
+        curve, bins = as_upstream(log_linear_curve(counts, scores, row["num_bins"])), slice(*row["slice"])
+        assert len(counts) == row["n_pairs"]
+        assert curve.size.tolist() == row["bin_counts"]
+        for ours, theirs in ((curve.position, "exp_bins"), (curve.mean, "bin_means"), (curve.std, "bin_stds")):
+            np.testing.assert_allclose(ours, row[theirs], rtol=1e-6, atol=1e-6)
+        assert correlation(curve, bins) == pytest.approx((row["rho"], row["p"]), abs=1e-9)
+        assert correlation(curve) == pytest.approx((row["rho_all_bins"], row["p_all_bins"]), abs=1e-9)
+        inner = correlation(curve, slice(1, -1))
+        assert inner == pytest.approx((row["rho_1_to_minus1"], row["p_1_to_minus1"]), abs=1e-9)
+        flat = statistics.unbinned(counts, scores)
+        assert flat["pearson"] == pytest.approx(row["pearson_unbinned"], abs=1e-9)
+        assert flat["spearman"] == pytest.approx(row["spearman_unbinned"], abs=1e-9)
+
+
+@pytest.mark.golden("concept_frequency", "frequency_agreement")
+def test_frequency_agreement(case, request):
+    published = results(case, request)
+    for search, values in case.json.items():
+        for pair in values.keys() - {"n_common"}:
+            a, b = (published.all_counts(pretraining, search) for pretraining in pair.split("|"))
+            spearman, n = frequency_agreement(a, b)
+            assert n == values["n_common"]
+            assert spearman == pytest.approx(values[pair]["spearman"], abs=1e-9)
+
+
+@pytest.mark.golden("concept_frequency", "long_tail")
+def test_long_tail(case, request):
+    published = results(case, request)
+    for key, values in case.json.items():
+        pretraining, search = key.split("|")
+        assert long_tail(published.tail_counts(pretraining, search)) == pytest.approx(values, abs=1e-9)
+
+
+@pytest.mark.golden("concept_frequency", "let_it_wag")
+def test_let_it_wag(case, request):
+    imagenet = case["external_imagenet_top1"] | case["imagenet_ensemble_top1_from_results"]
+    assert len(imagenet) == case["n_models"]
+    below = sum(accuracy < 50 for accuracy in imagenet.values())
+    assert (below, len(imagenet) - below) == (case["n_below_50"], case["n_above_50"])
+    tail = results(case, request).let_it_wag()
+    found = statistics.two_slopes(list(imagenet.values()), [tail[name]["full"] for name in imagenet])
+    assert (found["n_below"], found["n_above"]) == (case["n_below_50"], case["n_above_50"])
+    assert found["slope_below"] == pytest.approx(case["slope_imagenet_below_50"], abs=1e-9)
+    assert found["slope_above"] == pytest.approx(case["slope_imagenet_above_50"], abs=1e-9)
+
+
+@pytest.mark.golden("concept_frequency", "human_eval_curve")
+def test_people_study(case, request):
+    """From the counts of all names and the participants' judgements: number of buckets, their middles and means,
+    and the correlation of the curve."""
+    if (found := results(case, request).people()) is None:
+        pytest.skip("needs the judgements of the people study: --upstream CLONE")
+    assert len(statistics.frequency_buckets(found[0])) == 45
+    x, y = statistics.people_points(*found)
+    case.close("bucket_centers", x, rtol=1e-6)
+    case.close("bucket_accuracy", y, rtol=1e-6, atol=1e-6)
+    rho, p = correlation(as_upstream(log_linear_curve(x, y, BINS["people"])))
+    assert (f"{rho:.4f}", f"{p:.4f}") == ("0.9254", "0.0242")
+
+
+def key_of(model: str) -> str:
+    backbone, _, corpus = model.partition("|")
+    return f"backbone{backbone}_pretrained{corpus}"
+
+
+def write_published(folder: Path) -> None:
+    """Write files in the authors' layout: scores are linear in log frequency, counts differ by corpus."""
+    for name in (
+        "let_it_wag_datasets/evaluations", "search_counts", "zero_shot_evaluations", "retrieval_evaluations",
+        "misalignment_metrics", "t2i_evaluations", "notebooks/plots",
+    ):  # fmt: skip
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for dataset in [*CLASSIFICATION, "imagenet-sketch", *RETRIEVAL]:
+        names = [f"{dataset} {i}" for i in range(60)]
+        count = dict(zip(names, (10 ** rng.uniform(0, 4, 60)).astype(int).tolist(), strict=True))
+        scores = {name: 5 + 4 * math.log(n + 1) + rng.normal() for name, n in count.items()}
+        for pretraining in ("cc3m", "cc12m"):
+            for method in METHODS.values():
+                path = folder / f"search_counts/{dataset}_{pretraining}_{method}_search_counts.json"
+                path.write_text(json.dumps(count))
+        models = {
+            key_of(m): {"full": 40.0, "classwise": scores, "conceptwise": scores}
+            for m in ("RN50|cc3m", "ViT-B-16|cc3m", "RN50|cc12m", "ViT-B-16|cc12m")
+        }
+        places = ["retrieval_evaluations"] if dataset in RETRIEVAL else ["zero_shot_evaluations"]
+        prompts = ["t2i_k=10"] if dataset in RETRIEVAL else ["class", "simple", "ensemble"]
+        for place in places:
+            for prompt in prompts:
+                (folder / place / f"{dataset}_{prompt}_results.json").write_text(json.dumps(models))
+    degree = {
+        "misalignment_counts": TABLE3["cc3m"][0],
+        "misalignment_degree (percent); fixed conservative dataset size": 0.16819,
+    }
+    (folder / "misalignment_metrics/cc3m_misalignment_degree.json").write_text(json.dumps(degree))
+    classes = {"birdsnap_0": 5.0, "birdsnap 1": 7.0, "eggnog": 30.0}  # two are names of a fine-grained set
+    wag = {
+        key_of(m): {"full": imagenet - 20 + 0.01 * imagenet, "classwise": classes}
+        for m, (imagenet, _) in TABLE9.items()
+    }
+    path = folder / "let_it_wag_datasets/evaluations/let_it_wag_ensemble_results.json"
+    path.write_text(json.dumps(wag))
+    write_generation(folder)
+    write_people(folder)
+    write_saved(folder)
+
+
+def write_generation(folder: Path) -> None:
+    """Write scores of two text-to-image models on one metric, a saved curve that differs from the second's in one
+    bin, and a curve of the first on a metric without scores."""
+    rng = np.random.default_rng(1)
+    count = {f"noun {i}": int(10 ** (5 * i / 79)) for i in range(80)}
+    path = folder / f"search_counts/t2i_laion_aesthetics_{METHODS['integrated']}_search_counts.json"
+    path.write_text(json.dumps(count))
+    scores = {name: (math.log10(n + 1) + rng.normal(0, 0.1, 6)).tolist() for name, n in count.items()}
+    value = {model: {"full": 1.0, "classwise": scores} for model in ("a_one", "b_two")}
+    (folder / "t2i_evaluations/t2i_exp_aesthetics.json").write_text(json.dumps(value))
+    means = log_linear_curve(list(count.values()), [np.mean(values) for values in scores.values()], 7).mean
+    for model, setting, saved in (
+        ("a_one", "max_clip", -np.arange(7.0)),
+        ("b_two", "exp_aesthetics", means + 0.5 * (np.arange(7) == 3)),
+    ):
+        curve = {"exp_bins": 10.0 ** np.arange(7), "cum_means": saved, "cum_stds": np.ones(7)}
+        name = f"counttype_integrated_rampp0.7_prompttype_{setting}_ptdataset_laion_aesthetics_model_{model}_t2i"
+        (folder / f"notebooks/plots/log-linear-all-datasets-plot-{name}.pkl").write_bytes(pickle.dumps(curve))
+
+
+def write_people(folder: Path) -> None:
+    """Write names with counts, and judgements of two participants that rise with the count."""
+    study = folder / "src/text_to_image_experiments/human_experiment_evaluation"
+    (study / "entities/P31_Q5_50000").mkdir(parents=True)
+    counts = np.repeat([5000, 800, 90, 10, 4, 0], 150)
+    names = [f"given name{i}" if i % 3 else f"single{i}" for i in range(len(counts))]
+    (study / "entities/P31_Q5_50000.txt").write_text("\n".join(names))
+    np.save(study / "entities/P31_Q5_50000/cnt_space.npy", counts)
+    for participant in (1, 2):
+        judged = {np.int64(i): [0.9 - 0.2 * i, 1.0 - 0.2 * i] for i in range(participant - 1, 5)}
+        (study / f"P{participant}_v1_bucket_acc.pkl").write_bytes(pickle.dumps(judged))
+
+
+def write_saved(folder: Path) -> None:
+    """Write the curve of one panel in the format of the authors' notebook, and an image of it."""
+    published = Results(folder)
+    curve = log_linear_curve(*published.pairs("classification", "integrated", "RN50|cc3m")[:2], 12)
+    saved = {"exp_bins": curve.position, "cum_means": np.nan_to_num(curve.mean), "cum_stds": np.nan_to_num(curve.std)}
+    name = "counttype_integrated_rampp0.7_prompttype_class_ptdataset_cc3m_model_RN50"
+    (folder / f"notebooks/plots/log-linear-all-datasets-plot-{name}.pkl").write_bytes(pickle.dumps(saved))
+    plot = "eccv-paper-cc3m-zero-shot-log-linear-plot-integrated-queried-search.png"
+    Image.new("RGBA", (64, 48)).save(folder / "notebooks/plots" / plot)
+
+
+def test_replay_of_files_in_the_authors_layout(tmp_path, capsys):
+    write_published(tmp_path / "clone")
+    claims = replay.main(replay.Config(str(tmp_path / "clone"), str(tmp_path / "out")))
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert claims == found["claims"]
+    rows = found["tables"]["rho, classification, matched counts, class prompts"]
+    assert [(row["corpus"], row["model"]) for row in rows] == [
+        ("CC-3M", "RN50"), ("CC-3M", "ViT-B-16"), ("CC-12M", "RN50"), ("CC-12M", "ViT-B-16"),
+    ]  # fmt: skip
+    assert all(float(row["here"]) > 0.98 and abs(float(row["shuffled"])) < 0.2 for row in rows)
+    assert rows[0]["saved curve"] == rows[0]["here"] and float(rows[0]["bins differ by"]) == 0
+    assert rows[1]["saved curve"] == "-"
+    verdict = {row["claim"].removeprefix("published files: "): row["verdict"] for row in found["claims"]}
+    assert verdict["misaligned pairs and degree (tab. 3)"] == "reproduced"
+    assert verdict["bins of the curves that the authors saved"] == "reproduced"
+    assert verdict["rho, classification, matched counts (fig. 2)"] != "reproduced"  # not the authors' scores
+    assert verdict["points lost on Let It Wag! (sec. 6)"] == "same direction"
+    assert verdict["rho, text to image, expected aesthetics"] == "reproduced"
+    assert verdict["rho, text to image, max CLIP score"] == "not reproduced"
+    headings = {heading.partition(",")[0] for heading in found["tables"]}
+    assert headings >= {
+        "main figure", "accuracy by count (concepts)", "text to image", "people study", "misaligned pairs", "long tail",
+        "agreement of counts (Spearman", "Let It Wag! against ImageNet", "main figure with concepts never counted",
+    }  # fmt: skip
+    (row,) = found["tables"]["people study"]
+    assert row["judgements"].startswith("18 ") and row["used"] == "4" and float(row["rho"]) > 0.9
+    row = found["tables"]["Let It Wag! against ImageNet"][0]
+    assert (row["common (1)"], row["fine-grained (2)"]) == ("30.00", "6.00")
+    drawn = {path.stem for path in (tmp_path / "out/figures").iterdir()}
+    assert {"classification_integrated_class", "retrieval_image_t2i_k10", "zeros", "intervals", "people", "let_it_wag",
+            "long_tail", "generation_exp_aesthetics", "generation_max_clip"} <= drawn  # fmt: skip
+    assert "## agreement of counts" in capsys.readouterr().out
+
+
+def test_command_lines_end_in_one_sentence(in_process, tmp_path):
+    result = in_process(tmp_path, module="concept_frequency.published.replay")
+    assert result.code == 2 and "has no folder search_counts" in result.err and one_sentence(result.err), result.err
