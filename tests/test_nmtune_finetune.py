@@ -22,9 +22,12 @@ def test_fine_tuning_kill_and_resume(in_process, start, tmp_path, images, preset
     kill_at(start("nmtune.finetune", *command, tmp_path / "killed"), tmp_path / "killed", 4)
     finished(ended(start("nmtune.finetune", *command, tmp_path / "killed")))
     code, _, err = in_process("nmtune.finetune", *command, tmp_path / "recomputed", "--grad-checkpointing")
-    assert code == 0, err
+    if preset == "full":
+        assert code == 2 and "batch norms" in err  # whose statistics would be counted twice
+    else:
+        assert code == 0, err
     whole = checkpoints.load_checkpoint(tmp_path / "whole" / "checkpoint.pt")
-    for name in ("killed", "recomputed"):  # activations that are computed again change nothing, statistics neither
+    for name in ("killed", "recomputed")[: 1 if preset == "full" else 2]:  # activations computed again change nothing
         assert metrics(tmp_path / name) == metrics(tmp_path / "whole")
         state = checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt")
         assert all(same(state[part], whole[part]) for part in ("state_dict", "optimizer", "epoch"))

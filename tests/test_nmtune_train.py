@@ -75,10 +75,10 @@ def test_tuning(case):
     lr, wd, w_mse, w_cov, w_svd, ratio, layers, residual, scale, epochs, warmup, classes, dim = case["hparams"].tolist()
     lr, wd, *weights = map(exact, (lr, wd, w_mse, w_cov, w_svd))
     state = case.group("param/")
-    config = [dim, ratio, layers, residual, scale]
+    shape = [dim, ratio, layers, residual, scale]
 
     def head():
-        return head_of(state, config, int(classes))
+        return head_of(state, shape, int(classes))
 
     batches = sorted({name.split("/")[0] for name in case if name.startswith("batch")}, key=lambda name: int(name[5:]))
     views = [torch.cat([case[f"{b}/feats_w"], case[f"{b}/feats_s"]]) for b in batches]
