@@ -22,6 +22,7 @@ from shared import checkpoints, data, run, tars
 from shared.clip import image_side
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.run import stable_hash
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
 SIDE = 64  # pixels of the images kept in memory
@@ -71,7 +72,7 @@ def read_corpus(
         raise UserError(
             f"{spec} has {len(rows)} concepts of the evaluation set, fewer than --num-concepts {num_concepts or 1}"
         )
-    chosen = sorted(sorted(rows, key=lambda name: data.stable_hash("concept", name))[:num_concepts])
+    chosen = sorted(sorted(rows, key=lambda name: stable_hash("concept", name))[:num_concepts])
     concepts, keys, images = [], [], []
     for name in chosen:
         first = len(keys)
@@ -216,11 +217,9 @@ def make_caption(concept: Concept, rng: np.random.Generator) -> str:
 
 def make_pairs(cfg: Config, corpus: Corpus) -> tuple[np.ndarray, Pairs]:
     """(frequencies, pairs) of an arm, determined by its settings."""
-    generator = torch.Generator().manual_seed(data.stable_hash("assignment", cfg.seed, cfg.assignment))
+    generator = torch.Generator().manual_seed(stable_hash("assignment", cfg.seed, cfg.assignment))
     counts = frequencies(cfg, len(corpus.concepts), generator)
-    return counts, sample_pairs(
-        counts, corpus.concepts, cfg.misaligned, data.stable_hash("pairs", cfg.seed, cfg.assignment)
-    )
+    return counts, sample_pairs(counts, corpus.concepts, cfg.misaligned, stable_hash("pairs", cfg.seed, cfg.assignment))
 
 
 class Arm:

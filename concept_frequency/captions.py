@@ -21,6 +21,7 @@ import spacy
 from concept_frequency.model import noun_set
 from shared import data, tars
 from shared.errors import UserError
+from shared.run import stable_hash
 
 KINDS = (".tar", ".parquet", ".tsv", ".txt")
 
@@ -39,10 +40,10 @@ class Partition(NamedTuple):
     def name(self) -> str:
         """Name of this partition's results; it changes with the content (except behind a URL)."""
         if data.is_remote(self.path):
-            identity = data.stable_hash(self.path, self.start, self.stop)
+            identity = stable_hash(self.path, self.start, self.stop)
         else:
             stat, path = os.stat(self.file), os.path.abspath(self.file)
-            identity = data.stable_hash(path, stat.st_size, stat.st_mtime_ns, self.start, self.stop)
+            identity = stable_hash(path, stat.st_size, stat.st_mtime_ns, self.start, self.stop)
         return f"{Path(self.path).stem[:80]}-{self.start}-{identity:016x}"
 
     @contextlib.contextmanager

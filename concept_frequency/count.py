@@ -50,6 +50,7 @@ from concept_frequency.model import (
 from concept_frequency.statistics import misaligned, misalignment_degrees
 from shared import checkpoints, cli, data, evaluation, run
 from shared.errors import UserError
+from shared.run import stable_hash
 
 # -------------------------------------------------------------------------------------- index and tags of one partition
 
@@ -167,7 +168,7 @@ def jobs_of(
     cfg: CountConfig, partitions: list[Partition], kind: str, settings: tuple, names: tuple[str, ...] = ()
 ) -> list[Job]:
     """A job for each partition; its file is in a folder whose name changes with the settings."""
-    folder = Path(cfg.out) / "partitions" / f"{kind}-{data.stable_hash(*map(str, settings)):016x}"
+    folder = Path(cfg.out) / "partitions" / f"{kind}-{stable_hash(*map(str, settings)):016x}"
     folder.mkdir(parents=True, exist_ok=True)
     return [Job(partition, cfg, str(folder / f"{partition.name()}.npz"), names) for partition in partitions]
 

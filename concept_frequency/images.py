@@ -31,6 +31,7 @@ from concept_frequency.config import CountConfig
 from concept_frequency.model import RAMPlus, label_embedding, tag_presence
 from shared import checkpoints, data, tars
 from shared.errors import UserError
+from shared.run import stable_hash
 from shared.zeroshot import encode_texts
 
 BATCH = 64  # images per forward pass
@@ -232,7 +233,7 @@ class CaptionRows:
 
     @classmethod
     def build(cls, texts: Iterable[str]) -> "CaptionRows":
-        hashes = np.fromiter(map(data.stable_hash, texts), dtype=np.int64)
+        hashes = np.fromiter(map(stable_hash, texts), dtype=np.int64)
         rows = np.argsort(hashes, kind="stable")
         return cls(hashes[rows], rows)
 
@@ -247,7 +248,7 @@ class CaptionRows:
 
     def find(self, text: str) -> int:
         """The row of a text; KeyError if there is none."""
-        place = np.searchsorted(self.hashes, hash_ := data.stable_hash(text), side="right") - 1
+        place = np.searchsorted(self.hashes, hash_ := stable_hash(text), side="right") - 1
         if place < 0 or self.hashes[place] != hash_:
             raise KeyError(text)
         return int(self.rows[place])

@@ -21,8 +21,9 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor, nn
 
 from lexvla.model import LexVLA, last_token
-from shared import checkpoints, data, run
+from shared import checkpoints, run
 from shared.errors import UserError
+from shared.run import stable_hash
 
 # Nouns, adjectives and verbs in scikit-learn's list of stop words
 CONTENT = """amount back bill bottom call con cry describe detail empty fill find fire first found front full get give
@@ -144,7 +145,7 @@ class States:
 
     def __init__(self, file: str, name: str, lm: nn.Module, prompts: Prompts):
         self.file, self.lm, self.prompts = Path(file), lm, prompts
-        prompt = f"{data.stable_hash(EXAMPLE, FOCUS):016x}"
+        prompt = f"{stable_hash(EXAMPLE, FOCUS):016x}"
         self.made = {"lm": name, "prompt": prompt, "max_length": prompts.max_length, "lm_sample": lm_sample(lm)}
         self.row, self.states = {}, torch.empty(0, lm.config.hidden_size)
         self.read()

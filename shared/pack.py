@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 from shared import checkpoints, cli, data, layout, run
 from shared.errors import UserError
 from shared.evalsets import read_lines
+from shared.run import stable_hash
 from shared.settings import Count, check_limits
 from shared.tars import Broken, write_split
 
@@ -209,7 +210,7 @@ def held_out(pictures: Iterable[Picture], share: float) -> set[Picture]:
     copies, chosen = defaultdict(list), set()
     for picture in pictures:
         copies[content_hash(picture)].append(picture)
-    order = sorted(copies.values(), key=lambda some: data.stable_hash("hold out", min(each.name for each in some)))
+    order = sorted(copies.values(), key=lambda some: stable_hash("hold out", min(each.name for each in some)))
     wanted = max(round(share * sum(map(len, order))), 1)
     for some in order[:-1]:
         if len(chosen) < wanted:

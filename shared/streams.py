@@ -27,6 +27,7 @@ from webdataset.tariterators import group_by_keys
 from shared import data, run
 from shared.errors import UserError
 from shared.fetch import fetch, is_remote
+from shared.run import stable_hash
 from shared.tars import IMAGE_EXTENSIONS, Broken, key_of, read_tar
 
 BUFFER = 1000  # samples, still encoded, among which a worker draws the next one
@@ -52,7 +53,7 @@ class Stream:
         self.cfg, self.process, self.text, self.cut_padding = cfg, process, text, cut_padding
         self.steps = cfg.dataset_size // cfg.batch_size
         self.fingerprint = data.fingerprint("\n".join(self.shards).encode())
-        own = f"stream-{data.stable_hash(os.path.abspath(cfg.out)):016x}-{process.rank}"
+        own = f"stream-{stable_hash(os.path.abspath(cfg.out)):016x}-{process.rank}"
         self.folder = Path(cfg.cache) / own  # copies of this process only
         self.broken: list[Broken] = []
 
@@ -110,7 +111,7 @@ class Samples(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Any, Any, list[Broken]]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rng = random.Random(data.stable_hash(*self.seed, self.rank, number))
+        rng = random.Random(stable_hash(*self.seed, self.rank, number))
         samples = itertools.chain.from_iterable(self.a_pass(rng) for _ in itertools.count())
         for _ in range(number, self.batches, workers):  # the loader takes batches from its workers in turn
             images, texts = zip(*itertools.islice(samples, self.size), strict=True)
@@ -167,7 +168,7 @@ class Samples(IterableDataset):
             except data.BrokenSample as error:
                 self.leave_out(key, str(error))
                 continue
-            torch.default_generator.manual_seed(data.stable_hash(*self.views, key))
+            torch.default_generator.manual_seed(stable_hash(*self.views, key))
             yield self.pixels(pair.image), self.text(pair)
 
     def occurs_twice(self, error: Exception) -> bool:

@@ -29,6 +29,7 @@ from concept_frequency.statistics import (
 )
 from shared import checkpoints, cli, data, run, zeroshot
 from shared.errors import UserError
+from shared.run import stable_hash
 from studies.harness import locked_clip, photos
 
 SPACY = "en_core_web_sm"
@@ -56,7 +57,7 @@ class Config(locked_clip.Settings):
 
 def thinned(captions: Sequence[str], nouns: Sequence[str], share: float, seed: int) -> list[int]:
     """Rows of the captions that are kept; the seed draws the half of the nouns and the captions to drop."""
-    rng = np.random.default_rng(data.stable_hash("thinned", seed))
+    rng = np.random.default_rng(stable_hash("thinned", seed))
     rare = {nouns[i] for i in rng.permutation(len(nouns))[: len(nouns) // 2]}
     dropped = rng.random(len(captions)) < share
     return [row for row, text in enumerate(captions) if not (dropped[row] and photos.words(text) & rare)]
@@ -104,7 +105,7 @@ def test_nouns() -> Concepts:
     """The nouns of the test captions, as the paper finds them: in MIN_IMAGES photographs or more. Found once, for all
     runs."""
     test = test_set()
-    file = HOME / f"nouns-{data.stable_hash(SPACY, MIN_IMAGES, *test.captions):016x}.json"
+    file = HOME / f"nouns-{stable_hash(SPACY, MIN_IMAGES, *test.captions):016x}.json"
     if not file.is_file():
         docs = load_spacy(SPACY).pipe(test.captions, disable=["ner"])
         found = caption_concepts([[(t.lemma_, t.pos_) for t in doc] for doc in docs], MIN_IMAGES, test.each)
@@ -117,7 +118,7 @@ def test_nouns() -> Concepts:
 def nouns_of_captions(shards: str) -> np.ndarray:
     """(N, K) bool: the test nouns in each of N training captions. Our pipeline tags them once, for all runs."""
     captions, names = captions_of(shards), test_nouns().names
-    home = HOME / f"captions-{data.stable_hash(SPACY, *captions, *names):016x}"
+    home = HOME / f"captions-{stable_hash(SPACY, *captions, *names):016x}"
     if not (home / "nouns.npy").is_file():
         home.mkdir(parents=True, exist_ok=True)
         with run.lock(home):

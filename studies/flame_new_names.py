@@ -19,6 +19,7 @@ import tyro
 from shared import cli, data, layout, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.run import stable_hash
 from shared.settings import Limits, check_limits
 
 
@@ -34,7 +35,7 @@ class Config:
 
 def is_new(name: str, every: int) -> bool:
     """Whether training leaves out the name: about one name in `every`, by a hash of the name."""
-    return data.stable_hash("new name", name) % every == 0
+    return stable_hash("new name", name) % every == 0
 
 
 def write(folder: Path, cfg: Config) -> dict[str, int]:

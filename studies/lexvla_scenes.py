@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from shared import cli, data, layout
+from shared.run import stable_hash
 from shared.settings import Count, check_limits
 from studies.corpora.captions import listed, relation
 from studies.corpora.emoji_sources import Emoji
@@ -57,7 +58,7 @@ def words_of(emoji: Emoji) -> tuple[list[str], list[str]]:
     share a word with the name are left out."""
     in_name = set(emoji.name.split())
     tags = [tag for tag in emoji.tags if not in_name & set(tag.split()) and tag.replace(" ", "").isalpha()]
-    tags.sort(key=lambda tag: data.stable_hash("half", emoji.hexcode, tag))
+    tags.sort(key=lambda tag: stable_hash("half", emoji.hexcode, tag))
     half = len(tags) // 2
     return [emoji.name, *tags[:half]], tags[half:]
 

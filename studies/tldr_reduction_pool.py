@@ -24,6 +24,7 @@ import tyro
 
 from shared import checkpoints, cli, data, layout, tars
 from shared.errors import UserError
+from shared.run import stable_hash
 from studies.corpora import scenes
 
 GENERIC = ("an image of an icon", "picture", "a drawing on a background", "symbol clip art")
@@ -51,7 +52,7 @@ class Config:
 
 def caption(key: str, true: str, names: list[str], name: str, percent: int, bad: str = "halves") -> tuple[str, str]:
     """Caption and kind of caption of one sample in the pool with `percent` bad captions."""
-    rng = random.Random(data.stable_hash("noise", key))
+    rng = random.Random(stable_hash("noise", key))
     place, other = rng.random() * 100, rng.choice([each for each in names if each != name])
     if place >= percent:
         return true, "name"
@@ -64,7 +65,7 @@ def caption(key: str, true: str, names: list[str], name: str, percent: int, bad:
 
 def oracle_caption(key: str, names: list[str], name: str, percent: int) -> str:
     """Caption of one sample by the oracle with `percent` wrong names."""
-    rng = random.Random(data.stable_hash("oracle", key))
+    rng = random.Random(stable_hash("oracle", key))
     wrong, other = rng.random() * 100 < percent, rng.choice([each for each in names if each != name])
     return other if wrong else name
 

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from shared import cli, data, evalsets, tars
+from shared.run import stable_hash
 from studies.corpora import photos
 
 
 def photograph(path: Path, width: int = 20, height: int = 16) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(data.stable_hash(path.name, path.parent.name))
+    rng = np.random.default_rng(stable_hash(path.name, path.parent.name))
     Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from shared import data, fetch, run, tars
+from shared.run import stable_hash
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (6, 4), colour="red", **options) -> bytes:
@@ -138,8 +139,8 @@ def test_views_change_from_epoch_to_epoch():
 
 
 def test_stable_hash():
-    assert data.stable_hash(0, 1, "a") == data.stable_hash(0, 1, "a") != data.stable_hash(0, "1", "a")
-    assert 0 <= data.stable_hash(7) < 2**63
+    assert stable_hash(0, 1, "a") == stable_hash(0, 1, "a") != stable_hash(0, "1", "a")
+    assert 0 <= stable_hash(7) < 2**63
 
 
 # ---------------------------------------------------------------------------------------------------- broken samples

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_tldr_reduction_train import SCRIPT, SECONDS, folder, tiny  # noqa: F401
 
-from shared import data, run
+from shared import run
+from shared.run import stable_hash
 from tldr_reduction import codebook, config
 from tldr_reduction.datasets import open_pairs
 from tldr_reduction.model import build
@@ -16,7 +17,7 @@ def test_keyword_start(folder, monkeypatch, tiny):
     """The paper's codebook: embedded keywords, scaled to the tokens' mean and variance; equal on every call."""
 
     def embed(texts: list[str]) -> torch.Tensor:  # a different vector for every text
-        seeds = [torch.Generator().manual_seed(data.stable_hash(text)) for text in texts]
+        seeds = [torch.Generator().manual_seed(stable_hash(text)) for text in texts]
         return torch.stack([torch.randn(16, generator=seed) for seed in seeds])
 
     monkeypatch.setattr(codebook, "text_embedder", lambda name, dim: embed)

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shared import checkpoints, data, run
+from shared import checkpoints, run
 from shared.errors import UserError
+from shared.run import stable_hash
 from tldr_reduction.config import CaptionerConfig, read_lines
 from tldr_reduction.datasets import eval_transform, in_order
 from tldr_reduction.model import CodebookCaptioner, VectorQuantizer
@@ -26,7 +27,7 @@ def start_codebook(captioner: CodebookCaptioner, cfg: CaptionerConfig, pairs, pr
     """Initialise the codebook by `codebook_init`: uniform (as built), xavier, data (image tokens), or keywords (their
     text embeddings, shifted and scaled to image tokens). Random draws depend only on the seed.
     """
-    generator = torch.Generator().manual_seed(data.stable_hash(cfg.seed, "codebook"))
+    generator = torch.Generator().manual_seed(stable_hash(cfg.seed, "codebook"))
     weight = captioner.quantize.embedding.weight
     if cfg.codebook_init == "uniform":
         return

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shared import checkpoints, data, run
 from shared.errors import UserError
+from shared.run import stable_hash
 from tldr_reduction.checkpoints import load_model, weights_of
 from tldr_reduction.config import ReduceConfig
 from tldr_reduction.datasets import Batch, eval_transform, in_order, no_pixels
@@ -112,7 +113,7 @@ class Inference:
         file = weights_of(model)
         stamp = file and file.stat().st_mtime_ns
         marks = (self.fingerprint, os.path.abspath(model) if file else model, stamp, self.precision, *settings)
-        return self.work / f"{what}-{data.stable_hash(*map(str, marks)):016x}.npy"
+        return self.work / f"{what}-{stable_hash(*map(str, marks)):016x}.npy"
 
     # ---------------------------------------------------------------------------------------------------------- a pass
 
@@ -231,7 +232,7 @@ class Inference:
             texts = batch.captions if captions is None else [captions[int(row)] for row in batch.rows]
             return {"scores": scorer.score(batch.images, texts).float().cpu().numpy()}
 
-        which = () if captions is None else (data.stable_hash(*captions.items()),)
+        which = () if captions is None else (stable_hash(*captions.items()),)
         path = self.table("itm" if captions is None else "itm-after", self.cfg.scorer, *which)
         return self.filled(path, rows, "itm", scorer.transform, compute)["scores"][rows]
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from shared import cli, data, layout
 from shared.errors import UserError
+from shared.run import stable_hash
 from shared.settings import Count, Limits, check_limits
 from shared.tars import write_split
 from studies.corpora import emoji_sources
@@ -379,14 +380,14 @@ def choose(s: Setting, sprites: Sprites) -> tuple[dict, dict]:
             rows[one]["train"].append(row)
     for one, of in rows.items():
         if len(of["train"]) > 1:
-            held_out = data.stable_hash("held out", s.seed, one.hexcode) % len(of["train"])
+            held_out = stable_hash("held out", s.seed, one.hexcode) % len(of["train"])
             of["id"] = [of["train"].pop(held_out)]
     usable = [
         one
         for one, of in rows.items()
         if one.group in s.groups and of["ood"] and len(of["train"]) + len(of["id"]) >= s.min_drawings
     ]
-    usable = sorted(usable, key=lambda one: data.stable_hash("concept", s.seed, one.hexcode))[: s.concepts]
+    usable = sorted(usable, key=lambda one: stable_hash("concept", s.seed, one.hexcode))[: s.concepts]
     if len(usable) < max(s.concepts or 1, 2 * s.captioned[1]):
         raise UserError(
             f"only {len(usable)} concepts of these groups have {s.min_drawings} drawings: lower "

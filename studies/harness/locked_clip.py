@@ -19,6 +19,7 @@ from shared import checkpoints, cli, data, export, run
 from shared.clip import quiet_open_clip, trimmed, without_padding
 from shared.errors import UserError
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0
+from shared.run import stable_hash
 from shared.settings import Count, check_limits
 from studies.harness import photos
 
@@ -117,7 +118,7 @@ def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPE
     for epoch in range(first, cfg.epochs):
         order = np.resize(np.random.default_rng((cfg.seed, epoch)).permutation(rows), cfg.total)
         for step, chosen in enumerate(order[: steps * cfg.batch_size].reshape(steps, -1), epoch * steps):
-            torch.manual_seed(data.stable_hash(cfg.seed, step))  # for dropout, so that resuming is exact
+            torch.manual_seed(stable_hash(cfg.seed, step))  # for dropout, so that resuming is exact
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, cfg)
             model.train()
