@@ -106,7 +106,6 @@ def arms(llm: str) -> tuple[Arm, ...]:
         for share in FEWER
     ]
     english = f"{train}-lite0 --bank {BANKS[SMOLLM2]}-centred"  # with SmolLM2, this is the arm flame
-    english = () if llm == SMOLLM2 else (Arm("flame-english", english, heading="FLAME, SmolLM2", core=False),)
     return (
         Arm("clip", clip, heading="CLIP: trained text tower"),
         Arm("clip-equal-time", f"{clip} --epochs 8 --warmup 40", heading="CLIP, as many seconds as FLAME", core=False),
@@ -126,7 +125,7 @@ def arms(llm: str) -> tuple[Arm, ...]:
         Arm("causal", f"{train}-lite0 {bank}-causal-centred", heading="FLAME with a plain causal mask", core=False),
         Arm("flame", flame, heading="FLAME: 3 captions, 11 facets, decoupled"),
         *few[2:],
-        *english,
+        Arm("flame-english", english, heading="FLAME, SmolLM2", core=False),
         Arm("flame-raw-states", f"{train}-lite0 {bank}", heading="FLAME, states not centred", core=False),
         Arm("clip-scratch", f"{train}-resnet-clip", heading="CLIP, small ResNet from scratch", core=False),
         Arm(

@@ -207,9 +207,9 @@ def test_rows_that_some_settings_lack():
 
 def test_settings_of_one_core(monkeypatch: pytest.MonkeyPatch):
     assert bench.thread_settings()["1 thread"] == {"OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(bench.cli, "cores", lambda: 1)
+    monkeypatch.setattr(bench.run, "cores", lambda: 1)
     assert list(bench.thread_settings()) == ["1 thread"]
-    monkeypatch.setattr(bench.cli, "cores", lambda: 8)
+    monkeypatch.setattr(bench.run, "cores", lambda: 8)
     settings = bench.thread_settings()
     assert list(settings) == ["8 threads", "8 threads, passive", "1 thread"]
     assert [settings[name].get("OMP_WAIT_POLICY") for name in settings] == [None, "PASSIVE", None]

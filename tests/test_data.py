@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 from server import serving
-from torch.utils.data import Dataset
 from torchvision import transforms
 
 from shared import data, fetch, run, tars
@@ -94,48 +93,6 @@ def test_start_gives_the_tail(start: int):
     whole = data.batches(90, 8, (1,), rank=1, world_size=2)
     tail = data.batches(90, 8, (1,), rank=1, world_size=2, start=start)
     assert [b.tolist() for b in tail] == [b.tolist() for b in whole[start:]]
-
-
-class Where(Dataset):
-    """Items are (item, process that reads it, broken), without data."""
-
-    def __init__(self, n: int):
-        self.n = n
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> tuple[int, int, list]:
-        return int(i), os.getpid(), []
-
-
-def joined(items: list) -> tuple[list, list, list]:
-    return [number for number, _, _ in items], [process for _, process, _ in items], []
-
-
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_a_run_of_epochs_is_read_by_the_same_workers(drop_last: bool):
-    """Items are in the order of `batches`, item e N + r is row r of epoch e, and a resume continues within an epoch."""
-    cfg, n = SimpleNamespace(batch_size=8, workers=2, seed=5), 42
-    for rank in range(2):
-        process = run.Process(rank, 2, torch.device("cpu"))
-        expected = []
-        for epoch in range(1, 4):
-            rows = data.batches(n, 4, (5, epoch), rank, 2)
-            expected += [(epoch * n + batch).tolist() for batch in (rows[:5] if drop_last else rows)]
-        read = list(data.training_batches(Where(n), joined, cfg, process, range(1, 4), 0, drop_last))
-        assert [numbers for numbers, _, _ in read] == expected
-        assert len({worker for _, workers, _ in read for worker in workers} - {os.getpid()}) == 2
-        tail = data.training_batches(Where(n), joined, cfg, process, range(2, 4), 3, drop_last)
-        assert [numbers for numbers, _, _ in tail] == expected[len(expected) // 3 + 3 :]
-
-
-def test_views_change_from_epoch_to_epoch():
-    drawn = []
-    for item in (3, 13, 3):
-        data.seed_views(7, np.int64(item), 10)
-        drawn.append(torch.rand(1).item())
-    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_stable_hash():

@@ -354,7 +354,7 @@ def test_each_seed_runs_once(study: Study):
 
 def test_only_runs_of_several_threads_on_shared_cores_wait_passively(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr(runner.cli, "cores", lambda: 4)
+    monkeypatch.setattr(runner, "cores", lambda: 4)
     threads = {at_once: runner.environment_of(at_once) for at_once in (1, 2, 4, 8)}
     assert [found["OMP_NUM_THREADS"] for found in threads.values()] == ["4", "2", "1", "1"]
     assert [found.get("OMP_WAIT_POLICY") for found in threads.values()] == [None, "PASSIVE", None, None]
