@@ -84,7 +84,7 @@ def read_metadata(path: str | Path) -> list[tuple[int, str, str]]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise almost any exception
-        reason = str(error) if type(error) is ValueError else f"it cannot be unpickled ({type(error).__name__})"
+        reason = str(error) if isinstance(error, UserError) else f"it cannot be unpickled ({type(error).__name__})"
         raise UserError(f"{path} is no yfcc15m.pkl of SLIP's: {reason}") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} is no yfcc15m.pkl of SLIP's: it holds no list of images")

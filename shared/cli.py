@@ -17,7 +17,14 @@ from shared.errors import UserError
 from shared.run import QUIET, Process, finish, paper_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # a path that a user chose
+REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)  # a path that a user chose
 PAIR_BYTES = 25_000  # of an image of 256 pixels and its caption: LAION-400M has 10 TB, as its authors report
 
 # ---------------------------------------------------------------------------------------------------------- dry runs
@@ -195,7 +202,9 @@ def explained(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, UserError):  # from a loader worker, the message contains its traceback
         return text.rstrip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-    if isinstance(error, OSError) and error.errno in (*FULL, *REFUSED):
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.filename or 'a file'} could not be written ({error.strerror})"
+    if isinstance(error, OSError) and error.errno in REFUSED:
         return f"{error.filename or 'a file'} could not be read or written ({error.strerror})"
     if isinstance(error, BrokenProcessPool) or (isinstance(error, RuntimeError) and "DataLoader worker" in text):
         return "a worker process was killed, perhaps for lack of memory: lower --workers, and run the command again"

@@ -434,7 +434,8 @@ class RunFolder:
         """
         for name, value in fixed.items():
             if None not in (before := self.state.get(name), value) and before != value:
-                raise UserError(f"{self.path} was trained with another {name} than the one given: choose another --out")
+                what = "on other data than there are" if name == "data" else f"with another {name} than the one given"
+                raise UserError(f"{self.path} was trained {what}: choose another --out")
         wait()  # a rank may index or copy data for hours, longer than the default timeout
         self.total, self.loss = total, None
         self.saved, self.fixed, self.commit = step, fixed, commit()

@@ -20,6 +20,7 @@ from attentive_mask_clip import pack_yfcc
 from attentive_mask_clip.crops import title_and_description
 from attentive_mask_clip.pack_yfcc import caption_file, clean, read_metadata
 from shared import data
+from shared.errors import UserError
 
 SCRIPT, SECONDS = "attentive_mask_clip.pack_yfcc", 120
 
@@ -202,7 +203,7 @@ def test_temporary_read_errors_end_packing(tmp_path: Path, monkeypatch: pytest.M
             patched.setattr(zipfile.ZipFile, method, lambda *_, error=stale: (_ for _ in ()).throw(error))
             patched.setattr(zipfile.ZipFile, "__del__", lambda _: None)
             with pytest.raises(
-                OSError, match=r"000.zip could not be read \(Stale file handle\): run the command again"
+                UserError, match=r"000.zip could not be read \(Stale file handle\): run the command again"
             ):
                 list(pack_yfcc.zipped(path, ["000.jpg"]))
 

@@ -216,7 +216,7 @@ def test_other_options_that_are_refused(in_process, tmp_path: Path):
     wrong = {
         "--keep-ratio must be above 0": ["--keep-ratio", "-0.3"],
         "--batch-size must be at least 1": ["--batch-size", "0"],
-        "--probe-lr must be at least 0, not nan": ["--probe-lr", "nan"],
+        "--probe-lr must be finite, not nan": ["--probe-lr", "nan"],
         "nothing to evaluate": ["--sets", "--probe", "None", "--foreground", "None"],
     }
     for message, flags in wrong.items():

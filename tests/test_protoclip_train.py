@@ -341,7 +341,7 @@ def test_a_run_does_not_go_on_with_other_data(in_process, tmp_path: Path):
     torch.save(state | {"episode": 1}, out / "checkpoint.pt")  # as if it had stopped early
     shutil.copy(SHARDS / "00001.tar", shard)
     result = in_process(*arguments)
-    assert result.code == 2 and "was trained with another data" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "was trained on other data" in result.err and one_sentence(result.err)
 
 
 # ----------------------------------------------------------------------------------------------------------- dry run

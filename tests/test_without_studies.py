@@ -65,4 +65,4 @@ def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path
     shown = result.out[-2000:] + result.err[-4000:]
     assert [module for module, *_ in lines] == [line for line in result.out.splitlines() if line in modules], shown
     assert (out / "checkpoint.pt").is_file() and (out / "results.json").is_file(), shown
-    assert result.code == 2 and "studies/protoclip.py, which could not be imported" in result.err, shown
+    assert result.code == 0, shown

@@ -224,7 +224,7 @@ def is_finished(out: Path, settings: dict) -> bool:
             raise UserError(f"{out}/shards holds shards that no reduction into {out} has written: choose another --out")
         return False
     then, weights = checkpoints.read_json(out / "config.json"), settings["weights"]
-    if then["fingerprint"] != settings["fingerprint"]:
+    if then.get("fingerprint") != settings["fingerprint"]:
         raise UserError(f"{out} reduces other data than {settings['data']} holds now: choose another --out")
     for path, made in then.get("weights", {}).items():
         if weights.get(path, made) != made:  # a changed path is reported below, as a changed flag
