@@ -1,5 +1,5 @@
-"""Training scripts on large data and several processes: by stream and by windows of shards, killed on the way; three
-processes against one, with a short last batch of each epoch. test_<paper>_train.py compares two processes with one."""
+"""Training scripts on large data and several processes: by stream, killed on the way; three
+processes against one. test_<paper>_train.py compares two processes with one."""
 
 import dataclasses
 import random
