@@ -236,7 +236,7 @@ def check_sets(cfg: Config) -> dict[str, Any]:
     """
     lists: dict[str, Any] = {}
     evaluation.open_sets("sets", cfg.sets, None, "classification", "retrieval")
-    for split in ("train", "test"):
+    for split in ("test", "train"):
         evaluation.open_sets("probe", filter(None, [cfg.probe]), None, "classification", split=split)
     for entry in cfg.long_sets:
         name, folder = named_folder("long-sets", entry, LONG_SET_READERS)

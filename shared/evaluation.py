@@ -102,8 +102,9 @@ def open_sets(
     `kinds`, or if two have the same name."""
     folders, known = list(folders), {}
     for folder in folders:
-        if (other := known.setdefault(Path(folder).name, folder)) is not folder:
-            raise UserError(f"--{option} {other} and {folder} have the same name: evaluate one at a time")
+        if (name := Path(folder).name) in known:
+            raise UserError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
+        known[name] = folder
     sets = [EvalSet(folder, transform, split) for folder in folders]
     if odd := next((each for each in sets if each.kind not in kinds), None):
         raise UserError(f"--{option} {odd.folder} is a {odd.kind} set: it must be a {' or '.join(kinds)} set")
