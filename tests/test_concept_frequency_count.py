@@ -145,7 +145,9 @@ def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
 
     class Shown(tqdm):
         def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options | {"disable": False, "file": shown, "ncols": 120, "mininterval": 0})
+            super().__init__(
+                *arguments, **options | {"disable": False, "file": shown, "ncols": 120, "mininterval": 0, "delay": 0}
+            )
 
     monkeypatch.setattr(run, "tqdm", Shown)
     files = write_captions(tmp_path, CAPTIONS * 4)
