@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_sentence(capsys):
 
     with pytest.raises(SystemExit):
         cli.command_line(main)
-    assert capsys.readouterr().err == "error: runs/x could not be read or written (No space left on device)\n"
+    assert capsys.readouterr().err == "error: runs/x could not be written (No space left on device)\n"
 
 
 def test_quiet_is_an_option_of_every_script(capsys, monkeypatch: pytest.MonkeyPatch):

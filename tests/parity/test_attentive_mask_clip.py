@@ -458,7 +458,7 @@ def test_trajectory(up, table):
         network = copy.deepcopy(starts[1]).to(dtype)
         cfg = train.Config(
             simclr_pair="same", weight_decay=args.wd, lr=args.lr, min_lr=args.lr_end, warmup_lr=args.lr_start,
-            epochs=epochs, batch_size=batch_size, ema_momentum=args.momentum_ema,
+            epochs=epochs, batch_size=batch_size, ema_momentum=args.momentum_ema, precision="fp32",
         )  # fmt: skip
         groups = train.parameter_groups(network, args.wd)
         adamw = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw, fused=True)
