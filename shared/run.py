@@ -380,9 +380,6 @@ class Stopwatch:
             self._start = time.perf_counter()
 
 
-PASSES = ("epoch", "episode")
-
-
 class RunFolder:
     """A run folder: resumes from its checkpoint.pt, logs to metrics.jsonl and TensorBoard, saves.
 
