@@ -121,7 +121,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     images.strict = cfg.strict
     for test in tests.values():  # errors in test sets are reported before training
         open_test(test, images.classnames)
-    folder.check_same("data", images.fingerprint, "on other data than there are")
+    folder.check_same("data", images.fingerprint, "on other data than there are now")
 
     # Model and optimizer; from the checkpoint if there is one
     source, name, checkpoint = split_encoder(cfg.encoder, cfg.checkpoint)

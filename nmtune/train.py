@@ -251,7 +251,7 @@ def main(cfg: Config) -> Path | None:
 
     # Features, head, optimizer; the last two from the checkpoint if there is one
     source = RunFeatures(cfg, process)
-    folder.check_same("data", source.fingerprint, "on other data or with another encoder than there are")
+    folder.check_same("data", source.fingerprint, "on other data or with another encoder than there are now")
     chosen = folder.state.get("chosen", {})
     if cfg.select:
         source.encode_training_set()

@@ -49,6 +49,3 @@ def joined(parts: tuple[Any, ...] | list[Any]) -> Any:
 def micro_batches(model: nn.Module, count: int) -> nn.Module:
     """The model itself for one micro-batch a step, else the model in `MicroBatches`."""
     return model if count == 1 else MicroBatches(model, count)
-
-
-# --------------------------------------------------------------------------------------------------- a model's output

@@ -13,10 +13,9 @@ import tyro
 from torch import nn
 
 from shared.clip import set_grad_checkpointing
-from shared.errors import UserError
+from shared.errors import FULL, UserError
 from shared.run import QUIET, Process, finish, paper_of
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk
 REFUSED = (
     errno.EACCES,
     errno.EPERM,
@@ -57,7 +56,6 @@ def show_run(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     warmup = cfg.warmup if warmup is None else warmup
-    steps = sorted({0, min(warmup, total - 1), total // 2, total - 1}) if total else []
 
     def describe(step: int) -> str:
         return ", ".join(f"{name} {rate:.3e}".strip() for name, rate in rates(step).items())
@@ -69,7 +67,7 @@ def show_run(
             disk_row(cfg.dataset_size, trained, frozen),
             batch_row(cfg, process.world_size),
             ("steps", f"{total:,}" if total else "depend on the size of --data"),
-            *(("learning rate", f"{describe(step)} at step {step:,}") for step in steps),
+            *rate_rows(describe, warmup, total),
             *rows,
             *memory_rows(
                 lambda: model(*inputs),

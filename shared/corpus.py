@@ -27,8 +27,7 @@ class Corpus:
 
     `pairs` may be a paper's own: it has a length, `keys`, `broken`, `strict`, `fingerprint`, and `read(row)`, a
     named tuple with the image. `cut_padding`: texts, or the first of their parts, are tokens whose padding, 0, is cut
-    off. `side`: with
-    --keep-in-memory, shorter sides of larger images are reduced to it.
+    off. `side`: with --keep-in-memory, shorter sides of larger images are reduced to it.
     """
 
     def __init__(

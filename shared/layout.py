@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import io
 import itertools
@@ -18,11 +17,10 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from shared import checkpoints
-from shared.errors import UserError
+from shared.errors import FULL, UserError
 from shared.tars import write_split, write_tar
 
 SHARD = 1000  # samples per training shard
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(path: Path) -> str:

@@ -430,9 +430,8 @@ class RunFolder:
         with, which every checkpoint holds. UserError if the checkpoint was made with something else.
         """
         for name, value in fixed.items():
-            if None not in (before := self.state.get(name), value) and before != value:
-                what = "on other data than there are" if name == "data" else f"with another {name} than the one given"
-                raise UserError(f"{self.path} was trained {what}: choose another --out")
+            what = "on other data than there are" if name == "data" else f"with another {name} than the one given"
+            self.check_same(name, value, what)
         wait()  # a rank may index or copy data for hours, longer than the default timeout
         self.total, self.loss = total, None
         self.saved, self.fixed, self.commit = step, fixed, commit()
@@ -455,10 +454,10 @@ class RunFolder:
     def check_same(self, name: str, value: str | None, than: str) -> None:
         """UserError if the checkpoint's entry `name` is not `value`; None on either side is unknown, and passes.
 
-        `than` completes the message "PATH was trained ... now", as in "on other data than DATA holds".
+        `than` completes the message "PATH was trained ...", as in "on other data than DATA holds now".
         """
         if None not in (before := self.state.get(name), value) and before != value:
-            raise UserError(f"{self.path} was trained {than} now: choose another --out")
+            raise UserError(f"{self.path} was trained {than}: choose another --out")
 
     def log(self, step: int, /, **values: Any) -> None:
         """Like `write`, but UserError if a `loss` among the values is not finite."""

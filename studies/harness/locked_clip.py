@@ -109,7 +109,7 @@ def train(cfg: Settings, rows: Sequence[int] | None = None, towers: Towers = OPE
     first = folder.state["epoch"]
 
     pairs = data.open_pairs(cfg.data)
-    folder.check_same("data", pairs.fingerprint, f"on other data than {cfg.data} holds")
+    folder.check_same("data", pairs.fingerprint, f"on other data than {cfg.data} holds now")
     rows = np.arange(len(pairs)) if rows is None else np.asarray(rows)
     features, captions = photos.features_of(list(map(Path, pairs.paths))), [pairs.caption(i) for i in range(len(pairs))]
     texts = towers.texts(settings)(captions)
