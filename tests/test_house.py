@@ -2,12 +2,12 @@
 
 import ast
 import functools
-import re
 from pathlib import Path
 
 import pytest
 
 from shared.presets import folders
+from studies.harness import companion
 
 ROOT = Path(__file__).parent.parent
 PAPERS = tuple(folders())
@@ -109,9 +109,8 @@ def names_used(module: str) -> frozenset[str]:
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_function_of_the_map_is_reached_from_a_script(paper: str):
-    """Every function in backticks in the README's table of equations is named by code that a script of the paper or of
-    its study reaches: nothing there exists for tests alone."""
-    text = (ROOT / paper / "README.md").read_text(encoding="utf-8")
+    """Every function that the README's map names is named by code that a script of the paper or of its study reaches:
+    nothing there exists for tests alone."""
     defined = {
         node.name
         for module in files()
@@ -122,7 +121,7 @@ def test_a_function_of_the_map_is_reached_from_a_script(paper: str):
     starts = [module for module in scripts() if floor(module) in (paper, "shared") or f"studies.{paper}" in module]
     running = set(starts).union(*(reached(module) for module in starts))
     used = set().union(*(names_used(module) for module in running))
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    named = {word for row in rows for word in re.findall(r"`(?:\w+\.)*(\w+)`", row)} & defined
-    assert named, f"{paper}/README.md has no table that names functions"
+    rows = companion.read(str(ROOT / paper)).rows
+    named = {function.name.partition(".")[0] for row in rows for function in row.functions} & defined
+    assert named, f"{paper}/README.md has no map that names functions"
     assert not named - used, f"only tests use {sorted(named - used)}"

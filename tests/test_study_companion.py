@@ -19,22 +19,25 @@ README = """# A paper
 Authors' code:
 [them/Code@abcdef1](https://github.com/them/Code/tree/abcdef1) (MIT); `U:` is its `src/` and `V:` is its root.
 
+## Read these three functions
+1. `shared/run.py` `gather`: gathers.
+
 ## The method in one page
 Text.
 
+**loss** · eq. 1 · `model.py` `loss`, `Model`, `Model.forward` · U:a/loss.py:2 `theirs`, 5-6, other.py:1 · detail 1, 2
+
+Sums the squares.
+
+$$
+L = \\sum_i x_i^2 < y \\tag{1}
+$$
+
+Parts without an equation:
+
 | part of the paper | paper | ours | authors' code | detail |
 | --- | --- | --- | --- | --- |
-| loss | eq. 1 | `model.py` `loss`, `Model.forward` | U:a/loss.py:2 `theirs`, 5-6, other.py:1 | 1, 2 |
 | plumbing | - | `shared/run.py` `gather` | - | |
-
-## Equations
-**loss.** Sums the squares.
-
-$$
-L = \\sum_i x_i^2 < y
-$$
-
-**plumbing.** Gathers.
 
 ## Implementation details
 1. **First** thing.
@@ -62,12 +65,13 @@ def paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_readme_is_read(paper: Path):
     readme = companion.read("paper")
     loss, plumbing = readme.rows
-    assert loss.functions == [Function("paper/model.py", "loss"), Function("paper/model.py", "Model.forward")]
+    assert loss.functions == [Function("paper/model.py", name) for name in ("loss", "Model", "Model.forward")]
+    assert readme.method.strip() == "Text." and readme.first == [Function("shared/run.py", "gather")]
     assert loss.places == [
         Place("U", "a/loss.py", 2, 2, "theirs"), Place("U", "a/loss.py", 5, 6), Place("U", "a/other.py", 1, 1),
     ]  # fmt: skip
     assert loss.details == [1, 2] and readme.details == {1: "**First** thing.", 2: "Second\n   thing."}
-    assert loss.text.startswith("Sums the squares.") and plumbing.text == "Gathers."
+    assert loss.text.startswith("Sums the squares.") and loss.text.endswith("$$") and plumbing.text == ""
     assert plumbing.places == [] and plumbing.functions == [Function("shared/run.py", "gather")]
     assert readme.roots == {"U": ("them/Code", "abcdef1", "src/"), "V": ("them/Code", "abcdef1", "")}
 
@@ -79,7 +83,9 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
     readme = companion.read("paper")
     page = companion.page(readme, companion.clones_of(readme, tmp_path / "Code", None), [])
     text = re.sub(r"<[^>]+>", "", page)
-    assert "def theirs(x)" in text and "def more()" in text and "class Model" not in text and "@staticmethod" in text
+    assert "def theirs(x)" in text and "def more()" in text
+    assert text.count("@staticmethod") == 1  # in its class, and not again
+    assert text.index("def gather") < text.index("def loss")  # the recommended functions come first
     assert "https://github.com/them/Code/blob/abcdef1/src/a/loss.py#L5-L6" in page and "U:a/loss.py:2 theirs" in page
     assert page.count('class="hll"') == 1  # the line that the map names, within the function
     assert page.count("<math") == 1 and "Second" in text and "No differences have been measured" in text
@@ -92,8 +98,9 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
     ("old", "new", "error"),
     [
         ("`loss`, ", "`lost`, ", "paper/model.py has no lost: correct the map in the README"),
-        ("| loss | eq. 1 |", "| loss |", "a row of the map has 4 cells, not 5"),
-        ("| part of the paper |", "| part |", "has no map"),
+        ("**loss** · eq. 1 · `model.py`", "**loss** · `model.py`", "loss has 4 cells, not 5"),
+        ("| plumbing | - |", "| plumbing |", "plumbing has 4 cells, not 5"),
+        ("## The method in one page", "## The method", "names no part of the paper"),
         ("< y", "\\left( y", "an equation could not be read"),
     ],
 )
@@ -107,13 +114,13 @@ def test_what_a_readme_says_wrongly_is_said(paper: Path, old: str, new: str, err
 
 @pytest.mark.parametrize("folder", presets.folders())
 def test_every_row_of_a_map_is_there(folder: str, monkeypatch: pytest.MonkeyPatch):
-    """Functions, letters and details exist; each row has a sentence, and each block of equations a row."""
+    """Functions, letters and details exist; a part stands once; the three functions to read are in the map."""
     monkeypatch.chdir(ROOT)
     readme = companion.read(folder)
-    text = companion.section((ROOT / folder / "README.md").read_text(), "Equations")
-    assert re.findall(r"^\*\*(.+?)\.\*\* ", text, re.MULTILINE) == [row.part for row in readme.rows]
+    assert len({row.part for row in readme.rows}) == len(readme.rows)
+    assert 3 <= len(readme.first) and set(readme.first) <= {each for row in readme.rows for each in row.functions}
     for row in readme.rows:
-        assert row.functions and row.text and row.paper, row.part
+        assert row.functions and row.paper, row.part
         assert row.code == "-" or row.places, f"{row.part}: {row.code}"
         assert {place.letter for place in row.places} <= set(readme.roots), row.part
         assert set(row.details) <= set(readme.details), row.part
@@ -142,10 +149,10 @@ def test_html_of_a_readme_is_text(paper: Path):
     page = (
         file.read_text()
         .replace("# A paper", f"# A {evil}")
-        .replace("## The", f"{evil}\n\n<script>a()</script>\n\n## The", 1)
+        .replace("## Read", f"{evil}\n\n<script>a()</script>\n\n## Read", 1)
     )
     page = page.replace("Text.", f"Text {evil} [link](javascript:alert(1)).<!-- results -->\n\n<!-- /results -->")
-    page = page.replace("| loss | eq. 1 |", f"| loss | {evil} |").replace("**loss.** Sums", f"**loss.** {evil} Sums")
+    page = page.replace("· eq. 1 ·", f"· {evil} ·").replace("Sums", f"{evil} Sums")
     page = page.replace("shared/run.py` `gather` | - |", f"shared/run.py` `gather` | {evil} |")
     page = page.replace("< y", "< y \\text{<img src=x onerror=alert(1)>}").replace(
         "**First** thing.", f"**First** {evil}"

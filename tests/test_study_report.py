@@ -1,4 +1,4 @@
-"""Results files, and the parts of READMEs that are generated from them."""
+"""Results files, and the tables of pages that are generated from them."""
 
 import json
 import re
@@ -39,8 +39,13 @@ def test_committed_results(file: Path, monkeypatch: pytest.MonkeyPatch):
         (row["claim"], row["verdict"]) for row in summary["claims"]
     ], "run `make readme`"
     assert all(summary["floors"].values())
-    page, both = Path(file.stem, "README.md").read_text(), (overview.read(Path(of)) for of in HOMES)
-    assert page == overview.with_results(page, file.stem, *both), "run `make readme`"
+    both = [overview.read(Path(of)) for of in HOMES]
+    for path, filled in (
+        (Path(file.stem, "README.md"), overview.with_claims),
+        (Path(f"results/{file.stem}.md"), overview.with_results),
+    ):
+        page = path.read_text()
+        assert page == filled(page, file.stem, *both), "run `make readme`"
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/photos/*.json")), ids=lambda file: file.stem)
@@ -53,9 +58,9 @@ def test_committed_results_on_photographs(file: Path):
     assert [row["verdict"] for row in again] == [row["verdict"] for row in summary["claims"]], "run `make readme`"
 
 
-def sentences(page: str) -> str:
-    """Text of a README below its tables of results, without code, pictures and commands."""
-    text = page.split("<!-- /results -->\n", 1)[1].split("\n## ", 1)[0]
+def sentences(page: str, mark: str) -> str:
+    """Text of a page below a generated table, up to the next section, without code, pictures and commands."""
+    text = page.split(f"<!-- /{mark} -->\n", 1)[1].split("\n## ", 1)[0]
     return re.sub(r"`[^`]*`|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)|^    .*$", "", text, flags=re.MULTILINE)
 
 
@@ -63,7 +68,8 @@ def sentences(page: str) -> str:
 def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
     """*Emphasis* names a row or column of the tables above; only the tables have numbers."""
     summary = checkpoints.read_json(file)
-    said = sentences((ROOT / file.stem / "README.md").read_text())
+    said = sentences((ROOT / file.stem / "README.md").read_text(), "claims")
+    said += sentences(file.with_suffix(".md").read_text(), "results")
     plain = re.sub(r"\*([^*]+)\*", "", said)
     assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
     tables = [(runner.study_of(file.stem), summary)]

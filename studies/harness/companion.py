@@ -2,13 +2,15 @@
 
     python -m studies.harness.companion protoclip [--upstream CLONE] [--out companion]
 
-The page is made from the README's map. For each row it shows the README's sentence and equation, the source of our
-functions, the authors' lines beside them if a clone is given, the numbered details, and the largest differences that
-tests have measured (`runs/parity/FOLDER.json`, written by every test run).
+The page is made from the README: its map names the parts of the paper. For each part it shows the README's sentence and
+equation, the source of our functions, the authors' lines beside them if a clone is given, the numbered details, and the
+largest differences that tests have measured (`runs/parity/FOLDER.json`, written by every test run). The parts with the
+three functions that the README recommends come first.
 """
 
 import ast
 import html
+import itertools
 import json
 import re
 import subprocess
@@ -36,7 +38,8 @@ except ModuleNotFoundError:
     shared.tell_missing_packages("companion")
     raise
 
-COLUMNS = ("part of the paper", "paper", "ours", "authors' code", "detail")
+COLUMNS = ("part of the paper", "paper", "ours", "authors' code", "detail")  # of the map's table
+HEADER = re.compile(r"^\*\*(.+?)\*\* · (.+)$", re.MULTILINE)  # of a part with an equation: the same cells, between dots
 REPOSITORY = re.compile(r"\[([\w.-]+/[\w.-]+)@([0-9a-f]{7,40})\]\([^)]*\)")
 LETTER = re.compile(r"`(\w+):` is its (?:`([\w./-]+)`|root)")
 LONG, WIDE = 80, 200  # most lines shown of a function or file; most characters shown of a line
@@ -67,7 +70,7 @@ class Place:
 
 @dataclass
 class Row:
-    """A row of the map, with the README's text on it."""
+    """A part of the paper: a row of the map, or the line above an equation, with the README's text on it."""
 
     part: str
     paper: str
@@ -87,6 +90,7 @@ class Readme:
     title: str
     opening: str
     method: str
+    first: list[Function]  # those of "Read these three functions"
     rows: list[Row]
     details: dict[int, str]
     roots: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # letter -> repository, commit, folder in it
@@ -144,36 +148,38 @@ def numbers_of(cell: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", cell)]
 
 
+def row_of(cells: list[str], folder: str, text: str = "") -> Row:
+    """A part of the paper. UserError if the number of cells is not that of `COLUMNS`."""
+    if len(cells) != len(COLUMNS):
+        raise UserError(f"{folder}/README.md: {cells[0]} has {len(cells)} cells, not {len(COLUMNS)}: {cells}")
+    part, paper, ours, code, detail = cells
+    return Row(part, paper, ours, code, functions_of(ours, folder), places_of(code), numbers_of(detail), text)
+
+
 def read(folder: str) -> Readme:
-    """Parse the README of a folder. UserError if it has no map."""
+    """Parse the README of a folder. UserError if it names no parts of the paper."""
     page = (Path(folder) / "README.md").read_text(encoding="utf-8")
-    lines = page.splitlines()
-    starts = [i for i, line in enumerate(lines) if line.startswith("| part of the paper |")]
-    if not starts:
-        raise UserError(f"{folder}/README.md has no map: a table that begins with 'part of the paper'")
+    blocks, _, table = section(page, "The method in one page").partition("| part of the paper |")
+    method, *blocks = HEADER.split(blocks)  # then name, cells, text in turn
     rows = []
-    for line in lines[starts[0] + 2 :]:
-        if not line.startswith("|"):
-            break
-        cells = split_row(line)
-        if len(cells) != len(COLUMNS):
-            raise UserError(f"{folder}/README.md: a row of the map has {len(cells)} cells, not {len(COLUMNS)}: {line}")
-        part, paper, ours, code, detail = cells
-        rows.append(Row(part, paper, ours, code, functions_of(ours, folder), places_of(code), numbers_of(detail)))
-    blocks = re.split(r"^\*\*(.+?)\.\*\* ", section(page, "Equations"), flags=re.MULTILINE)
-    texts = dict(zip(blocks[1::2], blocks[2::2], strict=True))
-    for row in rows:
-        row.text = texts.get(row.part, "").strip()
+    for part, line, text in zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True):
+        cells = [part, *line.split(" · ")]
+        cells += [""] * (not cells[-1].startswith("detail"))
+        rows.append(row_of(cells, folder, text.partition("\n\nParts without")[0].strip()))
+    lines = table.splitlines()[2:]
+    rows += [row_of(split_row(line), folder) for line in itertools.takewhile(lambda line: line[:1] == "|", lines)]
+    if not rows:
+        raise UserError(f"{folder}/README.md names no part of the paper under 'The method in one page'")
+    first = functions_of(section(page, "Read these three functions"), folder)
     items = re.split(r"^(\d+)\. ", section(page, "Implementation details"), flags=re.MULTILINE)
     details = {int(n): text.strip() for n, text in zip(items[1::2], items[2::2], strict=True)}
-    method = section(page, "The method in one page").split("| part of the paper |")[0]
     title, _, opening = page.removeprefix("# ").partition("\n")
     opening = opening.split("\n## ", 1)[0]
     roots: dict[str, tuple[str, str, str]] = {}
     parts = REPOSITORY.split(" ".join(opening.split()))
     for repository, commit, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         roots |= {letter: (repository, commit, below) for letter, below in LETTER.findall(text)}
-    return Readme(folder, title, opening, method, rows, details, roots)
+    return Readme(folder, title, opening, method, first, rows, details, roots)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -286,7 +292,8 @@ def code(text: str, first: int, marked: range = range(0)) -> Markup:
 def equation(latex: str) -> Markup:
     """LaTeX as MathML, in which text is escaped. UserError if it is invalid."""
     try:
-        math = latex2mathml.converter.convert_to_element(latex.strip(), display="block")
+        plain = re.sub(r"\\tag\{(.+?)\}", r"\\qquad (\1)", latex.strip())  # MathML has no tags
+        math = latex2mathml.converter.convert_to_element(plain, display="block")
     except Exception as error:  # of any type
         raise UserError(f"an equation could not be read ({type(error).__name__}): {latex.strip()}") from error
     for node in math.iter():  # symbols are entities such as &#x02211;
@@ -325,13 +332,18 @@ def measured(functions: list[Function], tests: list[dict]) -> list[dict]:
 
 def shown(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> dict[str, Any]:
     """What the template shows of a row of the map: text, both sources, details, differences."""
-    theirs = []
+    theirs, seen = [], set()
     for place in row.places:
         label, file = f"{place} {place.name or ''}", authors_path(place, readme.roots, clones)
         found = authors_lines(file, place) if file is not None and file.is_file() else None
-        source_of = code(found.text, found.first, found.marked) if found else ""
-        theirs.append((label, link_to(place, readme.roots), found.cut if found else "", source_of))
-    ours = [(function.file, *source(function)) for function in row.functions]
+        lines = {(file, found.first + i) for i in range(found.text.count("\n") + 1)} if found else set()
+        twice = lines <= seen  # in a class that is shown already
+        seen |= lines
+        source_of = code(found.text, found.first, found.marked) if found and not twice else ""
+        theirs.append((label, link_to(place, readme.roots), found.cut if source_of else "", source_of))
+    classes = {(each.file, each.name) for each in row.functions}
+    functions = [each for each in row.functions if (each.file, each.name.rpartition(".")[0]) not in classes]
+    ours = [(function.file, *source(function)) for function in functions]
     return {
         "row": row,
         "anchor": anchor(row.part),
@@ -339,6 +351,7 @@ def shown(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) 
         "ours": [(f"{file}:{first}", code(text, first)) for file, first, text in ours],
         "ours_named": prose(row.ours),
         "theirs": theirs,
+        "beside": any(source_of for *_, source_of in theirs),
         "theirs_named": prose(row.code),
         "details": [(n, prose(readme.details[n])) for n in row.details if n in readme.details],
         "tests": measured(row.functions, tests),
@@ -347,13 +360,15 @@ def shown(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) 
 
 def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
     """HTML of the whole page."""
+    recommended = [row for row in readme.rows if any(function in row.functions for function in readme.first)]
+    others = [row for row in readme.rows if row not in recommended]
     return pages.rendered(
         "companion.html",
         readme=readme,
         colours=Markup(HtmlFormatter(nobackground=True).get_style_defs(".highlight")),
         opening=prose(readme.opening),
         method=prose(readme.method),
-        rows=[shown(row, readme, clones, tests) for row in readme.rows],
+        rows=[shown(row, readme, clones, tests) for row in [*recommended, *others]],
         measured=bool(tests),
     )
 

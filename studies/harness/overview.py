@@ -1,4 +1,5 @@
-"""All results: `python -m studies.harness.overview` writes RESULTS.md, report.html and the READMEs' results.
+"""All results: `python -m studies.harness.overview` writes RESULTS.md, report.html, and the tables in READMEs and
+results/PAPER.md.
 
 They are generated from the .json and .png files in results/ and results/photos/. The HTML page embeds its plots and
 opens offline. `python -m studies.harness.overview runs` writes only runs/report.html, from the results in runs.
@@ -183,7 +184,7 @@ def sections(here: Summaries, photographs: Summaries, home: str = "results") -> 
             file = "" if home == "results" else f"runs/{study.home}/results.json"
             paragraphs += ["### On photographs"] if study.on == "photos" else []
             paragraphs += [
-                f"{report.provenance(summary)} More in [{folder}/README.md]({folder}/README.md). Command:",
+                f"{report.provenance(summary)} More in [results/{folder}.md](results/{folder}.md). Command:",
                 f"    {command(study, summary, file)}",
                 f"{summary['corpus']}.",
                 report.named_arms(study, summary),
@@ -268,8 +269,26 @@ def between(page: str, mark: str, text: str) -> str:
     return head + begin + text + end + rest.split(end, 1)[1]
 
 
+def claims_block(here: dict | None, photographs: dict | None) -> str:
+    """Table of a paper's claims of the abstract, on emoji or scenes and on photographs."""
+    rows = {}
+    for summary, suffix in ((here, ""), (photographs, ", photographs")):
+        for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True) if summary else ():
+            if row["primary"]:
+                about = {"claim": row["claim"], "in the paper": row["paper"]}
+                cells = {f"difference{suffix}": line["here"], f"verdict{suffix}": row["verdict"]}
+                rows[row["claim"]] = rows.get(row["claim"], about) | cells
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    return table([{name: row.get(name, "-") for name in columns} for row in rows.values()])
+
+
+def with_claims(readme: str, folder: str, here: Summaries, photographs: Summaries) -> str:
+    """A paper's README, with its claims of the abstract between their comments."""
+    return between(readme, "claims", claims_block(here.get(folder), photographs.get(folder)) + "\n")
+
+
 def with_results(page: str, folder: str, here: Summaries, photographs: Summaries) -> str:
-    """A paper's README, with its results, and with results/bench/<folder>.md if it exists, between their comments."""
+    """results/<folder>.md, with its results, and with results/bench/<folder>.md if there is one, between comments."""
     found = [pages.rendered("block.md", study=study, summary=summary, provenance=report.provenance(summary),
                             arms=report.named_arms(study, summary), claims=report.claims_table(summary, other)) + "\n"
              for study, summary, other in parts_of(folder, here, photographs)]  # fmt: skip
@@ -309,9 +328,9 @@ def main() -> None:
         raise UserError(f"{folder} holds no results: run 'make reproduce-all'")
     if committed:
         write_text("RESULTS.md", markdown(here, photographs))
-        readmes = {Path(paper, "README.md"): paper for paper in papers}
-        for path, paper in readmes.items():
-            write_text(path, with_results(path.read_text(encoding="utf-8"), paper, here, photographs))
+        for paper in papers:
+            for path, filled in ((Path(paper, "README.md"), with_claims), (folder / f"{paper}.md", with_results)):
+                write_text(path, filled(path.read_text(encoding="utf-8"), paper, here, photographs))
         write_text("README.md", with_verdicts(Path("README.md").read_text(encoding="utf-8"), here, photographs))
     page = Path("report.html") if committed else folder / "report.html"
     write_text(page, html_page(here, photographs, folder))
