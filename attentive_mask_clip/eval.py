@@ -6,40 +6,29 @@ evaluated with its EMA towers, as in upstream's suite; metrics of the online tow
 """
 
 import dataclasses
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import matplotlib.pyplot as plt
-import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from attentive_mask_clip import suite
 from attentive_mask_clip.config import Config as TrainConfig
-from attentive_mask_clip.crops import MEAN, STD, eval_transform
-from attentive_mask_clip.model import (
-    ACLIP,
-    CLIP,
-    PRESETS,
-    Towers,
-    attentive_keep_ids,
-    create_model,
-    load_checkpoint,
-)
+from attentive_mask_clip.crops import eval_transform
+from attentive_mask_clip.export import export_model
+from attentive_mask_clip.kept import images_and_objects, kept_foreground, plot_kept
+from attentive_mask_clip.model import ACLIP, CLIP, Towers, create_model, load_checkpoint
 from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.probes import sgd_probe
 from shared.settings import Count, Rate, Whole, check_limits
-from shared.tars import read_tar
 from shared.zeroshot import (
     classification_metrics,
     encode_texts,
@@ -108,11 +97,6 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------- zero-shot metrics
-
-
-def mean_per_class(logits: Tensor, targets: Tensor) -> float:
-    """Mean accuracy over the classes that occur in targets (N,), in percent. U:eval_zeroshot.py:182."""
-    return classification_metrics(logits, targets)["mean_per_class"]
 
 
 def roc_auc(logits: Tensor, targets: Tensor) -> float:
@@ -235,134 +219,6 @@ def linear_probe(
     return {"best": probe.best, "final": probe.final}
 
 
-# ----------------------------------------------------------------------------------------------------- kept patches
-
-
-def object_masks(eval_set: EvalSet) -> Tensor | None:
-    """(N, S, S) 1 where a sample's `mask.png` marks an object (sets of scenes have it); None if a set has no masks.
-
-    UserError if a mask cannot be read, or if masks differ in size.
-    """
-    masks = []
-    for shard in eval_set.shards:
-        for name, content in read_tar(shard, [], {"mask.png"}):
-            try:
-                mask = np.array(Image.open(io.BytesIO(content), formats=["PNG"]))
-                masks.append(torch.from_numpy(mask != np.iinfo(mask.dtype).max))
-            except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error ...
-                raise UserError(f"{name} in {shard} is no mask: {checkpoints.one_line(error, 100)}") from error
-            if mask.shape != masks[0].shape:
-                raise UserError(f"{name} in {shard} is {mask.shape}, but other masks are {tuple(masks[0].shape)}")
-    return torch.stack(masks).float() if masks else None
-
-
-def pixel_values(images: Tensor) -> Tensor:
-    """Normalised images (B, 3, S, S) -> values from 0 to 1."""
-    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (MEAN, STD))
-    return images * std + mean
-
-
-def foreground(images: Tensor) -> Tensor:
-    """(B, S, S) 1 where a normalised image (B, 3, S, S) is not white: the drawing of an emoji."""
-    return (pixel_values(images) < 0.98).any(dim=1).float()
-
-
-@torch.no_grad()
-def attention_scores(model: CLIP, images: Tensor) -> Tensor:
-    """(B, N) scores of all patches of images (B, 3, S, S), by the tower that scores them in training; CLIP: its own."""
-    tower = model.visual_ema if isinstance(model, ACLIP) else model.visual
-    return torch.cat([tower(batch, return_scores=True)[1] for batch in images.split(256)])
-
-
-def images_and_objects(folder: str, model: CLIP, batch_size: int) -> tuple[Tensor, Tensor]:
-    """A set's images (N, 3, S, S) for the model, and (N, S, S) 1 where they show an object, by masks or `foreground`.
-
-    UserError if the masks do not have the size of the images, or if blocks do not tile the model's patches.
-    """
-    eval_set, side = EvalSet(folder, eval_transform(model.image_size)), model.image_size // model.patch_size
-    if side % model.block:
-        raise UserError(
-            f"--foreground {folder}: blocks of {model.block}x{model.block} patches do not tile this model's {side} "
-            "patches a side; pass --foreground None"
-        )
-    images, masks = torch.cat([batch for batch, _ in eval_set.batches(batch_size)]), object_masks(eval_set)
-    if masks is not None and masks.shape != images[:, 0].shape:
-        raise UserError(
-            f"--foreground {folder} has masks of shape {tuple(masks.shape)} for images of shape "
-            f"{tuple(images[:, 0].shape)}: it must have a mask of the model's image size for each image"
-        )
-    return images, foreground(images) if masks is None else masks
-
-
-@torch.no_grad()
-def kept_foreground(model: CLIP, images: Tensor, alpha: Tensor, keep_ratio: float = 0.5) -> dict[str, float]:
-    """Foreground among the patches that masking keeps, in percent.
-
-    images (B, 3, S, S), alpha (B, S, S), above 0 on foreground; a patch is foreground if any of its pixels is. Returns
-    three metrics for each selection X. `X_share`: share of kept patches that are foreground. `X_recall`: share of
-    foreground patches that are kept. `X_pixels`: share of an image's foreground pixels that are kept, averaged over
-    images. X: attentive (the model's own attention), high_drop (its low scores), centre (the blocks nearest to the
-    centre) or random (expectation over random patches, as many as attentive keeps).
-    """
-    was_training, block = model.training, model.block
-    model.eval()
-    scores = attention_scores(model, images)
-    model.train(was_training)
-    pixels = F.avg_pool2d((alpha > 0).float()[:, None], model.patch_size).flatten(1)  # (B, N), share of each patch
-    patches = (pixels > 0).float()
-    grid = math.isqrt(patches.shape[1])
-    axis = torch.arange(grid, device=images.device) - (grid - 1) / 2
-    centre = -(axis[:, None] ** 2 + axis**2).flatten().expand(len(images), -1)
-    kept = {
-        "attentive": attentive_keep_ids(scores, keep_ratio, block),
-        "high_drop": attentive_keep_ids(scores, keep_ratio, block, "high"),
-        "centre": attentive_keep_ids(centre, keep_ratio, block),
-    }
-    total = patches.sum()
-    results = {}
-    for name, ids in kept.items():
-        hits = patches.gather(1, ids).sum()
-        results[f"{name}_share"] = 100 * (hits / ids.numel()).item()
-        results[f"{name}_recall"] = 100 * (hits / total).item()
-        results[f"{name}_pixels"] = 100 * (pixels.gather(1, ids).sum(1) / pixels.sum(1)).nanmean().item()
-    count = kept["attentive"].shape[1]
-    return results | {
-        "random_share": 100 * patches.mean().item(),
-        "random_recall": 100 * count / patches.shape[1],
-        "random_pixels": 100 * count / patches.shape[1],
-    }
-
-
-def plot_kept(before: CLIP, after: CLIP, images: Tensor, path: Path, keep_ratio: float = 0.5) -> None:
-    """Plot one row per image (B, 3, S, S): the image; patches kept by attention and by high-drop, each before and after
-    training; random patches. Dropped patches are grey."""
-    pixels, side = pixel_values(images).clamp(0, 1), images.shape[2] // after.patch_size
-    noise = torch.rand(len(images), side**2, generator=torch.Generator().manual_seed(0))
-    untrained, trained = (attention_scores(model, images) for model in (before, after))
-    columns = {
-        "image": None,
-        "attentive,\nuntrained": attentive_keep_ids(untrained, keep_ratio, after.block),
-        "attentive": attentive_keep_ids(trained, keep_ratio, after.block),
-        "high drop,\nuntrained": attentive_keep_ids(untrained, keep_ratio, after.block, "high"),
-        "high drop": attentive_keep_ids(trained, keep_ratio, after.block, "high"),
-    }
-    columns["random"] = noise.argsort(dim=1)[:, : columns["attentive"].shape[1]]
-    figure, axes = plt.subplots(len(images), len(columns), figsize=(1.3 * len(columns), 1.3 * len(images) + 0.4))
-    for j, (title, ids) in enumerate(columns.items()):
-        shown = pixels
-        if ids is not None:
-            kept = torch.zeros_like(noise).scatter_(1, ids, 1.0)
-            mask = F.interpolate(kept.view(-1, 1, side, side), scale_factor=after.patch_size)
-            shown = pixels * mask + (0.25 * pixels + 0.55) * (1 - mask)
-        for i, image in enumerate(shown):
-            axes[i, j].imshow(image.permute(1, 2, 0).numpy())
-            axes[i, j].axis("off")
-        axes[0, j].set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 # ------------------------------------------------------------------------------------------------- loading runs
 
 
@@ -388,74 +244,6 @@ def untrained(state: dict, path: str | Path) -> CLIP:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         return create_model(cfg.method, cfg.model, **cfg.model_settings()).eval()
-
-
-# ------------------------------------------------------------------------------------------- export to open_clip
-
-TIMM_TOWERS = {"vit_b16": "vit_base_patch16_224", "vit_l16": "vit_large_patch16_224"}  # our presets: timm's names
-
-
-def open_clip_weights(model: CLIP) -> dict[str, Tensor]:
-    """The evaluated towers with open_clip's key names: a timm image tower with a linear head, and CLIP's text tower."""
-    ema = isinstance(model, ACLIP)
-    visual, transformer = (model.visual_ema, model.transformer_e) if ema else (model.visual, model.transformer)
-    image_projection, text_projection = (
-        (model.image_projection_e, model.text_projection_e) if ema else (model.image_projection, model.text_projection)
-    )
-    return {
-        **{f"visual.trunk.{name}": value for name, value in visual.state_dict().items()},
-        "visual.head.proj.weight": image_projection.T,
-        **{f"transformer.{name}": value for name, value in transformer.state_dict().items()},
-        "token_embedding.weight": model.token_embedding.weight,
-        "positional_embedding": model.positional_embedding,
-        **{f"ln_final.{name}": value for name, value in model.ln_final.state_dict().items()},
-        "text_projection": text_projection,
-        "logit_scale": model.logit_scale,
-    }
-
-
-def export_model(model: CLIP, folder: str | Path) -> None:
-    """Write the towers that evaluation uses as an open_clip model.
-
-    timm knows the paper's ViT-B and ViT-L by name. For other shapes a config.json in the folder describes the tower.
-    open_clip_config.json contains the folder's absolute path: change it there if you move the folder.
-    """
-    visual, text = model.visual, model.transformer
-    shape = {
-        "img_size": model.image_size,
-        "patch_size": model.patch_size,
-        "embed_dim": visual.cls_token.shape[-1],
-        "depth": len(visual.blocks),
-        "num_heads": visual.blocks[0].attn.num_heads,
-    }
-    name = next((TIMM_TOWERS[preset] for preset in TIMM_TOWERS if same_shape(shape, PRESETS[preset])), None)
-    if name is None:
-        name = f"local-dir:{Path(folder).resolve()}"
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tower = {"architecture": "vit_base_patch16_224", "pretrained_cfg": {"num_classes": 0}, "model_args": shape}
-        checkpoints.write_json(Path(folder) / "config.json", tower)
-    width = model.token_embedding.embedding_dim
-    config = {
-        "embed_dim": model.image_projection.shape[1],
-        "quick_gelu": True,  # of the text tower; timm's has GELU
-        "vision_cfg": {"timm_model_name": name, "timm_pool": "token", "image_size": model.image_size},
-        "text_cfg": {
-            "context_length": model.context_length,
-            "vocab_size": model.token_embedding.num_embeddings,
-            "width": width,
-            "heads": text.resblocks[0].attn.num_heads,
-            "layers": len(text.resblocks),
-        },
-    }
-    transform = eval_transform(model.image_size)
-    bilinear = {"mean": MEAN, "std": STD, "interpolation": "bilinear"}
-    export.write(folder, Towers(model), config, open_clip_weights(model), transform, **bilinear)
-
-
-def same_shape(shape: dict, preset: dict) -> bool:
-    """Whether a tower has the shape of the preset's timm model, at 224 pixels in patches of 16."""
-    paper = [224, 16, *(preset[f"vision_{name}"] for name in ("width", "layers", "heads"))]
-    return list(shape.values()) == paper
 
 
 # ---------------------------------------------------------------------------------------------------- one checkpoint

@@ -265,7 +265,7 @@ COUNT_PRESETS = {  # name: (row of the paper with its misalignment degree, setti
 # ---------------------------------------------------------------------------------- the paper's models, of evaluate.py
 
 # BACKBONE|CORPUS: open_clip's model and weights. If weights are empty, open_clip has none and the user names a file.
-# Activations are those of the authors' evaluation, not always those of training (README, detail 24).
+# Activations are those of the authors' evaluation, not always those of training (README, detail 18).
 MODELS = {
     # the twelve of the curves
     "RN50|cc3m": ("RN50-quickgelu", ""),  # CyCLIP's checkpoint

@@ -3,7 +3,7 @@
 Authors' code: bethgelab/frequency_determines_performance@11ef009, `U:let_it_wag_datasets/`. Steps (appendix H): select
 the least frequent concepts and collect their images; remove outliers and duplicates by features of an ImageNet network;
 check by hand (left to you); remove near-duplicates by perceptual hash; balance the classes. Writes a set in the
-CLIP-benchmark layout with the paper's 80 templates, which `concept_frequency.measure`, clip-benchmark and all folders
+CLIP-benchmark layout with the paper's 80 templates, which `concept_frequency.evaluate`, clip-benchmark and all folders
 here can evaluate. datasets.py converts the set that the authors released.
 """
 

@@ -169,7 +169,7 @@ def diagnose(
 def misaligned(text: sparse.sparray, image: sparse.sparray) -> int:
     """Number of samples with concepts in both caption and image, but none in common; from bool (N, K) of both.
 
-    Source: U:src/misalignment_degree_quantification.py:152. Algorithm 1 of the paper also counts samples without any
+    Source: U:src/misalignment_degree_quantification.py:152. Section 5 of the paper also counts samples without any
     concept.
     """
     with_text, with_image, agree = (of.sum(axis=1) > 0 for of in (text, image, text.multiply(image)))

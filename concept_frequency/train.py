@@ -16,7 +16,6 @@ from pathlib import Path
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from concept_frequency.assigned import RandomView, frequency_row, open_arm, read_test_set, zero_shot
@@ -39,7 +38,7 @@ def train_step(
     """One step on this rank's views (B, 3, S, S) and tokens (B, L); returns values to log."""
     with run.autocast(cfg.precision, images.device):
         image_features, text_features, scale, *_ = model(images, tokens)
-    loss = clip_loss(image_features, text_features, scale)
+    loss = clip.clip_loss(image_features, text_features, scale)
 
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -49,14 +48,6 @@ def train_step(
     scaler.update()
     clamp_logit_scale(run.bare(model))
     return {"loss": loss, "logit_scale": scale, "gradient_norm": gradient_norm}
-
-
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of this rank's unit features (B, D) against those of all ranks, in fp32."""
-    image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
-    labels = run.own_columns(image)
-    to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
-    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Every setting of pre-training, tuning and fine-tuning; presets and their checks.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets of CLIPs are read
-from the names of the authors' checkpoints, tuning presets from the commands in their README; `in1k-rn50-LEVEL` (no
-recipe is published), `emoji*`, `small*` and `own*` are ours.
+from the names of the authors' checkpoints, tuning presets from the commands in their README; `*-paper` and `*-language`
+have the settings that the paper states (app. A.2, B.1, B.3). `in1k-rn50-LEVEL` (the paper does not say which recipe of
+another paper it uses), `emoji*`, `small*` and `own*` are ours.
 """
 
 import dataclasses
@@ -107,11 +108,11 @@ PRETRAIN_PRESETS = {
     "small-clip": ("ours: small CLIP on your own --data; --noise swaps captions", SMALL_CLIP),
     **noise_levels("emoji-sup", "ours: small ResNet on names of emoji", EMOJI_SUPERVISED),
     **noise_levels("emoji-clip", "ours: small CLIP on emoji captions", EMOJI_CLIP),
-    **noise_levels("in1k-rn50", "figures, controlled study: ResNet-50 on ImageNet-1K labels", IN1K),
+    **noise_levels("in1k-rn50", "figures 1 to 3, table 3: ResNet-50 on ImageNet-1K labels, by a plain recipe", IN1K),
     # upstream's run names state the batch per GPU (256 or 512) but not the number of GPUs; 8 are assumed here
     **noise_levels(
         "yfcc15m-rn50",
-        "figures, controlled study: CLIP RN50 on YFCC15M captions",
+        "figures 1 to 3, table 3: CLIP RN50 on YFCC15M captions",
         YFCC,
         batch_size={0: 2048, 5: 2048, 10: 4096, 20: 4096, 30: 2048},
     ),
@@ -145,13 +146,15 @@ class TuningConfig:
     w_svd: Rate = 0.001
     """Weight of L_SVD."""
     svd_k: Count = 5
-    """Number of leading singular values in L_SVD; 1 in the paper."""
+    """Number of leading singular values in L_SVD; 1 in the paper (eq. 5)."""
     epochs: Count = 30
     """Passes over the training set."""
     batch_size: Count = 64
     """Images per step, over all processes together; with two views, a batch has both views of each image."""
     lr: Rate = 1e-3
-    """AdamW's learning rate; a cosine by step takes it to 0."""
+    """AdamW's learning rate; `schedule` takes it to 0."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls, step by step; linear for language in the paper (app. B.3)."""
     warmup: Whole = 0
     """Steps of linear warm-up."""
     weight_decay: Rate = 1e-4
@@ -196,18 +199,21 @@ class Config(TuningConfig):
     w_mse: Rate = 1.0
     """Weight of L_MSE."""
     mse_sum: bool = False
-    """L_MSE sums over the D dimensions, as in the paper. Off: it is their mean, as in the authors' code."""
+    """L_MSE sums over the D dimensions, as in the paper (eq. 3). Off: it is their mean, as in the authors' code."""
     ratio: Positive = 4.0
     """Hidden width of the MLP divided by the feature dimension D."""
     layers: Whole = 1
     """Hidden layers of the MLP."""
     residual: bool = True
-    """z = scale * MLP(f) + f; off: z = MLP(f)."""
+    """z = scale * MLP(f) + f; off: z = MLP(f), as in the paper (figure 17)."""
     scale_init: Number = 1.0
     """Initial scale of the MLP's output in the residual connection."""
+    batch_norm: bool = True
+    """BatchNorm before every ReLU of the MLP; off in the paper (figure 17)."""
     views: Literal["eval", "train", "train+rand"] = "train"
-    """eval: one view of each image by the evaluation transform, encoded once (upstream's LP). train: two training
-    views, new in every step (upstream's MLP, NMTune). train+rand: the second with RandAugment (--use-weak-strong)."""
+    """eval: one view of each image by the evaluation transform, encoded once (upstream's LP; of a features file, its
+    first view). train: two training views, new in every step (upstream's MLP, NMTune). train+rand: the second with
+    RandAugment (--use-weak-strong)."""
     bank: int = 0
     """V: encode V training views of each image once, and draw two of them in every step. 0: encode new views."""
     select: bool = False
@@ -224,6 +230,17 @@ class Config(TuningConfig):
 
 
 LP = Config(method="lp", lr=1e-2, views="eval")
+ONE_LAMBDA = dict(w_mse=0.01, mse_sum=True, w_cov=0.01, w_svd=0.01, svd_k=1)  # equations 3, 5 and 6
+FIGURE_17 = dict(residual=False, batch_norm=False)
+PAPER = {  # app. B.1; the paper does not mention training views, so there is one view of each image
+    "lp": Config(method="lp", lr=0.1, weight_decay=0.0, views="eval", heads=3),
+    "mlp": Config(method="mlp", views="eval", heads=3, **FIGURE_17),
+    "nmtune": Config(views="eval", heads=3, **FIGURE_17, **ONE_LAMBDA),
+}
+LANGUAGE = {  # app. B.3
+    method: dataclasses.replace(cfg, epochs=10, schedule="linear", heads=1, lr=0.01 if method == "lp" else 1e-3)
+    for method, cfg in PAPER.items()
+}
 METHODS = {
     "lp": ("authors' README, any encoder: linear probe, evaluation view", LP),
     "lp-views": (
@@ -232,12 +249,11 @@ METHODS = {
     ),
     "mlp": ("the paper's baseline: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
     "nmtune": ("authors' README, any encoder: NMTune with the authors' weights", Config()),
-    "nmtune-lambda": (
-        "NMTune with the paper's one weight, k = 1 and undivided L_MSE",
-        Config(w_mse=0.01, mse_sum=True, w_cov=0.01, w_svd=0.01, svd_k=1),
-    ),
+    "lp-paper": ("tables 1, 7, 8, figures 1, 2: linear probe as in the paper", PAPER["lp"]),
+    "mlp-paper": ("tables 1, 7, 8, row 0 0 0 of table 16: the MLP as in the paper", PAPER["mlp"]),
+    "nmtune-paper": ("tables 1, 7, 8, figure 1, first row of table 16: NMTune as in the paper", PAPER["nmtune"]),
 }
-ENCODERS = {  # rows of the paper's tables; the weights of the last five are inferred from the names in the tables
+ENCODERS = {  # figure 1; then table 1, whose weights are inferred from the names and parameters in table 6
     "in1k-rn50": ("ResNet-50, noisy ImageNet-1K", "timm:resnet50", ""),
     "yfcc15m-rn50": ("CLIP RN50, noisy YFCC15M", "open_clip:RN50", ""),
     "swin-l": ("Swin-L, ImageNet-21K", "timm:swin_large_patch4_window7_224.ms_in22k", "pretrained"),
@@ -261,7 +277,12 @@ PRESETS = {
             dataclasses.replace(METHODS[method][1], encoder=encoder, checkpoint=checkpoint),
         )
         for name, (what, encoder, checkpoint) in ENCODERS.items()
-        for method in ("lp", "mlp", "nmtune")
+        for method in METHODS
+        if method != "lp-views"
+    },
+    **{
+        f"{method}-language": (f"tables 2, 9 to 13, for a file of nmtune.extract: {method} as in the paper", cfg)
+        for method, cfg in LANGUAGE.items()
     },
     **{
         f"emoji-{method}": (f"ours, embedded corpus: {what}", dataclasses.replace(cfg, **EMOJI))
@@ -345,7 +366,7 @@ class FinetuneConfig(TuningConfig):
     lora: bool = False
     """Train only rank-8 adapters of the blocks' MLPs and the classifier."""
     lr: Rate = 1e-4
-    """AdamW's learning rate; a cosine by step takes it to 0."""
+    """AdamW's learning rate; `schedule` takes it to 0."""
     grad_checkpointing: bool = False
     """Recompute the encoder's activations in the backward pass: less memory, one more forward pass."""
 

@@ -37,9 +37,9 @@ CENTRES = ("none", "sample", "sample+feature")
 def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sample") -> Tensor:
     """Singular values of F (M, D), descending, fp64: (min(M, D),).
 
-    `normalize` scales each row to length 1 first. `center`: "none" (the paper's text); "sample" subtracts from each
-    row its own mean over D (U:src/models/svd.py:38-58); "sample+feature" also subtracts the mean over rows
-    (U:src/models/pca.py:38).
+    `normalize` scales each row to length 1 first. `center`: "none" (the text of sec. 2.3); "sample" subtracts from each
+    row its own mean over D (U:src/models/svd.py:38-58; by their curves also figures 11 to 14); "sample+feature" also
+    subtracts the mean over rows (U:src/models/pca.py:38).
     """
     if center not in CENTRES:
         raise UserError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
@@ -54,13 +54,13 @@ def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sa
 
 
 def singular_value_entropy(s: Tensor) -> Tensor:
-    """SVE = -sum_i p_i ln p_i with p = s / sum(s), of singular values (K,) -> () in [0, ln K]. Zeros add 0."""
+    """SVE = -sum_i p_i ln p_i with p = s / sum(s), of singular values (K,) -> () in [0, ln K]. Zeros add 0. Eq. 1."""
     p = s / s.sum()
     return torch.special.entr(p).sum()
 
 
 def largest_singular_value_ratio(s: Tensor) -> Tensor:
-    """LSVR = -ln(s_1 / sum(s)) of singular values (K,) -> () >= 0; it rises if the largest has a smaller share."""
+    """LSVR = -ln(s_1 / sum(s)) of singular values (K,) -> () >= 0; it rises if the largest's share falls. Eq. 2."""
     return -torch.log(s.max() / s.sum())
 
 
@@ -163,7 +163,7 @@ class Config:
     head: str = ""
     """A state dict exported from the authors' tuned model, used instead of the run's own head."""
     centre: str = "sample"
-    """Centring before the spectrum: sample (upstream's svd.py), none (the paper's text), sample+feature (pca.py)."""
+    """Centring before the spectrum: sample (upstream's svd.py), none (the text of sec. 2.3), sample+feature (pca)."""
     export: str | None = None
     """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, without evaluating it."""
     batch_size: int = 256

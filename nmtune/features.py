@@ -392,9 +392,9 @@ class RunFeatures:
 
     @property
     def views(self) -> int:
-        """Views of an image in a batch: one if the bank has only one or the linear probe uses one, else two."""
+        """Views of an image in a batch: one if the bank has only one or the settings use one, else two."""
         several = self.bank is None or len(self.bank.features) > 1
-        return 2 if several and (self.cfg.method != "lp" or self.cfg.views != "eval") else 1
+        return 2 if several and self.cfg.views != "eval" else 1
 
     def _from_file(self) -> None:
         if self.cfg.tests:

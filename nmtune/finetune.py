@@ -17,7 +17,7 @@ from nmtune.datasets import open_labelled, open_test
 from nmtune.eval import test_metrics
 from nmtune.features import Views, data_sets, encode_set, load, split_encoder, training_order
 from nmtune.model import finetune_loss, load_encoder, make_classifier
-from nmtune.train import cosine_lr, make_optimizer, plan_rows, planned_encoder, planned_samples
+from nmtune.train import learning_rate, make_optimizer, plan_rows, planned_encoder, planned_samples
 from shared import cli, data, run
 from shared.clip import set_grad_checkpointing
 from shared.errors import UserError
@@ -146,7 +146,7 @@ def main(cfg: FinetuneConfig) -> Path | None:
     model.train()
     for step, (views, labels, skipped) in enumerate(batches, start):
         broken += skipped
-        lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
+        lr, done = learning_rate(cfg, total, step), step + 1
         torch.manual_seed(run.stable_hash(cfg.seed, step))  # so that dropout is the same after a resume
         x = normalise(views[0].to(process.device, non_blocking=True, **channels_last))
         found = train_step(model, x, labels.to(process.device, non_blocking=True), optimizer, scaler, lr, cfg)

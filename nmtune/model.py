@@ -1,14 +1,13 @@
 """NMTune: Understanding and Mitigating the Label Noise in Pre-training on Downstream Tasks (arXiv 2309.17002), and its
 journal extension (arXiv 2403.06869).
 
-Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, cited below as `U:<path>:<line>`. We could read the paper's
-abstract; what comments say about its body is quoted from others' notes (see README.md).
+Authors' code: Hhhhhhao/Noisy-Model-Learning@f249dce, cited below as `U:<path>:<line>`.
 The paper's contribution in this file:
   - a light MLP that reshapes the features of a frozen, noisily pre-trained encoder     `NMTuneHead`
-  - L_MSE preserves the encoder's features                                              `consistency_loss`
-  - L_COV spreads the feature dimensions (high SVE, for in-domain transfer)             `covariance_loss`
-  - L_SVD makes the leading singular values dominate (low LSVR, for out-of-domain)      `dominant_singular_value_loss`
-  - the objective, with the fast forms of the last two in fast_losses.py                `nmtune_loss`
+  - L_MSE (eq. 3) preserves the encoder's features                                      `consistency_loss`
+  - L_COV (eq. 4) spreads the feature dimensions (high SVE, for in-domain transfer)     `covariance_loss`
+  - L_SVD (eq. 5) makes the leading singular values dominate (low LSVR, out of domain)  `dominant_singular_value_loss`
+  - the objective (eq. 6), with fast forms of the last two in fast_losses.py            `nmtune_loss`
 Used by every arm: the linear classifier (LP) and the frozen encoders of timm and open_clip.
 
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
@@ -44,7 +43,7 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
     """L_MSE = mean over B*D of (norm(z_s) - sg(norm(f_w)))^2, z of view s (B, D) against f of view w (B, D) -> ().
 
     Equals the mean over images of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
-    The paper's squared distance is D times this value.
+    The paper's squared distance (eq. 3) is D times this value, and of the same view.
     """
     return F.mse_loss(F.normalize(z.float(), dim=1), F.normalize(feats.detach().float(), dim=1))
 
@@ -52,7 +51,7 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
 def covariance_loss(z: Tensor) -> Tensor:
     """L_COV = (1/D) sum_{i != j} C_ij^2, C the covariance (D, D) of z (n, D) -> (). U:src/models/nml_tune.py:34,164.
 
-    A single row has no covariance: its loss is 0.
+    Equation 4. A single row has no covariance: its loss is 0.
     """
     x = z.float() - z.float().mean(dim=0)
     c = x.T @ x / max(len(z) - 1, 1)
@@ -62,7 +61,7 @@ def covariance_loss(z: Tensor) -> Tensor:
 def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
     """L_SVD = -(1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the raw z (n, D) -> (), negative: it is added to the loss.
 
-    U:src/models/nml_tune.py:159-162, k = 5; in the paper k = 1. z is neither centred nor normalised. With fewer than k
+    U:src/models/nml_tune.py:159-162, k = 5; in equation 5 k = 1. z is neither centred nor normalised. With fewer than k
     singular values the mean is over all of them, and constant.
     """
     s = torch.linalg.svdvals(z.float())
@@ -84,8 +83,9 @@ def nmtune_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = CE + w_mse L_MSE + w_cov L_COV + w_svd L_SVD, of rows [view w; view s], or of one view with views=1.
 
-    logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default the authors';
-    the paper has one lambda = 0.01. Terms of weight 0 are not computed; with all three 0, it is the MLP baseline.
+    logits (n, C), labels (n,) int64, z and feats (n, D). `weights` = (mse, cov, svd), by default those of the authors'
+    README; equation 6 has one lambda = 0.01. Terms of weight 0 are not computed; with all three 0, it is the MLP
+    baseline.
     Returns (loss, {"ce", "mse", "cov", "svd"}) with unweighted terms. U:src/models/nml_tune.py:139-171.
     """
     w_mse, w_cov, w_svd = (float(weight) for weight in weights)
@@ -133,7 +133,7 @@ class NMTuneHead(nn.Module):
     """z = scale * MLP(f) + f, logits = W z + b, on frozen features f (n, D). U:src/models/modeling.py:172-202.
 
     MLP: `layers` blocks of Linear-BatchNorm-ReLU of width ratio*D, then a Linear back to D. `residual=False` is
-    z = MLP(f). Parameter names are upstream's.
+    z = MLP(f); with `batch_norm=False`, too, it is the paper's (figure 17). Parameter names are upstream's.
     """
 
     def __init__(
@@ -144,12 +144,16 @@ class NMTuneHead(nn.Module):
         layers: int = 1,
         residual: bool = True,
         scale_init: float = 1.0,
+        batch_norm: bool = True,
     ):
         super().__init__()
         widths = [dim] + [int(dim * ratio)] * layers
         blocks: list[nn.Module] = []
         for width, hidden in zip(widths, widths[1:], strict=False):
-            blocks += [nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()]
+            blocks.append(nn.Linear(width, hidden))
+            if batch_norm:
+                blocks.append(nn.BatchNorm1d(hidden))
+            blocks.append(nn.ReLU())
         self.mlp_after = nn.Sequential(*blocks, nn.Linear(widths[-1], dim))
         self.scale_after = nn.Parameter(torch.full((1, dim), float(scale_init))) if residual else None
         self.classification_head = make_classifier(dim, num_classes)
@@ -366,6 +370,7 @@ def head_from(weights: dict[str, Tensor]) -> nn.Module:
         linears = [value for key, value in weights.items() if key.startswith("mlp_after.") and value.ndim == 2]
         hidden, dim = linears[0].shape
         classes = len(weights["classification_head.bias"])
-        head = NMTuneHead(dim, classes, hidden / dim, len(linears) - 1, "scale_after" in weights)
+        parts = {"residual": "scale_after" in weights, "batch_norm": "mlp_after.1.running_mean" in weights}
+        head = NMTuneHead(dim, classes, hidden / dim, len(linears) - 1, **parts)
     head.load_state_dict(weights)
     return head.eval()

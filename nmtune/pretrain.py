@@ -23,8 +23,7 @@ from nmtune.config import PRETRAIN_PRESETS, PretrainConfig
 from nmtune.datasets import LabelledImages, flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
-from shared import accumulate, cli, data, run
-from shared.clip import set_grad_checkpointing
+from shared import accumulate, cli, clip, data, run
 from shared.corpus import Corpus
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -96,11 +95,8 @@ def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: T
     """{"loss", ...} of a model's output. Supervised: cross-entropy, and training accuracy on wrong and on right labels,
     in per cent, as "accuracy_noisy" and "accuracy_clean". CLIP: the contrastive loss and "logit_scale"."""
     if cfg.kind == "clip":
-        clip_loss = open_clip.ClipLoss(  # local_loss: a rank's own pairs against all; gather_with_grad
-            True, True, rank=process.rank, world_size=process.world_size
-        )
-        features = output["image_features"].float(), output["text_features"].float()
-        return {"loss": clip_loss(*features, output["logit_scale"]), "logit_scale": output["logit_scale"].detach()}
+        loss = clip.clip_loss(output["image_features"], output["text_features"], output["logit_scale"])
+        return {"loss": loss, "logit_scale": output["logit_scale"].detach()}
     loss = F.cross_entropy(output.float(), targets)
     found = {"loss": loss}
     with torch.no_grad():  # NaN without a sample of the kind
@@ -179,7 +175,7 @@ def main(cfg: PretrainConfig) -> Path | None:
         rates = lambda step: {"": cosine_lr(cfg.lr, cfg.warmup, total, step)}  # noqa: E731
         return cli.show_run(cfg, process, model, inputs, total, rates, [("noise", f"{cfg.noise:g}")])
     model = model.to(process.device, memory_format=torch.channels_last)
-    set_grad_checkpointing(model, cfg.grad_checkpointing)
+    clip.set_grad_checkpointing(model, cfg.grad_checkpointing)
     optimizer = make_optimizer(model, cfg)
     scaler = run.grad_scaler(cfg, process)
     folder = run.RunFolder(cfg, process, epoch=0, batch=0)

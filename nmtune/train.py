@@ -43,11 +43,18 @@ def cosine_lr(base: float, warmup: int, total: int, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) * base
 
 
+def learning_rate(cfg: TuningConfig, total: int, step: int) -> float:
+    """Learning rate at `step` of `total`: `cosine_lr`, or, after the warm-up, a straight line to 0 (app. B.3)."""
+    if cfg.schedule == "linear" and step >= cfg.warmup:
+        return cfg.lr * (total - step) / (total - cfg.warmup)
+    return cosine_lr(cfg.lr, cfg.warmup, total, step)
+
+
 def make_head(cfg: Config, dim: int, num_classes: int) -> nn.Module:
     """nn.Linear for lp, NMTuneHead for mlp and nmtune, initialised from torch's random numbers."""
     if cfg.method == "lp":
         return make_classifier(dim, num_classes)
-    return NMTuneHead(dim, num_classes, cfg.ratio, cfg.layers, cfg.residual, cfg.scale_init)
+    return NMTuneHead(dim, num_classes, cfg.ratio, cfg.layers, cfg.residual, cfg.scale_init, cfg.batch_norm)
 
 
 def make_optimizer(head: nn.Module | list[nn.Parameter], lr: float, wd: float) -> torch.optim.Optimizer:
@@ -93,7 +100,7 @@ def tuning_steps(
     """
     for step, (feats, labels) in enumerate(batches, start):
         weights = cfg.loss_weights(feats.shape[1])
-        lr = optimizer.param_groups[0]["lr"] = cosine_lr(cfg.lr, cfg.warmup, total, step)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, total, step)
         yield step + 1, {"lr": lr} | train_step(head, feats, labels, optimizer, weights, cfg.svd_k, views)
 
 
@@ -202,7 +209,7 @@ def plan_rows(cfg: TuningConfig, samples: int, classes: int, remark: str, views:
         ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs, {classes:,} classes ({remark})"),
         ("batch", f"{cfg.batch_size} images, {cfg.batch_size * views} feature vectors"),
         cli.step_row(total, steps),
-        *cli.rate_rows(lambda step: f"{cosine_lr(cfg.lr, cfg.warmup, total, step):.3e}", cfg.warmup, total),
+        *cli.rate_rows(lambda step: f"{learning_rate(cfg, total, step):.3e}", cfg.warmup, total),
     ]
 
 
@@ -222,7 +229,7 @@ def dry_run(cfg: Config) -> None:
     with torch.device("meta"):
         head = make_head(cfg, dim, classes)
     parameters = sum(p.numel() for p in head.parameters())
-    views = 1 if cfg.method == "lp" and cfg.views == "eval" else 2
+    views = 1 if cfg.views == "eval" else 2
     hidden = int(dim * cfg.ratio) if cfg.method != "lp" else 0
     gib = (16 * parameters + 4 * cfg.batch_size * views * (6 * dim + 4 * hidden + 2 * classes)) / 2**30
     heads = f"{cfg.heads} heads, " if cfg.heads > 1 else ""

@@ -24,14 +24,14 @@ class MicroBatches(nn.Module):
 
     def __init__(self, model: nn.Module, count: int):
         super().__init__()
-        self.model, self.count = model, count
+        self.module, self.count = model, count  # named as in torch's wrappers
 
     def forward(self, *inputs: Any) -> Any:
         chunks = zip(*(x.chunk(self.count) if torch.is_tensor(x) else repeat(x) for x in inputs), strict=False)
         outputs = []
         for chunk in chunks:
             torch.clear_autocast_cache()  # else gradients of micro-batches would be summed in half precision
-            outputs.append(recomputed(self.model, self.model, *chunk))
+            outputs.append(recomputed(self.module, self.module, *chunk))
         first = outputs[0]
         if torch.is_tensor(first):
             return torch.cat(outputs)

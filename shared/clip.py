@@ -1,4 +1,4 @@
-"""open_clip's CLIP: a text tower that skips padding, the image size, activation checkpointing, no warnings."""
+"""CLIP: its loss; for open_clip's model a text tower that skips padding, activation checkpointing, no warnings."""
 
 import contextlib
 import functools
@@ -13,6 +13,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from shared import run
 from shared.errors import UserError
 
 STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # mean and std of CLIP's images
@@ -73,6 +74,14 @@ def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
     """Copy token ids (B, L) to the device, cut by `cut_padding` if the model's text tower ignores padding."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
     return cut_padding(text, device) if cuts(model) else text.to(device, non_blocking=True)
+
+
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of this rank's unit features (B, D) against those of all ranks, in fp32."""
+    image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
+    labels = run.own_columns(image)
+    to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
+    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
 
 
 def image_side(model: nn.Module) -> int:

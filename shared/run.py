@@ -37,7 +37,6 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from shared.accumulate import MicroBatches
 from shared.checkpoints import ROOT, link, resume, save_checkpoint, write_json
 from shared.errors import UserError
 
@@ -163,8 +162,8 @@ def distributed(model: nn.Module, process: Process, **options: Any) -> nn.Module
 
 def bare(model: nn.Module) -> nn.Module:
     """The model without the wrappers of `distributed` and of micro-batches."""
-    while isinstance(model, (DistributedDataParallel, MicroBatches)):
-        model = model.module if isinstance(model, DistributedDataParallel) else model.model
+    while hasattr(model, "module"):
+        model = model.module
     return model
 
 

@@ -37,12 +37,10 @@ class Stream:
     """Pairs of shards in a shuffled order; `text(pair)` -> tensor(s) of a sample's text, computed in a loader worker.
 
     The counterpart of `corpus.Corpus`, without `batches` of chosen rows. `cut_padding`: texts are CLIP's tokens, whose
-    padding is cut off. UserError without --dataset-size, for a table, or for fewer shards than processes.
+    padding is cut off. UserError for a table or for fewer shards than processes.
     """
 
     def __init__(self, cfg: Any, process: run.Process, text: Callable[[data.Pair], Any], cut_padding: bool = False):
-        if not cfg.dataset_size:
-            raise UserError("--stream needs --dataset-size, the number of samples of an epoch")
         if cfg.dataset_size < cfg.batch_size:
             raise UserError(f"--dataset-size {cfg.dataset_size} is less than one batch of {cfg.batch_size}")
         if (ending := Path(cfg.data).suffix) in (".tsv", ".csv", ".json"):

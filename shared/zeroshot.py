@@ -76,11 +76,6 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
 # ---------------------------------------------------------------- zero-shot classification
 
 
-def zeroshot_classifier(prompt_embeddings: Tensor) -> Tensor:
-    """Text embeddings (C, T, D) -> (D, C) unit columns: normalise each prompt, mean over templates, normalise again."""
-    return F.normalize(F.normalize(prompt_embeddings, dim=-1).mean(dim=1), dim=-1).T
-
-
 def build_classifier(
     encode_text: Callable[[Tensor], Tensor],
     tokenizer: Callable,

@@ -18,6 +18,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ from flame.zeroshot import open_set
 from shared import cli, data
 from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
-from shared.pretrained import cached_lite0_features
 from shared.zeroshot import percent, retrieval_metrics
 from studies.flame_banks import centred, centres_of
 from studies.flame_measure import all_and_other, language_means, measured, read_captions_of, read_images
 from studies.flame_towers import PRESETS, WIDTH, cells_of, whole_image
 from studies.harness import floors, photos, runner, verdicts
 from studies.harness.floors import Floor
+from studies.harness.lite0 import cached_lite0_features
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
@@ -604,5 +605,12 @@ def study(llm: str) -> Study:
 
 STUDY = study(language_model())
 
+
+def without_repeats(of: Study) -> Study:
+    """The study without arms that have another's commands: with SmolLM2, flame-english is flame."""
+    arms = [arm for i, arm in enumerate(of.arms) if arm.commands not in [each.commands for each in of.arms[:i]]]
+    return replace(of, arms=tuple(arms))
+
+
 if __name__ == "__main__":
-    runner.main(STUDY)
+    runner.main(without_repeats(STUDY))

@@ -23,6 +23,7 @@ from shared.run import stable_hash
 from shared.settings import Count, check_limits
 from studies.corpora.captions import listed, relation
 from studies.corpora.emoji_sources import Emoji
+from studies.corpora.masks import write_masks
 from studies.corpora.scenes import Scene, Scenes, Setting, several
 from studies.corpora.sprites import Sprites, load_sprites, packages
 
@@ -126,7 +127,7 @@ def write(folder: Path, cfg: Config, sprites: Sprites) -> dict[str, int]:
         masks = (
             (f"{i:06d}.png", png, scene.labels) for i, (png, (_, scene)) in enumerate(zip(pngs, chosen, strict=True))
         )
-        counts[name] = layout.write_masks(folder / "eval" / name, scenes.classnames, masks)
+        counts[name] = write_masks(folder / "eval" / name, scenes.classnames, masks)
         for way in WAYS if scenes is held_out else ():
             texts = [caption(scenes, scene, index, way, cfg.seed) for index, scene in chosen]
             pairs = ({"png": png, "txt": text} for png, text in zip(pngs, texts, strict=True))

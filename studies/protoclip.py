@@ -44,10 +44,11 @@ from protoclip.config import PRESETS
 from protoclip.model import kmeans
 from shared import run, zeroshot
 from shared.data import ToNormalizedTensor
-from shared.pretrained import LITE0_MEAN, LITE0_STD, cached_lite0_features
+from shared.pretrained import LITE0_MEAN, LITE0_STD
 from shared.run import read_metrics
 from studies.harness import ceiling, floors, photos, runner, verdicts
 from studies.harness.floors import Floor
+from studies.harness.lite0 import cached_lite0_features
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim

@@ -199,19 +199,23 @@ METRICS = {
     "seconds": "seconds",
 }
 SPEED = "1.4-7.8x fewer"  # saves 0.29 to 0.87 of the time
+# What the paper has measured: zero-shot top-1 on ImageNet (IN) of students of half the size after one epoch of
+# LAION-400M (tables 2 to 4), and of a quarter of the size after two (table 6)
+LOSSES, STAGES = "53.4 to 55.5 IN (table 2)", "47.0 to 49.0 IN (table 6)"
+INHERITED, INHERITED_AFFINITY = "36.2 to 53.5 IN (table 4)", "37.8 to 54.0 IN (table 3)"
 RC, RA, IC, IA = (f"{weights}-{loss}" for weights in ("random", "inherited") for loss in ("contrastive", "affinity"))
 VIT_RC, VIT_RA, VIT_IC, VIT_IA = "vit-random-contrastive", "vit-random-affinity", "vit-inherited-contrastive", "by-hand"
 COUNTED = (f"{VIT_RA}-counted", f"{VIT_RC}-counted")
 AUTO, QUARTERS, TENTHS = "auto", ("auto-quarter", f"{VIT_IA}-quarter"), ("auto-progressive", "auto-oneshot")
 LONG, VIT_LONG = f"{RC}-long", f"{VIT_RC}-long"
-CLAIMS = (  # IN: ImageNet zero-shot top-1 of the model zoo
-    Claim("inherited above random weights, contrastive", "claimed", TOP1_SCENES, VIT_IC, VIT_RC, 1, None, True, 1.0),
-    Claim("affinity above contrastive, inherited", "claimed", TOP1_SCENES, VIT_IA, VIT_IC, 1, None, True, 1.0),
+CLAIMS = (  # +1.6 IN: 61.4 against 59.8 in the model zoo
+    Claim("inherited above random weights, contrastive", INHERITED, TOP1_SCENES, VIT_IC, VIT_RC, 1, None, True, 1.0),
+    Claim("affinity above contrastive, inherited", LOSSES, TOP1_SCENES, VIT_IA, VIT_IC, 1, None, True, 1.0),
     Claim("affinity above contrastive, random weights", "claimed", TOP1_SCENES, VIT_RA, VIT_RC, 1, None, True, 1.0),
     Claim("both together", "claimed", TOP1_SCENES, VIT_IA, VIT_RC, 1, None, True, 1.0),
     # d: half of what the paper's student of half the size loses, 65.6 - 61.4
     Claim("half the size equal to its teacher", "comparable", TOP1_SCENES, AUTO, "vit-teacher", 1, None, True, 2.1),
-    Claim("progressive above one stage, target 10 %", "claimed", TOP1_SCENES, *TENTHS, 1, None, True, 1.0),
+    Claim("progressive above one stage, target 10 %", STAGES, TOP1_SCENES, *TENTHS, 1, None, True, 1.0),
     Claim(
         "steps to the from-scratch student's score / its 900 steps - 1",
         SPEED, STEPS, VIT_IA, VIT_LONG, -1, -0.29, True, 0.14, TOP1_SCENES,
@@ -225,8 +229,11 @@ CLAIMS = (  # IN: ImageNet zero-shot top-1 of the model zoo
         SPEED, STEPS, VIT_IC, VIT_LONG, -1, -0.29, False, 0.14, TOP1_SCENES,
     ),
     Claim("learned masks above by hand, 25 %", "+1.6 IN at 50 %", TOP1_SCENES, *QUARTERS, 1, None, False, 0.8),
-    Claim("inherited above random weights, affinity", "claimed", TOP1_SCENES, VIT_IA, VIT_RA, negligible=1.0),
-    Claim("learned masks above by hand, 50 %", "+1.6 IN", TOP1_SCENES, AUTO, VIT_IA, 1, 1.6, False, 0.8),
+    Claim("inherited above random weights, affinity", INHERITED_AFFINITY, TOP1_SCENES, VIT_IA, VIT_RA, negligible=1.0),
+    Claim(
+        "learned masks above by hand, 50 %",
+        "+1.6 IN; 54.0 to 54.9 (table 3)", TOP1_SCENES, AUTO, VIT_IA, 1, 1.6, False, 0.8,
+    ),
     Claim(
         "learned masks above by hand, 25 %, equal time",
         None, TOP1_SCENES, QUARTERS[0], f"{QUARTERS[1]}-equal-time",
@@ -514,11 +521,11 @@ PHOTOS_ARMS = (
 )
 PHOTOS_RECALL, RECALL_AT_10 = "retrieval_en/mean_recall", "retrieval_en/text_to_image_R@10"
 PHOTOS_CLAIMS = (  # worded as in CLAIMS, which has the same claims on ViTs
-    Claim("inherited above random weights, contrastive", "claimed", PHOTOS_RECALL, IC, RC, 1, None, True, 0.3),
-    Claim("affinity above contrastive, inherited", "claimed", PHOTOS_RECALL, IA, IC, 1, None, True, 0.3),
+    Claim("inherited above random weights, contrastive", INHERITED, PHOTOS_RECALL, IC, RC, 1, None, True, 0.3),
+    Claim("affinity above contrastive, inherited", LOSSES, PHOTOS_RECALL, IA, IC, 1, None, True, 0.3),
     Claim("affinity above contrastive, random weights", "claimed", PHOTOS_RECALL, RA, RC, 1, None, True, 0.3),
     Claim("both together", "claimed", PHOTOS_RECALL, IA, RC, 1, None, True, 0.3),
-    Claim("inherited above random weights, affinity", "claimed", PHOTOS_RECALL, IA, RA, negligible=0.3),
+    Claim("inherited above random weights, affinity", INHERITED_AFFINITY, PHOTOS_RECALL, IA, RA, negligible=0.3),
     Claim("half the size above the teacher, by hand", None, PHOTOS_RECALL, IA, "teacher"),
 )
 

@@ -30,9 +30,9 @@ from torch import Tensor
 from shared import checkpoints, data, evaluation, probes, run, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
-from shared.pretrained import cached_lite0_features
 from studies.harness import floors, runner, verdicts
 from studies.harness.floors import Floor
+from studies.harness.lite0 import cached_lite0_features
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim

@@ -16,7 +16,8 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, run
-from shared.pretrained import cached_lite0_features, efficientnet_lite0
+from shared.pretrained import efficientnet_lite0
+from studies.harness.lite0 import cached_lite0_features
 from tldr_reduction import reduce, train
 from tldr_reduction.config import Config, ReduceConfig
 from tldr_reduction.datasets import eval_transform, of_lite0, open_pairs

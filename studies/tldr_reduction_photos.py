@@ -30,11 +30,12 @@ import tyro
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, data, run, zeroshot
-from shared.pretrained import in_order, keep_features, known_features, minilm
+from shared.pretrained import minilm
 from shared.tars import descriptions
 from studies import tldr_reduction as study
 from studies.harness import locked_clip, photos, verdicts
 from studies.harness.floors import Floor
+from studies.harness.lite0 import in_order, keep_features, known_features
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim

@@ -82,7 +82,7 @@ def test_timed_arms_have_the_settings_of_the_study():
 
 
 def test_the_page_has_the_numbers_of_the_study():
-    page = " ".join((ROOT / "attentive_mask_clip/README.md").read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "results/attentive_mask_clip.md").read_text(encoding="utf-8").split())
     assert f"The arms see {parsed(study.MAIN[0]).dataset_size:,} scenes once" in page
     assert f"*SLIP, as many seconds as A-CLIP* sees {study.SLIP_SAMPLES:,}," in page
     assert f"*attentive 1x50%, as many seconds as random* {study.ATTENTIVE_SAMPLES:,}:" in page

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from shared import data, evalsets, layout, tars
+from shared import data, evalsets, tars
 from studies.corpora import captions, emoji, emoji_sources, scenes, sprites
 
 NPM = Path(__file__).parent.parent / "data/.npm"
@@ -230,7 +230,7 @@ def test_an_interrupted_build_leaves_nothing(config: scenes.Config, tmp_path: Pa
     def interrupted(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(layout, "write_masks", interrupted)
+    monkeypatch.setattr(scenes, "write_masks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         scenes.main(dataclasses.replace(config, out=tmp_path / "scenes"))
     assert [path.name for path in tmp_path.iterdir()] == [".scenes.lock"]

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from shared import checkpoints, data, layout
+from studies.corpora import masks
 
 
 def write(folder: Path) -> dict:
@@ -113,11 +114,11 @@ def wait(folder: Path) -> dict:
 
 @pytest.mark.parametrize(("classes", "kind", "nothing"), [(3, np.uint8, 255), (300, np.uint16, 65535)])
 def test_masks_hold_labels_and_the_largest_value_for_none(classes: int, kind: type, nothing: int):
-    mask = np.asarray(Image.open(io.BytesIO(layout.mask_png(np.array([[0, -1], [classes - 1, 1]]), classes))))
+    mask = np.asarray(Image.open(io.BytesIO(masks.mask_png(np.array([[0, -1], [classes - 1, 1]]), classes))))
     assert mask.tolist() == [[0, nothing], [classes - 1, 1]] and mask.max() <= np.iinfo(kind).max
 
 
 def test_two_images_do_not_share_a_mask(tmp_path: Path):
     labels = np.zeros((4, 6), int)
     with pytest.raises(ValueError, match=r"the images a\.jpg and a\.png would share the mask a\.png: rename one"):
-        layout.write_masks(tmp_path, ["dog"], [("a.jpg", b"", labels), ("b.jpg", b"", labels), ("a.png", b"", labels)])
+        masks.write_masks(tmp_path, ["dog"], [("a.jpg", b"", labels), ("b.jpg", b"", labels), ("a.png", b"", labels)])

@@ -9,6 +9,7 @@ import torch
 from shared import layout
 from studies import lexvla as study
 from studies import lexvla_dense
+from studies.corpora.masks import write_masks
 from studies.harness import verdicts
 
 
@@ -52,7 +53,7 @@ def test_patches_of_photographs_have_labels(tmp_path: Path, monkeypatch: pytest.
     """A mask whose right half is a cat; its sides are no multiples of the eight patches of a side."""
     labels = np.full((41, 61), -1)
     labels[:, 31:] = 1
-    layout.write_masks(tmp_path, ["dog", "cat"], [("0.png", layout.png(np.zeros((41, 61, 3), np.uint8)), labels)])
+    write_masks(tmp_path, ["dog", "cat"], [("0.png", layout.png(np.zeros((41, 61, 3), np.uint8)), labels)])
     monkeypatch.setattr(study, "tokens", lambda pixels: torch.arange(-1.0, 64.0)[None, :, None])
     ((patches, classes),) = study.labelled_patches(str(tmp_path))
     assert sorted(patches[:, 0].tolist()) == [8 * y + x for y in range(8) for x in range(4, 8)]
@@ -65,7 +66,7 @@ def test_random_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (f"{i}.png", layout.png(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)), rng.integers(-1, 4, (40, 60)))
         for i in range(6)
     )
-    layout.write_masks(tmp_path / "masks", ["dog", "cat", "ball", "tree"], samples)
+    write_masks(tmp_path / "masks", ["dog", "cat", "ball", "tree"], samples)
     monkeypatch.setattr(study, "COCO", str(tmp_path / "masks"))
     (measure,) = (floor.measure for floor in study.PHOTOS.floors if floor.name == "random patches")
     found = measure()

@@ -18,7 +18,7 @@ from test_nmtune_model import exact, head_of
 
 from nmtune import config, datasets, features, train
 from nmtune import eval as nmtune_eval
-from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
+from nmtune.model import NMTuneHead, head_from, make_classifier, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, run
 from shared.errors import UserError
@@ -147,6 +147,23 @@ def test_batch_norm_trains_and_the_optimizer_decays_everything():
     assert head.scale_after.shape == (1, 8) and NMTuneHead(8, 3, residual=False).scale_after is None
 
 
+def test_the_papers_head_and_schedule():
+    """Figure 17's MLP has no BatchNorm and no residual, and is read back so; app. B.3's schedule is a line to 0."""
+    cfg = config.PRESETS["nmtune-paper"][1]
+    head = train.make_head(cfg, 8, 3)
+    assert [type(layer).__name__ for layer in head.mlp_after] == ["Linear", "ReLU", "Linear"]
+    assert head.mlp_after[0].out_features == 32 and head.scale_after is None
+    feats = torch.randn(5, 8)
+    z, logits = transformed(head_from(head.state_dict()), feats)
+    torch.testing.assert_close(logits, head(feats))
+    torch.testing.assert_close(z, head.mlp_after(feats))
+    assert cfg.loss_weights(8) == (0.08, 0.01, 0.01) and cfg.svd_k == 1
+    linear = config.Config(lr=1.0, schedule="linear", warmup=2)
+    rates = [train.learning_rate(linear, 6, step) for step in range(6)]
+    assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert train.learning_rate(config.Config(lr=1.0), 6, 2) == cosine_lr(1.0, 0, 6, 2)
+
+
 def test_each_regulariser_alone_changes_the_spectrum_as_intended():
     """Spectra of z after tuning with one loss term are compared with tuning without, from the same weights and
     batches."""
@@ -192,6 +209,10 @@ def test_every_method_tunes_on_a_bank_of_views(in_process, tmp_path, preset):
     assert [line["step"] for line in lines[:-1]] == [1, 2, 3, 4]  # 64 and 6 images an epoch, the short batch kept
     assert all({"mse", "cov", "svd"} <= set(line) for line in lines[:-1]) == preset.startswith("nmtune")
     assert lines[0]["lr"] == pytest.approx(config.METHODS[preset][1].lr)
+    state = checkpoints.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    settings = checkpoints.config_in(state, config.Config, tmp_path)
+    source = features.RunFeatures(settings, run.Process(0, 1, torch.device("cpu")))
+    assert source.views == (1 if preset == "lp" or preset.endswith("-paper") else 2)
 
 
 def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_path):

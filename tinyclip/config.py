@@ -1,7 +1,7 @@
 """TinyCLIP's settings and presets.
 
-Presets auto-* and manual-* are the scripts of wkcn/TinyCLIP@ad981bf; resnet-* and yfcc-* are other rows of its model
-zoo, which have no scripts; `emoji*` and `small*` are ours.
+Presets auto-* and manual-* are the scripts of wkcn/TinyCLIP@ad981bf, with the epochs of the paper's section 4.1;
+resnet-* and yfcc-* are other rows of table 1, which have no scripts; `emoji*` and `small*` are ours.
 """
 
 from dataclasses import dataclass, replace
@@ -182,14 +182,15 @@ def _preset(row: str, base: Config, **settings) -> tuple[str, Config]:
 FIRST = "runs/tinyclip/{}"  # where a second stage finds the first, unless --init says otherwise
 MANUAL = Config(grad_checkpointing=True)
 AUTO = replace(MANUAL, model="TinyCLIP-auto-ViT-63M-32-Text-31M", masks=True)
+LONGER = 195_312  # steps of a second or third stage on LAION-400M: 16 epochs (section 4.1; the scripts have 6)
 RESNET = replace(MANUAL, model="TinyCLIP-ResNet-30M-Text-29M", init="RN50@openai", beta2=0.999, eps=1e-8)
-# There is no script upstream. The authors' answer: the 39M had 25 epochs of YFCC-15M on 16 V100s (microsoft/Cream
-# issue 244). Teacher, initial weights, batch, and all settings of the 8M are unverified.
+# No script upstream. Section 4.1: two stages of 25 epochs; 4.2: teacher and first weights are OpenCLIP's ViT-B/16 with
+# 70.2 % on ImageNet. The batch is unverified; the authors used 16 V100s for the 39M (microsoft/Cream issue 244).
 YFCC = replace(
     MANUAL,
     model="TinyCLIP-ViT-39M-16-Text-19M",
-    teacher="ViT-B-16@openai",
-    init="ViT-B-16@openai",
+    teacher="ViT-B-16@laion2b_s34b_b88k",
+    init="ViT-B-16@laion2b_s34b_b88k",
     batch_size=4_096,
     steps=91_550,
 )
@@ -198,6 +199,7 @@ SECOND_AUTO = dict(
     start_sparsity=0.25,
     target_sparsity=0.5,
     prune_step=5_000,
+    steps=LONGER,
 )
 
 SMALL = Config(  # numbers of steps are scaled to the epochs
@@ -305,30 +307,35 @@ PRESETS = {
         start_sparsity=0.5,
         target_sparsity=0.75,
         prune_step=8_000,
+        steps=LONGER,
     ),
     "manual-61M-29M": ("model zoo, manual, ViT-61M/32 Text-29M, LAION-400M, 100 -> 75 %: 62.4", MANUAL),
     "manual-40M-19M": _preset(
-        "model zoo, manual, ViT-40M/32 Text-19M, LAION-400M, from manual-61M-29M, 75 -> 50 %: 59.8; 6 epochs as in the "
-        "script (the released file was named epoch 16)",
+        "model zoo, manual, ViT-40M/32 Text-19M, LAION-400M, from manual-61M-29M, 75 -> 50 %: 59.8",
         MANUAL,
         model="TinyCLIP-ViT-40M-32-Text-19M",
         init=FIRST.format("manual-61M-29M"),
+        steps=LONGER,
     ),
-    "resnet-30M-29M": ("model zoo, manual, ResNet-30M Text-29M, LAION-400M, from RN50, 100 -> 75 %: 59.1", RESNET),
+    "resnet-30M-29M": _preset(
+        "model zoo, manual, ResNet-30M Text-29M, LAION-400M, from RN50, 100 -> 75 %: 59.1; 4 epochs",
+        RESNET,
+        steps=48_828,
+    ),
     "resnet-19M-19M": _preset(
-        "model zoo, manual, ResNet-19M Text-19M, LAION-400M, from resnet-30M-29M, 75 -> 50 %: 56.4; 12 epochs as in "
-        "the name of the released file",
+        "model zoo, manual, ResNet-19M Text-19M, LAION-400M, from resnet-30M-29M, 75 -> 50 %: 56.4; 12 epochs",
         RESNET,
         model="TinyCLIP-ResNet-19M-Text-19M",
         init=FIRST.format("resnet-30M-29M"),
         steps=146_484,
     ),
     "yfcc-39M-19M": (
-        "model zoo, manual, ViT-39M/16 Text-19M, YFCC-15M, 16 GPUs: 63.5; teacher, first weights and batch unverified",
+        "model zoo, manual, ViT-39M/16 Text-19M, YFCC-15M, 100 -> 50 %, 25 epochs: 63.5; batch unverified",
         YFCC,
     ),
     "yfcc-8M-3M": _preset(
-        "model zoo, manual, ViT-8M/16 Text-3M, YFCC-15M, from yfcc-39M-19M: 41.1; all but the data unverified",
+        "model zoo, manual, ViT-8M/16 Text-3M, YFCC-15M, from yfcc-39M-19M, 50 -> 10 %, 25 epochs: 41.1; batch "
+        "unverified",
         YFCC,
         model="TinyCLIP-ViT-8M-16-Text-3M",
         init=FIRST.format("yfcc-39M-19M"),

@@ -89,7 +89,7 @@ def linear_probe(
     """CLIP's linear probe: logistic regression on unnormalised image features (N, D) and labels (N,), by L-BFGS with
     inverse L2 strength c, 1000 iterations. Returns top-1 and the mean accuracy per class, in percent.
 
-    Section 4.4 of the paper transfers to other datasets; the authors have released no code for it.
+    The paper's linear probe (section 4.4) is that of the Elevater toolkit; the authors have released no code for it.
     """
     fitted = LogisticRegression(C=c, max_iter=1000, random_state=0).fit(train_x.numpy(), train_y.numpy())
     hits = torch.from_numpy(fitted.predict(test_x.numpy())) == test_y

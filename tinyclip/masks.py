@@ -156,7 +156,7 @@ def target_sparsity(step: int, start: float, end: float, warmup: int) -> float:
 
 
 def expected_sparsity(masks: Sequence[L0Mask]) -> Tensor:
-    """e = 1 - R / P over all towers together, ()."""
+    """e = 1 - R / P over all towers together, (): 1 minus the paper's equation 8 with expected masks."""
     return 1 - sum(m.expected_params() for m in masks) / sum(m.prunable_params for m in masks)
 
 
@@ -173,7 +173,7 @@ def reached_sparsity(masks: Sequence[L0Mask]) -> float:
 
 
 def sparsity_loss(masks: Sequence[L0Mask], target: float, two_sided: bool = False) -> tuple[Tensor, Tensor]:
-    """(lambda_1 g + lambda_2 g^2, e) with g = max(q - e, 0), e over all towers and the means of their lambdas.
+    """(L_sparsity, e): lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), e over all towers, means of their lambdas.
     U:training/train.py:260, U:open_clip/l0module.py:209.
 
     The lambdas follow gradient ascent (their learning rate is negative). two_sided: the paper's equation 7, g = q - e,

@@ -50,7 +50,8 @@ GROUPS = 4  # of texts of similar length; used on a CPU, where time is proportio
 def affinity_logits(
     image: Tensor, text: Tensor, scale: Tensor | float, gather: Gather | None, left_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's samples (rows) against those of all processes.
+    """A = s I T^T and s T I^T, (B, N) each in fp32: this process's samples (rows) against those of all processes; their
+    softmax over a row is the paper's equations 2 and 3, with s = 1 / tau.
 
     Where `left_out` (B, N) is True, the entry is the smallest number, so that a softmax over a row is 0 there.
     """
@@ -71,8 +72,8 @@ def affinity_mimicking_loss(
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float, gather: Gather | None = None,
     left_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(L_i2t, L_t2i): cross entropy of the student's affinities with the teacher's as soft targets.
-    U:open_clip/clip_soft_loss.py:54.
+    """(L_i2t, L_t2i): cross entropy of the student's affinities with the teacher's as soft targets (section 3.1,
+    equation 1). U:open_clip/clip_soft_loss.py:54.
 
     L_i2t = -1/B sum_i sum_j softmax(A')_ij log softmax(A)_ij, with A (B, N) from unit features (B, D) and A' from the
     teacher's (B, D'). The mean over processes is the loss on all N pairs. For a student equal to the teacher the loss
@@ -197,7 +198,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, causal: bool, gates: Gates) -> Tensor:
-        """(B, S, H) -> (B, S, H): every head times z_head, the output with its bias times z_h."""
+        """(B, S, H) -> (B, S, H): every head times z_head (equation 4), the output with its bias times z_h."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, h, S, d) each
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
@@ -211,7 +212,7 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj, self.activation = nn.Linear(width, neurons), nn.Linear(neurons, width), activation
 
     def forward(self, x: Tensor, gates: Gates) -> Tensor:
-        """(B, S, H) -> (B, S, H): every neuron times z_int, the output with its bias times z_h."""
+        """(B, S, H) -> (B, S, H): every neuron times z_int (equation 5), the output with its bias times z_h."""
         hidden = self.activation(self.c_fc(x))
         return gated_linear(hidden, self.c_proj, gates.output(gates.ffn), gates.intermediate)
 

@@ -4,7 +4,8 @@ TinyCLIP (arXiv 2309.12314); authors' code wkcn/TinyCLIP@ad981bf, cited as `U:` 
   1. the student starts from the teacher's weights, or from the stage before it     `initialise_student`
   2. with masks: learn them together with the weights, then cut                     `train_step`, `cut_masks`
   3. continue distillation with a new optimizer                                     `train_step`
-Progressive distillation is several stages, each starting from the one before (--init), with the same teacher.
+The paper's algorithm 1. Progressive distillation is several stages, each starting from the one before (--init), with
+the same teacher.
 Losses and towers are in model.py, inheritance in inheritance.py and masks.py, settings in config.py.
 """
 

@@ -216,7 +216,7 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 
 # -------------------------------------------------------------------------------------------------------------- presets
 
-SETS = {  # pairs in the data set and in its reduction (paper, table 1; CC3M as the authors' annotation files have it)
+SETS = {  # pairs in the data set and in its reduction (the authors' readme.md; CC3M as their annotation files have it)
     "cc3m": (2_690_757, 672_689, 224),
     "cc12m": (10_800_000, 2_400_000, 224),
     "yfcc15m": (14_900_000, 2_500_000, 224),

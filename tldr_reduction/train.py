@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import accumulate, cli, clip, run
@@ -36,14 +35,6 @@ BERT_SIZE = 30_524  # of BERT's vocabulary with [DEC] and [ENC], for a dry run, 
 # ---------------------------------------------------------------------------------------------------------- one step
 
 
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE, a scalar: this rank's unit features (B, E) against those of all ranks, in fp32."""
-    image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
-    labels = run.own_columns(image)
-    to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
-    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
-
-
 def losses_of(model: nn.Module, images: Tensor, texts: Tensor, cfg: Common, alpha: float = 0.0) -> dict[str, Tensor]:
     """Losses of this rank's batch by name, whose sum is minimised, and the captioner's `codes` (B, L').
 
@@ -53,7 +44,7 @@ def losses_of(model: nn.Module, images: Tensor, texts: Tensor, cfg: Common, alph
     if cfg.stage == "clip":
         with run.autocast(cfg.precision, images.device):
             features = model(images, texts)
-        return {"loss_ita": clip_loss(*features)}
+        return {"loss_ita": clip.clip_loss(*features)}
     ids, *numbers = texts if cfg.stage == "retrieval" else [texts]
     mask = (ids != PAD).long()
     inputs = {

@@ -31,6 +31,7 @@ from shared import checkpoints, cli, data, layout
 from shared.errors import UserError
 from shared.settings import Count, check_limits
 from shared.tars import IMAGE_EXTENSIONS, write_split
+from studies.corpora.masks import write_masks
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot hold
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -446,7 +447,7 @@ class COCO(Photographs):
                 labels = draw_instances(of_image[image["id"]], label, image["height"], image["width"])
                 yield file.name, next(iter(content.values())), labels
 
-        return layout.write_masks(folder, [one_line(category["name"]) for category in categories], samples())
+        return write_masks(folder, [one_line(category["name"]) for category in categories], samples())
 
 
 def check_lists(content: dict, lists: dict[str, dict[str, Any]], file: Path, layout_says: str) -> None:

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from shared.settings import Count, Limits, check_limits
 from shared.tars import write_split
 from studies.corpora import emoji_sources
 from studies.corpora.captions import FORMS, write_caption
+from studies.corpora.masks import mask_png, write_masks
 from studies.corpora.sprites import Sprites, load_sprites, packages, scaled
 
 RECIPE = 1  # version; increased when the scenes of the same setting change
@@ -411,7 +413,7 @@ def training_samples(scenes: Scenes) -> Iterator[dict]:
 
 def sample(scenes: Scenes, scene: Scene) -> dict[str, bytes]:
     """A scene's picture and mask, as files of a sample."""
-    return {"png": layout.png(scene.pixels), "mask.png": layout.mask_png(scene.labels, len(scenes.emoji))}
+    return {"png": layout.png(scene.pixels), "mask.png": mask_png(scene.labels, len(scenes.emoji))}
 
 
 def labelled(scenes: Scenes, count: int) -> Iterator[dict]:
@@ -458,10 +460,10 @@ def write(folder: Path, cfg: Setting, sprites: Sprites, samples: int, eval_sampl
             counts[name] = layout.write_retrieval(folder / "eval" / name, pairs)
         masks = ((f"{i:06d}.png", pngs[i], scene.labels) for i, (_, scene) in enumerate(chosen))
         name = f"patchdis_{split}"
-        counts[name] = layout.write_masks(folder / "eval" / name, scenes.classnames, masks)
+        counts[name] = write_masks(folder / "eval" / name, scenes.classnames, masks)
     probe = folder / "eval/names_id/train"
     counts["names_train"] = write_split(probe, labelled(Scenes(plain, "train", sprites=sprites), eval_samples))
-    layout.share_split(probe, folder / "eval/names_ood/train")
+    shutil.copytree(probe, folder / "eval/names_ood/train", copy_function=layout.link)
     return counts
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 from shared import cli, data, evaluation, zeroshot
 from shared.errors import UserError
 from shared.evalsets import EvalSet
-from shared.pretrained import in_order, keep_features, known_features, lite0_features
 from shared.tars import IMAGE_EXTENSIONS, Broken, descriptions, read_tar
 from studies.harness import floors
 from studies.harness.ceiling import square_pixels
 from studies.harness.floors import Floor
+from studies.harness.lite0 import in_order, keep_features, known_features, lite0_features
 from studies.harness.runner import Once
 
 BUILD, BOTH = "studies.corpora.photos", "--root {photos}/flickr8k --multi30k {photos}/multi30k"
