@@ -1,7 +1,8 @@
 """A-CLIP's, SLIP's and CLIP's settings and presets.
 
-Presets yfcc15m-* are rows of the paper's tables (README of microsoft/A-CLIP@0e51942), except ViT-S/16, which only the
-authors' code has. cc3m-* and cc12m-* are runs of SLIP's README, and A-CLIP with the same epochs. The others are ours.
+Presets yfcc15m-* are rows of the paper's tables, as in the README of microsoft/A-CLIP@0e51942, except the row with high
+scores dropped, which we have from others' notes, and ViT-S/16, which only the authors' code has. cc3m-* and cc12m-* are
+runs of SLIP's README, and A-CLIP with the same epochs. The others are ours.
 """
 
 from dataclasses import dataclass, replace

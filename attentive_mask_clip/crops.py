@@ -71,7 +71,7 @@ class GaussianBlur:
 
 def view_transform(kind: str = "aclip") -> transforms.Compose:
     """PIL crop -> normalised (3, S, S). `kind` is aclip (U:main.py:171), slip (its SSL views without the crop,
-    U:datasets.py:280) or plain (the EMA view, CLIP's view)."""
+    U:datasets.py:282) or plain (the EMA view, CLIP's view)."""
     apply, jitter = transforms.RandomApply, transforms.ColorJitter
     steps = {
         "aclip": [

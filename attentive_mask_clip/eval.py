@@ -335,8 +335,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 
 def main(cfg: Config) -> list[dict] | None:
-    """Evaluate every run. Returns the metrics of each run, and under "step_times" the
-    content of `--times`."""
+    """Evaluate every run. Returns the metrics of each run, and under "step_times" the content of `--times`; None after
+    `--export`."""
     process = run.setup(0, cfg.device)
     if (cfg.prompts == "slip") != (cfg.slip is not None):
         raise UserError("--prompts slip and --slip PATH, a clone of facebookresearch/SLIP, must be passed together")

@@ -90,7 +90,7 @@ def in_order_of(classnames: Sequence[str], entries: Sequence[list[str]], where: 
     Label numbers differ: SLIP's pets start with the cats, CLIP-benchmark's are alphabetical. If every class is found by
     name, classes are matched by name. Otherwise both orders are assumed to be equal if at least half of the names are
     found, each at the same position in both lists; the others are worded differently, or occur twice (ImageNet's
-    missile). ValueError in any other case.
+    missile). UserError in any other case.
     """
     if len(classnames) != len(entries):
         raise UserError(f"{where} has {len(classnames)} classes, but SLIP's labels.json has {len(entries)}")

@@ -70,9 +70,10 @@ def known_terms(terms: Sequence[str], vocabulary: Container[str]) -> list[str]:
 
 
 class InvertedIndex:
-    """P_w, the ids of the documents with word w in their noun set, for all w: a sparse matrix of 5 bytes per posting.
+    """P_w, the ids of the documents with word w in their noun set, for all w: a sparse matrix.
 
-    terms: V words; matrix: bool (N, V) by columns, with sorted row indices.
+    terms: V words; matrix: bool (N, V) by columns, with sorted row indices. A posting is an index (int64 in scipy 1.17)
+    and a bool.
     Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93 (lists of Python ints; the first id of a word
     is stored twice per chunk).
     """
@@ -160,20 +161,22 @@ def label_embedding(descriptions: Tensor) -> Tensor:
 
 
 def description_weights(cls: Tensor, descriptions: Tensor, log_scale: Tensor | float) -> Tensor:
-    """w (B, K, M) = softmax over a concept's descriptions of exp(s) <e_0, L_km>; cls (B, D), descriptions (K, M, D).
+    """w (B, K, M) = softmax over a concept's M descriptions of exp(s) <x_0 / |x_0|, d_cm>.
 
-    Source: U:ram_model/ram/models/ram_plus.py:346. Only the CLS token is normalised here. The authors pass one
-    averaged vector per concept (M = 1), so all weights are 1; M = 51 is RAM++'s original rule.
+    cls x_0 (B, D), descriptions d (K, M, D), log_scale s. Source: U:ram_model/ram/models/ram_plus.py:346. Only the CLS
+    token is normalised here. The authors pass one averaged vector per concept (M = 1), so all weights are 1; M = 51 is
+    RAM++'s original rule.
     """
     scale = torch.as_tensor(log_scale).exp()
     return torch.einsum("bd,kmd->bkm", scale * F.normalize(cls, dim=-1), descriptions).softmax(dim=-1)
 
 
 class OpenSetHead(nn.Module):
-    """RAM++'s tagging head: probability p = sigmoid(fc(head(relu(W sum_m w_m L_m), image))) of each concept.
+    """RAM++'s tagging head: probability p = sigmoid(fc(head(relu(W sum_m w_cm d_cm + b), x))).
 
-    Source: U:ram_model/ram/models/ram_plus.py:330. `attention(queries (B, K, width), tokens (B, L, dim))` is the
-    cross-attention over all image tokens. Attribute names match RAM++'s checkpoints.
+    x: projected image tokens; W, b: `wordvec_proj`. Source: U:ram_model/ram/models/ram_plus.py:330. `attention(queries
+    (B, K, width), tokens (B, L, dim))` is the cross-attention over all image tokens. Attribute names match RAM++'s
+    checkpoints.
     """
 
     def __init__(self, attention: nn.Module, token_dim: int = 1536, width: int = 768, dim: int = 512):

@@ -120,7 +120,7 @@ def facet_decoupled_mask(attention_mask: Tensor, facet_lens: Sequence[int]) -> T
     With f(i) = 0 before the facets and k in facet k: visible(i, j) = (j <= i) and (f(j) = 0 or f(j) = f(i)), and j is
     not padding. Facets attend to the prefix and themselves, never to each other. A pad token attends to itself, so that
     no row is empty. Upstream masks rows of padding instead of columns, so facets see each other through the padding;
-    U:open_clip/multiprompteol_embeddings.py:76-114.
+    U:open_clip/multiprompteol_embeddings.py:75-114.
     """
     size, device = attention_mask.shape[1], attention_mask.device
     if sum(facet_lens) > size:

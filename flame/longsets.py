@@ -1,8 +1,8 @@
 """The paper's evaluation sets that are no webdataset shards, read as their authors ship them.
 
-Long captions and Crossmodal-3600 as FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,
-docci,dci}.py): one caption per image. Winoground, SugarCrepe and ImageNet's class names in five languages as
-LAION-AI/CLIP_benchmark@48de38c reads them, cited as `B:` with paths under clip_benchmark/.
+Long captions as FLAME reads them (MIV-XJTU/FLAME@4d2b9a9:src/training/eval_{urban_1k,sharegpt4v,docci,dci}.py).
+Crossmodal-3600, Winoground, SugarCrepe and ImageNet's class names in five languages as LAION-AI/CLIP_benchmark@48de38c
+reads them, cited as `B:` with paths under clip_benchmark/. Long captions and Crossmodal-3600: one caption per image.
 """
 
 import json
@@ -53,7 +53,7 @@ def dci(root: Path) -> Pairs:
 
 def crossmodal3600(root: Path, language: str) -> Pairs:
     """captions.jsonl and images/KEY.jpg; the first caption of an image. Images without a file are skipped, as
-    upstream."""
+    in B:datasets/crossmodal3600.py."""
     pairs, images = [], 0
     for line in _lines(root / "captions.jsonl"):
         about, images = json.loads(line), images + 1

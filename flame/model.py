@@ -1,9 +1,10 @@
 """The image tower and the two losses of FLAME, and the baseline with a trained text tower.
 
 FLAME: Frozen Large Language Models Enable Data-Efficient Language-Image Pre-training (arXiv 2411.11927). Authors' code:
-MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The image tower's MLP maps every token into the space of
-the language model (`FLAME`); the losses have several texts per image (`mp_sigmoid_loss`, `mp_nce_loss`). `TrainedText`
-is the baseline. Letters: B or N images, K facets (texts of an image), D width of the language model, W of the ViT.
+MIV-XJTU/FLAME@4d2b9a9, cited as `U:` with paths under src/. The image tower's MLP maps every patch token into the
+space of the language model (`FLAME`); the losses have several texts per image (`mp_sigmoid_loss`, `mp_nce_loss`).
+`TrainedText` is the baseline. Letters: B or N images, K facets (texts of an image), P patches, D width of the language
+model, W of the ViT.
 """
 
 import math
@@ -36,7 +37,7 @@ class Output(NamedTuple):
 
 
 class FLAME(nn.Module):
-    """ViT -> MLP on every token -> mean of patches, in the space of the LLM; U:open_clip/model.py:191-206,442-448.
+    """ViT -> MLP on every patch -> mean of patches, in the space of the LLM; U:open_clip/model.py:191-206,442-448.
 
     visual, width: a tower of `image_tower`. The hidden width is at least 4096 upstream, for any LLM. Weights have
     upstream's names. `bias`: whether there is a logit_bias, which only the sigmoid loss uses.
@@ -53,7 +54,7 @@ class FLAME(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if bias else None
 
     def patch_tokens(self, image: Tensor) -> Tensor:
-        """(B, 3, H, H) -> patch tokens (B, N, W) of the last block: no class token, no final norm."""
+        """(B, 3, H, H) -> patch tokens (B, P, W) of the last block: no class token, no final norm."""
         if not isinstance(self.visual, VisionTransformer):  # a timm network: its last map (B, W, h, w)
             return self.visual.forward_features(image).flatten(2).transpose(1, 2)
         output = self.visual.forward_intermediates(image, indices=1, intermediates_only=True, output_fmt="NLC")
@@ -172,14 +173,14 @@ def mp_nce_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     image.
 
     image (N, D), text (N*K, D) as above; K = 1 is CLIP's loss. Each process compares its own images and texts with
-    those of all P processes. U:open_clip/loss.py:548-635.
+    those of all R processes. U:open_clip/loss.py:548-635.
     """
     n, facets = len(image), len(text) // len(image)
     image, text = image.float(), text.float()
     target = own_columns(image)
-    to_text = logit_scale * image @ gather(text).T  # (N, P*N*K)
+    to_text = logit_scale * image @ gather(text).T  # (N, R*N*K)
     to_text = to_text.unflatten(1, (-1, facets))  # cross-entropy over dimension 1, for each facet
-    to_image = logit_scale * text @ gather(image).T  # (N*K, P*N)
+    to_image = logit_scale * text @ gather(image).T  # (N*K, R*N)
     image_finds = F.cross_entropy(to_text, target[:, None].expand(n, facets))
     text_finds = F.cross_entropy(to_image, target.repeat_interleave(facets))
     return (image_finds + text_finds) / 2

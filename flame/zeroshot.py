@@ -118,7 +118,7 @@ def tokenizer_of(model: TrainedText) -> Callable:
 
 
 def prompts_of(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every class name in every template: (C * T) texts, class by class."""
+    """Every class name in every template: (C * M) texts, class by class."""
     return [template.replace("{c}", name) for name in classnames for template in templates]
 
 
@@ -175,7 +175,7 @@ def encode(
 
 
 def zero_shot_classifier(template_embeds: Tensor) -> Tensor:
-    """(C, T, D) -> (D, C): normalise each template, mean, normalise. U:open_clip/zero_shot_classifier.py:53-58."""
+    """(C, M templates, D) -> (D, C): normalise, mean, normalise. U:open_clip/zero_shot_classifier.py:52-60."""
     return F.normalize(F.normalize(template_embeds.float(), dim=-1).mean(dim=1), dim=-1).T
 
 
@@ -185,7 +185,7 @@ def name_classifier(texts: TextFeatures, classnames: Sequence[str], templates: S
 
 
 def zero_shot(features: Tensor, labels: Tensor, classifier: Tensor) -> dict[str, float]:
-    """Top-1, top-5 and mean per-class accuracy, in percent; logits are 100 x . c upstream, which changes no ranking."""
+    """Top-1, top-5 and mean per-class accuracy, in percent; logits are 100 x . w upstream, which changes no ranking."""
     return classification_metrics(F.normalize(features, dim=-1), labels, classifier)
 
 

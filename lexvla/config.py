@@ -11,8 +11,6 @@ from typing import Annotated, Literal
 from shared.errors import UserError
 from shared.settings import BaseConfig, Count, Limits, Number, Positive, Rate, Whole
 
-NO_EXPORT = "--export: open_clip has no towers that end in a vocabulary, as LexVLA's do"
-
 
 @dataclass
 class Config(BaseConfig):

@@ -45,7 +45,7 @@ def lexical_map(z: Tensor, codebook: Tensor, pool: bool = False, bias: float = 0
     """s = normalize(elu1p(z Z^T + bias)): (.., d) -> (.., V), eq. 2. With a row of the text codebook as z: the
     representation of this word.
 
-    With `pool`, z (B, n, d) -> (B, V): the maximum over tokens, eq. 4, taken before elu1p, which is increasing (so does
+    With `pool`, z (B, n, d) -> (B, V): the maximum over tokens, eq. 4, taken before elu1p, which is increasing (as in
     V:src/ir/encoder/vdr_crossmodal_image.py:221). Float32 from elu1p on. `bias` is ours, 0 in the paper: a constant
     added to all logits changes elu1p, but no softmax, so a language model leaves it undetermined.
     """

@@ -242,7 +242,7 @@ def pieces(tokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def piece_counts(tokenizer, captions: Iterable[str]) -> Tensor:
-    """(V,) int64: how often each piece of the tokenizer occurs in the captions."""
+    """(K,) int64: how often each of the tokenizer's K pieces occurs in the captions."""
     size, space = len(tokenizer), leading_space(tokenizer)
     counts, captions = torch.zeros(size, dtype=torch.long), iter(captions)
     while batch := list(itertools.islice(captions, 10_000)):
@@ -254,7 +254,7 @@ def piece_counts(tokenizer, captions: Iterable[str]) -> Tensor:
 def refine_vocabulary(
     counts: Tensor, special_ids: Iterable[int], min_count: int = 1, max_size: int | None = None
 ) -> Tensor:
-    """Token ids to keep, ascending: counted (T,) at least `min_count` times and not special, section 3.1.
+    """Token ids (V,) to keep, ascending: those with counts (K,) of at least `min_count`, and not special, section 3.1.
 
     `max_size` keeps the most frequent (ties: lower ids). The paper drops "unused and meaningless" pieces, leaving
     17,149 of Llama 2's 32,000; its rule is not stated.
@@ -270,7 +270,7 @@ def refine_vocabulary(
 def caption_vocabulary(
     tokenizer, counts: Tensor, min_count: int = 1, max_size: int | None = None, pattern: str | None = None
 ) -> Tensor:
-    """Token ids to keep, from the counts (V,) of all pieces: `refine_vocabulary` without special and byte pieces.
+    """Token ids (V,) to keep, from the counts (K,) of all pieces: `refine_vocabulary` without special and byte pieces.
 
     pattern: a regular expression that must match the whole piece (see `pieces`). UserError if fewer than two are left.
     """

@@ -6,7 +6,8 @@ Then, for each batch,
   2. both lexical representations, the summed InfoNCE and the penalties over all
      processes' pairs (eq. 8), a step of Adam, and the cap of the temperature    `train_step`
   3. the weights of the penalties rise, the learning rate falls                  `quadratic_warmup`, `learning_rate`
-Towers and losses are in model.py, captions in text.py, towers by name in towers.py, settings in config.py.
+Towers and losses are in model.py, captions in text.py, towers by name in towers.py, settings in config.py; the order of
+samples, also after resuming, is in shared/corpus.py (`Corpus.order`), with --stream in shared/streams.py.
 """
 
 import math

@@ -247,7 +247,7 @@ METHODS = {
         "ours, a control: linear probe on NMTune's two views",
         dataclasses.replace(LP, views="train"),
     ),
-    "mlp": ("the paper's baseline: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
+    "mlp": ("the authors' code: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
     "nmtune": ("authors' README, any encoder: NMTune with the authors' weights", Config()),
     "lp-paper": ("tables 1, 7, 8, figures 1, 2: linear probe as in the paper", PAPER["lp"]),
     "mlp-paper": ("tables 1, 7, 8, row 0 0 0 of table 16: the MLP as in the paper", PAPER["mlp"]),

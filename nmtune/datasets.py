@@ -131,7 +131,7 @@ def flip_labels(
 def swap_captions(n: int, num_swaps: int, rng: random.Random) -> np.ndarray:
     """Swap the captions of two random pairs, `num_swaps` times -> (n,) int64: whose caption each pair gets.
 
-    U0:open_clip/shuffle_data.py:24-34. Captions are permuted, none is lost. Since some pairs are drawn twice, a share
+    U0:open_clip/shuffle_data.py:25-32. Captions are permuted, none is lost. Since some pairs are drawn twice, a share
     of 1 - exp(-2 num_swaps/n) moves, a little less than 2 num_swaps/n.
     """
     source = np.arange(n)

@@ -43,7 +43,7 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
     """L_MSE = mean over B*D of (norm(z_s) - sg(norm(f_w)))^2, z of view s (B, D) against f of view w (B, D) -> ().
 
     Equals the mean over images of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
-    The paper's squared distance (eq. 3) is D times this value, and of the same view.
+    The paper's squared distance (eq. 3, read row by row) is D times this value, and of the same view.
     """
     return F.mse_loss(F.normalize(z.float(), dim=1), F.normalize(feats.detach().float(), dim=1))
 

@@ -1,7 +1,7 @@
 """Tune a head on frozen features: `python -m nmtune.train [PRESET] [--overrides]`, or just `--features FILE.npz`.
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. Three arms:
-  lp      linear classifier on the features of the evaluation view            U:src/models/finetune.py:53-60,112-147
+  lp      linear classifier on the features of the evaluation view            U:src/models/finetune.py:54-61,113-142
   mlp     NMTune's head on two training views, only cross-entropy             U:src/models/nml_tune.py, weights 0
   nmtune  the same with the three regularisers, the paper's contribution      U:src/models/nml_tune.py:106-182
 The encoder is a frozen black box. With several processes, each encodes its share of a batch, features are gathered, and

@@ -56,7 +56,8 @@ class Config(RunConfig):
     infonce_warmup: Whole = 1
     """Number of episodes at the start with L_CLIP alone."""
     lit_start: Count | None = None
-    """Upstream's --lit-start-epoch: from episode lit_start-1 on the image tower's learning rate is 0 and L = L_CLIP."""
+    """Upstream's --lit-start-epoch: from episode lit_start-1 on (the first is 0) the image tower's learning rate is 0
+    and L = L_CLIP."""
     augmentation: Literal["default", "light"] = "light"
     """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
     crop: tuple[Positive, Positive] | None = None

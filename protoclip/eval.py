@@ -97,7 +97,7 @@ def linear_probe(
 ) -> dict:
     """SGD probe on *unnormalised* z: 100 epochs, lr 0.1, cosine, batch 1024. U:training/evaluations/linear_eval.py:12.
 
-    Upstream does not shuffle and reports `best`, the best test top-1 of all epochs; `final` is the last epoch's.
+    As upstream, no shuffling. Upstream reports `best`, the best test top-1 of all epochs; `final` is the last epoch's.
     Returns both in percent, and the final weight (C, E) and bias (C,). `init` sets the initial weight and bias.
     """
     probe = sgd_probe(train_x, train_y, test_x, test_y, init=init)
@@ -137,9 +137,9 @@ def feature_statistics(image: Tensor, text: Tensor) -> dict[str, float]:
 def clustering_scores(features: Tensor, labels: Tensor) -> dict[str, float]:
     """How well features (N, E) group by class labels (N,): ARI and AMI of K-means (K = classes), and cluster indices.
 
-    ARI and AMI compare the clusters with the labels; the indices take the labels as clusters. Sources:
-    U:training/evaluations/zero_shot.py:79 (niter 100, nredo 5), U:training/clustering.py:167 (silhouette of at most
-    5,000 rows).
+    ARI and AMI compare the clusters with the labels; the indices take the labels as clusters (upstream's take its
+    K-means clusters of training features). Sources: U:training/evaluations/zero_shot.py:79 (niter 100, nredo 5),
+    U:training/clustering.py:167 (silhouette of at most 5,000 rows).
     """
     x, y = features.float().numpy(), labels.numpy()
     found = kmeans(features, int(y.max()) + 1, niter=100, nredo=5)[0].numpy()

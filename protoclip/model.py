@@ -160,11 +160,12 @@ def prototypical_loss(
     teacher_prototypes: Tensor | None = None,
     target_temperature: float | None = None,
 ) -> Tensor:
-    """One direction of L_Proto: classify student features (B, P) among prototypes (K, P). U:training/loss.py:114.
+    """One direction of L_Proto: classify student features h (B, P) among prototypes S (K, P). U:training/loss.py:114.
 
-    labels y (B,) int64 are the teacher's cluster assignments. With `target_temperature` tau > 0 the target is soft,
-    softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P), which are then required; None or <= 0 means the
-    hard label. Empty clusters are zero rows of `student_prototypes` and stay in the softmax with logit 0.
+    logit_scale () is exp(s_p); labels y (B,) int64 are the teacher's cluster assignments. With `target_temperature`
+    tau > 0 the target is soft, softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P), which are then
+    required; None or <= 0 means the hard label. Empty clusters are zero rows of `student_prototypes` and stay in the
+    softmax with logit 0.
     """
     logits = logit_scale * student_features @ student_prototypes.T  # (B, K)
     if target_temperature is None or target_temperature <= 0:
@@ -195,9 +196,9 @@ def protoclip_loss(
     target_temperature: float = 0.01,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """L = w_clip L_CLIP + w_proto (L_img>text + L_text>img)/2 + w_ext (L_img>ext + L_text>ext)/2.
+    """L = w_clip L_CLIP + w_proto (L_I>T + L_T>I)/2 + w_ext (L_I>X + L_T>X)/2, with L_I>T as `prototypical_loss`.
 
-    Source: U:training/train.py:149.
+    Source: U:training/train.py:149. I, T, X: image, text, external teacher; L_I>T classifies images by text clusters.
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels. With `gather`,
     `output` and the loss are those of this rank's samples; see `clip_loss`. Returns `loss`, its unweighted terms

@@ -139,7 +139,8 @@ def loss_weights(
 def learning_rates(cfg: Config, step: int) -> dict[str, float]:
     """Learning rates at a global step, of the image tower and of the rest. U:training/scheduler.py:35, main.py:285-299.
 
-    Linear warm-up, then half a cosine to 0 at the end of training; with LiT, at its start for the image tower.
+    Linear warm-up, then half a cosine to 0 at the end of training; with LiT, at its start for the image tower. The
+    README's eta_0 is cfg.lr, W cfg.warmup, T `total`, T_LiT `visual`.
     """
     total = cfg.steps_per_episode * cfg.episodes
     visual = total if cfg.lit_start is None else cfg.steps_per_episode * (cfg.lit_start - 1)

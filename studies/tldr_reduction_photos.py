@@ -12,7 +12,7 @@ Copies of a photograph stay in the pool when it is reduced (`--no-drop-duplicate
 a reduction would keep one caption of each photograph that it keeps.
 
 Why the effect can appear: each photograph is in the pool five times, and its copies fall into one cluster, of which
-every fourth member is kept. So codes keep nearly all photographs, and a random quarter misses some. A random half
+every fourth member is kept. So codes keep every photograph, and a random quarter misses some. A random half
 misses fewer, so the effect should be smaller there. The captions are nearly all correct, so refinement can only add
 words, and the effect of matching scores cannot appear.
 """

@@ -176,8 +176,8 @@ def sparsity_loss(masks: Sequence[L0Mask], target: float, two_sided: bool = Fals
     """(L_sparsity, e): lambda_1 g + lambda_2 g^2 with g = max(q - e, 0), e over all towers, means of their lambdas.
     U:training/train.py:260, U:open_clip/l0module.py:209.
 
-    The lambdas follow gradient ascent (their learning rate is negative). two_sided: the paper's equation 7, g = q - e,
-    which also reduces sparsity.
+    The lambdas (equation 7's lambda and beta) follow gradient ascent: their learning rate is negative. two_sided: the
+    paper's equation 7, g = q - e, which also reduces sparsity. There p - q is our q - e, since p is the share kept.
     """
     expected = expected_sparsity(masks)
     gap = target - expected if two_sided else (target - expected).clamp(min=0)

@@ -9,7 +9,7 @@ The paper's contribution:
 A network without gates is a plain CLIP with OpenAI's and open_clip's parameter names.
 
 Shapes: B pairs of a process, N pairs of all W processes, D and D' the student's and teacher's embedding; S tokens, H
-width, L layers, h heads, d head width, I neurons of an MLP.
+width, L layers, h heads, d head width, I neurons of an MLP (README: d, N_H, d_h, d_f); z are masks (README: m).
 """
 
 from collections.abc import Callable, Mapping
@@ -109,7 +109,10 @@ def distillation_loss(
     teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor | float,
     alpha: float = 1.0, weight: float = 1.0, gather: Gather | None = None, left_out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP, without terms of weight 0. U:training/train.py:161."""
+    """L = w alpha (L_i2t + L_t2i) / 2 + w (1 - alpha) L_CLIP, without terms of weight 0. U:training/train.py:161.
+
+    Equation 1 does not halve the sum.
+    """
     loss = image.new_zeros((), dtype=torch.float32)
     if alpha > 0:
         teacher = teacher_image, teacher_text, teacher_scale

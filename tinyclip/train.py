@@ -50,7 +50,7 @@ class TeacherFeatures(NamedTuple):
 
 @torch.no_grad()
 def teacher_forward(teacher: CLIP | Teacher, images: Tensor, tokens: Tensor, cfg: Config) -> TeacherFeatures:
-    """Features of the frozen teacher, and the fixed temperature, or else the teacher's. U:training/train.py:409."""
+    """Features of the frozen teacher, and the fixed scale (1 / tau), or else the teacher's. U:training/train.py:409."""
     micro_batches = zip(images.chunk(cfg.accumulate), tokens.chunk(cfg.accumulate), strict=True)
     with run.autocast(cfg.precision, images.device):
         image, text, (own, *_) = zip(*(teacher(*inputs) for inputs in micro_batches), strict=True)

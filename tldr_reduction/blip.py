@@ -596,9 +596,10 @@ class RetrievalBLIP(BLIP):
         image_ids: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> RetrievalLosses:
-        """Losses, scalars. B:models/blip_retrieval.py:62-200; image_ids (B,) int64 identifies images.
+        """Losses, scalars. B:models/blip_retrieval.py:72-225; image_ids (B,) int64 identifies images.
 
-        `negatives` as in BLIP; None draws them from pairs of other images.
+        `negatives` as in BLIP; None draws them from pairs of other images, by similarity to momentum features
+        (upstream: to features of the online encoders).
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)

@@ -1,8 +1,8 @@
 """Load weights of our runs, BLIP's and the authors' files, Hugging Face's BLIP, DeiT and BERT; export BLIP.
 
 `python -m tldr_reduction.checkpoints FILE --stage blip --out RUN` converts a file to a run folder. reduce.py takes it
-as --scorer, --caption-model or --captioner, the training programs as --init. `export_blip` goes the other way (`python
--m tldr_reduction.eval RUN --export DIR`).
+as --scorer, --caption-model or --captioner, train.py as --init. `export_blip` goes the other way (`python -m
+tldr_reduction.eval RUN --export DIR`).
 
 `V:` is showlab/datacentric.vlp@a488102:vq_compress_model/, `B:` salesforce/BLIP@056a169.
 """

@@ -76,7 +76,7 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_kmeans(x: Tensor, k: int, seed: int, niter: int = 20) -> tuple[Tensor, Tensor]:
-    """Centroids (k, d), and the objective (iterations,), the sum of squared distances. U:fast_cluster.py:59-99.
+    """Centroids (k, d), and the objective (iterations,), the sum of squared distances. U:fast_cluster.py:59-100.
 
     faiss' Lloyd iterations on all vectors x (N, d), starting from k random ones; an empty cluster takes half of a big
     one.

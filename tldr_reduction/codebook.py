@@ -102,7 +102,8 @@ def frequent_keywords(captions: Iterable[str], count: int) -> list[str]:
 
 
 def rescaled(codebook: Tensor, tokens: Tensor) -> Tensor:
-    """The codebook (K, c) shifted and scaled to the mean and variance of the tokens (n, c)."""
+    """The codebook (K, c), shifted to the mean of the tokens (n, c) and scaled by one factor: the standard deviation of
+    all numbers in the centred tokens, over that of all numbers in the codebook as given."""
     standard = (codebook - codebook.mean(0)) / codebook.std().clamp(min=1e-6)
     return standard * (tokens - tokens.mean(0)).std() + tokens.mean(0)
 

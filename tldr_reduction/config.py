@@ -125,7 +125,7 @@ class CaptionerConfig(Warm):
     """beta weights the codebook term, as upstream. Off: it weights the commitment term, as in VQ-VAE's paper."""
     codebook_init: Literal["uniform", "xavier", "keywords", "data"] = "uniform"
     """uniform: U(-1/K, 1/K) (upstream). xavier: Xavier's (the paper's ablation). keywords: embeddings of the K most
-    frequent keywords (paper), shifted and scaled to the tokens' mean and variance. data: tokens of images."""
+    frequent keywords (paper), moved to the tokens' mean and scaled by one factor. data: tokens of images."""
     keywords: str | None = None
     """Text file of K keywords, one per line, instead of the captions' most frequent (paper: object tags)."""
     restart_codes: bool = False

@@ -69,7 +69,7 @@ class Config:
 def rerank_scores(
     blip: BLIP, images: Tensor, input_ids: Tensor, attention_mask: Tensor, k: int, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Scores image -> text (n, m) and text -> image (m, n). B:train_retrieval.py:69-167.
+    """Scores image -> text (n, m) and text -> image (m, n). B:train_retrieval.py:69-166.
 
     The k best candidates of each query by cosine get match logit + cosine, all others -100. Texts (m, T) begin with
     [CLS], which is replaced by [ENC] for the matching.
@@ -104,7 +104,7 @@ def retrieval_recall(
     """Recall in percent, txt_* of texts for an image (the best of its captions counts), img_* of images for a text.
 
     scores (n, m) and (m, n); txt2img: the image of each text, img2txt: the texts of each image, as BLIP's dicts or as
-    sequences. B:train_retrieval.py:171-225, with its order of ties (numpy's argsort, reversed). An image without
+    sequences. B:train_retrieval.py:171-215, with its order of ties (numpy's argsort, reversed). An image without
     captions is a miss.
     """
     n = len(scores_i2t)

@@ -148,7 +148,7 @@ class Inference:
         """Table of all samples: `codes` (L',), hashes of the pixels, and whether an image is readable.
 
         Codes are those of --captioner, or of the codebook of --encoder. They are computed on the evaluation transform
-        and stored by sample (U:codebook_extractor.py:24-63 has random training views and no order).
+        and stored by sample (U:codebook_extractor.py:24-63 has random training views, and files that its ranks share).
         """
         cfg = self.cfg
         if cfg.captioner:

@@ -147,7 +147,7 @@ class CodebookCaptioner(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Code vector of each image, (B, L') int64. U:codebook_extractor.py:36-42."""
         if self.quantize is None:
-            raise UserError("this captioner has no codebook: codes come from one trained by captioner.py")
+            raise UserError("this captioner has no codebook: codes come from one that `train.py captioner-...` trained")
         return self.quantize.encode(self.visual_encoder(image))
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Reduce image-text shards: `python -m tldr_reduction.reduce SHARDS --keep 0.25 --out DIR`.
 
 TL;DR (arXiv 2305.20087); authors' code showlab/datacentric.vlp@a488102, cited as `U:`. The paper's contribution:
-code vectors of all images (`extract_codes` in inference.py), clusters of these vectors and the selection of a fixed
+code vectors of all images (`Inference.codes` in inference.py), clusters of these vectors and the selection of a fixed
 share of each cluster (cluster.py), refined captions (`refined`).
 
 DIR then holds

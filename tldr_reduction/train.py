@@ -6,7 +6,8 @@ salesforce/BLIP@056a169, `B:`. One loop trains the five stages, which differ in 
   finetune     the captioner without its codebook, on clean captions (sec. 3.2); it writes the captions T_g
   blip, clip   pre-training on the full or the reduced data (sec. 4); a blip also scores image-text matching
   retrieval    fine-tuning of a blip for retrieval (sec. 4.2.1)
-Models and losses are in model.py and blip.py, the codebook's start in codebook.py, settings in config.py.
+Models and losses are in model.py and blip.py, the codebook's start in codebook.py, settings in config.py. Batches come
+from shared/corpus.py, shuffled by seed and epoch, so that a run resumes with the next batch.
 """
 
 import math

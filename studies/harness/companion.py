@@ -174,7 +174,7 @@ def read(folder: str) -> Readme:
     items = re.split(r"^(\d+)\. ", section(page, "Implementation details"), flags=re.MULTILINE)
     details = {int(n): text.strip() for n, text in zip(items[1::2], items[2::2], strict=True)}
     title, _, opening = page.removeprefix("# ").partition("\n")
-    opening = opening.split("\n## ", 1)[0]
+    opening = re.split(r"\n## |<!-- claims -->", opening)[0]  # without results
     roots: dict[str, tuple[str, str, str]] = {}
     parts = REPOSITORY.split(" ".join(opening.split()))
     for repository, commit, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):

@@ -271,13 +271,13 @@ def between(page: str, mark: str, text: str) -> str:
 
 def claims_block(here: dict | None, photographs: dict | None) -> str:
     """Table of a paper's claims of the abstract, on emoji or scenes and on photographs."""
-    rows = {}
-    for summary, suffix in ((here, ""), (photographs, ", photographs")):
-        for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True) if summary else ():
-            if row["primary"]:
-                about = {"claim": row["claim"], "in the paper": row["paper"]}
-                cells = {f"difference{suffix}": line["here"], f"verdict{suffix}": row["verdict"]}
-                rows[row["claim"]] = rows.get(row["claim"], about) | cells
+    found = [each for each in (here, photographs) if each]
+    rows = {row["claim"]: {} for each in found for row in each["claims"] if row["primary"]}
+    for summary in found:
+        for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True):
+            if row["claim"] in rows:
+                on, about = pictures_of(summary), {"claim": row["claim"], "in the paper": row["paper"]}
+                rows[row["claim"]] |= about | {f"on {on}": line["here"], f"verdict on {on}": row["verdict"]}
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     return table([{name: row.get(name, "-") for name in columns} for row in rows.values()])
 
