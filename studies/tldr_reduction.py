@@ -2,7 +2,7 @@
 
 Scenes of one emoji stand in for CC3M: near copies of a thousand scenes, many of a few and few of most, with a known
 share of bad captions (tldr_reduction_pool.py). A text tower and an MLP on EfficientNet-Lite0's features (the paper's
-image towers start from ImageNet, too) are trained on the whole pool or on a reduction of it, for the same number of steps
+image towers start from ImageNet, too) are trained on the whole pool or on a reduction of it, for equally many steps
 (tldr_reduction_learner.py).
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
