@@ -14,7 +14,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes captions browser lowest test bench bench-data bench-gpu readme clean reproduce-all
+.PHONY: help companion presets data scenes captions browser lowest test clones parity bench bench-data bench-gpu readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -32,6 +32,8 @@ help:
 	@echo '                         make lowest test VENV=.venv-lowest'
 	@echo 'make browser             install a browser for the tests of report.html'
 	@echo 'make parity-FOLDER UPSTREAM=CLONE   compare functions, presets and map with a clone of the authors'"'"' repository'
+	@echo 'make clones CLONES=PATH  clone the repositories that the READMEs name into PATH, at the commits that they name'
+	@echo 'make parity CLONES=PATH  compare all papers with golden files and with these clones, and write PARITY.md'
 	@echo 'make bench-FOLDER [UPSTREAM=CLONE]  speed ratios on the same inputs, each side at its best thread setting;'
 	@echo '                         seconds on one core until the study'"'"'s baseline is above a floor'
 	@echo 'make bench [CLONES=PATH] speed ratios of all papers in one table; PATH has clones of the authors'"'"' repositories'
@@ -42,8 +44,7 @@ help:
 	@echo '                         measured differences'
 	@echo 'make companion [CLONES=PATH]  companion pages of all papers'
 	@echo 'make presets             every preset: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
-	@echo 'make readme              write results/*.json into the READMEs, RESULTS.md and report.html'
-	@echo '                         (installs all papers)'
+	@echo 'make readme              write results into the READMEs, RESULTS.md, PARITY.md and report.html (installs all papers)'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
 	@echo 'make captions            write captions of three lengths for the embedded corpus (flame)'
@@ -138,6 +139,23 @@ parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py $(wildcard tests/test_$(subst -,_,$*)_replay.py) tests/test_preset_sources.py \
 		tests/test_study_companion.py -k $(subst -,_,$*) --upstream '$(UPSTREAM)'
 
+# Each line of --repositories is: folder, repository, commit, here $$0, $$1, $$2 of a shell.
+clones: $(VENV)/.installed-companion
+	@test -n "$(CLONES)" || { echo 'say where the clones should be: make $@ CLONES=PATH'; exit 2; }
+	$(PY) -m studies.harness.parity --repositories | CLONES='$(CLONES)' xargs -n 3 sh -ec 'to="$$CLONES/$${1#*/}"; \
+		test -d "$$to" || git clone --quiet "https://github.com/$$1" "$$to"; git -C "$$to" checkout --quiet "$$2"'
+
+# The first repository of a README is the authors'; others are found beside it. A failed test does not stop the others.
+parity: $(VENV)/.installed-$(EXTRAS),test data
+	@test -d "$(CLONES)" || { echo 'say where the clones are: make $@ CLONES=PATH'; exit 2; }
+	mkdir -p runs/parity && rm -f runs/parity/*.json runs/parity/failed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m golden -n $(CORES) --dist loadfile || touch runs/parity/failed
+	$(PY) -m pytest -q tests/parity/test_lexvla.py -k trajectory || touch runs/parity/failed  # needs no clone
+	$(PY) -m studies.harness.parity --repositories | sort -s -u -k 1,1 | CLONES='$(CLONES)' xargs -n 3 sh -c 'to="$$CLONES/$${1#*/}"; \
+		if test -d "$$to"; then $(MAKE) parity-$$0 UPSTREAM="$$to"; else echo "no clone of $$1: $$0 is left out"; fi' || touch runs/parity/failed
+	$(PY) -m studies.harness.parity
+	@test ! -e runs/parity/failed || { echo 'some tests have failed, see above'; exit 1; }
+
 companion-%: $(VENV)/.installed-%,companion
 	$(PY) -m studies.harness.companion $* $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(CLONES),--clones '$(CLONES)')
 
@@ -163,5 +181,6 @@ bench-flame bench-lexvla: $(VENV)/.installed-smollm2
 clean:
 	rm -rf runs data
 
-readme: $(VENV)/.installed-$(EXTRAS)
+readme: $(VENV)/.installed-$(EXTRAS),companion
 	$(PY) -m studies.harness.overview
+	$(PY) -m studies.harness.parity --no-copy

@@ -20,7 +20,7 @@ from attentive_mask_clip.config import PRESETS, Config
 from attentive_mask_clip.crops import Views, drawn_caption, eval_transform
 from attentive_mask_clip.model import ACLIP, CLIP, Towers, create_model
 from shared import cli, data, run
-from shared.clip import set_grad_checkpointing
+from shared.clip import RememberingTokenizer, set_grad_checkpointing
 from shared.corpus import open_corpus
 from shared.zeroshot import quick_top1
 
@@ -173,7 +173,7 @@ def main(cfg: Config) -> Path | None:
     first, start, best = folder.state["epoch"], folder.state["batch"], folder.state.get("best", {})
 
     # Data
-    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
+    tokenizer = RememberingTokenizer(open_clip.SimpleTokenizer(context_length=model.context_length))
     view = Views(cfg, model.image_size, isinstance(model, ACLIP) and model.needs_ema_view)
     text = lambda pair: tokenizer(drawn_caption(pair.caption, cfg.caption_lines))[0]  # noqa: E731
     corpus = open_corpus(cfg, process, text, cut_padding=True)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from concept_frequency.assigned import RandomView, frequency_row, open_arm, read_test_set, zero_shot
 from concept_frequency.config import PRESETS, Config
-from shared import accumulate, checkpoints, cli, clip, export, run
+from shared import checkpoints, cli, clip, export, run
 from shared.corpus import Corpus
-from shared.data import RememberingTokenizer
+from shared.loss import clip_loss
 
 # ------------------------------------------------------------------------------------------------------------- one step
 
@@ -39,7 +39,7 @@ def train_step(
     """One step on this rank's views (B, 3, S, S) and tokens (B, L); returns values to log."""
     with run.autocast(cfg.precision, images.device):
         image_features, text_features, scale, *_ = model(images, tokens)
-    loss = clip.clip_loss(image_features, text_features, scale)
+    loss = clip_loss(image_features, text_features, scale)
 
     optimizer.zero_grad()
     scaler.scale(loss).backward()
@@ -131,14 +131,14 @@ def main(cfg: Config) -> Path | None:
 
     # The pairs of the arm, and its test set
     arm = open_arm(cfg)
-    tokenizer = RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
+    tokenizer = clip.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
     corpus = Corpus(cfg, process, lambda pair: tokenizer(pair.caption)[0], arm, cut_padding=clip.cuts(model))
     view, test = RandomView(clip.image_side(model)), read_test_set(cfg.eval_set, arm.names)
     folder.start(per_epoch * first + start, total, len(corpus), data=corpus.fingerprint)
     if process.main:
         arm.write(folder.path)
 
-    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process)
+    network = run.distributed(model, process, cfg.accumulate)
     network.train()
     for epoch in range(first, cfg.epochs):
         for i, (_, images, tokens) in enumerate(corpus.epoch(epoch, view, start), start):

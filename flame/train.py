@@ -23,7 +23,7 @@ from flame.captions import Captions
 from flame.config import PRESETS, Config
 from flame.model import FLAME, Output, TrainedText, create_model, mp_nce_loss, mp_sigmoid_loss
 from flame.zeroshot import tokenizer_of, top1_during_training
-from shared import accumulate, cli, clip, data, run
+from shared import cli, clip, data, run
 from shared.corpus import open_corpus
 from shared.errors import UserError
 
@@ -100,7 +100,7 @@ class Tokens:
 
     def __init__(self, cfg: Config, model: TrainedText):
         self.captions = [Captions(path) for path in cfg.captions]
-        self.tokenizer = data.RememberingTokenizer(tokenizer_of(model))
+        self.tokenizer = clip.RememberingTokenizer(tokenizer_of(model))
 
     def __call__(self, pair: Any) -> Tensor:
         caption = pair.caption
@@ -196,7 +196,7 @@ def main(cfg: Config, pairs: Any = None) -> Path | None:
     made_with = {"data": corpus.fingerprint, "bank": facets and facets.bank.digest}
     folder.start(per_epoch * first + start, total, len(corpus), text_dim=text_dim, **made_with)
 
-    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process, static_graph=True)
+    network = run.distributed(model, process, cfg.accumulate, static_graph=True)
     for epoch in range(first, cfg.epochs):
         model.train()
         for i, (_, *batch) in enumerate(corpus.epoch(epoch, view, start), start):

@@ -25,7 +25,7 @@ from lexvla.model import LexVLA, total_loss
 from lexvla.text import caption_vocabulary, lm_dtype, lm_sample, load_lm, piece_counts
 from lexvla.tokens import Precomputed, frozen_tokens
 from lexvla.towers import create_model, lm_input, text_encoder, text_input, train_transform
-from shared import accumulate, cli, data, run
+from shared import cli, data, run
 from shared.corpus import open_corpus
 
 BETAS = 0.9, 0.98  # of Adam; not stated in the paper
@@ -166,7 +166,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
     folder.start(corpus.steps * first + begin, total, len(corpus), data=corpus.fingerprint, backbone=backbone)
     kept = found | {"lm": lm_sample(lm)}
     # Buffers are the frozen codebook and those of frozen models: equal in all processes.
-    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process, broadcast_buffers=False)
+    network = run.distributed(model, process, cfg.accumulate, broadcast_buffers=False)
 
     for epoch in range(first, cfg.epochs):
         model.train()

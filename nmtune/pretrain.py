@@ -24,8 +24,9 @@ from nmtune.config import PRETRAIN_PRESETS, PretrainConfig
 from nmtune.datasets import LabelledImages, flip_labels, open_labelled, swap_captions
 from nmtune.model import create_model
 from nmtune.train import cosine_lr
-from shared import accumulate, cli, clip, data, run
+from shared import cli, clip, data, run
 from shared.corpus import Corpus
+from shared.loss import clip_loss
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -96,7 +97,7 @@ def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: T
     """{"loss", ...} of a model's output. Supervised: cross-entropy, and training accuracy on wrong and on right labels,
     in per cent, as "accuracy_noisy" and "accuracy_clean". CLIP: the contrastive loss and "logit_scale"."""
     if cfg.kind == "clip":
-        loss = clip.clip_loss(output["image_features"], output["text_features"], output["logit_scale"])
+        loss = clip_loss(output["image_features"], output["text_features"], output["logit_scale"])
         return {"loss": loss, "logit_scale": output["logit_scale"].detach()}
     loss = F.cross_entropy(output.float(), targets)
     found = {"loss": loss}
@@ -188,7 +189,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     # Data and its noise
     samples, tokenizer = open_samples(cfg, images), None
     if not supervised:
-        tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model))
+        tokenizer = clip.RememberingTokenizer(open_clip.get_tokenizer(cfg.model))
 
     def text(sample: NoisySample) -> tuple[Any, bool]:
         return (sample.target if tokenizer is None else tokenizer([sample.target])[0]), sample.noisy
@@ -201,7 +202,7 @@ def main(cfg: PretrainConfig) -> Path | None:
     per_epoch, total = corpus.steps, corpus.steps * cfg.epochs
     folder.start(per_epoch * first + start, total, len(samples), data=samples.fingerprint, noise=noise)
 
-    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process)
+    network = run.distributed(model, process, cfg.accumulate)
     network.train()
     for epoch in range(first, cfg.epochs):
         batches = corpus.epoch(epoch, transform, start)

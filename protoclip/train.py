@@ -30,8 +30,8 @@ from protoclip.model import (
     protoclip_loss,
 )
 from protoclip.teacher_file import open_teacher
-from protoclip.views import ascii_caption, training_view, whole_image
-from shared import accumulate, cli, clip, data, run, zeroshot
+from protoclip.views import ascii_caption, episode_pairs, training_view, whole_image
+from shared import cli, clip, run, zeroshot
 from shared.corpus import Corpus
 
 # ---------------------------------------------------------------------------------------------------------- one step
@@ -85,15 +85,6 @@ def sample_episode(dataset_size: int, episode_size: int, rng: np.random.RandomSt
     Successive calls with one `np.random.RandomState(seed)` give upstream's episodes.
     """
     return rng.choice(dataset_size, episode_size, replace=True)
-
-
-def episode_pairs(cfg: Config, episode: int) -> data.Shards:
-    """With --episode-shards, the pairs of an episode: those of the next shards of an endlessly reshuffled list."""
-    shards, chosen = data.expand_shards(cfg.data), []
-    for place in range(episode * cfg.episode_shards, (episode + 1) * cfg.episode_shards):
-        order = np.random.default_rng((cfg.seed, place // len(shards))).permutation(len(shards))
-        chosen.append(shards[order[place % len(shards)]])
-    return data.open_pairs("::".join(sorted(set(chosen))), None, cfg.strict, Path(cfg.cache))
 
 
 @torch.no_grad()
@@ -211,7 +202,7 @@ def main(cfg: Config) -> Path | None:
         prototypes = Prototypes(**prototypes).to(process.device)
 
     # Data
-    tokenizer = data.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
+    tokenizer = clip.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
     view, whole = training_view(cfg, model), whole_image(model)
 
     def open_corpus(episode: int) -> Corpus:
@@ -224,7 +215,7 @@ def main(cfg: Config) -> Path | None:
     made_with = {"data": None if cfg.episode_shards else corpus.fingerprint, "teacher": teacher and teacher.digest()}
     folder.start(per_episode * first + start, total, len(corpus), **made_with)
 
-    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process)
+    network = run.distributed(model, process, cfg.accumulate)
     rng = np.random.RandomState(cfg.seed)
     for episode in range(cfg.episodes):
         if cfg.episode_shards:

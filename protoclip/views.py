@@ -1,10 +1,17 @@
-"""What ProtoCLIP sees of an image and of a caption. U: is megvii-research/protoclip@fde1933, src/."""
+"""What ProtoCLIP sees of the data: captions, views of images, and with --episode-shards an episode's shards.
 
+U: is megvii-research/protoclip@fde1933, src/.
+"""
+
+from pathlib import Path
+
+import numpy as np
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from protoclip.config import Config
 from protoclip.model import ProtoCLIP, image_statistics
+from shared import data
 from shared.clip import image_side
 from shared.data import ToNormalizedTensor
 
@@ -38,3 +45,12 @@ def whole_image(model: ProtoCLIP) -> transforms.Compose:
 def ascii_caption(caption: str) -> str:
     """The student's caption: without non-ASCII characters (U:training/data.py:41). The teacher gets all characters."""
     return caption.encode("ascii", errors="ignore").decode()
+
+
+def episode_pairs(cfg: Config, episode: int) -> data.Shards:
+    """With --episode-shards, the pairs of an episode: those of the next shards of an endlessly reshuffled list."""
+    shards, chosen = data.expand_shards(cfg.data), []
+    for place in range(episode * cfg.episode_shards, (episode + 1) * cfg.episode_shards):
+        order = np.random.default_rng((cfg.seed, place // len(shards))).permutation(len(shards))
+        chosen.append(shards[order[place % len(shards)]])
+    return data.open_pairs("::".join(sorted(set(chosen))), None, cfg.strict, Path(cfg.cache))

@@ -1,9 +1,9 @@
-"""CLIP: its loss; for open_clip's model a text tower that skips padding, activation checkpointing, no warnings."""
+"""open_clip's CLIP: a text tower that skips padding, tokens, the image size, activation checkpointing, no warnings."""
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import open_clip
@@ -13,7 +13,6 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shared import run
 from shared.errors import UserError
 
 STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # mean and std of CLIP's images
@@ -64,6 +63,21 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     return F.normalize(x, dim=-1) if normalize else x
 
 
+class RememberingTokenizer:
+    """An open_clip tokenizer, texts -> ids (N, L), that caches about `size` texts, since tokenizing is slow."""
+
+    def __init__(self, tokenizer: Callable, size: int = 2**14):
+        self.tokenizer, self.size, self.known = tokenizer, size, {}
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        if len(self.known) > self.size:
+            self.known.clear()
+        if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
+            self.known |= zip(new, self.tokenizer(new), strict=True)
+        return torch.stack([self.known[text] for text in texts])
+
+
 def cut_padding(text: Tensor, device: torch.device) -> Tensor:
     """Token ids (B, L) on the CPU -> (B, length of the longest text) on the device, without waiting for a GPU."""
     length = int((text != 0).any(dim=0).nonzero()[-1]) + 1  # padding is 0
@@ -74,14 +88,6 @@ def trimmed(text: Tensor, model: nn.Module, device: torch.device) -> Tensor:
     """Copy token ids (B, L) to the device, cut by `cut_padding` if the model's text tower ignores padding."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
     return cut_padding(text, device) if cuts(model) else text.to(device, non_blocking=True)
-
-
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of this rank's unit features (B, D) against those of all ranks, in fp32."""
-    image, text, scale = image_features.float(), text_features.float(), logit_scale.float()
-    labels = run.own_columns(image)
-    to_text, to_image = scale * image @ run.gather(text).T, scale * text @ run.gather(image).T
-    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
 
 
 def image_side(model: nn.Module) -> int:

@@ -168,21 +168,6 @@ def encode_distinct(encode: Callable[[torch.Tensor], Encoded], images: torch.Ten
     return encode(images[list(rows.values())])[[place[key] for key in keys]]
 
 
-class RememberingTokenizer:
-    """An open_clip tokenizer, texts -> ids (N, L), that caches about `size` texts, since tokenizing is slow."""
-
-    def __init__(self, tokenizer: Callable, size: int = 2**14):
-        self.tokenizer, self.size, self.known = tokenizer, size, {}
-
-    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
-        texts = [texts] if isinstance(texts, str) else texts
-        if len(self.known) > self.size:
-            self.known.clear()
-        if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
-            self.known |= zip(new, self.tokenizer(new), strict=True)
-        return torch.stack([self.known[text] for text in texts])
-
-
 def decode_caption(data: bytes) -> str:
     """Bytes -> stripped text of at most MAX_CHARACTERS. BrokenSample if it is empty or not UTF-8.
 

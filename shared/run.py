@@ -37,6 +37,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from shared.accumulate import micro_batches
 from shared.checkpoints import ROOT, link, resume, save_checkpoint, write_json
 from shared.errors import UserError
 
@@ -155,9 +156,11 @@ def over_ranks(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(zip(values, means / dist.get_world_size(), strict=True))
 
 
-def distributed(model: nn.Module, process: Process, **options: Any) -> nn.Module:
-    """The model, wrapped in DistributedDataParallel if there are several processes."""
-    return DistributedDataParallel(model, **options) if process.world_size > 1 else model
+def distributed(model: nn.Module, process: Process, accumulate: int = 1, **options: Any) -> nn.Module:
+    """The model, wrapped in `MicroBatches` if a step has several, and in DistributedDataParallel (with `options`) if
+    there are several processes."""
+    network = micro_batches(model, accumulate)
+    return DistributedDataParallel(network, **options) if process.world_size > 1 else network
 
 
 def bare(model: nn.Module) -> nn.Module:

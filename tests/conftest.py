@@ -7,16 +7,20 @@ runs once per file of that family in DIR/protoclip/. The family of a file is the
 of the folder, in any module, claims as a family. tests/test_golden.py fails for a case file that no test claims. A
 .json beside an .npz of the same stem is not a case, but the `json` of that case.
 A family without a file in DIR gives no tests; the default DIR must have files of all families.
+
+A test of a file of the default DIR that passes without reading all of its arrays fails. Arrays that a test leaves alone
+are named, or matched by a pattern, with the reason in a comment: `golden("flame", "x", unused=("ids", "log/5/*"))`.
 """
 
 import ast
+import fnmatch
 import functools
 import json
 import os
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, ItemsView, Iterator, ValuesView
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,21 +42,48 @@ deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error
 
 
 class Case(dict):
-    """The arrays of one case file by name: 0-d arrays as Python scalars, the others as tensors."""
+    """The arrays of one case file by name: 0-d arrays as Python scalars, the others as tensors.
+
+    `read` has the names of the arrays that a test has read; `in` and the names alone do not count.
+    """
 
     def __init__(self, path: Path):
         self.path, companion = path, path.with_suffix(".json")
         self.largest: dict[str, float] = {}  # largest differences that `close` has seen, of values and gradients
-        self.json = json.loads(companion.read_text(encoding="utf-8")) if companion.exists() else None
+        self.read: set[str] = set()
+        self.parsed = json.loads(companion.read_text(encoding="utf-8")) if companion.exists() else None
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 super().__init__({name: convert(file[name]) for name in file.files})
-        elif isinstance(self.json, dict):
-            super().__init__(self.json)
+        else:
+            super().__init__(self.parsed if isinstance(self.parsed, dict) else {"json": self.parsed})
+
+    @property
+    def json(self) -> Any:
+        """The whole of the .json, which is the case or stands beside its .npz; None without one."""
+        if self.path.suffix == ".json":
+            self.read.update(self)
+        return self.parsed
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def items(self) -> ItemsView[str, Any]:
+        self.read.update(self)
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:
+        self.read.update(self)
+        return super().values()
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
         """The arrays whose names start with `prefix`, as tensors, with `prefix` removed: for example a state dict."""
-        return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in self.items() if k.startswith(prefix)}
+        return {name.removeprefix(prefix): torch.as_tensor(self[name]) for name in self if name.startswith(prefix)}
 
     def close(self, name: str, actual: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
         """Assert that `actual` has the shape of array `name` and differs by at most atol + rtol |expected|; by default,
@@ -134,6 +165,23 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
         request.node.user_properties.append(("measured", about))
 
 
+def unread(case: Case, unused: tuple[str, ...]) -> list[str]:
+    """The arrays that a test has not read and that no pattern of `unused` matches."""
+    names = sorted(case.keys() - case.read)
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Fail a golden test that has passed without reading all arrays of its case."""
+    result = yield
+    mark, found = pyfuncitem.get_closest_marker("golden"), pyfuncitem.funcargs.get("case")
+    if mark is not None and found.path.is_relative_to(DEFAULT):
+        left = unread(found, mark.kwargs.get("unused", ()))
+        assert not left, f"{found.path.parent.name}/{found.path.name}: the test did not read {', '.join(left)}"
+    return result
+
+
 def functions_in(function: Any, depth: int = 2) -> set[str]:
     """Names, as `paper.model.loss`, of our functions that a test uses, directly or through functions of its module.
 
@@ -183,7 +231,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "golden(folder, *families): run on every case file of these families")
+    config.addinivalue_line("markers", "golden(folder, *families, unused=()): run on every case file of these families")
     config.addinivalue_line("markers", "gpu: compares a GPU with the CPU; skipped without a GPU")
     config.option.golden = config.option.golden or DEFAULT
     for option in ("golden", "upstream"):
@@ -294,7 +342,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         path, stamp = ROOT / f"runs/parity/{folder}.json", {"date": date.today().isoformat(), "commit": run.commit()}
         earlier = checkpoints.read_json(path)["tests"] if path.is_file() else []
         kept = {(row["test"], row["against"]): row for row in earlier}
-        kept |= {key: row | {"values": row["values"] or 0.0} | stamp for key, row in rows.items()}
+        kept |= {key: row | stamp for key, row in rows.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(path, {"tests": sorted(kept.values(), key=lambda row: (row["test"], row["against"]))})
 

@@ -235,6 +235,6 @@ def test_two_processes_with_micro_batches_equal_one_without(start, given, folder
 @pytest.mark.parametrize("name", PLAIN)
 def test_uneven_micro_batches_are_refused(in_process, given, folder: Path, name: str):
     result = in_process(*given[name], "--accumulate", "3", "--out", folder / "none", module=SCRIPTS[name])
-    assert result.code == 2 and "cannot be divided evenly among 1 processes and 3 micro-batches in each" in result.err
+    assert result.code == 2 and "3 micro-batches" in result.err
     result = in_process(*given[name], "--accumulate", "0", "--out", folder / "none", module=SCRIPTS[name])
-    assert result.code == 2 and "--accumulate must be at least 1, not 0" in result.err
+    assert result.code == 2 and "--accumulate must be at least 1" in result.err

@@ -20,7 +20,6 @@ from torch import nn
 from attentive_mask_clip.model import (
     ACLIP,
     CLIP,
-    PRESETS,
     SLIP,
     MaskedViT,
     SyncBatchNorm1d,
@@ -80,6 +79,7 @@ def model_of(case: Case, cls: type = ACLIP, prefix: str = "param/", **settings) 
     state = case.group(prefix)
     images = next((case[name] for name in ("image", "images", "views") if name in case), None)
     vit = vit_sizes({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}, 1, images)
+    assert vit["patch_size"] == case.get("patch_size", vit["patch_size"])
     model = cls(
         embed_dim=state["image_projection"].shape[1],
         image_size=vit["image_size"],
@@ -199,18 +199,23 @@ def test_crop_attention(case):
 def test_select_tokens(case):
     scores, blocks = case["scores"], case["block_scores"]
     side, block = math.isqrt(blocks.shape[1]), math.isqrt(scores.shape[1] // blocks.shape[1])
+
+    def scores_of(ids: torch.Tensor) -> torch.Tensor:
+        """The scores of the patches' blocks, in ascending order."""
+        row, column = (x // block for x in (ids // (side * block), ids % (side * block)))
+        return blocks.gather(1, row * side + column).sort(dim=1).values
+
     for name, removed in case.group("removed_ratio_").items():
         keep_ids, expected = attentive_keep_ids(scores, float(name), block), kept(removed)
         assert keep_ids.shape == expected.shape and torch.equal(keep_ids, keep_ids.sort(dim=1).values)
-        row, column = (x // block for x in (keep_ids // (side * block), keep_ids % (side * block)))
-        ours = blocks.gather(1, row * side + column).sort(dim=1).values
-        row, column = (x // block for x in (expected // (side * block), expected % (side * block)))
-        theirs = blocks.gather(1, row * side + column).sort(dim=1).values
-        assert torch.equal(ours, theirs), name  # where blocks tie at the border, theirs are any of them
+        assert torch.equal(scores_of(keep_ids), scores_of(expected)), name  # of blocks that tie, theirs keeps any
         count = expected.shape[1] // block**2
         ranked = blocks.sort(dim=1, descending=True).values
         clear = ranked[:, count - 1] > ranked[:, count] if count < ranked.shape[1] else torch.ones(len(ranked)) > 0
         assert torch.equal(keep_ids[clear], expected[clear]), name
+    for count in range(1, blocks.shape[1] + 1):  # the blocks that each number of blocks keeps are the first ones
+        ours = scores_of(attentive_keep_ids(scores, (count - 0.5) / blocks.shape[1], block))[:, :: block**2]
+        assert torch.equal(ours.flip(1), blocks.gather(1, case["block_order"][:, :count])), count
 
 
 @pytest.mark.golden("attentive_mask_clip", "random_masking")
@@ -372,14 +377,15 @@ def test_full_forward_unmasked(case):
     check_forward(case, "none")
 
 
-@pytest.mark.golden("attentive_mask_clip", "slip_full_forward")
+# loss/ssl_acc: an accuracy that nobody logs
+@pytest.mark.golden("attentive_mask_clip", "slip_full_forward", unused=("loss/ssl_acc",))
 def test_slip_full_forward(case):
     model = model_of(case, SLIP).train()
     outputs = model(case["image"], case["text"], case["aug1"], case["aug2"])
     case.close_group("out/", outputs, atol=2e-5)
     losses = baseline_loss(outputs)
-    for name in case.group("loss/").keys() - {"ssl_acc"}:  # which nobody logs
-        case.close(f"loss/{name}", losses[name], atol=2e-5)
+    for name in [name for name in case if name.startswith("loss/") and name != "loss/ssl_acc"]:
+        case.close(name, losses[name.removeprefix("loss/")], atol=2e-5)
     losses["loss"].backward()
     case.close_group("grad/", gradients(model), rtol=1e-4, atol=1e-4)
     assert gradients(model).keys() == case.group("grad/").keys()  # the patch projection is trained
@@ -459,9 +465,7 @@ def test_ties_are_broken_the_same_way_every_time():
 
 @pytest.mark.parametrize("patches, block", [(15, 2), (25, 2), (16, 3)])
 def test_a_grid_that_blocks_do_not_tile_is_refused(patches, block):
-    with pytest.raises(
-        ValueError, match=f"{patches} patches do not form a square grid that blocks of {block} x {block} tile"
-    ):
+    with pytest.raises(ValueError, match=f"{patches} patches .*{block} x {block}"):
         attentive_keep_ids(torch.rand(1, patches), block=block)
 
 
@@ -574,7 +578,7 @@ def test_half_size_ema_view():
 
 
 def test_images_of_another_size_and_shape():
-    with pytest.raises(ValueError, match="patches of 4 pixels do not tile an image of"):
+    with pytest.raises(ValueError, match="patches of 4 pixels"):
         MaskedViT((16, 18), 4, 16, 1, 2)
     wide = MaskedViT((16, 24), 4, 16, 1, 2)
     assert wide(torch.randn(2, 3, 16, 24))[0].shape == (2, 25, 16)
@@ -674,11 +678,11 @@ def test_initialisation():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="mask is attentive, high, random or none, not 'low'"):
+    with pytest.raises(ValueError, match="'low'"):
         tiny(mask="low")
-    with pytest.raises(ValueError, match=f"model 'vit_b32' is none of {', '.join(PRESETS)}"):
+    with pytest.raises(ValueError, match="'vit_b32'"):
         create_model("aclip", "vit_b32")
-    with pytest.raises(ValueError, match="patches of 5 pixels do not tile an image of 16"):
+    with pytest.raises(ValueError, match="patches of 5 pixels"):
         tiny(patch_size=5)
 
 
@@ -740,7 +744,8 @@ def test_authors_checkpoints_load(tmp_path, prefix, source, target):
     load_checkpoint(ours, theirs.state_dict())  # and plain weights
 
 
-@pytest.mark.golden("attentive_mask_clip", "encode")
+# *: only the weights are of interest; test_encode compares the rest
+@pytest.mark.golden("attentive_mask_clip", "encode", unused=("*",))
 def test_the_names_of_weights_are_upstreams(case):
     model = model_of(case)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in case.group("param/").items()}
@@ -753,9 +758,9 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     torch.save({"state_dict": torch.zeros(3)}, tmp_path / "nested.pt")
     for name, message in {
-        "other.pt": "does not hold the weights of this CLIP",
-        "none.pt": "none.pt is not a checkpoint that loads with weights_only=True",
-        "code.pt": "code.pt is not a checkpoint that loads with weights_only=True",
+        "other.pt": "does not hold the weights",
+        "none.pt": "none.pt is not a checkpoint",
+        "code.pt": "code.pt is not a checkpoint",
         "tensor.pt": "tensor.pt holds no weights",
         "nested.pt": "nested.pt holds no weights",
     }.items():

@@ -110,13 +110,13 @@ class Malicious:
 def test_nothing_but_plain_values_is_unpickled(tmp_path: Path):
     victim, path = tmp_path / "victim", tmp_path / "x.pkl"
     cases = {
-        "it holds pathlib": [(1, Malicious(victim), "")],
-        "it holds collections.OrderedDict, but only plain": [OrderedDict(a=1)],
-        "it holds numpy": [(np.int64(1), "title", "")],
-        "it holds no list of images": {"a": 1},
-        "entry 1 is no .number of up to eight digits": [(1, "a", "b"), (2, "a")],
-        "entry 0 is no .number": [(10**8, "a", "b")],
-        "entry 2 is no .number": [(1, "a", "b"), (2, "a", "b"), (3, None, "b")],
+        "pathlib": [(1, Malicious(victim), "")],
+        "collections.OrderedDict": [OrderedDict(a=1)],
+        "numpy": [(np.int64(1), "title", "")],
+        "no list": {"a": 1},
+        "entry 1": [(1, "a", "b"), (2, "a")],
+        "entry 0": [(10**8, "a", "b")],
+        "entry 2": [(1, "a", "b"), (2, "a", "b"), (3, None, "b")],
     }
     for message, rows in cases.items():
         path.write_bytes(pickle.dumps(rows))
@@ -124,7 +124,7 @@ def test_nothing_but_plain_values_is_unpickled(tmp_path: Path):
             read_metadata(path)
     for content in (b"", b"no pickle", pickle.dumps([(1, "a", "b")])[:-3], b"\x80\x04cos\nsystem\n(S'true'\ntR."):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is no yfcc15m.pkl of SLIP's: it"):
+        with pytest.raises(ValueError, match="no yfcc15m.pkl"):
             read_metadata(path)
     assert not victim.exists()
 
@@ -157,8 +157,8 @@ def test_shards_hold_what_can_be_read_and_the_rest_is_counted(in_process, tmp_pa
     path.write_bytes(content)
 
     result = finished(in_process(*command(root, out)))
-    assert "5 pairs of 11 images in 3 shards" in result.out
-    for line in ("missing zip: 1 (images/99/999.zip)", "damaged zip: 1 (images/23/000.zip)"):
+    assert "5 pairs of 11 images" in result.out
+    for line in ("images/99/999.zip", "images/23/000.zip"):
         assert line in result.out
     reasons = ("missing image", "empty caption", "damaged in its zip", "missing zip", "damaged zip")
     assert all(f"1 {reason}" in result.out for reason in reasons) and "1 unreadable image: " in result.out
@@ -255,15 +255,13 @@ def test_command_lines_end_in_one_sentence(in_process, large: Path, folder: Path
     (tmp_path / "theirs/00000_stats.json").write_text('{"count": 3}')  # of img2dataset
     empty = tree(tmp_path / "empty", [(1, "a", "b")], {2: jpeg(2)})
     wrong = {
-        "holds shards that were made with other settings: shard_size (was 150, now 100)": command(
-            large, made, size=100
-        ),
-        "holds shards that this script did not write": command(large, tmp_path / "foreign"),
-        "holds no statistics of this script": command(large, tmp_path / "theirs"),
+        "shard_size (was 150, now 100)": command(large, made, size=100),
+        "did not write": command(large, tmp_path / "foreign"),
+        "no statistics": command(large, tmp_path / "theirs"),
         "has no folder images": [large / "yfcc15m.pkl", "--root", large / "images", "--out", tmp_path / "a"],
-        "does not exist: SLIP's make_dataset.py writes": [large / "x.pkl", "--root", large, "--out", tmp_path / "b"],
-        "--shard-size must be at least 1, not 0": command(large, tmp_path / "c", size=0),
-        "none of the images of": command(empty, tmp_path / "d"),
+        "make_dataset.py": [large / "x.pkl", "--root", large, "--out", tmp_path / "b"],
+        "--shard-size must be at least 1": command(large, tmp_path / "c", size=0),
+        "none of the images": command(empty, tmp_path / "d"),
     }
     for message, arguments in wrong.items():
         result = in_process(*arguments)

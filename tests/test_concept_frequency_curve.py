@@ -71,7 +71,7 @@ def test_curve_of_every_kind_of_file(files, capsys):
     run(files, "counts.json", "flat.json")
     report = json.loads((files / "out/unjoined.json").read_text())["flat"]
     assert report["scores without a count"] == ["nothing like it"] and report["other spelling"] == 120
-    assert "no count of 1: 'nothing like it'" in capsys.readouterr().out
+    assert "'nothing like it'" in capsys.readouterr().out
     with open(files / "out/pairs.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 120
 
@@ -108,21 +108,21 @@ def test_inputs_without_a_curve_end_in_one_sentence(files, in_process):
     (files / "list.json").write_text("[1]")
     counts, given = files / "counts.json", files / "flat.json"
     for arguments, words in (
-        (["--counts", counts, "--scores", files / "nested.json"], "has no scores of concepts under setting"),
-        (["--counts", counts, "--scores", given, "--aliases", files / "list.json"], "list.json should be a dictionary"),
-        (["--counts", counts], "--counts and --scores are both needed"),
-        (["--counts", counts, counts, "--scores", given], "2 files of counts, 1 of scores"),
+        (["--counts", counts, "--scores", files / "nested.json"], "no scores of concepts"),
+        (["--counts", counts, "--scores", given, "--aliases", files / "list.json"], "list.json"),
+        (["--counts", counts], "--scores"),
+        (["--counts", counts, counts, "--scores", given], "2 files of counts"),
         (["--counts", counts, "--scores", files / "other.json"], "has a count in"),
         (["--counts", files / "same.json", "--scores", given], "have the count 7"),
-        (["--counts", counts, "--scores", files / "whole.json"], "--dump_classnames | tee log.txt"),
+        (["--counts", counts, "--scores", files / "whole.json"], "--dump_classnames"),
         (["--counts", files / "twice.csv", "--scores", given], "has two counts of ant"),
         (["--counts", files / "negative.json", "--scores", given], "holds no counts: bee has -1"),
-        (["--counts", counts, "--scores", given, files / "recall.json"], "recall are fractions (at most 0.99"),
-        (["--counts", counts, "--scores", files / "nan.json"], "that is not finite"),
-        (["--counts", counts, "--scores", files / "empty.log"], "holds no report by class"),
-        (["--counts", files / "counts.csv", "--scores", given], "has no column integrated or count"),
-        (["--counts", counts, "--scores", given, "--bins", "2"], "--bins is a slice such as 1:-1"),
-        (["--counts", counts, "--scores", given, "--models", "RN50"], "no file of scores has the model RN50"),
+        (["--counts", counts, "--scores", given, files / "recall.json"], "fractions (at most 0.99"),
+        (["--counts", counts, "--scores", files / "nan.json"], "not finite"),
+        (["--counts", counts, "--scores", files / "empty.log"], "no report by class"),
+        (["--counts", files / "counts.csv", "--scores", given], "no column integrated or count"),
+        (["--counts", counts, "--scores", given, "--bins", "2"], "--bins"),
+        (["--counts", counts, "--scores", given, "--models", "RN50"], "model RN50"),
         (["--counts", files / "none.json", "--scores", given], "none.json"),
     ):
         result = in_process(*arguments, "--out", files / "out", module="concept_frequency.curve")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from scripts import ROOT, one_sentence
 from short_runs import small_set
-from test_concept_frequency_model import partner
+from test_concept_frequency_model import both
 from test_concept_frequency_train import EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
 from concept_frequency import evaluate
@@ -46,9 +46,7 @@ def test_zero_shot(case):
 
 @pytest.mark.golden("concept_frequency", "retrieval")
 def test_retrieval(case):
-    if "k" not in case:
-        case = partner(case, ".npz")
-    truth = partner(case, ".json").json
+    case, truth = both(case)
     images, texts = case["image_embeddings"], case["text_embeddings"]
     found = caption_concepts(truth["docs"], captions_per_image=len(texts) // len(images))
     assert found.names == sorted(truth["concepts"])
@@ -80,7 +78,7 @@ def test_scores_are_written_the_authors_layout(arms, tmp_path):
     kept = (tmp_path / "out/groups_id_class_results.json").read_bytes()
     other = shutil.copytree(arms["zipf"], tmp_path / "other"), small_set("groups_id", tmp_path / "elsewhere")
     for change in ({"model": str(other[0])}, {"sets": other[1:]}):  # with the same label or name
-        with pytest.raises(ValueError, match="has backbonetiny_pretrainedzipf of .*: choose another --label or --out"):
+        with pytest.raises(ValueError, match="another --label or --out"):
             evaluate.main(dataclasses.replace(cfg, **change))
     assert (tmp_path / "out/groups_id_class_results.json").read_bytes() == kept
     for title in ("t2i_k=1", "i2t_k=10"):
@@ -122,4 +120,4 @@ def test_a_missing_pipeline_is_an_error_before_images_are_encoded(arms, in_proce
     result = in_process(
         arms["zipf"], "--sets", sets, "--spacy", "nowhere", "--out", tmp_path, module="concept_frequency.evaluate"
     )
-    assert result.code == 2 and "spaCy pipeline nowhere is not installed" in result.err, result.err
+    assert result.code == 2 and "pipeline nowhere" in result.err, result.err

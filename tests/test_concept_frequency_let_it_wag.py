@@ -95,9 +95,9 @@ def test_tail_benchmark_from_folders(tmp_path):
     assert read_concepts(tmp_path / "out") == ["rare bird"]
     test = assigned.read_test_set(str(tmp_path / "out"), ["rare bird"])
     assert len(test.labels) == 3
-    with pytest.raises(ValueError, match="has no image of the run's 1 concepts"):
+    with pytest.raises(ValueError, match="1 concepts"):
         assigned.read_test_set(str(tmp_path / "out"), ["common"])
-    with pytest.raises(ValueError, match="no concept has more than --per-class 450"):
+    with pytest.raises(ValueError, match="--per-class 450"):
         let_it_wag.build(dataclasses.replace(cfg, per_class=450))
 
 

@@ -8,9 +8,8 @@ from concept_frequency.statistics import log_linear_curve
 
 
 def test_styles_and_legends():
-    assert [figures.style(i, 2)[0] for i in range(2)] == ["royalblue", "forestgreen"]
-    assert [figures.style(i, 3)[1] for i in range(3)] == ["o", "d", "s"]
-    assert len({figures.style(i, 9)[0] for i in range(9)}) == 9
+    for count in (2, 3, 9):
+        assert len({figures.style(i, count) for i in range(count)}) == count
     assert (
         figures.legend("RN50", 0.966, 1e-5) == "RN50, ρ=0.97**" and figures.legend("RN50", 0.5, 0.1) == "RN50, ρ=0.50"
     )

@@ -25,7 +25,7 @@ def test_pickles_of_plain_values_and_nothing_else(tmp_path):
             return os.mkdir, (str(tmp_path / "made"),)
 
     (tmp_path / "code.pkl").write_bytes(pickle.dumps(Call()))
-    with pytest.raises(ValueError, match="only arrays and plain values are read"):
+    with pytest.raises(ValueError, match="plain values"):
         read_pickle(tmp_path / "code.pkl")
     assert not (tmp_path / "made").exists()
     assert not {module for module, _ in PlainUnpickler.ALLOWED} & {"os", "posix", "subprocess"}

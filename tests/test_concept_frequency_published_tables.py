@@ -1,5 +1,6 @@
 """Tables besides the curves, from files in the authors' layout; functions without their files return nothing."""
 
+import re
 import shutil
 
 import numpy as np
@@ -43,7 +44,8 @@ def test_claims_of_let_it_wag():
     x = np.array([20.0, 40.0, 60.0, 80.0])
     slopes, lost = tables.wag_claims(x, np.array([0.0, 12.0, 20.0, 51.6]))
     assert slopes["here"] == "0.60 1.58" and slopes["verdict"] == "reproduced"
-    assert lost["here"] == "20.0 to 40.0, mean 29.1; 3 of 4 lose more than 20" and lost["verdict"] == "same direction"
+    assert re.findall(r"[\d.]+", lost["here"]) == ["20.0", "40.0", "29.1", "3", "4", "20"]
+    assert lost["verdict"] == "same direction"
     assert tables.wag_claims(x, x + 1)[1]["verdict"] == "not reproduced"
 
 

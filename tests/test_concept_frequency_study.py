@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_concept_frequency_published_replay import write_published
 from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
@@ -20,7 +21,7 @@ def runs(arms) -> dict[str, Path]:
     return {arm: arms[arm] for arm in ARMS}
 
 
-def test_arms_are_measured_and_compared(runs, folder, capsys, monkeypatch):
+def test_arms_are_measured_and_compared(runs, folder, monkeypatch):
     """The study's metrics of each arm, its claims and its plot; what eval.py measured is not measured again."""
     paths = [str(path) for path in runs.values()]
     results = study.evaluate(paths)
@@ -33,7 +34,6 @@ def test_arms_are_measured_and_compared(runs, folder, capsys, monkeypatch):
         runs["zipf"] / "frequencies.json"
     )
     assert json.loads((runs["zipf"] / "results.json").read_text())["metrics"]["concepts"] == zipf["concepts"]
-    assert "rank r of our counts" in capsys.readouterr().out
     stamp = (runs["zipf"] / "results.json").stat().st_mtime_ns
     assert study.evaluate(paths) == results and (runs["zipf"] / "results.json").stat().st_mtime_ns == stamp
 
@@ -49,6 +49,24 @@ def test_arms_are_measured_and_compared(runs, folder, capsys, monkeypatch):
     monkeypatch.setattr(study.plt, "close", lambda figure: panels.append(len(figure.axes)) or close(figure))
     study.plot(found, folder)
     assert (folder / "concept_frequency_curves.png").is_file() and panels == [2]  # none is empty
+
+
+def test_the_nearest_picture_is_among_those_of_the_concepts(monkeypatch):
+    """Of three classes two are concepts; the test picture of the first is nearest to the class that is none."""
+    splits = {
+        "train": (torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([0, 1, 2])),
+        "test": (torch.tensor([[1.0, 0.9], [0.9, 1.0], [1.0, 0.1], [1.0, 0.0]]), torch.tensor([0, 0, 2, 1])),
+    }
+    monkeypatch.setattr(study, "concepts", lambda: ["c", "a"])
+    monkeypatch.setattr(study, "EvalSet", lambda *_: SimpleNamespace(classnames=["a", "b", "c"]))
+    monkeypatch.setattr(study.floors, "read", lambda _, split: splits[split])
+    # by cosine the first two are nearest to class 2, not 0; the third to class 0, not 2; the fourth does not count
+    assert study.pixels() == study.of_all(0.0)
+    splits["train"] = (splits["train"][0], torch.tensor([2, 1, 0]))
+    found = study.pixels()
+    assert found == {"top1": 100.0, "head": 100.0, study.LEARNED: 100.0}
+    splits["test"] = (splits["test"][0], torch.tensor([0, 2, 2, 1]))
+    assert study.pixels()["top1"] == pytest.approx(200 / 3)
 
 
 def test_within_slope_is_not_biased_by_differences_between_concepts():

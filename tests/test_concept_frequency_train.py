@@ -156,3 +156,23 @@ def test_log_uniform_counts(k, total):
         assert inner[0] == pytest.approx(inner[1], rel=0.15)
     with pytest.raises(ValueError, match="cannot hold"):
         log_uniform_counts(10, 9, None)
+
+
+def test_the_rate_rises_to_its_value_and_falls_by_half_a_cosine():
+    """Ten steps, four of them warm-up; one of the other six is a sixth of half a circle."""
+    cfg = dataclasses.replace(TINY, lr=0.8, warmup=4, epochs=2, dataset_size=50, batch_size=10)
+    assert cfg.steps_per_epoch == 5
+    found = [train.learning_rate(cfg, step) for step in range(10)]
+    assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert found[6] == pytest.approx(0.4 * (1 + 0.5)) and found[7] == pytest.approx(0.4)
+    assert found[9] == pytest.approx(0.4 * (1 - 0.75**0.5))
+
+
+def test_vectors_and_the_temperature_do_not_decay_and_the_scale_is_clamped():
+    model = torch.nn.Linear(3, 2)
+    model.logit_scale = torch.nn.Parameter(torch.tensor(5.0))
+    plain, decayed = train.parameter_groups(model, 0.2)
+    assert plain["weight_decay"] == 0 and {p.shape for p in plain["params"]} == {(), (2,)}
+    assert decayed["weight_decay"] == 0.2 and [p.shape for p in decayed["params"]] == [(2, 3)]
+    train.clamp_logit_scale(model)
+    assert model.logit_scale.exp().item() == pytest.approx(100)

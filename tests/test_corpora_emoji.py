@@ -115,7 +115,7 @@ def test_two_at_once_run_npm_once_and_build_once(tmp_path: Path, monkeypatch, ca
         assert len({*pool.map(emoji_sources.install, [tmp_path / ".npm"] * 2)}) == 1
     assert done == ["npm", "build", "npm"]
     said = capsys.readouterr().out
-    assert f"another process is making {tmp_path}/emoji: waiting" in said and "is complete (version v)" in said
+    assert "waiting" in said and "is complete" in said
 
 
 def test_wrong_calls_exit_2_with_one_sentence(in_process, tmp_path: Path) -> None:

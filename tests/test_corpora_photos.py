@@ -105,7 +105,7 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(flickr8k: Path, monk
     monkeypatch.setattr(photos.Flickr8k, "write", lambda *_: pytest.fail("built again"))
     build_flickr8k(flickr8k, "one")
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings: image_size \(was None, now 8\)"):
+    with pytest.raises(ValueError, match=r"image_size \(was None, now 8\)"):
         build_flickr8k(flickr8k, "one", image_size=8)
     photograph(flickr8k / "Images/1_a.jpg", 30, 30)
     with pytest.raises(ValueError, match="other settings: files"):
@@ -145,7 +145,7 @@ def test_what_is_missing_is_named(flickr8k: Path) -> None:
     other = flickr8k.parent / "multi30k"
     raw = other / "raw"
     (raw / "val.fr.gz").write_bytes(gzip.compress(b"one line\n"))
-    refused(ValueError, r"val\.fr\.gz has 1 lines for the 2 names of val\.txt", multi30k=other)
+    refused(ValueError, r"val\.fr\.gz has 1 lines .* 2 names", multi30k=other)
     (raw / "val.fr.gz").write_bytes(b"plain text")
     refused(ValueError, r"val\.fr\.gz is no gzipped UTF-8 text", multi30k=other)
     damaged = bytearray(gzip.compress(np.random.default_rng(0).bytes(1000)))
@@ -153,24 +153,24 @@ def test_what_is_missing_is_named(flickr8k: Path) -> None:
     (raw / "val.fr.gz").write_bytes(damaged)
     refused(ValueError, r"val\.fr\.gz is no gzipped UTF-8 text", multi30k=other)
     (raw / "val.fr.gz").unlink()
-    refused(ValueError, r"val\.fr\.gz is missing: Multi30k has image_splits/", multi30k=other)
+    refused(ValueError, r"val\.fr\.gz is missing", multi30k=other)
     split = flickr8k / "Flickr_8k.testImages.txt"
     for text, sentence in {
-        "\n\n": "names no photographs: Flickr8k has Images/",
-        f"8_a.jpg\n{flickr8k}/Images/9_a.jpg\n": "names the photograph '/.*9_a.jpg': it should be the name of a file",
-        "../Images/9_a.jpg\n": r"names the photograph '\.\./Images/9_a\.jpg': it should be",
+        "\n\n": "names no photographs",
+        f"8_a.jpg\n{flickr8k}/Images/9_a.jpg\n": "names the photograph '/.*9_a.jpg'",
+        "../Images/9_a.jpg\n": r"names the photograph '\.\./Images/9_a\.jpg'",
         "9_a.jpg\n8_a.jpg\n9_a.jpg\n": r"names the photograph 9_a\.jpg twice",
     }.items():
         split.write_text(text)
         refused(ValueError, rf"Flickr_8k\.testImages\.txt {sentence}")
     split.write_text("8_a.jpg\n3_a.jpg\n")
-    refused(ValueError, r"testImages\.txt puts the photograph 3_a\.jpg into the test split, but the train split has it")
+    refused(ValueError, r"testImages\.txt .*3_a\.jpg .*train")
     split.write_text("77_a.jpg\n")
-    refused(ValueError, r"no caption of 77_a\.jpg of the test split")
+    refused(ValueError, r"no caption of 77_a\.jpg")
     (flickr8k / "Flickr8k.token.txt").write_text("1_a.jpg,A caption\n")
-    refused(ValueError, r"Flickr8k\.token\.txt does not begin with name\.jpg#k<tab>caption")
+    refused(ValueError, r"Flickr8k\.token\.txt does not begin")
     (flickr8k / "Flickr8k.token.txt").unlink()
-    refused(ValueError, r"Flickr8k\.token\.txt is missing: Flickr8k has Images/, Flickr8k\.token\.txt and")
+    refused(ValueError, r"Flickr8k\.token\.txt is missing")
 
 
 def test_photographs_without_a_known_ending_are_broken(flickr8k: Path) -> None:
@@ -187,7 +187,7 @@ def test_photographs_without_a_known_ending_are_broken(flickr8k: Path) -> None:
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system refuses the name")
 def test_a_name_that_is_not_utf8(flickr8k: Path) -> None:
     Path(os.fsdecode(os.fsencode(flickr8k / "Images") + b"/\xff.jpg")).write_bytes(b"")
-    with pytest.raises(ValueError, match="udcff.jpg' is not UTF-8: rename the file"):
+    with pytest.raises(ValueError, match="udcff.jpg' is not UTF-8"):
         build_flickr8k(flickr8k)
 
 
@@ -216,9 +216,9 @@ def test_pacs(tmp_path: Path) -> None:
     pairs = data.open_pairs(str(out / "train/{photo,art_painting}-00000.tar"))
     assert len(pairs) == 26 and {pairs.caption(row) for row in range(26)} == {"dog", "guitar"}
     photograph(tmp_path / "PACS/photo/horse/pic_000.jpg")
-    with pytest.raises(ValueError, match="the same classes, only one of photo and art_painting has horse"):
+    with pytest.raises(ValueError, match="photo and art_painting has horse"):
         photos.PACS(tmp_path, tmp_path / "other").build()
-    with pytest.raises(ValueError, match=r"PACS/photo is missing: PACS has PACS/\{photo"):
+    with pytest.raises(ValueError, match="PACS/photo is missing"):
         photos.PACS(tmp_path / "PACS", tmp_path / "other").build()
 
 
@@ -236,16 +236,16 @@ def test_cifar10(tmp_path: Path) -> None:
     captions = [pairs.caption(row) for row in range(len(pairs))]
     assert sorted(captions) == sorted(list(photos.CIFAR10.classes) * 3) and captions != sorted(captions)
     (tmp_path / "train/cat").rename(tmp_path / "train/kitten")
-    with pytest.raises(ValueError, match="has the classes airplane.*kitten.*: CIFAR-10 has"):
+    with pytest.raises(ValueError, match="airplane.*kitten"):
         photos.CIFAR10(tmp_path, tmp_path / "other").build()
     (tmp_path / "train/kitten").rename(tmp_path / "train/cat")
     (tmp_path / "test/dog").rename(tmp_path / "test/d\nog")
-    with pytest.raises(ValueError, match="test has the classes .*d og, .*: CIFAR-10 has"):
+    with pytest.raises(ValueError, match="test has the classes .*d og, "):
         photos.CIFAR10(tmp_path, tmp_path / "other").build()
     (tmp_path / "test/d\nog").rename(tmp_path / "test/dog")
     for file in (tmp_path / "test/dog").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="test/dog holds no photographs: CIFAR-10 has"):
+    with pytest.raises(ValueError, match="test/dog holds no photographs"):
         photos.CIFAR10(tmp_path, tmp_path / "other").build()
     for file in (tmp_path / "test").rglob("*.png"):
         file.unlink()
@@ -311,8 +311,8 @@ def test_instance_masks() -> None:
     assert np.array_equal(lengths, [[False, True, False], [True, False, False]])
     for segmentation, sentence in (
         ({"counts": "abc"}, "compressed run lengths"),
-        ({"counts": [10**12, 10**12]}, "its run lengths have 2000000000000 pixels"),
-        ([[0, 0, 2, 0, 2, float("nan")]], "a corner that is no number"),
+        ({"counts": [10**12, 10**12]}, "2000000000000 pixels"),
+        ([[0, 0, 2, 0, 2, float("nan")]], "no number"),
     ):
         with pytest.raises(ValueError, match=sentence):
             photos.instance_mask(segmentation, 2, 3)
@@ -321,17 +321,17 @@ def test_instance_masks() -> None:
 def test_coco_files_that_are_others(coco: Path) -> None:
     file = coco / "annotations/captions_val2017.json"
     file.write_text(json.dumps({"images": [], "annotations": [{"id": 1}]}))
-    with pytest.raises(ValueError, match=r"captions_val2017\.json lacks annotations with caption, id"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json lacks annotations"):
         photos.COCO(coco, coco / "out").build()
     objects = coco / "annotations/instances_val2017.json"
     for old, new, sentence in (
-        ('"category_id": 3', '"category_id": 4', r"instances_val2017\.json has instances of category 4, which"),
-        ('"height"', '"hight"', r"instances_val2017\.json lacks images with file_name, height"),
-        ("[[2.0, ", "[[", "instance 2 has no mask for an image of 20 x 16 pixels"),
-        ('"area": 48', '"area": "48"', r"instances_val2017\.json lacks annotations with area, .* has a wrong type"),
-        ('"height": 16', '"height": 1000000000', "has a photograph of 20 x 1000000000 pixels, 000000000007.jpg"),
+        ('"category_id": 3', '"category_id": 4', r"instances_val2017\.json .*category 4"),
+        ('"height"', '"hight"', r"instances_val2017\.json lacks images"),
+        ("[[2.0, ", "[[", "instance 2 .*20 x 16"),
+        ('"area": 48', '"area": "48"', r"instances_val2017\.json lacks annotations"),
+        ('"height": 16', '"height": 1000000000', "20 x 1000000000 .*000000000007.jpg"),
         ('"000000000008.jpg"', '"000000000007.jpg"', "names the photograph 000000000007.jpg twice"),
-        ('"000000000008.jpg"', '"../a.jpg"', r"names the photograph '\.\./a\.jpg': it should be the name of a file"),
+        ('"000000000008.jpg"', '"../a.jpg"', r"'\.\./a\.jpg'"),
     ):
         texts = [path.read_text() for path in (file, objects)]
         file.write_text((coco / "annotations/captions_train2017.json").read_text())
@@ -343,13 +343,13 @@ def test_coco_files_that_are_others(coco: Path) -> None:
     captions = json.loads((coco / "annotations/captions_train2017.json").read_text())
     captions["annotations"][0]["caption"] = "half \ud800"
     file.write_text(json.dumps(captions))
-    with pytest.raises(ValueError, match=r"captions_val2017\.json has the text 'half \\ud800', half of a surrogate"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json .*'half \\ud800'"):
         photos.COCO(coco, coco / "out").build()
     file.write_text("no JSON")
-    with pytest.raises(ValueError, match=r"captions_val2017\.json holds no JSON object: COCO has"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json holds no JSON"):
         photos.COCO(coco, coco / "out").build()
     file.unlink()
-    with pytest.raises(ValueError, match=r"captions_val2017\.json is missing: COCO has"):
+    with pytest.raises(ValueError, match=r"captions_val2017\.json is missing"):
         photos.COCO(coco, coco / "out").build()
     assert not (coco / "out").exists()
 
@@ -365,6 +365,6 @@ def test_wrong_calls_exit_2_with_one_sentence(tmp_path: Path, monkeypatch, capsy
 def test_none_of_the_photographs_can_be_read(flickr8k: Path) -> None:
     for file in (flickr8k / "Images").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 5 photographs .* can be read"):
+    with pytest.raises(ValueError, match="none of the 5 photographs"):
         build_flickr8k(flickr8k)
     assert not (flickr8k.parent / "out").exists()

@@ -218,7 +218,7 @@ def test_building_again(built: Path, config: scenes.Config, tmp_path: Path, monk
     monkeypatch.setattr(scenes, "write", lambda *_: pytest.fail("built again"))
     scenes.main(config)
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings: ground \(was 1.0, now 0.5\)"):
+    with pytest.raises(ValueError, match=r"ground \(was 1.0, now 0.5\)"):
         scenes.main(dataclasses.replace(config, ground=0.5))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
@@ -239,15 +239,15 @@ def test_an_interrupted_build_leaves_nothing(config: scenes.Config, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"captioned": (0, 1)}, "--captioned must be two numbers of at least 1"),
+        ({"captioned": (0, 1)}, "--captioned must"),
         ({"clutter": (3, 2)}, "--clutter must be two numbers"),
         ({"captioned_size": (0.01, 0.5)}, "--captioned-size must be two shares"),
-        ({"captioned": (1, 9)}, "9 captioned emoji of 24 pixels do not fit into 48 x 48"),
+        ({"captioned": (1, 9)}, "48 x 48"),
         ({"noise": 1.5}, "--noise must lie between 0 and 1"),
-        ({"styles": ("noto", "fluent-emoji-flat")}, "--styles takes one or more of noto.*not fluent-emoji-flat"),
+        ({"styles": ("noto", "fluent-emoji-flat")}, "--styles .*not fluent-emoji-flat"),
         ({"image_size": 4}, "--image-size must be at least 8"),
-        ({"concepts": 500}, "concepts of these groups have 4 drawings"),
-        ({"clutter_groups": ("flags",)}, "--clutter-groups flags have no drawings besides those of concepts"),
+        ({"concepts": 500}, "4 drawings"),
+        ({"clutter_groups": ("flags",)}, "--clutter-groups flags"),
     ],
 )
 def test_settings_that_cannot_be_drawn(bank: sprites.Sprites, change: dict, sentence: str) -> None:
@@ -256,7 +256,7 @@ def test_settings_that_cannot_be_drawn(bank: sprites.Sprites, change: dict, sent
 
 
 def test_errors_of_the_command_line(config: scenes.Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no emoji corpus: 'make data'"):
+    with pytest.raises(ValueError, match="make data"):
         scenes.main(dataclasses.replace(config, out=tmp_path / "a", corpus=tmp_path))
     with pytest.raises(ValueError, match="--samples must be at least 1"):
         scenes.main(dataclasses.replace(config, out=tmp_path / "a", samples=0))

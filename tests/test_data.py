@@ -18,6 +18,7 @@ from server import serving
 from torchvision import transforms
 
 from shared import data, fetch, run, tars
+from shared.clip import RememberingTokenizer
 from shared.run import stable_hash
 
 
@@ -254,17 +255,17 @@ def test_shard_lists(tmp_path: Path):
         "pipe:cat 0.tar", "pipe:cat 1.tar", "http://host/a.tar", "http://host/b.tar",
     ]  # fmt: skip
     typed = f"{tmp_path}/{{0..3}}.tar"
-    with pytest.raises(ValueError, match=f"shard {tmp_path}/3.tar does not exist \\(expanded from") as error:
+    with pytest.raises(ValueError, match=f"{tmp_path}/3.tar does not exist") as error:
         data.expand_shards(typed)
     assert f"from '{typed}')" in str(error.value) and "--data" not in str(error.value)  # it may be positional
-    with pytest.raises(ValueError, match="shard none.tar does not exist; shards are tar files"):
+    with pytest.raises(ValueError, match="none.tar does not exist"):
         data.expand_shards("none.tar")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no .tar shard"):
         data.expand_shards(str(tmp_path / "empty"))
     (tmp_path / "empty/train").mkdir()
     three(tmp_path / "empty/train/0.tar")
-    with pytest.raises(ValueError, match="empty holds no .tar shard; .*empty/train does"):
+    with pytest.raises(ValueError, match="empty holds no .tar shard; .*empty/train"):
         data.expand_shards(str(tmp_path / "empty"))
 
 
@@ -354,11 +355,11 @@ def test_tsv(tmp_path: Path):
 
 def test_another_size_than_the_datas_is_told(tmp_path: Path, capsys: pytest.CaptureFixture):
     shard, main = str(three(tmp_path / "0.tar")), run.Process(0, 2, torch.device("cpu"))
-    for size, message in ((2, "3 pairs; --dataset-size keeps the first 2"), (3, ""), (None, ""),
-                          (4, "3 pairs, fewer than --dataset-size 4")):  # fmt: skip
+    for size, told in ((2, True), (3, False), (None, False), (4, True)):
         cfg = SimpleNamespace(data=shard, dataset_size=size, batch_size=1, out="run")
         data.check_pairs(data.open_pairs(shard, size), cfg, {}, main)
-        assert capsys.readouterr().out == (message and f"{shard} holds {message}\n")
+        said = capsys.readouterr().out
+        assert ("--dataset-size" in said and "3 pairs" in said and str(size) in said) if told else said == ""
         data.check_pairs(data.open_pairs(shard, size), cfg, {}, main._replace(rank=1))
         assert not capsys.readouterr().out
 
@@ -455,7 +456,7 @@ def test_texts_are_tokenised_once():
         calls.append(texts)
         return torch.tensor([[len(text), ord(text[0])] for text in texts])
 
-    remembering = data.RememberingTokenizer(tokenizer, size=3)
+    remembering = RememberingTokenizer(tokenizer, size=3)
     for texts in (["ab", "c", "ab"], ["c", "def"], ["g"], ["ab"], "c"):
         expected = [[len(text), ord(text[0])] for text in ([texts] if isinstance(texts, str) else texts)]
         assert remembering(texts).tolist() == expected

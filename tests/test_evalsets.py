@@ -75,9 +75,9 @@ def first_error(folder, workers=0):
 
 def test_a_set_that_does_not_exist_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder, hint in (("data/emoji/eval/names_id", "'make data' builds the embedded corpus"), ("mine", "")):
+    for folder, hint in (("data/emoji/eval/names_id", "make data"), ("mine", "")):
         message = first_error(folder)
-        assert message.startswith(f"evaluation set {folder} does not exist.") and hint in message, message
+        assert f"{folder} does not exist" in message and hint in message, message
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_files_of_windows_editors_are_read(classification_set):
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ([("k7.png", b"no image"), ("k7.cls", b"0")], ".png image that cannot be read"),
-        ([("k7.png", image_bytes(0)[:60]), ("k7.cls", b"0")], ".png image that cannot be read"),
-        ([("k7.png", image_bytes(0)), ("k7.cls", b"3")], "label 3, outside of the 3 classes"),
+        ([("k7.png", b"no image"), ("k7.cls", b"0")], ".png image"),
+        ([("k7.png", image_bytes(0)[:60]), ("k7.cls", b"0")], ".png image"),
+        ([("k7.png", image_bytes(0)), ("k7.cls", b"3")], "label 3"),
         ([("k7.png", image_bytes(0)), ("k7.cls", b"-1")], "label -1"),
         ([("k7.png", image_bytes(0)), ("k7.cls", b"cat")], "an integer"),
         ([("k7.png", image_bytes(0))], "no .cls file"),
@@ -135,14 +135,14 @@ def test_bad_sample_is_named(tmp_path, files, expected, workers):
 
 
 def test_bad_captions_are_named(tmp_path):
-    for i, (data, expected) in enumerate([(b" \n\n", "no caption"), (b"\xff\xfe\x00", "cannot be read as UTF-8")]):
+    for i, (data, expected) in enumerate([(b" \n\n", "no caption"), (b"\xff\xfe\x00", "UTF-8")]):
         files = [("k7.png", image_bytes(0)), ("k7.txt", data)]
         message = first_error(write_set(tmp_path / f"bad{i}", [files], kind="retrieval"))
         assert "'k7'" in message and expected in message
 
 
 def test_bad_multilabel_is_named(tmp_path):
-    for i, (data, expected) in enumerate([(npy([1, 0]), "shape (2,) for 3 classes"), (b"junk", "cannot be read")]):
+    for i, (data, expected) in enumerate([(npy([1, 0]), "shape (2,)"), (b"junk", "cannot be read")]):
         files = [("k7.png", image_bytes(0)), ("k7.npy", data)]
         message = first_error(write_set(tmp_path / f"bad{i}", [files], kind="multilabel"))
         assert "'k7'" in message and expected in message
@@ -217,7 +217,7 @@ def test_empty_split_is_named(tmp_path, workers):
 def test_image_size_is_bounded(classification_set, monkeypatch):
     monkeypatch.setattr("shared.data.MAX_PIXELS", 40)
     message = first_error(classification_set)
-    assert "8x8 pixels are more than the 40 allowed" in message and "'s0000'" in message
+    assert "8x8 pixels" in message and "'s0000'" in message
 
 
 def test_transparent_images_show_white(tmp_path):

@@ -68,7 +68,7 @@ def test_images_of_a_table_change_with_their_files(tmp_path: Path):
 
 
 def test_folders_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="--sets a/x and b/x have the same name: evaluate one at a time"):
+    with pytest.raises(ValueError, match="--sets a/x and b/x"):
         evaluation.open_sets("sets", ["a/x", "b/x"], None, "retrieval")
 
 
@@ -172,7 +172,7 @@ def test_results_name_the_model_that_was_trained(tmp_path: Path):
 
 
 def test_runs_are_named():
-    with pytest.raises(ValueError, match="name at least one checkpoint"):
+    with pytest.raises(ValueError, match="at least one checkpoint"):
         evaluation.evaluate_runs(Config(()), lambda path: {}, {}, "checkpoint")
 
 
@@ -180,9 +180,9 @@ def test_runs_of_another_paper_are_refused(tmp_path: Path):
     """The error says which script evaluates them; papers that compare with others accept them."""
     torch.save({"paper": "tinyclip"}, tmp_path / "checkpoint.pt")
     cfg = Config((str(tmp_path),))
-    with pytest.raises(ValueError, match="is a run of tinyclip: use 'python -m tinyclip.eval"):
+    with pytest.raises(ValueError, match="python -m tinyclip.eval"):
         evaluation.evaluate_runs(cfg, lambda path: {}, {})
-    with pytest.raises(ValueError, match="is a run of tinyclip"):
+    with pytest.raises(ValueError, match="run of tinyclip"):
         export.single(cfg)
     assert evaluation.evaluate_runs(cfg, lambda path: {"top1": 1.0}, {}, foreign=True) == [{"top1": 1.0}]
 
@@ -208,16 +208,16 @@ def test_console_says_what_was_measured_and_where_it_is(tmp_path: Path, monkeypa
     for folder in ("data/ours", "imagenet", "run", "other"):
         Path(folder).mkdir(parents=True)
     measure = lambda path: {"ours/top1": 1.0, "ours/top5": 2.0, "imagenet/top1": 61.4}  # noqa: E731
-    for cfg, lines in (
-        (Sets(("run",)), ["run:", "| top-1         | 1.00  |", "all metrics: run/results.md"]),
-        (Sets(("run", "other")), ["run: top-1 1.00; all metrics: run/results.md"]),
-        (Sets(("a.pt", "other"), sets=("imagenet",)), ["| imagenet/top1 | 61.40 |", "all metrics: a.eval/results.md"]),
-        (Sets(("RN50@openai",), sets=("imagenet",)), ["all metrics: runs/tests/RN50@openai/results.md"]),
+    for cfg, words in (
+        (Sets(("run",)), ["top-1", "1.00", "| imagenet/top1", " run/results.md"]),
+        (Sets(("run", "other")), ["top-1 1.00", " run/results.md", " other/results.md"]),
+        (Sets(("a.pt", "other"), sets=("imagenet",)), ["imagenet/top1", "61.40", " a.eval/results.md"]),
+        (Sets(("RN50@openai",), sets=("imagenet",)), [" runs/tests/RN50@openai/results.md"]),
     ):
         evaluation.evaluate_runs(cfg, measure, {"ours/top1": "top-1"})
-        printed = capsys.readouterr().out.splitlines()
-        assert set(lines) <= set(printed), printed
-        assert not any("top5" in line for line in printed) or cfg.sets == ("imagenet",)
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words), printed
+        assert "top5" not in printed or cfg.sets == ("imagenet",)
 
 
 def test_weights_by_name_are_kept_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

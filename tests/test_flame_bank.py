@@ -53,7 +53,7 @@ def test_samples_of_the_same_captions_share_embeddings(small_bank: Path, embeddi
 def test_keys_that_occur_twice_are_refused(small_bank: Path):
     """A bank finds captions by key: a second sample of a key would get the first one's."""
     opened = Bank(small_bank)
-    with pytest.raises(ValueError, match="sample key a occurs twice in --data"):
+    with pytest.raises(ValueError, match="key a occurs twice in --data"):
         opened.check(Strings.of(["a", "b", "a"]), "--data")
     keys = Strings.of(["b", "a", "d", "a"])
     np.save(small_bank / "keys.npy", keys.text)
@@ -88,8 +88,8 @@ def test_a_bank_that_was_only_begun_or_is_none(small_bank: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="is not finished"):
         Bank(small_bank)
     (begun := tmp_path / "begun").mkdir()
-    with pytest.raises(ValueError, match="make it with 'python -m flame.embed'"):
+    with pytest.raises(ValueError, match="flame.embed"):
         Bank(begun)
     (begun / ".lock").touch()
-    with pytest.raises(ValueError, match="has no embeddings yet: run 'python -m flame.embed' again"):
+    with pytest.raises(ValueError, match="no embeddings yet"):
         Bank(begun)

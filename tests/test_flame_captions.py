@@ -17,7 +17,7 @@ TWO = '[{"__key__": "a", "caption": "x", "other": "y"}]'
 @pytest.mark.parametrize("content", [*LAYOUTS, TWO])
 def test_files_of_another_layout_are_refused(content: str, tmp_path: Path):
     (tmp_path / "bad.json").write_text(content)
-    with pytest.raises(ValueError, match="bad.json is no caption file: it should be a JSON list"):
+    with pytest.raises(ValueError, match="bad.json is no caption file"):
         Captions(tmp_path / "bad.json")
 
 
@@ -27,9 +27,9 @@ def test_the_name_of_a_caption_does_not_matter(tmp_path: Path):
     found = Captions(tmp_path / "theirs.json")
     assert dict(found) == {"a": "A cat.", "b": "", "c": "漢字"} and found.get("d") is None
     found.check(Strings.of(["c", "a"]), "--data")
-    with pytest.raises(ValueError, match="theirs.json has no caption of sample d, which is in --data"):
+    with pytest.raises(ValueError, match="theirs.json has no caption of sample d"):
         found.check(Strings.of(["a", "d"]), "--data")
-    with pytest.raises(ValueError, match="caption file .*none.json does not exist"):
+    with pytest.raises(ValueError, match="none.json does not exist"):
         Captions(tmp_path / "none.json")
 
 

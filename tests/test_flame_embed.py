@@ -204,7 +204,7 @@ def test_two_processes_embed_the_same_bank(bank: Path, embed_flags: list, start,
 def test_other_settings_do_not_mix_into_a_bank(bank: Path, embed_flags: list, in_process):
     for option, value in (("mask", "causal"), ("precision", "bf16")):
         result = in_process(*embed_flags, "--out", bank, f"--{option}", value)
-        assert result.code == 2 and f"was made with another {option}" in result.err and one_sentence(result.err)
+        assert result.code == 2 and f"another {option}" in result.err and one_sentence(result.err)
 
 
 def test_another_language_model_of_the_same_name_is_refused(
@@ -218,8 +218,8 @@ def test_another_language_model_of_the_same_name_is_refused(
     weights.write_bytes(before[:-4] + b"\0\0\0\0")
     try:
         result = in_process(*embed_flags, "--out", out)
-        assert result.code == 2 and "was made with another digest" in result.err and one_sentence(result.err)
-        with pytest.raises(ValueError, match="is not the language model that made"):
+        assert result.code == 2 and "another digest" in result.err and one_sentence(result.err)
+        with pytest.raises(ValueError, match="not the language model"):
             zeroshot.llm_of_bank(out)()
     finally:
         weights.write_bytes(before)
@@ -232,7 +232,7 @@ def test_a_bank_has_one_writer_and_no_stray_embeddings(bank: Path, embed_flags: 
         assert in_process(*embed_flags, "--out", out).code == 0  # finished: nothing to write
         np.save(out / "done.npy", np.zeros(1, dtype=bool))
         result = in_process(*embed_flags, "--out", out)
-        assert result.code == 2 and "belongs to a run that is still going" in result.err and one_sentence(result.err)
+        assert result.code == 2 and "still going" in result.err and one_sentence(result.err)
     (out / "index.json").unlink()  # nothing says what the embeddings are of
     np.save(out / "embeddings.npy", np.zeros(3))
     assert in_process(*embed_flags, "--out", out).code == 0
@@ -249,7 +249,7 @@ def test_captions_are_read_by_sample_and_empty_ones_are_counted(captions: Path, 
     assert len(keys) == 10 and [columns[1](sample) for sample in range(2)] == ["", " "]
     assert columns[0](3) == Captions(files["raw"])[keys[3]]
     rows, _ = embed.distinct_rows(10, columns)
-    assert "2 of 10 short captions are empty" in capsys.readouterr().out
+    assert "2 of 10" in capsys.readouterr().out
     triples = [tuple(column(sample) for column in columns) for sample in range(10)]
     distinct = list(dict.fromkeys(triples))
     assert rows.tolist() == [distinct.index(triple) for triple in triples]
@@ -264,7 +264,7 @@ def test_captions_that_a_file_lacks_are_the_raw_ones(tmp_path: Path, capsys):
     _, columns = embed.open_captions(cfg)
     raw, short, long = ([column(sample) for sample in range(4)] for column in columns)
     assert short == [*(entry["caption"] for entry in entries), raw[3]] and long == raw
-    assert f"lacks 1 of 4 samples, such as {keys[3]}: raw captions are used" in capsys.readouterr().out
+    assert f"1 of 4 samples, such as {keys[3]}" in capsys.readouterr().out
 
 
 def test_texts_need_the_language_model_once(bank: Path):
@@ -294,7 +294,7 @@ def test_texts_are_told_apart_by_what_made_them(name: str, tmp_path: Path):
 
 def test_gemma_is_loaded_by_name_and_its_terms_are_shown(tiny_llm: Path, monkeypatch, capsys):
     monkeypatch.setattr(llm.pretrained, "gemma3_270m", lambda out: tiny_llm)
-    assert llm.load_llm("gemma", True, "fp32").dim == 16 and "Gemma terms of use" in capsys.readouterr().out
+    assert llm.load_llm("gemma", True, "fp32").dim == 16 and "terms of use" in capsys.readouterr().out
     monkeypatch.setattr(llm.pretrained, "smollm2", lambda out: tiny_llm)
     llm.load_llm("smollm2", True, "fp32")
     assert capsys.readouterr().out == "" and llm.llm_digest("gemma") == llm.llm_digest(str(tiny_llm))
@@ -310,7 +310,7 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
         "--data is missing": paper,
         "git clone https://github.com/MIV-XJTU/FLAME": [*paper, "--data", SHARDS / "00000.tar"],
         "--short is missing": [*embed_flags, "--short", "None"],
-        "has no caption of sample": [*embed_flags, "--data", SHARDS / "00001.tar"],
+        "no caption of sample": [*embed_flags, "--data", SHARDS / "00001.tar"],
         "is no caption file": [*embed_flags, "--long", tmp_path / "bad.json"],
         "--llm no.gguf does not exist": [*embed_flags, "--llm", "no.gguf"],
         "could not be loaded": [*embed_flags, "--llm", tmp_path],
@@ -328,8 +328,8 @@ def test_embed_command_line_errors(in_process, embed_flags: list, tmp_path: Path
 def test_dry_run_of_embedding(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     result = in_process("yfcc15m-mistral-nemo", "--dry-run")
-    assert result.code == 0 and "112,640 bytes an image" in result.out and "1,697 GB" in result.out, result
+    assert result.code == 0 and "112,640 bytes" in result.out and "1,697 GB" in result.out, result
     result = in_process("yfcc15m-mistral-nemo", "--dry-run", "--batch-size", "-1")
-    assert result.code == 2 and "--batch-size must be at least 1, not -1" in result.err, result
+    assert result.code == 2 and "--batch-size must be at least 1" in result.err, result
     result = in_process("emoji", "--dry-run")
-    assert result.code == 0 and "11 embeddings of its width" in result.out, result
+    assert result.code == 0 and "11 embeddings" in result.out, result

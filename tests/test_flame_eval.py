@@ -125,7 +125,7 @@ def test_imagenet_in_five_languages(tmp_path: Path):
     assert {key.split("/")[0] for key in found} == {f"imagenet_{name}" for name in ("ar", "en", "jp", "it", "cn")}
     assert asked[0] == ([f"ar {classes[0]}", f"a ar {classes[0]} ar"], False) and len(asked) == 5
     (tmp_path / "it_classnames.json").write_text(json.dumps({"imagenet1k": classes[:3]}))
-    with pytest.raises(ValueError, match="has 9 classes, but .* names 3"):
+    with pytest.raises(ValueError, match="9 classes, .* 3"):
         evaluation.multilingual_imagenet(Red(), texts, evaluation.imagenet_names(tmp_path), cfg, "cpu", torch.float32)
 
 
@@ -171,7 +171,7 @@ def test_all_arms_are_evaluated(arms: dict[str, Path], in_process, folder: Path)
         found = json.loads((path / "results.json").read_text())["metrics"]
         names = "groups_ood/top1 retrieval_long_ood/text_to_image_R@1 groups_id/probe_final seconds"
         assert all(np.isfinite(found[name]) for name in names.split())
-    assert f"all metrics: {runs[1]}/results.md" in result.out
+    assert f"{runs[1]}/results.md" in result.out
     assert f" {found['retrieval_long_ood/text_to_image_R@1']:.2f} " in result.out
 
 
@@ -182,14 +182,14 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
     flame = [arms["flame"]]
     classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
     cases = {
-        "is not a run of flame that can be used here": [tmp_path / "other"],
+        "not a run of flame": [tmp_path / "other"],
         "retrieval_ood is a retrieval set": [*flame, "--probe", pairs],
         "--batch-size must be at least 1": [*flame, "--batch-size", "0"],
         "have the same name": [*flame, "--sets", pairs, small_set("retrieval_ood", tmp_path)],
-        "long-sets photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
-        "compositional photos:x should be one of winoground": [*flame, "--compositional", "photos:x"],
+        "photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
+        "photos:x should be one of winoground": [*flame, "--compositional", "photos:x"],
         "ar_classnames.json is missing": [*flame, "--multilingual", f"{classes}:{tmp_path}"],
-        "name at least one run folder": [],
+        "at least one run folder": [],
         "no checkpoint at": [tmp_path],
         "holds no weights of FLAME": [tmp_path / "other.pt"],
     }

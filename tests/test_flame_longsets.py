@@ -46,10 +46,10 @@ def test_long_sets_are_read_as_upstream_does(tmp_path: Path):
     for reader in longsets.LONG_SET_READERS.values():
         with pytest.raises(ValueError, match="is missing"):
             longsets.read_set(reader, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is not crossmodal3600 in its authors' format .KeyError"):
+    with pytest.raises(ValueError, match="not crossmodal3600"):
         longsets.read_set(longsets.crossmodal3600, tmp_path, "quz")
     (tmp_path / "images/k.jpg").unlink()
-    with pytest.raises(ValueError, match="no image with a caption for crossmodal3600 sw"):
+    with pytest.raises(ValueError, match="crossmodal3600 sw"):
         longsets.read_set(longsets.crossmodal3600, tmp_path, "sw")
     (root / "caption/1.txt").write_text("")
     assert longsets.read_set(longsets.urban1k, root)[0][1] == ""
@@ -67,5 +67,5 @@ def test_class_names_of_imagenet_in_five_languages(tmp_path: Path):
         longsets.imagenet_names(tmp_path)
     for kind in ("classnames", "zeroshot_classification_templates"):
         (tmp_path / f"ar_{kind}.json").write_text("{}")
-    with pytest.raises(ValueError, match="hold no class names of imagenet1k"):
+    with pytest.raises(ValueError, match="no class names of imagenet1k"):
         longsets.imagenet_names(tmp_path)

@@ -80,7 +80,8 @@ def test_clean_caption(case):
         assert clean_caption(entry["in"]) == entry["out"], entry["in"]
 
 
-@pytest.mark.golden("flame", "facet_mask")
+# position_ids: the default of the library, not an output of the authors' code
+@pytest.mark.golden("flame", "facet_mask", unused=("position_ids",))
 def test_facet_decoupled_mask(case):
     masks, lens = numbered(case, "mask"), case["facet_lens"].tolist()
     for i, mask in enumerate(masks):
@@ -308,7 +309,9 @@ def test_image_tower(case):
     case.close_group("grad/", gradients, rtol=1e-4, atol=1e-6)
     unused = {name for name, p in model.named_parameters() if p.grad is None}
     assert unused == {"visual.proj", "visual.ln_post.weight", "visual.ln_post.bias", "logit_scale", "logit_bias"}
-    assert len(model.mm[0].weight) == case["hidden_dim"]
+    assert (len(model.mm[0].weight), len(model.mm[3].weight)) == (case["hidden_dim"], case["projector_dim"])
+    layers, width = len(model.visual.transformer.resblocks), model.visual.positional_embedding.shape[1]
+    assert (layers, width) == (case["layers"], case["width"])
 
 
 def test_flame_starts_as_published():
@@ -351,9 +354,9 @@ def test_the_bias_is_the_sigmoid_losss_alone():
 
 
 def test_towers_of_other_sizes():
-    with pytest.raises(ValueError, match="'ViT-B-33' is not an open_clip config"):
+    with pytest.raises(ValueError, match="ViT-B-33"):
         open_clip_config("ViT-B-33")
-    with pytest.raises(ValueError, match="patches of 8 pixels do not tile an image of 41"):
+    with pytest.raises(ValueError, match="patches of 8 pixels"):
         image_tower(open_clip_config("FLAME-emoji"), 41)
     model = FLAME(*image_tower(open_clip_config("ResNet-emoji")), 16, 32).eval()  # of timm
     assert model.patch_tokens(torch.zeros(2, 3, 32, 32)).shape == (2, 4, 256)
@@ -384,7 +387,8 @@ def test_mp_sigmoid_loss(case):
 def test_mp_sigmoid_negative_only(case, monkeypatch):
     """The texts of another process add this to the loss: here they are gathered beside texts that add nothing."""
     image, text, scale, bias = (case[name] for name in ("image_features", "text_features", "logit_scale", "logit_bias"))
-    far = torch.full_like(text, 0.0) + 1e3 * image.repeat_interleave(case["num_facets"], 0)  # own texts, surely matched
+    far = 1e3 * image.repeat_interleave(case["num_facets"], 0)  # own texts, surely matched
+    image, text = leaf(image), leaf(text)
     own = mp_sigmoid_loss(image[:1], far[: case["num_facets"]], scale, bias)
     assert own == 0
     losses = []
@@ -392,7 +396,11 @@ def test_mp_sigmoid_negative_only(case, monkeypatch):
         k = slice(i * case["num_facets"], (i + 1) * case["num_facets"])
         monkeypatch.setattr(flame_model, "gather", lambda own: torch.cat([own, text]))
         losses.append(mp_sigmoid_loss(image[i : i + 1], far[k], scale, bias))
-    case.close("loss", torch.stack(losses).mean(), rtol=1e-5)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    case.close("loss", loss, rtol=1e-5)
+    case.close("grad_image", image.grad, rtol=1e-4, atol=1e-6)
+    case.close("grad_text", text.grad, rtol=1e-4, atol=1e-6)
     n, k = len(case["image_features"]), case["num_facets"]
     own = torch.eye(n).repeat_interleave(k, dim=1)
     case.close("labels_pos", 2 * own - 1)
@@ -402,6 +410,7 @@ def test_mp_sigmoid_negative_only(case, monkeypatch):
 @pytest.mark.golden("flame", "mp_nce_loss", "clip_loss")
 def test_mp_nce_loss(case):
     inputs = [leaf(case[name]) for name in ("image_features", "text_features", "logit_scale")]
+    assert len(inputs[1]) == case["num_facets"] * len(inputs[0])
     loss = mp_nce_loss(*inputs)
     loss.backward()
     case.close("loss", loss, rtol=1e-5)
@@ -419,6 +428,7 @@ def sigmoid_of_rank(rank: int, case: dict) -> dict[str, torch.Tensor]:
 def test_mp_sigmoid_distributed(case, tmp_path):
     world_size = len(case["image_features"])
     inputs = {n: case[n] for n in ("image_features", "text_features", "logit_scale", "logit_bias")}
+    assert inputs["text_features"].shape[1] == case["num_facets"] * inputs["image_features"].shape[1]
     ranks = in_ranks(sigmoid_of_rank, world_size, tmp_path, inputs)
     stacked = {name: torch.stack([rank[name] for rank in ranks]) for name in ranks[0]}
     case.close("loss_per_rank", stacked.pop("loss"), rtol=1e-5)
@@ -474,7 +484,8 @@ def authors_file(model: FLAME, path) -> None:
     torch.save(beside_weights(epoch=32, state_dict=state), path)
 
 
-@pytest.mark.golden("flame", "image_tower")
+# *: only the weights are of interest; test_image_tower compares the rest
+@pytest.mark.golden("flame", "image_tower", unused=("*",))
 def test_authors_checkpoints_load(case, tmp_path):
     theirs, ours = tower_of(case), tower_of(case)
     with torch.no_grad():

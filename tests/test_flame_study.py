@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import tyro
 from PIL import Image
 
@@ -87,7 +88,7 @@ def test_the_language_model_is_what_the_environment_says(monkeypatch: pytest.Mon
     monkeypatch.setenv("LLM", "gpt")
     with pytest.raises(SystemExit) as stopped:
         study.language_model()
-    assert stopped.value.code == 2 and "LLM=gpt should be gemma or smollm2" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "gemma or smollm2" in capsys.readouterr().err
     monkeypatch.setenv("LLM", "")  # not said: what is installed
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
     assert study.language_model() == SMOLLM2
@@ -206,6 +207,65 @@ def test_letters_find_words_that_are_spelt_alike(monkeypatch: pytest.MonkeyPatch
     means = study.neighbour_letters()
     assert means[study.BY_SCRIPT["Latin script"]] == 100 and means[study.BY_SCRIPT["other scripts"]] == 0
     assert means[study.OTHER_TO_TEXT] == 50 and means["languages/image_to_text_R@1"] == pytest.approx(200 / 3)
+
+
+def write_new_names(folder: Path) -> None:
+    """A set of five pictures, each of one colour, and four names."""
+    shown = [((250, 10, 0), 1), ((0, 0, 240), 2), ((0, 240, 10), 3), ((255, 255, 255), 0), ((0, 0, 250), 0)]
+    samples = []
+    for colour, label in shown:
+        png = io.BytesIO()
+        Image.new("RGB", (128, 128), colour).save(png, "png")
+        samples.append({"png": png.getvalue(), "cls": str(label)})
+    tars.write_split(folder / "test", samples)
+    layout.write_classes(folder, ["blue", "red apple", "deep blue sea", "green leaf"], ["{c}"])
+
+
+def test_new_names_by_the_words_of_the_neighbours_caption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The floor of new names, for five pictures by hand.
+
+    The neighbours' captions are red, blue, green, white and blue. Red and green are a word of their names. Blue is all
+    of `blue`, so the second picture is wrong. White is no word of a name, so the first name is taken, which is right.
+    """
+    pictures_of_one_colour(tmp_path)
+    (tmp_path / "data/flame/captions").mkdir(parents=True)
+    (tmp_path / "captions.json").rename(tmp_path / "data/flame/captions/short.json")
+    cfg = dataclasses.replace(study.PRESETS["emoji-lite0"][1], data=str(tmp_path / "train"))
+    sets = [str(tmp_path / "new_names_id"), str(tmp_path / "new_names_ood")]
+    for folder in map(Path, sets):
+        write_new_names(folder)
+    monkeypatch.setitem(study.PRESETS, "emoji-lite0", ("", cfg))
+    monkeypatch.setattr(study, "NEW_SETS", sets)
+    monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
+    monkeypatch.chdir(tmp_path)
+    assert study.neighbour_words() == {study.NEW_ID: 80.0, study.NEW_OOD: 80.0}
+    # White has no contrast: it is as near to all pictures, and takes the first, a red one
+    assert study.neighbour_words(pixels=True) == {study.NEW_ID: 60.0, study.NEW_OOD: 60.0}
+    # The first pair is red, the first two are red and green; blue is as far from both, and takes the first
+    monkeypatch.setattr(study, "FEWER_PAIRS", {"4": 2, "16": 1})
+    assert study.neighbour_words_of_fewer() == {study.AT["4"]: 40.0, study.AT["16"]: 20.0}
+
+
+def test_the_ceiling_is_right_where_labels_follow_the_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Four colours that a network can tell; one of eight test pictures has the label of another colour."""
+    colours = [*COLOURS.values()]
+    for folder in (sets := [tmp_path / "names_id", tmp_path / "names_ood"]):
+        for split, labels in {"train": [0, 1, 2, 3] * 8, "test": [0, 1, 2, 3, 0, 1, 2, 2]}.items():
+            samples = []
+            for i, label in enumerate(labels):
+                png = io.BytesIO()
+                Image.new("RGB", (128, 128), colours[i % 4]).save(png, "png")
+                samples.append({"png": png.getvalue(), "cls": str(label)})
+            tars.write_split(folder / split, samples)
+        layout.write_classes(folder, [*COLOURS], ["{c}"])
+
+    def cells(pixels, *_) -> torch.Tensor:
+        means = torch.stack([image.float().mean((1, 2)) / 255 for image in pixels])
+        return F.pad(means, (0, study.WIDTH - 3))[:, :, None, None].expand(-1, -1, 2, 2)
+
+    monkeypatch.setattr(study, "NAMES", tuple(map(str, sets)))
+    monkeypatch.setattr(study, "cells_of", cells)
+    assert study.on_labels(epochs=40, batch_size=16) == {"names_id/top1": 87.5, "names_ood/top1": 87.5}
 
 
 def test_facets_of_an_image_are_compared_with_each_other():

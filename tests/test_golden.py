@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
-from conftest import case_files, claims, family
+from conftest import Case, case_files, claims, family
 
 from shared import checkpoints, evaluation, run
 from shared.presets import folders
@@ -22,6 +23,20 @@ def test_a_test_claims_the_case(folder: str, file: Path):
 
 def test_every_family_is_claimed_by_a_test_of_its_own_folder():
     assert set(claims()) == set(folders())
+
+
+def test_arrays_that_a_test_leaves_alone_are_known(tmp_path):
+    np.savez(tmp_path / "case.npz", x=np.ones(2), y=np.ones(2), **{"in/a": np.ones(1), "in/b": np.ones(1)})
+    case = Case(tmp_path / "case.npz")
+    assert "x" in case and list(case) == ["x", "y", "in/a", "in/b"]
+    assert conftest.unread(case, ()) == ["in/a", "in/b", "x", "y"]  # a name alone is not a comparison
+    case.close("x", np.ones(2))
+    assert conftest.unread(case, ("in/*",)) == ["y"] and conftest.unread(case, ("in/*", "y")) == []
+    assert len(case.group("in/")) == 2 and conftest.unread(case, ()) == ["y"]
+    assert case.get("y") is not None and conftest.unread(case, ()) == []
+    (tmp_path / "texts.json").write_text('["a", "b"]', encoding="utf-8")
+    case = Case(tmp_path / "texts.json")
+    assert conftest.unread(case, ()) == ["json"] and case.json == ["a", "b"] and conftest.unread(case, ()) == []
 
 
 def helper():

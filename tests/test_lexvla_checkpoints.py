@@ -23,7 +23,7 @@ def test_load_run_restores_the_trained_weights(arms: dict[str, Path], monkeypatc
     with pytest.raises(ValueError, match="does not hold the weights of the model"):
         trained.load_state_dict({k: v for k, v in weights.items() if "lora" not in k})
     monkeypatch.setattr(run_checkpoints, "backbone_fingerprint", lambda image: "another")
-    with pytest.raises(ValueError, match="was trained on another backbone than"):
+    with pytest.raises(ValueError, match="another backbone"):
         run_checkpoints.load_run(arms["overuse"])
 
 
@@ -33,7 +33,7 @@ def test_another_language_model_of_the_same_name_is_refused():
     state = {"lm": lm_sample(lm), "config": {"lm": "data/lm"}}
     for same_lm in (lm, lm.bfloat16()):
         run_checkpoints.check_lm(same_lm, state, "RUN")
-    with pytest.raises(ValueError, match="RUN was trained with another language model than data/lm holds now"):
+    with pytest.raises(ValueError, match="another language model than data/lm"):
         run_checkpoints.check_lm(other, state, "RUN")
 
 

@@ -135,6 +135,7 @@ def test_sparsify(case):
     if "sparsity_threshold" in case:
         ratio = 1 - (by_value != 0).float().sum(-1).mean() / s.shape[-1]
         check(case, rtol=1e-6, sparsity_threshold=ratio, splade_sparsity_ratio=ratio)
+        check(case, rtol=1e-6, splade_l0=(by_value != 0).float().sum(-1).mean())
     if "topk" in case:
         by_rank = sparsify(s, topk=case["topk"])
         check(case, s_topk=by_rank, vdr_topk_sparse=by_rank, splade_pruned=by_rank)
@@ -221,6 +222,7 @@ def test_vocabulary(case):
 @pytest.mark.golden("lexvla", "bow")
 def test_bow(case):
     s = bag_of_words(case["token_ids"], case["vocab_ids"])
+    assert max(case["token_ids"].max(), case["vocab_ids"].max()) < case.get("vocab_size", math.inf)
     check(case, s=s, bow=(s > 0).float(), vdr_bow=(s > 0).float())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from shared import layout
 from studies import lexvla as study
@@ -71,3 +72,43 @@ def test_random_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (measure,) = (floor.measure for floor in study.PHOTOS.floors if floor.name == "random patches")
     found = measure()
     assert 5 < found["patchdis/miou"] < 25 and found == measure()
+
+
+def test_patches_by_labels_against_scikit_learns_ridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The classifier of patches is ridge regression, whose bias is penalised like the other weights."""
+    rng, seen = np.random.default_rng(0), {}
+    for name in ("train", "test"):
+        labels = rng.integers(-1, 3, (4, 8, 8)).repeat(4, 1).repeat(4, 2)
+        shown = [layout.png(np.full((32, 32, 3), 9 * i, np.uint8)) for i in range(4)]
+        samples = ((f"{i}.png", shown[i], labels[i]) for i in range(4))
+        write_masks(tmp_path / name, ["dog", "cat", "ball"], samples)
+
+    def tokens(pixels: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(int(1000 * (pixels.mean() + 9)))
+        return torch.randn(len(pixels), 65, 5, generator=generator)
+
+    def measure(patches, classes, images) -> tuple[dict, list]:
+        seen.update(patches=patches, classes=classes, images=list(images))
+        return {"miou": 1.0, "miou_present": 2.0}, []
+
+    monkeypatch.setattr(study, "tokens", tokens)
+    monkeypatch.setattr(study.patchdis, "measure", measure)
+    found = study.patches_by_labels(str(tmp_path / "train"), str(tmp_path / "test"))
+    assert found == {"patchdis/miou": 1.0, "patchdis/miou_present": 2.0} and len(seen["images"]) == 4
+
+    x, y = (torch.cat(each).numpy() for each in zip(*study.labelled_patches(str(tmp_path / "train")), strict=True))
+    ridge = Ridge(alpha=10, fit_intercept=False).fit(np.pad(x, ((0, 0), (0, 1)), constant_values=1), np.eye(3)[y])
+    asked = torch.zeros(1, 3, 128, 128)
+    expected = ridge.predict(np.pad(tokens(asked)[0, 1:].numpy(), ((0, 0), (0, 1)), constant_values=1))
+    np.testing.assert_allclose(seen["patches"](asked)[0], expected, atol=1e-5)
+    assert seen["classes"].tolist() == np.eye(3).tolist()
+
+
+def test_an_image_is_asked_for_by_the_caption_of_its_neighbour():
+    """The captions of the nearest training scenes share two, one and no words with the right captions."""
+    images = torch.tensor([[0.9, 0.1, 0.0], [0.0, 1.0, 0.0], [0.0, 0.2, 0.9]])
+    asked = [["the red dog"], ["a blue bird on grass"], ["nothing"]]
+    corpus = study.Corpus(
+        torch.eye(3), ["a red dog on grass", "the blue car", "a green tree"], {"set": (images, asked)}
+    )
+    assert study.nearest_caption(corpus)["set/image_to_text_R@1"] == pytest.approx(200 / 3)

@@ -68,7 +68,7 @@ def test_finished_scenes_of_other_settings_are_refused(small_corpus: Path, corpu
     again = scenes.Config(small_corpus, corpus, **SIZES)
     scenes.main(again)
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings: concepts \(was 6, now 5\)"):
+    with pytest.raises(ValueError, match=r"concepts \(was 6, now 5\)"):
         scenes.main(scenes.Config(small_corpus, corpus, **(SIZES | {"concepts": 5})))
     counts = json.loads((small_corpus / "manifest.json").read_text())["counts"]
     assert counts["train"] == 30 and counts["patchdis_train"] == counts["retrieval_new"] == 16

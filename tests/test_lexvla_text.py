@@ -46,7 +46,7 @@ def test_states_are_the_lm_up_to_its_last_mlp(lm: Path, states: Path, tmp_path: 
 def test_states_of_another_lm_of_the_same_name_are_refused(lm: Path, states: Path):
     model, tokenizer = text.load_lm(str(lm))
     model.get_output_embeddings().weight.data.neg_()
-    with pytest.raises(ValueError, match="was made with another language model than .*/lm holds now"):
+    with pytest.raises(ValueError, match="another language model than .*/lm"):
         text.States(str(states), str(lm), model, text.Prompts(tokenizer))
 
 
@@ -64,7 +64,7 @@ def test_long_captions_are_cut_and_the_prompt_keeps_its_end(lm: Path):
         ids, mask = text.Prompts(tokenizer, frame + 10)([caption, "short"])
         assert ids.shape[1] <= frame + 10 and mask.sum(1)[0] == ids.shape[1] > frame + 4
         assert ids[0, -len(end) + 1 :].tolist() == end[1:]
-    with pytest.raises(ValueError, match=f"the prompt alone has {frame} tokens"):
+    with pytest.raises(ValueError, match=f"{frame} tokens"):
         text.Prompts(tokenizer, frame - 1)(["word"])
 
 
@@ -82,7 +82,7 @@ def test_vocabulary_of_captions(lm: Path):
 def test_models_in_another_layout_are_refused(lm: Path, tmp_path: Path):
     AutoTokenizer.from_pretrained(lm).save_pretrained(tmp_path)
     GPT2LMHeadModel(GPT2Config(vocab_size=700, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a GPT2LMHeadModel; a model in Llama's layout is needed"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel"):
         text.load_lm(str(tmp_path))
 
 
@@ -105,5 +105,5 @@ def test_language_model_without_its_packages(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_folder_of_another_model_is_not_smollm2(lm: Path):
-    with pytest.raises(ValueError, match="holds another model than SmolLM2-135M"):
+    with pytest.raises(ValueError, match="another model than SmolLM2-135M"):
         pretrained.smollm2(lm)

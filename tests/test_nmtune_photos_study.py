@@ -101,4 +101,4 @@ def test_claims_are_those_of_the_embedded_corpus():
     rows = verdicts.judged(study.CLAIMS, found.arms, []) + study.more_rows_on_photos(found)
     claims = {row["claim"]: row["verdict"] for row in rows}
     assert claims["C1 30 % label noise lowers LP ID"] == "reproduced"
-    assert "C3 higher SVE goes with higher LP ID (correlation over levels)" in claims
+    assert "C3 higher SVE goes with lower LP ID (correlation over levels)" in claims

@@ -46,7 +46,7 @@ def pairs(tmp_path_factory) -> Path:
 def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, images):
     command = [*SUPERVISED, "--data", images, "--batch-size", "16", "--save-every", "2", "--out"]
     code, out, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
-    assert code == 0 and re.search(r"noise ratio 0.3: 31.25 % of 48 labels wrong", out), err
+    assert code == 0 and re.search(r"0\.3: 31\.25 % of 48 labels", out), err
     kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
     finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -107,7 +107,7 @@ def test_positional_embeddings_decay_as_in_open_clip():
 def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     pytest.importorskip("peft")
     code, out, err = in_process("nmtune.pretrain", *CLIP, "--data", pairs, "--out", tmp_path / "clip")
-    assert code == 0 and re.search(r"noise ratio 0.3: [\d.]+ % of 80 captions displaced", out), err
+    assert code == 0 and re.search(r"0\.3: [\d.]+ % of 80 captions", out), err
     options = ["--data", images, "--tests", f"again={images}", "--epochs", "1", "--batch-size", "16"]
     code, out, err = in_process(
         "nmtune.finetune", "emoji-lora", "--encoder", tmp_path / "clip", *options, "--log-every", "1", "--out",
@@ -136,7 +136,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     torch.testing.assert_close(weights.norm(dim=1), scale.expand(len(weights)), rtol=1e-4, atol=1e-4)
     options[options.index(tmp_path / "clip")] = "timm:resnet_emoji"
     code, _, err = in_process("nmtune.train", *options, "--zero-shot", "--out", tmp_path / "none")
-    assert code == 2 and "text tower, but timm:resnet_emoji has none" in err
+    assert code == 2 and "text tower" in err
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):

@@ -238,7 +238,7 @@ def test_rates_of_ones_own_features(in_process, tmp_path):
         )
         assert code == 0, err
         found[preset] = float(re.search(r"ood/top1 ([\d.]+) %", out)[1])
-    assert re.search(r"--lr [\d.e-]+ was chosen on 48 held-out samples, top-1: 0.0001 [\d.]+ %", out)
+    assert re.search(r"--lr [\d.e-]+ .*48 held-out .*0\.0001 [\d.]+ %", out)
     assert found["own-lp"] > found["lp"] and found["own-lp"] > best - 2, (found, best)
     state = checkpoints.load_checkpoint(tmp_path / "own-lp/checkpoint.pt")
     assert set(state["chosen"]) == {"lr", "weight_decay"} and state["config"]["lr"] == 0.01

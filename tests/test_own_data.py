@@ -153,11 +153,12 @@ def measured(run: str) -> dict[str, float]:
 
 
 def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
-    assert packed["pairs"].splitlines() == [
-        "data/mine built: pictures 180, captions 360, samples 360, held_out 20, held_out_captions 40, broken 0",
-        "train with --data data/mine/train, evaluate with --sets data/mine/eval/held_out",
-    ]
-    assert "data/my_classes built: classes 20, test 40, train 160, broken 0" in packed["classes"]
+    assert "--data data/mine/train" in packed["pairs"] and "--sets data/mine/eval/held_out" in packed["pairs"]
+    counts = {name: checkpoints.read_json(f"data/{name}/manifest.json")["counts"] for name in ("mine", "my_classes")}
+    assert counts["mine"] == {
+        "pictures": 180, "captions": 360, "samples": 360, "held_out": 20, "held_out_captions": 40, "broken": 0,
+    }  # fmt: skip
+    assert counts["my_classes"] == {"classes": 20, "test": 40, "train": 160, "broken": 0}
     pairs = data.open_pairs("data/mine/train")
     assert len({pairs.caption(row) for row in range(len(pairs))}) == 360
     held_out = EvalSet("data/mine/eval/held_out", lambda image: image.size)
@@ -173,7 +174,7 @@ def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, mon
     scores = measured(evaluate[1])
     recalls = {name: value for name, value in scores.items() if name.startswith("held_out/")}
     assert recalls["held_out/mean_recall"] > 60, recalls  # of 20 pictures; chance is 25
-    assert "open_clip loads it" in execute(export)
+    execute(export)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export[-1]}")
     assert model.visual.image_size == (32, 32)
     monkeypatch.setattr(sys, "argv", benchmark)
@@ -200,8 +201,7 @@ def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: st
             assert all(run in said for run in runs), said
             scored |= dict.fromkeys(runs, said)
         elif words[0].endswith((".train", ".pretrain")):
-            assert re.search(r"samples of \S+, [\d,]+ steps of [\d,]+, cpu in fp32$", said, re.M), said
-            assert re.search(r": finished, [\d,]+ steps in [\d:]+, loss \S+; next: python -m ", said), said
+            assert all(word in said for word in ("samples", "steps", "finished", "loss", "python -m ")), said
         elif words[1] == "search":
             assert len(said.splitlines()) > 3, said
     assert scored

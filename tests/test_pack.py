@@ -57,11 +57,8 @@ def about(folder: Path) -> list[dict]:
 def test_every_caption_of_a_table_is_a_sample(photos: Path, capsys) -> None:
     out = photos.parent / "out"
     pack.Pairs(photos / "captions.csv", out).build()
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
-        f"{out} built: pictures 10, captions 13, samples 13, broken 0",
-        f"train with --data {out}/train",
-    ]
+    assert read_manifest(out)["counts"] == {"pictures": 10, "captions": 13, "samples": 13, "broken": 0}
+    assert f"--data {out}/train" in capsys.readouterr().out
     pairs = data.open_pairs(str(out / "train"))
     first = [pairs.caption(row) for row in range(6)]
     assert first == ["picture 0", 'the same "picture", 0', "picture 1", 'the same "picture", 1', "picture 2", "2 again"]
@@ -128,7 +125,7 @@ def test_held_out_pictures_are_a_retrieval_set(photos: Path, capsys) -> None:
             assert ("picture 2" in captions) == ("2 again" in captions), "with all of its captions"
         shares[share] = set(said)
     assert shares[0.1] < shares[0.3] < shares[0.6] < shares[0.9], "a larger share holds out more pictures, no others"
-    assert f"evaluate with --sets {out}/0.9/eval/held_out" in capsys.readouterr().out
+    assert f"--sets {out}/0.9/eval/held_out" in capsys.readouterr().out
     assert evalsets.EvalSet(out / "0.1/eval/held_out", np.asarray).kind == "retrieval"
 
 
@@ -139,7 +136,7 @@ def test_a_retrieval_set_of_everything(photos: Path, capsys) -> None:
     assert found[:3] == [
         ["picture 0", 'the same "picture", 0'], ["picture 1", 'the same "picture", 1'], ["picture 2", "2 again"]
     ]  # fmt: skip
-    assert len(found) == 10 and capsys.readouterr().out.endswith(f"evaluate with --sets {out}\n")
+    assert len(found) == 10 and f"--sets {out}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -155,10 +152,8 @@ def labelled(photos: Path) -> Path:
 def test_classes_of_a_table(labelled: Path, capsys) -> None:
     out = labelled.parent / "out"
     pack.Classes(labelled / "labels.csv", out).build()
-    assert capsys.readouterr().out.splitlines() == [
-        f"{out} built: classes 2, test 8, broken 0",
-        f"evaluate with --sets {out}",
-    ]
+    assert read_manifest(out)["counts"] == {"classes": 2, "test": 8, "broken": 0}
+    assert f"--sets {out}" in capsys.readouterr().out
     known = evalsets.EvalSet(out, np.asarray)
     assert known.classnames == ["cat", "red fox"] and known.templates == ["{c}", "a photo of a {c}."]
     assert [label for _, _, label in known] == [1, 0] * 4 and not (out / "train").exists()
@@ -168,10 +163,9 @@ def test_classes_of_a_table(labelled: Path, capsys) -> None:
 def test_the_train_split_is_training_data(labelled: Path, capsys) -> None:
     out = labelled.parent / "out"
     pack.Classes(labelled / "labels.csv", out, hold_out=0.3).build()
-    assert capsys.readouterr().out.splitlines() == [
-        f"{out} built: classes 2, test 2, train 6, broken 0",
-        f"evaluate with --sets {out}, train with --data {out}/train",
-    ]
+    assert read_manifest(out)["counts"] == {"classes": 2, "test": 2, "train": 6, "broken": 0}
+    said = capsys.readouterr().out
+    assert f"--sets {out}" in said and f"--data {out}/train" in said
     test, train = (read_set(out, split) for split in ("test", "train"))
     assert sorted(label for _, _, label in test) == [0, 1] and len(train) == 6
     pairs = data.open_pairs(str(out / "train"), strict=True)
@@ -191,19 +185,19 @@ def test_classes_of_folders(tmp_path: Path, capsys) -> None:
     write(tmp_path / "test/9/phone.HEIC", "none")
     (tmp_path / "test/empty").mkdir()
     pack.Classes(tmp_path / "test", tmp_path / "out", train=tmp_path / "train").build()
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("test: skipped 1 .txt, 1 .heic, folder without pictures empty")
-    assert said[1] == f"{tmp_path}/out built: classes 3, test 6, train 9, broken 0"
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("1 .txt", "1 .heic", "empty"))
+    assert read_manifest(tmp_path / "out")["counts"] == {"classes": 3, "test": 6, "train": 9, "broken": 0}
     assert (tmp_path / "out/classnames.txt").read_text().splitlines() == ["10", "9", "hot dog"]
     assert [label for _, _, label in read_set(tmp_path / "out")] == [0, 0, 1, 1, 2, 2]
     for split in ("train", "test"):
         (tmp_path / split / "hot_dog").rename(tmp_path / split / "8")
     pack.Classes(tmp_path / "test", tmp_path / "numbers").build()
     assert (tmp_path / "numbers/classnames.txt").read_text().splitlines() == ["8", "9", "10"]
-    assert "classes are called 8, 9, 10, ...: pass --classnames to name them" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--out .*test/8/out lies in the folder of classes"):
+    assert "--classnames" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--out .*test/8/out"):
         pack.Classes(tmp_path / "test", tmp_path / "test/8/out").build()
-    with pytest.raises(ValueError, match=r"holds no folder of a class with pictures, .*/CLASS/picture\.jpg"):
+    with pytest.raises(ValueError, match=r"/CLASS/picture\.jpg"):
         pack.Classes(tmp_path / "test/9/deep", tmp_path / "other").build()
 
 
@@ -218,13 +212,11 @@ def test_class_names_from_a_file(labelled: Path) -> None:
     assert named("red fox", "bear", "cat") == (["red fox", "bear", "cat"], [0, 2] * 4), "labels are names"
     write(labelled / "numbers.csv", "image,label", *(f"{i}.jpg,{2 * (i % 2)}" for i in range(8)))
     assert named("a", "b", "c", labels="numbers.csv") == (["a", "b", "c"], [0, 2] * 4), "labels are numbers of lines"
-    with pytest.raises(
-        ValueError, match=r"names\.txt lacks the label 'red fox': labels are its lines, or their numbers"
-    ):
+    with pytest.raises(ValueError, match=r"names\.txt lacks the label 'red fox'"):
         named("cat", "bear")
     with pytest.raises(ValueError, match=r"names\.txt lacks the label '2'"):
         named("a", "b", labels="numbers.csv")
-    with pytest.raises(ValueError, match="two classes are called 'a'"):
+    with pytest.raises(ValueError, match="'a'"):
         named("a", "a", "a", labels="numbers.csv")
     with pytest.raises(ValueError, match=r"names\.txt has an empty line"):
         named("cat", "", "red fox")
@@ -235,7 +227,7 @@ def test_prompts_from_a_file(labelled: Path) -> None:
     pack.Classes(labelled / "labels.csv", labelled.parent / "out", templates=prompts).build()
     assert evalsets.EvalSet(labelled.parent / "out", np.asarray).templates == ["ein Bild: {c}", "größer: {c}."]
     write(prompts, "a {c}", "b {}")
-    with pytest.raises(ValueError, match=r"prompts\.txt has the line 'b \{\}', which lacks \{c\}"):
+    with pytest.raises(ValueError, match=r"prompts\.txt .*'b \{\}', .*\{c\}"):
         pack.Classes(labelled / "labels.csv", labelled.parent / "other", templates=prompts).build()
 
 
@@ -272,8 +264,8 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(photos: Path, capsys)
         "15": "row without 'caption'", "16": "row without 'image'", "17": "row without 'caption'",
     }  # fmt: skip
     said = capsys.readouterr().out
-    assert "9 broken samples, left out: " in said and "2 missing image" in said and "(0.jpg, 1.jpg, 2.jpg, ...)" in said
-    with pytest.raises(ValueError, match=r"--strict: captions\.csv, line 15: row without 'caption'"):
+    assert "9 broken samples" in said and "2 missing image" in said and "0.jpg, 1.jpg, 2.jpg" in said
+    with pytest.raises(ValueError, match=r"--strict: captions\.csv, line 15"):
         pack.Pairs(photos / "captions.csv", photos.parent / "strict", strict=True).build()
     assert not (photos.parent / "strict").exists()
 
@@ -307,7 +299,7 @@ def test_paths_that_lead_out_are_refused(photos: Path, way: str, capsys, monkeyp
     write(photos / "hostile-labels.csv", "image,label", "0.jpg,a", f"{path},b")
     for kind, table in (("pairs", "hostile"), ("retrieval", "hostile"), ("classes", "hostile-labels")):
         code, said = called(monkeypatch, capsys, kind, photos / f"{table}.csv", "--out", photos.parent / "out")
-        assert code == 2 and one_sentence(said) and f"line 3: {path} is outside of {photos}" in said
+        assert code == 2 and one_sentence(said) and f"line 3: {path} " in said
     assert not (photos.parent / "out").exists()
 
 
@@ -348,30 +340,30 @@ def test_the_command_line(photos: Path, monkeypatch, capsys) -> None:
 
 
 WRONG = {  # what is called -> what is said
-    "pairs missing.csv": r"missing\.csv is no file: name a table",
-    "pairs .": r". is a folder: name a table",
-    "pairs 0.jpg": r"0\.jpg must end in one of \.csv, \.tsv, \.jsonl",
+    "pairs missing.csv": r"missing\.csv is no file",
+    "pairs .": r". is a folder",
+    "pairs 0.jpg": r"0\.jpg must end in",
     "pairs empty.csv": r"empty\.csv is empty",
-    "pairs header.csv": r"header\.csv has no picture left for train",
-    "pairs labels.csv": r"labels\.csv has the columns image, label, tags, not image and caption: --image-column and",
-    "classes captions.csv": r"captions\.csv has the columns image, caption, source, not image and label: .*label-col",
+    "pairs header.csv": r"header\.csv has no picture",
+    "pairs labels.csv": r"labels\.csv .*image, label, tags.* --image-column",
+    "classes captions.csv": r"captions\.csv .*image, caption, source.*--label-col",
     "pairs latin.csv": r"latin\.csv is not UTF-8 text",
-    "pairs quotes.csv": r"quotes\.csv, line 4 cannot be read as cells \(unexpected end of data\): close a quotation",
-    "pairs inner.csv": r"inner\.csv, line 2 cannot be read as cells",
-    "pairs commas.csv": r'commas\.csv, line 5 has 4 cells for 2 columns: put a caption with commas in "", or use tabs',
-    "pairs tabs.tsv": r"tabs\.tsv, line 2 has 3 cells for 2 columns: JSON lines",
-    "pairs list.json": r"list\.json must end in one of",
-    "pairs captions.csv --image-root more": r"none of the 10 pictures of captions\.csv \(train\) can be read.*--image",
-    "pairs captions.csv --image-root nowhere": r"nowhere is not a folder: set --image-root",
-    "pairs captions.csv --hold-out 1": r"--hold-out must be a share of at least 0 and less than 1, not 1",
+    "pairs quotes.csv": r"quotes\.csv, line 4",
+    "pairs inner.csv": r"inner\.csv, line 2",
+    "pairs commas.csv": r"commas\.csv, line 5 has 4 cells",
+    "pairs tabs.tsv": r"tabs\.tsv, line 2 has 3 cells",
+    "pairs list.json": r"list\.json must end in",
+    "pairs captions.csv --image-root more": r"none of the 10 pictures .*--image",
+    "pairs captions.csv --image-root nowhere": r"nowhere .*--image-root",
+    "pairs captions.csv --hold-out 1": r"--hold-out must be",
     "pairs captions.csv --max-side 0": r"--max-side must be at least 1",
-    "pairs one.csv --hold-out 0.5": r"one\.csv has no picture left for held_out",
-    "classes labels.csv --train labels.csv": r"0\.jpg is in both splits",
-    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out exclude each other",
-    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg has the label 'b' here, but 'a' before",
-    "classes oneclass.csv": r"oneclass\.csv has one class, a: at least two",
+    "pairs one.csv --hold-out 0.5": r"one\.csv .*held_out",
+    "classes labels.csv --train labels.csv": r"0\.jpg .*both splits",
+    "classes labels.csv --train labels.csv --hold-out 0.5": r"--train and --hold-out",
+    "classes twice.csv": r"twice\.csv, line 3: 0\.jpg .*'b' .*'a'",
+    "classes oneclass.csv": r"oneclass\.csv has one class",
     "classes labels.csv --classnames nowhere.txt": r"nowhere\.txt is missing",
-    "classes header-labels.csv": r"header-labels\.csv has no picture left for test",
+    "classes header-labels.csv": r"header-labels\.csv has no picture",
 }
 
 
@@ -460,8 +452,8 @@ def test_the_same_bytes_again_and_a_finished_folder_is_left(labelled: Path, monk
     pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()
     assert "is complete" in capsys.readouterr().out
     for options in ({"hold_out": 0.2}, {"hold_out": 0.3, "max_side": 5}, {"hold_out": 0.3, "every_caption": False}):
-        with pytest.raises(ValueError, match="was made with other settings: "):
+        with pytest.raises(ValueError, match="other settings"):
             pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", **options).build()
     photograph(labelled / "0.jpg", 30, 30)
-    with pytest.raises(ValueError, match="was made with other settings: files"):
+    with pytest.raises(ValueError, match="other settings: files"):
         pack.Pairs(labelled / "captions.csv", out / "one-captions.csv", hold_out=0.3).build()

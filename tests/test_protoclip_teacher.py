@@ -26,7 +26,7 @@ def test_pca(case):
 def test_teacher_script(cli, folder: Path):
     out = folder / "made.npz"
     command = ["minilm", "--data", SHARDS / "00000.tar", "--dataset-size", "200", "--dim", "8", "--out", out]
-    assert "200 captions, 384 -> 8 dimensions" in finished(cli(*command, module="protoclip.teacher")).out
+    assert "200 captions" in finished(cli(*command, module="protoclip.teacher")).out
     before = out.stat().st_mtime_ns
     assert "nothing to do" in finished(cli(*command, module="protoclip.teacher")).out
     assert out.stat().st_mtime_ns == before
@@ -46,10 +46,10 @@ def test_row_aligned_teacher(cli, folder: Path):
     for name in ("upstream.npy", "by_key.npz"):
         out = folder / name.replace(".", "-")
         result = finished(cli("emoji", *options, "--external-teacher", folder / name, "--out", out))
-        assert ("must be in the order of the samples" in result.out) == (name == "upstream.npy")
+        assert ("in the order of" in result.out) == (name == "upstream.npy")
     assert metrics(folder / "upstream-npy") == metrics(folder / "by_key-npz")
     result = cli("emoji", *TINY, "--external-teacher", folder / "upstream.npy", "--out", folder / "wrong")
-    assert result.code == 2 and "has 350 rows, the data" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "350 rows" in result.err and one_sentence(result.err)
 
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path: Path):
@@ -57,12 +57,12 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path: Path):
         np.save(tmp_path / "t.npy", features)
         return str(tmp_path / "t.npy")
 
-    with pytest.raises(ValueError, match="a row of features for each sample"):
+    with pytest.raises(ValueError, match="a row of features"):
         Teacher(saved(np.zeros(3)))
     pairs = type("Pairs", (), {"broken": ["one"], "__len__": lambda self: 3})()
-    with pytest.raises(ValueError, match="in the order of the data, but 1 samples were left out"):
+    with pytest.raises(ValueError, match="1 samples were left out"):
         Teacher(saved(np.zeros((4, 2)))).find(pairs, np.arange(3))
-    with pytest.raises(ValueError, match="features that are not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         Teacher(saved(np.full((4, 2), np.nan))).find(pairs, np.arange(3))
 
 
@@ -99,7 +99,7 @@ def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
         np.savez(tmp_path / "t.npz", features=np.ones((2, 3), np.float32), **about)
         teacher = Teacher(str(tmp_path / "t.npz"))
         assert teacher.find(pairs_of("a cat", "a dog"), np.arange(2)).tolist() == [0, 1]
-        with pytest.raises(ValueError, match="t.npz was made from other captions: make it again"):
+        with pytest.raises(ValueError, match="t.npz .*other captions"):
             teacher.find(pairs_of("a cat", "a fox"), np.arange(2))
 
 
@@ -174,8 +174,7 @@ def test_no_room_for_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    sentence = r"0.2 GB of features could not be written into .* \(No space left"
-    with pytest.raises(ValueError, match=sentence), on_disk(tmp_path, 10**5, 512):
+    with pytest.raises(ValueError, match="0.2 GB .*No space left"), on_disk(tmp_path, 10**5, 512):
         pass
 
 
@@ -190,7 +189,7 @@ def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):
 def test_teacher_command_line_errors(in_process, tmp_path: Path):
     cases = {
         "--data is missing": ["roberta-large"],
-        "should end in .npz": ["minilm", "--data", f"{SHARDS}/00000.tar", "--out", tmp_path / "t.npy"],
+        ".npz": ["minilm", "--data", f"{SHARDS}/00000.tar", "--out", tmp_path / "t.npy"],
         "does not exist": ["minilm", "--data", "/nowhere/0.tar", "--out", tmp_path / "t.npz"],
     }
     for message, arguments in cases.items():

@@ -30,6 +30,7 @@ from protoclip.config import PRESETS, Config
 from protoclip.model import (
     build_prototypes,
     create_model,
+    kmeans,
 )
 from protoclip.train import (
     extract_features,
@@ -121,7 +122,7 @@ def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
     began = time.monotonic()
     result = finished(cli(*ARMS["external"], *TINY, "--out", out))
-    assert "is finished (3 episodes); nothing to do" in result.out and time.monotonic() - began < 5
+    assert "nothing to do" in result.out and time.monotonic() - began < 5
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -422,6 +423,9 @@ def test_episode(case):
         case.close("img_centroids_translated_from_text_prototypes", p.image_from_text, atol=1e-5)
         case.close("text_centroids_translated_from_image_prototypes", p.text_from_image, atol=1e-5)
     if external:
+        labels, centroids = kmeans(case["external"], case["k"], case["niter"], case["nredo"])
+        case.close("external_centroids", centroids, atol=1e-5)
+        case.close("external_labels", labels)
         case.close("external_labels", p.external_labels)
         case.close("img_centroids_translated_from_external_prototypes", p.image_from_external, atol=1e-5)
         case.close("text_centroids_translated_from_external_prototypes", p.text_from_external, atol=1e-5)
@@ -444,6 +448,7 @@ def test_episode(case):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     weights = loss_weights(case["epoch"], configured, cfg.infonce_warmup, cfg.lit_start)
     log = {"total_loss": [], "loss_clip": [], "grad_norm": [], "lr_visual": [], "lr_rest": [], "parts": []}
+    accuracies = []
     for i, batch in enumerate(loader("training_order")[: n // batch_size]):
         rates = set_learning_rates(optimizer, cfg, cfg.steps_per_episode * case["epoch"] + i)
         losses = train_step(model.train(), batch, p, weights, optimizer, scaler, cfg)
@@ -456,6 +461,7 @@ def test_episode(case):
         log["lr_visual"].append(rates["lr_visual"])
         log["lr_rest"].append(rates["lr_rest"])
         log["parts"].append([losses["proto"].item(), losses["external"].item()])
+        accuracies.append([value.item() for name, value in losses.items() if name.startswith("accuracy_")])
     for name, rtol in {"total_loss": 1e-4, "loss_clip": 1e-4, "grad_norm": 1e-3}.items():
         case.close(name, log[name], rtol=rtol)
     case.close("lr_visual", log["lr_visual"], rtol=1e-6, atol=1e-10)
@@ -464,6 +470,8 @@ def test_episode(case):
         if used and weights[1 + column] != 0:  # ours does not compute parts of weight 0
             ours, pair = torch.tensor(log["parts"])[:, column], case["loss_proto"][:, 2 * column : 2 * column + 2]
             torch.testing.assert_close(ours, pair.mean(1), rtol=1e-4, atol=0)
+    if used := len(accuracies[0]):
+        torch.testing.assert_close(torch.tensor(accuracies), case["acc_proto"][:, :used], rtol=0, atol=1e-4)
     atol = 5e-5 if "param/visual.class_embedding" in case else 1e-3
     case.close_group("param_after/", model.state_dict(), atol=atol)
 

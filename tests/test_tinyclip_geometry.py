@@ -90,7 +90,7 @@ def test_older_files_of_transformers(their_model):
     assert old.geometry == new.geometry
     assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="does not say whether its activation"):
+    with pytest.raises(ValueError, match="activation"):
         load_clip(folder, head_width=8)
 
 
@@ -100,13 +100,13 @@ def test_configurations_that_fit_no_tower_here(their_model):
     for tower, key, value in (("text", "hidden_act", "relu"), ("vision", "layer_norm_eps", 1e-6)):
         other = said | {f"{tower}_config": said[f"{tower}_config"] | {key: value}}
         (folder / "config.json").write_text(json.dumps(other))
-        with pytest.raises(ValueError, match="config.json: both towers must use gelu or both quick_gelu"):
+        with pytest.raises(ValueError, match="config.json: .*quick_gelu"):
             load_clip(folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json is not the configuration of a CLIP"):
+    with pytest.raises(ValueError, match="config.json is not"):
         load_clip(folder)
     weights_file(folder).write_bytes(b"?")
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
+    with pytest.raises(ValueError, match="not a complete"):
         load_clip(folder)
 
 
@@ -119,13 +119,13 @@ def test_statistics_of_images(tmp_path: Path):
     config.write_text('{"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}')
     assert statistics_beside(file) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     config.write_text('{"preprocess_cfg": {"mean": [0.1, 0.2], "std": [0.4, 0.5, 0.6]}}')
-    with pytest.raises(ValueError, match="open_clip_config.json has no three means"):
+    with pytest.raises(ValueError, match="three means"):
         statistics_beside(file)
 
 
 def test_what_transformers_leaves_out_of_a_configuration(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"text_config": {"hidden_act": "gelu"}, "vision_config": {}}')
-    with pytest.raises(ValueError, match="use gelu or both quick_gelu"):  # the other's is quick_gelu
+    with pytest.raises(ValueError, match="quick_gelu"):  # the other's is quick_gelu
         config_beside(tmp_path / "model.safetensors", transformers=True)
     (tmp_path / "config.json").write_text('{"text_config": {}, "vision_config": {"hidden_size": 384}}')
     said = config_beside(tmp_path / "model.safetensors", transformers=True)

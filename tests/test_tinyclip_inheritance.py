@@ -48,13 +48,13 @@ def test_pos_embed_resize(case):
 
 def test_inheritance_refuses_what_does_not_fit():
     teacher = tiny().state_dict()
-    with pytest.raises(ValueError, match="4 layers cannot inherit from 3"):
+    with pytest.raises(ValueError, match="4 layers"):
         inherit_weights(CLIP(12, VISION, TEXT | {"layers": 4}).state_dict(), teacher, 8)
     with pytest.raises(ValueError, match="more than"):
         inherit_weights(CLIP(13, VISION, TEXT).state_dict(), teacher, 8)
     with pytest.raises(ValueError, match="another patch grid"):
         inherit_weights(CLIP(12, VISION | {"image_size": 24}, TEXT).state_dict(), teacher, 8)
-    with pytest.raises(ValueError, match="nothing to inherit from"):
+    with pytest.raises(ValueError, match="nothing to inherit"):
         inherit_weights({"strange": torch.ones(1)}, teacher)
 
 

@@ -356,9 +356,9 @@ def test_unknown_names():
         create_model("ViT-nowhere")
     with pytest.raises(ValueError, match="mask type"):
         L0Mask(8, 32, 2, 2, ["layer"])
-    with pytest.raises(ValueError, match="not the weights of a CLIP"):
+    with pytest.raises(ValueError, match="not the weights"):
         geometry_of_weights({})
-    with pytest.raises(ValueError, match="masks act on transformers"):
+    with pytest.raises(ValueError, match="transformers"):
         resnet = CLIP(8, {"image_size": 32, "width": 8, "layers": [1, 1, 1, 1]}, TEXT)
         resnet.encode_image(torch.zeros(1, 3, 32, 32), some_masks(VISION))
 
@@ -411,7 +411,7 @@ def test_activation_and_mlp_ratio_come_from_the_file_or_a_flag(tmp_path: Path):
     model = CLIP(12, VISION | {"mlp_width": 48}, TEXT | {"mlp_width": 72}, quick_gelu=True).eval()
     file, kept = tmp_path / "theirs.pt", beside_weights(state_dict=theirs(model, "towers, distributed"))
     torch.save(kept, file)
-    with pytest.raises(ValueError, match="theirs.pt does not say whether its activation is QuickGELU"):
+    with pytest.raises(ValueError, match="theirs.pt .*QuickGELU"):
         load_clip(file, head_width=8)
     loaded = [load_clip(file, head_width=8, quick_gelu=True)]
     for flag, pretrained in ((True, ""), (False, "openai")):  # what their trainer's command line said
@@ -454,5 +454,5 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
         raise RuntimeError("Failed to download weights")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(ValueError, match="ViT-B-32@laion2b_e16: open_clip could not download"):
+    with pytest.raises(ValueError, match="ViT-B-32@laion2b_e16"):
         load_clip("ViT-B-32@laion2b_e16")

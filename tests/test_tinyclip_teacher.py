@@ -83,7 +83,7 @@ def test_which_models_are_taken_how(tmp_path: Path):
     pixels = images * torch.tensor(STATISTICS[1]).view(3, 1, 1) + torch.tensor(STATISTICS[0]).view(3, 1, 1)
     assert torch.allclose(shifted(images, tokens)[0], same((pixels - 0.5) / 0.25, tokens)[0], atol=1e-5)
     assert teacher.load_init(str(plain)).geometry["vision"]["image_size"] == 24
-    with pytest.raises(ValueError, match="--init .*timm has towers without inheritable weights"):
+    with pytest.raises(ValueError, match="--init .*timm has towers"):
         teacher.load_init(str(timm))
 
 
@@ -93,18 +93,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
     torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, tmp_path / "nan.pt")
     for load in (lambda: teacher.load_init(str(tmp_path / "nan.pt")),
                  lambda: teacher.load_teacher(str(tmp_path / "nan.pt"), 16, 24)):  # fmt: skip
-        with pytest.raises(ValueError, match="holds logit_scale with numbers that are not finite"):
+        with pytest.raises(ValueError, match="holds logit_scale"):
             load()
 
 
 def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     model = tiny()
     torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, tmp_path / "tiny.pt")
-    with pytest.raises(ValueError, match="--init .*tiny.pt has a vocabulary of 30 tokens, and CLIP's tokenizer 49,408"):
+    with pytest.raises(ValueError, match="--init .*tiny.pt .*30 tokens"):
         teacher.load_init(str(tmp_path / "tiny.pt"))
     tokenizer = types.SimpleNamespace(vocab_size=32_000)
     monkeypatch.setattr(export, "load_model", lambda source: (nn.Identity(), None, tokenizer))
-    with pytest.raises(ValueError, match="--teacher ViT-B-16-SigLIP@webli uses another tokenizer than the student"):
+    with pytest.raises(ValueError, match="--teacher ViT-B-16-SigLIP@webli"):
         teacher.load_teacher("ViT-B-16-SigLIP@webli", 24, 24)
 
 
@@ -118,7 +118,7 @@ def test_a_run_says_whose_it_is(tmp_path: Path):
     assert checkpoints.trained_by(saved(tmp_path / "runs/flame/b", epoch=3)) == "flame"
     assert checkpoints.trained_by(saved(tmp_path / "c", epoch=3)) is None
     assert checkpoints.trained_by(tmp_path / "runs/flame") is None
-    with pytest.raises(ValueError, match="does not name its paper: export it first"):
+    with pytest.raises(ValueError, match="export it first"):
         export.exported(tmp_path / "c")
     assert export.foreign(tmp_path / "a", "tinyclip") and not export.foreign(tmp_path / "a", "protoclip")
     assert export.foreign("ViT-B-32@openai", "flame") and not export.foreign(tmp_path / "epoch.pt", "flame")

@@ -17,10 +17,10 @@ def test_without_a_network_the_flag_of_the_weights_is_named(monkeypatch: pytest.
         raise OSError("no network")
 
     monkeypatch.setattr(checkpoints.timm, "create_model", fails)
-    with pytest.raises(ValueError, match=r"--vision-init deit cannot be loaded \(no network\); --vision-init None"):
+    with pytest.raises(ValueError, match="no network.*--vision-init None"):
         checkpoints.init_vision(VisionTransformer(32, 16, 8, 1, 1), "deit")
     monkeypatch.setattr("transformers.AutoModelForMaskedLM.from_pretrained", fails)
-    with pytest.raises(ValueError, match=r"--text-init bert cannot be loaded \(no network\); --text-init None"):
+    with pytest.raises(ValueError, match="no network.*--text-init None"):
         checkpoints.init_text(tiny_captioner(), "bert")
 
 
@@ -44,7 +44,7 @@ def test_authors_layout_loads(tmp_path):
     assert torch.equal(loaded["visual_encoder.pos_embed"], pos_embed)
     assert all(torch.equal(loaded[name], state[name]) for name in loaded if "pos_embed" not in name)
     assert checkpoints.load_blip(tiny_captioner(), tmp_path / "theirs.pth") == []
-    with pytest.raises(ValueError, match="none of the model's parameters"):
+    with pytest.raises(ValueError, match="none of"):
         checkpoints.load_blip(target, {"model": {"conv1": torch.zeros(1)}})
 
 
@@ -89,11 +89,11 @@ def test_a_released_file_becomes_a_run(tmp_path, capsys):
     assert all(torch.equal(value, state[name]) for name, value in kept.items()) and "itm_head.weight" in kept
     checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "larger"), image_size=24))
     assert checkpoints.load_run(tmp_path / "larger")[0].visual_encoder.pos_embed.shape[1] == 10
-    with pytest.raises(ValueError, match="cannot serve as --stage finetune"):
+    with pytest.raises(ValueError, match="--stage finetune"):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "writer"), stage="finetune"))
     source = checkpoints.Config(**flags, out=str(tmp_path / "again"))
     source.source = str(tmp_path / "scorer/checkpoint.pt")
-    with pytest.raises(ValueError, match="belongs to a run folder already"):
+    with pytest.raises(ValueError, match="run folder already"):
         checkpoints.main(source)
     with pytest.raises(ValueError, match="holds a run already"):
         checkpoints.main(checkpoints.Config(**flags, out=str(tmp_path / "scorer")))

@@ -27,6 +27,8 @@ def test_kmeans_codes(case):
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0, atol=3e-4)
     assert np.random.RandomState(case["np_random_seed"]).randint(1234) == case["faiss_seed"]
+    start, _ = train_kmeans(theirs, case["k"], case["faiss_seed"], niter=0)
+    assert torch.equal(start, theirs[case["init_index"]])
     centroids, objective = train_kmeans(theirs, case["k"], case["faiss_seed"], case["niter"])
     assignment, dist2 = nearest(theirs, centroids)
     case.close("assignment", assignment)

@@ -40,5 +40,5 @@ def test_keyword_start(folder, monkeypatch, tiny):
         assert not torch.equal(model.quantize.embedding.weight, weights[0])
     assert model.quantize.embedding.weight.abs().max() <= (6 / (24 + 16)) ** 0.5
     short = dataclasses.replace(cfg, keywords=str(folder / "tags.txt"), num_codes=25)
-    with pytest.raises(ValueError, match="holds 24 keywords, fewer than --num-codes 25"):
+    with pytest.raises(ValueError, match="--num-codes 25"):
         short.check(1)

@@ -47,9 +47,9 @@ def test_an_export_is_an_encoder(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("lite", "there is no encoder 'lite': it is efficientnet_lite0, timm:NAME"),
-        ("timm:no_such_net", "timm:no_such_net is not on this machine"),
-        ("ViT-B-32@nothing", "ViT-B-32@nothing is not a model that can be used here"),
+        ("lite", "'lite'"),
+        ("timm:no_such_net", "timm:no_such_net"),
+        ("ViT-B-32@nothing", "ViT-B-32@nothing"),
     ],
 )
 def test_errors_of_encoders_that_cannot_be_loaded(name, words):
@@ -97,7 +97,7 @@ def test_a_run_and_its_export_score_alike(chain, folder):
     state = model.eval()
     expected = CodebookCaptioner(state.visual_encoder, state.text_decoder, None, sep_token_id=tokenizer.sep)
     assert torch.equal(written, expected.generate(images, tokenizer.prompt_ids(), max_length=10))
-    with pytest.raises(ValueError, match="cannot write captions: it lacks"):
+    with pytest.raises(ValueError, match="cannot write captions"):
         checkpoints.load_model(str(folder / "exported/retrieval"), "finetune")
 
 
@@ -123,10 +123,10 @@ def test_a_clip_of_ours_scores_by_its_cosine(chain):
     ("name", "words"),
     [
         ("gone", "gone is no run folder"),
-        ("/gone", "/gone is no run folder .* a name on the Hugging Face hub"),
-        ("local-dir:/gone", "local-dir:/gone holds no open_clip_config.json"),
-        ("nobody/nothing", "nobody/nothing is no run folder, and the Hugging Face hub does not give it"),
-        ("ViT-B-32@nothing", "ViT-B-32@nothing is not a model that can be used here"),
+        ("/gone", "/gone is no run folder"),
+        ("local-dir:/gone", "open_clip_config.json"),
+        ("nobody/nothing", "nobody/nothing .*hub"),
+        ("ViT-B-32@nothing", "ViT-B-32@nothing"),
     ],
 )
 def test_errors_of_scorers_that_cannot_be_loaded(name, words, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Case, leaf
-from test_tldr_reduction_blip import gradients, load, text_of, vision_of
+from test_tldr_reduction_blip import gradients, inputs_of, load, text_of, vision_of
 from tldr_reduction_ports import build_vocab
 
 from tldr_reduction import config
@@ -80,7 +80,7 @@ def test_codebook_perplexity(case):
 @pytest.mark.golden("tldr_reduction", "captioner_forward")
 def test_captioner_forward(case):
     model = captioner_of(case).train()
-    inputs = case["image"], case["input_ids"], case["attention_mask"]
+    inputs = inputs_of(case)
     loss_lm, loss_emb, _ = model(*inputs)
     (loss_lm + loss_emb).backward()
     case.close("loss_lm", loss_lm, atol=2e-5)
@@ -102,7 +102,7 @@ def test_captioner_forward(case):
 @pytest.mark.golden("tldr_reduction", "caption_decoder")
 def test_caption_decoder(case):
     model = captioner_of(case).train()
-    inputs = case["image"], case["input_ids"], case["attention_mask"]
+    inputs = inputs_of(case)
     loss_lm, loss_emb, _ = model(*inputs, prompt_length=case["prompt_length"])
     (loss_lm + loss_emb).backward()
     assert loss_emb == 0
@@ -146,7 +146,7 @@ def test_quantizer_is_fp32_under_autocast():
 
 
 def test_codes_must_divide_the_width():
-    with pytest.raises(ValueError, match="width 6 cannot be cut into codes of 4"):
+    with pytest.raises(ValueError, match="codes of 4"):
         VectorQuantizer(7, 4)(torch.randn(2, 3, 6))
 
 
@@ -154,7 +154,7 @@ def test_frequent_keywords():
     captions = ["A red car!", "the red car; a dog", "red dog and the car", "dog"]
     assert frequent_keywords(captions, 4) == ["car", "dog", "red", "red car"]  # by count, then by name
     assert frequent_keywords(reversed(captions), 4) == frequent_keywords(captions, 4)
-    with pytest.raises(ValueError, match="keywords, fewer than 99 codes"):
+    with pytest.raises(ValueError, match="99 codes"):
         frequent_keywords(captions, 99)
 
 
@@ -192,7 +192,7 @@ def test_generation_by_hand():
     assert torch.equal(
         model.generate(image, prompt, 3, 9, 4)[:1, :5], model.generate(image[:1], prompt, 3, 9, 4)[:, :5]
     )
-    with pytest.raises(ValueError, match="max-length 3 must exceed"):
+    with pytest.raises(ValueError, match="max-length 3"):
         model.generate(image, prompt, 3, 3)
 
 

@@ -88,13 +88,7 @@ def test_reduction_keeps_a_share_of_each_cluster(chain, folder):
         assert reduced.read(row).image.tobytes() == pairs.read(before[line["key"]]).image.tobytes()
     assert set(report["itm"]) == {"before", "after"} and np.isclose(np.mean(report["itm"]["after"]["histogram"]), 1)
     page = (out / "report.html").read_text()
-    for words in (
-        "better than a random selection",
-        "Refined captions",
-        "before: mean",
-        "passed over in its cluster",
-        "<h2>Clusters",
-    ):
+    for words in ("random selection", "Refined captions", "passed over", "<h2>Clusters"):
         assert words in page, words
     checks = report["checks"]
     assert set(checks) == {"images at 8 x 8 pixels", "efficientnet_lite0", "captions"}
@@ -115,7 +109,7 @@ def test_a_finished_reduction_is_not_run_twice(chain, cli):
     out = chain["reduced"]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     result = finished(cli(*chain["command"], "--out", out, module=REDUCE))
-    assert "is finished; nothing to do" in result.out
+    assert "nothing to do" in result.out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
     refused(cli(*chain["command"], "--keep", "0.3", "--out", out, module=REDUCE), "another --keep")
 
@@ -125,12 +119,12 @@ def test_a_reduction_is_of_its_data_and_has_one_writer(folder, in_process, tmp_p
     out = tmp_path / "out"
     command = [tmp_path / "pool", "--keep", "0.5", "--clusters", "2", "--select", "random", "--out", out]
     with held(out):
-        refused(in_process(*command, module=REDUCE), "belongs to a run that is still going")
+        refused(in_process(*command, module=REDUCE), "still going")
     assert in_process(*command, module=REDUCE).code == 0
     settings = json.loads((out / "config.json").read_text())
     assert settings["fingerprint"]
     (tmp_path / "pool/00001.tar").unlink()
-    refused(in_process(*command, module=REDUCE), "reduces other data than")
+    refused(in_process(*command, module=REDUCE), "other data")
 
 
 def test_a_reduction_keeps_as_many_as_the_matched_one(folder, in_process, tmp_path):
@@ -138,14 +132,14 @@ def test_a_reduction_keeps_as_many_as_the_matched_one(folder, in_process, tmp_pa
     matched = tmp_path / "matched"
     matched.mkdir()
     command = [folder / "pool", "--select", "random", "--match", matched, "--out", tmp_path / "out"]
-    for report, words in ((b"{", "holds no JSON object"), (b"{}", "holds no report.json of a finished reduction")):
+    for report, words in ((b"{", "no JSON"), (b"{}", "no report.json")):
         (matched / "report.json").write_bytes(report)
         refused(in_process(*command, module=REDUCE), words)
     (matched / "report.json").write_text('{"kept": 7}')
     finished(in_process(*command, module=REDUCE))
     assert len(open_pairs(str(tmp_path / "out/shards"))) == 7
     (matched / "report.json").write_text('{"kept": 8}')
-    refused(in_process(*command, module=REDUCE), f"was made when {matched} had other content")
+    refused(in_process(*command, module=REDUCE), f"{matched} had other content")
 
 
 def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path):
@@ -154,21 +148,21 @@ def test_a_reduction_is_of_the_weights_that_began_it(chain, in_process, tmp_path
     command = [*chain["command"][:1], "--select", "itm", "--keep", "0.5", "--captions", "original"]
     command += ["--scorer", scorer, "--out", tmp_path / "out"]
     assert in_process(*command, module=REDUCE).code == 0
-    assert "is finished; nothing to do" in in_process(*command, module=REDUCE).out
+    assert "nothing to do" in in_process(*command, module=REDUCE).out
     state = checkpoints.load_checkpoint(scorer / "checkpoint.pt")
     next(iter(state["state_dict"].values())).add_(1)
     checkpoints.save_checkpoint(scorer / "checkpoint.pt", state)
-    refused(in_process(*command, module=REDUCE), f"was made when {scorer} had other content")
+    refused(in_process(*command, module=REDUCE), f"{scorer} had other content")
 
 
 def test_predictions_must_fit_the_samples(in_process, folder, tmp_path):
     file, out = tmp_path / "predictions.json", tmp_path / "out"
     command = [folder / "pool", "--select", "random", "--keep", "0.1", "--predictions", file, "--out", out]
-    refused(in_process(*command, module=REDUCE), "predictions.json cannot be read: No such file")
+    refused(in_process(*command, module=REDUCE), "predictions.json cannot be read")
     for entries, words in (
-        ({"image_id": 0}, "is no JSON list of"),
-        ([{"image_id": 0, "caption": None}], "the caption of 0 is no text"),
-        ([{"image_id": "elsewhere", "caption": "a cat"}], "has captions for none of the 160 samples"),
+        ({"image_id": 0}, "no JSON list"),
+        ([{"image_id": 0, "caption": None}], "caption of 0"),
+        ([{"image_id": "elsewhere", "caption": "a cat"}], "none of the 160"),
     ):
         file.write_text(json.dumps(entries))
         refused(in_process(*command, module=REDUCE), words)
@@ -177,10 +171,10 @@ def test_predictions_must_fit_the_samples(in_process, folder, tmp_path):
     shown = finished(in_process(*command, module=REDUCE)).out
     report = json.loads((out / "report.json").read_text())
     lacking = report["captions"]["without_generated"]
-    assert 0 < lacking < 16 and f"{lacking} of 16 kept samples have no generated caption" in shown
-    assert "there is no --scorer" in shown and report["notes"][0] in (out / "report.html").read_text()
+    assert 0 < lacking < 16 and f"{lacking} of 16" in shown
+    assert "--scorer" in shown and report["notes"][0] in (out / "report.html").read_text()
     file.write_text(json.dumps([{"image_id": row, "caption": "a dog"} for row in range(160)]))
-    refused(in_process(*command, module=REDUCE), f"was made when {file} had other content")
+    refused(in_process(*command, module=REDUCE), f"{file} had other content")
 
 
 def test_a_scorer_must_give_numbers(in_process, folder, tmp_path, monkeypatch):
@@ -190,7 +184,7 @@ def test_a_scorer_must_give_numbers(in_process, folder, tmp_path, monkeypatch):
     scorer = Scorer(eval_transform(8), broken, broken, broken, True)
     monkeypatch.setattr(reduce.Inference, "scorer", lambda self: scorer)
     command = [folder / "pool", "--select", "random", "--scorer", "mine", "--out", tmp_path / "out"]
-    refused(in_process(*command, module=REDUCE), "--scorer mine gives no finite score for 160 of 160 samples")
+    refused(in_process(*command, module=REDUCE), "160 of 160")
 
 
 def test_an_open_clip_model_scores(in_process, folder):
@@ -204,7 +198,7 @@ def test_an_open_clip_model_scores(in_process, folder):
     itm = json.loads((out / "report.json").read_text())["itm"]
     assert itm["before"]["below_cut"] == 50 and itm["after"]["below_cut"] == 0
     assert itm["before"]["span"] == itm["after"]["span"] and np.isclose(np.mean(itm["before"]["histogram"]), 1)
-    assert "is finished; nothing to do" in in_process(*words, module=REDUCE).out
+    assert "nothing to do" in in_process(*words, module=REDUCE).out
 
 
 ARMS = {
@@ -250,7 +244,7 @@ def test_images_of_an_annotation_file_are_not_extracted(in_process, tmp_path):
     result = in_process(
         tmp_path / "all.json", "--select", "random", "--extract-images", "--out", tmp_path / "out", module=REDUCE
     )
-    refused(result, "--extract-images is for shards")
+    refused(result, "--extract-images")
 
 
 def test_annotation_json_in_and_out(chain, cli, folder, tiny):
@@ -357,14 +351,14 @@ def test_two_processes_reduce_as_one(chain, start, folder):
 def test_broken_samples_are_left_out(cli, folder, chain, broken):
     options = ["--clusters", "3", "--captioner", chain["captioner"]]
     result = finished(cli(broken, *options, "--out", folder / "broken-reduction", module=REDUCE))
-    assert "broken samples, left out" in result.out and "unreadable image" in result.out
+    assert "broken samples" in result.out and "unreadable image" in result.out
     with open(folder / "broken-reduction/report.csv", newline="") as file:
         lines = {line["key"]: line for line in csv.DictReader(file)}
     assert lines["bad"]["reason"].startswith("broken: unreadable") and lines["bad"]["kept"] == "0"
     assert lines["mute"]["reason"] == "broken: empty caption"
     options = ["--select", "random", "--keep", "1", "--scorer", chain["scorer"], "--out", folder / "broken-random"]
     result = finished(cli(broken, *options, module=REDUCE))
-    assert "broken samples, left out" in result.out and "identical images that occurred before" in result.out
+    assert "broken samples" in result.out and "identical images" in result.out
     with open(folder / "broken-random/report.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert {line["key"] for line in lines if line["kept"] == "0"} == {"bad", "mute"}
@@ -381,24 +375,24 @@ def test_wrong_reduction_flags(in_process, folder, chain):
         (["nowhere.tar"], "nowhere.tar does not exist"),
         (["x.tsv"], "reduce takes .tar files"),
         ([pool, "--keep", "1.5"], "--keep must be at most 1"),
-        ([pool, "--clusters", "161"], "--clusters 161 is more than the 160 samples"),
-        ([pool, "--select", "first", "--keep", "0.001"], "--keep 0.001 leaves none of 160 samples"),
+        ([pool, "--clusters", "161"], "--clusters 161"),
+        ([pool, "--select", "first", "--keep", "0.001"], "--keep 0.001"),
         ([pool, "--workers", "-1"], "--workers must be at least 0"),
-        ([pool, "--work", pool / "00000.tar"], "00000.tar is a file: name a folder"),
-        ([pool, "--encoder", "lite"], "there is no encoder 'lite'"),
-        ([pool, "--recipe", "cc4m"], "--recipe cc4m is none of paper"),
+        ([pool, "--work", pool / "00000.tar"], "00000.tar is a file"),
+        ([pool, "--encoder", "lite"], "'lite'"),
+        ([pool, "--recipe", "cc4m"], "--recipe cc4m"),
         ([pool, "--captions", "refined"], "needs --caption-model"),
         ([pool, "--select", "itm"], "need --scorer"),
         ([pool, "--captioner", folder], "is no run folder"),
         ([pool, "--scorer", folder], "is no run folder"),
-        ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "run of stage blip, where one of stage captioner"),
+        ([pool, "--captioner", chain["scorer"], "--clusters", "3"], "stage captioner"),
         ([pool, "--match", folder], "holds no report.json"),
-        ([pool, "--match", chain["reduced"]], "--match goes with --select random, first or itm"),
+        ([pool, "--match", chain["reduced"]], "--match goes"),
         ([chain["reduced"] / "shards", "--match", chain["reduced"], "--select", "all"], "--match goes"),
-        ([folder / "words.json"], "the caption of a.png is no text (entry 0)"),
+        ([folder / "words.json"], "caption of a.png"),
         ([folder / "gone.json", "--select", "random"], "none of the 1 images"),
         ([pool, "--precision", "fp16"], "fp16 needs a GPU"),
-        ([pool, "--caption-model", chain["captioner"]], "where one of stage finetune"),
+        ([pool, "--caption-model", chain["captioner"]], "stage finetune"),
     ):
         refused(in_process(*arguments, *out, module=REDUCE), words)
         shutil.rmtree(folder / "wrong", ignore_errors=True)
@@ -415,7 +409,7 @@ def test_dry_run_of_a_reduction(in_process, folder):
     """It prints sizes of the data, or of the recipe's data set if they are missing or remote; it writes nothing."""
     out = folder / "dry"
     printed = finished(in_process(folder / "pool", "--keep", "0.5", "--dry-run", "--out", out, module=REDUCE)).out
-    assert "160 (" in printed and "80, and up to one more in each of 5 clusters" in printed
+    assert "160 (" in printed and "80, " in printed
     printed = finished(
         in_process("gone/{0..9}.tar", "--recipe", "yfcc15m", "--dry-run", "--out", out, module=REDUCE)
     ).out

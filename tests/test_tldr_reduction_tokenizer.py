@@ -43,10 +43,10 @@ def test_a_vocabulary_is_checked(tmp_path):
     assert WordPiece(path).fingerprint != first
     for lines in ([], pieces[1:], pieces[:3], [*pieces, "a"], [*pieces[:5], "", "", "b"]):
         path.write_text("\n".join(lines))
-        with pytest.raises(ValueError, match=f"vocabulary {path} is not BERT's or one like it"):
+        with pytest.raises(ValueError, match=f"{path} is not BERT's"):
             WordPiece(path)
     path.write_bytes("café".encode("latin-1"))
-    with pytest.raises(ValueError, match=f"vocabulary {path} is not UTF-8 text"):
+    with pytest.raises(ValueError, match=f"{path} is not UTF-8"):
         WordPiece(path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
@@ -73,5 +73,5 @@ def test_without_a_network_the_vocabulary_is_named(monkeypatch: pytest.MonkeyPat
         raise OSError("no network")
 
     monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", from_pretrained)
-    with pytest.raises(ValueError, match=r"vocabulary bert-base-uncased is no file.*\(no network\); a vocab.txt or"):
+    with pytest.raises(ValueError, match="bert-base-uncased.*no network.*vocab.txt"):
         WordPiece("bert-base-uncased")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from shared import accumulate, checkpoints, cli, data, run
-from shared.clip import STATISTICS, blank_inputs, image_side, set_grad_checkpointing
+from shared import checkpoints, cli, data, run
+from shared.clip import STATISTICS, RememberingTokenizer, blank_inputs, image_side, set_grad_checkpointing
 from shared.corpus import Corpus, open_corpus
 from shared.errors import UserError
 from shared.zeroshot import quick_top1
@@ -341,7 +341,7 @@ def main(cfg: Config) -> Path | None:
 
     # Data
     side = image_side(student.clip)
-    tokenizer = data.RememberingTokenizer(open_clip.SimpleTokenizer(context_length=student.clip.context_length))
+    tokenizer = RememberingTokenizer(open_clip.SimpleTokenizer(context_length=student.clip.context_length))
     view, whole_image = training_view(cfg, side), image_transform(side)
     crops = cfg.augmentation == "crop"
     text = lambda pair: tokenizer(pair.caption)[0]  # noqa: E731
@@ -368,7 +368,7 @@ def main(cfg: Config) -> Path | None:
 
     if unevaluated:
         evaluate(first)
-    network, skipped = run.distributed(accumulate.micro_batches(student, cfg.accumulate), process), 0
+    network, skipped = run.distributed(student, process, cfg.accumulate), 0
     for epoch in range(first // per_epoch, math.ceil(cfg.steps / per_epoch)):
         start = max(first, epoch * per_epoch)
         batches = corpus.epoch(epoch, view, start - epoch * per_epoch)
@@ -377,7 +377,7 @@ def main(cfg: Config) -> Path | None:
             if student.masks and step == cfg.prune_step:
                 student = cut_masks(student, cfg, folder, epoch)
                 optimizers = folder.objects["optimizers"] = make_optimizers(student, cfg)
-                network = run.distributed(accumulate.micro_batches(student, cfg.accumulate), process)
+                network = run.distributed(student, process, cfg.accumulate)
             torch.manual_seed(run.stable_hash(cfg.seed, step))  # equal mask samples on all ranks and after a resume
             if teacher is None:
                 features = None

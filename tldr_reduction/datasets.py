@@ -22,6 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from shared import data
+from shared.clip import RememberingTokenizer
 from shared.errors import UserError
 from shared.index import Strings, cached
 from shared.pretrained import LITE0_MEAN, LITE0_STD
@@ -174,7 +175,7 @@ class TextOf:
 
     def __init__(self, tokenizer, cfg: Common):
         self.stage, self.max_length = cfg.stage, cfg.max_length
-        self.tokenizer = data.RememberingTokenizer(tokenizer) if cfg.stage == "clip" else tokenizer
+        self.tokenizer = RememberingTokenizer(tokenizer) if cfg.stage == "clip" else tokenizer
 
     def __call__(self, pair: data.Pair) -> Tensor | tuple[Tensor, Tensor]:
         caption = pre_caption(pair.caption)

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shared import accumulate, cli, clip, run
+from shared import cli, clip, run
 from shared.corpus import Corpus
+from shared.loss import clip_loss
 from shared.streams import Stream
 from shared.zeroshot import quick_top1
 from tldr_reduction.blip import PAD
@@ -45,7 +46,7 @@ def losses_of(model: nn.Module, images: Tensor, texts: Tensor, cfg: Common, alph
     if cfg.stage == "clip":
         with run.autocast(cfg.precision, images.device):
             features = model(images, texts)
-        return {"loss_ita": clip.clip_loss(*features)}
+        return {"loss_ita": clip_loss(*features)}
     ids, *numbers = texts if cfg.stage == "retrieval" else [texts]
     mask = (ids != PAD).long()
     inputs = {
@@ -209,7 +210,7 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
     made_with = {"data": corpus.fingerprint, "vocabulary": getattr(tokenizer, "fingerprint", None)}
     folder.start(min(per_epoch * first + start, total), total, len(corpus), **made_with)
 
-    network = run.distributed(accumulate.micro_batches(model, cfg.accumulate), process)
+    network = run.distributed(model, process, cfg.accumulate)
     for epoch in range(first, cfg.epochs):
         model.train()
         for batch, (_, images, texts) in enumerate(corpus.epoch(epoch, view, start=start), start):

@@ -25,7 +25,8 @@ from concept_frequency.captions import list_partitions, load_spacy, tag_captions
 from concept_frequency.config import COUNT_PRESETS, PRESETS, CountConfig
 from concept_frequency.count import Job, index_partition, spread
 from concept_frequency.model import InvertedIndex, known_terms, noun_set
-from shared import clip, data, run
+from shared import data, run
+from shared.loss import clip_loss
 from studies import concept_frequency as study
 from tests.parity import import_beside
 
@@ -146,7 +147,7 @@ def clip_step(name: str, captions: list[str], precision: str, repetitions: int) 
     words = (tokens != 0).sum(1).float()
     note = f"captions of {int(words.min())} to {int(words.max())} tokens, context {tokens.shape[1]}"
     title = f"CLIP step, {name}, batch {len(tokens)}, {precision}: open_clip"
-    sides = step(ours, clip.clip_loss), step(theirs, plain)
+    sides = step(ours, clip_loss), step(theirs, plain)
     step_row(title, len(tokens), precision, *sides, repetitions, target=">= 1", note=note)
 
 

@@ -21,7 +21,7 @@ from open_clip_train.scheduler import cosine_lr
 
 from protoclip import model, train
 from shared import run
-from shared.clip import image_side
+from shared.clip import image_side, trimmed
 
 from . import at_least, race, set_up
 from .open_clip_loop import AUTOCAST, open_clip_loop
@@ -48,21 +48,26 @@ def both(name: str, size: int, precision: str, steps: int, process: run.Process)
     """Functions that take `steps` steps, ours and open_clip's."""
     device = process.device
     plan = {"model": name, "image_size": None, "batch_size": size, "episode_size": size * steps, "beta2": None}
+    plan["precision"] = precision
     cfg = dataclasses.replace(train.PRESETS["cc3m-rn50-clip"][1], **plan)
     ours = model.create_model(name, heads=False).to(device)
     theirs = open_clip.create_model(name, output_dict=True, force_quick_gelu=True, load_weights=False).to(device)
     theirs.load_state_dict(ours.state_dict())
     loader = make_batches(size, image_side(ours), ours.context_length, steps, device)
 
-    optimizer = torch.optim.AdamW(train.parameter_groups(ours, cfg.weight_decay), lr=cfg.lr, **cfg.adamw(), fused=True)
+    optimizer = torch.optim.AdamW(train.parameter_groups(ours, cfg.weight_decay), lr=cfg.lr, **cfg.adamw, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def our_steps() -> None:
-        for _ in train.train_episode(ours, loader, optimizer, None, 0, cfg, process, 0, scaler, precision):
-            pass
+        ours.train()
+        for step, (rows, images, tokens) in enumerate(loader):
+            train.set_learning_rates(optimizer, cfg, step)
+            rows, images = (x.to(device, non_blocking=True) for x in (rows, images))
+            batch = rows, images, trimmed(tokens, ours, device)
+            train.train_step(ours, batch, None, (1.0, 0.0, 0.0), optimizer, scaler, cfg)
         wait(device)
 
-    other = torch.optim.AdamW(train.parameter_groups(theirs, cfg.weight_decay), lr=cfg.lr, **cfg.adamw())
+    other = torch.optim.AdamW(train.parameter_groups(theirs, cfg.weight_decay), lr=cfg.lr, **cfg.adamw)
     other_scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
     scheduler = cosine_lr(other, cfg.lr, cfg.warmup, 10**6)
     batches, clip = [batch[1:] for batch in loader], cfg.max_grad_norm

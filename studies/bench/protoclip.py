@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 
 from protoclip import model, train
-from shared.clip import image_side
+from shared.clip import image_side, trimmed
 from studies import protoclip as study
 from studies.harness import floors
 from tests.parity import test_protoclip as parity
@@ -112,13 +112,19 @@ def batches(size: int, side: int, steps: int, samples: int = 2048) -> list:
 
 def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Callable]:
     """(model, function that trains it on one pass over batches) with the optimizer of train.main."""
-    network = model.create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, cfg.num_layers)
+    network = model.create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim)
     groups = train.parameter_groups(network, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw(), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw, fused=True)
+
+    weights = train.loss_weights(1, (1.0, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def one_pass(loader):
-        for _ in train.train_episode(network, loader, optimizer, prototypes, 1, cfg, CPU, precision=cfg.precision):
-            pass
+        network.train()
+        for step, (rows, images, tokens) in enumerate(loader, cfg.steps_per_episode):
+            train.set_learning_rates(optimizer, cfg, step)
+            batch = rows, images, trimmed(tokens, network, CPU.device)
+            train.train_step(network, batch, prototypes, weights, optimizer, scaler, cfg)
 
     return network, one_pass
 
@@ -133,8 +139,8 @@ def clip_step(name: str, size: int, precision: str, repetitions: int, steps: int
     gains = [p for n, p in named if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n]
     rest = [p for n, p in named if not any(p is gain for gain in gains)]
     groups = [{"params": gains, "weight_decay": 0.0}, {"params": rest, "weight_decay": cfg.weight_decay}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw())
-    scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode() * cfg.episodes)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw)
+    scheduler = cosine_lr(optimizer, cfg.lr, cfg.warmup, cfg.steps_per_episode * cfg.episodes)
     loader = batches(size, image_side(network), steps)
     theirs = [(images.contiguous(), tokens) for _, images, tokens in loader]
     their_loop = open_clip_loop(towers, theirs, optimizer, scheduler, precision, cfg.max_grad_norm)
@@ -159,7 +165,7 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
     n, k, p = cfg.episode_size, cfg.k, cfg.projection_dim
     args = SimpleNamespace(**{
         **parity.TRAIN, "projection_hidden_dim": cfg.hidden_dim, "projection_dim": p, "episode_size": n, "k": k,
-        "batch_size": cfg.batch_size, "lr": cfg.lr, "wd": cfg.weight_decay, "eps": cfg.adamw()["eps"],
+        "batch_size": cfg.batch_size, "lr": cfg.lr, "wd": cfg.weight_decay, "eps": cfg.adamw["eps"],
         "max_grad_norm": cfg.max_grad_norm,
     })  # fmt: skip
     image, text, external = clustered(n, k, p), clustered(n, k, p), clustered(n, k, 64)

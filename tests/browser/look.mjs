@@ -25,7 +25,6 @@ const shown = await tab.evaluate(() => {
     images: [...document.images].map((image) => ({ decoded: image.complete ? image.naturalWidth : 0, width: image.width })),
     cells: all("td").map((cell) => cell.textContent),
     links: all("nav a").map((link) => document.querySelector(link.getAttribute("href")) !== null),
-    colours: Object.fromEntries(all("td[class]").map((cell) => [cell.className, getComputedStyle(cell).color])),
     equations: all("math").map((math) => ({ height: math.getBoundingClientRect().height })),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth, // px beyond the window
   };
