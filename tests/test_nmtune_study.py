@@ -51,7 +51,7 @@ def test_claims_are_differences_of_encoders_and_of_heads():
     )
     assert rows["C3 30 % label noise raises LSVR, OOD features"]["difference"] == pytest.approx(0.6, abs=0.01)
     correlation = rows["C3 higher SVE goes with lower LP ID (correlation over levels)"]
-    assert correlation["difference"] == pytest.approx(-1, abs=0.01) and correlation["verdict"] == "not reproduced"
+    assert correlation["difference"] == pytest.approx(-1, abs=0.01) and correlation["verdict"] == "reproduced"
     c4 = rows["C4 NMTune above MLP, black box, OOD"]
     assert c4["primary"] and c4["difference"] == pytest.approx(0.9, abs=0.02) and c4["verdict"] == "same direction"
     mean = rows["C4 NMTune above MLP, encoders, mean over levels of label noise, OOD"]
