@@ -5,7 +5,7 @@ The paper's controlled study: the same encoder at five noise ratios gamma,
   - supervised: a share gamma of the labels is flipped      `NoisyLabels`, datasets.py `flip_labels`
   - CLIP: captions are swapped between image-text pairs     `SwappedCaptions`, datasets.py `swap_captions`
 The authors trained with stock timm and OpenCLIP 2.16.0. Models are timm's and open_clip's here, too, optimizers timm's;
-CLIP's loss is shared/clip.py `clip_loss`.
+CLIP's loss is shared/loss.py `clip_loss`.
 """
 
 import random

@@ -233,10 +233,10 @@ def encoder_head_claims(on: str, arm: str, in_paper: dict[str, str], before: str
 SVE_LP, LSVR_LP = "r of SVE and LP, ID", "r of LSVR and LP, OOD"
 CORRELATIONS = {SVE_LP: ("sve_id", "lp/id"), LSVR_LP: ("lsvr_ood", "lp/ood")}
 OVER_LEVELS = (  # claims about metrics of all levels, which `over_levels` adds to sup-00
-    Claim("C3 higher SVE goes with lower LP ID (correlation over levels)", "-0.95, fig. 1, 5", SVE_LP, "sup-00", "0", -1,
-          learned_by="lp/id"),
-    Claim("C3 higher LSVR goes with lower LP OOD (correlation over levels)", "-0.91, fig. 1, 5", LSVR_LP, "sup-00", "0", -1,
-          learned_by="lp/ood"),
+    Claim("C3 higher SVE goes with lower LP ID (correlation over levels)", "-0.95, fig. 1, 5", SVE_LP, "sup-00", "0",
+          -1, learned_by="lp/id"),
+    Claim("C3 higher LSVR goes with lower LP OOD (correlation over levels)", "-0.91, fig. 1, 5", LSVR_LP, "sup-00", "0",
+          -1, learned_by="lp/ood"),
 )  # fmt: skip
 CLAIMS = (
     *noise_claims("sup", 10, primary=True),

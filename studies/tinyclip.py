@@ -228,7 +228,8 @@ CLAIMS = (  # +1.6 IN: 61.4 against 59.8 in the model zoo; table 1 has 59.7
         "steps to the from-scratch student's score, inheritance alone",
         SPEED, STEPS, VIT_IC, VIT_LONG, -1, -0.29, False, 0.14, TOP1_SCENES,
     ),
-    Claim("learned masks above by hand, 25 %", "+1.6 IN at 50 % (model zoo)", TOP1_SCENES, *QUARTERS, 1, None, False, 0.8),
+    Claim("learned masks above by hand, 25 %", "+1.6 IN at 50 % (model zoo)", TOP1_SCENES, *QUARTERS, 1, None, False,
+          0.8),
     Claim("inherited above random weights, affinity", INHERITED_AFFINITY, TOP1_SCENES, VIT_IA, VIT_RA, negligible=1.0),
     Claim(
         "learned masks above by hand, 50 %",

@@ -9,6 +9,7 @@ import random
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lexvla import config
+from lexvla import config, train
 from lexvla import text as texts
 from lexvla.towers import create_model
 from lexvla.train import learning_rate, quadratic_warmup
-from shared import checkpoints, data
+from shared import checkpoints, data, run
 from studies import lexvla_dense
 
 GROUPS = ROOT / "data/emoji/eval/groups_id"
@@ -275,3 +276,19 @@ def test_schedules(case):
         base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
         lrs = [learning_rate(step, base, total, warmup) for step in case["lr_steps"].tolist()]
         check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
+
+
+class Captions(list):
+    caption = list.__getitem__
+
+
+def test_the_bias_is_minus_two_standard_deviations_of_the_logits(monkeypatch: pytest.MonkeyPatch):
+    """Logits 1, 3, 2 and 4 deviate from their mean by 1.5, 0.5, 0.5 and 1.5: a variance of 5 / 3."""
+    tower = SimpleNamespace(hidden=lambda text: text, codebook=torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    monkeypatch.setattr(train, "piece_counts", lambda tokenizer, captions: len([*captions]))
+    monkeypatch.setattr(train, "caption_vocabulary", lambda tokenizer, counts, *_: [counts])
+    monkeypatch.setattr(train, "lm_input", lambda *_: lambda captions: [torch.eye(2)])
+    monkeypatch.setattr(train, "text_encoder", lambda cfg: lambda lm, vocab_ids: tower)
+    process, captions = run.Process(0, 1, torch.device("cpu")), Captions(["dog", "", "cat"])
+    found = train.vocabulary(config.Config(bias=None), captions, None, None, process)
+    assert found == {"vocab_ids": [2], "bias": pytest.approx(-2 * (5 / 3) ** 0.5)}

@@ -171,6 +171,18 @@ def test_preprocess_eval(case):
 CLIP: list = []  # RN50's transforms, built once
 
 
+def test_training_views_are_crops_of_at_least_four_fifths_and_flips():
+    config = {
+        "input_size": (3, 32, 32),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
+    crop, flip, _ = timm_transforms(config)[0].transforms
+    assert crop.size == (32, 32) and crop.scale == (0.8, 1.0) and flip.p == 0.5
+
+
 # ---------------------------------------------------------------------------------------------------------- properties
 
 

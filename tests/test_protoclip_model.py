@@ -324,6 +324,9 @@ def test_heads_start_equal_and_are_not_decayed():
     model = tiny_model(num_layers=2)
     assert heads_equal(model)
     assert model.image_projection_head[0].weight is not model.text_projection_head[0].weight
+    assert [scale.exp().item() for scale in (model.logit_scale, model.logit_scale_proto)] == pytest.approx(
+        [1 / 0.07] * 2
+    )
     in_heads = {id(p) for name, p in model.named_parameters() if "projection_head" in name or "logit_scale" in name}
     decayed = {id(p) for group in parameter_groups(model, 0.5) if group["weight_decay"] for p in group["params"]}
     assert decayed and not decayed & in_heads

@@ -300,6 +300,21 @@ def test_param_counts(case):
         case.close(f"{name}/text_transformer", sum(p.numel() for p in model.transformer.parameters()))
 
 
+def test_the_text_tower_starts_as_openais():
+    """Standard deviations for a width of 64 and two layers."""
+    torch.manual_seed(0)
+    model = CLIP(32, VISION, {"context_length": 64, "vocab_size": 500, "width": 64, "heads": 2, "layers": 2})
+    block = model.transformer.resblocks[1]
+    expected = {
+        model.token_embedding.weight: 0.02, model.positional_embedding: 0.01, model.text_projection: 64**-0.5,
+        block.attn.in_proj_weight: 64**-0.5, block.attn.out_proj.weight: 64**-0.5 * 4**-0.5,
+        block.mlp.c_fc.weight: 128**-0.5, block.mlp.c_proj.weight: 64**-0.5 * 4**-0.5,
+    }  # fmt: skip
+    for parameter, std in expected.items():
+        assert parameter.std().item() == pytest.approx(std, rel=0.05)
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+
+
 def test_open_masks_change_nothing():
     model, (images, tokens) = tiny(), example()
     open_ = [{k: torch.ones_like(z) for k, z in some_masks(tower).items()} for tower in (VISION, TEXT)]

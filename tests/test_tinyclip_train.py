@@ -233,6 +233,15 @@ def test_steps_that_are_not_finite_are_skipped():
     assert stepped(student, None, images, tokens, 0, optimizers, cfg)["skipped"] == 0
 
 
+def test_the_scale_is_fixed_or_clamped():
+    clip, found = tiny(), []
+    for start, fixed in ((9.0, None), (-1.0, None), (9.0, 50.0)):
+        clip.logit_scale.data.fill_(start)
+        train.clamp_logit_scale(clip, fixed)
+        found.append(clip.logit_scale.exp().item())
+    assert found == pytest.approx([100, 1, 50])
+
+
 def test_a_run_that_skips_all_its_steps_is_an_error():
     train.check_skipped(torch.tensor(3.0), 3, last=True)  # the fourth of four steps; the first was taken
     train.check_skipped(torch.tensor(4.0), 3, last=False)

@@ -216,3 +216,19 @@ def test_a_learned_caption_is_written(tmp_path):
     captioner.eval()
     assert tokenizer.sep != 102 and captioner.sep_token_id == tokenizer.sep
     assert tokenizer.decode(captioner.generate(images, tokenizer.prompt_ids())) == captions
+
+
+def test_captions_have_5_to_20_ids_before_their_end():
+    """A captioner that would end a caption at once, and one that never would."""
+    model = tiny_captioner(quantize=False).eval()
+    lengths = []
+    for bias in (1e4, -1e4):
+        model.text_decoder.cls["predictions"].bias.data[3] = bias
+        ids = model.generate(torch.zeros(1, 3, 16, 16), torch.tensor([2, 5, 6, 3]))[0].tolist()
+        lengths.append(ids.index(3) if 3 in ids else len(ids))
+    assert lengths == [5, 20]
+
+
+def test_codes_start_between_plus_and_minus_one_over_their_number():
+    codes = VectorQuantizer(50, 200).embedding.weight
+    assert 0.019 < codes.max() <= 0.02 and -0.02 <= codes.min() < -0.019 and codes.mean().abs() < 1e-3

@@ -277,7 +277,8 @@ def claims_block(here: dict | None, photographs: dict | None) -> str:
         for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True):
             if row["claim"] in rows:
                 on, about = pictures_of(summary), {"claim": row["claim"], "in the paper": row["paper"]}
-                rows[row["claim"]] = about | rows[row["claim"]] | {f"on {on}": line["here"], f"verdict on {on}": row["verdict"]}
+                found_here = {f"on {on}": line["here"], f"verdict on {on}": row["verdict"]}
+                rows[row["claim"]] = about | rows[row["claim"]] | found_here
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     return table([{name: row.get(name, "-") for name in columns} for row in rows.values()])
 
