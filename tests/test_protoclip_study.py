@@ -83,16 +83,17 @@ def test_the_floor_of_the_probe_is_the_same_probe_on_pixels(monkeypatch: pytest.
 
 
 def test_clusters_of_raw_pixels_against_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Bright and dark pictures of two colours cluster by colour; one of six has the label of the other colour."""
-    shown = [((250, 0, 0), 0), ((240, 0, 0), 0), ((30, 0, 0), 0), ((25, 0, 0), 1), ((0, 0, 30), 1), ((0, 0, 25), 1)]
+    """Bright and dark pictures of two colours cluster by colour; one of seven has the label of the other colour."""
+    red, blue = [(250, 0, 0), (240, 0, 0), (30, 0, 0), (25, 0, 0)], [(0, 0, 30), (0, 0, 25), (0, 0, 20)]
+    labels = [0, 0, 0, 0, 1, 1, 0]
     samples = []
-    for colour, label in shown:
+    for colour, label in zip(red + blue, labels, strict=True):
         pixels = np.broadcast_to(np.array(colour, np.uint8), (24, 24, 3))
         samples.append({"png": layout.png(pixels), "cls": str(label)})
     tars.write_split(tmp_path / "subgroups_ood/test", samples)
     layout.write_classes(tmp_path / "subgroups_ood", ["a", "b"], ["{c}"])
     monkeypatch.setattr(study, "SUBGROUPS", ["", str(tmp_path / "subgroups_ood")])
-    expected = adjusted_mutual_info_score([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1])
+    expected = adjusted_mutual_info_score([0, 0, 0, 0, 1, 1, 1], labels)
     assert study.pixel_clusters() == {"subgroups_ood/ami": pytest.approx(expected)}
 
 
