@@ -148,6 +148,7 @@ clones: $(VENV)/.installed-companion
 # The first repository of a README is the authors'; others are found beside it. A failed test does not stop the others.
 parity: $(VENV)/.installed-$(EXTRAS),test data
 	@test -d "$(CLONES)" || { echo 'say where the clones are: make $@ CLONES=PATH'; exit 2; }
+	$(PY) -m protoclip.teacher minilm
 	mkdir -p runs/parity && rm -f runs/parity/*.json runs/parity/failed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m golden -n $(CORES) --dist loadfile || touch runs/parity/failed
 	$(PY) -m pytest -q tests/parity/test_lexvla.py -k trajectory || touch runs/parity/failed  # needs no clone

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from shared import checkpoints
+from shared import checkpoints, loss
 from shared.errors import UserError
 from shared.run import gather, own_columns
 
@@ -562,11 +562,7 @@ def create_model(method: str = "aclip", preset: str = "vit_b16", **settings) -> 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """(CE(rows) + CE(columns)) / 2 of scale * cosines; image, text (B, E) of any norm. U:losses.py:70-97."""
-    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-    targets = own_columns(image)
-    image_to_text = F.cross_entropy(scale * image @ gather(text).T, targets)
-    text_to_image = F.cross_entropy(scale * text @ gather(image).T, targets)
-    return (image_to_text + text_to_image) / 2
+    return loss.clip_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), scale)
 
 
 def simclr_loss(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:

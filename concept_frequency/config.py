@@ -61,6 +61,8 @@ class Config(RunConfig):
         return self.dataset_size // self.batch_size
 
     def check(self, world_size: int) -> None:
+        if self.stream:
+            raise UserError("--stream has no rows, from which an arm's pairs are drawn: leave it out")
         super().check(world_size)
         if not self.keep_in_memory:
             raise UserError("images of an arm are always kept in memory: leave out --no-keep-in-memory")

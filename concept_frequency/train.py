@@ -9,7 +9,7 @@ corpora (count.py, evaluate.py, curve.py). Here frequency is the treatment:
   3. train a CLIP on them                                                `train_step`
   4. measure accuracy on a drawing style that no arm has seen            `zero_shot`
 The arms differ only in `law`, `exponent` and `assignment`. 1, 2 and 4 are in assigned.py, settings in config.py. The
-loss is `shared.clip.clip_loss`; `shared.corpus.Corpus` shuffles the pairs of an epoch and skips those before a resume.
+loss is `shared.loss.clip_loss`; `shared.corpus.Corpus` shuffles the pairs of an epoch and skips those before a resume.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from concept_frequency.assigned import RandomView, frequency_row, open_arm, read_test_set, zero_shot
 from concept_frequency.config import PRESETS, Config
-from shared import checkpoints, cli, clip, export, run
+from shared import checkpoints, cli, clip, run
 from shared.corpus import Corpus
 from shared.loss import clip_loss
 
@@ -90,7 +90,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def create_model(name: str, image_size: int | None = None) -> nn.Module:
     """A randomly initialised open_clip model whose text tower accepts captions without padding."""
-    export.open_clip_config(name)
+    clip.open_clip_config(name)
     override = {} if image_size is None else {"force_image_size": image_size}
     with clip.quiet_open_clip():
         return clip.without_padding(open_clip.create_model(name, load_weights=False, **override))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import shared.resnet  # noqa: F401  (registers its network with timm)
 from shared import checkpoints
+from shared.clip import open_clip_config
 from shared.errors import UserError
-from shared.export import open_clip_config
 from shared.run import gather, own_columns
 
 # -------------------------------------------------------------------------------------------------------- image tower

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import clip, export, run
+from shared import clip, run
 from shared.errors import UserError
-from shared.pretrained import LITE0, LITE0_MEAN, LITE0_STD
 
 # ------------------------------------------------------------------------------------------------- encoders and heads
 
@@ -116,7 +115,7 @@ def create_model(
     U:open_clip/model.py:347); only with a timm image tower the text tower keeps GELU (:359). UserError for a config
     with a custom text tower.
     """
-    config = export.open_clip_config(name)
+    config = clip.open_clip_config(name)
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
     if "hf_model_name" in text or config.get("custom_text"):
         raise UserError(f"model {name!r} has a custom text tower; ProtoCLIP needs open_clip's plain CLIP text tower")
@@ -124,8 +123,7 @@ def create_model(
         vision["image_size"] = image_size
     quick_gelu = "timm_model_name" not in vision if quick_gelu is None else quick_gelu
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
-    lite0 = vision.get("timm_model_name") == LITE0
-    model.visual.image_mean, model.visual.image_std = (LITE0_MEAN, LITE0_STD) if lite0 else clip.STATISTICS
+    model.visual.image_mean, model.visual.image_std = clip.STATISTICS
     return model.to(memory_format=torch.channels_last)  # makes convolutions faster, ViTs are unaffected
 
 

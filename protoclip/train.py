@@ -7,7 +7,7 @@ Training goes by episodes. In each of them:
   3. cluster them, and translate the prototypes back                              `cluster_episode`
   4. train one pass over the same samples, in a new order and with new views      `train_step`
 The CLIP baseline has only 1 and 4. Heads, prototypes and losses are in model.py, views in views.py, settings in
-config.py, the external teacher in teacher.py.
+config.py, the external teacher in teacher.py, its file in teacher_file.py.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What all papers share: data, evaluation, run folders, exports, corpora and studies."""
+"""What all papers share: data loading, zero-shot evaluation, and the run folder around them."""
 
 import os
 import sys

@@ -30,6 +30,14 @@ def quiet_open_clip() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def open_clip_config(name: str) -> dict:
+    """A copy of open_clip's config of this name. UserError if there is none."""
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise UserError(f"model {name!r} is not an open_clip config; open_clip.list_models() lists the names")
+    return config
+
+
 def cuts(model: nn.Module) -> bool:
     """Whether the model's text tower ignores padding: attention is causal and the feature is that of the end token."""
     return isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax" and model.attn_mask is not None

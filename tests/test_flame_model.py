@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaMod
 from flame import model as flame_model
 from flame.llm import LONG, RAW, SHORT, FrozenLLM, clean_caption, facet_decoupled_mask, render
 from flame.model import FLAME, TrainedText, image_tower, load_checkpoint, mp_nce_loss, mp_sigmoid_loss
-from shared.export import open_clip_config
+from shared.clip import open_clip_config
 
 # ------------------------------------------------------------------------------------------------------- from a case
 

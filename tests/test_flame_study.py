@@ -87,7 +87,7 @@ def test_the_language_model_is_what_the_environment_says(monkeypatch: pytest.Mon
     assert study.language_model() == GEMMA
     monkeypatch.setenv("LLM", "gpt")
     with pytest.raises(SystemExit) as stopped:
-        study.language_model()
+        study.main()
     assert stopped.value.code == 2 and "gemma or smollm2" in capsys.readouterr().err
     monkeypatch.setenv("LLM", "")  # not said: what is installed
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)

@@ -36,7 +36,7 @@ from flame.bank import Bank
 from flame.model import FLAME, image_tower
 from flame.train import sample_facets
 from shared import checkpoints, data, run
-from shared.export import open_clip_config
+from shared.clip import open_clip_config
 
 SCRIPT, STEPS = "flame.train", 15
 

@@ -159,7 +159,7 @@ def test_a_shard_that_ends_early_is_told_of_when_it_is_opened(tmp_path, capsys):
     (tmp_path / "1.tar").write_bytes(whole[: len(whole) * 2 // 5])
     pairs = data.open_pairs(str(tmp_path))
     kept = len(pairs) - 20
-    data.check_pairs(pairs, Settings, {}, run.Process(0, 1, torch.device("cpu")))
+    data.say_size(pairs, Settings, run.Process(0, 1, torch.device("cpu")))
     said, size = capsys.readouterr().out, len(whole) * 2 // 5
     assert all(word in said for word in ("1.tar is truncated or damaged", f" of {size:,}, {kept} pairs", "have 10"))
     (tmp_path / "1_stats.json").write_text('{"successes": 12}')

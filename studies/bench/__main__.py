@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from shared import run
-
-from . import HEAD
+from studies.bench import HEAD
 
 CLONES = {
     "protoclip": "protoclip",

@@ -24,10 +24,7 @@ from attentive_mask_clip import model, train
 from attentive_mask_clip.config import PRESETS, Config
 from studies import attentive_mask_clip as study
 from studies import attentive_mask_clip_timing as timing
-from studies.harness.report import with_means
-from tests.parity import test_attentive_mask_clip as parity
-
-from . import (
+from studies.bench import (
     CPU,
     arguments,
     at_least,
@@ -40,8 +37,10 @@ from . import (
     speed_of,
     step_row,
 )
-from .baselines import baseline_rows
-from .open_clip_loop import open_clip_loop
+from studies.bench.baselines import baseline_rows
+from studies.bench.open_clip_loop import open_clip_loop
+from studies.harness.report import with_means
+from tests.parity import test_attentive_mask_clip as parity
 
 UNSCALED = torch.amp.GradScaler(enabled=False)
 

@@ -14,9 +14,8 @@ import torch
 import tyro
 
 from shared import run
+from studies.bench import print_row
 from studies.harness import runner
-
-from . import print_row
 
 
 class Training(NamedTuple):
@@ -111,11 +110,11 @@ def floor_rows(
             above = next((line for line in points if line[metric] > goal), None)
             total = before + points[-1]["seconds"]
             seconds.append(before + above["seconds"] if above else math.inf)
-            there = f"{above[metric]:.1f} % at step {above['step']}" if above else f"not reached in {total:.0f} s"
-            notes.append(f"{there}, {points[-1][metric]:.1f} % at the end after {total:.0f} s")
+            there = f"reached at step {above['step']} ({above[metric]:.1f} %)" if above else "not reached"
+            notes.append(f"{there}; {points[-1][metric]:.1f} % after all steps, in {total:.0f} s")
         cfg, before, lines = trainings[-1]
         steps, first = [line["step"] for line in lines if metric in line], lines[0]
-        plan = f"{steps[-1]} steps of {cfg.batch_size}, measured every {steps[0]}"
+        plan = f"{steps[-1]} steps of {cfg.batch_size} samples, measured every {steps[0]} steps"
         begun = f"step {first['step']} ends after {before + first['seconds']:.0f} s"
         about = "; ".join(filter(None, (f"goal {goal:.1f} %: {'; '.join(notes)}", plan, begun, note)))
         print_row(f"seconds to {what}, {name}", [(value, None) for value in seconds], target, about)

@@ -28,10 +28,9 @@ from concept_frequency.model import InvertedIndex, known_terms, noun_set
 from shared import data, run
 from shared.loss import clip_loss
 from studies import concept_frequency as study
+from studies.bench import arguments, bench, one_thread, peak_memory, print_row, race, step_row
+from studies.bench.baselines import baseline_rows
 from tests.parity import import_beside
-
-from . import arguments, bench, one_thread, peak_memory, print_row, race, step_row
-from .baselines import baseline_rows
 
 
 def make_index(total: int, num_terms: int, num_documents: int) -> InvertedIndex:

@@ -32,8 +32,7 @@ from shared import data, index, run
 from shared.corpus import Corpus
 from shared.streams import Stream
 from shared.tars import write_tar
-
-from . import CPU, at_least, resident
+from studies.bench import CPU, at_least, resident
 
 SIDE, VIEW, BATCH = 256, 224, 64
 VIEW_OF = transforms.Compose([transforms.RandomCrop(VIEW), data.ToNormalizedTensor((0.5,) * 3, (0.5,) * 3)])

@@ -35,12 +35,11 @@ from shared import checkpoints, run
 from shared.index import Strings
 from studies import flame as study
 from studies import flame_towers
+from studies.bench import arguments, at_least, bench, matmul_peak, print_row, race, step_row
+from studies.bench.baselines import baseline_rows
+from studies.bench.open_clip_loop import open_clip_loop
 from studies.flame_measure import measure_run
 from tests.parity import test_flame as parity
-
-from . import arguments, at_least, bench, matmul_peak, print_row, race, step_row
-from .baselines import baseline_rows
-from .open_clip_loop import open_clip_loop
 
 # --------------------------------------------------------------------------------------------------------- embedding
 

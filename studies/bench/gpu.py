@@ -1,6 +1,6 @@
 """A CLIP step on a GPU, ours and open_clip's: images/s and memory. `python -m studies.bench.gpu` (`make bench-gpu`)
 
-Our step is that of ProtoCLIP's baseline (`protoclip.train.train_episode`), theirs `open_clip_train.train_one_epoch`,
+Our step is that of ProtoCLIP's baseline (`protoclip.train.train_step`), theirs `open_clip_train.train_one_epoch`,
 with the same towers, weights and batches; captions have 5 to 24 of 77 tokens. Both read batches from page-locked memory
 and take turns. If a batch does not fit, one of half its size is tried. PAPER_CLIPS_GPU names a device other than CUDA.
 """
@@ -22,9 +22,8 @@ from open_clip_train.scheduler import cosine_lr
 from protoclip import model, train
 from shared import run
 from shared.clip import image_side, trimmed
-
-from . import at_least, race, set_up
-from .open_clip_loop import AUTOCAST, open_clip_loop
+from studies.bench import at_least, race, set_up
+from studies.bench.open_clip_loop import AUTOCAST, open_clip_loop
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 HEAD = (

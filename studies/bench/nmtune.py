@@ -18,10 +18,9 @@ import torch
 from nmtune import config, model, pretrain, train
 from studies import nmtune as study
 from studies import nmtune_encoders as encoder_study
+from studies.bench import CPU, arguments, at_least, bench, print_row, race, step_row
+from studies.bench.baselines import baseline_rows
 from tests.parity import test_nmtune as parity
-
-from . import CPU, arguments, at_least, bench, print_row, race, step_row
-from .baselines import baseline_rows
 
 
 def textbook_terms() -> dict:

@@ -24,12 +24,11 @@ from open_clip_train.scheduler import cosine_lr
 from protoclip import model, train
 from shared.clip import image_side, trimmed
 from studies import protoclip as study
+from studies.bench import CPU, arguments, at_least, attention, bench, print_row, race, step_row
+from studies.bench.baselines import Training, floor_rows, trained
+from studies.bench.open_clip_loop import open_clip_loop
 from studies.harness import floors
 from tests.parity import test_protoclip as parity
-
-from . import CPU, arguments, at_least, attention, bench, print_row, race, step_row
-from .baselines import Training, floor_rows, trained
-from .open_clip_loop import open_clip_loop
 
 
 def clustered(n: int, k: int, dim: int) -> torch.Tensor:

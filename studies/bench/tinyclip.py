@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import cosine_lr
 
 from studies import tinyclip as study
+from studies.bench import arguments, at_least, attention, bench, print_row, race, step_row
+from studies.bench.baselines import baseline_rows
+from studies.bench.open_clip_loop import open_clip_loop
 from tests.parity import test_tinyclip as parity
 from tinyclip import model, train
 from tinyclip.config import PRESETS, Config
@@ -24,10 +27,6 @@ from tinyclip.eval import macs, throughput
 from tinyclip.geometry import CONFIGS, open_clip_config
 from tinyclip.inheritance import random_masks
 from tinyclip.masks import prune
-
-from . import arguments, at_least, attention, bench, print_row, race, step_row
-from .baselines import baseline_rows
-from .open_clip_loop import open_clip_loop
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import functional
 
-from shared import data, export, run
-from shared.clip import STATISTICS, image_side, quiet_open_clip
+from shared import data, run
+from shared.clip import STATISTICS, image_side, open_clip_config, quiet_open_clip
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent
 
@@ -54,7 +54,7 @@ def open_clip_tower(model: str) -> Tower:
     """The image tower of an open_clip config, with random weights."""
     with quiet_open_clip():
         clip = open_clip.create_model(model)
-    return Tower(clip.visual, export.open_clip_config(model)["embed_dim"], image_side(clip))
+    return Tower(clip.visual, open_clip_config(model)["embed_dim"], image_side(clip))
 
 
 CPU = torch.device("cpu")

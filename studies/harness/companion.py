@@ -369,6 +369,7 @@ def page(readme: Readme, clones: dict[str, Path], tests: list[dict]) -> str:
         opening=prose(readme.opening),
         method=prose(readme.method),
         rows=[shown(row, readme, clones, tests) for row in [*recommended, *others]],
+        recommended=len(recommended),
         measured=bool(tests),
     )
 
