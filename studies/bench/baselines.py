@@ -111,7 +111,7 @@ def floor_rows(
             total = before + points[-1]["seconds"]
             seconds.append(before + above["seconds"] if above else math.inf)
             there = f"reached at step {above['step']} ({above[metric]:.1f} %)" if above else "not reached"
-            notes.append(f"{there}; {points[-1][metric]:.1f} % after all steps, in {total:.0f} s")
+            notes.append(f"{there}, {points[-1][metric]:.1f} % after all steps in {total:.0f} s")
         cfg, before, lines = trainings[-1]
         steps, first = [line["step"] for line in lines if metric in line], lines[0]
         plan = f"{steps[-1]} steps of {cfg.batch_size} samples, measured every {steps[0]} steps"
