@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-import shared.resnet  # noqa: F401  (registers its network with timm)
 from shared import checkpoints
 from shared.clip import open_clip_config
 from shared.errors import UserError

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -13,7 +14,11 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import shared.resnet  # noqa: F401  (registers its networks with timm)
 from shared.errors import UserError
+from shared.features import PrecomputedFeatures  # likewise
+
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # small towers
 
 STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # mean and std of CLIP's images
 BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -105,11 +110,12 @@ def image_side(model: nn.Module) -> int:
 
 
 def blank_inputs(model: nn.Module, samples: int = 2) -> tuple[Tensor, Tensor]:
-    """Blank images and captions of full length, in the shapes of a training step."""
-    side = image_side(model)
+    """Blank images, or features of a locked tower, and captions of full length, in the shapes of a training step."""
+    side, trunk = image_side(model), getattr(model.visual, "trunk", None)
+    shape = (trunk.num_features, 1, 1) if isinstance(trunk, PrecomputedFeatures) else (3, side, side)
     tokens = torch.ones(samples, model.context_length, dtype=torch.long)
     tokens[:, -1] = 2  # the end token, at the end
-    return torch.zeros(samples, 3, side, side), tokens
+    return torch.zeros(samples, *shape), tokens
 
 
 def without_padding(model: nn.Module) -> nn.Module:

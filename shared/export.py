@@ -29,8 +29,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import shared.features  # noqa: F401  (registers its model with timm)
-import shared.resnet  # noqa: F401  (likewise)
 from shared import checkpoints
 from shared.checkpoints import ROOT, trained_by
 from shared.clip import open_clip_config, without_padding

@@ -27,7 +27,6 @@ from typing import IO, Any, NamedTuple
 
 import matplotlib
 import numpy as np
-import open_clip
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
@@ -42,7 +41,6 @@ from shared.checkpoints import ROOT, link, resume, save_checkpoint, write_json
 from shared.errors import UserError
 
 matplotlib.use("Agg")  # plots go to files
-open_clip.add_model_config(Path(__file__).parent / "model_configs")  # configs of the emoji-scale towers
 
 
 _patient = None  # process group of `broadcast`, `wait` and `gather_lists`
