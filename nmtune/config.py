@@ -253,15 +253,38 @@ METHODS = {
     "mlp-paper": ("tables 1, 7, 8, row 0 0 0 of table 16: the MLP as in the paper", PAPER["mlp"]),
     "nmtune-paper": ("tables 1, 7, 8, figure 1, first row of table 16: NMTune as in the paper", PAPER["nmtune"]),
 }
-ENCODERS = {  # figure 1; then table 1, whose weights are inferred from the names and parameters in table 6
-    "in1k-rn50": ("ResNet-50, noisy ImageNet-1K", "timm:resnet50", ""),
-    "yfcc15m-rn50": ("CLIP RN50, noisy YFCC15M", "open_clip:RN50", ""),
-    "swin-l": ("Swin-L, ImageNet-21K", "timm:swin_large_patch4_window7_224.ms_in22k", "pretrained"),
-    "convnext-l": ("ConvNeXt-L, LAION-2B", "timm:convnext_large_mlp.clip_laion2b_augreg", "pretrained"),
-    "vit-l": ("ViT-L, LAION-2B", "timm:vit_large_patch14_clip_224.laion2b", "pretrained"),
-    "efficientnet-b3": ("EfficientNet-B3, JFT-300M", "timm:tf_efficientnet_b3.ns_jft_in1k", "pretrained"),
-    "bit-m": ("ResNetv2-152x2, BiT-M", "timm:resnetv2_152x2_bit.goog_in21k", "pretrained"),
-}
+# Name, weights, checkpoint, and the paper's top-1 on the 14 ID sets / OOD: figure 1 without noise, then table 1, whose
+# weights are inferred from the names and parameters in table 6
+ENCODERS = {
+    "in1k-rn50": (
+        "ResNet-50, noisy ImageNet-1K", "timm:resnet50", "",
+        {"lp-paper": "73.54 / 31.32", "nmtune-paper": "75.06 / 36.27"},
+    ),
+    "yfcc15m-rn50": (
+        "CLIP RN50, noisy YFCC15M", "open_clip:RN50", "",
+        {"lp-paper": "65.24 / 22.12", "nmtune-paper": "67.34 / 26.11"},
+    ),
+    "swin-l": (
+        "Swin-L, ImageNet-21K", "timm:swin_large_patch4_window7_224.ms_in22k", "pretrained",
+        {"lp-paper": "81.91 / 50.88", "mlp-paper": "82.51 / 51.21", "nmtune-paper": "84.16 / 52.35"},
+    ),
+    "convnext-l": (
+        "ConvNeXt-L, LAION-2B", "timm:convnext_large_mlp.clip_laion2b_augreg", "pretrained",
+        {"lp-paper": "88.86 / 66.86", "mlp-paper": "88.53 / 68.43", "nmtune-paper": "89.48 / 70.30"},
+    ),
+    "vit-l": (
+        "ViT-L, LAION-2B", "timm:vit_large_patch14_clip_224.laion2b", "pretrained",
+        {"lp-paper": "86.85 / 66.89", "mlp-paper": "87.23 / 69.50", "nmtune-paper": "88.57 / 70.47"},
+    ),
+    "efficientnet-b3": (
+        "EfficientNet-B3, JFT-300M", "timm:tf_efficientnet_b3.ns_jft_in1k", "pretrained",
+        {"lp-paper": "76.72 / 44.13", "mlp-paper": "76.87 / 45.95", "nmtune-paper": "77.63 / 46.84"},
+    ),
+    "bit-m": (
+        "ResNetv2-152x2, BiT-M", "timm:resnetv2_152x2_bit.goog_in21k", "pretrained",
+        {"lp-paper": "77.51 / 40.82", "mlp-paper": "77.58 / 41.73", "nmtune-paper": "78.43 / 42.42"},
+    ),
+}  # fmt: skip
 EMOJI = dict(
     encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", bank=8, workers=0,
     tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
@@ -269,31 +292,14 @@ EMOJI = dict(
 LITE0 = dict(  # features of one view from nmtune.extract; the MLP's width is D / 2 instead of 4 D
     features="runs/nmtune/lite0.npz", epochs=10, batch_size=128, ratio=0.5, save_every=100_000, log_every=100
 )
-TABLE_1 = {  # top-1 on the 14 ID sets / OOD of linear probe, MLP and NMTune; ResNet-50: figure 1, no noise
-    "efficientnet-b3": ("76.72 / 44.13", "76.87 / 45.95", "77.63 / 46.84"),
-    "bit-m": ("77.51 / 40.82", "77.58 / 41.73", "78.43 / 42.42"),
-    "swin-l": ("81.91 / 50.88", "82.51 / 51.21", "84.16 / 52.35"),
-    "convnext-l": ("88.86 / 66.86", "88.53 / 68.43", "89.48 / 70.30"),
-    "vit-l": ("86.85 / 66.89", "87.23 / 69.50", "88.57 / 70.47"),
-    "in1k-rn50": ("73.54 / 31.32", "-", "75.06 / 36.27"),
-    "yfcc15m-rn50": ("65.24 / 22.12", "-", "67.34 / 26.11"),
-}
-
-
-def published(encoder: str, method: str) -> str:
-    """The paper's number for a `*-paper` preset, to end its row; empty for others."""
-    column = ("lp-paper", "mlp-paper", "nmtune-paper").index(method) if method.endswith("-paper") else None
-    return "" if column is None else f"; ID / OOD {TABLE_1[encoder][column]}"
-
-
 PRESETS = {
     **METHODS,
     **{
         f"{name}-{method}": (
-            f"{what}: {METHODS[method][0]}{published(name, method)}",
+            f"{what}: {METHODS[method][0]}" + (f"; ID / OOD {top1[method]}" if method in top1 else ""),
             dataclasses.replace(METHODS[method][1], encoder=encoder, checkpoint=checkpoint),
         )
-        for name, (what, encoder, checkpoint) in ENCODERS.items()
+        for name, (what, encoder, checkpoint, top1) in ENCODERS.items()
         for method in METHODS
         if method != "lp-views"
     },

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import Case, leaf
 from PIL import Image
+from scripts import mean_of_templates
 
 from nmtune import fast_losses, model
 from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
@@ -25,7 +26,6 @@ from nmtune.model import (
     split_upstream,
     timm_transforms,
 )
-from shared.zeroshot import mean_prompts
 
 
 def exact(number: float) -> float:
@@ -141,9 +141,7 @@ def test_classification_head(case):
 
 @pytest.mark.golden("nmtune", "zeroshot_head")
 def test_zeroshot_head(case):
-    prompts = case["text_embeddings"]  # (C, T, D)
-    classifier = mean_prompts(prompts.flatten(0, 1), torch.full((len(prompts),), prompts.shape[1]))
-    weight = case["logit_scale"] * classifier.T
+    weight = case["logit_scale"] * mean_of_templates(case["text_embeddings"]).T
     case.close("weight", weight, rtol=1e-5)
     case.close("logits", F.normalize(case["x"], dim=1) @ weight.T, rtol=1e-5, atol=1e-6)
 
