@@ -136,7 +136,7 @@ test: $(VENV)/.installed-$(EXTRAS),test data browser
 
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
-	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py $(wildcard tests/test_$(subst -,_,$*)_replay.py) tests/test_preset_sources.py \
+	$(PY) -m pytest -q -s $(wildcard tests/parity/test_$(subst -,_,$*).py) tests/parity/test_parts.py $(wildcard tests/test_$(subst -,_,$*)_replay.py) tests/test_preset_sources.py \
 		tests/test_study_companion.py -k $(subst -,_,$*) --upstream '$(UPSTREAM)'
 
 # Each line of --repositories is: folder, repository, commit, here $$0, $$1, $$2 of a shell.

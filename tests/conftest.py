@@ -8,29 +8,29 @@ of the folder, in any module, claims as a family. tests/test_golden.py fails for
 .json beside an .npz of the same stem is not a case, but the `json` of that case.
 A family without a file in DIR gives no tests; the default DIR must have files of all families.
 
-A test of a file of the default DIR that passes without reading all of its arrays fails. Arrays that a test leaves alone
-are named, or matched by a pattern, with the reason in a comment: `golden("flame", "x", unused=("ids", "log/5/*"))`.
+A test of a file of the default DIR that passes without reading or comparing all of its arrays fails. Arrays that a test
+leaves alone are named, or matched by a pattern, with the reason in a comment:
+`golden("flame", "x", unused=("ids", "log/5/*"))`. The families of papers with adapters (tests/adapters) run there.
 """
 
 import ast
-import fnmatch
 import functools
-import json
 import os
 import sys
 import types
 from collections import defaultdict
-from collections.abc import Callable, Generator, ItemsView, Iterator, ValuesView
+from collections.abc import Callable, Generator, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from shared import checkpoints, presets, pytest_options, run
+from tests import adapters
+from tests.adapters import Case, convert, leaf  # noqa: F401
 
 pytest.register_assert_rewrite("scripts")
 from scripts import cli, embedded_corpus, in_process, start  # noqa: E402, F401  (fixtures)
@@ -39,80 +39,6 @@ os.fsync = lambda descriptor: None  # the files that tests write need not surviv
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "tests/golden"
 deviations: dict[str, tuple[float, str]] = {}  # "folder/file" -> (largest error, in units of its tolerance; the array)
-
-
-class Case(dict):
-    """The arrays of one case file by name: 0-d arrays as Python scalars, the others as tensors.
-
-    `read` has the names of the arrays that a test has read; `in` and the names alone do not count.
-    """
-
-    def __init__(self, path: Path):
-        self.path, companion = path, path.with_suffix(".json")
-        self.largest: dict[str, float] = {}  # largest differences that `close` has seen, of values and gradients
-        self.read: set[str] = set()
-        self.parsed = json.loads(companion.read_text(encoding="utf-8")) if companion.exists() else None
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                super().__init__({name: convert(file[name]) for name in file.files})
-        else:
-            super().__init__(self.parsed if isinstance(self.parsed, dict) else {"json": self.parsed})
-
-    @property
-    def json(self) -> Any:
-        """The whole of the .json, which is the case or stands beside its .npz; None without one."""
-        if self.path.suffix == ".json":
-            self.read.update(self)
-        return self.parsed
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
-
-    def items(self) -> ItemsView[str, Any]:
-        self.read.update(self)
-        return super().items()
-
-    def values(self) -> ValuesView[Any]:
-        self.read.update(self)
-        return super().values()
-
-    def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The arrays whose names start with `prefix`, as tensors, with `prefix` removed: for example a state dict."""
-        return {name.removeprefix(prefix): torch.as_tensor(self[name]) for name in self if name.startswith(prefix)}
-
-    def close(self, name: str, actual: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
-        """Assert that `actual` has the shape of array `name` and differs by at most atol + rtol |expected|; by default,
-        that both are equal."""
-        expected, actual = (torch.as_tensor(x).detach().double() for x in (self[name], actual))
-        torch.testing.assert_close(
-            actual, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{self.path.name}, {name}: {text}"
-        )
-        gap = (actual - expected).abs().nan_to_num()
-        kind = "gradients" if "grad" in name else "values"
-        self.largest[kind] = max(self.largest.get(kind, 0.0), gap.max().item() if gap.numel() else 0.0)
-        error = (gap / (atol + rtol * expected.abs())).nan_to_num()
-        error = error.max().item() if error.numel() else 0.0
-        key = f"{self.path.parent.name}/{self.path.name}"
-        deviations[key] = max(deviations.get(key, (0.0, "")), (error, name))
-
-    def close_group(self, prefix: str, actual: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
-        """`close` for every array under `prefix`. `actual` has names without the prefix, and may have more entries."""
-        for name in self.group(prefix):
-            self.close(prefix + name, actual[name], rtol, atol)
-
-
-def leaf(x: Any) -> torch.Tensor:
-    """A copy of an array of a case that gets a gradient."""
-    return torch.as_tensor(x).clone().requires_grad_()
-
-
-def convert(array: np.ndarray) -> Any:
-    return array.item() if array.ndim == 0 else torch.from_numpy(array) if array.dtype.kind in "biuf" else array
 
 
 # ------------------------------------------------------------------------------------------- which file runs where
@@ -127,7 +53,7 @@ def case_files(config: pytest.Config, folder: str) -> list[Path]:
 
 @functools.cache
 def claims() -> dict[str, set[str]]:
-    """{folder: families that its tests claim}, read from the arguments of their `golden` decorators."""
+    """{folder: families that its adapters or tests claim}, read from the arguments of `golden` decorators."""
     families = defaultdict(set)
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         tree, names = ast.parse(path.read_text(encoding="utf-8")), {}
@@ -139,6 +65,9 @@ def claims() -> dict[str, set[str]]:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func).split(".")[-1] == "golden":
                     words = [names[word.id] if isinstance(word, ast.Name) else word.value for word in mark.args]
                     families[words[0]].update(words[1:])
+    for folder in presets.folders():
+        for part in adapters.parts(folder):
+            families[folder].update(part.families)
     return families
 
 
@@ -148,7 +77,7 @@ def family(file: Path, families: set[str]) -> str | None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mark = metafunc.definition.get_closest_marker("golden")
-    if mark is not None:
+    if mark is not None and mark.args:
         folder, *families = mark.args
         known = claims()[folder]
         files = [file for file in case_files(metafunc.config, folder) if family(file, known) in families]
@@ -160,26 +89,33 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     assert request.param is not None, f"{DEFAULT} has no case of this family"
     found = Case(request.param)
     yield found
-    if found.largest and found.path.is_relative_to(DEFAULT):
-        about = {"folder": found.path.parent.name, "functions": sorted(functions_in(request.function)), **found.largest}
+    measured(request, found, functions_in(request.function))
+
+
+def measured(request: pytest.FixtureRequest, case: Case, functions: set[str], **more) -> None:
+    """Add a case's largest differences to the report, and those of a committed file to the summary."""
+    if case.fresh or case.path.is_relative_to(DEFAULT):
+        about = {"folder": case.path.parent.name, "functions": sorted(functions), **case.largest, **more}
         request.node.user_properties.append(("measured", about))
-
-
-def unread(case: Case, unused: tuple[str, ...]) -> list[str]:
-    """The arrays that a test has not read and that no pattern of `unused` matches."""
-    names = sorted(case.keys() - case.read)
-    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+    if not case.fresh and case.compared:
+        key = f"{case.path.parent.name}/{case.path.name}"
+        deviations[key] = max(deviations.get(key, (0.0, "")), case.error)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Fail a golden test that has passed without reading all arrays of its case."""
+    """Fail a golden test that has passed without reading or comparing all arrays of its case."""
     result = yield
     mark, found = pyfuncitem.get_closest_marker("golden"), pyfuncitem.funcargs.get("case")
-    if mark is not None and found.path.is_relative_to(DEFAULT):
-        left = unread(found, mark.kwargs.get("unused", ()))
-        assert not left, f"{found.path.parent.name}/{found.path.name}: the test did not read {', '.join(left)}"
+    if mark is not None and mark.args:
+        everything_is_read(found, mark.kwargs.get("unused", ()))
     return result
+
+
+def everything_is_read(case: Case, unused: tuple[str, ...]) -> None:
+    if case.path.is_relative_to(DEFAULT):
+        left = case.left(unused)
+        assert not left, f"{case.path.parent.name}/{case.path.name}: the test did not read {', '.join(left)}"
 
 
 def functions_in(function: Any, depth: int = 2) -> set[str]:

@@ -5,10 +5,12 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
+import torch
 from conftest import Case, case_files, claims, family
 
 from shared import checkpoints, evaluation, run
 from shared.presets import folders
+from tests import adapters
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,15 +30,33 @@ def test_every_family_is_claimed_by_a_test_of_its_own_folder():
 def test_arrays_that_a_test_leaves_alone_are_known(tmp_path):
     np.savez(tmp_path / "case.npz", x=np.ones(2), y=np.ones(2), **{"in/a": np.ones(1), "in/b": np.ones(1)})
     case = Case(tmp_path / "case.npz")
-    assert "x" in case and list(case) == ["x", "y", "in/a", "in/b"]
-    assert conftest.unread(case, ()) == ["in/a", "in/b", "x", "y"]  # a name alone is not a comparison
+    assert "x" in case and list(case) == ["x", "y", "in/a", "in/b"] and len(case.items()) == 4
+    assert case.left() == ["in/a", "in/b", "x", "y"]  # a name alone is not a comparison
     case.close("x", np.ones(2))
-    assert conftest.unread(case, ("in/*",)) == ["y"] and conftest.unread(case, ("in/*", "y")) == []
-    assert len(case.group("in/")) == 2 and conftest.unread(case, ()) == ["y"]
-    assert case.get("y") is not None and conftest.unread(case, ()) == []
+    assert case.left(("in/*",)) == ["y"] and case.left(("in/*", "y")) == []
+    assert len(case.group("in/")) == 2 and case.left() == ["y"]
+    assert case.get("y") is not None and case.left() == []
+    assert case.compared == {"x"} and case.read == {"y", "in/a", "in/b"}
     (tmp_path / "texts.json").write_text('["a", "b"]', encoding="utf-8")
     case = Case(tmp_path / "texts.json")
-    assert conftest.unread(case, ()) == ["json"] and case.json == ["a", "b"] and conftest.unread(case, ()) == []
+    assert case.left() == ["json"] and case.json == ["a", "b"] and case.left() == []
+
+
+def test_differences_of_nested_values():
+    theirs = {"a": [1.0, [2.0, 4.0]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
+    ours = {"a": [1.0, [2.0, 4.5]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
+    assert adapters.difference(theirs, ours, 0.125, 0.5) == (0.5, 0.5)
+    for wrong in ({"b": "Text"}, {"c": [torch.ones(2)]}, {"d": np.array(["y"])}, {"a": [1.0, [2.0, 5.5]]}, {"e": 0}):
+        with pytest.raises(AssertionError):
+            adapters.difference(theirs, ours | wrong, 0.125, 0.5)
+
+
+def test_a_written_case_is_read_as_it_was(tmp_path: Path):
+    values = {"n": 3, "x": torch.ones(2) / 3, "lr": 0.1, "y": torch.ones(2, dtype=torch.float64), "json": ["\u732b"]}
+    adapters.write(adapters.Part(), tmp_path / "case", values)
+    found = Case(tmp_path / "case.npz")
+    assert found.json == ["\u732b"] and found["n"] == 3 and found["lr"] == np.float32(0.1)
+    assert found["x"].equal(values["x"]) and found["y"].equal(values["y"])
 
 
 def helper():

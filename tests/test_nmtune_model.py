@@ -38,7 +38,7 @@ def cases(case: Case) -> list[tuple[str, Case]]:
     numbers = sorted({name.split("/")[0] for name in case if name.split("/")[0].isdecimal()}, key=int)
     assert numbers
     prefixes = [f"{number}/" for number in numbers]
-    return [(p, {k.removeprefix(p): v for k, v in case.items() if k.startswith(p)}) for p in prefixes]
+    return [(p, {k.removeprefix(p): case[k] for k in case if k.startswith(p)}) for p in prefixes]
 
 
 # ------------------------------------------------------------------------------------------------------ golden: losses

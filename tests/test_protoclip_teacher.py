@@ -16,13 +16,6 @@ from shared import data
 from shared.index import Strings
 
 
-@pytest.mark.golden("protoclip", "pca")
-def test_pca(case):
-    out = pca(case["features"], case["dim"])
-    signs = (out * case["out"]).sum(0).sign()  # a component's sign is arbitrary
-    case.close("out", out * signs, atol=1e-4)
-
-
 def test_teacher_script(cli, folder: Path):
     out = folder / "made.npz"
     command = ["minilm", "--data", SHARDS / "00000.tar", "--dataset-size", "200", "--dim", "8", "--out", out]

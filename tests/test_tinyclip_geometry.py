@@ -24,7 +24,7 @@ from tinyclip.model import CLIP, load_clip
 
 @pytest.mark.golden("tinyclip", "checkpoint_keys")
 def test_checkpoint_keys(case):
-    for keys in case.values():
+    for keys in (case[name] for name in case):
         theirs = {key: torch.full((), float(i)) for i, key in enumerate(keys)}
         ours = convert_state_dict(sd=theirs)
         expected = convert_state_dict({upstream: theirs[key] for key, upstream in keys.items()})

@@ -183,7 +183,7 @@ def losses_of_rank(rank: int, world: int, inputs: dict) -> dict:
 @pytest.mark.golden("tinyclip", "affinity_loss_distributed")
 def test_affinity_loss_distributed(case, tmp_path):
     world = len({name.partition("/")[0] for name in case if name.startswith("rank")})
-    inputs = {name: value for name, value in case.items() if not name.startswith("rank")}
+    inputs = {name: case[name] for name in case if not name.startswith("rank")}
     for rank, results in enumerate(in_ranks(losses_of_rank, world, tmp_path, world, inputs)):
         case.close_group(f"rank{rank}/", results, atol=1e-5)
 

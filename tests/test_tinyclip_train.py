@@ -94,7 +94,7 @@ def test_lr_schedules(case):
 
 @pytest.mark.golden("tinyclip", "optimizer_groups")
 def test_optimizer_groups(case):
-    for masked, groups in (("masked" in name, groups) for name, groups in case.items()):
+    for masked, groups in (("masked" in name, case[name]) for name in case):
         names = convert_state_dict({name: torch.tensor(0) for name in groups})
         upstream = dict(zip(names, groups, strict=True))
 

@@ -28,7 +28,7 @@ from studies.bench import CPU, arguments, at_least, attention, bench, print_row,
 from studies.bench.baselines import Training, floor_rows, trained
 from studies.bench.open_clip_loop import open_clip_loop
 from studies.harness import floors
-from tests.parity import test_protoclip as parity
+from tests.adapters import protoclip as parity
 
 
 def clustered(n: int, k: int, dim: int) -> torch.Tensor:
@@ -179,10 +179,11 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
     optimizer = parity.optimizer_groups(up, towers, args)
     scheduler = up.scheduler.protoclip_cosine_lr(optimizer, cfg.lr, cfg.lr, cfg.warmup, 640, 640, 0, 640)
     loader = batches(cfg.batch_size, image_side(network), steps, n)
+    loaders = parity.loaders_of(loader, n)
 
     def theirs(flash):
         with attention(flash):
-            parity.logged(up, towers, loader, clustering, args, 1, optimizer, scheduler)
+            up.train.train_one_epoch(towers, loaders, 1, optimizer, None, scheduler, clustering, args)
 
     def ours():
         with attention(False):
