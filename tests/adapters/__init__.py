@@ -36,6 +36,16 @@ def leaf(x: Any) -> Tensor:
     return torch.as_tensor(x).clone().requires_grad_()
 
 
+def gradients(loss: Tensor, leaves: dict[str, Tensor], prefix: str = "grad_") -> dict[str, Tensor]:
+    """{prefix + name: gradient of the loss} of each leaf; zeros if the loss does not depend on it."""
+    loss.backward()
+    return {prefix + name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
+
+
+def prefixed(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in arrays.items()}
+
+
 def convert(array: np.ndarray) -> Any:
     return array.item() if array.ndim == 0 else torch.from_numpy(array) if array.dtype.kind in "biuf" else array
 
@@ -115,6 +125,10 @@ class Case(dict):
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The arrays whose names start with `prefix`, as tensors, with `prefix` removed: for example a state dict."""
         return {name.removeprefix(prefix): torch.as_tensor(self[name]) for name in self if name.startswith(prefix)}
+
+    def leaves(self, *names: str) -> dict[str, Tensor]:
+        """Copies of arrays that get gradients."""
+        return {name: leaf(self[name]) for name in names}
 
     def close(self, name: str, actual: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
         """Assert that `actual` has the shape of array `name` and differs by at most atol + rtol |expected|; by default,

@@ -27,7 +27,7 @@ from torch import Tensor
 from protoclip import eval as evaluation
 from protoclip import model, teacher, train, views
 from shared import clip, corpus, data, run, zeroshot
-from tests.adapters import Case, Part, leaf
+from tests.adapters import Case, Part, gradients, leaf, prefixed
 from tests.parity import import_beside, run_block, run_line, unit
 
 CLONE = "megvii-research/protoclip", "fde1933", "src/training/clustering.py"
@@ -148,10 +148,11 @@ class Steps(list):
 
     def scale(self, loss):
         (clip_loss, *pairs), self.parts = self.parts, []
-        pairs += [(0.0, 0.0)] * (4 - len(pairs))  # without a teacher
-        losses, accuracies = ([torch.as_tensor(pair[i]).item() for pair in pairs] for i in (0, 1))
-        self.append({"total_loss": loss.item(), "loss_clip": clip_loss.item()})
-        self[-1] |= {"loss_proto": losses, "acc_proto": accuracies}
+        by = torch.autograd.grad(loss, [clip_loss, *(pair[0] for pair in pairs)], retain_graph=True)
+        weights = [by[0].item(), *(2 * x.item() for x in by[1::2])]  # terms are means of two directions
+        pairs += [(torch.zeros(()), 0.0)] * (4 - len(pairs))  # without a teacher
+        self.append({"total_loss": loss.item(), "loss_clip": clip_loss.item(), "weights": weights})
+        self[-1] |= {"loss_proto": [x.item() for x, _ in pairs], "acc_proto": [accuracy for _, accuracy in pairs]}
         return loss
 
     def step(self, optimizer):
@@ -225,10 +226,6 @@ def pairs(n, vision=VIT, text=TEXT):
     return torch.randn(n, 3, vision["image_size"], vision["image_size"]), tokens
 
 
-def prefixed(prefix: str, arrays: dict) -> dict:
-    return {prefix + name: value for name, value in arrays.items()}
-
-
 def linears(state: dict[str, Tensor], prefix: str = "") -> list[Tensor]:
     """Weights of a projection head's Linear layers, in order."""
     numbers = {int(m[1]) for key in state if (m := re.fullmatch(prefix + r"(\d+)\.weight", key))}
@@ -274,15 +271,6 @@ def network_of(case: Case, up=None):
     return network
 
 
-def gradients(loss: Tensor, leaves: dict[str, Tensor], prefix: str = "grad_") -> dict[str, Tensor]:
-    loss.backward()
-    return {prefix + name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()}
-
-
-def leaves_of(case: Case, *names: str) -> dict[str, Tensor]:
-    return {name: leaf(case[name]) for name in names}
-
-
 # ------------------------------------------------------------------------------------------------- model and losses
 
 
@@ -296,7 +284,7 @@ class ClipLoss(Part):
         return {"image_features": unit(8, 24), "text_features": unit(8, 24), "log_logit_scale": 2.65926}
 
     def run(self, function, case):
-        x = leaves_of(case, "image_features", "text_features", "log_logit_scale")
+        x = case.leaves("image_features", "text_features", "log_logit_scale")
         loss = function(x["image_features"], x["text_features"], x["log_logit_scale"].exp())
         return {"loss": loss, **gradients(loss, x)}
 
@@ -328,7 +316,7 @@ class ProtoLoss(Part):
         }  # fmt: skip
 
     def run(self, function, case):
-        x = leaves_of(case, "student_features", "log_logit_scale")
+        x = case.leaves("student_features", "log_logit_scale")
         centroids = case["student_centroids"], case["teacher_centroids"]
         scaled = x["log_logit_scale"].exp(), case["teacher_temperature"], case["labels"]
         loss, accuracy = function(x["student_features"], *centroids, *scaled)
@@ -376,10 +364,8 @@ class ProjectionHead(Part):
         return lambda width, *sizes: up.model.CLIP(width, dict(VIT), dict(TEXT), args=heads(*sizes))
 
 
-OUTPUTS = (
-    *("image_features", "text_features", "image_features_projected", "text_features_projected"),
-    *("logit_scale", "logit_scale_proto"),
-)
+OUTPUTS = [f"{way}_features{end}" for end in ("", "_projected") for way in ("image", "text")]
+OUTPUTS += ["logit_scale", "logit_scale_proto"]
 
 
 class Forward(Part):
@@ -886,28 +872,12 @@ class LossWeights(Part):
         return {"effective_weights": found}
 
     def theirs(self, up, case):
-        """Gradients of their total loss by its three terms, in one step per episode."""
-        found, parts = [], [torch.ones((), requires_grad=True) for _ in range(3)]
-        names = dict(zip(("w_clip", "w_proto", "w_proto_external"), case["weights"].tolist(), strict=True))
-        phases = {name: case[name] for name in ("infonce_warmup_epoch", "lit_start_epoch")}
-        args = flags(**names, **phases, batch_size=2, episode_size=2)
-        network = Stub([leaf(x) for x in (*torch.zeros(4, 2, 2), torch.ones(()), torch.ones(()))])
-        none = SimpleNamespace(zero_grad=lambda: None, step=lambda: None, param_groups=[{"lr": 0}] * 4)
-        batch, clustering = (torch.zeros(2).long(),) * 3, up.clustering.Clustering(args)
-
-        def proto_loss(teacher_temperature, **_):
-            return parts[1 if teacher_temperature > 0 else 2], 0
-
+        found, values = [], dict(zip(("w_clip", "w_proto", "w_proto_external"), case["weights"].tolist(), strict=True))
+        values |= {name: case[name] for name in ("infonce_warmup_epoch", "lit_start_epoch")}
         for epoch in case["epochs"].tolist():
-            for part in parts:
-                part.grad = None
-            with (
-                mock.patch.object(up.train, "ClipLoss", lambda **_: lambda *_: parts[0]),
-                mock.patch.object(up.train, "ProtoLoss", lambda: proto_loss),
-            ):
-                loaders = loaders_of([batch], 2)
-                up.train.train_one_epoch(network, loaders, epoch, none, None, lambda _: None, clustering, args)
-            found.append([part.grad.item() for part in parts])
+            args, outputs = flags(**values), [*(leaf(unit(2, 16)) for _ in range(4)), leaf(0.0), leaf(0.0)]
+            step = stub_step(up, outputs, torch.arange(2), up.clustering.Clustering(args), args, epoch)
+            found.append(step["weights"])
         return {"effective_weights": found}
 
 
