@@ -108,14 +108,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     result = yield
     mark, found = pyfuncitem.get_closest_marker("golden"), pyfuncitem.funcargs.get("case")
     if mark is not None and mark.args:
-        everything_is_read(found, mark.kwargs.get("unused", ()))
+        left = found.left(mark.kwargs.get("unused", ())) if found.path.is_relative_to(DEFAULT) else []
+        assert not left, f"{found.path.parent.name}/{found.path.name}: the test did not read {', '.join(left)}"
     return result
-
-
-def everything_is_read(case: Case, unused: tuple[str, ...]) -> None:
-    if case.path.is_relative_to(DEFAULT):
-        left = case.left(unused)
-        assert not left, f"{case.path.parent.name}/{case.path.name}: the test did not read {', '.join(left)}"
 
 
 def functions_in(function: Any, depth: int = 2) -> set[str]:

@@ -42,6 +42,23 @@ def test_arrays_that_a_test_leaves_alone_are_known(tmp_path):
     assert case.left() == ["json"] and case.json == ["a", "b"] and case.left() == []
 
 
+class Sum(adapters.Part):
+    files = {"case": {}}
+
+    def inputs(self):
+        return {"x": torch.ones(2), "factor": 2}
+
+    def ours(self, case):
+        return {"sum": case["x"].sum() + 0 * case["mean"]}
+
+
+def test_outputs_have_to_be_compared_and_inputs_read(tmp_path: Path):
+    np.savez(tmp_path / "case.npz", x=np.ones(2), factor=2, sum=2.0, mean=1.0)
+    case = Case(tmp_path / "case.npz")
+    Sum().compare(case)
+    assert case.compared == {"sum"} and Sum().left(case) == ["factor", "mean"]
+
+
 def test_differences_of_nested_values():
     theirs = {"a": [1.0, [2.0, 4.0]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
     ours = {"a": [1.0, [2.0, 4.5]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}

@@ -14,7 +14,8 @@ PARITY.md are driven by them. To write those of a paper, as in protoclip.py:
    in their names. Names that no file has are compared with a clone only.
 6. `families`: beginnings of names of files, if not those of `files`; `functions`: ours, as the README's map names them;
    `authors`: their path:line; `rtol`, `atol`, `tolerances`; `unused`: arrays that ours does not give, and why.
-7. A golden array that `ours` neither reads nor returns fails. Delete the golden and parity tests that a part replaces.
+7. A golden array that `inputs` does not make and `ours` does not return fails, also an input that `ours` does not read.
+   Delete the golden and parity tests that a part replaces.
 """
 
 import fnmatch
@@ -22,6 +23,7 @@ import functools
 import importlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -146,8 +148,12 @@ class Case(dict):
 
     def left(self, unused: tuple[str, ...] = ()) -> list[str]:
         """The arrays that were neither read nor compared, and that no pattern of `unused` matches."""
-        names = sorted(self.keys() - self.read - self.compared)
-        return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+        return unmatched(self.keys() - self.read - self.compared, unused)
+
+
+def unmatched(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    """The names that no pattern matches."""
+    return [name for name in sorted(names) if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 class Part:
@@ -184,6 +190,11 @@ class Part:
             if name in case:
                 case.close(name, value, *self.tolerance(name, case))
 
+    def left(self, case: Case) -> list[str]:
+        """The arrays of a committed file that are no inputs and were not compared, and inputs that were not read."""
+        inputs = seeded(functools.partial(self.inputs, **self.files[case.path.stem]))
+        return unmatched(case.keys() - case.compared - (inputs.keys() & case.read), self.unused)
+
     def case(self, stem: str, values: dict[str, Any]) -> Case:
         """Values as they would be in a file."""
         kept = values if self.json else {name: x if name == "json" else stored(x) for name, x in values.items()}
@@ -195,7 +206,7 @@ class Part:
         theirs = seeded(functools.partial(self.theirs, up, self.case(stem, inputs)))
         case = self.case(stem, inputs | theirs)
         ours = seeded(functools.partial(self.ours, case))
-        kept = {name for name in theirs if not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)}
+        kept = set(unmatched(theirs, self.unused))
         assert kept == ours.keys(), f"{stem}: only one side has {sorted(kept ^ ours.keys())}"
         dict.update(case, theirs)  # not rounded
         for name, value in ours.items():
