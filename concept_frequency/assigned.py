@@ -23,10 +23,11 @@ from shared.clip import image_side
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.run import stable_hash
+from shared.views import NOISE, small_views
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
 SIDE = 64  # pixels of the images kept in memory
-NOISE = 7  # random numbers of one view
+STATISTICS = torch.full((3,), 0.5), torch.full((3,), 0.5)  # mean and std of images: they are -1..1
 
 # ------------------------------------------------------------------------------------------------- concepts and images
 
@@ -276,41 +277,12 @@ def frequency_row(cfg: Config) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------------------- views
 
 
-def views(images: Tensor, noise: Tensor, size: int) -> Tensor:
-    """uint8 (B, 3, H, W) and uniform noise (B, 7) -> float views (B, 3, size, size) in -1..1.
-
-    A view zooms by 0.8 to 1.25, shifts by up to a tenth of the side, rotates by up to 15 degrees and tints the image;
-    the outside is white. Noise of 0.5 leaves the image unchanged.
-    """
-    u = 2 * noise - 1  # (B, 7) in -1..1
-    zoom, angle = 1.25 ** u[:, 0], u[:, 1] * math.pi / 12
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, 0.2 * u[:, 2]], 1), torch.stack([sin, cos, 0.2 * u[:, 3]], 1)], 1)
-    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)  # padding: white
-    return (1 - ink * (1 + 0.3 * u[:, 4:7, None, None])).clamp(0, 1) * 2 - 1
-
-
-class RandomView:
-    """PIL image -> random view (3, S, S) in -1..1: pixels and noise in a loader process, `views` on the device."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def pixels(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """(uint8 (3, SIDE, SIDE), noise (7,))."""
-        return small(image), torch.rand(NOISE)
-
-    def normalise(self, batch: list[Tensor]) -> Tensor:
-        return views(*batch, self.size)
-
-
 def plain_view(size: int) -> Callable[[Image.Image], Tensor]:
-    """The image transform of evaluation, image -> (3, size, size): the view with noise 0.5."""
+    """The image transform of evaluation, image -> (3, size, size): the view with noise 0.5, the whole image."""
     plain = torch.full((1, NOISE), 0.5)
 
     def transform(image: Image.Image) -> Tensor:
-        return views(small(image)[None], plain, size)[0]
+        return small_views(small(image)[None], plain, size, *STATISTICS)[0]
 
     return transform
 
@@ -353,12 +325,13 @@ def zero_shot(
     model.eval()
     dtype = run.DTYPES[run.resolve_precision(precision, device)]
     classifier = build_classifier(model.encode_text, tokenizer, list(names), ["{c}"], batch_size, device, dtype)
-    noise = torch.rand(num_views, NOISE, generator=torch.Generator().manual_seed(0))
-    noise[0] = 0.5
+    seen = torch.rand(num_views, NOISE, generator=torch.Generator().manual_seed(0))
+    seen[0] = 0.5
     hits = []
-    for view in noise:
+    for view in seen:
         for rows in torch.arange(len(test.labels)).split(batch_size):
-            x = views(test.images[rows].to(device), view.expand(len(rows), NOISE).to(device), image_side(model))
+            noise = view.expand(len(rows), NOISE)
+            x = small_views(test.images[rows], noise, image_side(model), *STATISTICS).to(device)
             with run.autocast(precision, device):
                 features = F.normalize(model.encode_image(x).float(), dim=-1).cpu()
             hits.append(label_ranks(features, test.labels[rows], classifier) < 1)

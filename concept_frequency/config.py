@@ -40,7 +40,7 @@ class Config(RunConfig):
     misaligned: Share = 0.0
     """Share of pairs that get another pair's caption."""
 
-    model: str = "ResNet-emoji"
+    model: str = "ConvNet-emoji"
     """Any open_clip config."""
     image_size: Count | None = None
     """Image side in pixels; None is the model's own."""

@@ -19,11 +19,12 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from concept_frequency.assigned import RandomView, frequency_row, open_arm, read_test_set, zero_shot
+from concept_frequency.assigned import STATISTICS, frequency_row, open_arm, read_test_set, zero_shot
 from concept_frequency.config import PRESETS, Config
 from shared import checkpoints, cli, clip, run
 from shared.corpus import Corpus
 from shared.loss import clip_loss
+from shared.views import SmallView
 
 # ------------------------------------------------------------------------------------------------------------- one step
 
@@ -93,7 +94,9 @@ def create_model(name: str, image_size: int | None = None) -> nn.Module:
     clip.open_clip_config(name)
     override = {} if image_size is None else {"force_image_size": image_size}
     with clip.quiet_open_clip():
-        return clip.without_padding(open_clip.create_model(name, load_weights=False, **override))
+        model = clip.without_padding(open_clip.create_model(name, load_weights=False, **override))
+    clip.average_at_start(model)
+    return model
 
 
 def load_run(folder: str | Path, device: torch.device | str) -> tuple[Config, nn.Module]:
@@ -133,7 +136,8 @@ def main(cfg: Config) -> Path | None:
     arm = open_arm(cfg)
     tokenizer = clip.RememberingTokenizer(open_clip.get_tokenizer(cfg.model, context_length=model.context_length))
     corpus = Corpus(cfg, process, lambda pair: tokenizer(pair.caption)[0], arm, cut_padding=clip.cuts(model))
-    view, test = RandomView(clip.image_side(model)), read_test_set(cfg.eval_set, arm.names)
+    view = SmallView(clip.image_side(model), *STATISTICS)
+    test = read_test_set(cfg.eval_set, arm.names)
     folder.start(per_epoch * first + start, total, len(corpus), data=corpus.fingerprint)
     if process.main:
         arm.write(folder.path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from shared.errors import UserError
-from shared.settings import Beta, Count, Number, Positive, Rate, RunConfig, Share, Whole
+from shared.settings import Beta, Count, Number, Positive, Rate, RunConfig, Whole
 
 LANGUAGES = (
     "ar bn cs da de el en es fa fi fil fr he hi hr hu id it ja ko mi nl no pl pt quz ro ru sv sw te th tr uk vi zh"
@@ -48,8 +48,9 @@ class Config(RunConfig):
     """Image side in pixels; None is the model's own."""
     hidden_dim: Count | None = None
     """Hidden width of the MLP; None: as wide as the LLM, and at least 4096."""
-    crop_scale: Share = 0.9
-    """Smallest share of the image's area in a training crop; no other augmentation."""
+    augmentation: Literal["crop", "small"] = "crop"
+    """crop: a random crop of 0.9 to 1 of the image's area. small: ours, for small pictures on white
+    (shared/views.py)."""
 
     epochs: Count = 32
     """Passes over the data."""

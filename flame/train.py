@@ -10,11 +10,13 @@ text tower in 2. Losses are in model.py, settings in config.py, evaluation durin
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip.transform import image_transform
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
@@ -26,6 +28,7 @@ from flame.zeroshot import tokenizer_of, top1_during_training
 from shared import cli, clip, data, run
 from shared.corpus import open_corpus
 from shared.errors import UserError
+from shared.views import SmallView
 
 # ---------------------------------------------------------------------------------------------------------- one step
 
@@ -71,9 +74,11 @@ def batch_loss(output: Output, texts: Tensor, cfg: Config) -> Tensor:
 # --------------------------------------------------------------------------------------------------- images and texts
 
 
-def training_view(size: int, crop_scale: float) -> Compose:
+def training_view(size: int, augmentation: str) -> Callable[[Image.Image], Tensor]:
     """PIL RGB -> (3, S, S): RandomResizedCrop (bicubic, no flip), with OpenAI's statistics."""
-    *steps, _, _ = image_transform(size, True, aug_cfg={"scale": (crop_scale, 1.0)}).transforms
+    if augmentation == "small":
+        return SmallView(size, *clip.STATISTICS)
+    *steps, _, _ = image_transform(size, True, aug_cfg={"scale": (0.9, 1.0)}).transforms
     return Compose([*steps, data.ToNormalizedTensor(*clip.STATISTICS)])
 
 
@@ -190,7 +195,7 @@ def main(cfg: Config, pairs: Any = None) -> Path | None:
     if not cfg.stream:  # whose keys are known only when they are read
         for check in [facets.bank] if facets else texts.captions:
             check.check(corpus.pairs.keys, cfg.data)
-    view, per_epoch = training_view(side, cfg.crop_scale), corpus.steps
+    view, per_epoch = training_view(side, cfg.augmentation), corpus.steps
     total = per_epoch * cfg.epochs
     top1 = top1_during_training(model, cfg, process) if folder.evaluates(cfg.epochs, cfg.epochs) else None
     made_with = {"data": corpus.fingerprint, "bank": facets and facets.bank.digest}

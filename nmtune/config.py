@@ -81,7 +81,7 @@ SMALL_SUPERVISED = PretrainConfig(  # little decay and weak crops, so that it me
     workers=0,
     save_every=1000,
 )
-SMALL_CLIP = dataclasses.replace(SMALL_SUPERVISED, kind="clip", model="ResNet-emoji", lr=1e-3, weight_decay=0.2)
+SMALL_CLIP = dataclasses.replace(SMALL_SUPERVISED, kind="clip", model="ConvNet-emoji", lr=1e-3, weight_decay=0.2)
 EMOJI_SUPERVISED, EMOJI_CLIP = (
     dataclasses.replace(cfg, data="data/emoji:name:pretrain") for cfg in (SMALL_SUPERVISED, SMALL_CLIP)
 )

@@ -13,7 +13,6 @@ Used by every arm: the linear classifier (LP) and the frozen encoders of timm an
 Shapes: B images, n = 2B rows [view w; view s], D feature dimensions, C classes. f = encoder features, z = transformed.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +22,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByobNet
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 from torchvision import transforms
 
 from nmtune import fast_losses
 from nmtune.config import PretrainConfig
 from shared import checkpoints, data
-from shared.clip import image_side, quiet_open_clip, without_padding
+from shared.clip import average_at_start, image_side, quiet_open_clip, without_padding
 from shared.errors import UserError
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
-from shared.resnet import ARCHITECTURE
 from shared.zeroshot import build_classifier
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -193,9 +191,8 @@ default_cfgs = generate_default_cfgs(  # timm requires this name
 def resnet_emoji(pretrained: bool = False, **options) -> ByobNet:
     """The embedded corpus' encoder: a stem of 24 channels, blocks of 48, 96 and 192, each halving the image; 0.7 M
     parameters, D = 192. Importing this file registers it in timm."""
-    widths = zip(ARCHITECTURE.blocks, (48, 96, 192), strict=True)
-    blocks = tuple(dataclasses.replace(block, c=width) for block, width in widths)
-    small = dataclasses.replace(ARCHITECTURE, blocks=blocks, stem_chs=24)
+    blocks = tuple(ByoBlockCfg(type="basic", d=1, c=width, s=2, gs=0, br=1.0) for width in (48, 96, 192))
+    small = ByoModelCfg(blocks=blocks, stem_chs=24, stem_type="3x3", stem_pool="")
     flat = {"flatten_sequential": True}
     return build_model_with_cfg(ByobNet, "resnet_emoji", pretrained, model_cfg=small, feature_cfg=flat, **options)
 
@@ -226,7 +223,7 @@ def create_model(cfg: PretrainConfig, num_classes: int = 1000) -> tuple[nn.Modul
         if open_clip.get_model_config(cfg.model) is None:
             raise UserError(f"open_clip has no model {cfg.model!r}; open_clip.list_models() lists the names")
         model, transform, _ = create_clip(cfg.model)
-        without_padding(model)
+        average_at_start(without_padding(model))
         return model, transform, image_side(model)
     if not timm.is_model(cfg.model):
         raise UserError(f"timm has no model {cfg.model!r}; timm.list_models() lists the names")

@@ -189,7 +189,7 @@ def planned_encoder(cfg: TuningConfig, default: tuple[str, str]) -> tuple[str, s
         return default
     if "clip" not in Path(cfg.encoder).name:
         return "timm", "resnet_emoji"
-    return "open_clip", "ViT-emoji" if "vit" in Path(cfg.encoder).name else "ResNet-emoji"
+    return "open_clip", "ViT-emoji" if "vit" in Path(cfg.encoder).name else "ConvNet-emoji"
 
 
 def planned_samples(cfg: TuningConfig) -> tuple[int, int, str]:

@@ -58,14 +58,9 @@ class Config(RunConfig):
     lit_start: Count | None = None
     """Upstream's --lit-start-epoch: from episode lit_start-1 on (the first is 0) the image tower's learning rate is 0
     and L = L_CLIP."""
-    augmentation: Literal["default", "light"] = "light"
-    """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP)."""
-    crop: tuple[Positive, Positive] | None = None
-    """Smallest and largest area of a random crop as a share of the image's; None is the augmentation's own."""
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Smallest and largest width/height ratio of a random crop."""
-    border: Whole = 0
-    """White pixels around an image before it is cropped in training, so that a crop may be larger than the image."""
+    augmentation: Literal["default", "light", "small"] = "light"
+    """default: crop of scale 0.9-1 (upstream's CLIP). light: scale 0.5-1, flip, jitter, grey, blur (its ProtoCLIP).
+    small: ours, for small pictures on white (shared/views.py)."""
 
     lr: Rate = 5e-4
     """Peak learning rate."""
@@ -110,10 +105,6 @@ class Config(RunConfig):
             raise UserError(f"--k {self.k} prototypes cannot be made from --episode-size {self.episode_size} samples")
         if self.lit_start is not None and not 1 < self.lit_start <= self.episodes:
             raise UserError(f"--lit-start {self.lit_start} is not in 2..{self.episodes} (the number of episodes)")
-        if self.crop is not None and not self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(f"--crop {self.crop} should be two shares of at most 1, the smaller first")
-        if self.crop_ratio[0] > self.crop_ratio[1]:
-            raise UserError(f"--crop-ratio {self.crop_ratio} should be two ratios, the smaller first")
         if self.episode_shards and (self.dataset_size or self.keep_in_memory):
             raise UserError("--episode-shards reads other shards in each episode: leave out --dataset-size and "
                             "--keep-in-memory")  # fmt: skip
@@ -145,13 +136,14 @@ SMALL = Config(
 EMOJI = replace(
     SMALL,
     data="data/emoji/train_names",
-    model="ResNet-emoji",
+    model="ConvNet-emoji",
     image_size=None,
     w_external=1.0,
     external_teacher="data/emoji/teacher.npz",
-    border=6,
-    crop=(0.5, 1.0),
-    crop_ratio=(0.85, 1.18),
+    augmentation="small",
+    episodes=20,
+    lr=6e-3,
+    warmup=30,
     eval_every=4,
     eval_set="data/emoji/eval/bare_names_ood",
 )

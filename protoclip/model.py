@@ -123,6 +123,7 @@ def create_model(
         vision["image_size"] = image_size
     quick_gelu = "timm_model_name" not in vision if quick_gelu is None else quick_gelu
     model = ProtoCLIP(config["embed_dim"], vision, text, quick_gelu, heads, hidden_dim, projection_dim, num_layers)
+    clip.average_at_start(model)
     model.visual.image_mean, model.visual.image_std = clip.STATISTICS
     return model.to(memory_format=torch.channels_last)  # makes convolutions faster, ViTs are unaffected
 

@@ -3,9 +3,12 @@
 U: is megvii-research/protoclip@fde1933, src/.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -14,17 +17,18 @@ from protoclip.model import ProtoCLIP, image_statistics
 from shared import data
 from shared.clip import image_side
 from shared.data import ToNormalizedTensor
+from shared.views import SmallView
 
 BICUBIC = InterpolationMode.BICUBIC
 
 
-def training_view(cfg: Config, model: ProtoCLIP) -> transforms.Compose:
-    """PIL RGB -> random view (3, S, S), normalised; `default` or `light`. U:open_clip/transform.py:13."""
+def training_view(cfg: Config, model: ProtoCLIP) -> Callable[[Image.Image], Tensor]:
+    """PIL RGB -> random view (3, S, S), normalised; `default` or `light`: U:open_clip/transform.py:13."""
+    if cfg.augmentation == "small":
+        return SmallView(image_side(model), *image_statistics(model))
     light = cfg.augmentation == "light"
-    area = cfg.crop or ((0.5, 1.0) if light else (0.9, 1.0))
-    steps = [transforms.RandomResizedCrop(image_side(model), area, cfg.crop_ratio, interpolation=BICUBIC)]
-    if cfg.border:
-        steps.insert(0, transforms.Pad(cfg.border, fill=255))
+    area = (0.5, 1.0) if light else (0.9, 1.0)
+    steps = [transforms.RandomResizedCrop(image_side(model), area, interpolation=BICUBIC)]
     if light:
         steps += [
             transforms.RandomHorizontalFlip(),

@@ -14,7 +14,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import shared.resnet  # noqa: F401  (registers its networks with timm)
+import shared.convnet  # noqa: F401  (registers its network with timm)
 from shared.errors import UserError
 from shared.features import PrecomputedFeatures  # likewise
 
@@ -74,6 +74,24 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
         linear = isinstance(clip.text_projection, nn.Linear)
         x = clip.text_projection(x) if linear else x @ clip.text_projection
     return F.normalize(x, dim=-1) if normalize else x
+
+
+def average_at_start(model: open_clip.CLIP) -> None:
+    """Let a new text tower of one layer begin as the average of its tokens' embeddings, from which it learns faster.
+
+    Attention is uniform, its values and outputs are the identity; the MLP and the positions add nothing. Larger towers
+    stay as they are.
+    """
+    if len(model.transformer.resblocks) > 1:
+        return
+    block, width = model.transformer.resblocks[0], model.ln_final.normalized_shape[0]
+    with torch.no_grad():
+        block.attn.in_proj_weight[:width].zero_()
+        nn.init.eye_(block.attn.in_proj_weight[2 * width :])
+        nn.init.eye_(block.attn.out_proj.weight)
+        block.mlp.c_proj.weight.zero_()
+        block.mlp.c_proj.bias.zero_()
+        model.positional_embedding.zero_()
 
 
 class RememberingTokenizer:

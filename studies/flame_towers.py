@@ -1,9 +1,9 @@
 """FLAME and its baseline on the study's image towers: `python -m studies.flame_towers PRESET [--overrides]`.
 
-A preset trains as flame.train does, with the same settings, on one of two towers: a small ResNet from scratch, or a
-locked EfficientNet-Lite0. Of the locked tower, only the MLP behind it is trained: its corpus (`Cells`) has cells of the
-tower's last map instead of images, which are computed once, on whole images, and kept in --cache. In evaluation the
-tower stands before the MLP (`WholeTower`).
+A preset trains as flame.train does, with the same settings, on one of two towers: a small convolutional
+network from scratch, or a locked EfficientNet-Lite0. Of the locked tower, only the MLP behind it is trained: its corpus
+(`Cells`) has cells of the tower's last map instead of images, which are computed once, on whole images, and kept in
+--cache. In evaluation the tower stands before the MLP (`WholeTower`).
 """
 
 import functools
@@ -32,11 +32,11 @@ GRID, WIDTH = 2, 1280  # cells a side, channels
 LOCKED = "FLAME-lite0"  # open_clip config of the head on cells
 KNOWN = replace(PAPER_PRESETS["emoji"][1], data="data/flame/known/train", bank="data/flame/bank-centred", eval_every=0,
                 distinct_captions=True, hidden_dim=512)  # fmt: skip
-RESNET = replace(KNOWN, model="FLAME-resnet", keep_in_memory=True, crop_scale=0.7, epochs=30, batch_size=512)
+CONVNET = replace(KNOWN, model="FLAME-convnet", keep_in_memory=True, augmentation="small", epochs=30, batch_size=512)
 LITE0 = replace(KNOWN, model=LOCKED, epochs=20, batch_size=256, lr=2e-3)
 PRESETS = {
-    "emoji-resnet": ("ours: FLAME with a small ResNet from scratch", RESNET),
-    "emoji-resnet-clip": ("ours: CLIP, baseline of emoji-resnet", replace(RESNET, method="clip")),
+    "emoji-convnet": ("ours: FLAME with a small convolutional network from scratch", CONVNET),
+    "emoji-convnet-clip": ("ours: CLIP, baseline of emoji-convnet", replace(CONVNET, method="clip")),
     "emoji-lite0": ("ours: FLAME on a locked EfficientNet-Lite0", LITE0),
     "emoji-lite0-clip": ("ours: CLIP, baseline of emoji-lite0", replace(LITE0, method="clip")),
 }

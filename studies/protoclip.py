@@ -70,7 +70,7 @@ ARMS = (
     ),
     Arm(
         "clip-light-aug",
-        "train emoji-clip --augmentation light --crop 0.5 1 --crop-ratio 0.75 1.3333 --border 0",
+        "train emoji-clip --augmentation light",
         heading="CLIP, ProtoCLIP's augmentation at paper scale",
         core=False,
     ),
@@ -163,7 +163,7 @@ def probed(
 def on_labels() -> dict[str, float]:
     """The ceiling: the arms' image tower, trained with names or subgroups as labels."""
     epochs = PRESETS["emoji"][1].episodes
-    tower = functools.partial(ceiling.open_clip_tower, "ResNet-emoji")
+    tower = functools.partial(ceiling.open_clip_tower, "ConvNet-emoji")
     names = ceiling.trained_on_labels(tower, NAMES, ("top1", "probe_best"), epochs=epochs)
     return names | ceiling.trained_on_labels(tower, SUBGROUPS, ("probe_best",), epochs=epochs)
 

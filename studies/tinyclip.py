@@ -141,9 +141,9 @@ VITS = (  # on scenes: {random, inherited} x {contrastive, affinity}; learned ma
         for steps in TEACHERS
     ),
 )
-RESNET, SCRATCH = "train emoji-resnet --teacher {teacher}", "train emoji-resnet-contrastive"
+RESNET, SCRATCH = "train emoji-convnet --teacher {teacher}", "train emoji-convnet-contrastive"
 RESNETS = (  # on emoji names: {random, inherited} x {contrastive, affinity}, then controls of these
-    Arm("teacher", "train emoji-resnet-teacher", heading="ResNet teacher (100 %)", core=False),
+    Arm("teacher", "train emoji-convnet-teacher", heading="ResNet teacher (100 %)", core=False),
     Arm(
         "random-contrastive",
         f"{SCRATCH} --init None",
@@ -378,7 +378,7 @@ def tower(model: str) -> ceiling.Tower:
 
 def on_labels() -> dict[str, float]:
     """The ceiling: the teachers' image towers, trained on names as labels; on scenes for twice the teacher's steps."""
-    names = ceiling.trained_on_labels(lambda: tower("emoji-resnet-100"), NAMES, epochs=30)
+    names = ceiling.trained_on_labels(lambda: tower("emoji-convnet-100"), NAMES, epochs=30)
     scenes = dict(epochs=30, lr=2e-3, weight_decay=0.1, crop=(0.9, 1.0), shards=f"{SCENES}/train", stored=1)
     return with_means(names | ceiling.trained_on_labels(lambda: tower("emoji-100"), SCENE_SETS, **scenes), STYLES)
 
@@ -505,14 +505,14 @@ STUDY = Study(
 
 # Unlike on emoji, crops stay within the image; equal captions are too rare to be kept apart. Photographs are
 # decoded once and kept in memory. The teacher sees the crops, so its features are computed in each step.
-PHOTOS_DATA = f"--data {photos.SINGLE} --eval-every 0 --border 0 --crop-ratio 0.75 1.33 --no-distinct-captions"
-STUDENT = f"{PHOTOS_DATA} --model emoji-resnet-25 --steps 232"  # four epochs
-AFFINITY = f"train emoji-resnet {STUDENT} --teacher {{teacher}}"
-CONTRASTIVE = f"train emoji-resnet-contrastive {STUDENT}"
+PHOTOS_DATA = f"--data {photos.SINGLE} --eval-every 0 --augmentation crop --no-distinct-captions"
+STUDENT = f"{PHOTOS_DATA} --model emoji-convnet-25 --steps 232"  # four epochs
+AFFINITY = f"train emoji-convnet {STUDENT} --teacher {{teacher}}"
+CONTRASTIVE = f"train emoji-convnet-contrastive {STUDENT}"
 PHOTOS_ARMS = (
     Arm(
         "teacher",
-        f"train emoji-resnet-teacher {PHOTOS_DATA} --model emoji-resnet-50 --steps 696",
+        f"train emoji-convnet-teacher {PHOTOS_DATA} --model emoji-convnet-50 --steps 696",
         heading="ResNet teacher (100 %)",
     ),
     Arm("random-contrastive", f"{CONTRASTIVE} --init None", heading="50 %: random weights, contrastive"),

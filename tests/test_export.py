@@ -54,7 +54,7 @@ def runs(cli, folder: Path) -> dict[str, Path]:
     """One run of each folder with an open_clip model, and a TinyCLIP pruned by masks."""
     (folder / "parts").mkdir()
     given = commands(small_corpus(folder / "corpus"), folder / "parts")
-    given["protoclip"] += ["--model", "ResNet-emoji"]  # which processes that are no forks of the server know as well
+    given["protoclip"] += ["--model", "ConvNet-emoji"]  # which processes that are no forks of the server know as well
     given["tldr_reduction"] = [*given["tldr_reduction-clip"], "--lr", "1e-3"]
     scripts = SCRIPTS | {"tldr_reduction": SCRIPTS["tldr_reduction-clip"]}
     done = {name: folder / name for name in (*TOLERANCES, "pruned")}

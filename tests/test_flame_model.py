@@ -359,7 +359,7 @@ def test_towers_of_other_sizes():
         open_clip_config("ViT-B-33")
     with pytest.raises(ValueError, match="patches of 8 pixels"):
         image_tower(open_clip_config("FLAME-emoji"), 41)
-    model = FLAME(*image_tower(open_clip_config("ResNet-emoji")), 16, 32).eval()  # of timm
+    model = FLAME(*image_tower(open_clip_config("FLAME-convnet")), 16, 32).eval()  # of timm
     assert model.patch_tokens(torch.zeros(2, 3, 32, 32)).shape == (2, 4, 256)
 
 

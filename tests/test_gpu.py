@@ -214,7 +214,7 @@ def test_steps_do_not_wait_for_the_gpu(start, given, folder: Path, name: str):
 
 def test_throughput_is_printed():
     """The table of `make bench-gpu` with few steps; with small towers on a CPU."""
-    small = "--models ViT-emoji ResNet-emoji --batch 16 --steps 1" if DEVICE == "cpu" else "--steps 5"
+    small = "--models ViT-emoji ConvNet-emoji --batch 16 --steps 1" if DEVICE == "cpu" else "--steps 5"
     command = [sys.executable, "-m", "studies.bench.gpu", "--repetitions", "2", *small.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     print(done.stdout)

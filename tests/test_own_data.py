@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from scripts import ROOT, finished
 from short_runs import dinov2, language_model  # noqa: F401
 
-import shared.resnet  # noqa: F401  (exports of the small ResNet load after it)
+import shared.convnet  # noqa: F401  (exports of the small towers load after it)
 from shared import checkpoints, data
 from shared.evalsets import EvalSet
 

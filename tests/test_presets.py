@@ -39,7 +39,7 @@ def test_the_table_lists_every_preset_with_its_row(folder: str, capsys: pytest.C
 
 CORPUS = set(  # what an emoji preset may say beside its small one: where the corpus is, and what suits drawings
     """data eval_set eval_every sets language_sets gallery language_gallery bank captions raw short long states backbone
-    vocab teacher init external_teacher w_external groups num_concepts model image_size crop crop_ratio border
+    vocab teacher init external_teacher w_external groups num_concepts model image_size episodes lr warmup
     crop_scale augmentation epochs ignore_equal_captions""".split()
 )
 

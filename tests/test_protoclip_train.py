@@ -40,8 +40,8 @@ STEPS, PER_EPISODE = 15, 5
 TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160
     --batch-size 32 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --eval-every 0 --warmup 2
     --lr 1e-3 --precision fp32 --log-every 1 --max-grad-norm 50 --model ViT-test --no-keep-in-memory
-    --no-distinct-captions --crop None --border 0""".split()
-IN_MEMORY = ["--keep-in-memory", "--distinct-captions", "--crop", "0.5", "1", "--border", "3"]
+    --no-distinct-captions --augmentation default""".split()
+IN_MEMORY = ["--keep-in-memory", "--distinct-captions"]
 
 
 @pytest.fixture(scope="module", autouse=True)

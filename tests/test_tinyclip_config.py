@@ -36,8 +36,6 @@ ERRORS = {
     "too few pairs": (["emoji-teacher", "--batch-size", "97"], "96 pairs"),
     "no steps": (["emoji-teacher", "--steps", "0"], "--steps must be at least 1"),
     "no steps between logs": (["emoji-teacher", "--log-every", "0"], "--log-every must be at least 1"),
-    "crops beyond the image": (["emoji-teacher", "--crop", "0.5", "2"], "two shares"),
-    "crops of no width": (["emoji-teacher", "--crop-ratio", "0", "1"], "--crop-ratio must be above 0"),
     "a stream in memory": (["emoji-teacher", "--stream"], "leave out --keep-in-memory"),
     "one tower of none": (["emoji-teacher", "--inherit-only", "image"], "--inherit-only"),
     "one tower under masks": (["emoji-auto", *MASKS, "--inherit-only", "text"], "--init without --masks"),

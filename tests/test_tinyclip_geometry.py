@@ -40,7 +40,7 @@ def test_a_pruned_network_is_rebuilt_from_its_weights():
     assert torch.equal(again.encode_image(example()[0]), small.encode_image(example()[0]))
     assert open_clip_config(small.geometry) is None and open_clip_config(tiny().geometry) is not None
     assert (
-        open_clip_config(CONFIGS["emoji-resnet-50"]) is None
+        open_clip_config(CONFIGS["emoji-convnet-50"]) is None
         and open_clip_config(CONFIGS["RN50"] | {"quick_gelu": True}) is not None
     )
 

@@ -16,7 +16,7 @@ def test_students_start_from_their_teacher_and_train_alike():
     teacher = "runs/photos/tinyclip/teacher-seed3"
     for name, words in lines.items():
         assert words[words.index("--steps") + 1] == ("696" if name == "teacher" else "232")
-        assert words[words.index("--model") + 1] == f"emoji-resnet-{50 if name == 'teacher' else 25}"
+        assert words[words.index("--model") + 1] == f"emoji-convnet-{50 if name == 'teacher' else 25}"
         if name.startswith("inherited"):
             assert words[words.index("--init") + 1] == teacher
         if name.endswith("affinity"):
@@ -25,7 +25,7 @@ def test_students_start_from_their_teacher_and_train_alike():
 
 def test_a_student_has_half_of_its_teacher():
     """Half of the weights, each of them a part of the teacher's."""
-    teacher, student = (CLIP(**copy.deepcopy(CONFIGS[f"emoji-resnet-{size}"])) for size in (50, 25))
+    teacher, student = (CLIP(**copy.deepcopy(CONFIGS[f"emoji-convnet-{size}"])) for size in (50, 25))
     sizes = [sum(parameter_counts(clip)[tower] for tower in ("image", "text")) for clip in (teacher, student)]
     assert sizes[1] / sizes[0] == pytest.approx(0.5, abs=0.05)
     taken = inherit_weights(student.state_dict(), teacher.state_dict(), 32)

@@ -173,7 +173,7 @@ def test_words_of_neighbours(tmp_path: Path, monkeypatch):
 
 
 def test_towers_of_the_ceiling():
-    for model in ("emoji-100", "emoji-resnet-100"):
+    for model in ("emoji-100", "emoji-convnet-100"):
         tower = study.tower(model)
         assert tower.network(torch.zeros(2, 3, tower.side, tower.side)).shape == (2, tower.width)
 

@@ -62,7 +62,7 @@ def test_a_teacher_sees_its_own_size_and_statistics():
 
 def test_which_models_are_taken_how(tmp_path: Path):
     """Plain transformers load as a `CLIP` if they have the student's sizes, all other models as dual encoders."""
-    plain, timm = exported(tmp_path / "plain", "ViT-emoji", 24), exported(tmp_path / "timm", "ResNet-emoji", 16)
+    plain, timm = exported(tmp_path / "plain", "ViT-emoji", 24), exported(tmp_path / "timm", "ConvNet-emoji", 16)
     assert teacher.as_clip(f"local-dir:{plain}") == plain and teacher.as_clip(str(timm)) is None
     assert teacher.as_clip("ViT-B-32@openai") == "ViT-B-32@openai" and teacher.as_clip("ViT-L-14@openai") is None
     same = teacher.load_teacher(str(plain), 24, 24)

@@ -366,12 +366,12 @@ def test_features_that_are_computed_once_are_those_of_each_step(embedded_corpus:
 
 
 AUTO = config.PRESETS["emoji-auto"][1]
-MODELS = {"emoji-teacher": "test-100", "emoji-auto": "test-100", "emoji-resnet-teacher": "test-resnet-100"}
+MODELS = {"emoji-teacher": "test-100", "emoji-auto": "test-100", "emoji-convnet-teacher": "test-convnet-100"}
 
 
 def preset(name: str) -> list[str]:
     """A preset with a smaller model of its kind."""
-    return [name, "--model", MODELS.get(name, "test-resnet-50" if "resnet" in name else "test-50")]
+    return [name, "--model", MODELS.get(name, "test-convnet-50" if "convnet" in name else "test-50")]
 
 
 def inheriting(teacher: Path) -> list:
@@ -381,12 +381,12 @@ def inheriting(teacher: Path) -> list:
 
 def arms(folder: Path) -> dict[str, list]:
     """A teacher and all kinds of later stages; the second automatic stage starts from the first."""
-    given, of_resnet = (inheriting(folder / f"{name}-seed0") for name in ("teacher", "resnet-teacher"))
+    given, of_convnet = (inheriting(folder / f"{name}-seed0") for name in ("teacher", "convnet-teacher"))
     commands = {
         "teacher": preset("emoji-teacher"),
-        "resnet-teacher": preset("emoji-resnet-teacher"),
-        "resnet": [*preset("emoji-resnet"), *of_resnet],
-        "resnet-image": [*preset("emoji-resnet"), *of_resnet, "--inherit-only", "image"],
+        "convnet-teacher": preset("emoji-convnet-teacher"),
+        "convnet": [*preset("emoji-convnet"), *of_convnet],
+        "convnet-image": [*preset("emoji-convnet"), *of_convnet, "--inherit-only", "image"],
         "random-contrastive": [*preset("emoji-contrastive"), "--init", "None", "--ignore-equal-captions"],
         "inherited-affinity": [*preset("emoji"), *given],
         "random-channels": [*preset("emoji"), *given, "--inherit", "random"],
@@ -419,7 +419,7 @@ def test_every_stage_trains(runs: dict[str, Path]):
         state = checkpoints.load_checkpoint(out / "checkpoint.pt")
         assert state["step"] == STEPS and state["masks"] is None
         scale = state["state_dict"]["logit_scale"].exp().item()
-        learned = arm in ("teacher", "resnet-teacher", "random-contrastive")
+        learned = arm in ("teacher", "convnet-teacher", "random-contrastive")
         assert math.isclose(scale, 50, rel_tol=1e-5) != learned
 
 
@@ -452,7 +452,7 @@ def test_inherited_weights_start_as_the_teachers(runs: dict[str, Path]):
 def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
     """The other tower starts like without --init."""
     cfg = dataclasses.replace(
-        config.PRESETS["emoji-resnet"][1], model="test-resnet-50", init=str(runs["resnet-teacher"]), image_size=16
+        config.PRESETS["emoji-convnet"][1], model="test-convnet-50", init=str(runs["convnet-teacher"]), image_size=16
     )
 
     def start(**changes) -> dict[str, torch.Tensor]:
@@ -462,8 +462,8 @@ def test_one_tower_alone_is_inherited(runs: dict[str, Path]):
     random_weights, inherited, image, text = (
         start(**changes) for changes in ({"init": None}, {}, {"inherit_only": "image"}, {"inherit_only": "text"})
     )
-    stem = load_clip(runs["resnet-teacher"]).visual.trunk.stem.conv.weight
-    assert torch.equal(inherited["visual.trunk.stem.conv.weight"], stem[:6])
+    stem = load_clip(runs["convnet-teacher"]).visual.trunk.features[0].weight
+    assert torch.equal(inherited["visual.trunk.features.0.weight"], stem[:12])
     for name, value in inherited.items():
         of_image = name.startswith("visual.")
         assert torch.equal(image[name], value if of_image else random_weights[name]), name
@@ -537,16 +537,16 @@ def test_a_failed_evaluation_costs_no_step(
 # ------------------------------------------------------------------------------------------------------ kill and resume
 
 
-@pytest.mark.parametrize("arm", ["auto", "crops", "resnet"])
+@pytest.mark.parametrize("arm", ["auto", "crops", "convnet"])
 def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
     """Killed once before and once after the masks are cut, in runs that read images at each step or keep them."""
-    out, teacher = folder / f"killed-{arm}", runs["resnet-teacher" if arm == "resnet" else "teacher"]
+    out, teacher = folder / f"killed-{arm}", runs["convnet-teacher" if arm == "convnet" else "teacher"]
     given = [*inheriting(teacher), *TINY, "--save-every", "1", "--out", out]
     crops = ["--augmentation", "crop", "--no-keep-in-memory", "--workers", "1"]
     presets = {
         "auto": [*preset("emoji-auto"), *MASKS],
         "crops": [*preset("emoji"), *crops],
-        "resnet": preset("emoji-resnet"),
+        "convnet": preset("emoji-convnet"),
     }
     command = [*presets[arm], *given]
     kills = [random.randint(2, 3), random.randint(6, 7)]

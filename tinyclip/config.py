@@ -65,15 +65,9 @@ class Config(RunConfig):
     """Constrain sparsity from both sides, as the paper's equation 7: too much sparsity is reduced. Off: upstream's
     hinge."""
 
-    augmentation: Literal["crop", "none"] = "crop"
-    """crop: a random crop. none: the evaluation transform; with --keep-in-memory, the teacher's features are then
-    computed once."""
-    crop: tuple[Positive, Positive] = (0.9, 1.0)
-    """Smallest and largest area of a random crop as a share of the image's."""
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Smallest and largest width/height ratio of a random crop."""
-    border: Whole = 0
-    """White pixels around an image before it is cropped, so that a crop may be larger than the image."""
+    augmentation: Literal["crop", "small", "none"] = "crop"
+    """crop: a random crop of 0.9 to 1 of the image. small: ours, for small pictures on white (shared/views.py). none:
+    the evaluation transform; with --keep-in-memory, the teacher's features are then computed once."""
 
     steps: Count = 73_242
     """Optimizer steps: 6 epochs of 400M pairs at batch 32,768."""
@@ -113,10 +107,6 @@ class Config(RunConfig):
             raise UserError("--inherit random takes random channels of --init: pass that, or --inherit manual")
         if self.inherit == "random" and self.masks:
             raise UserError("--inherit random is a control without masks")
-        if not self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(f"--crop {self.crop} should be two shares of at most 1, the smaller first")
-        if self.crop_ratio[0] > self.crop_ratio[1]:
-            raise UserError(f"--crop-ratio {self.crop_ratio} should be two ratios, the smaller first")
         if self.masks and convolutional:
             raise UserError(f"--masks act on transformers, not on the ResNet of {self.model}")
         if self.masks and not self.start_sparsity <= self.target_sparsity < 1:
@@ -167,7 +157,7 @@ def check_source(cfg: Config, name: Literal["teacher", "init"]) -> None:
     if not path.exists():
         hint = ""
         if "emoji" in cfg.model and "teacher" in path.name:
-            preset = "emoji-resnet-teacher" if "resnet" in cfg.model else "emoji-teacher"
+            preset = "emoji-convnet-teacher" if "convnet" in cfg.model else "emoji-teacher"
             hint = f"; 'python -m tinyclip.train {preset} --out PATH' trains the emoji one"
         raise UserError(
             f"--{name} {source} does not exist: it takes a run folder, a checkpoint or MODEL@WEIGHTS of open_clip{hint}"
@@ -244,10 +234,10 @@ SCENES = dict(
     eval_set="data/scenes-near/eval/names_ood",
 )
 EMOJI = replace(SMALL, **SCENES, **dict.fromkeys(("teacher", "init"), FIRST.format("vit-teacher-seed0")))
-EMOJI_RESNET = replace(
+EMOJI_CONVNET = replace(
     EMOJI,
     data="data/emoji/train_names",
-    model="emoji-resnet-50",
+    model="emoji-convnet-50",
     teacher=FIRST.format("teacher-seed0"),
     init=FIRST.format("teacher-seed0"),
     ignore_equal_captions=False,
@@ -256,10 +246,7 @@ EMOJI_RESNET = replace(
     lr=5e-3,
     weight_decay=0.2,
     eps=1e-8,
-    augmentation="crop",
-    border=6,
-    crop=(0.5, 1.0),
-    crop_ratio=(0.85, 1.18),
+    augmentation="small",
     distinct_captions=True,
     eval_every=17,
     eval_set="data/emoji/eval/bare_names_ood",
@@ -278,19 +265,22 @@ PRESETS = {
         "ours: student and initial weights of `emoji`, contrastive loss", EMOJI, **CONTRASTIVE
     ),
     "emoji-auto": _preset("ours: as small as `emoji`, by learned masks", EMOJI, **MASKS),
-    "emoji-resnet": ("ours: half a ResNet, inherited by hand, affinity mimicking, on emoji names", EMOJI_RESNET),
-    "emoji-resnet-teacher": _preset(
-        "ours: the teacher of `emoji-resnet`: a CLIP from scratch",
-        EMOJI_RESNET,
+    "emoji-convnet": (
+        "ours: half a convolutional tower, inherited by hand, affinity mimicking, on names",
+        EMOJI_CONVNET,
+    ),
+    "emoji-convnet-teacher": _preset(
+        "ours: the teacher of `emoji-convnet`: a CLIP from scratch",
+        EMOJI_CONVNET,
         **CONTRASTIVE,
-        model="emoji-resnet-100",
+        model="emoji-convnet-100",
         init=None,
         steps=510,
         warmup=80,
         eval_every=51,
     ),
-    "emoji-resnet-contrastive": _preset(
-        "ours: student and initial weights of `emoji-resnet`, contrastive loss", EMOJI_RESNET, **CONTRASTIVE
+    "emoji-convnet-contrastive": _preset(
+        "ours: student and initial weights of `emoji-convnet`, contrastive loss", EMOJI_CONVNET, **CONTRASTIVE
     ),
     "auto-63M-31M": ("model zoo, auto, ViT-63M/32 Text-31M, LAION-400M, 100 -> 75 %: 63.9", AUTO),
     "auto-45M-18M": _preset(

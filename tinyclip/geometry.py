@@ -35,8 +35,8 @@ def _resnet(width: int) -> dict:
     return {"image_size": 224, "width": width, "layers": [3, 4, 6, 3], "head_width": 64}
 
 
-def _plain_resnet(width: int) -> dict:
-    return {"image_size": 32, "width": width, "layers": [1, 1, 1], "block": "basic"}
+def _convnet(width: float) -> dict:
+    return {"image_size": 32, "width": width, "layers": [1, 1, 1, 1], "block": "convolution"}
 
 
 _EMOJI_TEXT = {"context_length": 24}
@@ -57,9 +57,9 @@ CONFIGS: dict[str, dict] = {  # U:open_clip/model_configs/*.json; the emoji-* on
     "emoji-100": _config(128, _vit(96, 4, 8, 40, 24), 96, 4, 2, **_EMOJI_TEXT),
     "emoji-50": _config(128, _vit(72, 4, 8, 40, 24), 96, 4, 1, **_EMOJI_TEXT),
     "emoji-25": _config(128, _vit(48, 4, 8, 40, 24), 72, 3, 1, **_EMOJI_TEXT),
-    "emoji-resnet-100": _config(256, _plain_resnet(128), 128, 4, 2, **_EMOJI_TEXT),
-    "emoji-resnet-50": _config(256, _plain_resnet(88), 128, 4, 1, **_EMOJI_TEXT),
-    "emoji-resnet-25": _config(256, _plain_resnet(60), 96, 3, 1, **_EMOJI_TEXT),
+    "emoji-convnet-100": _config(256, _convnet(1.0), 128, 4, 2, **_EMOJI_TEXT),
+    "emoji-convnet-50": _config(256, _convnet(0.625), 128, 4, 1, **_EMOJI_TEXT),
+    "emoji-convnet-25": _config(256, _convnet(0.375), 96, 3, 1, **_EMOJI_TEXT),
 }
 
 
@@ -272,7 +272,7 @@ def geometry_of_weights(state_dict: Mapping[str, Tensor], head_width: int | tupl
 
 def open_clip_config(shape: Mapping) -> dict | None:
     """The geometry as an open_clip config; None if open_clip does not support it: layers of different widths, or a
-    plain ResNet."""
+    `ConvTower`."""
     if "block" in shape["vision"]:
         return None
     towers = {}

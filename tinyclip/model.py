@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shared import checkpoints, run
+from shared.convnet import ConvNet
 from shared.errors import UserError
 from shared.evaluation import named
-from shared.resnet import resnet7_small
 from tinyclip.geometry import (
     CONFIGS,
     block_sizes,
@@ -283,14 +283,14 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0], shared) @ self.proj
 
 
-class PlainResNet(nn.Module):
-    """Basic residual blocks of width / 2, width and 2 width channels, global average -> (B, D): for small images on a
-    CPU, where `ModifiedResNet` is slow. Width 128 is `shared.resnet`'s network, with the same names."""
+class ConvTower(nn.Module):
+    """`shared.convnet`'s network with channels scaled by `width` -> (B, D): for small images on a CPU, where
+    `ModifiedResNet` is slow. Its flattened maps lie channel by channel: a front slice has the front channels."""
 
     def __init__(self, tower: Mapping, embed_dim: int):
         super().__init__()
         self.image_size = tower["image_size"]
-        self.trunk = resnet7_small(num_classes=0, width_factor=tower["width"] / 128)
+        self.trunk = ConvNet(width=tower["width"])
         channels = self.trunk.num_features
         self.proj = nn.Parameter(channels**-0.5 * torch.randn(channels, embed_dim))
 
@@ -301,8 +301,8 @@ class PlainResNet(nn.Module):
 class CLIP(nn.Module):
     """Two towers and a temperature, with OpenAI's parameter names; loads open_clip's ViT, QuickGELU and ResNet weights.
 
-    vision: image_size, width, layers, and patch_size (ViT), a list of four `layers` (ResNet), or `block` (basic: a
-    `PlainResNet`); text: context_length, vocab_size, width, layers, heads. For pruned networks see `block_sizes`.
+    vision: image_size, width, layers, and patch_size (ViT), a list of four `layers` (ResNet), or `block` (a
+    `ConvTower`); text: context_length, vocab_size, width, layers, heads. For pruned networks see `block_sizes`.
     U:open_clip/model.py:1073.
     """
 
@@ -314,7 +314,7 @@ class CLIP(nn.Module):
         if isinstance(vision["layers"], int):
             self.visual = VisionTransformer(vision, embed_dim, activation)
         elif "block" in vision:
-            self.visual = PlainResNet(vision, embed_dim)
+            self.visual = ConvTower(vision, embed_dim)
         else:
             width = vision["width"]
             heads = width * 32 // vision.get("head_width", 64)

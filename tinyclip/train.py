@@ -10,13 +10,14 @@ Losses and towers are in model.py, inheritance in inheritance.py and masks.py, s
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -25,6 +26,7 @@ from shared import checkpoints, cli, data, run
 from shared.clip import STATISTICS, RememberingTokenizer, blank_inputs, image_side, set_grad_checkpointing
 from shared.corpus import Corpus, open_corpus
 from shared.errors import UserError
+from shared.views import SmallView
 from shared.zeroshot import quick_top1
 from tinyclip.config import PRESETS, Config
 from tinyclip.inheritance import initialise_student, random_student
@@ -231,13 +233,14 @@ def image_transform(size: int, statistics: tuple[Sequence[float], Sequence[float
     return transforms.Compose([*steps, data.ToNormalizedTensor(*statistics)])
 
 
-def training_view(cfg: Config, size: int) -> transforms.Compose:
+def training_view(cfg: Config, size: int) -> Callable[[Image.Image], Tensor]:
     """PIL RGB -> random crop (3, size, size), normalised; no flip, no colours. U:open_clip/transform.py:71."""
     if cfg.augmentation == "none":
         return image_transform(size)
-    crop = transforms.RandomResizedCrop(size, cfg.crop, cfg.crop_ratio, interpolation=InterpolationMode.BICUBIC)
-    border = [transforms.Pad(cfg.border, fill=255)] if cfg.border else []
-    return transforms.Compose([*border, crop, data.ToNormalizedTensor(*STATISTICS)])
+    if cfg.augmentation == "small":
+        return SmallView(size, *STATISTICS)
+    crop = transforms.RandomResizedCrop(size, (0.9, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return transforms.Compose([crop, data.ToNormalizedTensor(*STATISTICS)])
 
 
 # ---------------------------------------------------------------------------------------------------------- the script
@@ -343,7 +346,7 @@ def main(cfg: Config) -> Path | None:
     side = image_side(student.clip)
     tokenizer = RememberingTokenizer(open_clip.SimpleTokenizer(context_length=student.clip.context_length))
     view, whole_image = training_view(cfg, side), image_transform(side)
-    crops = cfg.augmentation == "crop"
+    crops = cfg.augmentation != "none"
     text = lambda pair: tokenizer(pair.caption)[0]  # noqa: E731
     corpus = open_corpus(cfg, process, text, cut_padding=True, side=2 * side if crops else side)
     cfg, per_epoch = cfg.in_steps(corpus.steps), corpus.steps

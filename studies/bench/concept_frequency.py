@@ -181,7 +181,7 @@ def to_the_floor(seeds: int) -> None:
     """Seconds on one core until the arm with equal frequencies is above the nearest neighbour on raw pixels."""
     baseline_rows(
         study.STUDY, "uniform", PRESETS, train.main, seeds,
-        "400 names of equal frequency, unseen style, ResNet-emoji from scratch",
+        "400 names of equal frequency, unseen style, ConvNet-emoji from scratch",
         {"the pixel floor": "nearest neighbour on raw pixels"}, "top1", eval_every=1,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace) -> None:
     if one_thread():  # processes have one thread each
         counting(captions, options.spacy)
     precision = run.resolve_precision("auto", torch.device("cpu"))
-    for name, size in (("ResNet-emoji", 256), ("ViT-emoji", 128), ("ViT-B-32", 16)):
+    for name, size in (("ConvNet-emoji", 256), ("ViT-emoji", 128), ("ViT-B-32", 16)):
         clip_step(name, [shards.caption(i % len(shards)) for i in range(size)], precision, options.repetitions)
 
 

@@ -207,7 +207,7 @@ def to_the_floor(seeds: int) -> None:
 
     pixels = floors.nearest_neighbour([unseen])["bare_names_ood/top1"]
     goals = {"the pixel floor": (pixels, "<= 60 s"), "40 %": (40.0, "<= 200 s")}
-    floor_rows("names of the unseen style, ResNet-emoji from scratch", goals, runs("clip", unseen, 1))
+    floor_rows("names of the unseen style, ConvNet-emoji from scratch", goals, runs("clip", unseen, 1))
     tower = study.lite0_neighbour([unseen, seen])
     for folder, style in ((unseen, "the unseen style"), (seen, "seen styles")):
         floor = tower[f"{Path(folder).name}/top1"]
@@ -225,7 +225,7 @@ def measure(options: argparse.Namespace) -> None:
             back_translation(up, options.samples, options.prototypes, options.repetitions)
             if options.stage_repetitions:
                 prototype_stage(up, options.samples, options.prototypes, options.stage_repetitions)
-    for name, size in (("ViT-emoji", 128), ("ResNet-emoji", 512)):
+    for name, size in (("ViT-emoji", 128), ("ConvNet-emoji", 512)):
         for precision in ("bf16", "fp32"):
             clip_step(name, size, precision, options.repetitions, options.steps)
     if options.upstream is not None:

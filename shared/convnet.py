@@ -1,8 +1,6 @@
-"""A small residual network for small corpora, registered with timm so that open_clip configs can name it.
+"""A small convolutional network for small corpora, registered with timm so that open_clip configs can name it.
 
-Its blocks have two 3x3 convolutions. On a CPU these compute more FLOPs per second than the bottlenecks of open_clip's
-ModifiedResNet, whose 1x1 convolutions are memory-bound. For images of SIZE pixels the last maps have 2 x 2 pixels; on a
-CPU they are convolved by one matrix product.
+On a CPU, a convolution whose output has 2 x 2 pixels is computed as one matrix product.
 
 Shapes: B batch; C, H, W of the input; O, h, w of the output.
 """
@@ -11,28 +9,11 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models import register_model
 from torch import Tensor, nn
 
 TINY = 2  # largest side of output maps for which a convolution is one matrix product
-SIZE = 32  # default image side in pixels; any multiple of 16 works
-ARCHITECTURE = ByoModelCfg(
-    blocks=tuple(ByoBlockCfg(type="basic", d=1, c=width, s=2, gs=0, br=1.0) for width in (64, 128, 256)),
-    stem_chs=32,
-    stem_type="3x3",
-    stem_pool="",
-)
-default_cfgs = generate_default_cfgs(
-    {
-        "resnet7_small": {
-            "input_size": (3, SIZE, SIZE),
-            "pool_size": (2, 2),
-            "first_conv": "stem.conv",
-            "classifier": "head.fc",
-        }
-    }
-)
+WIDTHS = (32, 64, 128, 256)  # channels of the four convolutions
 
 
 class ConvolutionMatrix(torch.autograd.Function):
@@ -81,18 +62,43 @@ class Conv3x3(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix).view(batch, h, w, -1).permute(0, 3, 1, 2)
 
 
+class ConvNet(nn.Module):
+    """Images (B, 3, S, S) -> features (B, D): four 3x3 convolutions, each halving the maps, with batch norm and GELU.
+
+    The last maps are averaged to `grid` x `grid` cells and flattened, D = 256 grid^2. With S = 32 they have 2 x 2
+    pixels, and a grid of 2 keeps them. `width` scales all channels.
+    """
+
+    def __init__(self, grid: int = 2, width: float = 1.0):
+        super().__init__()
+        widths = [3, *(int(width * channels) for channels in WIDTHS)]
+        layers: list[nn.Module] = []
+        for before, channels in zip(widths, widths[1:], strict=False):
+            convolution = Conv3x3(before, channels, 3, 2, 1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            layers += [convolution, nn.BatchNorm2d(channels), nn.GELU()]
+        self.features, self.grid = nn.Sequential(*layers), grid
+        self.num_features = widths[-1] * grid**2
+        self.default_cfg: dict = {}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> the last maps (B, 256, S / 16, S / 16)."""
+        return self.features(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.features(images), self.grid).flatten(1)
+
+    def reset_classifier(self, num_classes: int, **options: str) -> None:
+        """timm's interface; there is no classifier."""
+
+
 @register_model
-def resnet7_small(pretrained: bool = False, **options) -> ByobNet:
-    """Stem of 32 channels, then blocks of 64, 128 and 256, each halving the image: seven layers, 1.2 M parameters."""
-    network = build_model_with_cfg(
-        ByobNet,
-        "resnet7_small",
-        pretrained,
-        model_cfg=ARCHITECTURE,
-        feature_cfg={"flatten_sequential": True},
-        **options,
-    )
-    for module in network.modules():
-        if type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.padding == (1, 1):
-            module.__class__ = Conv3x3  # keeps the parameters and draws no random numbers
-    return network
+def convnet_small(pretrained: bool = False, **options) -> ConvNet:
+    """D = 1024, 0.4 M parameters."""
+    return ConvNet()
+
+
+@register_model
+def convnet_small_pooled(pretrained: bool = False, **options) -> ConvNet:
+    """The same with D = 256."""
+    return ConvNet(grid=1)
