@@ -33,8 +33,10 @@ from tests import adapters
 from tests.adapters import Case, convert, leaf  # noqa: F401
 
 pytest.register_assert_rewrite("scripts")
-from scripts import cli, embedded_corpus, in_process, start  # noqa: E402, F401  (fixtures)
+import vocabulary  # noqa: E402
+from scripts import cli, embedded_corpus, in_process, no_initial_values, start  # noqa: E402, F401  (fixtures)
 
+vocabulary.share()
 os.fsync = lambda descriptor: None  # the files that tests write need not survive a power cut
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "tests/golden"

@@ -25,17 +25,6 @@ for name in [*LATE, *OURS, "tests.small_models"]:
 with contextlib.suppress(Exception):
     sys.modules["concept_frequency.captions"].load_spacy("en_core_web_sm")
 with contextlib.suppress(Exception):
-    from open_clip import tokenizer
-
-    made, make = tokenizer.SimpleTokenizer(), tokenizer.SimpleTokenizer.__init__
-
-    def shared(self, context_length: int = 77, clean: str = "lower", reduction_mask: str = "", **more) -> None:
-        """Reuse CLIP's vocabulary, which the server has read: each fork would take a tenth of a second."""
-        if more:
-            return make(self, context_length=context_length, clean=clean, reduction_mask=reduction_mask, **more)
-        vars(self).update(vars(made), context_length=context_length, clean_fn=tokenizer.get_clean_fn(clean))
-        self.reduction_fn = tokenizer.get_reduction_mask_fn(reduction_mask) if reduction_mask else None
-
-    tokenizer.SimpleTokenizer.__init__ = shared
+    importlib.import_module("tests.vocabulary").share()
 gc.collect()
 gc.freeze()  # the garbage collector of a fork skips these objects

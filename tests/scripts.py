@@ -142,6 +142,13 @@ def in_process(request: pytest.FixtureRequest, capsys, monkeypatch: pytest.Monke
     return call
 
 
+@pytest.fixture
+def no_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are 0, since a dry run counts them alone: drawing them takes most of its time."""
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *_, **__: self.zero_())
+
+
 class Lazily(dict):
     """A mapping that computes `make(key)` at the first access, so that only arms that a test file uses are trained."""
 

@@ -71,6 +71,7 @@ def thin_towers(method: str, preset: str, **settings):
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)
+@pytest.mark.usefixtures("no_initial_values")
 def test_dry_run(embedded_corpus: None, in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     cfg = config.PRESETS[preset][1]

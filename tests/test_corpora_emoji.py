@@ -51,7 +51,9 @@ def read_manifest(folder: Path) -> dict:
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "studies.corpora.emoji", *map(str, arguments)]
+    """The command in a process of its own, which draws in one more."""
+    code = "import os, runpy; os.cpu_count = lambda: 1; runpy.run_module('studies.corpora.emoji', run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 

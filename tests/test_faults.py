@@ -73,7 +73,7 @@ def whole(cli, given, folder: Path):
 def trained(out: Path) -> dict:
     """The checkpoint of a run without values that may differ from run to run."""
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
-    return {key: value for key, value in state.items() if key not in ("seconds", "config", "name")}
+    return {key: value for key, value in state.items() if key not in ("seconds", "config", "name", "commit")}
 
 
 def refused(result, *words: str) -> None:

@@ -66,6 +66,7 @@ def test_command_line_errors(in_process, tiny: list, tmp_path: Path, case: str):
 
 
 @pytest.mark.parametrize("preset", ["emoji", "emoji-clip", "cc3m-vitb16"])
+@pytest.mark.usefixtures("no_initial_values")
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     result = in_process(preset, "--dry-run")

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import ROOT, Lazily, ended, finished, kill_at, metrics, start_two
-from short_runs import SCRIPTS, commands, dinov2, features, image_folder, language_model, small_corpus
-from test_accumulate import PLAIN
+from short_runs import PLAIN, SCRIPTS, commands, dinov2, features, image_folder, language_model, small_corpus
 
 DEVICE = os.environ.get("PAPER_CLIPS_GPU", "cuda")
 SCRIPT, SECONDS = "protoclip.train", 300

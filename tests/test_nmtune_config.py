@@ -71,6 +71,7 @@ def test_command_line_errors(in_process, tmp_path, case):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.usefixtures("no_initial_values")
 @pytest.mark.parametrize("script, presets", [("train", config.PRESETS), ("finetune", config.FINETUNE_PRESETS)])
 def test_dry_runs(in_process, script, presets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
@@ -90,6 +91,7 @@ def test_dry_runs(in_process, script, presets, tmp_path, monkeypatch):
         assert len(re.findall("learning rate", out)) == 3
 
 
+@pytest.mark.usefixtures("no_initial_values")
 @pytest.mark.parametrize("preset", ["emoji-sup-30", "emoji-clip-05", "in1k-rn50-20", "yfcc15m-rn50-10"])
 def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -64,6 +64,7 @@ DRY_RUNS = {  # parameters, steps
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.usefixtures("no_initial_values")
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     parameters, steps = DRY_RUNS[preset]

@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
-    sets = tuple(small_set(name, tmp_path / "sets") for name in ("groups_id", "retrieval_xm_en"))
+    sets = tuple(small_set(name, tmp_path / "sets", every=24) for name in ("groups_id", "retrieval_xm_en"))
     return evaluation.Config(runs=tuple(runs), sets=sets, probe=sets[:1], gap=sets[1], device="cpu")
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,26 +77,28 @@ def test_new_log_starts_empty(tmp_path: Path):
     assert run.read_metrics(tmp_path) == []
 
 
+def write_on(out: str, begun: Any) -> None:
+    """Log to a run folder, and hold it."""
+    folder = run.RunFolder(Config(out=out), ALONE, epoch=0)
+    folder.restore()
+    folder.start(0)
+    folder.log(1, loss=torch.tensor(1.0))
+    begun.set()
+    time.sleep(60)
+
+
 def test_a_run_folder_has_one_writer(tmp_path: Path):
     """Another process is refused while the first one runs; the folder is free again however the first one ends."""
-    code = """if True:
-        import sys, time
-        from pathlib import Path
-        sys.path.append("tests")
-        from test_run import ALONE, Config, run, torch
-        folder = run.RunFolder(Config(out=sys.argv[1]), ALONE, epoch=0)
-        folder.restore()
-        folder.start(0)
-        folder.log(1, loss=torch.tensor(1.0))
-        print("here", flush=True)
-        time.sleep(60)"""
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert other.stdout.readline() == "here\n"
+    context = multiprocessing.get_context("forkserver")
+    begun = context.Event()
+    other = context.Process(target=write_on, args=(str(tmp_path), begun))
+    other.start()
+    assert begun.wait(60)
     with pytest.raises(ValueError, match="still going"):
         run.RunFolder(Config(out=str(tmp_path), lr=0.2), ALONE, epoch=0)
     assert len(run.read_metrics(tmp_path)) == 1 and json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
     other.kill()
-    other.wait()
+    other.join()
     run.RunFolder(Config(out=str(tmp_path)), ALONE, epoch=0)
     assert len(run.read_metrics(tmp_path)) == 1
 

@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT
+from scripts import ROOT, script
 
 from studies.harness import report, runner
 from studies.harness.floors import Floor
@@ -395,16 +394,26 @@ def test_results_are_not_judged_again_because_of_rounding(study: Study, change: 
     assert runner.judged_again(study, summary) == (summary if kept else judged)
 
 
+def with_sigint(at_first: signal.Handlers, *given) -> None:
+    """Run the study of the current folder, a fork of the tests' server, with this handler of SIGINT."""
+    signal.signal(signal.SIGINT, at_first if at_first == signal.SIG_IGN else signal.default_int_handler)
+    script("study", *given)
+
+
 @pytest.mark.parametrize(
     ("by", "at_first"),
     [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_IGN)],
     ids=["SIGINT", "SIGTERM where SIGINT is ignored"],
 )
-def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.Signals, at_first: signal.Handlers):
+def test_an_interrupted_study_ends_with_its_scripts(
+    tmp_path: Path, by: signal.Signals, at_first: signal.Handlers, monkeypatch: pytest.MonkeyPatch
+):
     """Although only the study gets the signal; a shell starts commands with & so that they ignore SIGINT."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "study.py").write_text(
+        "from studies.harness import runner\n"
         "from studies.harness.runner import Arm, Study, main\n"
+        "runner.PATIENCE = 0.3\n"
         "arms = tuple(Arm(name, 'train', heading=name) for name in 'abc')\n"
         "main(Study('paper', 'A paper', 'CC3M', arms, minutes={'core': 1}, evaluate=list, metrics={}, claims=()))\n"
     )
@@ -412,22 +421,23 @@ def test_an_interrupted_study_ends_with_its_scripts(tmp_path: Path, by: signal.S
         "import os, time\nopen(str(os.getpid()), 'w').close()\ntry:\n    time.sleep(100)\n"
         "except KeyboardInterrupt:\n    open('ended', 'a').write(f'{os.getpid()} ')\n    raise\n"
     )
-    study = subprocess.Popen(
-        [sys.executable, "-m", "study", "--seeds", "0", "--jobs", "2"], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, at_first),
-    )  # fmt: skip
+    log = tmp_path / "log"
+    context, environment = multiprocessing.get_context("forkserver"), {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    monkeypatch.chdir(tmp_path)
+    study = context.Process(target=with_sigint, args=(at_first, ["--seeds", "0", "--jobs", "2"], str(log), environment))
+    study.start()
     begun = lambda: {path.name for path in tmp_path.iterdir() if path.name.isdigit()}  # noqa: E731
     try:
         until = time.monotonic() + 60
         while len(begun()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         assert len(begun()) == 2
-        study.send_signal(by)
-        _, said = study.communicate(timeout=60)
+        os.kill(study.pid, by)
+        study.join(60)
     finally:
         study.kill()
-    assert study.returncode == 130 and said.startswith("interrupted"), said
+    said = log.with_suffix(".err").read_text()
+    assert study.exitcode == 130 and said.startswith("interrupted"), said
     assert len(begun()) == 2 and not any(Path(f"/proc/{script}").exists() for script in begun())
     if at_first == signal.SIG_DFL:
         assert set((tmp_path / "ended").read_text().split()) == begun()

@@ -74,6 +74,7 @@ def test_command_line_errors(in_process, tmp_path: Path, case: str):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.usefixtures("no_initial_values")
 def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
     cfg = config.PRESETS[preset][1]

@@ -351,7 +351,8 @@ def test_features_that_are_computed_once_are_those_of_each_step(embedded_corpus:
     words = [*preset("emoji"), *TINY, "--out", str(tmp_path), "--init", "None"]
     cfg = tyro.extras.overridable_config_cli(config.PRESETS, args=words)
     teacher = initialise_student(cfg).clip.eval().requires_grad_(False)
-    text = lambda pair: open_clip.SimpleTokenizer(context_length=24)(pair.caption)[0]  # noqa: E731
+    tokenizer = open_clip.SimpleTokenizer(context_length=24)
+    text = lambda pair: tokenizer(pair.caption)[0]  # noqa: E731
     corpus, view = open_corpus(cfg, PROCESS, text, cut_padding=True, side=16), train.training_view(cfg, 16)
     known, seen = train.teacher_features(teacher, corpus, view, cfg), 0
     for rows, images, tokens in corpus.epoch(1, view):
