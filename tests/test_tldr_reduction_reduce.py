@@ -8,7 +8,6 @@ import tarfile
 
 import numpy as np
 import open_clip
-import pytest
 import torch
 from PIL import Image
 from scripts import finished, held, kill_when
@@ -23,25 +22,12 @@ from test_tldr_reduction_train import (  # noqa: F401
     tiny,
     two,
 )
-from tldr_reduction_ports import refine_annotations
 
 from shared import checkpoints, export, run
 from tldr_reduction import reduce
 from tldr_reduction.datasets import eval_transform, open_pairs
 from tldr_reduction.encoders import Scorer
 from tldr_reduction.reduce import write_shards
-
-
-@pytest.mark.golden("tldr_reduction", "caption_merge")
-def test_caption_merge(case):
-    merged = refine_annotations(case.json["original_rows"], case.json["generated"], case.json["success"])
-    assert merged == case.json["expected"]
-
-
-def test_repeated_and_unknown_predictions():
-    rows, annotations = [["a", "x_1"], ["b", "2"]], [{"image": "d/1.jpg", "caption": "?"}]
-    generated = [{"image_id": 0, "caption": "c"}, {"image_id": 0, "caption": "d"}, {"image_id": 9, "caption": "e"}]
-    assert refine_annotations(rows, generated, annotations) == [{"image": "d/1.jpg", "caption": "a; c; d"}]
 
 
 def test_only_the_caption_file_is_rewritten(tmp_path):

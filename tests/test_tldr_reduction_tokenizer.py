@@ -1,4 +1,4 @@
-"""Captions as BLIP prepares them, and a WordPiece vocabulary of one's own."""
+"""A WordPiece vocabulary of one's own."""
 
 import dataclasses
 
@@ -10,12 +10,7 @@ from tldr_reduction_ports import build_vocab
 
 from tldr_reduction.config import Config
 from tldr_reduction.encoders import itm_scores
-from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, pre_caption
-
-
-@pytest.mark.golden("tldr_reduction", "pre_caption")
-def test_pre_caption(case):
-    assert [pre_caption(c["caption"], c["max_words"]) for c in case.json] == [c["expected"] for c in case.json]
+from tldr_reduction.tokenizer import WordPiece, eval_tokenizer
 
 
 def test_word_pieces(tmp_path):

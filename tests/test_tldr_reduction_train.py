@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from scripts import SHARDS, Ended, Lazily, ended, finished, in_turn, kill_at, metrics, same, start_two
 from test_tldr_reduction_blip import tiny_blip
-from test_tldr_reduction_model import exact
 from tldr_reduction_ports import build_vocab, emoji_pairs
 
 from shared import checkpoints, tars
@@ -27,7 +26,7 @@ from tldr_reduction import config, train
 from tldr_reduction.checkpoints import load_run, start_weights
 from tldr_reduction.datasets import TextOf, open_pairs, pixel_hash
 from tldr_reduction.tokenizer import PROMPT, WordPiece
-from tldr_reduction.train import alpha_ramp, cosine_lr, learning_rate, warmup_step_lr
+from tldr_reduction.train import alpha_ramp, learning_rate
 
 SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
 STAGES = {  # name: preset
@@ -132,20 +131,6 @@ def refused(result: Ended, words: str) -> None:
 
 def two(start, *arguments, **options) -> list[Ended]:
     return [finished(ended(process)) for process in start_two(start, *arguments, **options)]
-
-
-@pytest.mark.golden("tldr_reduction", "schedules")
-def test_schedules(case):
-    rates = [exact(case[name]) for name in ("init_lr", "min_lr", "warmup_lr", "warmup_steps", "lr_decay_rate")]
-    epochs, steps = case["pretrain_lr"].shape
-    assert (epochs, steps) == (case["max_epoch"], case["steps_per_epoch"])
-    grid = [(epoch, step) for epoch in range(epochs) for step in range(steps)]
-    lr = torch.tensor([warmup_step_lr(*at, *rates) for at in grid], dtype=torch.float64)
-    case.close("pretrain_lr", lr.view(epochs, steps), rtol=1e-6)
-    ramp = [alpha_ramp(*at, case["steps_per_epoch"], exact(case["alpha"])) for at in grid]
-    case.close("alpha_ramp", torch.tensor(ramp, dtype=torch.float64).view(epochs, steps), rtol=1e-6)
-    last, ends = case["finetune_max_epoch"], [exact(case[f"finetune_{name}"]) for name in ("init_lr", "min_lr")]
-    case.close("finetune_lr", torch.tensor([cosine_lr(e, last, *ends) for e in range(last)]).double(), rtol=1e-6)
 
 
 def test_every_stage_trains(chain):

@@ -241,5 +241,5 @@ def parts(folder: str) -> tuple[Part, ...]:
     """The parts of a paper; none if it has no adapters."""
     if not Path(__file__).with_name(f"{folder}.py").is_file():
         return ()
-    found = vars(module(folder)).values()
-    return tuple(each() for each in found if isinstance(each, type) and issubclass(each, Part) and each.files)
+    found = [each for each in vars(module(folder)).values() if isinstance(each, type) and issubclass(each, Part)]
+    return tuple(each() for each in found if each.files or each.more)
