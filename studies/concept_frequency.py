@@ -84,12 +84,17 @@ def claim(text: str, paper: str | None, metric: str, method: str, baseline: str,
 
 RISE, RHO = "accuracy rises with log frequency (points a decade)", "ρ of the bins above that of shuffles"
 LEAST_RHO = 0.83  # in the legends of the paper's main figure
+EVEN = "frequencies spread evenly over their logarithm, so that the curve has points at all of them"
 CLAIMS = (
-    claim(RISE, "log-linear", "slope", "even", "0", primary=True),
-    claim("slope above that at equal frequency", "implied", "slope_on_even", "even", "uniform", primary=True),
-    claim("log frequency explains more than frequency (r)", "implied", "r_log", "even", "even:r_linear", primary=True),
-    claim(RHO, "0.83 to 0.97", "rho", "even", "even:rho_null", effect=LEAST_RHO, primary=True),
-    claim("rare concepts worse than at equal frequency", "implied", "tail", "zipf", "uniform", -1, primary=True),
+    claim(RISE, "log-linear", "slope", "even", "0", primary=True, negligible=3.0, where=EVEN),
+    claim("slope above that at equal frequency", "implied", "slope_on_even", "even", "uniform", primary=True,
+          negligible=3.0, where=EVEN),
+    claim("log frequency explains more than frequency (r)", "implied", "r_log", "even", "even:r_linear", primary=True,
+          negligible=0.03, where=EVEN),
+    claim(RHO, "0.83 to 0.97", "rho", "even", "even:rho_null", effect=LEAST_RHO, primary=True, negligible=0.4,
+          where=EVEN),
+    claim("rare concepts worse than at equal frequency", "implied", "tail", "zipf", "uniform", -1, primary=True,
+          negligible=3.0, where="most concepts of Zipf's law have three to eight pairs"),
     claim(f"Zipf's law: {RISE}", "log-linear", "slope", "zipf", "0"),
     claim("Zipf's law: slope above that at equal frequency", "implied", "slope_on_zipf", "zipf", "uniform"),
     claim("Zipf's law: log frequency explains more than frequency (r)", "implied", "r_log", "zipf", "zipf:r_linear"),
@@ -415,16 +420,21 @@ STUDY = Study(
 # ---------------------------------------------------------------------------------------------------------- photographs
 
 
-def of_nouns(text: str, paper: str, metric: str, method: str, baseline: str, primary: bool = False) -> Claim:
-    return Claim(text, paper, metric, method, baseline, 1, None, primary, None, RECALL)
+NOUNS = "nouns of captions occur with each other, so a noun's recall depends on others' frequencies, too"
+
+
+def of_nouns(text: str, paper: str, metric: str, method: str, baseline: str, d: float | None = None) -> Claim:
+    """A claim about nouns of captions, which is primary if it has a d."""
+    effect = LEAST_RHO if metric == "rho" else None
+    return Claim(text, paper, metric, method, baseline, 1, effect, d is not None, d, RECALL, NOUNS)
 
 
 PHOTOS_CLAIMS = (  # a claim with the text of one in CLAIMS tests the same
-    of_nouns("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "captions", "0", True),
+    of_nouns("accuracy rises with log frequency (points a decade)", "log-linear", "slope", "captions", "0", 1.0),
     of_nouns(
-        "log frequency explains more than frequency (r)", "implied", "r_log", "captions", "captions:r_linear", True
+        "log frequency explains more than frequency (r)", "implied", "r_log", "captions", "captions:r_linear", 0.03
     ),
-    of_nouns("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "captions", "captions:rho_null", True),
+    of_nouns("ρ of the bins above that of shuffles", "0.83 to 0.97", "rho", "captions", "captions:rho_null", 0.4),
     of_nouns("same concept at another frequency (points a decade)", "implied", "within", "thinned", "0"),
     of_nouns("recall of texts rises with log frequency (points a decade)", "log-linear", "slope_i2t", "captions", "0"),
     of_nouns("... log frequency explains more (r)", "implied", "r_log_i2t", "captions", "captions:r_linear_i2t"),

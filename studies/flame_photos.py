@@ -85,25 +85,31 @@ CIFAR10_TOP1, PACS_TOP1 = "cifar10/top1", "photo_all/top1"
 AT_4 = "cifar10_at_1_4/top1"
 URBAN = "+54.6 Urban-1k", "+57.0 Urban-1k"
 LANGUAGE_CLAIMS = (
-    Claim("4 other languages, image to text", "+44.4 XM3600", OTHER_TO_TEXT, "flame", "clip", 1, 44.4, True, 1.0),
+    Claim("4 other languages, image to text", "+44.4 XM3600", OTHER_TO_TEXT, "flame", "clip", 1, 44.4, True, 1.0,
+          where="the LLM has read these languages, the captions are English"),
     Claim("4 other languages, text to image", "+44.5 XM3600", OTHER_TO_IMAGE, "flame", "clip", 1, 44.5, False, 1.0),
     *(
         Claim(f"{name}, image to text", None, f"language_{code}/image_to_text_R@1", "flame", "clip")
         for code, name in OTHER_LANGUAGES.items()
     ),
-)
+)  # fmt: skip
+TEN = "ten classes, of which captions of Flickr8k name few"
 CLAIMS = (  # `negligible` is as in studies/flame.py; a claim that both studies test has the same text
-    Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4),
-    Claim("above a text tower, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1),
-    Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0),
-    Claim("several facets per caption above one", "its design", CIFAR10_TOP1, "flame", "summary", 1, None, True, 1.0),
+    Claim("zero-shot above a trained text tower", "+4.9 IN (CC3M)", CIFAR10_TOP1, "flame", "clip", 1, 4.9, True, 2.4,
+          where=TEN),
+    Claim("above a text tower, 1/4 of the pairs", "claimed", AT_4, "flame", "clip", 1, None, True, 1.0, CIFAR10_TOP1,
+          TEN),
+    Claim("long captions, text to image", URBAN[1], LONG_TO_IMAGE, "flame", "clip", 1, 57.0, True, 2.0,
+          where="five captions of a photograph in a row: long, written by people"),
+    Claim("several facets per caption above one", "its design", CIFAR10_TOP1, "flame", "summary", 1, None, True, 1.0,
+          where="three captions a photograph: the first, the second, all five joined"),
     Claim("long captions, image to text", URBAN[0], LONG_TO_TEXT, "flame", "clip", 1, 54.6, False, 2.0),
     Claim("zero-shot, PACS photographs", "+4.9 IN (CC3M)", PACS_TOP1, "flame", "clip", 1, 4.9, False, 2.4),
     Claim("three captions above the raw one", None, CIFAR10_TOP1, "summary", "raw"),
     Claim("several facets, long captions", None, LONG_TO_IMAGE, "flame", "summary"),
     Claim("short English captions, image to text", None, EN_TO_TEXT, "flame", "clip"),
     Claim("short English captions, text to image", None, EN_TO_IMAGE, "flame", "clip"),
-)
+)  # fmt: skip
 
 
 def claims(llm: str) -> tuple[Claim, ...]:
@@ -196,7 +202,7 @@ def study(llm: str) -> Study:
         sets=(*NAMES, LONG, *LANGUAGE_SETS),
         floors=FLOORS,
         claims=claims(llm),
-        claims_of=lambda summary: claims(language_model_of(summary)),
+        made=lambda summary: study(language_model_of(summary)),
         variables_of=variables_of,
         more_rows=more_rows,
         plot=lambda found, out: plot_languages(found.arms, out),

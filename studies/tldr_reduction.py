@@ -350,11 +350,13 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 SCORE, KEPT = "names_ood/top1", "data/scenes"
 COVERED, COHERENT = "pixels/coverage", "pixels/cohesion"  # cosines times 100
 D = 1.0  # points of top-1; a difference whose whole interval is within +-D is negligible. Smaller for small effects
+PLANTED = "copies of scenes and wrong captions are planted; secondary rows vary both, from none on"
 CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit, so only signs count
-    Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D),
-    Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D),
-    Claim("TL;DR above random, T_o", "+7.5", SCORE, "tldr", "random", 1, None, True, D),
-    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, 0.9),
+    Claim("selection above random, T_o", "+3.2", SCORE, "codes", "random", 1, None, True, D, where=PLANTED),
+    Claim("refinement above T_o, random sample", "+4.1", SCORE, "random-refined", "random", 1, None, True, D,
+          where=PLANTED),
+    Claim("TL;DR above random, T_o", "+7.5", SCORE, "tldr", "random", 1, None, True, D, where=PLANTED),
+    Claim("TL;DR above full data, T_o", "+1.9", SCORE, "tldr", "full", 1, None, True, 0.9, where=PLANTED),
     Claim("TL;DR above random, refined", "+3.4", SCORE, "tldr", "random-refined", negligible=D),
     Claim("selection alone below full data, T_o", "-2.3", SCORE, "codes", "full", -1, negligible=D),
     Claim("TL;DR below full data, refined", "-2.3", SCORE, "tldr", "full-refined", -1, negligible=D),
@@ -403,7 +405,7 @@ CLAIMS = (  # the paper's numbers are BLIP's COCO TR@1 after CC3M, another unit,
         "full-noisy",
         negligible=0.4,
     ),
-)
+)  # fmt: skip
 
 
 def more_rows(found: Comparison) -> list[dict]:

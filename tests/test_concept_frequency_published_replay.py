@@ -217,7 +217,7 @@ def test_replay_of_files_in_the_authors_layout(tmp_path):
     assert verdict["misaligned pairs and degree (tab. 3)"] == "reproduced"
     assert verdict["bins of the curves that the authors saved"] == "reproduced"
     assert verdict["rho, classification, matched counts (fig. 2)"] != "reproduced"  # not the authors' scores
-    assert verdict["points lost on Let It Wag! (sec. 6)"] == "same direction"
+    assert verdict["points lost on Let It Wag! (sec. 6)"] == "direction only"
     assert verdict["rho, text to image, expected aesthetics"] == "reproduced"
     assert verdict["rho, text to image, max CLIP score"] == "not reproduced"
     headings = {heading.partition(",")[0] for heading in found["tables"]}

@@ -45,7 +45,7 @@ def test_claims_of_let_it_wag():
     slopes, lost = tables.wag_claims(x, np.array([0.0, 12.0, 20.0, 51.6]))
     assert slopes["here"] == "0.60 1.58" and slopes["verdict"] == "reproduced"
     assert re.findall(r"[\d.]+", lost["here"]) == ["20.0", "40.0", "29.1", "3", "4", "20"]
-    assert lost["verdict"] == "same direction"
+    assert lost["verdict"] == "direction only"
     assert tables.wag_claims(x, x + 1)[1]["verdict"] == "not reproduced"
 
 

@@ -154,7 +154,7 @@ def panel_rows(panels: Iterable[Panel]) -> Rows:
 
 def counted(claim: str, paper: str, same: Sequence[bool], what: str = "equal to the digit") -> dict[str, str]:
     """A claims row that counts how many numbers agree with the paper's."""
-    verdict = "reproduced" if same and all(same) else "same direction" if any(same) else "not reproduced"
+    verdict = "reproduced" if same and all(same) else "direction only" if any(same) else "not reproduced"
     return {
         "claim": f"published files: {claim}", "paper": paper, "here": f"{sum(same)} of {len(same)} {what}",
         "verdict": verdict,

@@ -72,7 +72,7 @@ def tails(results: Results) -> tuple[Rows, Rows]:
             "claim": "published files: concepts below 1e-5 of the corpus (no cut-off in the paper)",
             "paper": "more than 2/3 negligible",
             "here": ", ".join(shares),
-            "verdict": "reproduced" if min(map(min, filter(None, few.values()))) > 200 / 3 else "same direction",
+            "verdict": "reproduced" if min(map(min, filter(None, few.values()))) > 200 / 3 else "direction only",
         }
     ]
 
@@ -220,7 +220,7 @@ def wag_claims(imagenet: statistics.Array, tail: statistics.Array) -> Rows:
             "paper": "up to 20",
             "here": f"{lost.min():.1f} to {lost.max():.1f}, mean {lost.mean():.1f}; {(lost > 20).sum()} of {len(lost)} "
             "lose more than 20",
-            "verdict": "same direction" if (lost > 0).all() else "not reproduced",
+            "verdict": "direction only" if (lost > 0).all() else "not reproduced",
         },
     ]
 

@@ -1,38 +1,39 @@
-"""All results: `python -m studies.harness.overview` writes RESULTS.md, report.html, and the tables in READMEs and
-results/PAPER.md.
+"""All results: `python -m studies.harness.overview` writes RESULTS.md, report.html, the forest plot, and the tables in
+READMEs and results/PAPER.md.
 
 They are generated from the .json and .png files in results/ and results/photos/. The HTML page embeds its plots and
-opens offline. `python -m studies.harness.overview runs` writes only runs/report.html, from the results in runs.
+opens offline. `python -m studies.harness.overview runs` writes only runs/report.html and runs/forest.png, from the
+results in runs.
 """
 
 import argparse
 import base64
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
+import matplotlib.pyplot as plt
 from markupsafe import Markup
 
 from shared import cli, presets
 from shared.checkpoints import write_json, write_text
 from shared.errors import UserError
 from shared.evaluation import table
-from studies.harness import pages, report, runner
+from studies.harness import pages, protocol, report, runner, verdicts
 from studies.harness.runner import Options, Study, study_of
-from studies.harness.verdicts import VERDICTS, shown
+from studies.harness.verdicts import VERDICTS, number
 
-GROUPS = {  # in the order in which verdicts are counted
-    "hold here": ("reproduced", "same direction"),
-    "do not hold": ("not reproduced",),
-    "equal within d": ("no difference above d",),
-    "open": ("not resolved", "has not learned", "not testable here"),
-}
-ORDER = [verdict for verdicts in GROUPS.values() for verdict in verdicts]
-GROUP_OF = {verdict: group for group, verdicts in GROUPS.items() for verdict in verdicts}
-COLUMNS = ["paper", "claim", "verdict", "difference", "d", "in the paper", "floor", "baseline", "method"]
-COLUMNS += ["seeds", "pictures"]  # of the table of claims of abstracts
+COLOURS = {
+    "reproduced": "#1b7837", "direction only": "#7fbf7b", "no difference above d": "#4575b4",
+    "not reproduced": "#c51b7d", "open": "#888888", "has not learned": "#c9a227",
+}  # fmt: skip
+GROUPS = {  # of verdicts, for the first table
+    "holds": ("reproduced", "direction only"), "no difference above d": ("no difference above d",),
+    "does not hold": ("not reproduced",), "open": ("open", "has not learned", "not testable here"),
+}  # fmt: skip
 Summaries = dict[str, dict]  # {folder: results}
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -46,220 +47,232 @@ def pictures_of(summary: dict) -> str:
     return ", ".join(kind for kind in ("emoji", "scenes", "photographs") if kind in text)
 
 
-def claims_of(summaries: Summaries) -> pd.DataFrame:
-    """A row per claim: `COLUMNS`, and whether it is `primary` (of an abstract), and the `group` of its verdict.
+def primary(summary: dict | None) -> dict[str, dict]:
+    """{claim: row} of the claims of the abstract."""
+    return {row["claim"]: row for row in (summary or {"claims": ()})["claims"] if row["primary"]}
 
-    The floor is shown if it is in the claim's metric, not if the arms are compared with it in another one.
-    """
+
+def in_words(rows: Iterable[dict]) -> str:
+    """The number of rows of each verdict, such as "2 reproduced, 1 open"."""
+    counts = Counter(row["verdict"] for row in rows)
+    return ", ".join(f"{counts[word]} {word}" for words in GROUPS.values() for word in words if counts[word])
+
+
+def finding(folder: str, on: str, summaries: Summaries) -> str:
+    """What is put before the verdicts of a study: nothing, if its numbers are those of its protocol."""
+    word = protocol.standing(study_of(folder, on), summaries[folder]) if folder in summaries else "verdict"
+    return "" if word == "verdict" else f"{word}: "
+
+
+def first_table(found: Summaries) -> str:
+    """Claims of the abstract of each paper, by what the study found."""
     rows = []
-    for folder, summary in summaries.items():
-        for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True):
+    for folder, summary in found.items():
+        names = {
+            group: "; ".join(
+                claim + (" (direction)" if row["verdict"] == "direction only" else "")
+                + (f" ({row['verdict']})" if row["verdict"] in ("has not learned", "not testable here") else "")
+                for claim, row in primary(summary).items() if row["verdict"] in words
+            ) or "-"
+            for group, words in GROUPS.items()
+        }  # fmt: skip
+        about = f"[{summary['paper'].partition(' (')[0]}]({folder}/README.md), on {pictures_of(summary)}"
+        rows.append({"paper": about, **names, "all tables": f"[{folder}](results/{folder}.md)"})
+    return table(rows) if rows else ""
+
+
+def difference(row: dict) -> str:
+    """The difference and its interval."""
+    if row.get("difference") is None:
+        return "-"
+    ends = " to ".join(number(end, row["resolves"]) for end in row["interval"] or ())
+    return number(row["difference"], row["resolves"]) + (f" ({ends})" if ends else "")
+
+
+def main_table(found: Summaries, photographs: Summaries) -> str:
+    """One row for each claim of an abstract: on emoji or scenes, and on photographs beside it."""
+    rows = []
+    for paper in sorted(found | photographs):
+        ours, theirs, metrics = (
+            primary(found.get(paper)),
+            primary(photographs.get(paper)),
+            known_metrics(found.get(paper)),
+        )
+        here, there = finding(paper, "emoji", found), finding(paper, "photos", photographs)
+        for claim in dict.fromkeys([*ours, *theirs]):
+            row, beside = ours.get(claim, {}), theirs.get(claim)
+            about = row or beside
             numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
-            if numbers["floor"] not in [floor.get(row["metric"]) for floor in summary["floors"].values()]:
-                numbers["floor"] = None
-            about = {"paper": folder, "claim": row["claim"], "verdict": row["verdict"], "difference": line["here"]}
-            about |= {"d": line["d"], "in the paper": row["paper"]}
-            about |= {name: "-" if number is None else f"{number:.2f}" for name, number in numbers.items()}
-            about |= {"seeds": row.get("seeds", "-"), "pictures": pictures_of(summary)}
-            rows.append(about | {"primary": row["primary"], "group": GROUP_OF.get(row["verdict"])})
-    return pd.DataFrame(rows, columns=[*COLUMNS, "primary", "group"])
+            numbers["floor"] = numbers["floor"] if row.get("metric") in metrics else None
+            learned = {True: "yes", False: "**no**", None: "-"}[row.get("baseline_learned")]
+            rows.append(
+                {"paper": paper, "claim": claim, "paper's difference": about["paper"]}
+                | {"ours (interval)": difference(row), "verdict": here + row["verdict"] if row else "-"}
+                | {name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}
+                | {"baseline above its floor": learned, "seeds": row.get("seeds", "-")}
+                | {
+                    "on photographs": f"{difference(beside)} {there}{beside['verdict']}".removeprefix("- ")
+                    if beside
+                    else "-"
+                }
+                | {"where the mechanism can act": about.get("where") or "-"}
+            )
+    return table(rows)
 
 
-def abstracts(claims: pd.DataFrame) -> pd.DataFrame:
-    """The claims of abstracts, by paper."""
-    return claims[claims.primary.astype(bool)]
+def known_metrics(summary: dict | None) -> set[str]:
+    """The metrics of a paper's floors: the floor of another metric than a row's tells whether arms have learned."""
+    return {metric for floor in (summary or {"floors": {}})["floors"].values() for metric in floor}
 
 
-def in_words(verdicts: Iterable[str], order: Iterable[str]) -> str:
-    """The number of verdicts of each kind, such as "2 reproduced, 1 not resolved"."""
-    counts = pd.Series(list(verdicts), dtype=object).value_counts()
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if verdict in counts)
-
-
-def elsewhere(primary: pd.DataFrame, beside: pd.DataFrame) -> pd.DataFrame:
-    """The claims of `primary` that are resolved on photographs, with a verdict of another group, such as open; this
-    verdict is in the column `there`."""
-    resolved = beside[beside.group != "open"].rename(columns={"verdict": "there", "group": "group_there"})
-    both = primary.merge(resolved[["paper", "claim", "there", "group_there"]], on=["paper", "claim"])
-    return both[both.group != both.group_there]
-
-
-def totals(primary: pd.DataFrame, beside: pd.DataFrame) -> str:
-    """Sentences with the number of claims of abstracts that hold, that do not, and that are open.
-
-    beside: the claims of abstracts on photographs.
-    """
-    found = {group: in_words(primary.verdict, verdicts) for group, verdicts in GROUPS.items()}
-    numbers = "; ".join(f"{group}: {words}" for group, words in found.items() if words)
-    resolved, others = int((primary.group != "open").sum()), elsewhere(primary, beside)
-    too = int((others.group == "open").sum())
-    photographs = (
-        f" On photographs, {too} of the open ones are resolved, so {resolved + too} "
-        f"({(resolved + too) / len(primary):.0%}) have a resolved verdict on pictures of at least one kind; "
-        f"{len(others) - too} of those that are resolved on both come out differently on photographs."
+def totals(found: Summaries, photographs: Summaries) -> str:
+    """Sentences with the number of claims of abstracts by verdict, and what they are by the protocol."""
+    rows, beside = ([row for each in of.values() for row in primary(each).values()] for of in (found, photographs))
+    standings = Counter(
+        protocol.standing(study_of(folder, on), summary)
+        for on, of in (("emoji", found), ("photos", photographs))
+        for folder, summary in of.items()
     )
-    return (
-        f"Of {len(primary)} claims of abstracts, {resolved} have a resolved verdict on emoji or scenes "
-        f"({resolved / len(primary):.0%}). {numbers[0].upper()}{numbers[1:]}.{photographs if len(others) else ''}"
+    text = f"{len(rows)} claims of abstracts on emoji and scenes: {in_words(rows)}."
+    text += f" On photographs, {len(beside)} claims: {in_words(beside)}." if beside else ""
+    weak = sum(row.get("baseline_learned") is False and row["verdict"] != "has not learned" for row in rows)
+    text += f" In {weak} judged rows the baseline is below its own floor." if weak else ""
+    return f"{text} Studies by standing: {', '.join(f'{n} {word}' for word, n in sorted(standings.items()))}."
+
+
+# ----------------------------------------------------------------------------------------------------------------- plot
+
+
+def scaled(row: dict) -> tuple[float, float, float] | None:
+    """(difference, low, high) of a row, divided by the paper's difference or, where it has no number, by d, so that
+    positive is the paper's side; None without an interval or either number."""
+    unit = row.get("effect") or row.get("negligible") and row["negligible"] * row.get("sign", 1)
+    if row["interval"] is None or not unit:
+        return None
+    return row["difference"] / unit, *sorted(end / unit for end in row["interval"])
+
+
+def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
+    """Draw all claims of abstracts: those with a number in the paper's unit on its scale (left), others in units of d
+    (right). Circles are emoji and scenes, squares photographs; hollow: the baseline is below its floor."""
+    panels: tuple[list, list] = ([], [])  # (claim, paper, [(row, marker)])
+    for paper in sorted(found | photographs):
+        ours, theirs = primary(found.get(paper)), primary(photographs.get(paper))
+        for claim in dict.fromkeys([*ours, *theirs]):
+            rows = [(of[claim], marker) for of, marker in ((ours, "o"), (theirs, "s")) if claim in of]
+            for panel, numbers in zip(panels, (True, False), strict=True):
+                if drawn := [each for each in rows if scaled(each[0]) and bool(each[0].get("effect")) == numbers]:
+                    panel.append((claim, paper, drawn))
+    limits, titles = ((-3, 4), (-12, 12)), ("difference / the paper's", "difference / d (positive: the paper's side)")
+    figure, axes = plt.subplots(1, 2, figsize=(20, 2.4 + 0.31 * max(map(len, panels))))
+    for axis, panel, (low, high), title in zip(axes, panels, limits, titles, strict=True):
+        for y, (_, paper, rows) in enumerate(panel):
+            if y and paper != panel[y - 1][1]:
+                axis.axhline(y - 0.5, color="0.85", lw=0.8)
+            for (row, marker), at in zip(rows, (y,) if len(rows) == 1 else (y - 0.17, y + 0.17), strict=True):
+                at_scale, colour = scaled(row), COLOURS.get(row["verdict"], "black")
+                centre, *ends = (min(max(value, low), high) for value in at_scale)
+                axis.plot(ends, [at, at], color=colour, lw=1.6)
+                for end, value, arrow in zip(ends, at_scale[1:], "<>", strict=True):
+                    if value != end:  # beyond the frame
+                        axis.plot(end, at, arrow, color=colour, ms=5)
+                face = "white" if row.get("baseline_learned") is False else colour
+                axis.plot(centre, at, marker, color=colour, mfc=face, ms=6)
+        axis.axvline(0, color="black", lw=0.8)
+        for x in (0.5, 1) if panel is panels[0] else (-1, 1):
+            axis.axvline(x, color="0.6", lw=0.8, ls="--" if abs(x) == 1 else ":")
+        names = [f"{claim}  [{paper}]" for claim, paper, _ in panel]
+        axis.set(yticks=range(len(panel)), yticklabels=names, xlabel=title,
+                 xlim=(low * 1.03, high * 1.03), ylim=(max(len(panel), 1) - 0.5, -0.5))  # fmt: skip
+        axis.tick_params(labelsize=8.5)
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=word) for word, colour in COLOURS.items()]
+    shapes = (
+        ("o", "black", "emoji, scenes"),
+        ("s", "black", "photographs"),
+        ("o", "white", "baseline below its floor"),
     )
-
-
-def by_paper(primary: pd.DataFrame, beside: pd.DataFrame) -> str:
-    """A list with an item for each paper: its claims by verdict, differences of the open ones, the verdicts of
-    `elsewhere`, and what abbreviations mean."""
-    there = elsewhere(primary, beside).set_index(["paper", "claim"]).there
-    lines = []
-    for paper, of_paper in primary.groupby("paper"):
-        texts = []
-        for verdict in ORDER:
-            names = []
-            for row in of_paper[of_paper.verdict == verdict].itertuples():
-                notes = [row.difference] if row.group == "open" else []
-                if (paper, row.claim) in there:
-                    notes.append(f"on photographs: {there[paper, row.claim]}")
-                names.append(row.claim + (f" ({'; '.join(notes)})" if notes else ""))
-            texts += [f"**{verdict.capitalize()}**: {'; '.join(names)}"] if names else []
-        lines.append(f"- [{paper}](#{paper}). {'. '.join(texts)}. {study_of(paper).terms}".rstrip())
-    return "\n".join(lines)
-
-
-def asked_twice(claims: pd.DataFrame, photographs: pd.DataFrame) -> pd.DataFrame:
-    """The claims that were tested both on emoji or scenes and on photographs, with both verdicts."""
-    untested = ("no claim", "not testable here")
-    here, there = (each[~each.verdict.isin(untested)][["paper", "claim", "verdict"]] for each in (claims, photographs))
-    both = there.merge(here, on=["paper", "claim"], suffixes=(" there", " here"))
-    both = both.rename(columns={"verdict here": "on emoji or scenes", "verdict there": "on photographs"})
-    return both[["paper", "claim", "on emoji or scenes", "on photographs"]]
-
-
-def counts_table(summaries: Summaries) -> str:
-    """Table of the number of claims of each paper by verdict."""
-    claims = claims_of(summaries)
-    counts = pd.crosstab(claims.paper, claims.verdict).reindex(index=list(summaries), columns=list(VERDICTS)).fillna(0)
-    papers = {folder: f"[{summary['paper']}](#{folder})" for folder, summary in summaries.items()}
-    return table([{"paper": papers[folder]} | {name: int(n) or "" for name, n in counts.loc[folder].items()}
-                  for folder in papers])  # fmt: skip
+    handles += [plt.Line2D([], [], color="black", marker=shape, mfc=face, ls="", label=label)
+                for shape, face, label in shapes]  # fmt: skip
+    figure.legend(handles=handles, ncol=9, loc="upper center", fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
 
 
 def command(study: Study, summary: dict, file: str = "") -> str:
-    """The command that reproduces the results in `file`, by default the study's in results/; arms with more seeds than
-    others have a command of their own, which writes into runs/."""
-    runs, name = {arm: len(each) for arm, each in report.by_seed(summary).items()}, study.folder.replace("_", "-")
-    file, variables = file or f"results/{study.home}.json", study.variables_of(summary)
-    where = f" {variables}" if variables else ""
+    """The command that makes the results in `file`, by default the study's in results/."""
+    arms, core = set(summary["arms"]) & set(study.headings), {arm.name for arm in study.chosen("core")}
+    chosen = "" if arms == core else " ARMS=all" if arms == set(study.headings) else f' ARMS="{" ".join(sorted(arms))}"'
+    seeds = " ".join(map(str, summary["seeds"][: min(map(len, report.by_seed(summary).values()))]))
+    where = f" {variables}" if (variables := study.variables_of(summary)) else ""
     where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
-
-    def line(seeds: Sequence[int], arms: Collection[str]) -> str:
-        core = {arm.name for arm in study.chosen("core")}
-        more = [arm.name for arm in study.arms if arm.name in arms and not arm.core]
-        words = [*(["core"] if core <= set(arms) else [arm for arm in arms if arm in core]), *more]
-        names = "all" if len(arms) == len(study.arms) else f'"{" ".join(words)}"'
-        chosen = ("" if words == ["core"] else f" ARMS={names}") + where
-        return f'make reproduce-{name} SEEDS="{" ".join(map(str, seeds))}"{chosen}'
-
-    first, *more = sorted(set(runs.values()))
-    lines = [f"{line(summary['seeds'][:first], list(runs))} RESULTS={file}"]
-    lines += [line(summary["seeds"][:n], [arm for arm in runs if runs[arm] >= n]) for n in more]
-    return " && ".join(lines)
+    name, file = study.folder.replace("_", "-"), file or f"results/{study.home}.json"
+    return f'make reproduce-{name} SEEDS="{seeds}"{chosen}{where} RESULTS={file}'
 
 
-def parts_of(folder: str, here: Summaries, photographs: Summaries) -> list[tuple[Study, dict, dict | None]]:
-    """(study, results, results of the same paper on emoji) of a paper on each of its corpora."""
-    found = [(study_of(folder), here[folder], None)] if folder in here else []
-    if folder in photographs:
-        found.append((study_of(folder, "photos"), photographs[folder], here.get(folder)))
-    return found
-
-
-def sections(here: Summaries, photographs: Summaries, home: str = "results") -> dict[str, str]:
-    """{folder: Markdown} of all papers: provenance, command, both tables, of each corpus. home: folder of the results,
-    which decides where commands write."""
-    found = {}
-    for folder in sorted(here | photographs):
-        paragraphs = [f"## {(here | photographs)[folder]['paper']}"]
-        for study, summary, other in parts_of(folder, here, photographs):
-            file = "" if home == "results" else f"runs/{study.home}/results.json"
-            paragraphs += ["### On photographs"] if study.on == "photos" else []
-            paragraphs += [
-                f"{report.provenance(summary)} More in [results/{folder}.md](results/{folder}.md). Command:",
-                f"    {command(study, summary, file)}",
-                f"{summary['corpus']}.",
-                report.named_arms(study, summary),
-                report.claims_table(summary, other),
-            ]
-        found[folder] = "\n\n".join(paragraphs)
-    return found
-
-
-def first_part(here: Summaries, photographs: Summaries) -> str:
-    """Markdown of what comes before the papers' sections: claims of abstracts, counts of verdicts, definitions."""
-    claims, beside = claims_of(here), claims_of(photographs)
-    both, primary, primary_beside = asked_twice(claims, beside), abstracts(claims), abstracts(beside)
-    same = both[both["on photographs"] == both["on emoji or scenes"]]
+def block(study: Study, summary: dict, file: str = "") -> str:
+    """Markdown of a study's results: provenance, command, both tables."""
     return pages.rendered(
-        "results.md",
-        totals=totals(primary, primary_beside) if len(primary) else "",
-        by_paper=by_paper(primary, primary_beside) if len(primary) else "",
-        primary=table(primary[COLUMNS].to_dict("records")) if len(primary) else "",
-        counts=counts_table(here),
-        beside=table(primary_beside[COLUMNS].to_dict("records")) if len(primary_beside) else "",
-        counts_beside=counts_table(photographs) if photographs else "",
-        asked=len(both),
-        same=len(same),
-        open_on_both=sum(GROUP_OF[verdict] == "open" for verdict in same["on photographs"]),
-        both=table(both.to_dict("records")) if len(both) else "",
-        verdicts=VERDICTS,
-    )
+        "block.md", study=study, summary=summary, provenance=report.provenance(summary),
+        command=command(study, summary, file), standing=(standing := protocol.standing(study, summary)),
+        meaning=protocol.STANDING[standing], arms=report.named_arms(study, summary),
+        claims=report.claims_table(summary, standing=standing),
+    )  # fmt: skip
 
 
-def markdown(here: Summaries, photographs: Summaries) -> str:
-    """Text of RESULTS.md."""
-    papers = (f'<a id="{folder}"></a>\n\n{text}' for folder, text in sections(here, photographs).items())
-    return "\n\n".join([first_part(here, photographs), *papers]) + "\n"
+def blocks(folder: str, found: Summaries, photographs: Summaries, home: str = "results") -> str:
+    """`block` of a paper on each of its corpora. home: folder of the results, which decides where commands write."""
+    found = []
+    for on, summaries in (("emoji", found), ("photos", photographs)):
+        if folder in summaries:
+            study = study_of(folder, on)
+            found.append(
+                block(study, summaries[folder], "" if home == "results" else f"runs/{study.home}/results.json")
+            )
+    return "\n".join(found)
 
 
-def html_page(here: Summaries, photographs: Summaries, home: Path) -> str:
-    """Text of report.html: RESULTS.md with the plots in `home`, as a page that needs no other file."""
+def markdown(found: Summaries, photographs: Summaries, redesigns: str) -> str:
+    """Text of RESULTS.md. redesigns: Markdown of the log of redesigns."""
+    return pages.rendered(
+        "results.md", totals=totals(found, photographs), claims=main_table(found, photographs), redesigns=redesigns,
+        verdicts=VERDICTS, standings=protocol.STANDING, own=verdicts.OWN, small=verdicts.SMALL,
+        papers=first_table(found), terms={paper: study_of(paper).terms for paper in found},
+    )  # fmt: skip
 
-    def to_html(text: str) -> Markup:
-        html = str(pages.to_html(text)).replace(" ± ", "&nbsp;±&nbsp;")  # stays in one line
+
+def html_page(text: str, found: Summaries, photographs: Summaries, home: Path) -> str:
+    """Text of report.html: RESULTS.md, then each paper's tables with the plots in `home`; it needs no other file."""
+
+    def to_html(markdown_text: str) -> Markup:
         html = re.sub(
-            f"<td>({'|'.join(VERDICTS)})</td>",
-            lambda cell: cell[0].replace("<td", f'<td class="{cell[1].replace(" ", "-")}"'),
-            html,
-        )  # noqa: E501
+            f"<td>([a-z]+: )?({'|'.join(VERDICTS)})</td>",
+            lambda cell: cell[0].replace("<td", f'<td class="{cell[2].replace(" ", "-")}"'),
+            re.sub(r"<p><img[^>]*></p>\n?", "", str(pages.to_html(markdown_text))),
+        )
         return Markup(re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL))
 
-    def plots(folder: str) -> list[tuple[str, str]]:
-        homes = [home] * (folder in here) + [home / "photos"] * (folder in photographs)
-        names = [f"{folder}_*.png", f"{folder}/{folder}_*.png"]
-        files = [file for each in homes for name in names for file in sorted(each.glob(name))]
+    def images(files: Iterable[Path]) -> list[tuple[str, str]]:
         return [(file.stem.replace("_", " "), base64.b64encode(file.read_bytes()).decode()) for file in files]
 
-    papers = sections(here, photographs, home.name).items()
+    def plots(folder: str) -> list[tuple[str, str]]:
+        homes = [home] * (folder in found) + [home / "photos"] * (folder in photographs)
+        names = [f"{folder}_*.png", f"{folder}/{folder}_*.png"]
+        return images(file for each in homes for name in names for file in sorted(each.glob(name)))
+
     return pages.rendered(
         "report.html",
-        first=to_html(first_part(here, photographs)),
-        papers=[(folder, to_html(text), plots(folder)) for folder, text in papers],
-    )
-
-
-def with_verdicts(readme: str, here: Summaries, photographs: Summaries) -> str:
-    """The root README, with `totals` between its marks, and with the last two cells of each paper's table row filled:
-    minutes of the default study on two cores, and the counts of verdicts on the paper's claims of the abstract."""
-    primary = abstracts(claims_of(here))
-    if "<!-- totals -->\n" in readme:
-        text = textwrap.fill(totals(primary, abstracts(claims_of(photographs))), 128)
-        readme = between(readme, "totals", f"{text}\n")
-    for folder in here:
-        words = in_words(primary[primary.paper == folder].verdict, ORDER)
-        cells = f"{study_of(folder).minutes['core'] * len(Options().seeds):.0f} | {words}"
-        row = rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$"
-        readme = re.sub(row, rf"\g<1> {cells} |", readme, flags=re.MULTILINE)
-    return readme
+        first=to_html(text),
+        forest=images([home / "forest.png"]),
+        papers=[
+            (folder, (found | photographs)[folder]["paper"],
+             to_html(blocks(folder, found, photographs, home.name)), plots(folder))
+            for folder in sorted(found | photographs)
+        ],
+    )  # fmt: skip
 
 
 def between(page: str, mark: str, text: str) -> str:
@@ -269,31 +282,41 @@ def between(page: str, mark: str, text: str) -> str:
     return head + begin + text + end + rest.split(end, 1)[1]
 
 
-def claims_block(here: dict | None, photographs: dict | None) -> str:
-    """Table of a paper's claims of the abstract, on emoji or scenes and on photographs."""
-    found = [each for each in (here, photographs) if each]
-    rows = {row["claim"]: {} for each in found for row in each["claims"] if row["primary"]}
-    for summary in found:
-        for row, line in zip(summary["claims"], shown(summary["claims"]), strict=True):
-            if row["claim"] in rows:
-                on, about = pictures_of(summary), {"claim": row["claim"], "in the paper": row["paper"]}
-                found_here = {f"on {on}": line["here"], f"verdict on {on}": row["verdict"]}
-                rows[row["claim"]] = about | rows[row["claim"]] | found_here
-    columns = dict.fromkeys(name for row in rows.values() for name in row)
-    return table([{name: row.get(name, "-") for name in columns} for row in rows.values()])
+def with_verdicts(readme: str, found: Summaries, photographs: Summaries) -> str:
+    """The root README, with `totals` between its marks, and with the last two cells of each paper's table row filled:
+    minutes of the default study on two cores, and the counts of verdicts on the paper's claims of the abstract."""
+    if "<!-- totals -->\n" in readme:
+        readme = between(readme, "totals", textwrap.fill(totals(found, photographs), 128) + "\n")
+    for folder, summary in found.items():
+        minutes = study_of(folder).minutes["core"] * len(Options().seeds)
+        row = rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$"
+        cells = rf"\g<1> {minutes:.0f} | {in_words(primary(summary).values())} |"
+        readme = re.sub(row, cells, readme, flags=re.MULTILINE)
+    return readme
 
 
-def with_claims(readme: str, folder: str, here: Summaries, photographs: Summaries) -> str:
+def with_claims(readme: str, folder: str, found: Summaries, photographs: Summaries) -> str:
     """A paper's README, with its claims of the abstract between their comments."""
-    return between(readme, "claims", claims_block(here.get(folder), photographs.get(folder)) + "\n")
+    rows: dict[str, dict[str, Any]] = {}
+    for kind, summaries in (("emoji", found), ("photos", photographs)):
+        if folder not in summaries:
+            continue
+        summary, word = summaries[folder], finding(folder, kind, summaries)
+        for claim, row in primary(summary).items():
+            on, text = pictures_of(summary), row["where"] if row["difference"] is None else difference(row)
+            rows.setdefault(claim, {"claim": claim, "in the paper": row["paper"]})
+            rows[claim] |= {f"on {on}": text, f"verdict on {on}": word + row["verdict"]}
+    columns = dict.fromkeys(name for row in rows.values() for name in row)
+    words = sorted({protocol.standing(study_of(folder, on), each[folder])
+                    for on, each in (("emoji", found), ("photos", photographs)) if folder in each})  # fmt: skip
+    lines = [table([{name: row.get(name, "-") for name in columns} for row in rows.values()])]
+    lines += [f"*{word}*: {protocol.STANDING[word]}." for word in words if word != "verdict"]
+    return between(readme, "claims", "\n\n".join(lines) + "\n")
 
 
-def with_results(page: str, folder: str, here: Summaries, photographs: Summaries) -> str:
+def with_results(page: str, folder: str, found: Summaries, photographs: Summaries) -> str:
     """results/<folder>.md, with its results, and with results/bench/<folder>.md if there is one, between comments."""
-    found = [pages.rendered("block.md", study=study, summary=summary, provenance=report.provenance(summary),
-                            arms=report.named_arms(study, summary), claims=report.claims_table(summary, other)) + "\n"
-             for study, summary, other in parts_of(folder, here, photographs)]  # fmt: skip
-    page = between(page, "results", "\n".join(found))
+    page = between(page, "results", blocks(folder, found, photographs) + "\n")
     bench = Path(f"results/bench/{folder}.md")
     return between(page, "bench", bench.read_text(encoding="utf-8")) if bench.is_file() else page
 
@@ -324,17 +347,20 @@ def main() -> None:
     if committed:
         judge_again(folder, "emoji")
         judge_again(folder / "photos", "photos")
-    here, photographs = read(folder), read(folder / "photos")
-    if not (papers := sorted(here | photographs)):
+    found, photographs = read(folder), read(folder / "photos")
+    if not (papers := sorted(found | photographs)):
         raise UserError(f"{folder} holds no results: run 'make reproduce-all'")
+    log = folder / "redesigns.md"
+    text = markdown(found, photographs, log.read_text(encoding="utf-8") if log.is_file() else "")
     if committed:
-        write_text("RESULTS.md", markdown(here, photographs))
+        write_text("RESULTS.md", text)
         for paper in papers:
             for path, filled in ((Path(paper, "README.md"), with_claims), (folder / f"{paper}.md", with_results)):
-                write_text(path, filled(path.read_text(encoding="utf-8"), paper, here, photographs))
-        write_text("README.md", with_verdicts(Path("README.md").read_text(encoding="utf-8"), here, photographs))
+                write_text(path, filled(path.read_text(encoding="utf-8"), paper, found, photographs))
+        write_text("README.md", with_verdicts(Path("README.md").read_text(encoding="utf-8"), found, photographs))
+    forest(found, photographs, folder / "forest.png")
     page = Path("report.html") if committed else folder / "report.html"
-    write_text(page, html_page(here, photographs, folder))
+    write_text(page, html_page(text, found, photographs, folder))
     print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(papers)} papers")
 
 

@@ -39,6 +39,7 @@ class Comparison(NamedTuple):
     folders: dict[str, list[Path]]
     commits: set[str]  # of the code that trained the runs
     settings: dict[str, str] = {}  # arm -> hash of its settings
+    configs: dict[str, dict] = {}  # arm -> its settings
 
 
 def setting_of(config: dict) -> str:
@@ -72,7 +73,9 @@ def compare_runs(runs: Sequence[str], results: Sequence[dict], order: Iterable[s
         folders,
         {state.get("commit", "unknown") for state in states.values()},
         {arm: setting_of(states[each[0]]["config"]) for arm, each in folders.items()},
-    )
+        {arm: {key: value for key, value in states[each[0]]["config"].items() if key not in FREE}
+         for arm, each in folders.items()},
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- files of results
@@ -136,18 +139,6 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
     }
 
 
-def earlier_arms(path: Path, found: Comparison) -> dict[str, list[dict]]:
-    """Arms of the results in `path` if they have the settings and machine of `found` and more seeds, else {}."""
-    try:
-        earlier = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    same = all(earlier.get("settings", {}).get(arm) == setting for arm, setting in found.settings.items())
-    if not same or earlier.get("machine") != machine() or len(earlier["seeds"]) <= len(found.seeds):
-        return {}
-    return by_seed(earlier)
-
-
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -170,49 +161,44 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors
 
 
 def named_arms(study: Any, summary: dict) -> str:
-    """`arms_table` of results, with the headings of the study's arms."""
-    named = {study.headings.get(arm, arm): values for arm, values in summary["arms"].items()}
+    """`arms_table` of results, with the headings of the study's arms; what is no arm of the study has no row."""
+    named = {study.headings[arm]: values for arm, values in summary["arms"].items() if arm in study.headings}
     return arms_table(named, study.metrics, summary["floors"])
 
 
-def claims_table(summary: dict, other: dict | None = None) -> str:
-    """Markdown table of claims; with `other` results, also the verdict of the same claim in them."""
-    rows = shown(summary["claims"])
-    if other is not None:
-        known = {claim["claim"]: claim["verdict"] for claim in other["claims"]}
-        for claim, row in zip(summary["claims"], rows, strict=True):
-            row["on emoji or scenes"] = known.get(claim["claim"], "-")
-    return table(rows) if rows else "No claim compares these arms."
+def claims_table(summary: dict, preview: bool = False, standing: str = "verdict") -> str:
+    """Markdown table of claims; `preview` is that of `shown`. Words of another `standing` are not called verdicts."""
+    rows = shown(summary["claims"], preview)
+    named = [
+        {("finding" if key == "verdict" != standing else key): value for key, value in row.items()} for row in rows
+    ]
+    return table(named) if rows else "No claim compares these arms."
 
 
-def show(summary: dict, metrics: dict[str, str], stand_in_for: str, path: Path) -> None:
-    """Print the tables of arms, with `metrics` (key -> heading), and of claims of a `results` dict saved in `path`."""
-    print(f"\n{summary['corpus']}, a stand-in for {stand_in_for}; seeds {seeds_of(summary)}; percent; mean ± std\n")
-    print(arms_table(summary["arms"], metrics, summary["floors"]))
-    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims_table(summary)}\n\nwritten to {path}")
+def show(summary: dict, study: Any, path: Path) -> None:
+    """Print the tables of arms and claims of a `results` dict saved in `path`, and what is missing for verdicts."""
+    print(f"\n{summary['corpus']}, a stand-in for {study.stands_for}; {provenance(summary)} Percent; mean ± std\n")
+    print(named_arms(study, summary))
+    print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims_table(summary, preview=True)}\n")
+    print(f"written to {path}")
+    print("(preview): the interval is wider than d, so these seeds cannot resolve it")
     if needed := [row for row in summary["claims"] if row["primary"] and row.get("seeds_needed")]:
-        seeds = "; ".join(f"{row['claim']}: {row['seeds_needed']}" for row in needed)
-        print(f"Seeds needed to resolve half of the paper's effect, or a negligible difference: {seeds}")
-    if len(summary["seeds"]) == 1 and not any(row["interval"] for row in summary["claims"]):
-        print('One seed shows differences but no interval, hence no verdict: SEEDS="0 1 2" gives both.')
+        print("Seeds that would: " + "; ".join(f"{row['claim']}: {row['seeds_needed']}" for row in needed))
 
 
 def seeds_of(summary: dict) -> str:
-    """The seeds of results in words, with those that only some arms have."""
-    runs = [len(each) for each in by_seed(summary).values()]
-    first, *more = sorted(set(runs)) or [len(summary["seeds"])]
-    text = ", ".join(map(str, summary["seeds"][:first]))
-    for few, many in zip([first, *more], more, strict=False):
-        added = ", ".join(map(str, summary["seeds"][few:many]))
-        text += f" ({sum(n > few for n in runs)} of {len(runs)} arms also {added})"
-    return text
+    """The seeds of results; where arms have different numbers of them, as before the protocol, both."""
+    runs = sorted({len(each) for each in by_seed(summary).values()} or {len(summary["seeds"])})
+    fewest, most = (", ".join(map(str, summary["seeds"][:n])) for n in (runs[0], runs[-1]))
+    return fewest if len(runs) == 1 else f"{fewest} (some arms up to {most.rpartition(' ')[2]})"
 
 
 def provenance(summary: dict) -> str:
     """Sentences with the seeds, date, commit and machine of results, and the seeds of floors that depend on seeds."""
-    seeds = seeds_of(summary)
     changed = " (+: with changes that were not committed)" if "+" in summary["commit"] else ""
-    text = f"Seeds {seeds}; measured {summary['date']} at commit {summary['commit']}{changed} on {summary['machine']}."
+    text = f"Seeds {seeds_of(summary)}; measured {summary['date']} at commit {summary['commit']}{changed}"
+    text += f", protocol {summary['protocol']}" if "protocol" in summary else ", before a protocol"
+    text += f", on {summary['machine']}."
     if of_floors := {", ".join(map(str, each)) for each in summary.get("floor_seeds", {}).values()}:
         text += f" Floors of what an arm is trained on are means over seeds {' or '.join(sorted(of_floors))}."
     return text

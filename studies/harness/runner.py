@@ -5,7 +5,6 @@ that resume by themselves. If an arm needs the run of a stage or of another arm,
 """
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import io
@@ -30,9 +29,9 @@ from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
 from shared.errors import UserError
 from shared.run import QUIET, cores
-from studies.harness import report, verdicts
+from studies.harness import logs, protocol, report, verdicts
 from studies.harness.floors import Floor
-from studies.harness.verdicts import Claim, measured
+from studies.harness.verdicts import Claim
 
 PLACE = re.compile(r"\{([^}]+)\}")  # {seed}, {out}, or {NAME}: run folder of this stage or arm with the same seed
 
@@ -107,8 +106,10 @@ class Study:
     """Adds metrics that need several runs to `found.arms`, before claims are judged."""
     claims: tuple[Claim, ...] = ()
     """Differences between two arms, or within one, paired by seed."""
-    claims_of: Callable[[dict], tuple[Claim, ...]] | None = None
-    """Results file -> its claims, if they depend on how it was made; by default `claims`."""
+    made: Callable[[dict], "Study"] | None = None
+    """Results file -> the study as it made these results, if that depends on a choice such as a language model's."""
+    seeds: tuple[int, ...] = tuple(range(1000, 1010))
+    """Seeds of the runs that count, fixed before any of them."""
     terms: str = ""
     """Abbreviations in the names of primary claims, explained."""
     variables_of: Callable[[dict], str] = lambda summary: ""
@@ -131,11 +132,18 @@ class Study:
     """Clone of the authors' repository (--upstream) -> keyword arguments of `more_rows`."""
     on: Literal["emoji", "photos"] = "emoji"
     """Name of the corpus in --corpus. Runs and results on photographs are in runs/photos and results/photos."""
+    pilot: str = ""
+    """A pilot's name for its folder of runs."""
 
     @property
     def home(self) -> str:
         """Path of the study's runs and results below runs/ and results/."""
         return self.folder if self.on == "emoji" else f"{self.on}/{self.folder}"
+
+    @property
+    def runs(self) -> str:
+        """Folder of the runs; pilots have their own."""
+        return f"runs/{self.home}/pilots/{self.pilot}" if self.pilot else f"runs/{self.home}"
 
     @property
     def headings(self) -> dict[str, str]:
@@ -166,7 +174,7 @@ class Study:
 
     def out(self, name: str, seed: int) -> str:
         """Run folder of an arm or stage."""
-        return f"runs/{self.home}/{name}-seed{seed}"
+        return f"{self.runs}/{name}-seed{seed}"
 
     def words(self, job: Stage, seed: int) -> list[list[str]]:
         """The job's commands as lists of words, each starting with the name of the script's module."""
@@ -193,7 +201,7 @@ def measured_floors(study: Study, path: Path, found: report.Comparison) -> tuple
     Measuring a ceiling takes as long as training an arm, so ceilings are read from the committed results, unless
     `path` replaces these. Only floors that depend on seeds have some: those of the runs.
     """
-    committed, kept = Path(f"results/{study.home}.json"), Path(f"runs/{study.home}/floors.json")
+    committed, kept = Path(f"results/{study.home}.json"), Path(f"{study.runs}/floors.json")
     floors = [floor for floor in study.floors if not floor.arms or set(floor.arms) & found.arms.keys()]
     if not floors:
         return {}, {}
@@ -211,32 +219,24 @@ def measured_floors(study: Study, path: Path, found: report.Comparison) -> tuple
     return evaluation.measured(f"studies.{study.folder}", kept, setting, sources, measure), seeds
 
 
-def judged(
-    study: Study,
-    arms: dict[str, list[dict]],
-    floors: dict[str, dict[str, float]],
-    earlier: dict[str, list[dict]] | None = None,
-) -> list[dict]:
-    """Rows of the study's claims about the metrics of arms by seed, with these measured floors.
-
-    earlier: arms of earlier results (see `verdicts.judged`).
-    """
+def judged(study: Study, arms: verdicts.Arms, floors: dict[str, dict[str, float]]) -> list[dict]:
+    """Rows of the study's claims about the metrics of arms by seed, with these measured floors."""
     bars = [(floor.arms, floors[floor.name]) for floor in study.floors if floor.name in floors and not floor.ceiling]
-    return verdicts.judged(study.claims, arms, bars, earlier)
+    return verdicts.judged(study.claims, arms, bars)
 
 
 def judged_again(study: Study, summary: dict) -> dict:
     """Results, judged again from their numbers by the study's current claims and rules; the same if only rounding
     differs, since versions of SciPy round quantiles differently.
 
-    Rows of other claims are kept, since judging them may need the runs. All rows are kept if the study lacks a floor
+    Other rows are kept, since judging them may need the runs. All rows are kept if the study lacks a floor
     of the results: without it, an arm that is not above that floor could count as learned.
     """
+    study = study.made(summary) if study.made else study
     if not set(summary["floors"]) <= {floor.name for floor in study.floors}:
         return summary
-    claims = study.claims_of(summary) if study.claims_of else study.claims
-    known = {claim.claim for claim in claims}
-    rows = judged(dataclasses.replace(study, claims=claims), report.by_seed(summary), summary["floors"])
+    rows = judged(study, report.by_seed(summary), summary["floors"])
+    known = {row["claim"] for row in rows}
     rows += [row for row in summary["claims"] if row["claim"] not in known]
     rows.sort(key=lambda row: not row["primary"])
     was, now = (
@@ -247,30 +247,28 @@ def judged_again(study: Study, summary: dict) -> dict:
 
 
 def compare(study: Study, runs: Sequence[str], results: Sequence[dict], path: Path, **more: Any) -> None:
-    """Group runs by arm and seed, judge the claims, print the tables, write `path` and the plots beside it.
+    """Group runs by arm and seed, judge the claims, print the tables, write `path`, the plots and the logs beside it.
 
     more: keyword arguments of `Study.more_rows`.
     """
     found = report.compare_runs(runs, results, study.headings)
     study.derive(found)
-    trained = [claim for claim in study.claims if {claim.method, claim.baseline} <= set(found.arms)]
-    if left_out := {claim.metric for claim in trained if not measured(claim, found.arms)}:
-        print(f"claims about {', '.join(sorted(left_out))} are left out: they need other --sets or --arms")
     floors, seeds = measured_floors(study, path, found)
-    committed = Path(f"results/{study.home}.json")
-    if more_seeds := report.earlier_arms(committed, found):
-        print(f"intervals may use the standard deviation of {committed}, which has more seeds of the same settings")
-    rows = judged(study, found.arms, floors, more_seeds) + study.more_rows(found, **more)
+    rows = judged(study, found.arms, floors) + study.more_rows(found, **more)
     rows.sort(key=lambda row: not row["primary"])  # primary claims first
-    about = {"corpus": study.corpus, "floors": floors, "settings": found.settings}
+    about = {"corpus": study.corpus, "protocol": protocol.digest(study), "floors": floors, "settings": found.settings}
     about |= {"floor_seeds": seeds} if seeds else {}
-    minutes = core_minutes(study, found.arms, found.seeds)
+    minutes = core_minutes(study, found.folders, found.seeds)
     about |= {} if minutes is None else {"core_minutes": minutes}
     summary = report.results(study.paper, found, rows, **about)
     write_json(path, summary)
+    logs.write(study, found, logs.beside(path))
     report.write_packages(path.with_name(f"{path.stem}_packages.txt"))
     study.plot(found, path.parent)
-    report.show(summary, study.metrics, study.stands_for, path)
+    report.show(summary, study, path)
+    committed = Path(f"results/{study.home}.json")
+    if committed.is_file() and committed.resolve() != path.resolve():
+        logs.show_band(study, found, committed, path.with_name(f"{study.folder}_band.png"))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -304,7 +302,7 @@ def environment_of(at_once: int) -> dict[str, str]:
 
 def clock(study: Study, name: str, seed: int) -> Path:
     """File with the core seconds of a run: {"seconds", "finished"}, written by `clocked`."""
-    return Path(f"runs/{study.home}/seconds/{name}-seed{seed}.json")
+    return Path(f"{study.runs}/seconds/{name}-seed{seed}.json")
 
 
 @contextlib.contextmanager
@@ -426,13 +424,15 @@ def prepare(study: Study, arms: Sequence[str], photos: str | None = None) -> Non
 @dataclass
 class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of every arm."""
+    """Seeds of every arm; 100 to 199 are pilots, whose settings and scores are added to results/pilots."""
     arms: str = "core"
     """core, all or names of arms, separated by spaces."""
     results: str | None = None
     """File for the results; by default results.json beside the runs."""
     upstream: str | None = None
     """Clone of the authors' repository, for studies that read it."""
+    settings: str = ""
+    """Settings to try in a pilot, as on the command line of the arms' scripts: --settings='--lr 1e-3'."""
     corpus: Literal["emoji", "photos"] = "emoji"
     """emoji: the embedded corpus. photos: photographs and captions from the folder --photos."""
     photos: str | None = None
@@ -482,6 +482,8 @@ def check(study: Study, options: Options) -> None:
         raise UserError("--photos is used only with --corpus photos (CORPUS=photos with make)")
     if options.photos is not None and not (options.photos and Path(options.photos).is_dir()):
         raise UserError(f"--photos {options.photos!r} is no folder: name the one that holds flickr8k, pacs, ...")
+    if options.settings and not protocol.is_pilot(options.seeds):
+        raise UserError("--settings is for pilots: --seeds are 100 to 199")
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
 
@@ -494,13 +496,18 @@ def run(study: Study, options: Options) -> None:
         return
     arms, seeds = study.chosen(options.arms), checked_seeds(options.seeds)
     check(study, options)
+    if protocol.is_pilot(seeds):
+        study = protocol.pilot_of(study, options.settings)
+        arms = study.chosen(options.arms)
     more = study.upstream(Path(options.upstream)) if options.upstream is not None else {}
     prepare(study, [arm.name for arm in arms], options.photos)
     train(study, arms, seeds, options.jobs, study.minutes.get(options.arms))
     compared = [job for job in study.jobs(arms) if isinstance(job, Arm)]
     runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]
-    path = Path(options.results or f"runs/{study.home}/results.json")
-    compare(study, runs, study.evaluate(runs), path, **more)
+    path, results = Path(options.results or f"{study.runs}/results.json"), study.evaluate(runs)
+    compare(study, runs, results, path, **more)
+    if study.pilot:
+        protocol.record(study, path, options.settings)
 
 
 def study_of(folder: str, on: str = "emoji") -> Study:

@@ -1,8 +1,8 @@
 """Claims of a paper and their verdicts, computed from metrics by seed.
 
-A claim compares two arms in one metric, paired by seed. With n seeds and differences d_i, the interval is
-mean(d) ± t(0.975, df) s / sqrt(n). The standard deviation s of a difference is estimated from the pair (df = n - 1), or
-pooled over related arms of the study (`pooled`), whichever has more degrees of freedom.
+A claim compares two arms in one metric, paired by seed. With n seeds and differences d_i, the interval of the mean is
+mean(d) ± t(1 - level / 2, df) s / sqrt(n). All m primary claims of a study have level 0.05 / m (Bonferroni), in their
+interval and in their verdict alike, so that with probability 0.95 all of these intervals hold; others have 0.05.
 """
 
 import math
@@ -15,19 +15,22 @@ from scipy.stats import t as student_t
 from shared.errors import UserError
 
 VERDICTS = {  # in this precedence
-    "not testable here": "needs the paper's data, models or machines",
-    "has not learned": "the stronger of the two arms is not above its floors, for which no encoder is trained "
-    "(chance, nearest neighbours or probes on raw pixels or on a pretrained tower, canonical correlation)",
-    "no difference above d": "the whole interval lies within ± d, which studies/PAPER.py fixed beforehand",
-    "reproduced": "the whole interval lies on the paper's side; if the paper's difference has the same unit, the "
-    "interval (before Holm's correction) reaches it",
-    "same direction": "the whole interval lies on the paper's side, but it does not reach the paper's difference",
+    "not testable here": "needs the paper's data, models, geometry or machines",
+    "has not learned": "the lower end of the 95 % interval of the stronger arm is not above its floors, for which "
+    "no encoder is trained",
+    "no difference above d": "the whole interval lies within ± d, which studies/PAPER.py declares",
+    "reproduced": "the whole interval lies on the paper's side of zero, and the difference is at least half of the "
+    "paper's, in its unit",
+    "direction only": "the whole interval lies on the paper's side of zero, but the difference is less than half of "
+    "the paper's, or the paper has no number in this unit",
     "not reproduced": "the whole interval lies on the other side",
-    "not resolved": "the interval contains zero, or there is no interval",
+    "open": "the interval contains zero and reaches beyond d, or there is no interval",
     "no claim": "the paper makes no claim about this difference",
 }
-LEVEL = 0.05
+LEVEL, OWN = 0.05, 8  # from OWN seeds on, the scatter is the pair's own
+SMALL, DRAWS = 1000, 2000  # pictures below which a test set is resampled, too; draws of this bootstrap
 MeasuredFloors = Sequence[tuple[Sequence[str], dict[str, float]]]  # (arms, or () for all arms; {metric: value}) of each
+Arms = dict[str, list[dict]]  # arm -> metrics of each seed
 
 
 class Claim(NamedTuple):
@@ -43,47 +46,101 @@ class Claim(NamedTuple):
     primary: bool = False  # whether the paper's abstract states it
     negligible: float | None = None  # d of "no difference above d": at most half the paper's effect
     learned_by: str | None = None  # metric for comparing the arms with the floor; None: `metric`
-
-
-def measured(claim: Claim, arms: dict[str, list[dict]]) -> bool:
-    """Whether all runs of both arms of a claim have its metrics. The baseline "0" has no `learned_by`."""
-    of_both, learned_by = {claim.metric}, {claim.learned_by or claim.metric}
-    needed = {claim.method: of_both | learned_by}
-    needed[claim.baseline] = of_both if claim.baseline == "0" else of_both | learned_by
-    return all(arm in arms and all(metrics <= set(run) for run in arms[arm]) for arm, metrics in needed.items())
+    where: str = ""  # why the mechanism can act at this scale
 
 
 class Scatter(NamedTuple):
     """Standard deviation over seeds of the difference between two arms, and its degrees of freedom."""
 
-    std: float
+    std: Any  # a number, or an array of them
     df: int
 
 
-def own(differences: Sequence[float]) -> Scatter | None:
-    """The scatter of one pair of arms, from its differences; None for fewer than two seeds."""
-    n = len(differences)
-    return None if n < 2 else Scatter(float(np.std(differences, ddof=1)), n - 1)
+# ---------------------------------------------------------------------------------------------------------- intervals
 
 
-def pooled(arms: dict[str, list[dict]], metric: str, pair: Iterable[str] = ()) -> Scatter | None:
-    """The scatter of a difference between two of A arms with n seeds; a seed has the same effect on all arms.
+def own(differences: Any) -> Scatter:
+    """The scatter of pairs of arms, from their differences (..., n)."""
+    return Scatter(np.std(differences, axis=-1, ddof=1), np.shape(differences)[-1] - 1)
+
+
+def pooled(values: Any) -> Scatter:
+    """The scatter of a difference between two of A arms, from values (..., A, n); a seed has the same effect on all.
 
     Residuals of the additive model arm + seed have (A - 1)(n - 1) degrees of freedom and variance v; a difference has
-    variance 2 v. If arms have different numbers of seeds, some seeds, or some arms that are not of the compared `pair`,
-    are left out so that most degrees of freedom remain. None if fewer than two arms or seeds have the metric.
+    variance 2 v.
     """
-    values = [[run[metric] for run in runs] for runs in arms.values() if all(metric in run for run in runs)]
-    most_seeds = min((len(arms[arm]) for arm in pair), default=math.inf)
-    lengths = {len(each) for each in values if len(each) <= most_seeds}
-    tables = [[each[:n] for each in values if len(each) >= n] for n in lengths]
-    most = max(tables, key=lambda table: (len(table) - 1) * (len(table[0]) - 1), default=[])
-    if len(most) < 2 or len(most[0]) < 2:
-        return None
-    x = np.array(most)
-    residual = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
-    df = (x.shape[0] - 1) * (x.shape[1] - 1)
-    return Scatter(math.sqrt(2 * float((residual**2).sum()) / df), df)
+    x = np.asarray(values, dtype=float)
+    residual = x - x.mean(-2, keepdims=True) - x.mean(-1, keepdims=True) + x.mean((-2, -1), keepdims=True)
+    df = (x.shape[-2] - 1) * (x.shape[-1] - 1)
+    return Scatter(np.sqrt(2 * (residual**2).sum((-2, -1)) / df), df)
+
+
+def half_width(scatter: Scatter, n: int, level: float = LEVEL) -> Any:
+    """Half width of the (1 - level) interval of the mean of n differences."""
+    return student_t.ppf(1 - level / 2, scatter.df) * scatter.std / math.sqrt(n)
+
+
+def half_of(differences: Any, related: Any = None, level: float = LEVEL) -> Any:
+    """Half width of the interval of the mean of differences (..., n): from their own scatter; with fewer than OWN
+    seeds, the wider of this one and that from the scatter pooled over related arms (..., A, n)."""
+    n = np.shape(differences)[-1]
+    half = half_width(own(differences), n, level)
+    if n >= OWN or related is None or np.shape(related)[-2] < 2:
+        return half
+    return np.maximum(half, half_width(pooled(related), n, level))
+
+
+def bootstrapped(hits: np.ndarray, seed: int = 0) -> Scatter:
+    """The scatter of differences over seeds and pictures: hits (seeds, pictures), differences of each picture.
+
+    Seeds and pictures are drawn with replacement, independently; the standard deviation of the mean is multiplied by
+    sqrt(n), so that it stands for that of one of n seeds.
+    """
+    (n, pictures), draw = hits.shape, np.random.default_rng(seed)
+    of_seeds, of_pictures = (draw.multinomial(k, np.full(k, 1 / k), DRAWS) / k for k in (n, pictures))
+    means = ((of_seeds @ hits) * of_pictures).sum(-1)
+    return Scatter(float(np.std(means)) * n / math.sqrt(n - 1), n - 1)
+
+
+def seeds_needed(std: float, claim: Claim, level: float = LEVEL) -> int | None:
+    """The fewest seeds whose half width at `level` is at most `negligible` or, if this is None, half of the effect."""
+    width = claim.negligible if claim.negligible is not None else abs(claim.effect or 0) / 2
+    return next((n for n in range(2, 1000) if half_width(Scatter(std, n - 1), n, level) <= width), None) or None
+
+
+# ----------------------------------------------------------------------------------------------------- floors, verdicts
+
+
+def floor_of(metric: str, floors: MeasuredFloors, arm: str) -> float | None:
+    """The highest floor of an arm in this metric; None if there is none. Floors that name no arm are for all arms."""
+    counting = [values for arms, values in floors if not arms or arm in arms]
+    return max((values[metric] for values in counting if metric in values), default=None)
+
+
+def has_learned(values: Sequence[float], floor: float | None) -> bool:
+    """Whether the lower end of an arm's own 95 % interval is above its floor; its mean, if it has one seed."""
+    if floor is None:
+        return True
+    half = half_width(own(values), len(values)) if len(values) > 1 else 0.0
+    return bool(np.mean(values) - half > floor)
+
+
+def verdict(claim: Claim, mean: float, half: float | None, learned: bool) -> str:
+    """The verdict on a mean difference ± half. learned: whether the stronger arm is above its floors."""
+    if claim.paper is None:
+        return "no claim"
+    if not learned:
+        return "has not learned"
+    if half is None:
+        return "open"
+    if claim.negligible is not None and abs(mean) + half <= claim.negligible:
+        return "no difference above d"
+    if abs(mean) <= half:
+        return "open"
+    if mean * claim.sign < 0:
+        return "not reproduced"
+    return "reproduced" if claim.effect is not None and abs(mean) >= abs(claim.effect) / 2 else "direction only"
 
 
 def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
@@ -96,187 +153,77 @@ def related(claim: Claim, claims: Iterable[Claim]) -> set[str]:
     return found
 
 
-def scatter_of(
-    claim: Claim,
-    sides: Sequence[Sequence[float]],
-    claims: Iterable[Claim],
-    trained: set[str],
-    sources: Sequence[dict[str, list[dict]]],
-) -> Scatter | None:
-    """The scatter of a claim's difference: that of the pair, or one pooled over the related arms among `trained`,
-    whichever has the most degrees of freedom.
+def side(arms: Arms, name: str, metric: str) -> list[float] | None:
+    """Values by seed of an arm, of "arm:metric" (whatever `metric` is) or of "0"; None if they were not measured."""
+    if name == "0":
+        return [0.0] * max(map(len, arms.values()))
+    arm, _, other = name.partition(":")
+    runs = arms.get(arm, [])
+    return [run[other or metric] for run in runs] if runs and all((other or metric) in run for run in runs) else None
 
-    sides: the metric of the claim's two arms, by seed. sources: arms of these results, and of earlier ones.
+
+def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[dict[str, Any]]:
+    """A row of the table of claims for each claim whose metrics were measured, primary claims first.
+
+    A run may have "hits", {metric: (pictures,) differences of each picture from chance}; where both arms have those of
+    a claim's metric, its scatter is over seeds and pictures. UserError if `negligible` is more than half of the effect,
+    or if a claim's difference is the same for all seeds: they show no scatter, which is no certainty.
     """
-    differences = [a - b for a, b in zip(*sides, strict=True)]
-    scatters = [own(differences)]
-    if claim.baseline in trained and (len(set(sides[1])) > 1 or len(differences) == 1):
-        # a constant baseline or another metric does not share the effect of a seed
-        comparable = related(claim, claims) & trained  # without "0" and "arm:metric", which are no arms
-        for source in sources:
-            found = {arm: runs for arm, runs in source.items() if arm in comparable}
-            scatters.append(pooled(found, claim.metric, found.keys() & {claim.method, claim.baseline}))
-    return max((each for each in scatters if each), key=lambda each: each.df, default=None)
-
-
-def half_width(scatter: Scatter | None, n: int, level: float = LEVEL) -> float | None:
-    """Half width of the (1 - level) interval of the mean of n differences; None without scatter."""
-    if scatter is None:
-        return None
-    return float(student_t.ppf(1 - level / 2, scatter.df)) * scatter.std / math.sqrt(n)
-
-
-def seeds_needed(scatter: Scatter | None, claim: Claim) -> int | None:
-    """The fewest seeds for which the half width is at most `negligible` or, if this is None, half the paper's effect.
-
-    None if the claim has neither, or without scatter. Pilot runs use this to plan a study.
-    """
-    width = claim.negligible if claim.negligible is not None else abs(claim.effect or 0) / 2
-    if scatter is None or not width:
-        return None
-    return max(2, math.ceil((float(student_t.ppf(1 - LEVEL / 2, scatter.df)) * scatter.std / width) ** 2))
-
-
-def holm(scatters: Sequence[tuple[float, Scatter | None, int]], level: float = LEVEL) -> list[float]:
-    """The level of each of m comparisons (mean difference, scatter, n) for a family-wise `level` (Holm 1979).
-
-    The comparison with the k-th smallest p-value gets level / (m - k + 1). After the first that is not significant,
-    all get the same level as this one.
-    """
-
-    def p_value(mean: float, scatter: Scatter | None, n: int) -> float:
-        if scatter is None:
-            return 1.0
-        if scatter.std == 0:
-            return 0.0 if mean else 1.0
-        return 2 * float(student_t.sf(abs(mean) / (scatter.std / math.sqrt(n)), scatter.df))
-
-    p_values, m = [p_value(*each) for each in scatters], len(scatters)
-    levels, stopped = [level] * m, None
-    for k, i in enumerate(sorted(range(m), key=p_values.__getitem__)):
-        levels[i] = stopped or level / (m - k)
-        if stopped is None and p_values[i] > levels[i]:
-            stopped = levels[i]
-    return levels
-
-
-def verdict(
-    claim: Claim, mean: float, half: float | None, strongest: float, floor: float | None, plain: float | None = None
-) -> str:
-    """The verdict on a mean difference ± half. strongest: the better arm's mean in the metric of `floor`.
-
-    plain: half width before Holm's correction; None: `half`. For "reproduced" the mean plus this width must reach the
-    paper's effect.
-    """
-    if claim.paper is None:
-        return "no claim"
-    if floor is not None and strongest <= floor:
-        return "has not learned"
-    if half is None:
-        return "not resolved"
-    if claim.negligible is not None and abs(mean) + half <= claim.negligible:
-        return "no difference above d"
-    if abs(mean) <= half:
-        return "not resolved"
-    if mean * claim.sign < 0:
-        return "not reproduced"
-    if claim.effect is not None and abs(mean) + (plain or half) < abs(claim.effect):
-        return "same direction"
-    return "reproduced"
-
-
-def floor_of(claim: Claim, floors: MeasuredFloors, stronger: str) -> float | None:
-    """The highest floor of the claim's stronger arm, in the metric `learned_by`; None if there is none.
-
-    Floors that name no arm are for all arms.
-    """
-    metric = claim.learned_by or claim.metric
-    counting = [values for arms, values in floors if not arms or stronger in arms]
-    return max((values[metric] for values in counting if metric in values), default=None)
-
-
-def stronger_arm(claim: Claim, arms: dict[str, list[dict]]) -> tuple[str, float]:
-    """The claim's arm with the higher mean in the metric `learned_by` (the method if they are equal), and this mean.
-
-    For the baseline "0", the arm is the method; a baseline "arm:metric" counts as its arm.
-    """
-    metric = claim.learned_by or claim.metric
-    sides = (claim.method,) if claim.baseline == "0" else (claim.method, claim.baseline)
-    means = {arm: float(np.mean([run[metric] for run in arms[arm]])) for arm in sides}
-    stronger = max(means, key=means.__getitem__)
-    return stronger.partition(":")[0], means[stronger]
-
-
-def other_baselines(claims: Iterable[Claim], arms: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """{baseline: metrics by seed} for claims' baselines "0" and "arm:metric", as if they were arms.
-
-    For "arm:metric" they include the arm's `learned_by`. All claims share the baseline "0", which has zeros only.
-    """
-    longest = max(arms.values(), key=len)
-    found: dict[str, list[dict]] = {}
-    for claim in claims:
-        arm, _, metric = claim.baseline.partition(":")
-        if claim.baseline == "0" and claim.method in arms:
-            for stand_in in found.setdefault("0", [{} for _ in longest]):
-                stand_in[claim.metric] = 0.0
-            continue
-        if arm not in arms or metric == "" or any(metric not in run for run in arms[arm]):
-            continue
-        stand_ins = found.setdefault(claim.baseline, [{} for _ in arms[arm]])
-        for stand_in, run in zip(stand_ins, arms[arm], strict=True):
-            stand_in[claim.metric] = run[metric]
-            if claim.learned_by in run:
-                stand_in[claim.learned_by] = run[claim.learned_by]
-    return found
-
-
-def judged(
-    claims: Iterable[Claim],
-    arms: dict[str, list[dict]],
-    floors: MeasuredFloors,
-    earlier: dict[str, list[dict]] | None = None,
-) -> list[dict[str, Any]]:
-    """A row of the table of claims for each claim that was `measured`, primary claims first.
-
-    An arm may have more seeds than another: a claim compares the first ones, which both have.
-
-    Intervals of primary claims have the levels of Holm's step-down test, so that they hold together. earlier: arms of
-    earlier results with the same settings; their pooled scatter is used if it has more degrees of freedom. ValueError
-    if a claim's `negligible` is more than half of its effect.
-    """
-    claims, trained = list(claims), set(arms)
-    arms = arms | other_baselines(claims, arms)
-    chosen = sorted((claim for claim in claims if measured(claim, arms)), key=lambda claim: not claim.primary)
-    found, means = [], []
-    for claim in chosen:
+    claims = list(claims)
+    level = LEVEL / max(sum(claim.primary for claim in claims), 1)
+    rows = []
+    for claim in sorted(claims, key=lambda each: not each.primary):
         if claim.negligible is not None and claim.effect is not None and claim.negligible > abs(claim.effect) / 2:
             raise UserError(f"{claim.claim}: negligible {claim.negligible} is more than half of the paper's effect")
-        n = min(len(arms[arm]) for arm in (claim.method, claim.baseline))
-        sides = [[run[claim.metric] for run in arms[arm][:n]] for arm in (claim.method, claim.baseline)]
-        difference = float(np.mean([a - b for a, b in zip(*sides, strict=True)]))
-        found.append((difference, scatter_of(claim, sides, chosen, trained, (arms, earlier or {})), n))
-        means.append({"method": float(np.mean(sides[0])), "baseline": float(np.mean(sides[1]))})
-    primary = [each for claim, each in zip(chosen, found, strict=True) if claim.primary]
-    levels = holm(primary) + [LEVEL] * (len(chosen) - len(primary))
-    rows = []
-    for claim, sides, (mean, scatter, n), level in zip(chosen, means, found, levels, strict=True):
-        stronger, strongest = stronger_arm(claim, {arm: runs[:n] for arm, runs in arms.items()})
-        half, floor = half_width(scatter, n, level), floor_of(claim, floors, stronger)
+        by, names = claim.learned_by or claim.metric, (claim.method, claim.baseline)
+        sides = [side(arms, name, claim.metric) for name in names]
+        scores = {
+            name: of if by == claim.metric else side(arms, name.partition(":")[0], by)
+            for name, of in zip(names, sides, strict=True)
+            if name != "0"
+        }
+        if None in sides or None in scores.values():
+            continue
+        n = min(map(len, sides))  # old results have more seeds of some arms
+        method, baseline = (np.array(values[:n]) for values in sides)
+        differences = method - baseline
+        bars = {name: floor_of(by, floors, name.partition(":")[0]) for name in scores}
+        reached = {name: has_learned(scores[name][:n], bars[name]) for name in scores}
+        stronger = max(scores, key=lambda name: np.mean(scores[name][:n]))
+        connected = [side(arms, arm, claim.metric) for arm in sorted(related(claim, claims) & arms.keys())]
+        same = claim.baseline in arms and len(set(baseline)) > 1  # else seeds have no common effect on both
+        others = [values[:n] for values in connected if values and len(values) >= n] if same else None
+        at, half, std = level if claim.primary else LEVEL, None, None
+        if n > 1:
+            std, half = float(own(differences).std), float(half_of(differences, others, at))
+            hits = [[run.get("hits", {}).get(claim.metric) for run in arms.get(name, [])[:n]] for name in names]
+            if all(len(each) == n and None not in each for each in map(list, hits)):
+                both = bootstrapped(np.array(hits[0], dtype=float) - np.array(hits[1], dtype=float))
+                std, half = max(std, both.std), max(half, float(half_width(both, n, at)))
+            if half == 0 and claim.paper is not None:
+                raise UserError(f"{claim.claim}: all seeds have the same difference, so its scatter is not known")
+        mean = float(differences.mean())
         rows.append(
             {
                 "claim": claim.claim,
                 "primary": claim.primary,
                 "paper": claim.paper or "-",
+                "effect": claim.effect,
+                "sign": claim.sign,
                 "metric": claim.metric,
-                "floor": floor,
-                **sides,
+                "floor": bars[stronger],
+                "method": float(method.mean()),
+                "baseline": float(baseline.mean()),
+                "baseline_learned": reached.get(claim.baseline),
                 "difference": mean,
+                "std": std,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
                 "seeds": n,
                 "negligible": claim.negligible,
-                "seeds_needed": seeds_needed(scatter, claim),
-                "verdict": verdict(claim, mean, half, strongest, floor, half_width(scatter, n)),
+                "seeds_needed": seeds_needed(std, claim, at) if std else None,
+                "where": claim.where,
+                "verdict": verdict(claim, mean, half, reached[stronger]),
             }
         )
     return rows
@@ -284,34 +231,36 @@ def judged(
 
 def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dict[str, Any]:
     """A row for a claim that cannot be tested here."""
-    numbers = ("metric", "floor", "method", "baseline", "difference", "interval", "resolves", "negligible")
+    numbers = ("metric", "effect", "floor", "method", "baseline", "difference", "interval", "resolves", "negligible")
     row = {"claim": claim, "primary": primary, "paper": paper} | dict.fromkeys(numbers)
-    return row | {"verdict": "not testable here", "why": why}
+    return row | {"verdict": "not testable here", "where": why}
 
 
-def shown(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
-    """Rows formatted for tables: primary claims are starred; narrow intervals and their means get a third digit. If
-    rows compare different numbers of seeds, a column says how many."""
-    rows = list(rows)
-    some_more = len({row["seeds"] for row in rows if "seeds" in row}) > 1
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def number(value: float | None, half: float | None = None) -> str:
+    """A signed difference; one with a narrow interval has a third digit, so that it does not seem to contain 0."""
+    return "-" if value is None else f"{value:+.{3 if half is not None and 0.0005 < half < 0.0995 else 2}f}"
+
+
+def shown(rows: Iterable[dict[str, Any]], preview: bool = False) -> list[dict[str, str]]:
+    """Rows formatted for tables: primary claims are starred. preview: verdicts say so if their interval is too wide to
+    resolve d."""
     lines = []
     for row in rows:
-        here, resolves, negligible = row.get("why", ""), "-", row.get("negligible")
-        if row["difference"] is not None:
-            half = row["resolves"]  # with two significant digits, as the interval could seem to contain 0 with fewer
-            digits = 3 if half is not None and 0.0005 < half < 0.0995 else 2
-            here = f"{row['difference']:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-            resolves = "-" if half is None else f"{half:.{digits}f}"
-        star = "★ " * row["primary"]
+        half, d, word = row["resolves"], row.get("negligible"), row["verdict"]
+        here = row.get("where", "") if row["difference"] is None else number(row["difference"], half)
+        here += "" if half is None else f" ± {number(half, half)[1:]}"
+        wide = d is not None and (half is None or half > d) and word != "has not learned"
         lines.append(
             {
-                "claim": star + row["claim"],
+                "claim": "★ " * row["primary"] + row["claim"],
                 "paper": row["paper"],
                 "here": here,
-                "resolves": resolves,
-                "d": "-" if negligible is None else f"{negligible:.3g}",
-                **({"seeds": row.get("seeds", "-")} if some_more else {}),
-                "verdict": row["verdict"],
+                "d": "-" if d is None else f"{d:.3g}",
+                "seeds": row.get("seeds", "-"),
+                "verdict": f"{word} (preview)" if preview and wide else word,
             }
         )
     return lines
