@@ -39,7 +39,10 @@ METRICS = {"top1": "top-1"}
 
 def measured(runs: list[str]) -> list[dict]:
     """Metrics of a method 5 points above its baseline, and a table that does not belong into a results file."""
-    return [{"top1": 10.0 + 5 * ("method" in run) + int(run[-1]) / 10, "table": [run]} for run in runs]
+    return [
+        {"top1": 10.0 + 5 * ("method" in run) + int(run[-1]) / (5 if "method" in run else 10), "table": [run]}
+        for run in runs
+    ]
 
 
 @pytest.fixture
@@ -88,12 +91,12 @@ def test_arms_wait_for_what_they_start_from(study: Study, capfd: pytest.CaptureF
     summary = json.loads(Path("runs/paper/results.json").read_text())
     assert summary["seeds"] == [0, 1] and set(summary["arms"]) == {"base", "method"}
     assert summary["arms"]["method"] == {
-        "top1": {"mean": 15.05, "std": pytest.approx(0.0707, abs=1e-4), "values": [15.0, 15.1]}
+        "top1": {"mean": 15.1, "std": pytest.approx(0.1414, abs=1e-4), "values": [15.0, 15.2]}
     }
     assert summary["claims"][0]["verdict"] == "reproduced"
     shown = capfd.readouterr().out
     assert re.search(r"\[8/8\] runs/paper/method-seed[01]: ", shown)
-    assert "| method" in shown and "runs/paper/results.json" in shown
+    assert "| Method" in shown and "runs/paper/results.json" in shown
 
 
 def test_the_time_of_all_runs_is_kept_until_they_have_finished_once(study: Study):
@@ -197,16 +200,6 @@ def test_only_results_of_the_same_paper_and_corpus_are_replaced(study: Study):
         assert json.loads(Path("there.json").read_text())["seeds"] == list(seeds)
 
 
-def test_claims_about_what_was_not_measured_are_left_out(study: Study, tmp_path: Path, capfd: pytest.CaptureFixture):
-    runs = [f"{arm}-seed0" for arm in ("base", "method")]
-    for name in runs:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "checkpoint.pt").write_bytes((tmp_path / "finished.pt").read_bytes())
-    runner.compare(study, runs, [{"other": 1.0}, {"other": 2.0}], Path("results.json"))
-    assert json.loads(Path("results.json").read_text())["claims"] == []
-    assert "claims about top1 are left out" in capfd.readouterr().out
-
-
 def test_results_hold_floors_and_judged_claims(study: Study, capfd: pytest.CaptureFixture):
     floors = (Floor("chance", lambda: {"top1": 1.0}), Floor("labels", lambda: {"top1": 60.0}, ceiling=True))
     claims = (
@@ -225,14 +218,9 @@ def test_results_hold_floors_and_judged_claims(study: Study, capfd: pytest.Captu
     assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "not testable here", "no claim"]
     assert set(summary["settings"]) == {"base", "method"} and summary["corpus"] == "Embedded emoji corpus"
     shown = capfd.readouterr().out
-    assert "| chance" in shown and "★ higher" in shown and "intervals may use" not in shown
-
-    runner.run(study, runner.Options(seeds=(0,)))  # one seed more of the same: its scatter is that of the results
-    row = json.loads(Path("runs/paper/results.json").read_text())["claims"][0]
-    assert row["verdict"] == "reproduced" and row["resolves"] is not None
-    assert "intervals may use" in capfd.readouterr().out
-    higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 15.0}),))
-    runner.run(higher, runner.Options(seeds=(0,)))
+    assert "| chance" in shown and "★ higher" in shown
+    higher = dataclasses.replace(study, floors=(Floor("pixels", lambda: {"top1": 16.0}),))
+    runner.run(higher, runner.Options(seeds=(0, 1)))
     assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["verdict"] == "has not learned"
 
 
@@ -284,7 +272,7 @@ def test_metrics_of_several_runs_can_be_claimed(study: Study):
 
     claims = (Claim("above", "+4", "above", "method", "base", 1, 4.0),)
     runner.run(dataclasses.replace(study, derive=derive, claims=claims), runner.Options(seeds=(0, 1), jobs=1))
-    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["difference"] == pytest.approx(5.0)
+    assert json.loads(Path("runs/paper/results.json").read_text())["claims"][0]["difference"] == pytest.approx(5.05)
 
 
 def test_runs_that_are_measured_alone_are_measured_once_trained(study: Study):
@@ -340,7 +328,7 @@ def test_a_floor_of_some_arms_counts_where_one_of_them_is_the_stronger(study: St
     runner.run(study, runner.Options(seeds=(0, 1), arms="all", jobs=2))
     summary = json.loads(Path("runs/paper/results.json").read_text())
     assert summary["floors"] == {"pixels": {"top1": 1.0}, "tower": {"top1": 16.0}}
-    assert [row["verdict"] for row in summary["claims"]] == ["reproduced", "has not learned"]
+    assert [row["verdict"] for row in summary["claims"]] == ["direction only", "has not learned"]
 
 
 def test_each_seed_runs_once(study: Study):

@@ -35,7 +35,8 @@ def hashed(value: Any) -> str:
 def settings_of(study: "Study", command: str) -> str:
     """A command, with a hash of its preset's settings, which the text does not show."""
     script, *words = command.split()
-    _, settings = presets.scripts(study.folder).get(script, {}).get(words[0] if words else "", ("", None))
+    scripts = presets.scripts(study.folder) if study.folder in presets.folders() else {}
+    _, settings = scripts.get(script, {}).get(words[0] if words else "", ("", None))
     if settings is None:
         return command
     kept = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE | {"seed"}}

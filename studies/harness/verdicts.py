@@ -106,7 +106,9 @@ def bootstrapped(hits: np.ndarray, seed: int = 0) -> Scatter:
 def seeds_needed(std: float, claim: Claim, level: float = LEVEL) -> int | None:
     """The fewest seeds whose half width at `level` is at most `negligible` or, if this is None, half of the effect."""
     width = claim.negligible if claim.negligible is not None else abs(claim.effect or 0) / 2
-    return next((n for n in range(2, 1000) if half_width(Scatter(std, n - 1), n, level) <= width), None) or None
+    n = np.arange(2, 1000)
+    enough = n[student_t.ppf(1 - level / 2, n - 1) * std / np.sqrt(n) <= width]
+    return int(enough[0]) if len(enough) else None
 
 
 # ----------------------------------------------------------------------------------------------------- floors, verdicts
