@@ -24,7 +24,7 @@ VERDICTS = {  # in this precedence
     "direction only": "the whole interval lies on the paper's side of zero, but the difference is less than half of "
     "the paper's, or the paper has no number in this unit",
     "not reproduced": "the whole interval lies on the other side",
-    "open": "the interval contains zero and reaches beyond d, or there is no interval",
+    "open": "the interval contains zero and reaches beyond d, or there is none: one seed, or seeds without any scatter",
     "no claim": "the paper makes no claim about this difference",
 }
 LEVEL, OWN = 0.05, 8  # from OWN seeds on, the scatter is the pair's own
@@ -168,8 +168,8 @@ def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[
     """A row of the table of claims for each claim whose metrics were measured, primary claims first.
 
     A run may have "hits", {metric: (pictures,) differences of each picture from chance}; where both arms have those of
-    a claim's metric, its scatter is over seeds and pictures. UserError if `negligible` is more than half of the effect,
-    or if a claim's difference is the same for all seeds: they show no scatter, which is no certainty.
+    a claim's metric, its scatter is over seeds and pictures. A difference that is the same for all seeds has no interval.
+    UserError if `negligible` is more than half of the effect.
     """
     claims = list(claims)
     level = LEVEL / max(sum(claim.primary for claim in claims), 1)
@@ -202,8 +202,7 @@ def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[
             if all(len(each) == n and None not in each for each in map(list, hits)):
                 both = bootstrapped(np.array(hits[0], dtype=float) - np.array(hits[1], dtype=float))
                 std, half = max(std, both.std), max(half, float(half_width(both, n, at)))
-            if half == 0 and claim.paper is not None:
-                raise UserError(f"{claim.claim}: all seeds have the same difference, so its scatter is not known")
+            half = half or None  # seeds without any scatter show none, which is no certainty
         mean = float(differences.mean())
         rows.append(
             {
