@@ -108,8 +108,8 @@ def test_changes_of_the_same_noun_and_claims():
     assert found.arms["thinned"][0]["within"] == pytest.approx(6 / np.log10(4))
     bars = [((), {nouns.RECALL: 1.0})]
     rows = {row["claim"]: row for row in verdicts.judged(study.PHOTOS_CLAIMS, found.arms, bars)}
-    assert rows["accuracy rises with log frequency (points a decade)"]["verdict"] == "reproduced"
-    assert rows["same concept at another frequency (points a decade)"]["verdict"] == "reproduced"
+    assert rows["accuracy rises with log frequency (points a decade)"]["verdict"] == "direction only"
+    assert rows["same concept at another frequency (points a decade)"]["verdict"] == "direction only"
     assert len(study.more_rows_on_photos(found)) == 2
 
 

@@ -42,7 +42,7 @@ def test_arms_are_measured_and_compared(runs, folder, monkeypatch):
     rows = {row["claim"]: row for row in verdicts.judged(study.CLAIMS, found.arms, [((), study.of_all(-1.0))])}
     defined = {claim.claim for claim in study.CLAIMS if "ρ" not in claim.claim}  # bins of tiny arms may all be equal
     assert defined <= set(rows) <= {claim.claim for claim in study.CLAIMS}
-    assert {row["verdict"] for row in rows.values()} == {"not resolved", "no claim"}
+    assert {row["verdict"] for row in rows.values()} == {"open", "no claim"}
     planted = rows["misalignment degree with 20 % of captions exchanged, above that with none"]
     assert planted["difference"] == pytest.approx(zipf["misaligned_20"] - zipf["misaligned"])
     panels, close = [], study.plt.close
@@ -131,9 +131,9 @@ def test_claims_follow_the_effect():
     planted, none, one = judged(8.0, 6), judged(0.0, 6), judged(8.0, 1)
     of_frequency = [name for name in planted if "decade" in name or "above that at equal" in name]
     assert len(of_frequency) == 7 and len(planted) == len(study.CLAIMS)
-    assert {planted[name] for name in of_frequency} == {"reproduced"}
-    assert "reproduced" not in {none[name] for name in of_frequency}
-    assert set(one.values()) == {"not resolved", "no claim"}
+    assert {planted[name] for name in of_frequency} == {"direction only"}  # the paper has no slope in points
+    assert "direction only" not in {none[name] for name in of_frequency}
+    assert set(one.values()) == {"open", "no claim"}
     assert set(judged(8.0, 6, floor=99.0).values()) == {"has not learned", "no claim"}
 
 
@@ -148,7 +148,7 @@ def test_study_adds_the_claims_of_a_clone(tmp_path, monkeypatch):
     rows, plain = study.more_rows(found, **more), study.more_rows(found)
     assert rows == [plain[0], *map(study.as_row, kept["claims"]), plain[-1]]
     for row, claim in zip(rows[1:-1], kept["claims"], strict=True):
-        assert (row["claim"], row["paper"], row["why"]) == (claim["claim"], claim["paper"], claim["here"])
+        assert (row["claim"], row["paper"], row["where"]) == (claim["claim"], claim["paper"], claim["here"])
         assert row["verdict"] in verdicts.VERDICTS and row["difference"] is None and not row["primary"]
     assert "2 seeds together" in plain[0]["claim"] and plain[0]["interval"][0] < 8 < plain[0]["interval"][1]
     assert {row["verdict"] for row in plain[1:]} == {"not testable here"} and len(plain) == 3

@@ -45,15 +45,15 @@ def test_claims_are_differences_of_encoders_and_of_heads():
     assert len(primary) == 9 and not [claim for claim in rows if "caption" in claim]
     c1 = rows["C1 10 % label noise raises LP ID"]
     assert c1["primary"] and c1["difference"] == pytest.approx(-2, abs=0.2) and c1["verdict"] == "not reproduced"
-    assert rows["C1 30 % label noise lowers LP ID"]["verdict"] == "reproduced"
+    assert rows["C1 30 % label noise lowers LP ID"]["verdict"] == "reproduced"  # -6, the paper has -2.1
     assert (
         rows["C2 10 % label noise lowers LP OOD"]["primary"] and not rows["C2 5 % label noise lowers LP OOD"]["primary"]
     )
     assert rows["C3 30 % label noise raises LSVR, OOD features"]["difference"] == pytest.approx(0.6, abs=0.01)
     correlation = rows["C3 higher SVE goes with lower LP ID (correlation over levels)"]
-    assert correlation["difference"] == pytest.approx(-1, abs=0.01) and correlation["verdict"] == "reproduced"
+    assert correlation["difference"] == pytest.approx(-1, abs=0.01) and correlation["verdict"] == "direction only"
     c4 = rows["C4 NMTune above MLP, black box, OOD"]
-    assert c4["primary"] and c4["difference"] == pytest.approx(0.9, abs=0.02) and c4["verdict"] == "same direction"
+    assert c4["primary"] and c4["difference"] == pytest.approx(0.9, abs=0.02) and c4["verdict"] == "reproduced"
     mean = rows["C4 NMTune above MLP, encoders, mean over levels of label noise, OOD"]
     assert mean["difference"] == pytest.approx(1, abs=0.1) and not mean["primary"]
     noisy = rows["C4 NMTune above LP, encoders with 30 % label noise, ID"]
@@ -72,7 +72,8 @@ def test_claims_are_differences_of_encoders_and_of_heads():
 def test_heads_on_few_samples_have_a_floor_of_their_own(tmp_path, monkeypatch):
     """Their accuracies are judged by it: they are above the floor of few samples, but not above that of all."""
     found = compared()
-    found.arms.update({arm: [{"blackbox/id": 45.0, "blackbox/ood": 35.0}] * 3 for arm in study.FEW_SAMPLES})
+    values = {arm: [45.0 + 0.01 * i * seed for seed in range(3)] for i, arm in enumerate(study.FEW_SAMPLES)}
+    found.arms.update({arm: [{"blackbox/id": x, "blackbox/ood": x - 10} for x in each] for arm, each in values.items()})
     study.derive(found)
     features, labels = np.repeat(np.eye(4), 20, axis=0), np.repeat(np.arange(4), 20)
     features[:5] = features[20]  # five samples of class 0 look like class 1

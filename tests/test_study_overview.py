@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-import pandas
 import pytest
 
 from shared import checkpoints
@@ -17,10 +16,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_of_results_is_made_of_the_files():
-    found = overview.read(ROOT / "results")
-    assert (ROOT / "RESULTS.md").read_text() == overview.markdown(found, overview.read(ROOT / "results/photos")), (
-        "run `make readme`"
-    )
+    found, photographs = (overview.read(ROOT / folder) for folder in ("results", "results/photos"))
+    log = (ROOT / "results/redesigns.md").read_text()
+    page = (ROOT / "RESULTS.md").read_text()
+    assert page == overview.markdown(found, photographs, log), "run `make readme`"
+    assert len(page.splitlines()) < 250
 
 
 def test_the_readme_counts_verdicts_on_abstracts():
@@ -31,8 +31,8 @@ def test_the_readme_counts_verdicts_on_abstracts():
 
 def test_the_page_with_plots_needs_nothing_else():
     found = overview.read(ROOT / "results")
-    page = overview.html_page(found, {}, ROOT / "results")
-    plots = sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)
+    page = overview.html_page("# Results", found, {}, ROOT / "results")
+    plots = 1 + sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)  # and the forest plot
     assert plots and page.count('src="data:image/png;base64,') == page.count("<img") == plots
     page = re.sub(r"base64,[^\"]*", "", page)  # any four letters may stand there
     assert "http" not in page and "<script" not in page
@@ -42,10 +42,11 @@ def test_the_page_with_plots_needs_nothing_else():
         assert all(row["claim"] in text for row in summary["claims"])
 
 
-def row(claim: str, verdict: str = "reproduced", metric: str = "m", **more) -> dict:
+def row(claim: str, verdict: str = "reproduced", **more) -> dict:
     """A row of a primary claim."""
     numbers = {"floor": 30.0, "method": 42.0, "baseline": 40.5, "difference": 1.5, "resolves": 0.5, "seeds": 3}
-    return {"claim": claim, "primary": True, "paper": "+2", "metric": metric, "verdict": verdict} | numbers | more
+    about = {"effect": 2.0, "sign": 1, "negligible": 1.0, "interval": [1.0, 2.0], "baseline_learned": False}
+    return {"claim": claim, "primary": True, "paper": "+2", "metric": "m", "verdict": verdict} | numbers | about | more
 
 
 def summary_of(*rows: dict) -> dict:
@@ -53,39 +54,36 @@ def summary_of(*rows: dict) -> dict:
     return {"paper": "ProtoCLIP", "corpus": "Scenes of emoji", "floors": floors, "claims": list(rows), "seeds": [0]}
 
 
-def claims(*rows: dict):
-    return overview.abstracts(overview.claims_of({"protoclip": summary_of(*rows)}))
+def cells(table: str, claim: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if f"| {claim} " in line]
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_claims_of_abstracts_are_counted():
+def test_the_main_table_has_both_corpora_in_a_row_and_does_not_call_old_results_verdicts():
     untested = verdicts.not_testable("absolute", "70", "needs data", primary=True)
-    other = verdicts.not_testable("other", "70", "needs data")
-    found = claims(row("up"), untested, row("slope", metric="s"), other)
-    up, absolute, slope = found.to_dict("records")
-    assert [up[key] for key in ("floor", "baseline", "method")] == ["30.00", "40.50", "42.00"]
-    assert up["difference"] == "+1.50 ± 0.50" and up["seeds"] == 3 and absolute["floor"] == "-"
-    assert slope["floor"] == "-" and slope["method"] == "42.00"  # its floor is in another metric
-
-    def numbers(beside: pandas.DataFrame) -> list[str]:
-        return re.findall(r"\d+%?", overview.totals(found, beside))
-
-    nothing = claims()
-    assert numbers(nothing) == ["3", "2", "67%", "2", "1"]  # all, resolved, reproduced, not testable
-    assert "**Reproduced**: up; slope." in overview.by_paper(found, nothing)
-    assert "absolute (needs data" in overview.by_paper(found, nothing)
-    beside = claims(row("absolute", "same direction"), row("up", "same direction"))
-    assert {"3", "100%"} <= set(numbers(beside)) and "same direction)" in overview.by_paper(found, beside)
-    contrary = claims(row("up", "not reproduced"))
-    assert "up (on photographs: not reproduced)" in overview.by_paper(found, contrary)
-    assert "67%" in numbers(contrary) and "100%" not in numbers(contrary)
+    found = {"protoclip": summary_of(row("up"), untested, row("slope", metric="other"))}
+    there = {"protoclip": summary_of(row("up", "open", difference=-1.0, interval=[-3.0, 1.0]), row("there"))}
+    table = overview.main_table(found, there)
+    up = cells(table, "up")
+    assert up[3:8] == ["+1.50 (+1.00 to +2.00)", "exploratory: reproduced", "30.00", "40.50", "42.00"]
+    assert up[8] == "**no**" and up[10] == "-1.00 (-3.00 to +1.00) exploratory: open"
+    assert cells(table, "slope")[5] == "-"  # its floor is in another metric
+    assert cells(table, "absolute")[4].endswith("not testable here") and cells(table, "absolute")[-1] == "needs data"
+    assert cells(table, "there")[3:5] == ["-", "-"]
+    numbers = re.findall(r"\d+", overview.totals(found, there))
+    assert numbers[:3] == ["3", "2", "1"]  # all, reproduced, not testable
+    first = overview.first_table(found)
+    assert "up; slope" in first and "absolute (not testable here)" in first
 
 
-def test_claims_that_were_asked_twice():
-    here, there = (overview.claims_of({"protoclip": summary_of(*rows)}) for rows in (
-        (row("up"), row("down"), row("none", "no claim")), (row("down", "not resolved"), row("none"), row("new")),
-    ))  # fmt: skip
-    (both,) = overview.asked_twice(here, there).to_dict("records")
-    assert list(both.values()) == ["protoclip", "down", "reproduced", "not resolved"]
+def test_differences_are_drawn_on_the_papers_scale_or_in_units_of_d(tmp_path: Path):
+    assert overview.scaled(row("a")) == (0.75, 0.5, 1.0)
+    below = row("b", effect=None, sign=-1, negligible=0.5, difference=-1.0, interval=[-1.5, -0.5])
+    assert overview.scaled(below) == (2.0, 1.0, 3.0)  # the paper says lower: positive is its side
+    assert overview.scaled(row("c", interval=None)) is None
+    assert overview.scaled(row("d", effect=None, negligible=None)) is None
+    overview.forest({"protoclip": summary_of(row("a"), below)}, {}, tmp_path / "forest.png")
+    assert (tmp_path / "forest.png").stat().st_size > 10_000
 
 
 def test_the_first_table_says_which_pictures_a_study_has():
@@ -95,43 +93,34 @@ def test_the_first_table_says_which_pictures_a_study_has():
     assert {overview.pictures_of(summary) for summary in photographs} == {"photographs"}
 
 
-def test_commands_of_results_whose_arms_have_different_seeds():
+def test_commands_name_seeds_arms_and_corpus():
     found = checkpoints.read_json(ROOT / "results/nmtune.json")
     assert overview.command(runner.study_of("nmtune"), found) == (
-        'make reproduce-nmtune SEEDS="0 1 2 3 4 5" ARMS=all RESULTS=results/nmtune.json && '
-        'make reproduce-nmtune SEEDS="0 1 2 3 4 5 6 7 8 9 10 11" ARMS="core sup-05 sup-20"'
+        'make reproduce-nmtune SEEDS="0 1 2 3 4 5" ARMS=all RESULTS=results/nmtune.json'
     )
+    photographs = checkpoints.read_json(ROOT / "results/photos/nmtune.json")
+    line = overview.command(runner.study_of("nmtune", "photos"), photographs)
+    assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in line
 
 
-def test_photographs_stand_beside_the_embedded_corpus(tmp_path, monkeypatch):
-    """A paper's section has the verdict on emoji beside claims of the same words; photographs without emoji results
-    also work."""
+def test_photographs_stand_below_the_embedded_corpus(tmp_path, monkeypatch):
     emoji = checkpoints.read_json(ROOT / "results/nmtune.json")
-    claim, verdict = emoji["claims"][0]["claim"], emoji["claims"][0]["verdict"]
-    photographs = emoji | {"corpus": "CIFAR-10 and PACS", "floors": {}, "claims": emoji["claims"][:2]}
-    photographs["claims"][1] = photographs["claims"][1] | {"claim": "asked here alone"}
-    photographs["claims"][0] = photographs["claims"][0] | {"primary": False}  # starred there, and not here
-    page = overview.markdown({"nmtune": emoji}, {"nmtune": photographs, "protoclip": photographs})
-    assert page.count("### On photographs") == 2 and page.count("CIFAR-10 and PACS.") == 2
-    assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in page
-    section = page[page.index('id="nmtune"') :].split("### On photographs")[1]
-    rows = [line for line in section.splitlines() if claim in line or "asked here alone" in line]
-    assert rows[0].count(verdict) == 2 and rows[1].rstrip(" |").endswith("| -")
-    page = overview.html_page({"nmtune": emoji}, {"nmtune": photographs}, tmp_path)
-    assert page.count("<h3>") == 1 and "RESULTS=runs/photos/nmtune/results.json" in page  # no file of results/
-
+    photographs = emoji | {"corpus": "CIFAR-10 and PACS", "floors": {}}
     monkeypatch.chdir(tmp_path)  # without results/bench
     text = overview.with_results(
         "<!-- results -->\nBEFORE\n<!-- /results -->\n", "nmtune", {"nmtune": emoji}, {"nmtune": photographs}
     )
     assert text.index("Seeds") < text.index("### On photographs") < text.index("CIFAR-10") < text.rindex("Seeds")
     assert "BEFORE" not in text and text.startswith("<!-- results -->\n") and text.endswith("<!-- /results -->\n")
+    assert "| finding" in text and "| verdict" not in text
 
 
 def test_what_files_say_cannot_become_markup(tmp_path: Path):
     summary = checkpoints.read_json(ROOT / "results/nmtune.json")
     summary["claims"][0] |= {"claim": "<b>&", "paper": "[here](javascript:alert)"}
-    page = overview.html_page({"nmtune": summary | {"paper": "<script>"}}, {}, tmp_path)
+    overview.forest({"nmtune": summary}, {}, tmp_path / "forest.png")
+    found = {"nmtune": summary | {"paper": "<script>"}}
+    page = overview.html_page(overview.markdown(found, {}, ""), found, {}, tmp_path)
     assert "<b>" not in page and "&lt;b&gt;&amp;" in page and "<script>" not in page and 'href="javascript' not in page
     assert '<td class="reproduced">' in page
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +60,6 @@ def test_report(runs: dict[str, Path], sets, tmp_path: Path, capsys: pytest.Capt
     difference = values[arms[0]]["groups_id/top1"] - values[arms[1]]["groups_id/top1"]
     assert rows["higher"]["difference"] == pytest.approx(difference) and summary["claims"][0] == rows["higher"]
     assert rows["faster"]["difference"] == pytest.approx(-0.25)  # half way between steps 4 and 8
-    reached = 100 * (values["auto"]["sparsity_reached"] - values["auto"]["target_sparsity"])
-    assert rows["sparsity (%), reached - asked: auto"]["difference"] == pytest.approx(reached)
     assert rows["ImageNet zero-shot of the model zoo"]["verdict"] == "not testable here"
     assert "not testable here" in capsys.readouterr().out
     for name in ("tinyclip_curves.png", "tinyclip_masks.png"):
@@ -75,7 +72,6 @@ def test_claims_about_what_was_not_measured_are_left_out(runs: dict[str, Path], 
     monkeypatch.chdir(tmp_path)
     changed = dataclasses.replace(study.STUDY, floors=(Floor("none", dict),), sets=())
     runner.compare(changed, folders, [{"seconds": 1.0}] * 2, tmp_path / "r.json")
-    assert re.search("names/top1.* left out", capsys.readouterr().out)
     rows = {row["claim"] for row in checkpoints.read_json(tmp_path / "r.json")["claims"]}
     assert rows and "both together" in {claim.claim for claim in study.CLAIMS} - rows
 
@@ -252,4 +248,4 @@ def test_core_arms_are_those_of_primary_claims():
     assert core == compared | {"vit-teacher", *study.QUARTERS}
     assert study.CLAIMS[: len(primary)] == tuple(primary)
     known = {arm.name for arm in study.STUDY.arms}
-    assert all({claim.method, claim.baseline} <= known for claim in study.CLAIMS)
+    assert all({claim.method, claim.baseline.partition(":")[0]} <= known for claim in study.CLAIMS)

@@ -225,14 +225,13 @@ def block(study: Study, summary: dict, file: str = "") -> str:
 
 def blocks(folder: str, found: Summaries, photographs: Summaries, home: str = "results") -> str:
     """`block` of a paper on each of its corpora. home: folder of the results, which decides where commands write."""
-    found = []
+    parts = []
     for on, summaries in (("emoji", found), ("photos", photographs)):
         if folder in summaries:
             study = study_of(folder, on)
-            found.append(
-                block(study, summaries[folder], "" if home == "results" else f"runs/{study.home}/results.json")
-            )
-    return "\n".join(found)
+            file = "" if home == "results" else f"runs/{study.home}/results.json"
+            parts.append(block(study, summaries[folder], file))
+    return "\n".join(parts)
 
 
 def markdown(found: Summaries, photographs: Summaries, redesigns: str) -> str:

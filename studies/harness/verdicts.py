@@ -168,7 +168,7 @@ def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[
     """A row of the table of claims for each claim whose metrics were measured, primary claims first.
 
     A run may have "hits", {metric: (pictures,) differences of each picture from chance}; where both arms have those of
-    a claim's metric, its scatter is over seeds and pictures. A difference that is the same for all seeds has no interval.
+    a claim's metric, its scatter is over seeds and pictures. A difference that is the same for all seeds has none.
     UserError if `negligible` is more than half of the effect.
     """
     claims = list(claims)
