@@ -444,12 +444,17 @@ def plot(found: Comparison, out: Path) -> None:
 def differences(arms: dict[str, list[dict]], kind: str, metric: str) -> dict[int, tuple[float, float]]:
     """{noise level: (mean difference from no noise, half of its 95 % interval)}, paired by seed."""
     of = {level: arms[f"{kind}-{level:02d}"] for level in NOISE if f"{kind}-{level:02d}" in arms}
-    scatter, found = verdicts.pooled({str(level): runs for level, runs in of.items()}, metric), {0: (0.0, 0.0)}
+    found = {0: (0.0, 0.0)}
     for level, runs in of.items():
         if level:
             each = [run[metric] - clean[metric] for run, clean in zip(runs, of[0], strict=False)]
-            found[level] = float(np.mean(each)), verdicts.half_width(scatter, len(each)) or 0.0
+            found[level] = float(np.mean(each)), half_of(each)
     return found
+
+
+def half_of(differences: list[float]) -> float:
+    """Half of the 95 % interval of a mean difference; 0 for one seed."""
+    return float(verdicts.half_of(differences)) if len(differences) > 1 else 0.0
 
 
 def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
@@ -489,11 +494,9 @@ def plot_heads(arms: dict[str, list[dict]], axes: np.ndarray) -> None:
         axis.set_axis_off()
     for axis, split in zip(axes, ("id", "ood"), strict=False):
         metric = f"blackbox/{split}"
-        scatter = verdicts.pooled({arm: arms[arm] for arm in BLACK_BOX}, metric)
         for i, arm in enumerate(BLACK_BOX[1:]):
             each = [run[metric] - lp[metric] for run, lp in zip(arms[arm], arms[BLACK_BOX[0]], strict=False)]
-            half = verdicts.half_width(scatter, len(each)) or 0.0
-            axis.bar(i, np.mean(each), yerr=half, capsize=6, width=0.6, color=f"C{i + 1}")
+            axis.bar(i, np.mean(each), yerr=half_of(each), capsize=6, width=0.6, color=f"C{i + 1}")
         axis.set(title=f"EfficientNet-Lite0, {split.upper()}", ylabel="points above LP", xlim=(-0.8, 1.8))
         axis.set_xticks((0, 1), list(HEADS.values())[1:])
         axis.axhline(0, color="black", lw=0.8)

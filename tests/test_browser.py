@@ -45,13 +45,13 @@ def look(page: Path, screenshot: Path, width: int = 1280, part: str = "page") ->
 
 def test_the_report_opens_offline(tmp_path: Path):
     found, page = overview.read(ROOT / "results"), tmp_path / "report.html"
-    page.write_text(overview.html_page(found, {}, ROOT / "results"))
+    page.write_text(overview.html_page(overview.markdown(found, {}, ""), found, {}, ROOT / "results"))
     seen = look(page, tmp_path / "report.png", part="window")
     assert seen["requests"] == [page.as_uri()] and not seen["failed"] and not seen["messages"]
     assert seen["headings"][-len(found) :] == [summary["paper"] for summary in found.values()]
     assert seen["links"] == [True] * len(found)
     plots = [plot for folder in found for plot in (ROOT / "results").glob(f"{folder}_*.png")]
-    assert len(seen["images"]) == len(plots) and all(image["decoded"] > 0 for image in seen["images"])
+    assert len(seen["images"]) == 1 + len(plots) and all(image["decoded"] > 0 for image in seen["images"])
     assert all(100 < image["width"] <= 1280 for image in seen["images"]) and seen["overflow"] == 0
     cells = {cell.replace("\u00a0", " ") for cell in seen["cells"]}  # "a ± b" does not break
     for summary in found.values():

@@ -126,7 +126,7 @@ def test_floors_by_hand_and_against_scikit_learn(tmp_path, monkeypatch):
 
 def test_negligible_differences_are_at_most_half_of_the_papers():
     for claim in study.CLAIMS:
-        assert claim.effect is None or claim.negligible <= claim.effect / 2
+        assert claim.effect is None or claim.negligible <= abs(claim.effect) / 2
 
 
 def test_plots_show_differences_with_intervals(tmp_path):
@@ -134,7 +134,7 @@ def test_plots_show_differences_with_intervals(tmp_path):
     of = study.differences(found.arms, "sup", "lp/id")
     noisy, clean = ([run["lp/id"] for run in found.arms[arm]] for arm in ("sup-30", "sup-00"))
     each = np.subtract(noisy, clean)
-    assert of[0] == (0.0, 0.0) and of[30][0] == pytest.approx(np.mean(each)) and 0 < of[30][1] < 0.2
+    assert of[0] == (0.0, 0.0) and of[30][0] == pytest.approx(np.mean(each)) and 0 < of[30][1] < 0.5
     study.STUDY.plot(found, tmp_path)
     assert (tmp_path / "nmtune_noise.png").is_file() and not (tmp_path / "nmtune_spectra.png").exists()
 

@@ -250,8 +250,9 @@ def html_page(text: str, found: Summaries, photographs: Summaries, home: Path) -
         html = re.sub(
             f"<td>([a-z]+: )?({'|'.join(VERDICTS)})</td>",
             lambda cell: cell[0].replace("<td", f'<td class="{cell[2].replace(" ", "-")}"'),
-            re.sub(r"<p><img[^>]*></p>\n?", "", str(pages.to_html(markdown_text))),
+            re.sub(r"<p><img[^>]*></p>\n?", "", str(pages.to_html(markdown_text))).replace(" ± ", "&nbsp;±&nbsp;"),
         )
+        html = re.sub("<h2>(.*?)</h2>", lambda of: f'<h2 id="{of[1].lower().replace(" ", "-")}">{of[1]}</h2>', html)
         return Markup(re.sub(r"<table>.*?</table>", r'<div class="wide">\g<0></div>', html, flags=re.DOTALL))
 
     def images(files: Iterable[Path]) -> list[tuple[str, str]]:
