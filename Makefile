@@ -23,6 +23,7 @@ help:
 	@echo '                         or the same with hyphens'
 	@echo '                         SEEDS="0 1 2", ARMS=all, JOBS=PARALLEL, RESULTS=FILE.json;'
 	@echo '                         concept_frequency: UPSTREAM=CLONE'
+	@echo '                         SEEDS=100 (to 199) is a pilot; SETTINGS="--lr 1e-3" tries other settings in it'
 	@echo '                         CORPUS=photos PHOTOS=PATH: your photographs, PATH/{flickr8k,multi30k,pacs,cifar10,coco}'
 	@echo '                         flame uses SmolLM2, or Gemma 3 270M if LLM=gemma installed it, by which you accept its terms'
 	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS);'
@@ -100,7 +101,7 @@ presets: $(VENV)/.installed-base
 
 # ---- studies: studies/PAPER.py declares the arms; stopped runs resume
 OPTIONS = --seeds $(SEEDS) --arms '$(ARMS)' $(if $(RESULTS),--results '$(RESULTS)') $(if $(UPSTREAM),--upstream '$(UPSTREAM)') $(if $(JOBS),--jobs $(JOBS)) \
-	$(if $(CORPUS),--corpus $(CORPUS)) $(if $(PHOTOS),--photos '$(PHOTOS)')
+	$(if $(CORPUS),--corpus $(CORPUS)) $(if $(PHOTOS),--photos '$(PHOTOS)') $(if $(SETTINGS),--settings='$(SETTINGS)')
 
 $(sort $(NAMES:%=reproduce-%)): reproduce-%: $(VENV)/.installed-% $(if $(filter photos,$(CORPUS)),,data)
 	$(PY) -m studies.$(subst -,_,$*) $(OPTIONS)

@@ -153,8 +153,8 @@ def scaled(row: dict) -> tuple[float, float, float] | None:
 
 
 def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
-    """Draw all claims of abstracts: those with a number in the paper's unit on its scale (left), others in units of d
-    (right). Circles are emoji and scenes, squares photographs; hollow: the baseline is below its floor."""
+    """Draw all claims of abstracts: those with a number in the paper's unit on its scale (above), others in units of d
+    (below). Circles are emoji and scenes, squares photographs; hollow: the baseline is below its floor."""
     panels: tuple[list, list] = ([], [])  # (claim, paper, [(row, marker)])
     for paper in sorted(found | photographs):
         ours, theirs = primary(found.get(paper)), primary(photographs.get(paper))
@@ -164,7 +164,9 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
                 if drawn := [each for each in rows if scaled(each[0]) and bool(each[0].get("effect")) == numbers]:
                     panel.append((claim, paper, drawn))
     limits, titles = ((-3, 4), (-12, 12)), ("difference / the paper's", "difference / d (positive: the paper's side)")
-    figure, axes = plt.subplots(1, 2, figsize=(20, 2.4 + 0.31 * max(map(len, panels))))
+    heights = [max(len(panel), 1) for panel in panels]
+    size = (12, 2 + 0.27 * sum(heights))
+    figure, axes = plt.subplots(2, 1, figsize=size, gridspec_kw={"height_ratios": heights})
     for axis, panel, (low, high), title in zip(axes, panels, limits, titles, strict=True):
         for y, (_, paper, rows) in enumerate(panel):
             if y and paper != panel[y - 1][1]:
@@ -173,8 +175,8 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
                 at_scale, colour = scaled(row), COLOURS.get(row["verdict"], "black")
                 centre, *ends = (min(max(value, low), high) for value in at_scale)
                 axis.plot(ends, [at, at], color=colour, lw=1.6)
-                for end, value, arrow in zip(ends, at_scale[1:], "<>", strict=True):
-                    if value != end:  # beyond the frame
+                for end, beyond, arrow in zip((low, high), (at_scale[1] < low, at_scale[2] > high), "<>", strict=True):
+                    if beyond:
                         axis.plot(end, at, arrow, color=colour, ms=5)
                 face = "white" if row.get("baseline_learned") is False else colour
                 axis.plot(centre, at, marker, color=colour, mfc=face, ms=6)
@@ -193,8 +195,8 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
     )
     handles += [plt.Line2D([], [], color="black", marker=shape, mfc=face, ls="", label=label)
                 for shape, face, label in shapes]  # fmt: skip
-    figure.legend(handles=handles, ncol=9, loc="upper center", fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
+    figure.legend(handles=handles, ncol=5, loc="upper center", fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / figure.get_figheight()))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
