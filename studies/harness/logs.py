@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,9 +20,6 @@ from shared.evaluation import table
 from shared.run import read_metrics
 from studies.harness import report, verdicts
 
-if TYPE_CHECKING:
-    from studies.harness.runner import Study
-
 POINTS = 24  # of a curve
 
 
@@ -31,7 +28,7 @@ def beside(results: Path) -> Path:
     return results.parent / "logs" / results.stem
 
 
-def needed(study: "Study") -> set[str]:
+def needed(study: Any) -> set[str]:
     """The metrics of an arm's table and of claims."""
     of_claims = {name for claim in study.claims for name in (claim.metric, claim.learned_by)}
     return of_claims | {claim.baseline.partition(":")[2] for claim in study.claims} | set(study.metrics)
@@ -48,7 +45,7 @@ def curve(folder: Path) -> dict[str, list]:
     return found
 
 
-def write(study: "Study", found: report.Comparison, folder: Path) -> None:
+def write(study: Any, found: report.Comparison, folder: Path) -> None:
     """Write the logs of all runs: a first line with an arm's settings, then a line for each seed."""
     wanted = needed(study)
     for arm, runs in found.arms.items():
@@ -70,7 +67,7 @@ def read(folder: Path) -> dict[str, list[dict]]:
     }
 
 
-def recompute(study: "Study", results: Path) -> str:
+def recompute(study: Any, results: Path) -> str:
     """Tables of arms and claims from the logs. UserError if they differ from the tables of the results file."""
     summary, kept = report.read_results(results, study.paper), read(beside(results))
     study = study.made(summary) if study.made else study
@@ -103,7 +100,7 @@ def interval(values: Sequence[float], count: int, level: float) -> tuple[float, 
     return mean - half, mean + half
 
 
-def band(study: "Study", found: report.Comparison, committed: dict) -> list[dict]:
+def band(study: Any, found: report.Comparison, committed: dict) -> list[dict]:
     """Rows that say whether the means of these runs lie in the prediction intervals of the committed ones, which hold
     together at 95 %: for each arm that has the same settings, the metrics of primary claims."""
     pairs = dict.fromkeys(
@@ -123,7 +120,7 @@ def band(study: "Study", found: report.Comparison, committed: dict) -> list[dict
     return rows
 
 
-def show_band(study: "Study", found: report.Comparison, committed: Path, plot: Path) -> None:
+def show_band(study: Any, found: report.Comparison, committed: Path, plot: Path) -> None:
     """Print whether these runs lie in the band of the committed ones, and draw both: final metrics, and curves of the
     score where there are logs."""
     rows = band(study, found, read_json(committed))

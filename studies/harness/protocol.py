@@ -9,14 +9,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared import presets
 from shared.checkpoints import FREE, read_json
 from shared.evaluation import table
-
-if TYPE_CHECKING:
-    from studies.harness.runner import Stage, Study
 
 PILOTS = range(100, 200)
 STANDING = {
@@ -32,7 +29,7 @@ def hashed(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
 
 
-def settings_of(study: "Study", command: str) -> str:
+def settings_of(study: Any, command: str) -> str:
     """A command, with a hash of its preset's settings, which the text does not show."""
     script, *words = command.split()
     scripts = presets.scripts(study.folder) if study.folder in presets.folders() else {}
@@ -43,10 +40,10 @@ def settings_of(study: "Study", command: str) -> str:
     return f"{command} [{hashed(kept)}]"
 
 
-def declared(study: "Study") -> dict[str, Any]:
+def declared(study: Any) -> dict[str, Any]:
     """The protocol of a study; texts that explain it are left out."""
 
-    def commands(jobs: Sequence["Stage"]) -> dict[str, list[str]]:
+    def commands(jobs: Sequence[Any]) -> dict[str, list[str]]:
         return {job.name: [settings_of(study, command) for command in job.commands] for job in jobs}
 
     return {
@@ -60,12 +57,12 @@ def declared(study: "Study") -> dict[str, Any]:
     }
 
 
-def digest(study: "Study") -> str:
+def digest(study: Any) -> str:
     """The hash of the protocol."""
     return hashed(declared(study))
 
 
-def standing(study: "Study", summary: dict) -> str:
+def standing(study: Any, summary: dict) -> str:
     """What the numbers of results are by the current protocol: a key of STANDING."""
     study = study.made(summary) if study.made else study
     if summary.get("protocol") != digest(study):
@@ -80,7 +77,7 @@ def is_pilot(seeds: Sequence[int]) -> bool:
     return all(seed in PILOTS for seed in seeds)
 
 
-def pilot_of(study: "Study", settings: str) -> "Study":
+def pilot_of(study: Any, settings: str) -> Any:
     """The study with settings added to its arms' commands, and with run folders of its own."""
     arms = tuple(
         dataclasses.replace(arm, command=(*arm.commands[:-1], f"{arm.commands[-1]} {settings}".strip()))
@@ -89,7 +86,7 @@ def pilot_of(study: "Study", settings: str) -> "Study":
     return dataclasses.replace(study, arms=arms, pilot=hashed(settings))
 
 
-def record(study: "Study", results: Path, settings: str) -> None:
+def record(study: Any, results: Path, settings: str) -> None:
     """Add a line for each run of a pilot to results/pilots/PAPER.jsonl: settings, seed, scores by claims' metrics."""
     summary, file = read_json(results), Path(f"results/pilots/{study.home}.jsonl")
     wanted = {metric for claim in study.claims if claim.primary for metric in (claim.metric, claim.learned_by)}
@@ -105,7 +102,7 @@ def record(study: "Study", results: Path, settings: str) -> None:
     print(f"{len(lines)} pilot runs were added to {file}")
 
 
-def pilots(study: "Study") -> dict[str, int]:
+def pilots(study: Any) -> dict[str, int]:
     """{arm: number of different settings that its pilots have tried}."""
     file, tried = Path(f"results/pilots/{study.home}.jsonl"), {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
@@ -117,7 +114,7 @@ def pilots(study: "Study") -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------------- table
 
 
-def page(studies: Sequence["Study"]) -> str:
+def page(studies: Sequence[Any]) -> str:
     """Markdown of all protocols: the hash of all, and of each study its hash, arms and primary claims."""
     parts = [f"Protocol {hashed([digest(study) for study in studies])} of {len(studies)} studies"]
     for study in studies:
