@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from scripts import ROOT, SHARDS, ended, finished, held, one_sentence, start_two
 from short_runs import small_set
-from test_flame_model import left_padded, llm_of, numbered
 
 from flame import config, embed, llm, zeroshot
 from flame.bank import Bank
@@ -80,14 +79,6 @@ def bank(cli, embed_flags: list, folder: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- prompts
 
 
-@pytest.mark.golden("flame", "template_fingerprints")
-def test_template_fingerprints(case):
-    for name, about in case.json.items():
-        assert llm.FINGERPRINTS[name] == about["sha256"]
-        ours = dict(zip(("raw", "short", "long"), llm.OURS, strict=True))[name]
-        assert len(ours.facets) == about["closers"]
-
-
 def test_parse_prompt_reads_the_authors_notation():
     template = 'An_image_:_"*sent_0*"_._So_,_<s>_it_is_one_word:"_its_colour_is:"'
     prompt = parse_prompt(template)
@@ -113,24 +104,6 @@ def test_authors_prompts_from_a_clone(upstream: Path):
 
 
 # -------------------------------------------------------------------------------------------------------------- bank
-
-
-@pytest.mark.golden("flame", "embed_bank")
-def test_embed_bank(case):
-    """`embed_captions` with a language model that looks up its captions' ids in the case."""
-    model = llm_of(case)
-    lens = {1: [1], 3: case["facet_lens_short"].tolist(), 7: case["facet_lens_long"].tolist()}
-    kinds = {1: "raw", 3: "short", 7: "long"}
-
-    def lookup(captions: list[str], prompt: Prompt) -> torch.Tensor:
-        k = len(prompt.facets)
-        return model.encode_ids(*left_padded([case[f"ids_{kinds[k]}_{caption}"] for caption in captions]), lens[k])
-
-    names = [str(i) for i in range(len(numbered(case, "ids_raw")))]
-    bank = embed_captions(lookup, names, names, names)
-    case.close("bank", bank, atol=1e-5)
-    case.close("bank", embed_captions(lookup, names, names, names, batch_size=1), atol=1e-5)
-    torch.testing.assert_close(bank.half().float(), case["bank"], rtol=1e-3, atol=1e-4)  # as stored
 
 
 def test_equal_captions_are_embedded_once():
