@@ -445,7 +445,7 @@ class UpstreamPadded(Part):
 
     files = {name.replace("facet_hidden", "upstream_padded"): options for name, options in FacetHidden.files.items()}
     families = ("upstream_padded",)
-    functions = "flame.llm.facet_decoupled_mask flame.llm.FrozenLLM.encode_ids"
+    functions = "flame.llm.FrozenLLM.encode_ids"
     authors = "src/open_clip/multiprompteol_embeddings.py:76-114"
     tolerances = {"visible": (0, 0), "*": (0, 1e-4)}
 
@@ -530,7 +530,7 @@ class Texts(Part):
     """Captions through clean-up, prompt, mask and readout; ours in one batch. Our prompts, in the authors' notation."""
 
     more = {"texts_raw": dict(prompt=0), "texts_short": dict(prompt=1), "texts_long": dict(prompt=2)}
-    functions = "flame.llm.Prompt flame.llm.clean_caption flame.llm.FrozenLLM.encode_ids"
+    functions = "flame.llm.Prompt flame.llm.FrozenLLM.encode_ids"
     authors = "src/open_clip/multiprompteol_embeddings.py:34"
     atol = 1e-4
 
@@ -954,7 +954,7 @@ class LearningRate(Part):
 
 class TrainSteps(Part):
     files = {"train_steps": {}}
-    functions = "flame.train.train_step flame.train.batch_loss flame.train.learning_rate flame.train.parameter_groups"
+    functions = "flame.train.train_step flame.train.batch_loss"
     authors = "src/training/train.py:90, src/training/main.py:315"
     tolerances = {"losses": (1e-5, 0), "lrs": (1e-6, 0), "after/*": (0, 5e-5)}
 
