@@ -55,10 +55,10 @@ PRESETS = {
     "scenes": dict(
         embed_dim=128,
         image_size=48,
-        patch_size=6,
+        patch_size=8,
         block=1,
         vision_width=128,
-        vision_layers=4,
+        vision_layers=3,
         vision_heads=4,
         context_length=16,
         text_width=64,

@@ -2,7 +2,7 @@
 
 Images are emoji, a stand-in for CC3M, with captions of three lengths. About a fifth of the names is left out of
 training (flame_new_names.py); zero-shot classification is measured on these names. The image tower is an MLP behind a
-locked EfficientNet-Lite0, or a small ResNet from scratch (flame_towers.py). A frozen language model embeds the facets
+locked EfficientNet-Lite0, or a small tower from scratch (flame_towers.py). A frozen language model embeds the facets
 of all captions once; the embeddings are kept in data/flame, and training does not load the model. The environment
 variable LLM selects the model: gemma (Gemma 3 270M, multilingual) or smollm2 (SmolLM2-135M, English). If it is not set,
 gemma is used if its package is installed, else smollm2.
@@ -126,11 +126,11 @@ def arms(llm: str) -> tuple[Arm, ...]:
         *few[2:],
         Arm("flame-english", english, heading="FLAME, SmolLM2", core=False),
         Arm("flame-raw-states", f"{train}-lite0 {bank}", heading="FLAME, states not centred", core=False),
-        Arm("clip-scratch", f"{train}-resnet-clip", heading="CLIP, small ResNet from scratch", core=False),
+        Arm("clip-scratch", f"{train}-convnet-clip", heading="CLIP, small tower from scratch", core=False),
         Arm(
             "flame-scratch",
-            f"{train}-resnet {bank}-centred",
-            heading="FLAME, small ResNet from scratch",
+            f"{train}-convnet {bank}-centred",
+            heading="FLAME, small tower from scratch",
             core=False,
         ),
         Arm(
