@@ -83,7 +83,7 @@ def test_the_command_of_the_readme_gives_the_numbers_of_the_study(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """clip-benchmark's retrieval of an exported run, which contains the trunk, and ours from the trunk's features."""
-    page = (Path(photos.__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    page = (Path(photos.__file__).parents[2] / "docs/corpora.md").read_text().replace("\\\n", " ")
     words = shlex.split(re.search(r"^ +(clip_benchmark eval .* retrieval_en\.json)$", page, re.M)[1])
     monkeypatch.chdir(corpus)
     monkeypatch.setattr(photos, "SIDE", 64)
