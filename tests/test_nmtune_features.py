@@ -7,7 +7,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from test_nmtune_model import cases
 from test_nmtune_train import features_file, in_process, one_sentence  # noqa: F401
 from torchvision.transforms import RandAugment, RandomResizedCrop
 
@@ -81,15 +80,6 @@ def test_views_of_ranks_are_gathered_without_waiting_for_the_gpu(watch, monkeypa
     monkeypatch.setattr(features.dist, "all_gather", filled)
     views, labels = watch.within(features.gather_views)(others[0][:, :2], torch.arange(2), [2, 3, 0])
     assert torch.equal(views, torch.cat([others[0][:, :2], others[1]], dim=1)) and labels.tolist() == [0, 1, 0, 1, 2]
-
-
-@pytest.mark.golden("nmtune", "train_subset")
-def test_train_subset(case):
-    for prefix, one in cases(case):
-        seed, n, classes = one["config"].tolist()
-        rows = subset_per_class(one["labels"].numpy(), one["ratio_permille"] / 1000, np.random.RandomState(seed))
-        case.close(f"{prefix}selected", rows)
-        case.close(f"{prefix}selected_labels", one["labels"].numpy()[rows])
 
 
 def test_subset_of_absent_classes_and_empty_sets():

@@ -1,6 +1,5 @@
-"""NMTune's functions compared with the authors' code (tests/golden/nmtune/README.md), and tests of their properties.
-
-One golden test per family; everything about a case is read from its file, tolerances are those of the README.
+"""NMTune's heads, losses, views and encoders: tests of their properties. The authors' numbers are compared in
+tests/adapters/nmtune.py.
 """
 
 import numpy as np
@@ -9,164 +8,20 @@ import timm
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
-from conftest import Case, leaf
+from conftest import leaf
 from PIL import Image
-from scripts import mean_of_templates
 
 from nmtune import fast_losses, model
 from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
 from nmtune.model import (
     NMTuneHead,
     consistency_loss,
-    finetune_loss,
     head_from,
     load_encoder,
-    make_classifier,
     nmtune_loss,
     split_upstream,
     timm_transforms,
 )
-
-
-def exact(number: float) -> float:
-    """Hyper-parameters are stored as float32; this restores 0.001 from 0.0010000000475."""
-    return float(f"{number:.6g}")
-
-
-def cases(case: Case) -> list[tuple[str, Case]]:
-    """(prefix, its arrays) for each numbered case in a file."""
-    numbers = sorted({name.split("/")[0] for name in case if name.split("/")[0].isdecimal()}, key=int)
-    assert numbers
-    prefixes = [f"{number}/" for number in numbers]
-    return [(p, {k.removeprefix(p): case[k] for k in case if k.startswith(p)}) for p in prefixes]
-
-
-# ------------------------------------------------------------------------------------------------------ golden: losses
-
-
-@pytest.mark.golden("nmtune", "losses")
-def test_losses(case):
-    for prefix, one in cases(case):
-        half = len(one["feats"]) // 2
-        zero_logits, labels = torch.zeros(len(one["feats"]), 1), torch.zeros(len(one["feats"]), dtype=torch.long)
-
-        def whole(z, feats, zero_logits=zero_logits, labels=labels):
-            return nmtune_loss(zero_logits, labels, z, feats)[0]
-
-        terms = {
-            "mse": lambda z, feats, half=half: consistency_loss(z[half:], feats[:half]),
-            "cov": lambda z, feats: covariance_loss(z),
-            "svd": lambda z, feats: dominant_singular_value_loss(z),
-            "reg_default": whole,
-        }
-        equations = {
-            "cov": lambda z, feats: model.covariance_loss(z),
-            "svd": lambda z, feats: model.dominant_singular_value_loss(z),
-        }
-        for name, term in [*terms.items(), *equations.items()]:
-            z, feats = leaf(one["mlp_feats"]), leaf(one["feats"])
-            value = term(z, feats)
-            value.backward()
-            case.close(f"{prefix}{name}", value, rtol=1e-5)
-            case.close(f"{prefix}{name}_grad", z.grad, atol=1e-6)
-            assert feats.grad is None or not feats.grad.any()
-
-
-@pytest.mark.golden("nmtune", "objective")
-def test_objective(case):
-    for prefix, one in cases(case):
-        z, feats = leaf(one["mlp_feats"]), one["feats"]
-        weight, bias = leaf(one["head_weight"]), leaf(one["head_bias"])
-        weights = tuple(exact(x) for x in one["weights"].tolist())
-        loss, parts = nmtune_loss(F.linear(z, weight, bias), one["labels"].repeat(2), z, feats, weights)
-        loss.backward()
-        assert [name in parts for name in ("mse", "cov", "svd")] == [w != 0 for w in weights]
-        case.close(f"{prefix}loss", loss, rtol=1e-5)
-        case.close(f"{prefix}grad_mlp_feats", z.grad, atol=1e-6)
-        case.close(f"{prefix}grad_head_weight", weight.grad, atol=1e-6)
-        case.close(f"{prefix}grad_head_bias", bias.grad, atol=1e-6)
-
-
-@pytest.mark.golden("nmtune", "finetune_objective")
-def test_finetune_objective(case):
-    feats, state = leaf(case["features"]), case.group("param/classification_head.")
-    weight, bias = leaf(state["weight"]), leaf(state["bias"])
-    weights = tuple(exact(x) for x in case["weights"].tolist())
-    loss, _ = finetune_loss(F.linear(feats, weight, bias), case["labels"], feats, weights)
-    loss.backward()
-    case.close("loss", loss, rtol=1e-5)
-    case.close("grad_features", feats.grad, atol=1e-6)
-    case.close("grad_weight", weight.grad, atol=1e-6)
-    case.close("grad_bias", bias.grad, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------- golden: heads
-
-
-def head_of(state: dict[str, torch.Tensor], config: list[float], num_classes: int = 2) -> NMTuneHead:
-    """config = [D, ratio, layers, residual, scale init]."""
-    dim, ratio, layers, residual, scale_init = map(exact, config)
-    head = NMTuneHead(int(dim), num_classes, ratio, int(layers), bool(residual), scale_init)
-    missing, unexpected = head.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.startswith("classification_head.") for name in missing)
-    return head
-
-
-@pytest.mark.golden("nmtune", "mlp_head")
-def test_mlp_head(case):
-    for prefix, one in cases(case):
-        head = head_of(case.group(f"{prefix}param/"), one["config"].tolist())
-        for mode in ("eval", "train"):
-            x = leaf(one["x"])
-            out = head.train(mode == "train").transform(x)
-            out.square().mean().backward()
-            case.close(f"{prefix}out_{mode}", out, atol=1e-5)
-            case.close(f"{prefix}grad_x_{mode}", x.grad, atol=1e-5)
-        case.close_group(f"{prefix}after_train/", head.state_dict(), atol=1e-5)
-
-
-@pytest.mark.golden("nmtune", "classification_head")
-def test_classification_head(case):
-    classes, dim = case["init_weight"].shape
-    classifier = make_classifier(dim, classes)
-    assert classifier.weight.abs().max() <= case["init_bound"] and not classifier.bias.any()
-    assert make_classifier(dim, 1000).weight.abs().max() > 0.5 * case["init_bound"]
-    with torch.no_grad():
-        classifier.weight.copy_(case["init_weight"])
-        case.close("logits_default", classifier(case["x"]), atol=1e-5)
-        classifier.bias.copy_(case["bias"])
-        case.close("logits_bias", classifier(case["x"]), atol=1e-5)
-        case.close("logits_normalize", classifier(F.normalize(case["x"], dim=1)), atol=1e-5)
-
-
-@pytest.mark.golden("nmtune", "zeroshot_head")
-def test_zeroshot_head(case):
-    weight = case["logit_scale"] * mean_of_templates(case["text_embeddings"]).T
-    case.close("weight", weight, rtol=1e-5)
-    case.close("logits", F.normalize(case["x"], dim=1) @ weight.T, rtol=1e-5, atol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------- golden: views
-
-
-@pytest.mark.golden("nmtune", "preprocess_eval")
-def test_preprocess_eval(case):
-    resize, crop = case["timm_resize_crop"].tolist()
-    config = {"input_size": (3, crop, crop), "interpolation": "bicubic", "crop_pct": crop / (resize - 0.5)}
-    config |= {"mean": tuple(case["timm_mean"].tolist()), "std": tuple(case["timm_std"].tolist())}
-    timm_view = timm_transforms(config)[1]
-    assert timm_view.transforms[0].size == resize
-    _, dim, _, clip_view = load_encoder("open_clip", "RN50") if not CLIP else CLIP[0]
-    CLIP[:] = [(None, dim, None, clip_view)]
-    assert clip_view.transforms[-1].mean == pytest.approx(case["clip_mean"].tolist(), abs=1e-6)
-    assert clip_view.transforms[-1].std == pytest.approx(case["clip_std"].tolist(), abs=1e-6)
-    for prefix, one in cases(case):
-        image = Image.fromarray(one["image_hwc"].numpy().astype(np.uint8))
-        for name, view in (("timm_eval", timm_view), ("clip_eval", clip_view)):
-            case.close(f"{prefix}{name}", view(image)[:, ::4, ::4], atol=0.02)
-
-
-CLIP: list = []  # RN50's transforms, built once
 
 
 def test_training_views_are_crops_of_at_least_four_fifths_and_flips():
