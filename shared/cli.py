@@ -14,7 +14,7 @@ from torch import nn
 
 from shared.clip import set_grad_checkpointing
 from shared.errors import FULL, UserError
-from shared.run import QUIET, Process, finish, paper_of
+from shared.run import QUIET, Process, finish, long_warmup, paper_of
 
 REFUSED = (
     errno.EACCES,
@@ -78,6 +78,8 @@ def show_run(
             ),
         ]
     )
+    if note := long_warmup(cfg, total):
+        print(note)
 
 
 def batch_row(config: Any, world_size: int) -> tuple[str, str]:
@@ -226,11 +228,17 @@ def command_line(main: Callable[[], Any]) -> None:
     if len(words) < len(sys.argv):
         sys.argv[:], os.environ[QUIET] = words, "1"
     try:
-        main()
-    except SystemExit as stop:
-        if stop.code == 0 and {"--help", "-h"} & set(sys.argv):
-            print("Every script also takes --quiet, which leaves out the lines about progress.")
-        raise
+        try:
+            main()
+        except SystemExit as stop:
+            if stop.code == 0 and {"--help", "-h"} & set(sys.argv):
+                print("Every script also takes --quiet, which leaves out the lines about progress.")
+            raise
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has ended, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("PAPER_CLIPS_TRACEBACK") or (text := explained(error)) is None:
             raise

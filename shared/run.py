@@ -380,6 +380,14 @@ class Stopwatch:
             self._start = time.perf_counter()
 
 
+def long_warmup(cfg: Any, total: int) -> str | None:
+    """A note on a run whose learning rate rises in more than half of its `total` steps; None for others."""
+    warmup = getattr(cfg, "warmup", 0)
+    if 2 * warmup <= total or not total:
+        return None
+    return f"note: the learning rate rises in {warmup:,} of {total:,} steps: pass a smaller --warmup, or train longer"
+
+
 class RunFolder:
     """A run folder: resumes from its checkpoint.pt, logs to metrics.jsonl and TensorBoard, saves.
 
@@ -450,6 +458,8 @@ class RunFolder:
                 f"{resolve_precision(cfg.precision, device)}",
                 self.process,
             )
+            if self.process.main and (note := long_warmup(cfg, total)):
+                print(note)
 
     def check_same(self, name: str, value: str | None, than: str) -> None:
         """UserError if the checkpoint's entry `name` is not `value`; None on either side is unknown, and passes.

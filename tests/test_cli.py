@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,23 @@ def test_a_missing_package_is_one_sentence_with_the_line_that_installs_it(folder
         [sys.executable, "-c", f"import {folder}.nothing"], capture_output=True, text=True, cwd=ROOT
     )
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_a_reader_that_ends_early_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As in `--help | head`."""
+    with (tmp_path / "pipe").open("w") as pipe:
+
+        def closed() -> None:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stopped:
+            cli.command_line(closed)
+    assert stopped.value.code == 1
+
+
+def test_a_warm_up_of_most_of_the_run_is_noted():
+    cfg = types.SimpleNamespace(warmup=80)
+    assert "80 of 90" in run.long_warmup(cfg, 90)
+    assert run.long_warmup(cfg, 160) is None and run.long_warmup(cfg, 0) is None
+    assert run.long_warmup(types.SimpleNamespace(), 90) is None
