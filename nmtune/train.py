@@ -168,8 +168,11 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
         loss = torch.nn.functional.cross_entropy(logits, labels[rest]).item()
         return accuracy(logits, labels[rest]), -loss if math.isfinite(loss) else -math.inf
 
+    if source.process.main:
+        print(f"--select: {len(RATES) + len(DECAYS)} heads, {cfg.epochs} epochs each, on {len(kept):,} samples")
     for field, values in (("lr", RATES), ("weight_decay", DECAYS)):
-        found = {value: score(dataclasses.replace(cfg, **{field: value})) for value in values}
+        tries = run.progress(values, len(values), f"--select {field}", 1, source.process)
+        found = {value: score(dataclasses.replace(cfg, **{field: value})) for value in tries}
         best = max(found, key=found.__getitem__)
         cfg = dataclasses.replace(cfg, **{field: best})
         if source.process.main:

@@ -8,6 +8,7 @@ N x C or I x T matrix is never in memory as a whole.
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,12 @@ def retrieval_metrics(
     return recall_metrics(*retrieval_ranks(image_features, text_features, text_to_image), ks)
 
 
+def shared_captions(captions: Sequence[Sequence[str]]) -> int:
+    """Number of images, given the captions of each, that share a caption with another image."""
+    images = Counter(caption for of_image in captions for caption in set(of_image))
+    return sum(any(images[caption] > 1 for caption in of_image) for of_image in captions)
+
+
 # ---------------------------------------------------------------- all together
 
 
@@ -259,6 +266,9 @@ def evaluate(
             features, targets = extract_image_features(model.encode_image, loader, device, precision, eval_set.name)
             if eval_set.kind == "retrieval":
                 captions = [caption for of_image in targets for caption in of_image]
+                if shared := shared_captions(targets):
+                    print(f"{eval_set.name}: {shared} of {len(targets)} images share a caption with another image; "
+                          "such ties are misses here, and in part hits in clip-benchmark")  # fmt: skip
                 texts = encode_texts(model.encode_text, tokenizer, captions, batch_size, device, precision, "captions")
                 results[eval_set.name] = retrieval_metrics(features, texts, owners(targets))
                 continue

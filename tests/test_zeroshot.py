@@ -371,3 +371,8 @@ def test_images_of_a_learning_curve_come_from_the_device(monkeypatch):
     zeroshot.quick_top1(TinyClip(), tokenizer, None, "a set", device)
     assert asked == [device] and list(zeroshot._kept) == [("a set", None, "cpu")]
     zeroshot._kept.clear()
+
+
+def test_images_that_share_a_caption_are_counted():
+    assert zeroshot.shared_captions([["a", "b"], ["c"], ["b"], ["d", "d"]]) == 2
+    assert zeroshot.shared_captions([["a"], ["b"]]) == 0
