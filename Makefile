@@ -14,7 +14,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes captions browser lowest test clones parity bench bench-data bench-gpu readme clean reproduce-all
+.PHONY: help companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme clean reproduce-all
 .SECONDARY:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make reproduce-all       all papers, one after the other, with the remaining papers and minutes (SEEDS, ARMS);'
 	@echo '                         writes the results to runs/report.html'
 	@echo 'make test                install and run all tests, offline after installation'
+	@echo 'make test-fast           the golden and unit tests alone, which start no processes and train nothing'
 	@echo 'make lowest              install the lowest versions that pyproject.toml allows; to test them:'
 	@echo '                         make lowest test VENV=.venv-lowest'
 	@echo 'make browser             install a browser for the tests of report.html'
@@ -125,6 +126,8 @@ reproduce-all: $(VENV)/.installed-smollm2 $(if $(filter gemma,$(LLM)),$(VENV)/.i
 endif
 
 # ---- checks
+GROUPS  = --dist loadgroup --no-loadscope-reorder  # conftest.py names the groups, and puts slow ones first
+
 # The lowest versions that pyproject.toml allows; pip keeps them when `make test` installs what is missing.
 lowest: | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
@@ -133,7 +136,13 @@ lowest: | $(PY)
 test: $(VENV)/.installed-$(EXTRAS),test data browser
 	$(PY) -m protoclip.teacher minilm
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) --dist loadfile --durations 60
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(CORES) $(GROUPS) --durations 40
+
+# Golden and unit tests, which start no processes and train nothing.
+test-fast: $(VENV)/.installed-$(EXTRAS),test data
+	$(PY) -m protoclip.teacher minilm
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m 'not slow' -n $(CORES) $(GROUPS)
 
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
@@ -151,7 +160,7 @@ parity: $(VENV)/.installed-$(EXTRAS),test data
 	@test -d "$(CLONES)" || { echo 'say where the clones are: make $@ CLONES=PATH'; exit 2; }
 	$(PY) -m protoclip.teacher minilm
 	mkdir -p runs/parity && rm -f runs/parity/*.json runs/parity/failed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m golden -n $(CORES) --dist loadfile || touch runs/parity/failed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m golden -n $(CORES) $(GROUPS) || touch runs/parity/failed
 	$(PY) -m pytest -q tests/parity/test_lexvla.py -k trajectory || touch runs/parity/failed  # needs no clone
 	$(PY) -m studies.harness.parity --repositories | sort -s -u -k 1,1 | CLONES='$(CLONES)' xargs -n 3 sh -c 'to="$$CLONES/$${1#*/}"; \
 		if test -d "$$to"; then $(MAKE) parity-$$0 UPSTREAM="$$to"; else echo "no clone of $$1: $$0 is left out"; fi' || touch runs/parity/failed

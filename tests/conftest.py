@@ -16,9 +16,10 @@ leaves alone are named, or matched by a pattern, with the reason in a comment:
 import ast
 import functools
 import os
+import re
 import sys
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from datetime import date
 from pathlib import Path
@@ -165,6 +166,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "golden(folder, *families, unused=()): run on every case file of these families")
+    config.addinivalue_line("markers", "slow: starts processes or trains for seconds; not in `make test-fast`")
     config.addinivalue_line("markers", "gpu: compares a GPU with the CPU; skipped without a GPU")
     config.option.golden = config.option.golden or DEFAULT
     for option in ("golden", "upstream"):
@@ -174,6 +176,28 @@ def pytest_configure(config: pytest.Config) -> None:
             if not path.is_dir():
                 raise pytest.UsageError(f"--{option} {path} is not a folder")
             setattr(config.option, option, path)
+
+
+SLOW = {  # fixtures and functions whose users start processes, or train
+    *("cli", "start", "forked_exports", "arms", "runs", "chain", "trained"),
+    *("in_ranks", "multiprocessing", "subprocess", "look", "looked_at"),
+}
+APART = ("test_faults.py", "test_scale.py")  # their tests of each script are a group
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests. With --dist loadgroup, a file is a group; files with the most slow tests start first."""
+    count = Counter()
+    for item in items:
+        names = set(item.fixturenames) | set(item.function.__code__.co_names)
+        if names & SLOW:
+            item.add_marker("slow")
+        count[item.path] += item.get_closest_marker("slow") is not None
+        given = getattr(item, "callspec", None)
+        script = next(iter(given.params.values()), "") if given and item.path.name in APART else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {script}".strip()))
+    items.sort(key=lambda item: (-count[item.path], str(item.path)))
 
 
 @pytest.fixture
@@ -257,7 +281,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Collect the measurements of golden and parity tests; processes of pytest-xdist send them in their reports."""
     for kind, about in report.user_properties if report.when == "teardown" else ():
         if kind == "measured":
-            test = about.get("test") or report.nodeid.split("::")[-1].split("[")[0].removeprefix("test_")
+            test = about.get("test") or re.split(r"[\[@]", report.nodeid.split("::")[-1])[0].removeprefix("test_")
             row = {"test": test, "functions": about["functions"], "against": about.get("against", "golden data")}
             rows, key = found_by[about["folder"]], (test, row["against"])
             before = rows.get(key, {})

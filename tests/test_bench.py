@@ -266,6 +266,7 @@ def test_wrong_flags_are_refused(flags: list[str], said: str, capsys: pytest.Cap
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_bench_of_reading_measures_all_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """All rows at a small size, and with a cached index."""
     fork = multiprocessing.get_context("fork")  # a new process would import for seconds

@@ -201,6 +201,7 @@ def write_saved(folder: Path) -> None:
     Image.new("RGBA", (64, 48)).save(folder / "notebooks/plots" / plot)
 
 
+@pytest.mark.slow
 def test_replay_of_files_in_the_authors_layout(tmp_path):
     write_published(tmp_path / "clone")
     claims = replay.main(replay.Config(str(tmp_path / "clone"), str(tmp_path / "out")))

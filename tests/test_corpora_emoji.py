@@ -57,6 +57,7 @@ def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_builds_give_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
     result = run("--out", tmp_path / "again", "--limit", LIMIT, "--npm", NPM, PYTHONHASHSEED="7")
     assert result.returncode == 0, result.stderr

@@ -17,6 +17,7 @@ from studies.harness import runner
 from studies.harness.floors import Floor
 
 
+@pytest.mark.slow
 def test_study_and_report(tmp_path, monkeypatch, capsys):
     """The report has the measurements of two encoders with two seeds each and random weights."""
     whole = encoder_study.open_labelled

@@ -16,6 +16,7 @@ from nmtune.model import timm_transforms
 from shared import checkpoints, run
 
 
+@pytest.mark.slow
 def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
     code, out, err = in_process(
         "nmtune.train", "--features", features_file, "--batch-size", "16", "--out", tmp_path / "run"

@@ -17,6 +17,8 @@ from shared import checkpoints, data, layout, run, zeroshot
 from studies.concept_frequency_nouns import Config
 from studies.harness import locked_clip, photos
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Config:  # noqa: F811
