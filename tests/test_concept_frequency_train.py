@@ -1,4 +1,4 @@
-"""Training arms on real emoji shards: assigned frequencies, kill -9 and resume, two processes against one."""
+"""Training arms on real emoji shards: assigned frequencies, a failed evaluation."""
 
 import dataclasses
 import shutil
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_models  # noqa: F401  (the models named test)
 import torch
-from scripts import ROOT, SHARDS, Lazily, ended, in_turn, kill_when, start_two
+from scripts import ROOT, SHARDS, Lazily, in_turn
 
 from concept_frequency import train
 from concept_frequency.assigned import log_uniform_counts, zipf_counts
@@ -85,26 +85,6 @@ def test_pairs_have_the_assigned_frequencies(arms):
     )
 
 
-def test_finished_run_is_not_run_twice(arms, capsys):
-    before = (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns
-    train.main(dataclasses.replace(TINY, out=str(arms["zipf"])))
-    assert "is finished" in capsys.readouterr().out
-    assert (arms["zipf"] / "checkpoint.pt").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="another configuration: lr"):
-        train.main(dataclasses.replace(TINY, out=str(arms["zipf"]), lr=1.0))
-
-
-def test_killed_run_ends_with_the_same_weights(arms, start, folder):
-    out = folder / "killed"
-    kill_when(start("emoji", *TINY_FLAGS, "--out", out), (out / "checkpoint.pt").exists, timeout=100)
-    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
-    assert 0 < TINY.steps_per_epoch * state["epoch"] + state["batch"] < STEPS
-    code, _, err = ended(start("emoji", *TINY_FLAGS, "--out", out))
-    assert code == 0, err
-    torch.testing.assert_close(weights(out), weights(arms["zipf"]), rtol=0, atol=0)
-    assert [line["step"] for line in run.read_metrics(out)] == [*range(1, STEPS + 1), STEPS]
-
-
 def test_a_failed_evaluation_costs_no_epoch(folder, monkeypatch):
     """The resumed run repeats the evaluation alone, also after the last epoch."""
     found = torch.tensor([1.0])
@@ -118,14 +98,6 @@ def test_a_failed_evaluation_costs_no_epoch(folder, monkeypatch):
     train.main(cfg)
     lines = run.read_metrics(folder / "failed")
     assert [line["step"] for line in lines if "zero_shot_top1" in line] == [2, 4]
-
-
-def test_two_processes_equal_one(arms, start, folder):
-    out = folder / "two"
-    for process in start_two(start, "emoji", *TINY_FLAGS, "--out", out):
-        code, _, err = ended(process)
-        assert code == 0, err
-    torch.testing.assert_close(weights(out), weights(arms["zipf"]), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

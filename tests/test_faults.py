@@ -103,6 +103,37 @@ def test_run_folders_have_the_same_files_keys_and_log_names(name: str, given, wh
     assert "logit_scale" in first or name in ("tldr_reduction", *TRAINING_STAGES), first.keys()
 
 
+# ------------------------------------------------------------------------------- a run that has ended, or another run
+
+
+def contents(out: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_finished_run_is_not_run_twice_nor_with_other_settings(name: str, given, whole, in_process):
+    out, module = whole(name), SCRIPTS[name]
+    before = contents(out)
+    assert "nothing to do" in finished(in_process(*given[name], "--out", out, module=module)).out
+    refused(in_process(*given[name], "--lr", "1e-9", "--out", out, module=module), r"\blr\b.* 1e-09")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "concept_frequency"])  # chooses pairs by name
+def test_a_run_does_not_go_on_with_other_data(name: str, given, whole, in_process, folder: Path, tmp_path: Path):
+    """The checkpoint is put back, as if the run had stopped early; the shards change places."""
+    data, state = tmp_path / "corpus", checkpoints.load_checkpoint(whole(name) / "checkpoint.pt")
+    shutil.copytree(folder / "corpus", data)
+    for i in range(2):
+        shutil.copy(folder / f"corpus/{i:05}.tar", data / f"{1 - i:05}.tar")
+    state["config"] |= {"data": str(data), "out": str(tmp_path / "run")}
+    state |= {key: 0 for key in ("epoch", "episode", "step", "batch") if key in state}
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run/checkpoint.pt")
+    command = [*given[name], "--data", data, "--out", tmp_path / "run"]
+    refused(in_process(*command, module=SCRIPTS[name]), "other data")
+
+
 # --------------------------------------------------------------------------------------------- while a run is going on
 
 
@@ -262,6 +293,8 @@ def test_hostile_data_are_counted_and_trained_around(name: str, given, hostile: 
         assert all(1 <= count <= 4 for count in read.values()), result.out  # batches are whole: some may be in none
     assert all(np.isfinite(value) for line in metrics(out) for value in line.values())
     assert time.monotonic() - began < 60
+    strict = cli("no_network", SCRIPTS[name], *given[name], "--data", hostile, "--strict", "--out", f"{out} strict")
+    refused(strict, "--strict")
     assert not [path for path in (folder, folder.parent) if list(path.glob("evil*"))]
 
 

@@ -1,20 +1,18 @@
 """Schedules, parameter groups and steps; python -m flame.train, end to end on real emoji shards.
 
-Every arm, kill -9 and resume, two processes against one, broken shards. Scripts start in processes of their own, forks
+Every arm, kill -9 and resume, two processes against one. Scripts start in processes of their own, forks
 of a server that has imported torch and the rest already; they train on the bank of test_flame_embed.py.
 """
 
 import dataclasses
-import io
 import random
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import Lazily, ended, finished, in_turn, kill_at, metrics, one_sentence, same, start_two
+from scripts import Lazily, ended, finished, in_turn, kill_at, metrics, same, start_two
 from test_flame_embed import (  # noqa: F401
     EVAL,
     IMAGES,
@@ -159,23 +157,10 @@ def test_facets_are_drawn_anew_and_come_from_the_bank(bank: Path):
     assert torch.equal(raw(pair), embeddings[:1])
 
 
-def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], tiny: list, cli):
-    out = arms["flame"]
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
-    result = finished(cli(*ARMS["flame"], *tiny, "--out", out))
-    assert "nothing to do" in result.out
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()} == before
+# ------------------------------------------------------------------------------------------------ kills, two processes
 
 
-def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path], tiny: list):
-    result = in_process(*ARMS["flame"], *tiny, "--lr", "1e-4", "--out", arms["flame"])
-    assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
-
-
-# --------------------------------------------------------------------------------- kills, two processes, broken shards
-
-
-@pytest.mark.parametrize("arm, workers", [("flame", 0), ("flame", 2), ("clip", 0)])
+@pytest.mark.parametrize("arm, workers", [("flame", 2)])
 def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: Path, arm: str, workers: int):
     out = folder / f"killed-{arm}-{workers}"
     command = [*ARMS[arm], *tiny, "--save-every", "2", "--workers", workers, "--out", out]
@@ -189,7 +174,7 @@ def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: P
         assert same(state[part], expected[part]), (part, kills)
 
 
-@pytest.mark.parametrize("arm, parts", [("flame", 1), ("flame", 2), ("nce", 1), ("nce", 4), ("clip", 1)])
+@pytest.mark.parametrize("arm, parts", [("flame", 2), ("nce", 4)])
 def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str, parts: int):
     """Also with micro-batches. The processes get torchrun's environment variables."""
     out = folder / f"two-{arm}-{parts}"
@@ -199,19 +184,3 @@ def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folde
     a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_broken_shards_are_reported_and_the_run_finishes(tiny: list, cli, folder: Path):
-    mixed = folder / "mixed.tar"
-    with tarfile.open(SHARDS / "00000.tar") as source, tarfile.open(mixed, "w") as target:
-        members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)[:80]
-        for i, member in enumerate(members):
-            content = source.extractfile(member).read()
-            content = {4: b"?", 9: b"", 10: b"?"}.get(i, content)  # an image, a caption, an image
-            member.size = len(content)
-            target.addfile(member, io.BytesIO(content))
-    result = finished(cli("emoji", *tiny, "--data", mixed, "--out", folder / "broken"))
-    reports = [line for line in result.out.splitlines() if "broken samples" in line]
-    assert len(reports) == 3 and all("unreadable image" in line for line in reports)
-    result = cli("emoji", *tiny, "--data", mixed, "--strict", "--out", folder / "strict")
-    assert result.code == 2 and "--strict: sample" in result.err and one_sentence(result.err)

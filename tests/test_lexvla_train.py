@@ -1,10 +1,9 @@
 """Training of every arm, end to end on real emoji shards, with a tiny random language model.
 
-Every arm, kill -9 and resume, two processes against one, broken shards, schedules. Scripts start in
+Every arm, kill -9 and resume, two processes against one, schedules. Scripts start in
 forks of a server that has already imported torch and the rest, which saves time.
 """
 
-import io
 import random
 import shutil
 import tarfile
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, same, start_two
 from short_runs import dinov2, small_corpus
 from test_lexvla_model import check, something_was_compared  # noqa: F401
 from tokenizers import ByteLevelBPETokenizer
@@ -154,13 +153,6 @@ def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
         assert same(*(dict(getattr(image, part).state_dict()) for image in starts))
 
 
-def test_a_finished_run_is_not_run_twice(arms: dict[str, Path], cli, tiny: list[str]):
-    before = (arms["overuse"] / "checkpoint.pt").read_bytes()
-    result = finished(cli("emoji", *tiny, "--out", arms["overuse"]))
-    assert "nothing to do" in result.out
-    assert (arms["overuse"] / "checkpoint.pt").read_bytes() == before
-
-
 @pytest.mark.parametrize("arm, workers", [("overuse", 0), ("whole-models", 2)])
 def test_kill_and_resume_equals_uninterrupted(
     arms: dict[str, Path], start, folder: Path, tiny: list[str], arm: str, workers: int
@@ -206,47 +198,6 @@ def test_a_stream_has_the_vocabulary_of_its_captions(cli, arms: dict[str, Path],
         assert len(metrics(folder / name)) == PER_EPOCH
         found.append(checkpoints.load_checkpoint(folder / name / "checkpoint.pt")["vocab_ids"])
     assert torch.equal(*found)
-
-
-# ------------------------------------------------------------------------------------------------------ broken shards
-
-
-@pytest.fixture(scope="module")
-def broken_shards(folder: Path) -> str:
-    """Two shards: one is cut in the middle of an image, one has a sample with a broken image, one with a broken image
-    and an empty caption, and one without caption."""
-    cut, mixed, half = folder / "cut.tar", folder / "mixed.tar", folder / "half.tar"
-    with tarfile.open(SHARDS / "00000.tar") as source:
-        members = sorted((m for m in source if m.name.endswith((".png", ".txt"))), key=lambda m: m.name)
-        for path, chosen in ((half, members[:128]), (mixed, members[128:256])):
-            with tarfile.open(path, "w") as target:
-                for member in chosen:
-                    target.addfile(member, source.extractfile(member))
-    cut.write_bytes(half.read_bytes()[:40_000])
-    with tarfile.open(mixed, "a") as tar:
-        names = [("bad.png", b"?"), ("bad.txt", b"bad"), ("mute.png", b"?"), ("mute.txt", b""), ("x.png", b"?")]
-        for name, content in names:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return f"{cut}::{mixed}"
-
-
-def test_broken_shards_are_reported_and_the_run_finishes(cli, folder: Path, tiny: list[str], broken_shards: str):
-    options = ["--states", "", "--data", broken_shards, "--dataset-size", "None", "--epochs", "2", "--batch-size", "9"]
-    result = finished(cli("emoji-none", *tiny, *options, "--out", folder / "broken"))
-    reports = [line for line in result.out.splitlines() if "broken samples" in line]
-    assert len(reports) == 2 and all("missing caption" in line and "truncated" in line for line in reports)
-    strict = cli("emoji-none", *tiny, *options, "--strict", "--out", folder / "strict")
-    assert strict.code == 2 and "--strict: sample" in strict.err and one_sentence(strict.err)
-
-
-# ------------------------------------------------------------------------------------------------- command-line errors
-
-
-def test_run_folders_of_other_runs_are_refused(in_process, arms: dict[str, Path], tmp_path: Path, tiny: list[str]):
-    result = in_process("emoji", *tiny, "--lr", "1e-4", "--out", arms["overuse"])
-    assert result.code == 2 and "lr (was 0.001, now 0.0001)" in result.err and one_sentence(result.err)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

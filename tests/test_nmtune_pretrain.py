@@ -1,4 +1,4 @@
-"""Pre-training on noisy labels and captions, in one and two processes, killed and resumed."""
+"""Pre-training on noisy labels and captions, killed and resumed."""
 
 import dataclasses
 import re
@@ -148,13 +148,6 @@ def test_swapped_captions_are_those_of_other_pairs(pairs):
         assert sample.target == opened.caption(int(source)) and sample.noisy == (row != source)
         assert sample.key == opened.keys[row]
     assert 0 < samples.noisy.mean() < 0.5
-
-
-def test_two_processes_equal_one_in_pretraining(in_process, two, tmp_path, pairs):
-    command = [*CLIP, "--data", pairs, "--out"]
-    assert in_process("nmtune.pretrain", *command, tmp_path / "one")[0] == 0
-    two("nmtune.pretrain", *command, tmp_path / "two")
-    assert_equal_runs(tmp_path / "one", tmp_path / "two", "state_dict")
 
 
 @pytest.mark.parametrize("kind, name", [("clip", "ViT-emoji"), ("supervised", "convnext_atto")])
