@@ -82,12 +82,17 @@ def test_only_results_of_the_protocol_and_its_seeds_are_verdicts():
 
 def test_tables_are_made_again_from_logs_to_the_digit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
-    of = study()
-    file = Path("results/paper.json")
+
+    def rounds(found: report.Comparison) -> None:
+        found.arms["rounds"] = [{"ratio": -0.5 + 0.01 * i} for i in range(20)]  # more than seeds, and without folders
+
+    faster = Claim("faster", "2x", "ratio", "rounds", "0", -1, -0.5, True, 0.2, where="here")
+    of, file = study(derive=rounds, claims=(*study().claims, faster)), Path("results/paper.json")
     compare(of, *finished(of, SEEDS), file)
     assert checkpoints.read_json(file)["protocol"] == protocol.digest(of)
     kept = logs.read(logs.beside(file))
-    assert sorted(kept) == ["base", "method"] and [run["seed"] for run in kept["base"]] == list(SEEDS)
+    assert sorted(kept) == ["base", "method", "rounds"] and len(kept["rounds"]) == 20
+    assert [run["seed"] for run in kept["base"]] == list(SEEDS)
     first, run = (json.loads(line) for line in Path("results/logs/paper/base.jsonl").read_text().splitlines()[:2])
     assert first["settings"] == {"lr": 1e-3, "seed": 1000} and set(run["metrics"]) == {"top1"}
     assert len(run["curve"]["loss"]) == len(run["curve"]["zero_shot_top1"]) == logs.POINTS
@@ -95,6 +100,7 @@ def test_tables_are_made_again_from_logs_to_the_digit(tmp_path: Path, monkeypatc
     capsys.readouterr()
     everything.recompute([of])
     summary = checkpoints.read_json(file)
+    assert [row["seeds"] for row in summary["claims"][:2]] == [10, 20] and report.seeds_of(summary).endswith("1009")
     assert report.claims_table(summary) in capsys.readouterr().out
     line = json.loads(Path("results/logs/paper/base.jsonl").read_text().splitlines()[3])
     line["metrics"]["top1"] += 0.2
@@ -133,7 +139,8 @@ def test_pilots_are_kept_with_their_settings(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for settings in ("", "--lr 2", "--lr 2"):
         of = protocol.pilot_of(study(), settings)
-        assert of.arms[1].command == (f"train best --lr 1 {settings}".strip(),) and of.runs != study().runs
+        assert of.arms[1].commands == (f"train best --lr 1 {settings}".strip(),)
+        assert (of.runs == study().runs) == (settings == "")
         if not Path(of.runs).exists():
             compare(of, *finished(of, (100, 101), {"lr": len(settings)}), Path(of.runs, "results.json"))
         protocol.record(of, Path(of.runs, "results.json"), settings)

@@ -50,8 +50,9 @@ def write(study: Any, found: report.Comparison, folder: Path) -> None:
     wanted = needed(study)
     for arm, runs in found.arms.items():
         lines = [{"arm": arm, "setting": found.settings.get(arm), "settings": found.configs.get(arm, {})}]
-        folders = found.folders.get(arm, [None] * len(runs))
-        for at, run, path in zip(found.seeds, runs, folders, strict=False):
+        folders = found.folders.get(arm, [None] * len(runs))  # rounds of timed steps have none
+        seeds = found.seeds if arm in found.folders else range(len(runs))
+        for at, run, path in zip(seeds, runs, folders, strict=True):
             metrics = {key: value for key, value in run.items() if key in wanted and isinstance(value, (int, float))}
             metrics |= {"hits": run["hits"]} if "hits" in run else {}
             lines.append({"seed": at, "metrics": metrics, "curve": curve(path) if path else {}})

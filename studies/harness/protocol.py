@@ -78,12 +78,16 @@ def is_pilot(seeds: Sequence[int]) -> bool:
 
 
 def pilot_of(study: Any, settings: str) -> Any:
-    """The study with settings added to its arms' commands, and with run folders of its own."""
+    """The study with settings added to its arms' commands, run folders of its own, and neither floors nor plots; the
+    study itself without settings."""
+    if not settings:
+        return study
     arms = tuple(
         dataclasses.replace(arm, command=(*arm.commands[:-1], f"{arm.commands[-1]} {settings}".strip()))
         for arm in study.arms
     )
-    return dataclasses.replace(study, arms=arms, pilot=hashed(settings))
+    plain = {"floors": (), "plot": lambda found, out: None}
+    return dataclasses.replace(study, arms=arms, pilot=hashed(settings), **plain)
 
 
 def record(study: Any, results: Path, settings: str) -> None:

@@ -188,7 +188,8 @@ def show(summary: dict, study: Any, path: Path) -> None:
 
 def seeds_of(summary: dict) -> str:
     """The seeds of results; where arms have different numbers of them, as before the protocol, both."""
-    runs = sorted({len(each) for each in by_seed(summary).values()} or {len(summary["seeds"])})
+    found = {len(runs) for arm, runs in by_seed(summary).items() if arm in summary["settings"]}
+    runs = sorted(found or {len(summary["seeds"])})
     fewest, most = (", ".join(map(str, summary["seeds"][:n])) for n in (runs[0], runs[-1]))
     return fewest if len(runs) == 1 else f"{fewest} (some arms up to {most.rpartition(' ')[2]})"
 

@@ -506,7 +506,7 @@ def run(study: Study, options: Options) -> None:
     runs = [study.out(arm.name, seed) for seed in seeds for arm in compared]
     path, results = Path(options.results or f"{study.runs}/results.json"), study.evaluate(runs)
     compare(study, runs, results, path, **more)
-    if study.pilot:
+    if protocol.is_pilot(seeds):
         protocol.record(study, path, options.settings)
 
 
