@@ -161,8 +161,9 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors
 
 
 def named_arms(study: Any, summary: dict) -> str:
-    """`arms_table` of results, with the headings of the study's arms; what is no arm of the study has no row."""
-    named = {study.headings[arm]: values for arm, values in summary["arms"].items() if arm in study.headings}
+    """`arms_table` of results, with the headings that arms had when they were measured."""
+    headings = study.headings | summary.get("headings", {})  # rounds of timed steps have none
+    named = {headings[arm]: values for arm, values in summary["arms"].items() if arm in headings}
     return arms_table(named, study.metrics, summary["floors"])
 
 

@@ -257,6 +257,7 @@ def compare(study: Study, runs: Sequence[str], results: Sequence[dict], path: Pa
     rows = judged(study, found.arms, floors) + study.more_rows(found, **more)
     rows.sort(key=lambda row: not row["primary"])  # primary claims first
     about = {"corpus": study.corpus, "protocol": protocol.digest(study), "floors": floors, "settings": found.settings}
+    about |= {"headings": {arm: study.headings[arm] for arm in found.folders}}
     about |= {"floor_seeds": seeds} if seeds else {}
     minutes = core_minutes(study, found.folders, found.seeds)
     about |= {} if minutes is None else {"core_minutes": minutes}
