@@ -126,7 +126,8 @@ reproduce-all: $(VENV)/.installed-smollm2 $(if $(filter gemma,$(LLM)),$(VENV)/.i
 endif
 
 # ---- checks
-GROUPS  = --dist loadgroup --no-loadscope-reorder  # conftest.py names the groups, and puts slow ones first
+# each file to one process, in the order of conftest.py: those with the most slow tests first
+GROUPS  = --dist loadfile --no-loadscope-reorder
 
 # The lowest versions that pyproject.toml allows; pip keeps them when `make test` installs what is missing.
 lowest: | $(PY)

@@ -16,7 +16,6 @@ leaves alone are named, or matched by a pattern, with the reason in a comment:
 import ast
 import functools
 import os
-import re
 import sys
 import types
 from collections import Counter, defaultdict
@@ -182,22 +181,17 @@ SLOW = {  # fixtures and functions whose users start processes, or train
     *("cli", "start", "forked_exports", "arms", "runs", "chain", "trained"),
     *("in_ranks", "multiprocessing", "subprocess", "look", "looked_at"),
 }
-APART = ("test_faults.py", "test_scale.py")  # their tests of each script are a group
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if (set(item.fixturenames) | set(item.function.__code__.co_names)) & SLOW:
+        item.add_marker("slow")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests. With --dist loadgroup, a file is a group; files with the most slow tests start first."""
-    count = Counter()
-    for item in items:
-        names = set(item.fixturenames) | set(item.function.__code__.co_names)
-        if names & SLOW:
-            item.add_marker("slow")
-        count[item.path] += item.get_closest_marker("slow") is not None
-        given = getattr(item, "callspec", None)
-        script = next(iter(given.params.values()), "") if given and item.path.name in APART else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {script}".strip()))
-    items.sort(key=lambda item: (-count[item.path], str(item.path)))
+    """Files with the most slow tests start first."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], str(item.path)))
 
 
 @pytest.fixture
@@ -281,7 +275,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Collect the measurements of golden and parity tests; processes of pytest-xdist send them in their reports."""
     for kind, about in report.user_properties if report.when == "teardown" else ():
         if kind == "measured":
-            test = about.get("test") or re.split(r"[\[@]", report.nodeid.split("::")[-1])[0].removeprefix("test_")
+            test = about.get("test") or report.nodeid.split("::")[-1].split("[")[0].removeprefix("test_")
             row = {"test": test, "functions": about["functions"], "against": about.get("against", "golden data")}
             rows, key = found_by[about["folder"]], (test, row["against"])
             before = rows.get(key, {})
