@@ -114,9 +114,9 @@ SELECTIONS = {  # selection: (metric to compare `ATTENDED` with, what the paper 
 }
 ROUNDS = "rounds of timed steps"  # stands for an arm; its "seeds" are the rounds of `timing.py`
 ACLIP_STEP, EFF_STEP = "aclip_to_slip", "eff_to_clip"
-SCARCE = "a text names one of three objects, so half of the patches show what it does not say"
-SSL = "one pass over 48,000 scenes, where the paper has 25 epochs of 15M pictures"
-STEP = "64 patches of 6 pixels; the paper's 196 of a ViT-B/16 weigh attention and the EMA pass differently"
+SCARCE = "a caption names one emoji on a textured ground, so half of the patches can show what it does not say"
+SSL = "2,000 scenes seen sixteen times, where the paper has 25 epochs of 15M pictures"
+STEP = "36 patches; the paper's 196 of a ViT-B/16 weigh attention and the EMA pass differently"
 CLAIMS = (  # the paper's numbers: ImageNet zero-shot after training on YFCC15M (README of upstream)
     Claim("attentive 1x50 above random 1x50", "+4.5", ONLINE, "attentive", "random", 1, 4.5, True, 1.0, where=SCARCE),
     Claim("random 1x50 below CLIP", "-2.6", ONLINE, "random", "clip", -1, -2.6, True, 1.0, where=SCARCE),
