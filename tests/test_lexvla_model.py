@@ -1,17 +1,12 @@
-"""LexVLA's functions compared with golden numbers (tests/golden/lexvla/README.md), and tests of their properties.
-
-One golden test per family; everything about a case is read from its file, tolerances are those of the README.
-"""
+"""Properties of LexVLA's functions. Golden numbers are compared in tests/adapters/lexvla.py."""
 
 import math
-import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Case, leaf
+from conftest import leaf
 from scripts import in_ranks
-from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from lexvla import fast, model
@@ -20,298 +15,19 @@ from lexvla.fast import info_nce
 from lexvla.model import (
     ImageEncoder,
     LexVLA,
-    LoRALinear,
     TextEncoder,
     VisualAdapter,
     add_lora,
     contrastive_loss,
     elu1p,
     flops_loss,
-    last_token,
     lexical_map,
-    mean_activation,
     overuse_penalty,
     sparsify,
     total_loss,
 )
-from lexvla.text import bag_of_words, lexical_prompt, refine_vocabulary
 from lexvla.tokens import Precomputed
 from lexvla.towers import with_lora
-from lexvla.train import quadratic_warmup
-
-GRADIENT = dict(rtol=1e-4, atol=1e-6)
-
-
-def check(case: Case, rtol: float = 0.0, atol: float = 0.0, **computed) -> None:
-    """Call `case.close` for each of the computed arrays that the case has."""
-    for name, value in computed.items():
-        if name in case:
-            case.close(name, value, rtol, atol)
-
-
-def check_gradients(case: Case, rtol: float, **computed) -> None:
-    """`check`, with an error of rtol times the largest entry: small entries are differences of large ones."""
-    for name, value in computed.items():
-        if name in case:
-            case.close(name, value, rtol, rtol * torch.as_tensor(case[name]).abs().max().item())
-
-
-@pytest.fixture(autouse=True)
-def something_was_compared(request: pytest.FixtureRequest):
-    case = request.getfixturevalue("case") if "case" in request.fixturenames else None
-    yield
-    if case is not None and case.path.suffix == ".npz":
-        assert case.compared
-
-
-# ---------------------------------------------------------------------------------------------------- golden: the map
-
-
-@pytest.mark.golden("lexvla", "elu1p")
-def test_elu1p(case):
-    x = leaf(case["x"])
-    y = elu1p(x)
-    y.sum().backward()
-    case.close("y", y, rtol=1e-6)
-    case.close("grad", x.grad, rtol=1e-6)
-    check(case, atol=1e-7, rtol=1e-6, vdr_y=y)
-    assert (x.grad[x == 0] == 1).all()
-
-
-def map_gradients(case: Case, pool: bool) -> None:
-    z, codebook = leaf(case["z"]), leaf(case["codebook"])
-    s = lexical_map(z, codebook, pool)
-    case.close("s", s, atol=1e-6)
-    if "w" in case:
-        (s * case["w"]).sum().backward()
-        check(case, **GRADIENT, grad_z=z.grad, grad_codebook=codebook.grad)
-
-
-@pytest.mark.golden("lexvla", "map_text")
-def test_map_text(case):
-    map_gradients(case, pool=False)
-    z, codebook = case["z"], case["codebook"]
-    if "s_bias" in case:
-        case.close("s_bias", lexical_map(z, codebook, bias=case["bias"]), atol=1e-6)
-    if "s_centered" in case:
-        case.close("s_centered", lexical_map(z, codebook - codebook.mean(0)), atol=1e-6)
-
-
-@pytest.mark.golden("lexvla", "map_image")
-def test_map_image(case):
-    map_gradients(case, pool=True)
-    z, codebook = case["z"], case["codebook"]
-    if "s_bias" in case:
-        case.close("s_bias", lexical_map(z, codebook, pool=True, bias=case["bias"]), atol=1e-6)
-    if "s_patch" in case:
-        case.close("s_patch", lexical_map(z, codebook), atol=1e-6)
-    if "s_no_cls" in case:
-        case.close("s_no_cls", lexical_map(z[:, 1:], codebook, pool=True), atol=1e-6)
-
-
-@pytest.mark.golden("lexvla", "map_word")
-def test_map_word(case):
-    codebook, ids = case["codebook"], case["word_ids"]
-    case.close("s", lexical_map(codebook[ids], codebook), atol=1e-6)
-    lm = tiny_lm(vocab_size=len(codebook), hidden_size=codebook.shape[1])
-    lm.lm_head.weight.data.copy_(codebook)
-    case.close("s", TextEncoder(lm, torch.arange(len(codebook))).word(ids), atol=1e-6)
-
-
-@pytest.mark.golden("lexvla", "vdr_image")
-def test_vdr_image(case):
-    s = lexical_map(case["features"], case["codebook"], pool=True)
-    case.close("s", s, atol=1e-6)
-    case.close("embed", sparsify(s, topk=case["topk"]), atol=1e-6)
-
-
-@pytest.mark.golden("lexvla", "sparsify")
-def test_sparsify(case):
-    s = case["s"]
-    by_value = sparsify(s)
-    check(case, s_threshold=by_value, active_threshold=(by_value != 0).sum(-1))
-    check(case, rtol=1e-6, threshold=1 / math.sqrt(s.shape[-1]), atol=0)
-    if "sparsity_threshold" in case:
-        ratio = 1 - (by_value != 0).float().sum(-1).mean() / s.shape[-1]
-        check(case, rtol=1e-6, sparsity_threshold=ratio, splade_sparsity_ratio=ratio)
-        check(case, rtol=1e-6, splade_l0=(by_value != 0).float().sum(-1).mean())
-    if "topk" in case:
-        by_rank = sparsify(s, topk=case["topk"])
-        check(case, s_topk=by_rank, vdr_topk_sparse=by_rank, splade_pruned=by_rank)
-        if "vdr_topk_mask" in case:
-            case.close("vdr_topk_mask", (by_rank != 0).long())
-
-
-# ----------------------------------------------------------------------------------------------------- golden: losses
-
-
-@pytest.mark.golden("lexvla", "penalties")
-def test_penalties(case):
-    for name, loss in (("overuse", overuse_penalty), ("overuse_detached", detached_overuse), ("flops", flops_loss)):
-        s = leaf(case["s"])
-        value = loss(s)
-        value.backward()
-        check_gradients(case, 1e-5, **{f"{name}_grad": s.grad})
-        if name in case:
-            case.close(name, value, rtol=1e-5)
-    if "overuse_weight" in case:
-        case.close("overuse_weight", case["s"].mean(0) / case["s"].mean(0).sum(), rtol=1e-5)
-    check(case, rtol=1e-5, flops=flops_loss(case["s"]), splade_flops=flops_loss(case["s"]))
-
-
-def detached_overuse(s: torch.Tensor) -> torch.Tensor:
-    """The overuse penalty without a gradient through its weight."""
-    m = mean_activation(s)
-    return len(m) * ((m / m.sum()).detach() * m.square()).sum()
-
-
-@pytest.mark.golden("lexvla", "contrastive")
-def test_contrastive(case):
-    s_img, s_txt, scale = leaf(case["s_img"]), leaf(case["s_txt"]), leaf(case["logit_scale"])
-    rtol = 1e-4 if case["logit_scale"] > math.log(50) else 1e-5  # the README's: hidden set at scale 100
-    i2t, t2i = contrastive_loss(s_img, s_txt, scale)
-    loss = i2t + t2i
-    loss.backward()
-    check(case, rtol, loss_i2t=i2t, loss_t2i=t2i, loss=loss, vdr_symmetric_nll=loss / 2)
-    check_gradients(case, rtol, grad_s_img=s_img.grad, grad_s_txt=s_txt.grad, grad_logit_scale=scale.grad)
-
-
-@pytest.mark.golden("lexvla", "total_loss")
-def test_total_loss(case):
-    s_img, s_txt, scale = leaf(case["s_img"]), leaf(case["s_txt"]), leaf(case["logit_scale"])
-    weights = [quadratic_warmup(case["step"], case[f"lambda_{side}"], case["warmup_steps"]) for side in ("img", "txt")]
-    check(case, rtol=1e-5, lambda_img_t=weights[0], lambda_txt_t=weights[1])
-    losses = total_loss(s_img, s_txt, scale, *weights)
-    losses["loss"].backward()
-    check(
-        case,
-        rtol=1e-5,
-        loss=losses["loss"],
-        loss_contrastive=losses["i2t"] + losses["t2i"],
-        overuse_img=losses["overuse_image"],
-        overuse_txt=losses["overuse_text"],
-    )
-    check_gradients(case, 1e-5, grad_s_img=s_img.grad, grad_s_txt=s_txt.grad, grad_logit_scale=scale.grad)
-
-
-# -------------------------------------------------------------------------------------- golden: words, adapter, towers
-
-
-@pytest.mark.golden("lexvla", "prompt")
-def test_prompt(case):
-    for one in case.json["cases"]:
-        assert lexical_prompt(one["caption"]) == one["prompt"]
-
-
-@pytest.mark.golden("lexvla", "last_token")
-def test_last_token(case):
-    for side in ("right", "left"):
-        if f"mask_{side}" in case:
-            case.close(f"z_{side}", last_token(case["hidden"], case[f"mask_{side}"]))
-
-
-@pytest.mark.golden("lexvla", "vocabulary")
-def test_vocabulary(case):
-    counts, special, least = (case.get(name) for name in ("counts", "special_ids", "min_count"))
-    check(case, kept=refine_vocabulary(counts, torch.as_tensor(special).tolist(), least))
-    if "max_size" in case:
-        case.close("kept_max_size", refine_vocabulary(counts, special, least, case["max_size"]))
-
-
-@pytest.mark.golden("lexvla", "bow")
-def test_bow(case):
-    s = bag_of_words(case["token_ids"], case["vocab_ids"])
-    assert max(case["token_ids"].max(), case["vocab_ids"].max()) < case.get("vocab_size", math.inf)
-    check(case, s=s, bow=(s > 0).float(), vdr_bow=(s > 0).float())
-
-
-@pytest.mark.golden("lexvla", "lora")
-def test_lora(case):
-    case.update({name: value.double() for name, value in case.group("").items()})  # as the reference was run
-    linear = nn.Linear(case["weight"].shape[1], len(case["weight"]), bias="bias" in case)
-    linear.weight.data = case["weight"]
-    if "bias" in case:
-        linear.bias.data = case["bias"]
-    lora, x = LoRALinear(linear, len(case["A"]), case["alpha"].item()), leaf(case["x"])
-    lora.A.data = case["A"]
-    lora.B.data = torch.zeros_like(case["B"])
-    check(case, rtol=1e-4, atol=1e-6, y_zero_B=lora(x))
-    lora.B.data = case["B"]
-    y = lora(x)
-    (y * case["w"]).sum().backward()
-    merged = linear.weight + lora.scale * lora.B @ lora.A
-    check(case, **GRADIENT, y=y, grad_A=lora.A.grad, grad_B=lora.B.grad, grad_x=x.grad, merged=merged)
-    assert linear.weight.grad is None
-
-
-def adapter_of(state: dict[str, torch.Tensor], num_heads: int) -> VisualAdapter:
-    hidden, dim = state["proj.fc1.weight"].shape
-    adapter = VisualAdapter(dim, num_heads, hidden, len(state["proj.fc2.weight"]))
-    adapter.load_state_dict(state)
-    return adapter
-
-
-@pytest.mark.golden("lexvla", "adapter")
-def test_adapter(case):
-    z = adapter_of(case.group("param/"), case["num_heads"])(case["y"])
-    tolerance = 1e-4 * case["z"].abs().max().item()
-    check(case, atol=tolerance, z=z, timm_z=z)
-
-
-def as_installed(state: dict[str, torch.Tensor], model: Dinov2Model) -> dict[str, torch.Tensor]:
-    """Weights with transformers' present names -> with those of the installed version, which may be older."""
-    older = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
-    older |= {"o_proj": "output.dense"}
-    if not state.keys() <= model.state_dict().keys():
-        state = {re.sub("[qkvo]_proj", lambda match: older[match[0]], name): array for name, array in state.items()}
-    return state
-
-
-@pytest.mark.golden("lexvla", "image_encoder")
-def test_image_encoder(case):
-    cfg = {name: value.item() for name, value in case.group("cfg/").items()}
-    backbone = Dinov2Model(Dinov2Config(**cfg)).eval()
-    backbone.load_state_dict(as_installed(case.group("param/backbone."), backbone))
-    adapter = adapter_of(case.group("param/adapter."), cfg["num_attention_heads"])
-    encoder, pixels = ImageEncoder(backbone, adapter, case["codebook"]), case["pixel_values"]
-    with torch.no_grad():
-        check(case, atol=2e-5, features=backbone(pixel_values=pixels).last_hidden_state)
-        check(case, atol=2e-5, z=encoder.tokens(pixels), s=encoder(pixels), s_patch=encoder.patches(pixels))
-        if "s_no_cls" in case:
-            patches = encoder.tokens(pixels)[:, 1:]
-            case.close("s_no_cls", lexical_map(patches, case["codebook"], pool=True), atol=2e-5)
-
-
-@pytest.mark.golden("lexvla", "text_encoder")
-def test_text_encoder(case):
-    cfg = {name: value.item() for name, value in case.group("cfg/").items()}
-    cfg = {name: value if name == "rms_norm_eps" else int(value) for name, value in cfg.items()}
-    lm = LlamaForCausalLM(LlamaConfig(**cfg, tie_word_embeddings=bool(case["tied"]))).eval()
-    state = case.group("param/")
-    missing = lm.load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
-    ids, mask = case["input_ids"], case["attention_mask"]
-    encoder, real = TextEncoder(lm, case["vocab_ids"]), mask.bool()
-    case.close("codebook", encoder.codebook)
-    encoder.double()  # as the reference was run: rounding in float32 uses up the tolerance
-
-    def hidden() -> torch.Tensor:
-        return lm.model(ids, attention_mask=mask).last_hidden_state
-
-    with torch.no_grad():
-        for name, suffix in (("hidden_base", "_base"), ("hidden", "")):
-            if not suffix:
-                add_lora(lm, case["lora_rank"], case["lora_alpha"], lora_targets(case)).double()
-                for path, value in case.group("lora/").items():
-                    lm.get_parameter(path).copy_(value)
-            expected, actual = case[name], hidden()
-            torch.testing.assert_close(actual[real], expected[real].double(), rtol=0, atol=3e-5)
-            check(case, atol=3e-5, **{f"z{suffix}": encoder.hidden(ids, mask), f"s{suffix}": encoder(ids, mask)})
-
-
-def lora_targets(case: Case) -> tuple[str, ...]:
-    return tuple(sorted({path.split(".")[-2] for path in case.group("lora/")}))
-
 
 # ---------------------------------------------------------------------------------------------- properties: map, losses
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scripts import one_sentence
-from test_lexvla_model import check, something_was_compared  # noqa: F401
 from test_lexvla_train import ARMS, SCRIPT, SECONDS, SHARDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
 
 from lexvla import plots
@@ -48,15 +47,6 @@ def test_map_of_predicted_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (classes[0, 2] == 1).all() and (predicted[0, 1] == 0.75).all()
     assert (classes[0, 0] == predicted[0, 0]).all() and (classes[2, 0] == predicted[1, 0]).all()
     assert not (classes[0, 0] == classes[2, 0]).all() and (tmp_path / "classes.png").is_file()
-
-
-@pytest.mark.golden("lexvla", "explain")
-def test_explain(case):
-    values, index = plots.explain(case["s_img"], case["s_txt"], case["top_index"].shape[-1])
-    case.close("top_index", index)
-    case.close("top_value", values, atol=1e-7)
-    check(case, atol=1e-7, contribution=case["s_img"] * case["s_txt"])
-    check(case, atol=1e-6, similarity=(case["s_img"] * case["s_txt"]).sum(-1))
 
 
 @pytest.mark.parametrize("arm", ["overuse", "bow"])

@@ -15,7 +15,6 @@ import pytest
 import torch
 from scripts import ROOT, SHARDS, Lazily, ended, finished, kill_at, metrics, same, start_two
 from short_runs import dinov2, small_corpus
-from test_lexvla_model import check, something_was_compared  # noqa: F401
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     LlamaConfig,
@@ -26,7 +25,6 @@ from transformers import (
 from lexvla import config, train
 from lexvla import text as texts
 from lexvla.towers import create_model
-from lexvla.train import learning_rate, quadratic_warmup
 from shared import checkpoints, data, run
 from studies import lexvla_dense
 
@@ -215,18 +213,6 @@ def small_set(folder: Path) -> Path:
         for member in members:
             small.addfile(member, tar.extractfile(member))
     return target
-
-
-@pytest.mark.golden("lexvla", "schedules")
-def test_schedules(case):
-    if "lambda_t" in case:
-        value, steps = case["lambda_final"], case["lambda_warmup"]
-        weights = [quadratic_warmup(t, value, steps) for t in case["lambda_steps"].tolist()]
-        check(case, rtol=1e-6, lambda_t=weights, splade_lambda_t=weights)
-    if "lr" in case:
-        base, total, warmup = (case[name] for name in ("lr_base", "lr_total", "lr_warmup"))
-        lrs = [learning_rate(step, base, total, warmup) for step in case["lr_steps"].tolist()]
-        check(case, rtol=1e-6, lr=lrs, openclip_lr=lrs)
 
 
 class Captions(list):

@@ -39,7 +39,7 @@ def test_part(request, part, stem, table):
         assert values.keys() >= set(Case(kept)), f"{kept} has more names: {sorted(set(Case(kept)) - values.keys())}"
     case.path = kept
     name, functions = f"{type(part).__name__}: {stem}", part.functions.split()
-    measured(request, case, functions, test=name, against="the authors' code")
+    measured(request, case, functions, test=name, against=getattr(adapter, "AGAINST", "the authors' code"))
     gaps = [f"{case.largest[kind]:.1e}" if kind in case.largest else "-" for kind in ("values", "gradients")]
     table.rows.append([name, part.authors, part.functions, *gaps, f"{case.error[0]:.2g} of it", "-", "ok"])
     folder = request.config.getoption("write_golden")
