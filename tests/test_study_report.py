@@ -62,31 +62,6 @@ def test_a_protocol_says_all_of_each_primary_claim(on: str, paper: str):
         assert {claim.method, claim.baseline.partition(":")[0]} - {"0", "rounds of timed steps"} <= arms, claim
 
 
-def sentences(page: str, mark: str) -> str:
-    """Text of a page below a generated table, up to the next section, without code, pictures and commands."""
-    text = page.split(f"<!-- /{mark} -->\n", 1)[1].split("\n## ", 1)[0]
-    return re.sub(r"`[^`]*`|!\[[^\]]*\]\([^)]*\)|\]\([^)]*\)|^    .*$", "", text, flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.json")), ids=lambda file: file.stem)
-def test_sentences_about_results_name_rows_and_hold_no_numbers(file: Path):
-    """*Emphasis* names a row or column of the tables above; only the tables have numbers."""
-    summary = checkpoints.read_json(file)
-    said = sentences((ROOT / file.stem / "README.md").read_text(), "claims")
-    said += sentences(file.with_suffix(".md").read_text(), "results")
-    plain = re.sub(r"\*([^*]+)\*", "", said)
-    assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
-    tables = [(runner.study_of(file.stem), summary)]
-    if (photographs := ROOT / f"results/photos/{file.name}").is_file():
-        tables.append((runner.study_of(file.stem, "photos"), checkpoints.read_json(photographs)))
-    known: set[str] = set()
-    for study, found in tables:
-        known |= {row["claim"] for row in found["claims"]} | set(found["headings"].values())
-        known |= set(found["floors"]) | set(study.metrics.values())
-    named = {" ".join(name.split()) for name in re.findall(r"\*([^*]+)\*", said)}
-    assert named and named <= known, sorted(named - known)
-
-
 def test_damaged_results_are_refused(tmp_path: Path):
     whole = checkpoints.read_json(ROOT / "results/nmtune.json")
     arm, metrics = next(iter(whole["arms"].items()))
