@@ -40,7 +40,7 @@ from studies.bench import (
 from studies.bench.baselines import baseline_rows
 from studies.bench.open_clip_loop import open_clip_loop
 from studies.harness.report import with_means
-from tests.parity import test_attentive_mask_clip as parity
+from tests.adapters import attentive_mask_clip as parity
 
 UNSCALED = torch.amp.GradScaler(enabled=False)
 
