@@ -9,7 +9,7 @@ import pytest
 import small_models  # noqa: F401  (the models named test)
 import torch
 from PIL import Image
-from test_attentive_mask_clip_model import attention_as_in_training, model_of  # noqa: F401
+from test_attentive_mask_clip_model import attention_as_in_training  # noqa: F401
 from test_corpora_scenes import SETTING, bank, built, config, corpus  # noqa: F401
 
 from attentive_mask_clip import kept

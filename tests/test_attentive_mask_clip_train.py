@@ -6,7 +6,6 @@ of a server that has imported torch and the rest already, which saves 4 seconds 
 
 import dataclasses
 import random
-import re
 import shutil
 import sys
 from pathlib import Path
