@@ -1,8 +1,6 @@
 """Files of concepts and scores; matching names of counts with names of scores: equal, respelled, renamed."""
 
-import itertools
 import json
-import re
 
 import pytest
 
@@ -16,34 +14,6 @@ from concept_frequency.concepts import (
     read_descriptions,
     scores_of,
 )
-
-# Ports of upstream code that nothing here runs, for the golden cases that record it
-
-
-def case_variants(name: str) -> list[str]:
-    """Lower-case and Capitalised words in all combinations. U:src/image_search_matches_inverted_index.py:10."""
-    return ["_".join(words) for words in itertools.product(*((w.lower(), w.capitalize()) for w in name.split()))]
-
-
-def prompts_with_concept(prompts: list[str], words: list[str]) -> dict[str, list[int]]:
-    """Prompts with a word or, by a prefix rule, its plural. U:src/text_to_image_experiments/utils.py:29."""
-    plain = [" " + re.sub(r"[^\w\s]", "", prompt) + " " for prompt in prompts]
-    found = {word: [i for i, p in enumerate(plain) if f" {word} " in p or f" {word}s" in p] for word in words}
-    return {word: rows for word, rows in found.items() if rows}
-
-
-@pytest.mark.golden("concept_frequency", "case_variants")
-def test_case_variants(case):
-    assert {name: case_variants(name) for name in case.json} == case.json
-
-
-@pytest.mark.golden("concept_frequency", "t2i_concepts")
-def test_t2i_concepts(case):
-    """Scores of a concept's prompts (utils.py:71) are those of its rows in the table of scores."""
-    found = prompts_with_concept(case["prompts"], case["words"])
-    assert found == case["indices"]
-    scores = {word: [case["scores"][i] for i in rows if i < len(case["scores"])] for word, rows in found.items()}
-    assert {word: rows or None for word, rows in scores.items()} == case["aggregated"]
 
 
 def test_files_of_concepts(tmp_path):

@@ -6,57 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 from scripts import ROOT, one_sentence
 from short_runs import small_set
-from test_concept_frequency_model import both
 from test_concept_frequency_train import EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
 from concept_frequency import evaluate
-from concept_frequency.concepts import caption_concepts, read_concepts
+from concept_frequency.concepts import read_concepts
 from concept_frequency.curve import read_scores
-from concept_frequency.evaluate import concept_recall, per_class_accuracy
 from shared import checkpoints
-from shared.zeroshot import build_classifier
-
-
-@pytest.mark.golden("concept_frequency", "zero_shot")
-def test_zero_shot(case):
-    prompts = case["prompt_embeddings"]  # (C, T, D); class c in template t is row c T + t
-    numbers, templates = [str(c) for c in range(len(prompts))], [f"{{c}} {t}" for t in range(prompts.shape[1])]
-
-    def tokens(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[int(number) for number in text.split()] for text in texts])
-
-    def encode(rows: torch.Tensor) -> torch.Tensor:
-        return prompts[rows[:, 0], rows[:, 1]]
-
-    classifier = build_classifier(encode, tokens, numbers, templates, 256, torch.device("cpu"), torch.float32)
-    case.close("classifier", classifier, atol=1e-5)
-    features = F.normalize(case["image_features_raw"], dim=-1)
-    case.close("image_features", features, atol=1e-5)
-    logits = 100 * features @ classifier
-    case.close("logits", logits, atol=1e-4)
-    case.close("predictions", case["logits"].argmax(dim=1))  # of the file's: rounding decides between equal classes
-    percent, per_class = per_class_accuracy(case["logits"], case["labels"])
-    case.close("accuracy_percent", [percent], atol=1e-5)
-    case.close("per_class_accuracy_percent", per_class, atol=1e-5)
-
-
-@pytest.mark.golden("concept_frequency", "retrieval")
-def test_retrieval(case):
-    case, truth = both(case)
-    images, texts = case["image_embeddings"], case["text_embeddings"]
-    found = caption_concepts(truth["docs"], captions_per_image=len(texts) // len(images))
-    assert found.names == sorted(truth["concepts"])
-    assert found.to_images == truth["concept_to_images"] and found.to_texts == truth["concept_to_texts"]
-    recalls = [concept_recall(images, texts, found, k) for k in case["k"].tolist()]
-    case.close("text_to_image_recall", [r[0] for r in recalls], atol=1e-6)
-    case.close("image_to_text_recall", [r[1] for r in recalls], atol=1e-6)
-    for k, (_, _, t2i, i2t) in zip(case["k"].tolist(), recalls, strict=True):
-        assert t2i == pytest.approx(truth["conceptwise_text_to_image"][str(k)], abs=1e-6)
-        assert i2t == pytest.approx(truth["conceptwise_image_to_text"][str(k)], abs=1e-6)
 
 
 def test_scores_are_written_the_authors_layout(arms, tmp_path):

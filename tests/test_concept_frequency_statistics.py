@@ -1,11 +1,10 @@
-"""Curves, null distributions, slopes and properties of counts: golden cases and properties."""
+"""Curves, null distributions, slopes and properties of counts."""
 
 import math
 
 import numpy as np
 import pytest
-from conftest import Case
-from scipy import sparse, stats
+from scipy import sparse
 
 from concept_frequency import statistics
 from concept_frequency.statistics import (
@@ -15,57 +14,6 @@ from concept_frequency.statistics import (
     misalignment_degrees,
     permutation_null,
 )
-
-SLICES = {
-    "inner": slice(1, -1),
-    "laion": slice(2, -1),
-    "synth": slice(0, -4),
-    "tail": slice(3, None),
-    "last4": slice(-4, None),
-    "all": slice(None),
-}
-
-
-def as_upstream(curve: statistics.Curve) -> statistics.Curve:
-    """Fill empty bins with 0, like upstream's arrays of fixed size."""
-    return curve._replace(mean=np.nan_to_num(curve.mean), std=np.nan_to_num(curve.std))
-
-
-# dataset_id: a curve pools the concepts of all data sets
-@pytest.mark.golden("concept_frequency", "loglinear", unused=("dataset_id",))
-def test_log_linear(case):
-    curve = log_linear_curve(case["counts"], case["scores"], case["num_bins"].item())
-    case.close("bin_counts", curve.size)
-    assert np.isnan(curve.mean[curve.size == 0]).all()
-    if "bin_index" in case:
-        case.close("bin_index", curve.index)
-    failed = bool(case.get("upstream_failed", "exp_bins" not in case))
-    assert failed == ("exp_bins" not in case)
-    if failed:
-        return
-    case.close("exp_bins", curve.position, rtol=1e-5, atol=1e-5)
-    fixed = as_upstream(curve)
-    case.close("cum_means", fixed.mean, rtol=1e-5, atol=1e-5)
-    case.close("cum_stds", fixed.std, rtol=1e-5, atol=1e-5)
-    for name, bins in SLICES.items():
-        if f"pearson_{name}" in case:
-            case.close(f"pearson_{name}", correlation(fixed, bins), rtol=1e-5, atol=1e-5)
-        if f"line_{name}" in case:
-            line = stats.linregress(np.log(fixed.position[bins]), fixed.mean[bins])
-            case.close(f"line_{name}", [line.slope, line.intercept], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.golden("concept_frequency", "human_eval_curve")
-def test_human_eval_curve(case):
-    curve = log_linear_curve(case["bucket_centers"], case["bucket_accuracy"], case["num_bins"].item())
-    check_people_curve(case, as_upstream(curve))
-
-
-def check_people_curve(case: Case, curve: statistics.Curve) -> None:
-    case.close("log_bins", np.log(curve.position), rtol=1e-5, atol=1e-5)
-    case.close("cum_means", curve.mean, rtol=1e-5, atol=1e-5)
-    case.close("cum_stds", curve.std, rtol=1e-5, atol=1e-5)
-    case.close("pearson", correlation(curve), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.golden("concept_frequency", "published_curves")
