@@ -527,12 +527,13 @@ class TagHead(Part):
         descriptions, log_scale = unit(6, 5, 512), torch.tensor(math.log(1 / 0.07))
         made = {"image_proj": nn.Linear(24, 512), "wordvec_proj": nn.Linear(512, 64), "kv": nn.Linear(512, 64)}
         made["fc"] = nn.Linear(64, 1)
+        made["fc"].weight.data *= 20  # spreads the probabilities
         state = {f"{name}.{key}": x for name, linear in made.items() for key, x in linear.state_dict().items()}
         state |= {"label_embed": descriptions.flatten(0, 1), "reweight_scale": log_scale}
         found = {
             "image_tokens": torch.randn(3, 7, 24),
             "label_embeddings": descriptions,
-            "threshold": torch.tensor([0.53]),
+            "threshold": torch.tensor([0.165]),
         }
         return found | prefixed("param/", state)
 
