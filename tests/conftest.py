@@ -96,7 +96,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 def measured(request: pytest.FixtureRequest, case: Case, functions: set[str], **more) -> None:
     """Add a case's largest differences to the report, and those of a committed file to the summary."""
-    if case.fresh or case.path.is_relative_to(DEFAULT):
+    if case.largest and (case.fresh or case.path.is_relative_to(DEFAULT)):
         about = {"folder": case.path.parent.name, "functions": sorted(functions), **case.largest, **more}
         request.node.user_properties.append(("measured", about))
     if not case.fresh and case.compared:
