@@ -149,7 +149,7 @@ def test_the_index_of_tars_is_kept_and_images_are_read_alone(tmp_path, images, m
     first = datasets.open_labelled(f"{tmp_path}/set:train", tmp_path / "cache")
     again = datasets.open_labelled(f"{tmp_path}/set:train", tmp_path / "cache")
     assert len(made) == 1 and again.labels.tolist() == list(labels) and again.fingerprint == first.fingerprint
-    rchar = lambda: int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])  # noqa: E731
+    rchar = lambda: int(Path("/proc/thread-self/io").read_text().split("rchar: ")[1].split()[0])  # noqa: E731
     again.read(0)
     before, nothing = rchar(), rchar()
     for row in range(len(again)):
