@@ -1,4 +1,4 @@
-"""python -m tinyclip.eval: scores compared with the authors' numbers, costs, and the metrics of a run folder."""
+"""python -m tinyclip.eval: costs, and the metrics of a run folder."""
 
 import json
 import shutil
@@ -9,12 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
-from scripts import mean_of_templates, one_sentence, same
+from scripts import one_sentence, same
 from short_runs import small_set
-from test_tinyclip_model import variants
 from test_tinyclip_train import SHARDS, TINY, folder  # noqa: F401
 
-from shared import zeroshot
 from tinyclip import config, train
 from tinyclip import eval as evaluation
 from tinyclip.model import create_model, load_clip
@@ -25,35 +23,7 @@ def sets(folder: Path) -> tuple[str, ...]:
     return tuple(small_set(name, folder / "sets") for name in ("groups_id", "retrieval_xm_en"))
 
 
-# ----------------------------------------------------------------------------------------------------- scores and costs
-
-
-@pytest.mark.golden("tinyclip", "zero_shot")
-def test_zero_shot(case):
-    classifier = mean_of_templates(case["text_features"])
-    case.close("classifier", classifier, atol=1e-5)
-    logits = 100 * case["image_features_norm"] @ classifier
-    case.close("logits", logits, atol=1e-4)
-    ranks = zeroshot.label_ranks(logits, case["target"])
-    case.close("top1", (ranks < 1).double().mean(), atol=1e-5)
-    case.close("topk", (ranks < case["k"].tolist()[-1]).double().mean(), atol=1e-5)
-
-
-@pytest.mark.golden("tinyclip", "retrieval_metrics")
-def test_retrieval_metrics(case):
-    """Ranks from 1 and recalls from 0 to 1 of one caption an image, upstream's `get_metrics`."""
-    for v in variants(case):
-        image, text = case[f"{v}/image"], case[f"{v}/text"]
-        ranks = zeroshot.retrieval_ranks(image, text, torch.arange(len(image)))
-        recalls = zeroshot.recall_metrics(*ranks)
-        checked = {f"{v}/image", f"{v}/text"}
-        for way, rank in zip(("image_to_text", "text_to_image"), ranks, strict=True):
-            case.close(f"{v}/{way}_mean_rank", rank.double().mean() + 1, atol=1e-5)
-            case.close(f"{v}/{way}_median_rank", rank.double().quantile(0.5).floor() + 1, atol=1e-5)
-            for k in (1, 5, 10):
-                case.close(f"{v}/{way}_R@{k}", recalls[f"{way}_R@{k}"] / 100, atol=1e-5)
-            checked |= {f"{v}/{way}_{name}" for name in ("mean_rank", "median_rank", "R@1", "R@5", "R@10")}
-        assert checked == {name for name in case if name.startswith(f"{v}/")}
+# ---------------------------------------------------------------------------------------------------------------- costs
 
 
 def test_linear_probe():

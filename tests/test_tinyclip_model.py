@@ -1,8 +1,4 @@
-"""Losses, towers and weights from files, against the numbers of the authors' code and beyond them.
-
-Their numbers are described in tests/golden/tinyclip/README.md. Everything about a golden case is read from its file;
-tolerances are those of the README.
-"""
+"""Losses, towers and weights from files. tests/adapters/tinyclip.py compares them with the authors' numbers."""
 
 import re
 from pathlib import Path
@@ -12,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
-from conftest import Case, leaf
 from PIL import Image
 from scripts import ROOT, in_ranks, same
 
 from shared import checkpoints
 from shared.clip import set_grad_checkpointing
 from shared.run import gather
-from tinyclip.geometry import CONFIGS, convert_state_dict, geometry_of_weights
+from tinyclip.geometry import CONFIGS, geometry_of_weights
 from tinyclip.masks import L0Mask, prune
 from tinyclip.model import (
     CLIP,
@@ -70,123 +65,6 @@ def example(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 3, 16, 16), tokens
 
 
-def variants(case: Case) -> list[str]:
-    return sorted({name.partition("/")[0] for name in case})
-
-
-def close_relative(case: Case, name: str, actual) -> None:
-    """Tolerance 1e-5 of the array's largest entry, or 1e-6 if the gradient is only rounding (student equals
-    teacher)."""
-    case.close(name, actual, atol=max(1e-5 * torch.as_tensor(case[name]).abs().max().item(), 1e-6))
-
-
-def head_widths(state: dict, case: Case | None = None) -> tuple[int, int]:
-    """Head widths (image, text), which shapes do not determine: 8 from the README, or those of the case's masks."""
-    widths = []
-    for tower, prefix in (("image", "visual."), ("text", "")):
-        loga, qkv = (
-            state.get(f"{tower}_mask.heads_loga"),
-            state.get(f"{prefix}transformer.resblocks.0.attn.in_proj_bias"),
-        )
-        widths.append(8 if loga is None or qkv is None else len(qkv) // (3 * loga.shape[1]))
-    return tuple(widths)
-
-
-def towers(state: dict) -> dict:
-    return {key: value for key, value in state.items() if "mask." not in key}
-
-
-def clip_of(state: dict, quick_gelu: bool = False, **changes) -> CLIP:
-    """The CLIP with the weights of a state dict in OpenAI's layout."""
-    shape = geometry_of_weights(towers(state), head_widths(state))
-    shape["vision"] |= changes
-    model = CLIP(**shape, quick_gelu=quick_gelu)
-    model.load_state_dict(towers(state))
-    return model
-
-
-# --------------------------------------------------------------------------------------------------------------- losses
-
-
-def unit_features(case: Case, v: str) -> tuple:
-    student = [leaf(case[f"{v}/{name}"]) for name in ("image", "text", "scale")]
-    return student, [case[f"{v}/teacher_{name}"] for name in ("image", "text", "scale")]
-
-
-def close_gradients(case: Case, prefix: str, student: list) -> None:
-    for name, value in zip(("image", "text", "scale"), student, strict=True):
-        close_relative(case, f"{prefix}/grad_{name}", value.grad)
-
-
-@pytest.mark.golden("tinyclip", "affinity_loss")
-def test_affinity_loss(case):
-    for v in variants(case):
-        student, teacher = unit_features(case, v)
-        i2t, t2i = affinity_mimicking_loss(*student, *teacher)
-        loss = (i2t + t2i) / 2
-        loss.backward()
-        for name, value in (("loss_i2t", i2t), ("loss_t2i", t2i), ("loss", loss)):
-            close_relative(case, f"{v}/{name}", value)
-        close_gradients(case, v, student)
-
-
-@pytest.mark.golden("tinyclip", "clip_loss")
-def test_clip_loss(case):
-    for v in variants(case):
-        student = [leaf(case[f"{v}/{name}"]) for name in ("image", "text", "scale")]
-        loss = clip_loss(*student)
-        loss.backward()
-        close_relative(case, f"{v}/loss", loss)
-        close_gradients(case, v, student)
-
-
-@pytest.mark.golden("tinyclip", "distill_loss_mix")
-def test_distill_loss_mix(case):
-    for prefix in sorted({name.rpartition("/")[0] for name in case if name.endswith("/loss")}):
-        v, _, setting = prefix.rpartition("/")
-        alpha, weight = map(float, re.fullmatch(r"alpha(.+)_weight(.+)", setting).groups())
-        student, teacher = unit_features(case, v)
-        with torch.no_grad():
-            i2t, t2i = affinity_mimicking_loss(*student, *teacher)
-            for name, value in (
-                ("soft", alpha * weight * (i2t + t2i) / 2),
-                ("hard", (1 - alpha) * weight * clip_loss(*student)),
-            ):
-                if f"{prefix}/{name}" in case:
-                    close_relative(case, f"{prefix}/{name}", value)
-        loss = distillation_loss(*student, *teacher, alpha=alpha, weight=weight)
-        loss.backward()
-        close_relative(case, f"{prefix}/loss", loss)
-        close_gradients(case, prefix, student)
-
-
-def losses_of_rank(rank: int, world: int, inputs: dict) -> dict:
-    rows = slice(rank * len(inputs["image"]) // world, (rank + 1) * len(inputs["image"]) // world)
-    results = {}
-    for hard in (False, True):
-        image, text, scale = leaf(inputs["image"][rows]), leaf(inputs["text"][rows]), leaf(inputs["scale"])
-        if hard:
-            loss = clip_loss(image, text, scale, gather)
-            loss.backward()
-            results |= {"hard_loss": loss.detach(), "hard_grad_image": image.grad, "hard_grad_text": text.grad}
-        else:
-            teacher = inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]
-            i2t, t2i = affinity_mimicking_loss(image, text, scale, *teacher, gather)
-            loss = (i2t + t2i) / 2
-            loss.backward()
-            results |= {"loss_i2t": i2t.detach(), "loss_t2i": t2i.detach(), "loss": loss.detach()}
-            results |= {"grad_image": image.grad, "grad_text": text.grad, "grad_scale": scale.grad}
-    return results
-
-
-@pytest.mark.golden("tinyclip", "affinity_loss_distributed")
-def test_affinity_loss_distributed(case, tmp_path):
-    world = len({name.partition("/")[0] for name in case if name.startswith("rank")})
-    inputs = {name: case[name] for name in case if not name.startswith("rank")}
-    for rank, results in enumerate(in_ranks(losses_of_rank, world, tmp_path, world, inputs)):
-        case.close_group(f"rank{rank}/", results, atol=1e-5)
-
-
 def test_a_student_like_its_teacher_is_left_with_the_entropy():
     image, text = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
     i2t, _ = affinity_mimicking_loss(image, text, 5.0, image, text, 5.0)
@@ -229,74 +107,6 @@ def test_equal_captions_of_two_processes(tmp_path):
     tokens = torch.tensor([[1, 9], [2, 9], [1, 9], [3, 9], [2, 9], [1, 9]])
     parts = in_ranks(equal_captions_of_rank, 2, tmp_path, 2, tokens)
     assert torch.equal(torch.cat(parts), equal_captions(tokens)) and parts[1].sum() == 3
-
-
-# --------------------------------------------------------------------------------------------------------------- towers
-
-
-def pooling_widths(state: dict) -> list[int]:
-    """Possible head widths of a ResNet's attention pool; cases do not state them, so the best fit is used."""
-    pool = state.get("visual.attnpool.c_proj.weight")
-    return [64] if pool is None else [width for width in (8, 16, 32, 64, 128) if pool.shape[1] % width == 0]
-
-
-def close_scaled(case: Case, name: str, actual) -> None:
-    """Tolerance 1e-5, relative to the largest entry if that exceeds 1: features of 400 have a resolution of 3e-5."""
-    case.close(name, actual, atol=1e-5 * max(1.0, case[name].abs().max().item()))
-
-
-@pytest.mark.golden("tinyclip", "forward_vit", "forward_vit_quickgelu", "forward_resnet")
-def test_forward(case):
-    state = convert_state_dict(case.group("param/"))
-    options = {"image_size": case["image"].shape[-1]}
-    quick_gelu = "quickgelu" in case.path.name
-
-    def error(model: CLIP) -> float:
-        with torch.no_grad():
-            return (model.eval().encode_image(case["image"]) - case["image_features"]).abs().max().item()
-
-    candidates = [{"head_width": width} for width in pooling_widths(state)] if "visual.conv3.weight" in state else [{}]
-    model = min((clip_of(state, quick_gelu, **options, **option) for option in candidates), key=error).eval()
-    with torch.no_grad():
-        features = model.encode_image(case["image"]), model.encode_text(case["text"])
-        unit = *model(case["image"], case["text"])[:2], model.logit_scale.exp()
-    for name, value in zip(("image_features", "text_features"), features, strict=True):
-        close_scaled(case, name, value)
-        case.close(f"{name}_norm", F.normalize(value, dim=-1), atol=1e-5)
-    case.close("image_features_norm", unit[0], atol=1e-5)
-    case.close("text_features_norm", unit[1], atol=1e-5)
-    case.close("logit_scale_exp", unit[2], atol=1e-5)
-    torch.testing.assert_close(model.encode_text(case["text"], normalize=True), unit[1])
-    if "train/image_features" in case:
-        model.train()
-        with torch.no_grad():
-            close_scaled(case, "train/image_features", model.encode_image(case["image"]))
-        buffers = convert_state_dict(case.group("train_buffers/"))
-        names = dict(zip(buffers, case.group("train_buffers/"), strict=True))
-        for name in buffers:
-            case.close(f"train_buffers/{names[name]}", model.state_dict()[name], atol=1e-5)
-
-
-@pytest.mark.golden("tinyclip", "param_counts")
-def test_param_counts(case):
-    for name in variants(case):
-        embed_dim, image_size, width, patch, text_width, heads, layers, context, vocab, *depth = case[
-            f"{name}/config"
-        ].tolist()
-        vision = {"image_size": image_size, "width": width, "head_width": 64}
-        vision |= {"patch_size": patch, "layers": depth[0]} if patch else {"layers": depth}
-        text = {"context_length": context, "vocab_size": vocab, "width": text_width, "heads": heads, "layers": layers}
-        if name in CONFIGS:
-            assert CONFIGS[name] == {"embed_dim": embed_dim, "vision": vision, "text": text}
-        with torch.device("meta"):
-            model = CLIP(embed_dim, vision, text)
-        counts = parameter_counts(model)
-        case.close(f"{name}/total", counts["total"])
-        case.close(f"{name}/image", counts["image"])
-        case.close(f"{name}/image_buffers", sum(b.numel() for b in model.visual.buffers()))
-        case.close(f"{name}/text_with_token_embedding", counts["text_with_token_embedding"])
-        case.close(f"{name}/token_embedding", model.token_embedding.weight.numel())
-        case.close(f"{name}/text_transformer", sum(p.numel() for p in model.transformer.parameters()))
 
 
 def test_the_text_tower_starts_as_openais():

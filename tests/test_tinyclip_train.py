@@ -7,10 +7,8 @@ Scripts start in forks of a server that has imported torch and the rest already.
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import random
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,21 +19,19 @@ import pytest
 import torch
 import tyro
 from conftest import Case, Watch
-from PIL import Image
 from scripts import SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
 from short_runs import small_set
-from test_tinyclip_masks import masks_of
-from test_tinyclip_model import clip_of, example, pooling_widths, tiny
+from test_tinyclip_model import example, tiny
 
 from shared import accumulate, checkpoints, run
 from shared.corpus import open_corpus
+from tests.adapters.tinyclip import clip_of, masks_of, pooling_widths
 from tinyclip import config, train
-from tinyclip.config import RESNET, Config
+from tinyclip.config import Config
 from tinyclip.geometry import CONFIGS, convert_state_dict
 from tinyclip.inheritance import initialise_student
 from tinyclip.masks import L0Mask
 from tinyclip.model import CLIP, Student, distillation_loss, load_clip
-from tinyclip.train import image_transform, learning_rate
 
 SCRIPT, SECONDS = "tinyclip.train", 90
 PROCESS = run.Process(0, 1, torch.device("cpu"))
@@ -68,59 +64,6 @@ def masked(clip: CLIP) -> Student:
 def stepped(student, features, images, tokens, step, optimizers, cfg, parts=1):
     network = accumulate.micro_batches(student, parts)
     return train.train_step(network, features, images, tokens, step, optimizers, run.grad_scaler(cfg, PROCESS), cfg)
-
-
-@pytest.mark.golden("tinyclip", "lr_schedules")
-def test_lr_schedules(case):
-    for name in case:
-        kind, v, what = name.split("/")
-        if what != "lr":
-            continue
-        base, warmup, total = case[f"cosine/{v}/base_warmup_total"].tolist()
-        warmup, total, steps = int(warmup), int(total), range(len(case[name]))
-        if kind == "cosine":
-            cfg = Config(lr=base, warmup=warmup, steps=total)
-            case.close(name, [learning_rate(cfg, step) for step in steps], rtol=1e-6)
-        elif kind == "after_prune":
-            expected = case[name][warmup:].double()
-            cfg = Config(lr=base, warmup=1, steps=total, masks=True, prune_step=warmup)
-            actual = torch.tensor([learning_rate(cfg, s) for s in steps[warmup:]], dtype=torch.double)
-            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
-        else:  # of the masks: constant; at `prune_step` they are cut out
-            torch.testing.assert_close(case[name][:warmup], torch.full_like(case[name][:warmup], Config().mask_lr))
-
-
-@pytest.mark.golden("tinyclip", "optimizer_groups")
-def test_optimizer_groups(case):
-    for masked, groups in (("masked" in name, case[name]) for name in case):
-        names = convert_state_dict({name: torch.tensor(0) for name in groups})
-        upstream = dict(zip(names, groups, strict=True))
-
-        def depth(pattern: str, names=names) -> int:
-            return 1 + max((int(m[1]) for name in names if (m := re.match(pattern + r"\.(\d+)\.", name))), default=-1)
-
-        vision = {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8}
-        vision["layers"] = depth(r"visual\.transformer\.resblocks")
-        if not vision["layers"]:
-            stages = [depth(rf"visual\.layer{i}") for i in (1, 2, 3, 4)]
-            vision = {"image_size": 32, "width": 8, "head_width": 8, "layers": stages}
-        layers = depth(r"transformer\.resblocks")
-        text = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": layers}
-        clip = CLIP(8, vision, text)
-        recipe = Config() if isinstance(vision["layers"], int) else RESNET
-        student = Student(clip, *[L0Mask.of(clip.geometry[t]) for t in ("vision", "text")] if masked else [])
-        optimizers = train.make_optimizers(student, recipe)
-        of = {id(p): (o, g) for o in optimizers if o is not None for g in o.param_groups for p in g["params"]}
-        ours = {n.removeprefix("clip."): of[id(p)] for n, p in student.named_parameters()}
-        assert ours.keys() == names.keys()
-        for name, (optimizer, group) in ours.items():
-            expected = groups[upstream[name]]
-            assert (optimizer is optimizers.masks) == (expected["optimizer"] == 3)
-            settings = [*group["betas"], group["eps"], group["lr"], group["weight_decay"]]
-            assert settings == pytest.approx([*expected["betas_eps"], expected["lr"], expected["weight_decay"]])
-        assert [g["weight_decay"] for g in optimizers.weights.param_groups] == [0.0, 0.2]
-        if masked:
-            assert [g["lr"] for g in optimizers.masks.param_groups] == [0.02, -0.02] * 2
 
 
 def stage_of(case: Case) -> tuple[Config, list]:
@@ -324,25 +267,6 @@ def test_a_masked_step_does_not_wait(watch: Watch):
 
 
 # -------------------------------------------------------------------------------------------------- images and captions
-
-
-@pytest.mark.golden("tinyclip", "preprocess_val")
-def test_preprocess_val(case):
-    transform = image_transform(case["resolution"])
-    for name in case:
-        if name.endswith("image_hwc_uint8"):
-            image = Image.fromarray(case[name].numpy().astype(np.uint8))
-            case.close(name.replace("image_hwc_uint8", "out"), transform(image), atol=1e-5)
-
-
-# json: the texts of a .json are tokenized with its .npz, which is a case of its own
-@pytest.mark.golden("tinyclip", "tokenizer", unused=("json",))
-def test_tokenizer(case):
-    if case.path.suffix == ".json":  # the texts of the .npz beside it, which the next case tokenizes
-        assert case.path.with_name(case.path.name.replace("_texts.json", ".npz")).exists()
-        return
-    texts = json.loads(case.path.with_name(f"{case.path.stem}_texts.json").read_text(encoding="utf-8"))
-    case.close("tokens", open_clip.SimpleTokenizer(context_length=case["context_length"])(texts))
 
 
 def test_features_that_are_computed_once_are_those_of_each_step(embedded_corpus: None, tmp_path: Path):

@@ -20,7 +20,7 @@ from studies import tinyclip as study
 from studies.bench import arguments, at_least, attention, bench, print_row, race, step_row
 from studies.bench.baselines import baseline_rows
 from studies.bench.open_clip_loop import open_clip_loop
-from tests.parity import test_tinyclip as parity
+from tests.adapters import tinyclip as parity
 from tinyclip import model, train
 from tinyclip.config import PRESETS, Config
 from tinyclip.eval import macs, throughput
@@ -58,7 +58,7 @@ def masked_step(up, batch: int, length: tuple[int, int], repetitions: int, what:
     `train_step`."""
     shape = CONFIGS["ViT-B-32"]
     cfg = Config(masks=True, target_sparsity=0.5, sparsity_warmup=1, precision="fp32")
-    theirs, student = parity.twins(up, shape["vision"], shape["text"], shape["embed_dim"], masks=True)
+    theirs, student = parity.twins(up, shape["vision"], shape["text"], shape["embed_dim"], masked=True)
     for mask in student.masks:
         mask.clamp_()
     teacher, own = parity.twins(up, shape["vision"], shape["text"], shape["embed_dim"])

@@ -626,7 +626,9 @@ class Forward(Part):
         for name in ("ACLIP.forward", "ACLIP.keep_ids", "simclr_head", "byol_head", "SyncBatchNorm1d")
     )
     authors = "models.py:472"
-    tolerances = {"grad/*": (1e-4, 1e-4), "*_scores": (0, 1e-6), "*_removed": (0, 0), "*": (0, 2e-5)}
+    tolerances = {
+        "grad/*": (1e-4, 1e-4), "loss*": (5e-6, 2e-5), "*_scores": (0, 1e-6), "*_removed": (0, 0), "*": (0, 2e-5),
+    }  # fmt: skip
     mask = "attentive"
 
     def inputs(self, n, momentum):
