@@ -717,7 +717,7 @@ class TrainSteps(Part):
     files = {"train_steps": dict(steps=4)}
     functions = "attentive_mask_clip.train.train_step"
     authors = "main.py:291"
-    tolerances = {"losses": (1e-5, 1e-6), "*": (0, 5e-6)}
+    tolerances = {"losses": (1e-5, 5e-6), "*": (0, 5e-6)}
     names = "loss simclr_loss im_byol_loss contra_loss_1 contra_loss_2 clip_acc".split()
     # the true gradient is 0, as that of keys' biases: there AdamW turns rounding errors into steps
     before_batch_norm = re.compile(r"final/image_mlp\.(layer[12]\.bias|bn[12]\.running_mean)")
