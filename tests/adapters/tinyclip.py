@@ -1199,10 +1199,9 @@ class WholeImage(Part):
 
 
 class Tokenizer(Part):
-    """open_clip's tokenizer, which `main` uses."""
+    """open_clip's tokenizer, which train.py's `main` uses: no function of the README's map."""
 
     files = {"tokenizer": {}}
-    functions = "tinyclip.train.main"
     authors = "open_clip/tokenizer.py:159"
 
     def inputs(self):
