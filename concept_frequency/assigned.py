@@ -23,7 +23,7 @@ from shared.clip import image_side
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.run import stable_hash
-from shared.views import NOISE, small_views
+from shared.views import NOISE, SmallView
 from shared.zeroshot import build_classifier, label_ranks, per_class_accuracy
 
 SIDE = 64  # pixels of the images kept in memory
@@ -279,10 +279,10 @@ def frequency_row(cfg: Config) -> tuple[str, str]:
 
 def plain_view(size: int) -> Callable[[Image.Image], Tensor]:
     """The image transform of evaluation, image -> (3, size, size): the view with noise 0.5, the whole image."""
-    plain = torch.full((1, NOISE), 0.5)
+    view, plain = SmallView(size, *STATISTICS), torch.full((1, NOISE), 0.5)
 
     def transform(image: Image.Image) -> Tensor:
-        return small_views(small(image)[None], plain, size, *STATISTICS)[0]
+        return view.normalise([small(image)[None], plain])[0]
 
     return transform
 
@@ -325,13 +325,12 @@ def zero_shot(
     model.eval()
     dtype = run.DTYPES[run.resolve_precision(precision, device)]
     classifier = build_classifier(model.encode_text, tokenizer, list(names), ["{c}"], batch_size, device, dtype)
-    seen = torch.rand(num_views, NOISE, generator=torch.Generator().manual_seed(0))
-    seen[0] = 0.5
-    hits = []
-    for view in seen:
+    noise = torch.rand(num_views, NOISE, generator=torch.Generator().manual_seed(0))
+    noise[0] = 0.5
+    view, hits = SmallView(image_side(model), *STATISTICS), []
+    for of_view in noise:
         for rows in torch.arange(len(test.labels)).split(batch_size):
-            noise = view.expand(len(rows), NOISE)
-            x = small_views(test.images[rows], noise, image_side(model), *STATISTICS).to(device)
+            x = view.normalise([test.images[rows].to(device), of_view.expand(len(rows), NOISE).to(device)])
             with run.autocast(precision, device):
                 features = F.normalize(model.encode_image(x).float(), dim=-1).cpu()
             hits.append(label_ranks(features, test.labels[rows], classifier) < 1)

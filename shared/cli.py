@@ -236,9 +236,13 @@ def command_line(main: Callable[[], Any]) -> None:
             raise
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader has ended, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-        sys.exit(1)
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # its reader has ended, as in `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+            sys.exit(1)
+        raise  # another pipe
     except Exception as error:
         if os.environ.get("PAPER_CLIPS_TRACEBACK") or (text := explained(error)) is None:
             raise

@@ -70,4 +70,5 @@ class SmallView:
     def normalise(self, batch: Sequence[Tensor]) -> Tensor:
         """[squares (B, 3, H, H) uint8, noise (B, NOISE)] -> views (B, 3, S, S)."""
         pixels, noise = batch
-        return small_views(pixels, noise, self.size, *(values.to(pixels.device) for values in self.statistics))
+        self.statistics = tuple(values.to(pixels.device) for values in self.statistics)  # copied once
+        return small_views(pixels, noise, self.size, *self.statistics)

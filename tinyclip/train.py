@@ -346,16 +346,16 @@ def main(cfg: Config) -> Path | None:
     side = image_side(student.clip)
     tokenizer = RememberingTokenizer(open_clip.SimpleTokenizer(context_length=student.clip.context_length))
     view, whole_image = training_view(cfg, side), image_transform(side)
-    crops = cfg.augmentation != "none"
+    varied = cfg.augmentation != "none"
     text = lambda pair: tokenizer(pair.caption)[0]  # noqa: E731
-    corpus = open_corpus(cfg, process, text, cut_padding=True, side=2 * side if crops else side)
+    corpus = open_corpus(cfg, process, text, cut_padding=True, side=2 * side if varied else side)
     cfg, per_epoch = cfg.in_steps(corpus.steps), corpus.steps
     digest = digest_of(teacher)
     folder.start(first, cfg.steps, len(corpus), data=corpus.fingerprint, teacher=digest)
     if process.main and not folder.resumed:  # it may be of an earlier run, whose checkpoint.pt was removed
         (folder.path / "model.pt").unlink(missing_ok=True)
     known = None
-    if teacher is not None and cfg.keep_in_memory and not crops:
+    if teacher is not None and cfg.keep_in_memory and not varied:
         known = teacher_features(teacher, corpus, view, cfg)
 
     def contents(done: int) -> dict:

@@ -71,18 +71,9 @@ def read(folder: Path) -> dict[str, list[dict]]:
 def recompute(study: Any, results: Path) -> str:
     """Tables of arms and claims from the logs. UserError if they differ from the tables of the results file."""
     summary, kept = report.read_results(results, study.paper), read(beside(results))
-    study = study.made(summary) if study.made else study
+    study = study.as_in(summary)
     arms = {arm: [line["metrics"] for line in kept[arm]] for arm in summary["arms"] if arm in kept}
-    bars = [(each.arms, summary["floors"][each.name]) for each in study.floors
-            if each.name in summary["floors"] and not each.ceiling]  # fmt: skip
-    rows = verdicts.judged(study.claims, arms, bars)
-    judged = {row["claim"] for row in rows}
-    rows += [row for row in summary["claims"] if row["claim"] not in judged]  # not testable here
-    again = summary | {
-        "claims": sorted(rows, key=lambda row: not row["primary"]),
-        "arms": {arm: {key: report.spread([run[key] for run in runs]) for key in runs[0]
-                       if key != "hits" and all(key in run for run in runs)} for arm, runs in arms.items()},
-    }  # fmt: skip
+    again = summary | {"claims": report.rows_again(study, summary, arms), "arms": report.spreads(arms)}
     texts = [f"{report.named_arms(study, each)}\n\n{report.claims_table(each)}" for each in (summary, again)]
     if texts[0] != texts[1]:
         pairs = zip(*(text.splitlines() for text in texts), strict=False)

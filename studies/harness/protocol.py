@@ -64,7 +64,7 @@ def digest(study: Any) -> str:
 
 def standing(study: Any, summary: dict) -> str:
     """What the numbers of results are by the current protocol: a key of STANDING."""
-    study = study.made(summary) if study.made else study
+    study = study.as_in(summary)
     if summary.get("protocol") != digest(study):
         return "exploratory"
     return "verdict" if set(study.seeds) <= set(summary["seeds"]) else "replication"

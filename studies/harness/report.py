@@ -14,7 +14,8 @@ from shared.checkpoints import FREE, load_checkpoint, read_json, write_text
 from shared.errors import UserError
 from shared.evaluation import table
 from shared.run import machine
-from studies.harness.verdicts import VERDICTS, shown
+from studies.harness import verdicts
+from studies.harness.verdicts import VERDICTS, Arms, shown
 
 # ------------------------------------------------------------------------------------------------ runs of several seeds
 
@@ -31,6 +32,33 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
     return {"mean": mean, "std": math.sqrt(variance), "values": list(values)}
+
+
+def spreads(arms: Arms) -> dict[str, dict[str, dict]]:
+    """{arm: {metric: its `spread`}} of the metrics that are numbers and that all runs of an arm have."""
+    return {
+        arm: {
+            metric: spread([run[metric] for run in runs])
+            for metric, value in runs[0].items()
+            if isinstance(value, (int, float)) and all(metric in run for run in runs)
+        }
+        for arm, runs in arms.items()
+    }
+
+
+def judged(study: Any, arms: Arms, floors: dict[str, dict[str, float]]) -> list[dict]:
+    """Rows of the study's claims about the metrics of arms by seed, with these measured floors."""
+    bars = [(floor.arms, floors[floor.name]) for floor in study.floors if floor.name in floors and not floor.ceiling]
+    return verdicts.judged(study.claims, arms, bars)
+
+
+def rows_again(study: Any, summary: dict, arms: Arms) -> list[dict]:
+    """Rows of the claims of results, judged from the metrics of arms by seed where these suffice, else as they are;
+    primary claims first."""
+    rows = judged(study, arms, summary["floors"])
+    known = {row["claim"] for row in rows}
+    rows += [row for row in summary["claims"] if row["claim"] not in known]
+    return sorted(rows, key=lambda row: not row["primary"])
 
 
 class Comparison(NamedTuple):
@@ -90,14 +118,7 @@ def results(paper: str, found: Comparison, claims: Sequence[dict], **more: Any) 
         "date": date.today().isoformat(),
         "commit": ", ".join(sorted(found.commits)),
         **more,
-        "arms": {
-            arm: {
-                metric: spread([run[metric] for run in runs])
-                for metric, value in runs[0].items()
-                if isinstance(value, (int, float)) and all(metric in run for run in runs)
-            }
-            for arm, runs in found.arms.items()
-        },
+        "arms": spreads(found.arms),
         "claims": list(claims),
     }
 

@@ -29,7 +29,7 @@ from shared import cli, evaluation
 from shared.checkpoints import read_json, write_json
 from shared.errors import UserError
 from shared.run import QUIET, cores
-from studies.harness import logs, protocol, report, verdicts
+from studies.harness import logs, protocol, report
 from studies.harness.floors import Floor
 from studies.harness.verdicts import Claim
 
@@ -145,6 +145,10 @@ class Study:
         """Folder of the runs; pilots have their own."""
         return f"runs/{self.home}/pilots/{self.pilot}" if self.pilot else f"runs/{self.home}"
 
+    def as_in(self, summary: dict) -> "Study":
+        """The study as it made these results."""
+        return self.made(summary) if self.made else self
+
     @property
     def headings(self) -> dict[str, str]:
         return {arm.name: arm.heading for arm in self.arms}
@@ -219,12 +223,6 @@ def measured_floors(study: Study, path: Path, found: report.Comparison) -> tuple
     return evaluation.measured(f"studies.{study.folder}", kept, setting, sources, measure), seeds
 
 
-def judged(study: Study, arms: verdicts.Arms, floors: dict[str, dict[str, float]]) -> list[dict]:
-    """Rows of the study's claims about the metrics of arms by seed, with these measured floors."""
-    bars = [(floor.arms, floors[floor.name]) for floor in study.floors if floor.name in floors and not floor.ceiling]
-    return verdicts.judged(study.claims, arms, bars)
-
-
 def judged_again(study: Study, summary: dict) -> dict:
     """Results, judged again from their numbers by the study's current claims and rules; the same if only rounding
     differs, since versions of SciPy round quantiles differently.
@@ -232,13 +230,10 @@ def judged_again(study: Study, summary: dict) -> dict:
     Other rows are kept, since judging them may need the runs. All rows are kept if the study lacks a floor
     of the results: without it, an arm that is not above that floor could count as learned.
     """
-    study = study.made(summary) if study.made else study
+    study = study.as_in(summary)
     if not set(summary["floors"]) <= {floor.name for floor in study.floors}:
         return summary
-    rows = judged(study, report.by_seed(summary), summary["floors"])
-    known = {row["claim"] for row in rows}
-    rows += [row for row in summary["claims"] if row["claim"] not in known]
-    rows.sort(key=lambda row: not row["primary"])
+    rows = report.rows_again(study, summary, report.by_seed(summary))
     was, now = (
         json.loads(json.dumps(each), parse_float=lambda digits: round(float(digits), 9))
         for each in (summary["claims"], rows)
@@ -254,7 +249,7 @@ def compare(study: Study, runs: Sequence[str], results: Sequence[dict], path: Pa
     found = report.compare_runs(runs, results, study.headings)
     study.derive(found)
     floors, seeds = measured_floors(study, path, found)
-    rows = judged(study, found.arms, floors) + study.more_rows(found, **more)
+    rows = report.judged(study, found.arms, floors) + study.more_rows(found, **more)
     rows.sort(key=lambda row: not row["primary"])  # primary claims first
     about = {"corpus": study.corpus, "protocol": protocol.digest(study), "floors": floors, "settings": found.settings}
     about |= {"headings": {arm: study.headings[arm] for arm in found.folders}}
