@@ -238,7 +238,7 @@ def command_line(main: Callable[[], Any]) -> None:
             sys.stdout.flush()
     except BrokenPipeError:
         try:
-            sys.stdout.flush()
+            print(flush=True)  # what was printed before may be lost, so that a flush alone does not fail
         except BrokenPipeError:  # its reader has ended, as in `--help | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
             sys.exit(1)
