@@ -281,7 +281,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     if shown:
         images, alpha = (tensor.to(process.device) for tensor in shown)
         flat |= {f"kept/{key}": value for key, value in evaluate_kept(path, model, images, alpha, cfg).items()}
-    return {name: value for name, value in flat.items() if not math.isnan(value)}
+    return evaluation.without_nan(flat)
 
 
 def evaluate_sets(

@@ -8,7 +8,6 @@ reads raw patch features. Text embeddings are kept beside the bank; the LLM is l
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +45,7 @@ from flame.zeroshot import (
 )
 from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
+from shared.pictures import by_picture, of_pictures
 from shared.probes import Probe, fit
 from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import owners, percent, retrieval_ranks
@@ -109,18 +109,21 @@ def retrieval_recall(
     B:metrics/zeroshot_retrieval.py; with one text an image and k = 1, the argmax of U:training/eval_urban_1k.py:123.
     """
     to_text, to_image = retrieval_ranks(image, text, torch.as_tensor(text_image_index))
-    recalls = {f"image_retrieval_recall@{k}": (to_image < k).float().mean().item() for k in ks}
-    return recalls | {f"text_retrieval_recall@{k}": (to_text < k).float().mean().item() for k in ks}
+    recalls = {f"image_retrieval_recall@{k}": (to_image < k).double().mean().item() for k in ks}
+    return recalls | {f"text_retrieval_recall@{k}": (to_text < k).double().mean().item() for k in ks}
 
 
 def retrieval(
     features: Tensor, captions: Sequence[Sequence[str]], texts: TextFeatures, multi: bool
 ) -> dict[str, float]:
     """R@1, 5, 10 both ways in percent, and R@1 of chance; features (I, D), captions of each image."""
-    embeds = texts([caption for each in captions for caption in each], multi)
-    recalls = retrieval_recall(features, embeds, owners(captions))
+    embeds, owner = texts([caption for each in captions for caption in each], multi), owners(captions)
+    recalls = retrieval_recall(features, embeds, owner)
     names = {"image_retrieval_recall": "text_to_image_R", "text_retrieval_recall": "image_to_text_R"}
     named = {names[key.split("@")[0]] + "@" + key.split("@")[1]: 100 * value for key, value in recalls.items()}
+    to_text, to_image = (100 * (ranks < 1) for ranks in retrieval_ranks(features, embeds, owner))
+    scores = zip(BOTH_WAYS, (to_text, of_pictures(to_image, owner, len(features))), strict=True)
+    named |= {key: text for metric, of_each in scores for key, text in by_picture(metric, of_each).items()}
     return named | {"chance": 100 / len(features)}
 
 
@@ -297,7 +300,7 @@ def measure(model: nn.Module, texts: TextFeatures, cfg: Config, device, dtype: t
         flat |= languages(model, texts, cfg, device, dtype)
     if cfg.probe:
         flat |= probe_metrics(model, cfg, device, dtype)
-    return {name: value for name, value in flat.items() if not math.isnan(value)}
+    return evaluation.without_nan(flat)
 
 
 def multilingual_imagenet(

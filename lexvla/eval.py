@@ -7,7 +7,6 @@ penalty should reduce. PatchDis is in patchdis.py, pictures are in plots.py.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +24,7 @@ from lexvla.towers import eval_transform, normalize, patch_side
 from shared import checkpoints, cli, evaluation, export, run
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.pictures import by_picture, of_pictures
 from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import (
     classification_metrics,
@@ -91,7 +91,7 @@ def retrieval_recall(sim: Tensor, image_of_text: Tensor, ks: Sequence[int]) -> t
     and counting them as hits would reward empty representations.
     """
     both = retrieval_ranks_from_scores(sim, image_of_text)
-    return tuple(torch.stack([(ranks < k).float().mean() for k in ks]) for ranks in both)
+    return tuple(torch.stack([(ranks < k).double().mean() for k in ks]) for ranks in both)
 
 
 def sparsity_sweep(
@@ -111,8 +111,15 @@ def sweep_levels(words: int) -> list[int]:
 
 
 def retrieval(s_img: Tensor, s_txt: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """R@1/5/10 both ways and their mean, in percent."""
-    return named_recalls(torch.cat(retrieval_recall(s_img @ s_txt.T, image_of_text, KS)))
+    """R@1/5/10 both ways and their mean, in percent; of small sets the mean also by picture."""
+    sim = s_img @ s_txt.T
+    found = named_recalls(torch.cat(retrieval_recall(sim, image_of_text, KS)))
+    shares = [
+        100 * torch.stack([ranks < k for k in KS]).double().mean(0)
+        for ranks in retrieval_ranks_from_scores(sim, image_of_text)
+    ]
+    scores = (shares[0] + of_pictures(shares[1], image_of_text, len(s_img))) / 2
+    return found | by_picture("mean_recall", scores)
 
 
 def named_recalls(recalls: Tensor) -> dict[str, float]:
@@ -252,7 +259,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         found, maps = measure(patches, seen(s_class), images, cfg.background, device=device)
         flat |= {f"patchdis/{name}": value for name, value in found.items()}
         plot_class_maps(maps, names, Path(path) / "classes.png")
-    return {name: value for name, value in flat.items() if not math.isnan(value)}
+    return evaluation.without_nan(flat)
 
 
 def evaluated(path: str, cfg: Config, process: run.Process, evaluate_run: Callable = evaluate_run) -> dict[str, float]:

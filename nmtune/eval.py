@@ -28,6 +28,7 @@ from nmtune.features import RunFeatures
 from nmtune.model import create_model, head_from, read_head, transformed
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.errors import UserError
+from shared.pictures import by_picture
 
 CENTRES = ("none", "sample", "sample+feature")
 
@@ -106,9 +107,14 @@ def pmk_accuracy(
 
 
 def accuracies(name: str, logits: Tensor, labels: Tensor, groups: list[list[int]] | None) -> dict[str, float]:
-    """{"NAME/top1", "NAME/balanced"} in per cent; `groups` of trained classes are projected onto the test's classes."""
+    """{"NAME/top1", "NAME/balanced"} in per cent, of small sets top1 also by picture; `groups` of trained classes are
+    projected onto the test's classes."""
     logits = logits if groups is None else project_logits(logits, groups)
-    return {f"{name}/top1": 100 * accuracy(logits, labels), f"{name}/balanced": 100 * balanced_accuracy(logits, labels)}
+    found = {
+        f"{name}/top1": 100 * accuracy(logits, labels),
+        f"{name}/balanced": 100 * balanced_accuracy(logits, labels),
+    }
+    return found | by_picture(f"{name}/top1", 100 * (logits.argmax(dim=1) == labels))
 
 
 @torch.no_grad()
@@ -214,8 +220,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     folder = Path(path)
     metrics, spectra = (zero_shot_metrics(path, cfg, process), {}) if cfg.sets else evaluate_run(path, cfg, process)
     checkpoints.write_json(folder / "results.json", {"metrics": metrics})
-    rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-    (folder / "results.md").write_text(evaluation.table(rows) + "\n")
+    (folder / "results.md").write_text(evaluation.all_numbers(metrics) + "\n")
     if spectra:
         plot_spectra(spectra, folder / "spectra.png")
     print(f"{path}:\n\n{evaluation.tables(metrics, {})}\n\nall metrics: {folder / 'results.md'}\n", flush=True)

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from nmtune.datasets import SIZES
 from nmtune.eval import accuracy, test_metrics
 from nmtune.features import Bank, BankLoader, RunFeatures, hold_out, read_features, reduced, split_encoder
 from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed, zero_shot_weights
-from shared import cli, data, run
+from shared import cli, data, pictures, run
 from shared.errors import UserError
 
 RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (1e-4, 1e-2, 1e-1, 1.0)  # candidates of `choose`
@@ -145,7 +144,7 @@ def mean_over_heads(cfg: Config, head: nn.Module, source: RunFeatures) -> dict[s
         of_seed = dataclasses.replace(cfg, seed=seed)
         other = tuned_head(of_seed, source.bank, len(source.classnames), source.views, process.device)
         found.append(head_metrics(other, source))
-    return {metric: float(np.mean([each[metric] for each in found])) for metric in found[0]}
+    return {metric: pictures.mean([each[metric] for each in found]) for metric in found[0]}
 
 
 def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:

@@ -6,7 +6,6 @@ and upstream's checkpoint files (`--model RN50`), and the embedded corpus or any
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +31,7 @@ from shared import checkpoints, cli, evaluation, export, run
 from shared.clip import image_side
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.pictures import by_picture
 from shared.probes import nearest_neighbour, sgd_probe
 from shared.zeroshot import (
     encode_texts,
@@ -98,10 +98,11 @@ def linear_probe(
     """SGD probe on *unnormalised* z: 100 epochs, lr 0.1, cosine, batch 1024. U:training/evaluations/linear_eval.py:12.
 
     As upstream, no shuffling. Upstream reports `best`, the best test top-1 of all epochs; `final` is the last epoch's.
-    Returns both in percent, and the final weight (C, E) and bias (C,). `init` sets the initial weight and bias.
+    Returns both in percent, the final weight (C, E) and bias (C,), and the `hits` (N,) of `best`. `init` sets the
+    initial weight and bias.
     """
     probe = sgd_probe(train_x, train_y, test_x, test_y, init=init)
-    return {"best": probe.best, "final": probe.final, "weight": probe.weight, "bias": probe.bias}
+    return {name: getattr(probe, name) for name in ("best", "final", "weight", "bias", "hits")}
 
 
 def logistic_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, C: float = 0.316) -> float:
@@ -248,6 +249,7 @@ def evaluate_run(
         test_x, test_y = features(folder, "test")
         probe = linear_probe(train_x, train_y, test_x, test_y)
         flat |= {f"{label}/probe_{key}": probe[key] for key in ("best", "final")}
+        flat |= by_picture(f"{label}/probe_best", 100 * probe["hits"])
         if cfg.logistic:
             flat[f"{label}/probe_logistic"] = logistic_probe(train_x, train_y, test_x, test_y)
         flat[f"{label}/nearest"] = nearest_neighbour(train_x, train_y, test_x, test_y)
@@ -261,7 +263,7 @@ def evaluate_run(
             model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype
         )
         flat |= feature_statistics(F.normalize(images, dim=-1), F.normalize(first, dim=-1))
-    return {name: value for name, value in flat.items() if not math.isnan(value)}, shown  # NaN: top-5 of four classes
+    return evaluation.without_nan(flat), shown
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,11 +174,21 @@ def measured_run(
         if lines:
             metrics["seconds"] = lines[-1]["seconds"]
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"metric": key, "value": f"{value:.3f}"} for key, value in metrics.items()]
-        write_text(folder / "results.md", table(rows) + "\n")
+        write_text(folder / "results.md", all_numbers(metrics) + "\n")
         return metrics
 
     return measured(paper_of(cfg), folder / "results.json", setting, sources, measure_and_show)
+
+
+def all_numbers(metrics: dict[str, Any]) -> str:
+    """Markdown table of all metrics that are numbers."""
+    numbers = {key: value for key, value in metrics.items() if not isinstance(value, str)}
+    return table([{"metric": key, "value": f"{value:.3f}"} for key, value in numbers.items()])
+
+
+def without_nan(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without those that are not defined, such as top-5 of four classes."""
+    return {key: value for key, value in metrics.items() if isinstance(value, str) or not math.isnan(value)}
 
 
 def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:

@@ -23,6 +23,7 @@ class Probe(NamedTuple):
     final: float  # test top-1 after the last epoch, in percent
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
+    hits: Tensor  # (N,) bool: test samples that the best epoch gets right
     weight_decay: float
 
 
@@ -78,8 +79,9 @@ def fit(
     shuffle: bool,
     seed: int,
     by_step: bool,
-) -> tuple[float, float, Tensor, Tensor]:
-    """Train with cross-entropy, also on a short last batch -> best and final test top-1, weight (C, D), bias (C,).
+) -> tuple[float, float, Tensor, Tensor, Tensor]:
+    """Train with cross-entropy, also on a short last batch -> best and final test top-1, weight (C, D), bias (C,), and
+    the hits (N,) of the best epoch.
 
     The learning rate is a cosine to 0, by step or by epoch. Test labels that are not in the training set are misses.
     """
@@ -89,6 +91,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(train_x) / batch_size)
     best = final = 0.0
+    hits = torch.zeros(len(test_y), dtype=torch.bool)
     for epoch in range(epochs):
         order = torch.randperm(len(train_x), generator=generator).to(train_x.device) if shuffle else None
         for step in range(steps):
@@ -103,5 +106,6 @@ def fit(
             parts = chunks(len(test_x), len(bias))
             predictions = torch.cat([F.linear(test_x[rows], weight, bias).argmax(dim=1) for rows in parts])
         final = percent(predictions == test_y)
-        best = max(best, final)
-    return best, final, weight.detach(), bias.detach()
+        if final > best:
+            best, hits = final, predictions == test_y
+    return best, final, weight.detach(), bias.detach(), hits

@@ -482,7 +482,9 @@ class RunFolder:
             self.loss = values["loss"]
         elif self.total:
             shown = "".join(
-                f", {name} {value:.4g}" for name, value in values.items() if name not in ("epoch", "episode")
+                f", {name} {value:.4g}"
+                for name, value in values.items()
+                if name not in ("epoch", "episode") and not isinstance(value, str)
             )
             say(f"{self.path}: step {step:,} of {self.total:,}{shown}", self.process)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.pictures import by_picture
 from shared.run import autocast, counting, progress
 
 CHUNK = 2**24  # 64 MB of float32
@@ -250,7 +251,8 @@ def evaluate(
 
     model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is put into eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
-    `retrieval_metrics` over all captions. UserError if two sets have the same folder name.
+    `retrieval_metrics` over all captions. UserError if two sets have the same folder name. Small classification sets
+    also have top1 by picture (see `shared.pictures`).
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
     """
     sets = [EvalSet(folder, transform) for folder in set_dirs]  # all opened first, so that errors come early
@@ -279,6 +281,8 @@ def evaluate(
                 results[eval_set.name] = {"mean_average_precision": mean_average_precision(scores, targets)}
             else:
                 results[eval_set.name] = classification_metrics(features, targets, classifier)
+                hits = label_ranks(features, targets, classifier) < 1
+                results[eval_set.name] |= by_picture("top1", 100 * hits)
     finally:
         for module in training:  # others, such as frozen towers, stay in eval mode
             module.training = True

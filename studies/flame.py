@@ -601,6 +601,7 @@ def study(llm: str) -> Study:
         evaluate=evaluate,
         derive=derive,
         metrics=METRICS,
+        small=(SCENES_TO_IMAGE, OTHER_TO_TEXT),
         sets=(*NEW_SETS, *ZERO_SHOT_SETS, *LONG_SETS),
         floors=FLOORS,
         claims=claims(llm),

@@ -26,7 +26,7 @@ from flame.zeroshot import (
     tokenizer_of,
     trained_texts,
 )
-from shared import checkpoints, run
+from shared import checkpoints, pictures, run
 from shared.evalsets import EvalSet
 from shared.evaluation import measured_run
 from studies.flame_banks import MINILM, centred, load_minilm
@@ -105,7 +105,7 @@ def language_means(found: dict[str, dict[str, float]], groups: dict[str, Sequenc
     Groups without languages, or with a language that `found` lacks, are left out.
     """
     return {
-        prefix + metric: sum(found[language][metric] for language in languages) / len(languages)
+        prefix + metric: pictures.mean([found[language][metric] for language in languages])
         for prefix, languages in groups.items()
         if languages and found.keys() >= set(languages)
         for metric in found[languages[0]]
@@ -142,7 +142,8 @@ def measure_run(
     found = {}
     for folder in languages:
         metrics = retrieval(folder, language_gallery, less_common(texts), False)
-        found[Path(folder).name.rpartition("_")[2]] = {key: metrics[key] for key in (*evaluation.BOTH_WAYS, "chance")}
+        kept = (*evaluation.BOTH_WAYS, *(way + pictures.SUFFIX for way in evaluation.BOTH_WAYS), "chance")
+        found[Path(folder).name.rpartition("_")[2]] = {key: metrics[key] for key in kept if key in metrics}
     flat |= {f"language_{each}/{way}": found[each][way] for each in found for way in evaluation.BOTH_WAYS}
     return flat | language_means(found, all_and_other(found))
 

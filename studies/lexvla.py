@@ -465,6 +465,7 @@ STUDY = Study(
     alone=True,
     derive=derive,
     metrics=METRICS,
+    small=(RECALL, ON_NEW, SHARED, ALL),
     sets=SETS,
     floors=FLOORS,
     claims=CLAIMS,
@@ -582,6 +583,7 @@ PHOTOS = Study(
         PRESENT: "... present classes",
         "seconds": "seconds",
     },
+    small=(ALL,),
     sets=(photos.RETRIEVAL,),
     floors=(
         *photos.floors_on(photos.RETRIEVAL, of=f"EfficientNet-Lite0 at {SIDE} pixels, as in the arms,", side=SIDE),

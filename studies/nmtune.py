@@ -38,7 +38,7 @@ from nmtune.eval import accuracy, project_logits
 from nmtune.features import Bank, encode_set, read_features, subset_per_class
 from nmtune.model import create_model, timm_transforms
 from nmtune.train import tuned_head
-from shared import checkpoints, probes, run
+from shared import checkpoints, pictures, probes, run
 from shared.errors import UserError
 from shared.evaluation import measured
 from studies.harness import floors, photos, runner, verdicts
@@ -125,7 +125,7 @@ def compared_metrics(folder: Path) -> dict[str, float]:
     if (folder / "study.json").is_file():
         return encoder_metrics(folder)
     found = head_accuracies(folder)
-    return {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", "ood")}
+    return pictures.renamed(found, "id/top1", "blackbox/id") | {"blackbox/ood": found["ood/top1"]}
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -293,7 +293,7 @@ def over_levels(arms: dict[str, list[dict]]) -> None:
     spectrum and accuracy (of three levels or more), and means of the heads' metrics as "levels/HEAD/METRIC"."""
     levels, heads = [runs for arm, runs in arms.items() if arm.startswith("sup-")], tuple(f"{head}/" for head in HEADS)
     for clean, *runs in zip(arms.get("sup-00", ()), *levels, strict=False):  # one of each level, with the same seed
-        for metric in [metric for metric in clean if metric.startswith(heads)]:
+        for metric in [key for key, value in clean.items() if key.startswith(heads) and not isinstance(value, str)]:
             if all(metric in run for run in runs):
                 clean[f"levels/{metric}"] = float(np.mean([run[metric] for run in runs]))
         for metric, (x, y) in CORRELATIONS.items():
@@ -551,6 +551,7 @@ STUDY = Study(
     "log of the largest one's share. Black box: EfficientNet-Lite0.",
     evaluate=lambda runs: [compared_metrics(Path(run)) for run in runs],
     derive=derive,
+    small=("lp/ood", "blackbox/id", "lsvr_ood"),
     metrics=METRICS | {"few/id": "a tenth of the samples, ID", "few/ood": "... OOD"},
     sets=SUBGROUPS,
     floors=FLOORS,
@@ -620,7 +621,7 @@ def measure_probe(folder: Path) -> dict[str, float]:
     """Accuracies of the linear probe in `folder` and of the heads beside it (../mlp, ../nmtune), and spectra of the
     encoder's features, under the names of the claims' metrics."""
     found, _ = evaluation.evaluate_run(str(folder), evaluation.Config((str(folder),)), run.setup(0, "auto"))
-    numbers = {"lp/id": found["id/top1"], "lp/ood": averaged(found, "top1")}
+    numbers = pictures.renamed(found, "id/top1", "lp/id") | {"lp/ood": averaged(found, "top1")}
     for name in ("sve", "lsvr"):
         numbers |= {f"{name}_id": found[f"id/{name}_F"], f"{name}_ood": averaged(found, f"{name}_F")}
     for head in ("mlp", "nmtune"):
@@ -635,7 +636,7 @@ def measure_run(path: str) -> dict[str, float]:
     if folder.name.startswith("lite0"):
         found = head_accuracies(folder)
         tops = {f"blackbox/{name}": found[f"{name}/top1"] for name in ("id", *SHIFTED)}
-        return tops | {"blackbox/ood": averaged(found, "top1")}
+        return tops | pictures.renamed(found, "id/top1", "blackbox/id") | {"blackbox/ood": averaged(found, "top1")}
     probe = folder / "lp"
     weights = [folder / name / "checkpoint.pt" for name in ("", "lp", "mlp", "nmtune")]  # "": the encoder
     sources = [*weights, *Path(PACS).glob("*/*/*.tar")]
@@ -718,6 +719,7 @@ PHOTOS = Study(
     evaluate=evaluate_photos,
     alone=True,
     metrics=METRICS | DOMAINS,
+    small=("lp/id", "blackbox/id", "sve_id"),
     sets=(f"{PACS}/photo", *(f"{PACS}/{name}_all" for name in SHIFTED)),
     floors=PHOTOS_FLOORS,
     claims=(*CLAIMS, *VARIANT_CLAIMS),

@@ -26,7 +26,7 @@ from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
 from nmtune.features import Bank, encode_set, split_encoder
 from nmtune.model import load_encoder, transformed
 from nmtune.train import tuned_head
-from shared import checkpoints, cli, evaluation, probes, run
+from shared import checkpoints, cli, evaluation, pictures, probes, run
 from shared.errors import UserError
 from shared.settings import Count, check_limits
 
@@ -96,6 +96,7 @@ def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> di
     for name, (features, labels) in tests.items():
         z, logits = transformed(head, features)
         results[name] = 100 * accuracy(logits, labels)
+        results |= pictures.by_picture(name, 100 * (logits.argmax(dim=1) == labels))
         if z is not features:
             spectrum = spectrum_metrics(z)
             results |= {f"{split}_{name}": value for split, value in spectrum.items()}
@@ -137,10 +138,10 @@ def encoder_metrics(folder: Path) -> dict[str, float]:
     of the default centring have plain names."""
     study = checkpoints.read_json(folder / "study.json")
     tasks = {
-        task: {metric: float(np.mean(values)) for metric, values in of.items()} for task, of in study["tasks"].items()
+        task: {metric: pictures.mean(values) for metric, values in of.items()} for task, of in study["tasks"].items()
     }
     first = next(iter(tasks.values()))
-    numbers = {metric: float(np.mean([of[metric] for of in tasks.values()])) for metric in first}
+    numbers = {metric: pictures.mean([of[metric] for of in tasks.values()]) for metric in first}
     tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
     numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
     numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}

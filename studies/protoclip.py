@@ -44,6 +44,7 @@ from protoclip.config import PRESETS
 from protoclip.model import kmeans
 from shared import run, zeroshot
 from shared.data import ToNormalizedTensor
+from shared.pictures import SUFFIX, by_picture, joined
 from shared.pretrained import LITE0_MEAN, LITE0_STD
 from shared.run import read_metrics
 from studies.harness import ceiling, floors, photos, runner, verdicts
@@ -317,6 +318,7 @@ STUDY = Study(
     alone=True,
     derive=derive,
     metrics=evaluation.METRICS,
+    small=(PROBE_ID,),
     sets=(*NAMES, *SUBGROUPS, evaluation.PAIRS),
     floors=FLOORS,
     claims=CLAIMS,
@@ -346,6 +348,7 @@ PHOTOS_ARMS = (
 )
 PACS = "data/photos-pacs/eval"
 ZERO_SHOT, PROBES = f"{PACS}/photo_all", (f"{PACS}/art_painting", f"{PACS}/cartoon")
+BEST = [f"{Path(folder).name}/probe_best" for folder in PROBES]
 PACS_SPLITS = [f"{folder}/{split}" for folder in PROBES for split in ("train", "test")]
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -375,12 +378,14 @@ def derive_photos(found: Comparison) -> None:
     for runs in found.arms.values():
         for i, values in enumerate(runs):
             values[PROBE] = mean_of_probes(values)
+            if all(metric + SUFFIX in values for metric in BEST):
+                values[PROBE + SUFFIX] = joined([values[metric + SUFFIX] for metric in BEST])
             if "clip" in found.arms:
                 values["extra_time"] = values["seconds"] / found.arms["clip"][i]["seconds"] - 1
 
 
 def mean_of_probes(values: dict[str, float]) -> float:
-    return float(np.mean([values[f"{folder.rpartition('/')[2]}/probe_best"] for folder in PROBES]))
+    return float(np.mean([values[metric] for metric in BEST]))
 
 
 def more_rows_on_photos(found: Comparison) -> list[dict]:
@@ -403,6 +408,7 @@ def probed_on_lite0(project: Callable[[Tensor], Tensor]) -> dict[str, float]:
         (train_x, train_y, _), (test_x, test_y, _) = (photos.test_set(folder, split=x) for x in ("train", "test"))
         found = evaluation.linear_probe(project(train_x), train_y, project(test_x), test_y)
         numbers |= {f"{Path(folder).name}/probe_{key}": found[key] for key in ("best", "final")}
+        numbers |= by_picture(f"{Path(folder).name}/probe_best", 100 * found["hits"])
     return numbers
 
 
@@ -465,6 +471,7 @@ PHOTOS = Study(
         "modality_gap": "gap (0-2)",
         "seconds": "seconds",
     },
+    small=(PROBE,),
     sets=(photos.RETRIEVAL, ZERO_SHOT, *PROBES),
     floors=(
         *photos.floors_on(photos.RETRIEVAL, ZERO_SHOT),

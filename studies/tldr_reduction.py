@@ -626,6 +626,7 @@ STUDY = Study(
     evaluate=evaluate,
     alone=True,
     metrics=METRICS,
+    small=(SCORE,),
     sets=SETS,
     floor_files=reduced,
     floors=FLOORS,

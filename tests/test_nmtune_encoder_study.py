@@ -10,7 +10,7 @@ import torch
 from test_nmtune_train import corpus  # noqa: F401
 
 from nmtune import config, model
-from shared import checkpoints
+from shared import checkpoints, pictures
 from studies import nmtune as study
 from studies import nmtune_encoders as encoder_study
 from studies.harness import runner
@@ -68,6 +68,9 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
     assert set(kept["tasks"]) == set(tasks) and "sve_id@none" in kept["spectrum"]
     both = [kept["tasks"][task]["nmtune/ood"][0] for task in tasks]
     assert summary["arms"]["sup-30"]["nmtune/ood"]["values"][1] == pytest.approx(np.mean(both))
+    assert set(summary["by_picture"]["sup-30"]) == {"lp/ood by picture"}
+    scores = pictures.unpacked(summary["by_picture"]["sup-30"]["lp/ood by picture"][1])
+    assert scores.mean() == pytest.approx(summary["arms"]["sup-30"]["lp/ood"]["values"][1])
     assert summary["arms"]["sup-30"]["group/nmtune/ood"]["values"][1] == both[0]
     assert summary["arms"]["sup-30"]["sve_id"]["values"][1] == kept["spectrum"]["sve_id@sample"]
     assert summary["arms"]["sup-30"]["noise"]["mean"] == pytest.approx(30)
@@ -75,7 +78,7 @@ def test_study_and_report(tmp_path, monkeypatch, capsys):
     assert {"mlp/cov_id", "nmtune/top5_id"} <= set(kept["tasks"]["group"])
     c2 = next(claim for claim in summary["claims"] if claim["claim"] == "C2 30 % label noise lowers LP OOD")
     difference = np.subtract(*(summary["arms"][arm]["lp/ood"]["values"] for arm in ("sup-30", "sup-00"))).mean()
-    assert c2["difference"] == pytest.approx(difference)
+    assert c2["difference"] == pytest.approx(difference) and c2["scatter"] == "seeds and pictures"
     assert "C4 NMTune above MLP, encoders with 30 % label noise, OOD" in shown
     assert (tmp_path / "nmtune_noise.png").is_file() and (tmp_path / "nmtune_spectra.png").is_file()
 

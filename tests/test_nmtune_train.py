@@ -19,7 +19,7 @@ from nmtune import config, datasets, features, train
 from nmtune import eval as nmtune_eval
 from nmtune.model import NMTuneHead, head_from, nmtune_loss, transformed
 from nmtune.train import cosine_lr, make_optimizer, train_step, tune
-from shared import checkpoints, run
+from shared import checkpoints, pictures, run
 from shared.errors import UserError
 
 SCRIPT, SECONDS = "nmtune.train", 120
@@ -199,6 +199,8 @@ def test_heads_are_those_of_runs_with_their_seeds(in_process, tmp_path, preset):
         assert code == 0, err
     *alone, mean = ([metrics(tmp_path / name)[-1]["ood/top1"]] for name in ("30", "31", "32", "three"))
     assert mean[0] == pytest.approx(np.mean(alone)) and len(np.unique(alone)) > 1
+    scores = pictures.unpacked(metrics(tmp_path / "three")[-1]["ood/top1 by picture"])
+    assert scores.mean() == pytest.approx(mean[0]) and len(np.unique(scores)) > 2  # a head in three may be right
     first, kept = (checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt")["head"] for name in ("30", "three"))
     assert same(first, kept)
 

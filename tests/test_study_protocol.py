@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from shared import checkpoints
+from shared import checkpoints, pictures
 from shared.errors import UserError
 from studies.harness import __main__ as everything
-from studies.harness import logs, protocol, report
+from studies.harness import logs, protocol, report, runner
 from studies.harness.floors import Floor
 from studies.harness.runner import Arm, Study, compare, study_of
 from studies.harness.verdicts import Claim, not_testable
@@ -108,6 +109,35 @@ def test_tables_are_made_again_from_logs_to_the_digit(tmp_path: Path, monkeypatc
     Path("results/logs/paper/base.jsonl").write_text("\n".join([*lines[:3], json.dumps(line), *lines[4:]]) + "\n")
     with pytest.raises(UserError, match="differs from its logs"):
         everything.recompute([of])
+
+
+def test_an_interval_over_pictures_is_the_same_from_results_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Scores of pictures are kept for primary claims alone."""
+    monkeypatch.chdir(tmp_path)
+    rest = study().claims[0]._replace(claim="rest", metric="top5", primary=False)
+    of, file = study(claims=(*study().claims, rest), small=("top1", "top5")), Path("results/paper.json")
+    runs, results = finished(of, SEEDS)
+    rng = np.random.default_rng(0)
+    for found in results:
+        hits = torch.from_numpy(100 * (rng.random(500) < found["top1"] / 100))
+        for metric in ("top1", "top5"):
+            found |= {metric: hits.double().mean().item()} | pictures.by_picture(metric, hits)
+    compare(of, runs, results, file)
+    summary = checkpoints.read_json(file)
+    assert [row["scatter"] for row in summary["claims"] if row.get("scatter")] == ["seeds and pictures", "seeds"]
+    assert {arm: set(kept) for arm, kept in summary["by_picture"].items()} == {
+        arm: {"top1 by picture"} for arm in ("base", "method")
+    }
+    assert runner.judged_again(of, summary) is summary
+    again = report.rows_again(of, summary, {arm: [run["metrics"] for run in kept]
+                                            for arm, kept in logs.read(logs.beside(file)).items()})  # fmt: skip
+    assert again[0] == summary["claims"][0]
+    everything.recompute([of])
+    assert file.stat().st_size < 12_000  # twenty runs
+    without = runner.judged_again(of, {key: value for key, value in summary.items() if key != "by_picture"})["claims"][
+        0
+    ]
+    assert without["scatter"] == "seeds alone" and without["resolves"] < again[0]["resolves"]
 
 
 def test_a_users_runs_lie_in_the_band_of_the_committed_ones_or_not(tmp_path: Path, monkeypatch, capsys):

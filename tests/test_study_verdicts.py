@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from shared import pictures
+from shared.errors import UserError
 from studies.harness import verdicts
 from studies.harness.verdicts import Claim, Scatter, half_of, half_width, judged, own, pooled, shown, verdict
 
@@ -146,6 +149,11 @@ def test_what_is_negligible_is_at_most_half_the_effect():
 def test_seeds_that_do_not_scatter_are_no_certainty():
     (row,) = judged([CLAIM], arms([10.0, 20.0, 30.0], [14.0, 24.0, 34.0]), [])
     assert row["difference"] == 4.0 and row["interval"] is None and row["verdict"] == "open"
+    assert row["scatter"] == "all seeds equal" and "all seeds equal" in shown([row])[0]["here"]
+    (row,) = judged([CLAIM], arms([10.0, 20.0, 30.0], [14.3, 24.3, 34.3]), [])  # equal but for rounding
+    assert row["scatter"] == "all seeds equal" and row["interval"] is None
+    (row,) = judged([CLAIM], arms([10.0], [14.0]), [])
+    assert row["scatter"] == "one seed"
 
 
 def test_pilot_runs_tell_the_number_of_seeds():
@@ -243,9 +251,23 @@ def test_a_bootstrap_over_pictures_covers_what_seeds_alone_do_not(n: int, pictur
 def test_scores_of_pictures_widen_an_interval():
     rng = np.random.default_rng(0)
     hits = {arm: rng.integers(0, 2, (4, 50)) * 100 for arm in ("base", "ours")}
-    runs = {arm: [{"m": float(of.mean()), "hits": {"m": of.tolist()}} for of in each] for arm, each in hits.items()}
-    (wide,), (plain,) = (
+    runs = {arm: [{"m": of.mean()} | pictures.by_picture("m", torch.tensor(of)) for of in each]
+            for arm, each in hits.items()}  # fmt: skip
+    values = arms(*([run["m"] for run in of] for of in runs.values()))
+    (wide,), (plain,), (large,) = (
         judged([CLAIM], runs, []),
-        judged([CLAIM], arms(*([r["m"] for r in v] for v in runs.values())), []),
+        judged([CLAIM], values, [], ["m"]),
+        judged([CLAIM], values, []),
     )
     assert wide["resolves"] > plain["resolves"] and wide["difference"] == plain["difference"]
+    assert [row["scatter"] for row in (wide, plain, large)] == ["seeds and pictures", "seeds alone", "seeds"]
+    (secondary,) = judged([CLAIM._replace(primary=False)], runs, [], ["m"])
+    assert secondary["scatter"] == "seeds" and secondary["resolves"] == plain["resolves"]
+    runs["ours"][2]["m"] += 1e-5
+    with pytest.raises(UserError, match="by picture"):
+        judged([CLAIM], runs, [])
+
+
+def test_more_seeds_do_not_lower_the_scatter_of_pictures():
+    assert verdicts.seeds_needed(2.0, CLAIM, of_pictures=0.1) > verdicts.seeds_needed(2.0, CLAIM)
+    assert verdicts.seeds_needed(2.0, CLAIM, of_pictures=0.3) is None  # 1.96 sqrt(0.3) > 1

@@ -16,7 +16,7 @@ from clip_benchmark.datasets.builder import build_wds_dataset, image_captions_co
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from shared import zeroshot
+from shared import pictures, zeroshot
 
 TEMPLATES = ["a photo of a {c}.", "art of the {c}", "{c}"]
 
@@ -154,6 +154,8 @@ def test_evaluate_equals_clip_benchmark(classification_set, retrieval_set, multi
     assert ours["animals"]["top1"] == pytest.approx(100 * theirs["acc1"])
     assert math.isnan(ours["animals"]["top5"]) and math.isnan(theirs["acc5"])
     assert ours["animals"]["mean_per_class"] == pytest.approx(100 * theirs["mean_per_class_recall"])
+    scores = pictures.unpacked(ours["animals"]["top1 by picture"])
+    assert scores.mean() == pytest.approx(ours["animals"]["top1"]) and set(scores) <= {0.0, 100.0}
 
     dataset, loader = their_loader(multilabel_set)
     theirs = their_classification.evaluate(

@@ -6,7 +6,6 @@ open_clip, or MODEL@WEIGHTS of open_clip; and the embedded corpus or any CLIP-be
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,7 +232,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
         flat |= throughput(model, device=process.device, precision=precision)
     if (Path(path) / "metrics.jsonl").exists():
         flat |= sparsities(Path(path))
-    return {name: value for name, value in flat.items() if not math.isnan(value)}  # NaN: top-5 of four classes
+    return evaluation.without_nan(flat)
 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:

@@ -40,11 +40,10 @@ class Floor:
     """Whether it is computed from what a stage made with a seed. It is then the mean over the seeds of its arms."""
 
     def values(self, seeds: Sequence[int]) -> dict[str, float]:
-        """{metric: value}, of these seeds if the floor depends on them."""
-        if not self.by_seed:
-            return self.measure()
-        found = [self.measure(seed) for seed in seeds]
-        return {metric: float(np.mean([numbers[metric] for numbers in found])) for metric in found[0]}
+        """{metric: value}, of these seeds if the floor depends on them; scores of single pictures are left out."""
+        found = [self.measure(seed) for seed in seeds] if self.by_seed else [self.measure()]
+        numbers = [metric for metric, value in found[0].items() if not isinstance(value, str)]
+        return {metric: float(np.mean([of_seed[metric] for of_seed in found])) for metric in numbers}
 
 
 def chance(sets: Iterable[str | Path]) -> dict[str, float]:

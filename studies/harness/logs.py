@@ -47,14 +47,14 @@ def curve(folder: Path) -> dict[str, list]:
 
 def write(study: Any, found: report.Comparison, folder: Path) -> None:
     """Write the logs of all runs: a first line with an arm's settings, then a line for each seed."""
-    wanted = needed(study)
+    wanted, by_picture = needed(study), report.by_picture(study, found.arms)
     for arm, runs in found.arms.items():
         lines = [{"arm": arm, "setting": found.settings.get(arm), "settings": found.configs.get(arm, {})}]
         folders = found.folders.get(arm, [None] * len(runs))  # rounds of timed steps have none
         seeds = found.seeds if arm in found.folders else range(len(runs))
         for at, run, path in zip(seeds, runs, folders, strict=True):
             metrics = {key: value for key, value in run.items() if key in wanted and isinstance(value, (int, float))}
-            metrics |= {"hits": run["hits"]} if "hits" in run else {}
+            metrics |= {key: run[key] for key in by_picture.get(arm, ())}
             lines.append({"seed": at, "metrics": metrics, "curve": curve(path) if path else {}})
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{arm}.jsonl", "".join(json.dumps(line, default=str) + "\n" for line in lines))

@@ -86,6 +86,7 @@ def difference(row: dict) -> str:
     if row.get("difference") is None:
         return "-"
     ends = " to ".join(number(end, row["resolves"]) for end in row["interval"] or ())
+    ends = "; ".join(filter(None, (ends, row["scatter"] if row.get("scatter") in verdicts.MARKED else "")))
     return number(row["difference"], row["resolves"]) + (f" ({ends})" if ends else "")
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from shared.checkpoints import FREE, load_checkpoint, read_json, write_text
 from shared.errors import UserError
 from shared.evaluation import table
+from shared.pictures import SUFFIX
 from shared.run import machine
 from studies.harness import verdicts
 from studies.harness.verdicts import VERDICTS, Arms, shown
@@ -49,7 +50,18 @@ def spreads(arms: Arms) -> dict[str, dict[str, dict]]:
 def judged(study: Any, arms: Arms, floors: dict[str, dict[str, float]]) -> list[dict]:
     """Rows of the study's claims about the metrics of arms by seed, with these measured floors."""
     bars = [(floor.arms, floors[floor.name]) for floor in study.floors if floor.name in floors and not floor.ceiling]
-    return verdicts.judged(study.claims, arms, bars)
+    return verdicts.judged(study.claims, arms, bars, study.small)
+
+
+def by_picture(study: Any, arms: Arms) -> dict[str, dict[str, list[str]]]:
+    """{arm: {"METRIC by picture": text of each seed}} of the arms of primary claims whose runs all have it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for claim in study.claims:
+        key = claim.metric + SUFFIX
+        for arm in {claim.method, claim.baseline} & arms.keys() if claim.primary else ():
+            if all(key in run for run in arms[arm]):
+                found.setdefault(arm, {})[key] = [run[key] for run in arms[arm]]
+    return found
 
 
 def rows_again(study: Any, summary: dict, arms: Arms) -> list[dict]:
@@ -152,12 +164,11 @@ def write_packages(path: Path) -> None:
 
 def by_seed(summary: dict) -> dict[str, list[dict]]:
     """{arm: metrics of each seed} of a results file. An arm with n runs has the first n of its `seeds`."""
-    return {
-        arm: [
-            dict(zip(of_arm, run, strict=True)) for run in zip(*(of["values"] for of in of_arm.values()), strict=True)
-        ]
-        for arm, of_arm in summary["arms"].items()
-    }
+    found = {}
+    for arm, of_arm in summary["arms"].items():
+        values = {metric: of["values"] for metric, of in of_arm.items()} | summary.get("by_picture", {}).get(arm, {})
+        found[arm] = [dict(zip(values, run, strict=True)) for run in zip(*values.values(), strict=True)]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

@@ -112,6 +112,9 @@ class Study:
     """Seeds of the runs that count, fixed before any of them."""
     terms: str = ""
     """Abbreviations in the names of primary claims, explained."""
+    small: tuple[str, ...] = ()
+    """Metrics of primary claims whose sets have fewer than `verdicts.SMALL` pictures. Intervals of those that are no
+    means over pictures are over seeds alone."""
     variables_of: Callable[[dict], str] = lambda summary: ""
     """Results file -> the variables of make that reproduce it, such as the language model that was chosen."""
     more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
@@ -254,6 +257,7 @@ def compare(study: Study, runs: Sequence[str], results: Sequence[dict], path: Pa
     about = {"corpus": study.corpus, "protocol": protocol.digest(study), "floors": floors, "settings": found.settings}
     about |= {"headings": {arm: study.headings[arm] for arm in found.folders}}
     about |= {"floor_seeds": seeds} if seeds else {}
+    about |= {"by_picture": scores} if (scores := report.by_picture(study, found.arms)) else {}
     minutes = core_minutes(study, found.folders, found.seeds)
     about |= {} if minutes is None else {"core_minutes": minutes}
     summary = report.results(study.paper, found, rows, **about)

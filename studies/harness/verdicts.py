@@ -6,12 +6,13 @@ interval and in their verdict alike, so that with probability 0.95 all of these 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
 
+from shared import pictures
 from shared.errors import UserError
 
 VERDICTS = {  # in this precedence
@@ -28,7 +29,8 @@ VERDICTS = {  # in this precedence
     "no claim": "the paper makes no claim about this difference",
 }
 LEVEL, OWN = 0.05, 8  # from OWN seeds on, the scatter is the pair's own
-SMALL, DRAWS = 1000, 2000  # pictures below which a test set is resampled, too; draws of this bootstrap
+SMALL, DRAWS = pictures.SMALL, 2000  # pictures below which a test set is resampled, too; draws of this bootstrap
+MARKED = ("seeds alone", "all seeds equal")  # words on a row's scatter that tables show
 MeasuredFloors = Sequence[tuple[Sequence[str], dict[str, float]]]  # (arms, or () for all arms; {metric: value}) of each
 Arms = dict[str, list[dict]]  # arm -> metrics of each seed
 
@@ -103,11 +105,14 @@ def bootstrapped(hits: np.ndarray, seed: int = 0) -> Scatter:
     return Scatter(float(np.std(means)) * n / math.sqrt(n - 1), n - 1)
 
 
-def seeds_needed(std: float, claim: Claim, level: float = LEVEL) -> int | None:
-    """The fewest seeds whose half width at `level` is at most `negligible` or, if this is None, half of the effect."""
+def seeds_needed(std: float, claim: Claim, level: float = LEVEL, of_pictures: float = 0.0) -> int | None:
+    """The fewest seeds whose half width at `level` is at most `negligible` or, if this is None, half of the effect.
+
+    of_pictures: the part of the mean's variance that is of the choice of pictures, which seeds do not lower.
+    """
     width = claim.negligible if claim.negligible is not None else abs(claim.effect or 0) / 2
     n = np.arange(2, 1000)
-    enough = n[student_t.ppf(1 - level / 2, n - 1) * std / np.sqrt(n) <= width]
+    enough = n[student_t.ppf(1 - level / 2, n - 1) * np.sqrt(std**2 / n + of_pictures) <= width]
     return int(enough[0]) if len(enough) else None
 
 
@@ -164,12 +169,24 @@ def side(arms: Arms, name: str, metric: str) -> list[float] | None:
     return [run[other or metric] for run in runs] if runs and all((other or metric) in run for run in runs) else None
 
 
-def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[dict[str, Any]]:
+def scores_of(run: dict[str, Any], metric: str) -> np.ndarray | None:
+    """The scores (pictures,) of a run's metric; None if it has none. UserError if their mean is not the metric."""
+    if (text := run.get(metric + pictures.SUFFIX)) is None:
+        return None
+    scores = pictures.unpacked(text)
+    if abs(scores.mean() - run[metric]) > 1e-6:
+        raise UserError(f"{metric} is {run[metric]}, but the mean of its scores by picture is {scores.mean()}")
+    return scores
+
+
+def judged(
+    claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors, small: Container[str] = ()
+) -> list[dict[str, Any]]:
     """A row of the table of claims for each claim whose metrics were measured, primary claims first.
 
-    A run may have "hits", {metric: (pictures,) differences of each picture from chance}; where both arms have those of
-    a claim's metric, its scatter is over seeds and pictures. A difference that is the same for all seeds has none.
-    UserError if `negligible` is more than half of the effect.
+    If both arms of a primary claim have scores by picture (see `shared.pictures`), its scatter is over seeds and
+    pictures. `small`: metrics of sets with fewer than SMALL pictures. A difference that is the same for all seeds has
+    no interval. UserError if `negligible` is more than half of the effect.
     """
     claims = list(claims)
     level = LEVEL / max(sum(claim.primary for claim in claims), 1)
@@ -195,14 +212,17 @@ def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[
         connected = [side(arms, arm, claim.metric) for arm in sorted(related(claim, claims) & arms.keys())]
         same = claim.baseline in arms and len(set(baseline)) > 1  # else seeds have no common effect on both
         others = [values[:n] for values in connected if values and len(values) >= n] if same else None
-        at, half, std = level if claim.primary else LEVEL, None, None
+        at, half, std, of_pictures, over = level if claim.primary else LEVEL, None, None, 0.0, "one seed"
         if n > 1:
             std, half = float(own(differences).std), float(half_of(differences, others, at))
-            hits = [[run.get("hits", {}).get(claim.metric) for run in arms.get(name, [])[:n]] for name in names]
-            if all(len(each) == n and None not in each for each in map(list, hits)):
-                both = bootstrapped(np.array(hits[0], dtype=float) - np.array(hits[1], dtype=float))
-                std, half = max(std, both.std), max(half, float(half_width(both, n, at)))
-            half = half or None  # seeds without any scatter show none, which is no certainty
+            over = "seeds alone" if claim.primary and claim.metric in small else "seeds"
+            every = [scores_of(run, claim.metric) for name in names for run in arms.get(name, [])[:n]]
+            if claim.primary and len(every) == 2 * n and all(each is not None for each in every):
+                both = bootstrapped(np.array(every[:n]) - np.array(every[n:]))
+                half, over = max(half, float(half_width(both, n, at))), "seeds and pictures"
+                of_pictures = max(both.std**2 - std**2, 0.0) / n
+            if half < 1e-9:  # seeds without any scatter show none, which is no certainty
+                half, over = None, "all seeds equal"
         mean = float(differences.mean())
         rows.append(
             {
@@ -220,9 +240,10 @@ def judged(claims: Iterable[Claim], arms: Arms, floors: MeasuredFloors) -> list[
                 "std": std,
                 "interval": None if half is None else [mean - half, mean + half],
                 "resolves": half,
+                "scatter": over,
                 "seeds": n,
                 "negligible": claim.negligible,
-                "seeds_needed": seeds_needed(std, claim, at) if std else None,
+                "seeds_needed": seeds_needed(std, claim, at, of_pictures) if std else None,
                 "where": claim.where,
                 "verdict": verdict(claim, mean, half, reached[stronger]),
             }
@@ -252,7 +273,8 @@ def shown(rows: Iterable[dict[str, Any]], preview: bool = False) -> list[dict[st
     for row in rows:
         half, d, word = row["resolves"], row.get("negligible"), row["verdict"]
         here = row.get("where", "") if row["difference"] is None else number(row["difference"], half)
-        here += "" if half is None else f" ± {number(half, half)[1:]}"
+        here += f" ± {number(half, half)[1:]}" if half is not None else ""
+        here += f" ({row['scatter']})" if row.get("scatter") in MARKED else ""
         wide = d is not None and (half is None or half > d) and word != "has not learned"
         lines.append(
             {
