@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import transforms
 from torchvision.transforms import functional
 
 from shared import data, run
 from shared.clip import STATISTICS, image_side, open_clip_config, quiet_open_clip
 from shared.evalsets import EvalSet
+from shared.views import NOISE, small_views
 from shared.zeroshot import percent
 
 
@@ -60,34 +62,27 @@ def open_clip_tower(model: str) -> Tower:
 CPU = torch.device("cpu")
 
 
-def random_boxes(count: int, scale: tuple[float, float], ratio: tuple[float, float] = (0.85, 1.18)) -> Tensor:
-    """(count, 4) left, top, width, height in units of the image's side; area and aspect ratio are drawn as in
-    torchvision's RandomResizedCrop. With areas above 1, boxes reach beyond the image."""
-    u, low, high = torch.rand(count, 4), *map(math.log, ratio)
-    area, shape = scale[0] + (scale[1] - scale[0]) * u[:, 0], (low + (high - low) * u[:, 1]).exp()
-    size = torch.stack([area * shape, area / shape], dim=1).sqrt().clamp(max=max(1.0, math.sqrt(scale[1])))
-    return torch.cat([u[:, 2:] * (1 - size), size], dim=1)
+def whole(pixels: Tensor, side: int) -> Tensor:
+    """uint8 images (B, 3, H, H) -> (B, 3, side, side), normalised."""
+    return small_views(pixels, torch.full((len(pixels), NOISE), 0.5), side, *map(torch.tensor, STATISTICS))
 
 
-def views(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Boxes (B, 4) of stored images (B, 3, H, H) -> normalised images (B, 3, side, side). Beyond an image, its border
-    is repeated."""
-    left, top, width, height = boxes.unbind(1)
-    none = torch.zeros_like(left)
-    rows = [torch.stack(row, 1) for row in ((width, none, 2 * left + width - 1), (none, height, 2 * top + height - 1))]
-    grid = F.affine_grid(torch.stack(rows, 1), (len(pixels), 3, side, side), align_corners=False)
-    images = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
-    mean, std = (255 * torch.tensor(values)[:, None, None] for values in STATISTICS)
-    return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+def view_of(side: int, crop: tuple[float, float] | None) -> Callable[[Tensor], Tensor]:
+    """uint8 images (B, 3, H, H) -> random views (B, 3, side, side), normalised: the small views of the emoji arms, or
+    crops whose share of the area is in the range `crop`, as scenes have them."""
+    if crop is None:
+        return lambda x: small_views(x, torch.rand(len(x), NOISE), side, *map(torch.tensor, STATISTICS))
+    cut = transforms.RandomResizedCrop(side, crop)
+    return lambda x: whole(torch.stack([cut(image) for image in x]), side)
 
 
 def fit(
-    network: nn.Module, pixels: Tensor, labels: Tensor, side: int, epochs: int, batch_size: int, lr: float,
-    weight_decay: float, crop: tuple[float, float],
+    network: nn.Module, pixels: Tensor, labels: Tensor, view: Callable[[Tensor], Tensor], epochs: int, batch_size: int,
+    lr: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """Train a classifier of images of `side` pixels, in place, on stored images (N, 3, H, H) and labels (N,).
+    """Train a classifier, in place, on views of images (N, 3, H, H) and labels (N,).
 
-    AdamW, a warm-up of one epoch, then a cosine; random crops whose area is in the range `crop`.
+    AdamW, a warm-up of one epoch, then a cosine.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     batch_size = min(batch_size, len(labels))
@@ -97,9 +92,8 @@ def fit(
         for step, batch in enumerate(order, epoch * steps):
             rate = (step + 1) / steps if step < steps else (1 + math.cos(math.pi * step / (epochs * steps))) / 2
             optimizer.param_groups[0]["lr"] = lr * rate
-            boxes = random_boxes(len(batch), crop)
             with run.autocast(precision, CPU):
-                logits = network(views(pixels[batch], boxes, side))
+                logits = network(view(pixels[batch]).contiguous(memory_format=torch.channels_last))
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), labels[batch]).backward()
             optimizer.step()
@@ -113,7 +107,7 @@ def trained_on_labels(
     batch_size: int = 256,
     lr: float = 3e-3,
     weight_decay: float = 0.2,
-    crop: tuple[float, float] = (0.7, 1.4),
+    crop: tuple[float, float] | None = None,
     seed: int = 0,
     shards: str | None = None,
     stored: int = 2,
@@ -121,9 +115,9 @@ def trained_on_labels(
 ) -> dict[str, float]:
     """{"SET/METRIC": top-1 in percent} of one tower, trained on the `train` split that `sets` share.
 
-    A linear layer is added to the tower, and both are trained by `fit` on images stored at `stored` times the tower's
-    side. shards: training pairs whose captions are class names, to train on instead of the `train` split. classes: the
-    only classes to use; None: all.
+    A linear layer is added to the tower, and both are trained by `fit` on views (see `view_of`) of images stored at
+    `stored` times the tower's side. shards: training pairs whose captions are class names, to train on instead of the
+    `train` split. classes: the only classes to use; None: all.
     """
     torch.manual_seed(seed)
     tower, sets = make_tower(), list(sets)
@@ -140,14 +134,13 @@ def trained_on_labels(
     else:
         pixels, labels = of_classes(*labelled_by_caption(shards, classnames, stored * size))
     network = nn.Sequential(tower.network, nn.Linear(tower.width, len(number)))
-    fit(network, pixels, labels, size, epochs, batch_size, lr, weight_decay, crop)
+    fit(network, pixels, labels, view_of(size, crop), epochs, batch_size, lr, weight_decay)
     network.eval()
     found, precision = {}, run.resolve_precision("auto", CPU)
     for folder in sets:
         images, truth = of_classes(*read(folder, "test", stored * size))
-        whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(len(images), 4)
         with torch.no_grad(), run.autocast(precision, CPU):
-            logits = [network(views(x, b, size)) for x, b in zip(images.split(256), whole.split(256), strict=True)]
+            logits = [network(whole(x, size)) for x in images.split(256)]
         top1 = percent(torch.cat(logits).argmax(dim=1) == truth)
         found |= {f"{Path(folder).name}/{metric}": top1 for metric in metrics}
     return found
