@@ -25,85 +25,89 @@ contained all information of the captions.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.manifold import TSNE
 from torch import Tensor
-from torchvision import transforms
 
 from protoclip import eval as evaluation
-from protoclip.config import PRESETS
 from protoclip.model import kmeans
 from shared import run, zeroshot
-from shared.data import ToNormalizedTensor
+from shared.evalsets import EvalSet
 from shared.pictures import SUFFIX, by_picture, joined
-from shared.pretrained import LITE0_MEAN, LITE0_STD
 from shared.run import read_metrics
 from studies.harness import ceiling, floors, photos, runner, verdicts
 from studies.harness.floors import Floor
-from studies.harness.lite0 import cached_lite0_features
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
 
-FEATURES = "data/emoji-lite0"  # the corpus and its sets, with features of the locked tower in place of images
-LOCKED = (
-    f"--model Lite0-features --data {FEATURES}/train_names --eval-set {FEATURES}/bare_names_ood --lr 2e-3 --episodes 20"
-)
+EQUAL_TIME = 30  # episodes of CLIP in ProtoCLIP's seconds, by pilots
+EPISODES = 20  # of CLIP and ProtoCLIP; shorter and longer schedules of ProtoCLIP tell when it has CLIP's accuracy
+SCHEDULES = {f"protoclip-{episodes}": episodes for episodes in (5, 10, 15, 30)} | {"protoclip": EPISODES}
 ARMS = (
     Arm("clip", "train emoji-clip", heading="CLIP"),
     Arm("proto-no-pbt", "train emoji --w-external 0 --no-back-translate", heading="+ prototypes, no back translation"),
     Arm("proto-pbt", "train emoji --w-external 0", heading="+ back translation"),
     Arm("protoclip", "train emoji", heading="+ external teacher = ProtoCLIP"),
+    *(
+        Arm(arm, f"train emoji --episodes {episodes}", heading=f"ProtoCLIP, {episodes} episodes", core=False)
+        for arm, episodes in SCHEDULES.items()
+        if arm != "protoclip"
+    ),
+    Arm("protoclip-900", "train emoji --k 900", heading="ProtoCLIP, 900 prototypes", core=False),
     Arm(
         "clip-equal-time",
-        "train emoji-clip --episodes 41",
+        f"train emoji-clip --episodes {EQUAL_TIME}",
         heading="CLIP, as many seconds as ProtoCLIP",
         core=False,
     ),
-    Arm(
-        "clip-light-aug",
-        "train emoji-clip --augmentation light",
-        heading="CLIP, ProtoCLIP's augmentation at paper scale",
-        core=False,
-    ),
-    Arm("clip-lite0", f"train emoji-clip {LOCKED}", heading="CLIP, locked EfficientNet-Lite0", core=False),
-    Arm("protoclip-lite0", f"train emoji {LOCKED}", heading="ProtoCLIP, locked EfficientNet-Lite0", core=False),
 )
 
 NAMES, SUBGROUPS = (
     [f"{evaluation.EMOJI}{name}_{style}" for style in ("id", "ood")] for name in ("bare_names", "subgroups")
 )
-PROBED = [NAMES[0], *SUBGROUPS]
 NAMES_ID, NAMES_OOD = "bare_names_id/top1", "bare_names_ood/top1"
+GROUPS_ID, GROUPS_OOD = "subgroups_id/top1", "subgroups_ood/top1"
 PROBE_ID, PROBE_OOD = "subgroups_id/probe_best", "subgroups_ood/probe_best"
-PROBE_NAMES = "bare_names_id/probe_best"
-TIME = "time_to_clip"
-FULL, LITE0 = ("protoclip", "clip"), ("protoclip-lite0", "clip-lite0")
+TIMES = {"time/probe": PROBE_ID, "time/names": NAMES_OOD}
 # The paper's numbers: CC2.5M on 8 GPUs, from upstream's README, unless they say YFCC or 1 GPU. Probes use seen styles,
 # since a probe is trained and tested on the same kind of images; zero-shot uses the unseen style.
 GROUPS = "names of one subgroup share a prototype, and the probe asks for subgroups"
-OWN_CLASS = "each name is its own class, which a prototype of ten names cannot tell apart"
+OWN_CLASS = "each name is a class of its own; 900 prototypes of ten samples stand for one or two names each"
+SCHEDULE = "each schedule has a cosine of its own, from a quarter of CLIP's episodes to one and a half times as many"
 CLAIMS = (
     Claim("linear probe above CLIP", "+5.81 IN", PROBE_ID, "protoclip", "clip", 1, 5.81, True, 2.9, where=GROUPS),
-    Claim("zero-shot above CLIP", "+2.01 IN", NAMES_OOD, "protoclip", "clip", 1, 2.01, True, 1.0, where=OWN_CLASS),
+    Claim("zero-shot above CLIP", "+2.01 IN", NAMES_OOD, "protoclip-900", "clip", 1, 2.01, True, 1.0, where=OWN_CLASS),
     Claim("back translation helps the probe", "claimed", PROBE_ID, "proto-pbt", "proto-no-pbt", 1, None, True, 1.0,
           where=GROUPS),
     Claim("external teacher helps the probe", "claimed", PROBE_ID, "protoclip", "proto-pbt", 1, None, True, 1.0,
           where=GROUPS),
-    Claim("time to CLIP's accuracy / CLIP's time - 1", "-0.67 YFCC", TIME, *FULL, -1, -0.67, True, 0.33, NAMES_OOD,
-          "minutes of training in place of the paper's 32 epochs"),
+    Claim("time to CLIP's accuracy / CLIP's time - 1, probe", "-0.67 YFCC", "time/probe", "protoclip", "clip", -1,
+          -0.67, True, 0.33, PROBE_ID, SCHEDULE),
+    Claim("time to CLIP's accuracy / CLIP's time - 1, zero-shot", "-0.67 YFCC", "time/names", "protoclip", "clip", -1,
+          -0.67, False, 0.33, NAMES_OOD),
     Claim("linear probe above CLIP, unseen style", "+5.81 IN", PROBE_OOD, "protoclip", "clip", 1, 5.81, False, 2.9),
-    Claim("linear probe on names above CLIP", "+5.81 IN", PROBE_NAMES, "protoclip", "clip", 1, 5.81, False, 2.9),
-    Claim("zero-shot above CLIP, seen styles", "+2.01 IN", NAMES_ID, "protoclip", "clip", 1, 2.01, False, 1.0),
+    Claim("linear probe above CLIP, 900 prototypes", "+5.81 IN", PROBE_ID, "protoclip-900", "clip", 1, 5.81, False,
+          2.9),
+    *(
+        Claim(f"zero-shot above CLIP, {of}", "+2.01 IN", metric, arm, "clip", 1, 2.01, False, 1.0)
+        for of, metric, arm in (
+            ("seen styles, 900 prototypes", NAMES_ID, "protoclip-900"),
+            ("200 prototypes", NAMES_OOD, "protoclip"),
+            ("subgroups, 200 prototypes", GROUPS_OOD, "protoclip"),
+            ("subgroups in seen styles, 200 prototypes", GROUPS_ID, "protoclip"),
+            ("subgroups, 900 prototypes", GROUPS_OOD, "protoclip-900"),
+        )
+    ),
     Claim("back translation helps zero-shot", "claimed", NAMES_OOD, "proto-pbt", "proto-no-pbt", negligible=1.0),
     Claim("external teacher helps zero-shot", "claimed", NAMES_OOD, "protoclip", "proto-pbt", negligible=1.0),
     Claim("prototypes and back translation help the probe", "claimed", PROBE_ID, "proto-pbt", "clip", negligible=1.0),
@@ -111,31 +115,58 @@ CLAIMS = (
     Claim("retrieval slightly lower", "-0.79 COCO", "retrieval_xm_en/mean_recall", "protoclip", "clip", -1, -0.79),
     Claim("linear probe above CLIP, equal time", None, PROBE_ID, "protoclip", "clip-equal-time"),
     Claim("zero-shot above CLIP, equal time", None, NAMES_OOD, "protoclip", "clip-equal-time"),
-    Claim("light augmentation alone, probe", None, PROBE_ID, "clip-light-aug", "clip"),
-    Claim("light augmentation alone, zero-shot", None, NAMES_OOD, "clip-light-aug", "clip"),
-    Claim("linear probe above CLIP, locked Lite0", "+5.81 IN", PROBE_ID, *LITE0, 1, 5.81, False, 2.9),
-    Claim("linear probe above CLIP, locked Lite0, unseen style", "+5.81 IN", PROBE_OOD, *LITE0, 1, 5.81, False, 2.9),
-    Claim("zero-shot above CLIP, locked Lite0", "+2.01 IN", NAMES_OOD, *LITE0, 1, 2.01, False, 1.0),
-    Claim("zero-shot above CLIP, locked Lite0, seen styles", "+2.01 IN", NAMES_ID, *LITE0, 1, 2.01, False, 1.0),
     Claim("training time, ProtoCLIP / CLIP - 1", "0.79, 1 GPU", "extra_time", "protoclip", "clip", 1, 0.79),
 )  # fmt: skip
 
 
-def derive(found: Comparison) -> None:
-    """Add metrics relative to CLIP with the same seed: extra_time, time_to_clip; both are 0 for CLIP.
+METRICS = {
+    PROBE_ID: "probe",
+    PROBE_OOD: "... unseen style",
+    NAMES_OOD: "names",
+    NAMES_ID: "... seen styles",
+    GROUPS_OOD: "subgroups",
+    GROUPS_ID: "... seen styles",
+    "subgroups_id/nearest": "nearest neighbour",
+    "subgroups_ood/ami": "AMI (0-1)",
+    "retrieval_xm_en/mean_recall": "recall",
+    "modality_gap": "gap (0-2)",
+    "seconds": "seconds",
+    f"reached/{PROBE_ID}": "runs that reach CLIP's probe (0-1)",
+    f"reached/{NAMES_OOD}": "... CLIP's names (0-1)",
+}
 
-    extra_time: training seconds / CLIP's, minus 1. time_to_clip: seconds until zero-shot accuracy reaches CLIP's final
-    one / CLIP's seconds, minus 1. A run that never reaches it counts with all of its seconds, a lower bound. Arms with
-    another image tower have neither.
+
+def seconds_to(target: float, points: Sequence[tuple[float, float]]) -> tuple[float, bool]:
+    """Seconds after which accuracy reaches `target`, between schedules of (seconds, accuracy), and whether one does.
+
+    Linear between neighbours. A target that the shortest schedule reaches counts with all of its seconds, an upper
+    bound; one that none reaches with those of the longest, a lower bound.
     """
-    for arm, runs in found.arms.items() if "clip" in found.arms else ():
-        for i, values in enumerate(runs if arm not in LITE0 else ()):
-            seconds = found.arms["clip"][i]["seconds"]
-            values["extra_time"] = values["seconds"] / seconds - 1
-            curve, clips = (read_metrics(found.folders[name][i], "zero_shot_top1") for name in (arm, "clip"))
-            if curve and clips:
-                reached = [line["seconds"] for line in curve if line["zero_shot_top1"] >= clips[-1]["zero_shot_top1"]]
-                values[TIME] = 0.0 if arm == "clip" else min([*reached, values["seconds"]]) / seconds - 1
+    points = sorted(points)
+    if points[0][1] >= target:
+        return points[0][0], True
+    for (t0, a0), (t1, a1) in itertools.pairwise(points):
+        if a1 >= target:
+            return t0 + (t1 - t0) * (target - a0) / (a1 - a0), True
+    return points[-1][0], False
+
+
+def derive(found: Comparison) -> None:
+    """Add metrics relative to CLIP with the same seed; both are 0 for CLIP.
+
+    extra_time: training seconds / CLIP's, minus 1. time/METRIC, of ProtoCLIP if all of SCHEDULES were trained: seconds
+    until a schedule reaches CLIP's accuracy / CLIP's seconds, minus 1; reached/METRIC: whether one does (0 or 1).
+    """
+    for i, clip in enumerate(found.arms.get("clip", ())):
+        for runs in found.arms.values():
+            runs[i]["extra_time"] = runs[i]["seconds"] / clip["seconds"] - 1
+        if not set(SCHEDULES) <= found.arms.keys():
+            continue
+        for name, metric in TIMES.items():
+            points = [(found.arms[arm][i]["seconds"], found.arms[arm][i][metric]) for arm in SCHEDULES]
+            seconds, reached = seconds_to(clip[metric], points)
+            found.arms["protoclip"][i] |= {name: seconds / clip["seconds"] - 1, f"reached/{metric}": float(reached)}
+            clip[name] = 0.0
 
 
 def more_rows(found: Comparison) -> list[dict]:
@@ -149,29 +180,36 @@ def more_rows(found: Comparison) -> list[dict]:
     return [verdicts.not_testable("absolute ImageNet, COCO and 10-set numbers", numbers, "needs CC2.5M")]
 
 
-def probed(
-    sets: Sequence[str],
-    features: Callable[[Iterable[torch.Tensor]], torch.Tensor] = floors.join,
-    transform: Callable[[Image.Image], torch.Tensor] = floors.raw_pixels,
-    scale: float = 1 / 255,
-) -> dict[str, float]:
-    """{"SET/METRIC": percent of the linear probe on features times `scale`}, by default on pixels in [-1, 1]."""
+def raw_pixel_probe() -> dict[str, float]:
+    """{"SET/probe_best" and "SET/probe_final": percent of the linear probe on pixels in [-1, 1]}."""
     found = {}
-    for path in sets:
-        (train_x, train_y), (test_x, test_y) = (
-            floors.read(path, split, features, transform) for split in ("train", "test")
-        )
-        result = evaluation.linear_probe(train_x * scale, train_y, test_x * scale, test_y)
+    for path in SUBGROUPS:
+        (train_x, train_y), (test_x, test_y) = (floors.read(path, split) for split in ("train", "test"))
+        result = evaluation.linear_probe(train_x / 255, train_y, test_x / 255, test_y)
         found |= {f"{Path(path).name}/probe_{key}": result[key] for key in ("best", "final")}
     return found
 
 
 def on_labels() -> dict[str, float]:
     """The ceiling: the arms' image tower, trained with names or subgroups as labels."""
-    epochs = PRESETS["emoji"][1].episodes
     tower = functools.partial(ceiling.open_clip_tower, "ConvNet-emoji")
-    names = ceiling.trained_on_labels(tower, NAMES, ("top1", "probe_best"), epochs=epochs)
-    return names | ceiling.trained_on_labels(tower, SUBGROUPS, ("probe_best",), epochs=epochs)
+    names = ceiling.trained_on_labels(tower, NAMES, epochs=EPISODES)
+    return names | ceiling.trained_on_labels(tower, SUBGROUPS, ("top1", "probe_best"), epochs=EPISODES)
+
+
+def neighbours_caption() -> dict[str, float]:
+    """Zero-shot of subgroups without an encoder: the class whose name shares most words with the caption of the
+    nearest training image on raw pixels."""
+    found = {}
+    for names, groups in zip(NAMES, SUBGROUPS, strict=True):
+        captions, classes = (EvalSet(path, None).classnames for path in (names, groups))
+        (train, labels), (test, truth) = floors.read(names, "train"), floors.read(groups, "test")
+        said, asked = floors.captions_of_neighbours(
+            *(F.normalize(x, dim=-1) for x in (test, train)),
+            [captions[label] for label in labels], CountVectorizer().fit(captions), classes,
+        )  # fmt: skip
+        found[f"{Path(groups).name}/top1"] = zeroshot.percent((said @ asked.T).argmax(1) == truth)
+    return found
 
 
 def pixel_clusters() -> dict[str, float]:
@@ -182,35 +220,15 @@ def pixel_clusters() -> dict[str, float]:
     }
 
 
-@functools.cache  # floors read images once for all calls with the same transform object
-def lite0_view(side: int = 128) -> Callable:
-    steps = [transforms.Resize(side, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side)]
-    return transforms.Compose([*steps, ToNormalizedTensor(LITE0_MEAN, LITE0_STD)])
-
-
-def lite0_neighbour(sets: Sequence[str], *metrics: str) -> dict[str, float]:
-    """Nearest neighbours on the pretrained tower's own features: the floor of arms with a locked tower."""
-    return floors.nearest_neighbour(sets, cached_lite0_features, lite0_view(), metrics or ["top1"])
-
-
 FLOORS = (
-    Floor("chance", lambda: floors.chance([*NAMES, evaluation.PAIRS])),
+    Floor("chance", lambda: floors.chance([*NAMES, *SUBGROUPS, evaluation.PAIRS])),
     Floor(
         "nearest neighbour on raw pixels",
         lambda: floors.nearest_neighbour(NAMES) | floors.nearest_neighbour(SUBGROUPS, metrics=["nearest"]),
     ),
-    Floor("linear probe on raw pixels", lambda: probed(PROBED)),
+    Floor("caption of the nearest neighbour on raw pixels", neighbours_caption),
+    Floor("linear probe on raw pixels", raw_pixel_probe),
     Floor("K-means on raw pixels", pixel_clusters),
-    Floor(
-        "nearest neighbour on EfficientNet-Lite0",
-        lambda: lite0_neighbour(NAMES) | lite0_neighbour(SUBGROUPS, "nearest"),
-        arms=LITE0,
-    ),
-    Floor(
-        "linear probe on EfficientNet-Lite0",
-        lambda: probed(PROBED, cached_lite0_features, lite0_view(), scale=1.0),
-        arms=LITE0,
-    ),
     Floor("image tower trained on labels", on_labels, ceiling=True),
 )
 
@@ -285,39 +303,22 @@ def means(runs: list[list[dict]], *keys: str) -> list[np.ndarray]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict]:
-    """Metrics of each run, on sets of features if it has a locked tower."""
-    found = []
-    for path in runs:
-        cfg = evaluation.Config(runs=(path,))
-        if Path(path).name.partition("-seed")[0] in LITE0:
-            of = {name: getattr(cfg, name) for name in ("sets", "probe", "gap")}
-            at = lambda folder: f"{FEATURES}/{Path(folder).name}"  # noqa: E731
-            of = {k: at(v) if isinstance(v, str) else tuple(map(at, v)) for k, v in of.items()}
-            cfg = replace(cfg, **of)
-        found += evaluation.main(cfg)
-    return found
+    sets = (*NAMES, *SUBGROUPS, evaluation.PAIRS)
+    return evaluation.main(evaluation.Config(tuple(runs), sets=sets, probe=tuple(SUBGROUPS)))
 
 
 STUDY = Study(
     folder="protoclip",
     paper="ProtoCLIP (arXiv 2206.10996)",
     stands_for="CC2.5M",
-    before=(
-        Once("protoclip.teacher minilm"),
-        Once(
-            f"studies.harness.features data/emoji/train_names {' '.join([*NAMES, *SUBGROUPS, evaluation.PAIRS])} "
-            f"--out {FEATURES}",
-            arms=LITE0,
-        ),
-    ),
+    before=(Once("protoclip.teacher minilm"),),
     arms=ARMS,
-    corpus="Embedded emoji corpus, captions are names; all towers from scratch but EfficientNet-Lite0, pretrained on "
-    "ImageNet-1k; the teacher is all-MiniLM-L6-v2",
+    corpus="Embedded emoji corpus, captions are names; all towers from scratch; the teacher is all-MiniLM-L6-v2",
     minutes={"core": 12, "all": 17},
     evaluate=evaluate,
     alone=True,
     derive=derive,
-    metrics=evaluation.METRICS,
+    metrics=METRICS,
     small=(PROBE_ID,),
     sets=(*NAMES, *SUBGROUPS, evaluation.PAIRS),
     floors=FLOORS,
@@ -356,7 +357,7 @@ PACS_SPLITS = [f"{folder}/{split}" for folder in PROBES for split in ("train", "
 RECALL, TOP1, PROBE = "retrieval_en/mean_recall", "photo_all/top1", "probe/mean"
 KNOWN = "a probe on the locked features alone is far better than on any arm's: they know the classes already"
 KINDS = "captions describe a few kinds of scenes in many words; a prototype averages sixty of them"
-PHOTOS_CLAIMS = (  # in the words of CLAIMS; there, only the first two are about arms with a locked EfficientNet-Lite0
+PHOTOS_CLAIMS = (  # in the words of CLAIMS
     Claim("linear probe above CLIP, locked Lite0", "+5.81 IN", PROBE, "protoclip", "clip", 1, 5.81, True, 2.9,
           where=KNOWN),
     Claim("zero-shot above CLIP, locked Lite0", "+2.01 IN", TOP1, "protoclip", "clip", 1, 2.01, True, 1.0, where=KINDS),

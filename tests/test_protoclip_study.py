@@ -25,7 +25,7 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
     claim = Claim("higher", "+1", "groups_id/top1", "protoclip", "clip")
     bars = (Floor("none", lambda: {"groups_id/top1": -1.0}),)
-    claims = claim, study.CLAIMS[4]._replace(learned_by=None)
+    claims = claim, study.CLAIMS[-1]
     changed = dataclasses.replace(study.STUDY, metrics=metrics, claims=claims, floors=bars)
     monkeypatch.setattr(study, "STUDY", changed)
     monkeypatch.chdir(tmp_path)
@@ -43,9 +43,8 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     mean = sum(top1["protoclip"]) / 2 - sum(top1["clip"]) / 2
     assert rows["higher"]["difference"] == pytest.approx(mean) and not rows["higher"]["primary"]
     assert rows["higher"]["verdict"] in capsys.readouterr().out
-    time = rows[study.CLAIMS[4].claim]
-    assert time["primary"] and time["metric"] == study.TIME and summary["floors"] == {"none": {"groups_id/top1": -1.0}}
-    assert summary["arms"]["clip"][study.TIME]["values"] == [0.0, 0.0] and "extra_time" in summary["arms"]["protoclip"]
+    assert summary["floors"] == {"none": {"groups_id/top1": -1.0}} and study.CLAIMS[-1].claim in rows
+    assert summary["arms"]["clip"]["extra_time"]["values"] == [0.0, 0.0]
     for name in ("protoclip_curves.png", "protoclip_features.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
@@ -54,32 +53,41 @@ def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.Cap
     evaluation.main(cfg)
 
 
-def test_floors_of_the_pretrained_tower_apply_to_its_own_arms_only():
-    floors = {floor.name: floor.arms for floor in study.FLOORS}
-    assert floors["nearest neighbour on EfficientNet-Lite0"] == study.LITE0 and floors["chance"] == ()
-    arms = {arm.name: arm for arm in study.ARMS}
-    assert not any(arms[name].core for name in study.LITE0)
-    both = [claim for claim in study.CLAIMS if {claim.method, claim.baseline} & set(study.LITE0)]
-    assert both and all((claim.method, claim.baseline) == study.LITE0 and not claim.primary for claim in both)
-
-
 def test_the_floor_of_the_probe_is_the_same_probe_on_pixels(monkeypatch: pytest.MonkeyPatch):
-    """The probe gets pixels in [-1, 1] and labels of both splits of a set; other features can have another scale."""
+    """The probe gets pixels in [-1, 1] and labels of both splits of a set."""
     splits = {"train": (torch.tensor([[-255.0, 51.0]]), torch.tensor([1])), "test": (torch.ones(3, 2), torch.zeros(3))}
-
-    def read(path: str, split: str, features, transform) -> tuple[torch.Tensor, torch.Tensor]:
-        assert path == "sets/bars"
-        return splits[split]
 
     def probe(train_x, train_y, test_x, test_y) -> dict[str, float]:
         assert len(train_y) == 1 and test_x.shape == (3, 2) and len(test_y) == 3
         return {"best": float(train_x[0, 0]), "final": float(train_x[0, 1]), "steps": 9.0}
 
-    monkeypatch.setattr(study.floors, "read", read)
+    monkeypatch.setattr(study, "SUBGROUPS", ["sets/bars"])
+    monkeypatch.setattr(study.floors, "read", lambda path, split: splits[split])
     monkeypatch.setattr(evaluation, "linear_probe", probe)
-    found = {"bars/probe_best": -1.0, "bars/probe_final": pytest.approx(0.2)}
-    assert study.probed(["sets/bars"]) == found
-    assert study.probed(["sets/bars"], scale=1.0) == {"bars/probe_best": -255.0, "bars/probe_final": 51.0}
+    assert study.raw_pixel_probe() == {"bars/probe_best": -1.0, "bars/probe_final": pytest.approx(0.2)}
+
+
+def write_greys(folder: Path, pictures: dict[str, list[tuple[int, int]]], classes: list[str]) -> str:
+    """An evaluation set of pictures with one darker half; {split: (brightness of the upper half, label)}."""
+    for split, of in pictures.items():
+        samples = []
+        for bright, label in of:
+            pixels = np.full((24, 24, 3), 100, np.uint8)
+            pixels[:12] = bright
+            samples.append({"png": layout.png(pixels), "cls": str(label)})
+        tars.write_split(folder / split, samples)
+    layout.write_classes(folder, classes, ["{c}"])
+    return str(folder)
+
+
+def test_the_neighbours_caption_names_the_class_with_most_of_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two bright pictures are nearest to the red cat, whose name shares a word with one class; one of them is of it."""
+    pictures = {"train": [(200, 0), (20, 1)], "test": [(200, 0)]}
+    names = write_greys(tmp_path / "names", pictures, ["red cat", "blue car"])
+    groups = write_greys(tmp_path / "groups", {"test": [(210, 1), (190, 0), (30, 0)]}, ["car", "cat animal"])
+    monkeypatch.setattr(study, "NAMES", [names])
+    monkeypatch.setattr(study, "SUBGROUPS", [groups])
+    assert study.neighbours_caption() == {"groups/top1": pytest.approx(200 / 3)}
 
 
 def test_clusters_of_raw_pixels_against_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,17 +105,18 @@ def test_clusters_of_raw_pixels_against_scikit_learn(tmp_path: Path, monkeypatch
     assert study.pixel_clusters() == {"subgroups_ood/ami": pytest.approx(expected)}
 
 
-def test_seconds_until_clips_accuracy(tmp_path: Path):
-    """Seconds to the first evaluation with CLIP's last accuracy, or all seconds of a run that never reaches it."""
-    curves = {"clip": [(10, 3.0), (20, 5.0)], "fast": [(6, 4.0), (12, 5.5), (30, 9.0)], "slow": [(15, 1.0), (40, 4.0)]}
-    folders, arms = {}, {}
-    for arm, points in curves.items():
-        folders[arm] = [tmp_path / arm]
-        folders[arm][0].mkdir()
-        lines = [json.dumps({"step": s, "seconds": s, "zero_shot_top1": top1}) for s, top1 in points]
-        (folders[arm][0] / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        arms[arm] = [{"seconds": float(points[-1][0])}]
-    study.derive(Comparison(arms, [0], folders, set()))
-    found = {arm: values[0][study.TIME] for arm, values in arms.items()}
-    assert found == {"clip": 0.0, "fast": pytest.approx(-0.4), "slow": 1.0}
-    assert arms["slow"][0]["extra_time"] == 1.0
+def test_seconds_until_a_schedule_has_clips_accuracy():
+    """Half-way between two schedules; before the shortest, all of its seconds; never, those of the longest."""
+    points = [(40.0, 8.0), (10.0, 2.0), (20.0, 4.0)]
+    assert study.seconds_to(3.0, points) == (15.0, True)
+    assert study.seconds_to(1.0, points) == (10.0, True)
+    assert study.seconds_to(9.0, points) == (40.0, False)
+    names = iter(range(1, 9))
+    of = {arm: {"seconds": 10.0 * next(names), study.PROBE_ID: 5.0, study.NAMES_OOD: 1.0} for arm in study.SCHEDULES}
+    arms = {"clip": [{"seconds": 20.0, study.PROBE_ID: 5.0, study.NAMES_OOD: 2.0}]}
+    arms |= {arm: [values] for arm, values in of.items()}
+    study.derive(Comparison(arms, [0], {}, set()))
+    found, shortest, longest = arms["protoclip"][0], 10.0, 10.0 * len(of)
+    assert found["time/probe"] == shortest / 20 - 1 and found[f"reached/{study.PROBE_ID}"] == 1.0
+    assert found["time/names"] == longest / 20 - 1 and found[f"reached/{study.NAMES_OOD}"] == 0.0
+    assert found["extra_time"] == longest / 20 - 1 and arms["clip"][0]["time/probe"] == 0.0
