@@ -287,7 +287,9 @@ def kmeans(features: Tensor, k: int, niter: int = 20, nredo: int = 3, seed: int 
     gpu = getattr(faiss, "get_num_gpus", int)() > 0  # with faiss-gpu, as upstream
     clustering = faiss.Kmeans(x.shape[1], k, niter=niter, nredo=nredo, seed=seed, gpu=gpu, min_points_per_centroid=1)
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(run.cores())  # torchrun gives each process one thread; K-means runs on rank 0 alone
+    # torchrun gives each process one thread, but K-means runs on rank 0 alone; one process keeps to its own threads,
+    # since more of them than free cores wait for each other
+    faiss.omp_set_num_threads(run.cores() if torch.distributed.is_initialized() else torch.get_num_threads())
     try:
         clustering.train(x)
         _, labels = clustering.index.search(x, 1)
