@@ -188,6 +188,7 @@ def main(cfg: Config) -> Path | None:
 
     # Model and optimizer, with the state of the last checkpoint if there is one
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, image_size=cfg.image_size)
+    nn.init.constant_(model.logit_scale, math.log(1 / cfg.temperature))
     if cfg.dry_run:
         return cli.show_run(cfg, process, model, clip.blank_inputs(model), total, lambda at: learning_rates(cfg, at))
     clip.set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)
