@@ -23,9 +23,9 @@ KEPT = [f"kept/{rule}_pixels" for rule in ("attentive", "random", "centre", "unt
 def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Two arms with given measurements and step times."""
     report, times = tmp_path / "report/results.json", tmp_path / "times.json"
-    step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0, "rounds": [2.0, 2.2, 1.9]}
+    step = {"seconds": 2.0, "ratio": 1.5, "low": 1.25, "high": 2.0, "rounds": [2.0, 2.2, 1.9], "flops": 3e9}
     slow = step | {"rounds": [each * (2.67 + 0.01 * i) / 1.16 for i, each in enumerate(step["rounds"])]}
-    times.write_text(json.dumps({"clip": step | {"ratio": 1.0}, "aclip": step, "slip": slow, "aclip-eff": step}))
+    times.write_text(json.dumps({"clip": step | {"flops": 2e9}, "aclip": step, "slip": slow, "aclip-eff": step}))
     runs = [str(tmp_path / f"{arm}-seed0") for arm in ("aclip", "clip")]
     for run in map(Path, runs):
         run.mkdir()
@@ -47,18 +47,21 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
         *given,
         study.EMA,
         study.ONLINE,
+        "step/seconds",
+        "step/gflop",
     }
     claims = {row["claim"]: row for row in found["claims"]}
     expected = {claim.claim for claim in study.CLAIMS if {claim.method, claim.baseline} == {"clip", "aclip"}}
     assert expected and expected <= set(claims)
     row = claims["A-CLIP above CLIP"]
-    assert row["difference"] == 1.0 and not row["primary"] and found["claims"][0]["primary"]
+    assert row["difference"] == 1.0 and row["primary"] and not found["claims"][-1]["primary"]
     speed = claims["step time of A-CLIP / SLIP's - 1 (by rounds)"]
     assert speed["primary"] and speed["difference"] == pytest.approx(1.16 / 2.67 - 1, abs=0.01) and speed["seeds"] == 3
     assert speed["verdict"] == "reproduced"
     assert claims["step time of A-CLIP-eff / CLIP's - 1 (by rounds)"]["difference"] == 0
-    time = claims["step time of A-CLIP / CLIP's"]
-    assert (time["paper"], time["where"]) == ("1.16x", "1.50x (1.25-2.00)") and str(report) in shown
+    assert claims["step time of SLIP / CLIP's - 1 (by rounds)"]["difference"] == pytest.approx(1.31, abs=0.01)
+    assert claims["operations of a step of A-CLIP / CLIP's"]["where"] == "1.50x" and str(report) in shown
+    assert found["arms"]["aclip"]["step/gflop"]["mean"] == 3.0
     written = {"logs", "attentive_mask_clip_kept.png", "results.json", "results_packages.txt"}
     assert {path.name for path in report.parent.iterdir()} == written
     assert (report.parent / "attentive_mask_clip_kept.png").read_bytes() == b"picture"

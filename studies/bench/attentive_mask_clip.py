@@ -245,7 +245,7 @@ def to_the_floor(seeds: int) -> None:
         return with_means(evaluation.evaluate_run(folder, cfg, CPU), study.MEANS)[study.ONLINE]
 
     baseline_rows(
-        study.STUDY, "clip", PRESETS, train.main, seeds, "names of scenes with clutter, ViT from scratch",
+        study.STUDY, "clip", PRESETS, train.main, seeds, "names of scenes, ViT from scratch",
         {"the pixel floor": "nearest neighbour on raw pixels"}, study.ONLINE, top1,
         without=("studies.attentive_mask_clip_timing",), save_every=125,
     )  # fmt: skip
