@@ -598,6 +598,12 @@ def study(llm: str) -> Study:
         arms=arms(llm),
         corpus=corpus(llm),
         minutes={"core": 4, "all": 11},
+        terms="Text tower: CLIP's, trained from scratch, in place of FLAME's frozen language model (LLM). Facets: "
+        "several embeddings of a caption, one for each question to the LLM; decoupled: no facet sees another, as it "
+        "does with a causal mask. New names: names of emoji that training leaves out. Pairs: training pictures with "
+        "captions.",
+        changed="arms from scratch train another small convolutional tower on turned and coloured views",
+        changed_arms=("clip-scratch", "flame-scratch"),
         evaluate=evaluate,
         derive=derive,
         metrics=METRICS,

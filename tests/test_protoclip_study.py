@@ -120,3 +120,14 @@ def test_seconds_until_a_schedule_has_clips_accuracy():
     assert found["time/probe"] == shortest / 20 - 1 and found[f"reached/{study.PROBE_ID}"] == 1.0
     assert found["time/names"] == longest / 20 - 1 and found[f"reached/{study.NAMES_OOD}"] == 0.0
     assert found["extra_time"] == longest / 20 - 1 and arms["clip"][0]["time/probe"] == 0.0
+
+
+def test_notes_count_runs_that_never_reach_clip_and_name_a_better_neighbour():
+    values = {"time/probe": [0.2, 0.5, -0.3], f"reached/{study.PROBE_ID}": [0.0, 0.0, 1.0], "extra_time": [0.2] * 3}
+    of = {metric: {"values": seeds} for metric, seeds in values.items()}
+    summary = {"arms": {"protoclip": of | {study.PROBE_ID: {"mean": 50.0, "values": [50.0] * 3}}}}
+    pixels = {"subgroups_id/nearest": 59.7}
+    texts = " ".join(study.notes(summary | {"floors": {"nearest neighbour on raw pixels": pixels}}).values())
+    assert "2 of 3" in texts and "59.70" in texts
+    of[f"reached/{study.PROBE_ID}"]["values"] = [1.0] * 3
+    assert study.notes({"arms": {"protoclip": of}, "floors": {}}) == {}

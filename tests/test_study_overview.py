@@ -50,8 +50,9 @@ def row(claim: str, verdict: str = "reproduced", **more) -> dict:
 
 
 def summary_of(*rows: dict) -> dict:
-    floors = {"chance": {"m": 1.0, "s": 1.0}, "pixels": {"m": 30.0}}
-    return {"paper": "ProtoCLIP", "corpus": "Scenes of emoji", "floors": floors, "claims": list(rows), "seeds": [0]}
+    floors = {"chance": {"bare_names_ood/top1": 1.0}, "nearest neighbour on raw pixels": {"bare_names_ood/top1": 30.0}}
+    about = {"paper": "ProtoCLIP", "corpus": "Scenes of emoji", "seeds": [0], "arms": {}}
+    return about | {"floors": floors, "claims": list(rows)}
 
 
 def cells(table: str, claim: str) -> list[str]:
@@ -61,19 +62,37 @@ def cells(table: str, claim: str) -> list[str]:
 
 def test_the_main_table_has_both_corpora_in_a_row_and_does_not_call_old_results_verdicts():
     untested = verdicts.not_testable("absolute", "70", "needs data", primary=True)
-    found = {"protoclip": summary_of(row("up"), untested, row("slope", metric="other"))}
-    there = {"protoclip": summary_of(row("up", "open", difference=-1.0, interval=[-3.0, 1.0]), row("there"))}
+    found = {"protoclip": summary_of(row("zero-shot above CLIP"), untested, row("slope"), row("alone", primary=False))}
+    below = row("zero-shot above CLIP", "open", difference=-1.0, interval=[-3.0, 1.0], negligible=0.5)
+    there = {"protoclip": summary_of(below, row("alone"), row("there"))}
     table = overview.main_table(found, there)
-    up = cells(table, "up")
-    assert up[3:8] == ["+1.50 (+1.00 to +2.00)", "exploratory: reproduced", "30.00", "40.50", "42.00"]
-    assert up[8] == "**no**" and up[10] == "-1.00 (-3.00 to +1.00) exploratory: open"
-    assert cells(table, "slope")[5] == "-"  # its floor is in another metric
-    assert cells(table, "absolute")[4].endswith("not testable here") and cells(table, "absolute")[-1] == "needs data"
+    zero_shot = cells(table, "zero-shot above CLIP")
+    for text in ("+1.50 (+1.00 to +2.00)", "1", "30.00", "40.50", "42.00", "**no**"):
+        assert text in zero_shot
+    assert "exploratory: reproduced †" in zero_shot  # ProtoCLIP's arms have changed since
+    assert any("-1.00 (-3.00 to +1.00), d 0.5, n 3; exploratory: open" in cell for cell in zero_shot)
+    assert "30.00" not in cells(table, "slope")  # no claim of the study
+    assert "exploratory: reproduced † (secondary)" in cells(table, "alone")
+    assert "exploratory: not testable here" in cells(table, "absolute") and "needs data" in cells(table, "absolute")
     assert cells(table, "there")[3:5] == ["-", "-"]
     numbers = re.findall(r"\d+", overview.totals(found, there))
     assert numbers[:3] == ["3", "2", "1"]  # all, reproduced, not testable
     first = overview.first_table(found)
-    assert "up; slope" in first and "absolute (not testable here)" in first
+    assert "zero-shot above CLIP; slope" in first and "absolute (not testable here)" in first
+
+
+def test_results_with_a_protocol_are_not_said_to_be_of_an_earlier_design():
+    found = {"protoclip": summary_of(row("zero-shot above CLIP"))}
+    assert list(overview.all_changed(found, found, {})) == ["protoclip, on scenes"]
+    found["protoclip"]["protocol"] = "12345678"
+    assert overview.all_changed(found, found, {}) == {} and "†" not in overview.main_table(found, {})
+
+
+def test_floors_of_both_arms_are_shown_if_they_differ():
+    found = overview.read(ROOT / "results")
+    rows = overview.findings("tldr_reduction", "emoji", found)
+    assert rows["selection above random, T_o"]["floors"].count(" / ") == 1
+    assert "/" not in overview.findings("protoclip", "emoji", found)["zero-shot above CLIP"]["floors"]
 
 
 def test_differences_are_drawn_on_the_papers_scale_or_in_units_of_d(tmp_path: Path):

@@ -184,6 +184,12 @@ def test_tables_star_primary_claims_and_say_preview():
     ]  # fmt: skip
 
 
+def test_direction_only_says_which_of_its_cases():
+    row = {"verdict": "direction only", "difference": 1.0, "effect": 4.0}
+    assert "half" in verdicts.worded(row) and "no number" in verdicts.worded(row | {"effect": None})
+    assert verdicts.worded(row | {"verdict": "open"}) == "open"
+
+
 # ---------------------------------------------------------------------------------------------------------- simulations
 
 REPEATS = 20_000

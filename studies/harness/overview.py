@@ -31,9 +31,11 @@ COLOURS = {
     "not reproduced": "#c51b7d", "open": "#888888", "has not learned": "#c9a227",
 }  # fmt: skip
 GROUPS = {  # of verdicts, for the first table
-    "holds": ("reproduced", "direction only"), "no difference above d": ("no difference above d",),
-    "does not hold": ("not reproduced",), "open": ("open", "has not learned", "not testable here"),
+    "reproduced": ("reproduced",), "direction only": ("direction only",),
+    "no difference above d": ("no difference above d",), "not reproduced": ("not reproduced",), "open": ("open",),
+    "not judged": ("has not learned", "not testable here"),
 }  # fmt: skip
+MARK = " †"  # of results whose arms train something else today
 Summaries = dict[str, dict]  # {folder: results}
 
 # -------------------------------------------------------------------------------------------------------------- claims
@@ -58,26 +60,67 @@ def in_words(rows: Iterable[dict]) -> str:
     return ", ".join(f"{counts[word]} {word}" for words in GROUPS.values() for word in words if counts[word])
 
 
-def finding(folder: str, on: str, summaries: Summaries) -> str:
-    """What is put before the verdicts of a study: nothing, if its numbers are those of its protocol."""
-    word = protocol.standing(study_of(folder, on), summaries[folder]) if folder in summaries else "verdict"
-    return "" if word == "verdict" else f"{word}: "
+def changed(study: Study, summary: dict) -> str:
+    """What arms train since these results were made; empty if nothing has changed or they were made with a protocol."""
+    return "" if "protocol" in summary else study.changed
+
+
+def all_changed(papers: Iterable[str], found: Summaries, photographs: Summaries) -> dict[str, str]:
+    """{paper and corpus: `changed`} of the results with marked claims of the abstract."""
+    every = [(paper, on, of[paper]) for paper in papers for on, of in (("emoji", found), ("photos", photographs))
+             if paper in of]  # fmt: skip
+    return {
+        f"{paper}, on {pictures_of(summary)}": changed(study_of(paper, on), summary)
+        for paper, on, summary in every
+        if any(row["primary"] and MARK in row["finding"] for row in findings(paper, on, {paper: summary}).values())
+    }
+
+
+def findings(folder: str, on: str, summaries: Summaries) -> dict[str, dict[str, Any]]:
+    """{claim: its row, with the texts that pages show} of a paper's results: the difference with its interval and note,
+    the finding, the floors of baseline and method. A row of a claim that the study no longer has keeps its floor."""
+    if folder not in summaries:
+        return {}
+    summary = summaries[folder]
+    study = study_of(folder, on).as_in(summary)
+    claims, notes = {claim.claim: claim for claim in study.claims}, study.notes(summary)
+    standing, new = protocol.standing(study, summary), changed(study, summary)
+    bars = [(floor.arms, summary["floors"].get(floor.name, {})) for floor in study.floors if not floor.ceiling]
+    known = {metric for values in summary["floors"].values() for metric in values}
+    found = {}
+    for row in summary["claims"]:
+        name, floors = row["claim"], [row.get("floor") if row["metric"] in known else None]
+        marked = new and row["difference"] is not None
+        if claim := claims.get(name):
+            arms = [arm.partition(":")[0] for arm in (claim.baseline, claim.method)]
+            floors = [verdicts.floor_of(claim.metric, bars, arm) for arm in arms]
+            marked = marked and (not study.changed_arms or set(arms) & set(study.changed_arms))
+        word = ("" if standing == "verdict" else f"{standing}: ") + verdicts.worded(row)
+        found[name] = row | {
+            "shown": "; ".join([difference(row), *([notes[name]] if name in notes else [])]),
+            "finding": word + (MARK if marked else ""),
+            "floors": " / ".join(dict.fromkeys("-" if floor is None else f"{floor:.2f}" for floor in floors)) or "-",
+        }
+    return found
 
 
 def first_table(found: Summaries) -> str:
     """Claims of the abstract of each paper, by what the study found."""
+
+    def entry(claim: str, row: dict) -> str:
+        if row["verdict"] in GROUPS["not judged"]:
+            return f"{claim} ({row['verdict']})"
+        return claim + verdicts.worded(row).removeprefix(row["verdict"]).replace(" in this unit", "")
+
     rows = []
     for folder, summary in found.items():
+        mark = MARK if all_changed([folder], found, {}) else ""
+        about = f"[{summary['paper'].partition(' (')[0]}]({folder}/README.md), on {pictures_of(summary)}{mark}"
         names = {
-            group: "; ".join(
-                claim + (" (direction)" if row["verdict"] == "direction only" else "")
-                + (f" ({row['verdict']})" if row["verdict"] in ("has not learned", "not testable here") else "")
-                for claim, row in primary(summary).items() if row["verdict"] in words
-            ) or "-"
+            group: "; ".join(entry(*each) for each in primary(summary).items() if each[1]["verdict"] in words) or "-"
             for group, words in GROUPS.items()
-        }  # fmt: skip
-        about = f"[{summary['paper'].partition(' (')[0]}]({folder}/README.md), on {pictures_of(summary)}"
-        rows.append({"paper": about, **names, "all tables": f"[{folder}](results/{folder}.md)"})
+        }
+        rows.append({"paper": f"{about} ([all tables](results/{folder}.md))", **names})
     return table(rows) if rows else ""
 
 
@@ -91,39 +134,50 @@ def difference(row: dict) -> str:
 
 
 def main_table(found: Summaries, photographs: Summaries) -> str:
-    """One row for each claim of an abstract: on emoji or scenes, and on photographs beside it."""
+    """One row for each claim of an abstract: on emoji or scenes, and on photographs beside it. A claim that is primary
+    on one of them only is shown on the other, too, and called secondary there."""
     rows = []
     for paper in sorted(found | photographs):
-        ours, theirs, metrics = (
-            primary(found.get(paper)),
-            primary(photographs.get(paper)),
-            known_metrics(found.get(paper)),
-        )
-        here, there = finding(paper, "emoji", found), finding(paper, "photos", photographs)
-        for claim in dict.fromkeys([*ours, *theirs]):
-            row, beside = ours.get(claim, {}), theirs.get(claim)
-            about = row or beside
-            numbers = {name: row.get(name) for name in ("floor", "baseline", "method")}
-            numbers["floor"] = numbers["floor"] if row.get("metric") in metrics else None
-            learned = {True: "yes", False: "**no**", None: "-"}[row.get("baseline_learned")]
+        ours, theirs = findings(paper, "emoji", found), findings(paper, "photos", photographs)
+        for claim in dict.fromkeys([*primary(found.get(paper)), *primary(photographs.get(paper))]):
+            row, there = (
+                of[claim] if claim in of and (of[claim]["primary"] or of[claim]["difference"] is not None) else {}
+                for of in (ours, theirs)
+            )
+            about, second = row if row.get("primary") else there, " (secondary)"
+            numbers = {name: row.get(name) for name in ("baseline", "method")}
             rows.append(
-                {"paper": paper, "claim": claim, "paper's difference": about["paper"]}
-                | {"ours (interval)": difference(row), "verdict": here + row["verdict"] if row else "-"}
+                {"paper": paper, "claim": claim, "paper's difference": with_effect(about)}
+                | {"ours (interval)": row.get("shown", "-"), "d": limit(row)}
+                | {"finding": row["finding"] + second * (not row["primary"]) if row else "-"}
+                | {"floor": row.get("floors", "-")}
                 | {name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}
-                | {"baseline above its floor": learned, "seeds": row.get("seeds", "-")}
-                | {
-                    "on photographs": f"{difference(beside)} {there}{beside['verdict']}".removeprefix("- ")
-                    if beside
-                    else "-"
-                }
+                | {"baseline has learned": {True: "yes", False: "**no**"}.get(row.get("baseline_learned"), "-")}
+                | {"seeds": row.get("seeds", "-"), "on photographs": beside(row, there) if there else "-"}
                 | {"where the mechanism can act": about.get("where") or "-"}
             )
     return table(rows)
 
 
-def known_metrics(summary: dict | None) -> set[str]:
-    """The metrics of a paper's floors: the floor of another metric than a row's tells whether arms have learned."""
-    return {metric for floor in (summary or {"floors": {}})["floors"].values() for metric in floor}
+def with_effect(row: dict) -> str:
+    """The paper's words for a difference, and the difference in our unit if they do not have it."""
+    effect = row.get("effect")
+    known = effect is None or f"{abs(effect):g}" in row["paper"]
+    return row["paper"] if known else f"{row['paper']}; {effect:+.3g}"
+
+
+def limit(row: dict) -> str:
+    """d of a row."""
+    return "-" if row.get("negligible") is None else f"{row['negligible']:.3g}"
+
+
+def beside(row: dict, there: dict) -> str:
+    """What the main table shows of a claim on photographs; d, if it is not that of emoji or scenes."""
+    if there["difference"] is None:
+        return there["finding"]
+    text = there["shown"] + f", d {limit(there)}" * (limit(there) not in ("-", limit(row))) + f", n {there['seeds']}"
+    weak = there.get("baseline_learned") is False and there["verdict"] != "has not learned"
+    return f"{text}; {there['finding']}" + ", baseline has not learned" * weak + " (secondary)" * (not there["primary"])
 
 
 def totals(found: Summaries, photographs: Summaries) -> str:
@@ -137,7 +191,7 @@ def totals(found: Summaries, photographs: Summaries) -> str:
     text = f"{len(rows)} claims of abstracts on emoji and scenes: {in_words(rows)}."
     text += f" On photographs, {len(beside)} claims: {in_words(beside)}." if beside else ""
     weak = sum(row.get("baseline_learned") is False and row["verdict"] != "has not learned" for row in rows)
-    text += f" In {weak} judged rows the baseline is below its own floor." if weak else ""
+    text += f" In {weak} judged rows the baseline has not learned." if weak else ""
     return f"{text} Studies by standing: {', '.join(f'{n} {word}' for word, n in sorted(standings.items()))}."
 
 
@@ -155,7 +209,7 @@ def scaled(row: dict) -> tuple[float, float, float] | None:
 
 def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
     """Draw all claims of abstracts: those with a number in the paper's unit on its scale (above), others in units of d
-    (below). Circles are emoji and scenes, squares photographs; hollow: the baseline is below its floor."""
+    (below). Circles are emoji and scenes, squares photographs; hollow: the baseline has not learned."""
     panels: tuple[list, list] = ([], [])  # (claim, paper, [(row, marker)])
     for paper in sorted(found | photographs):
         ours, theirs = primary(found.get(paper)), primary(photographs.get(paper))
@@ -173,14 +227,18 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
             if y and paper != panel[y - 1][1]:
                 axis.axhline(y - 0.5, color="0.85", lw=0.8)
             for (row, marker), at in zip(rows, (y,) if len(rows) == 1 else (y - 0.17, y + 0.17), strict=True):
-                at_scale, colour = scaled(row), COLOURS.get(row["verdict"], "black")
-                centre, *ends = (min(max(value, low), high) for value in at_scale)
+                (centre, *interval), colour = scaled(row), COLOURS.get(row["verdict"], "black")
+                ends = [min(max(end, low), high) for end in interval]
                 axis.plot(ends, [at, at], color=colour, lw=1.6)
-                for end, beyond, arrow in zip((low, high), (at_scale[1] < low, at_scale[2] > high), "<>", strict=True):
-                    if beyond:
-                        axis.plot(end, at, arrow, color=colour, ms=5)
                 face = "white" if row.get("baseline_learned") is False else colour
-                axis.plot(centre, at, marker, color=colour, mfc=face, ms=6)
+                if low < centre < high:
+                    axis.plot(centre, at, marker, color=colour, mfc=face, ms=6)
+                for end, beyond, arrow in zip((low, high), (interval[0] < low, interval[1] > high), "<>", strict=True):
+                    if beyond:
+                        axis.plot(end, at, arrow, color=colour, mfc=face, ms=7)
+                if not low < centre < high:  # an arrow in place of the marker, with its number
+                    where, side = ((low, "left"), (high, "right"))[centre > 0]
+                    axis.text(where * 0.96, at, f"{centre:.1f}", ha=side, va="center", color=colour, fontsize=8)
         axis.axvline(0, color="black", lw=0.8)
         for x in (0.5, 1) if panel is panels[0] else (-1, 1):
             axis.axvline(x, color="0.6", lw=0.8, ls="--" if abs(x) == 1 else ":")
@@ -192,7 +250,7 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
     shapes = (
         ("o", "black", "emoji, scenes"),
         ("s", "black", "photographs"),
-        ("o", "white", "baseline below its floor"),
+        ("o", "white", "baseline has not learned"),
     )
     handles += [plt.Line2D([], [], color="black", marker=shape, mfc=face, ls="", label=label)
                 for shape, face, label in shapes]  # fmt: skip
@@ -222,6 +280,7 @@ def block(study: Study, summary: dict, file: str = "") -> str:
         "block.md", study=study, summary=summary, provenance=report.provenance(summary),
         command=command(study, summary, file), standing=(standing := protocol.standing(study, summary)),
         meaning=protocol.STANDING[standing], arms=report.named_arms(study, summary),
+        changed=changed(study, summary), notes=study.notes(summary),
         claims=report.claims_table(summary, standing=standing),
     )  # fmt: skip
 
@@ -243,6 +302,8 @@ def markdown(found: Summaries, photographs: Summaries, redesigns: str) -> str:
         "results.md", totals=totals(found, photographs), claims=main_table(found, photographs), redesigns=redesigns,
         verdicts=VERDICTS, standings=protocol.STANDING, own=verdicts.OWN, small=verdicts.SMALL,
         papers=first_table(found), terms={paper: study_of(paper).terms for paper in found},
+        changed=all_changed(sorted(found | photographs), found, photographs),
+        logs=any("protocol" in summary for summary in (*found.values(), *photographs.values())),
     )  # fmt: skip
 
 
@@ -251,7 +312,7 @@ def html_page(text: str, found: Summaries, photographs: Summaries, home: Path) -
 
     def to_html(markdown_text: str) -> Markup:
         html = re.sub(
-            f"<td>([a-z]+: )?({'|'.join(VERDICTS)})</td>",
+            f"<td>([a-z]+: )?({'|'.join(VERDICTS)})( [(†][^<]*)?</td>",
             lambda cell: cell[0].replace("<td", f'<td class="{cell[2].replace(" ", "-")}"'),
             re.sub(r"<p><img[^>]*></p>\n?", "", str(pages.to_html(markdown_text))).replace(" ± ", "&nbsp;±&nbsp;"),
         )
@@ -304,16 +365,19 @@ def with_claims(readme: str, folder: str, found: Summaries, photographs: Summari
     for kind, summaries in (("emoji", found), ("photos", photographs)):
         if folder not in summaries:
             continue
-        summary, word = summaries[folder], finding(folder, kind, summaries)
-        for claim, row in primary(summary).items():
-            on, text = pictures_of(summary), row["where"] if row["difference"] is None else difference(row)
+        summary, of = summaries[folder], findings(folder, kind, summaries)
+        for claim in primary(summary):
+            row, on = of[claim], pictures_of(summary)
             rows.setdefault(claim, {"claim": claim, "in the paper": row["paper"]})
-            rows[claim] |= {f"on {on}": text, f"verdict on {on}": word + row["verdict"]}
+            text = row["where"] if row["difference"] is None else row["shown"]
+            rows[claim] |= {f"on {on}": text, f"finding on {on}": row["finding"]}
     columns = dict.fromkeys(name for row in rows.values() for name in row)
     words = sorted({protocol.standing(study_of(folder, on), each[folder])
                     for on, each in (("emoji", found), ("photos", photographs)) if folder in each})  # fmt: skip
     lines = [table([{name: row.get(name, "-") for name in columns} for row in rows.values()])]
     lines += [f"*{word}*: {protocol.STANDING[word]}." for word in words if word != "verdict"]
+    new = all_changed([folder], found, photographs)
+    lines += [f"† {name.partition(', ')[2]}: since then, {what}." for name, what in new.items()]
     return between(readme, "claims", "\n\n".join(lines) + "\n")
 
 

@@ -213,6 +213,8 @@ def show(summary: dict, study: Any, path: Path) -> None:
     print(f"\n{summary['corpus']}, a stand-in for {study.stands_for}; {provenance(summary)} Percent; mean ± std\n")
     print(named_arms(study, summary))
     print(f"\nDifferences paired by seed, ± 95 % interval\n\n{claims_table(summary, preview=True)}\n")
+    for claim, note in study.notes(summary).items():
+        print(f"{claim}: {note}")
     print(f"written to {path}")
     print("(preview): the interval is wider than d, so these seeds cannot resolve it")
     if needed := [row for row in summary["claims"] if row["primary"] and row.get("seeds_needed")]:

@@ -266,12 +266,19 @@ def number(value: float | None, half: float | None = None) -> str:
     return "-" if value is None else f"{value:+.{3 if half is not None and 0.0005 < half < 0.0995 else 2}f}"
 
 
+def worded(row: dict[str, Any]) -> str:
+    """The verdict of a row; `direction only` says in which of its two cases."""
+    if row["verdict"] != "direction only" or row["difference"] is None:
+        return row["verdict"]
+    return "direction only (no number in this unit)" if row.get("effect") is None else "direction only (less than half)"
+
+
 def shown(rows: Iterable[dict[str, Any]], preview: bool = False) -> list[dict[str, str]]:
     """Rows formatted for tables: primary claims are starred. preview: verdicts say so if their interval is too wide to
     resolve d."""
     lines = []
     for row in rows:
-        half, d, word = row["resolves"], row.get("negligible"), row["verdict"]
+        half, d, word = row["resolves"], row.get("negligible"), worded(row)
         here = row.get("where", "") if row["difference"] is None else number(row["difference"], half)
         here += f" ± {number(half, half)[1:]}" if half is not None else ""
         here += f" ({row['scatter']})" if row.get("scatter") in MARKED else ""
