@@ -490,8 +490,8 @@ STUDY = Study(
     minutes={"core": 16, "all": 39},
     terms="Students have half of the teacher's size unless a row says otherwise. Inherited: they start from weights "
     "cut out of the teacher's, not from random ones. Affinity: they learn the teacher's similarities of images and "
-    "texts; contrastive: CLIP's loss. Progressive: cut in two stages. Steps (time) - 1: -0.9 is a tenth of the steps, "
-    "the paper's 1.4 and 7.8 times fewer are -0.29 and -0.87.",
+    "texts; contrastive: CLIP's loss. Both together: inheritance and affinity. Progressive: cut in two stages. Steps "
+    "(time) - 1: -0.9 is a tenth of the steps, the paper's 1.4 and 7.8 times fewer are -0.29 and -0.87.",
     changed="students and teachers on names train another small convolutional tower on turned and coloured views",
     changed_arms=tuple(arm.name for arm in RESNETS),
     evaluate=evaluate,
