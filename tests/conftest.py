@@ -34,7 +34,7 @@ from tests.adapters import Case, convert, leaf  # noqa: F401
 
 pytest.register_assert_rewrite("scripts")
 import vocabulary  # noqa: E402
-from scripts import cli, embedded_corpus, in_process, no_initial_values, start  # noqa: E402, F401  (fixtures)
+from scripts import cli, embedded_corpus, folder, in_process, no_initial_values, start  # noqa: E402, F401  (fixtures)
 
 vocabulary.share()
 os.fsync = lambda descriptor: None  # the files that tests write need not survive a power cut

@@ -1,25 +1,25 @@
 """What the end-to-end tests share: starts scripts in new processes, waits for them, kills them, compares their output.
 
-A test module names the script that it tests:
+A test module may name the script that it tests:
 
     SCRIPT = "protoclip.train"              # what `start`, `cli` and `in_process` run without `module`
-    SECONDS = 60                            # how long `ended` waits
+    SECONDS = 300                           # how long `ended` waits; by default 120
 
-and has a module-scoped fixture `folder` for logs and run folders. Scripts are forks of a server that has imported
-preload.py, so that they start at once.
+Scripts are forks of a server that has imported preload.py, so that they start at once.
 """
 
 import contextlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +73,14 @@ def embedded_corpus() -> None:
 
 
 @pytest.fixture(scope="module")
+def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """For the logs and run folders of a test module; deleted at its end."""
+    path = tmp_path_factory.mktemp("runs")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
 def start(request: pytest.FixtureRequest, folder: Path):
     """start(*arguments, module=..., **environment) starts a script; `ended` waits for it."""
     tests = request.module
@@ -81,10 +89,10 @@ def start(request: pytest.FixtureRequest, folder: Path):
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
 
-        def start(*arguments, module: str = tests.SCRIPT, **environment: str):
+        def start(*arguments, module: str = getattr(tests, "SCRIPT", ""), **environment: str):
             log = str(folder / f"log{next(count)}")
             process = context.Process(target=script, args=(module, [str(a) for a in arguments], log, environment))
-            process.log, process.seconds = log, tests.SECONDS
+            process.log, process.seconds = log, getattr(tests, "SECONDS", 120)
             process.start()
             return process
 

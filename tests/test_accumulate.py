@@ -189,13 +189,6 @@ def test_two_processes_equal_one_batch_and_share_gradients_once_a_step(tmp_path:
 
 
 @pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("accumulate")
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="module")
 def given(folder: Path) -> dict[str, list[str]]:
     (folder / "parts").mkdir()
     return commands(small_corpus(folder / "corpus"), folder / "parts")

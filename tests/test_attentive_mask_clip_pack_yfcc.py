@@ -22,7 +22,7 @@ from attentive_mask_clip.pack_yfcc import caption_file, clean, read_metadata
 from shared import data
 from shared.errors import UserError
 
-SCRIPT, SECONDS = "attentive_mask_clip.pack_yfcc", 120
+SCRIPT = "attentive_mask_clip.pack_yfcc"
 
 
 def jpeg(number: int) -> bytes:
@@ -44,11 +44,6 @@ def tree(root: Path, rows: list[tuple], images: dict[int, bytes]) -> Path:
 
 def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("yfcc")
 
 
 @pytest.fixture(scope="module")

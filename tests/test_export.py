@@ -24,7 +24,7 @@ from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.tokenizer import eval_tokenizer
 
-SCRIPT, SECONDS = "protoclip.train", 90
+SCRIPT = "protoclip.train"
 TOLERANCES = {  # of image features, text features, a preprocessed image; 0 where it is the very model of open_clip
     "attentive_mask_clip": (1e-6, 1e-6, 0),
     "concept_frequency": (0, 0, 1.0),  # of noise in -1..1, by another kernel
@@ -40,13 +40,6 @@ WITHOUT = {  # measurements that clip-benchmark has not
     "tinyclip": {"throughput": False},
     "tldr_reduction": {"rerank": ()},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("export")
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

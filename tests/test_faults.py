@@ -26,7 +26,7 @@ from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, sta
 from shared import checkpoints
 from shared.run import read_metrics
 
-SCRIPT, SECONDS = "faulty", 120
+SCRIPT = "faulty"
 SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().randrange(10**6))
 
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before
@@ -40,13 +40,6 @@ EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 def rng(request: pytest.FixtureRequest) -> random.Random:
     print(f"PAPER_CLIPS_FAULT_SEED={SEED}")  # is shown with a failure
     return random.Random(f"{SEED} {request.node.name}")
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("faults")
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,9 @@ from flame.llm import Prompt, embed_captions, parse_prompt, read_prompts, render
 from shared import data
 
 EVAL = ROOT / "data/emoji/eval"
-SCRIPT, SECONDS = "flame.embed", 120
+SCRIPT = "flame.embed"
 IMAGES = 160
 pytestmark = pytest.mark.usefixtures("embedded_corpus")
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("flame")
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

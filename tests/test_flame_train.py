@@ -32,7 +32,8 @@ from flame.bank import Bank
 from flame.train import sample_facets
 from shared import checkpoints, data, run
 
-SCRIPT, STEPS = "flame.train", 15
+SCRIPT = "flame.train"
+STEPS = 15
 
 
 def test_sample_facets_draws_without_replacement():

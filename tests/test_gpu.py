@@ -66,13 +66,6 @@ cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has 
 
 
 @pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("gpu")
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="module")
 def given(start, folder: Path) -> dict[str, list[str]]:
     data, parts = small_corpus(folder / "corpus"), folder / "parts"
     parts.mkdir()

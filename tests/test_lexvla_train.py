@@ -29,15 +29,8 @@ from shared import checkpoints, data, run
 from studies import lexvla_dense
 
 GROUPS = ROOT / "data/emoji/eval/groups_id"
-SCRIPT, SECONDS = "lexvla.train", 120
+SCRIPT = "lexvla.train"
 STEPS, PER_EPOCH = 15, 5
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("lexvla")
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

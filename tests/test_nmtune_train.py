@@ -22,7 +22,7 @@ from nmtune.train import cosine_lr, make_optimizer, train_step, tune
 from shared import checkpoints, pictures, run
 from shared.errors import UserError
 
-SCRIPT, SECONDS = "nmtune.train", 120
+SCRIPT = "nmtune.train"
 TUNE = "--encoder timm:resnet_emoji --epochs 2 --batch-size 20 --workers 0 --log-every 1 --precision fp32".split()
 
 
@@ -47,12 +47,6 @@ def images(tmp_path_factory) -> Path:
 def in_process(in_process):
     """Run a script's command line in this process -> (exit code, stdout, stderr)."""
     return lambda module, *arguments: in_process(*arguments, module=module)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """For the output of scripts."""
-    return tmp_path_factory.mktemp("nmtune")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from protoclip.train import (
 from shared import checkpoints
 
 TEACHER = ROOT / "data/emoji/teacher.npz"
-SCRIPT, SECONDS = "protoclip.train", 60
+SCRIPT = "protoclip.train"
 
 STEPS, PER_EPISODE = 15, 5
 TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160
@@ -46,14 +46,6 @@ IN_MEMORY = ["--keep-in-memory", "--distinct-captions"]
 def corpus(embedded_corpus: None):
     if not TEACHER.is_file():
         pytest.fail(f"{TEACHER} is missing: `python -m protoclip.teacher minilm` makes it", pytrace=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    """For run folders; emptied at the end."""
-    path = tmp_path_factory.mktemp("protoclip")
-    yield path
-    shutil.rmtree(path)
 
 
 # ------------------------------------------------------------------------------------------------------- end to end

@@ -14,14 +14,7 @@ from test_faults import trained
 
 from shared import checkpoints
 
-SCRIPT, SECONDS = "protoclip.train", 120
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("scale")
-    yield path
-    shutil.rmtree(path)
+SCRIPT = "protoclip.train"
 
 
 @pytest.fixture(scope="module")

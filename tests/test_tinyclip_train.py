@@ -33,20 +33,12 @@ from tinyclip.inheritance import initialise_student
 from tinyclip.masks import L0Mask
 from tinyclip.model import CLIP, Student, distillation_loss, load_clip
 
-SCRIPT, SECONDS = "tinyclip.train", 90
+SCRIPT = "tinyclip.train"
 PROCESS = run.Process(0, 1, torch.device("cpu"))
 STEPS = 8
 TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
     --warmup 2 --precision fp32 --log-every 1""".split()
 MASKS = "--prune-step 4 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0".split()
-
-
-@pytest.fixture(scope="module")
-def folder(embedded_corpus: None, tmp_path_factory: pytest.TempPathFactory):
-    """For run folders; emptied at the end."""
-    path = tmp_path_factory.mktemp("tinyclip")
-    yield path
-    shutil.rmtree(path)
 
 
 # ----------------------------------------------------------------------------------------- schedules, optimizers, steps

@@ -28,7 +28,8 @@ from tldr_reduction.datasets import TextOf, open_pairs, pixel_hash
 from tldr_reduction.tokenizer import PROMPT, WordPiece
 from tldr_reduction.train import alpha_ramp, learning_rate
 
-SCRIPT, REDUCE, SECONDS = "tldr_reduction.train", "tldr_reduction.reduce", 120
+SCRIPT = "tldr_reduction.train"
+REDUCE = "tldr_reduction.reduce"
 STAGES = {  # name: preset
     "captioner": "small-captioner",
     "finetune": "small-finetune",

@@ -12,11 +12,6 @@ from short_runs import FOLDERS, small_corpus, small_set
 SCRIPT, SECONDS = "driver", 200
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("without")
-
-
 def test_papers_run_without_their_studies(embedded_corpus: None, start, tmp_path: Path, monkeypatch):
     """In a copy without studies/, all modules of the papers can be imported, and one paper trains and evaluates.
 
