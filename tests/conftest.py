@@ -32,9 +32,9 @@ from shared import checkpoints, presets, pytest_options, run
 from tests import adapters
 from tests.adapters import Case, convert, leaf  # noqa: F401
 
-pytest.register_assert_rewrite("scripts")
+pytest.register_assert_rewrite("scripts", *(path.stem for path in Path(__file__).parent.glob("*_runs.py")))
 import vocabulary  # noqa: E402
-from scripts import cli, embedded_corpus, folder, in_process, no_initial_values, start  # noqa: E402, F401  (fixtures)
+from scripts import cli, embedded_corpus, folder, forked_exports, in_process, no_initial_values, start  # noqa: E402, F401  (fixtures)
 
 vocabulary.share()
 os.fsync = lambda descriptor: None  # the files that tests write need not survive a power cut
@@ -67,9 +67,9 @@ def claims() -> dict[str, set[str]]:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func).split(".")[-1] == "golden":
                     words = [names[word.id] if isinstance(word, ast.Name) else word.value for word in mark.args]
                     families[words[0]].update(words[1:])
-    for folder in presets.folders():
-        for part in adapters.parts(folder):
-            families[folder].update(part.families)
+    for paper in presets.folders():
+        for part in adapters.parts(paper):
+            families[paper].update(part.families)
     return families
 
 
@@ -289,8 +289,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Add the measured differences to those of earlier runs in runs/parity/FOLDER.json, for the companion pages."""
     if hasattr(session.config, "workerinput"):
         return
-    for folder, rows in found_by.items():
-        path, stamp = ROOT / f"runs/parity/{folder}.json", {"date": date.today().isoformat(), "commit": run.commit()}
+    for paper, rows in found_by.items():
+        path, stamp = ROOT / f"runs/parity/{paper}.json", {"date": date.today().isoformat(), "commit": run.commit()}
         earlier = checkpoints.read_json(path)["tests"] if path.is_file() else []
         kept = {(row["test"], row["against"]): row for row in earlier}
         kept |= {key: row | stamp for key, row in rows.items()}

@@ -11,6 +11,7 @@ Scripts are forks of a server that has imported preload.py, so that they start a
 import contextlib
 import multiprocessing
 import os
+import resource
 import runpy
 import shutil
 import signal
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from shared import export, run
+from shared import checkpoints, export, run
 from shared.zeroshot import mean_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -258,3 +259,20 @@ def same(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def trained(out: Path) -> dict:
+    """The checkpoint of a run without values that may differ from run to run."""
+    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
+    return {key: value for key, value in state.items() if key not in ("seconds", "config", "name", "commit")}
+
+
+@contextlib.contextmanager
+def room(size: int):
+    """No file can grow beyond this number of bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

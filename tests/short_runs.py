@@ -12,6 +12,7 @@ import re
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import small_models  # noqa: F401  (the models named test)
@@ -224,3 +225,16 @@ def stages(data: Path, parts: Path) -> dict[str, list[str]]:
         "concept_frequency.count": f"shards --data {data} --concepts {parts / 'names.txt'} {pipeline}",
     }
     return {module: text.split() for module, text in arguments.items()}
+
+
+def offered(folder: str) -> dict[str, Any]:
+    """{`SCRIPT PRESET`: configuration} of the presets of a folder's scripts; for recipes, the fields that they set."""
+    found = {}
+    for file in (ROOT / folder).glob("*.py"):
+        for table in re.findall(r"preset_cli\((\w+)\)", file.read_text()):
+            known = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
+            found |= {f"{file.stem} {name}": config for name, (_, config) in known.items()}
+    if folder == "tldr_reduction":
+        recipes = importlib.import_module("tldr_reduction.config").RECIPES
+        found |= {f"reduce --recipe {name}": recipe for name, (_, recipe) in recipes.items()}
+    return found

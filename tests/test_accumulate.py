@@ -2,7 +2,6 @@
 scripts."""
 
 import contextlib
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 

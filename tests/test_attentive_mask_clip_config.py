@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from attentive_mask_clip_runs import TINY
 from scripts import ROOT, one_sentence
-from test_attentive_mask_clip_train import SCRIPT, TINY  # noqa: F401
 
 from attentive_mask_clip import config, train
 from attentive_mask_clip.model import ACLIP, create_model
+
+SCRIPT = "attentive_mask_clip.train"
 
 ERRORS = {
     "paper preset without data": (["yfcc15m-vitb16"], "--data is missing"),

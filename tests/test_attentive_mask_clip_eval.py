@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import small_models  # noqa: F401  (the models named test)
 import torch
+from attentive_mask_clip_runs import attention_as_in_training  # noqa: F401
 from PIL import Image
-from test_attentive_mask_clip_model import attention_as_in_training  # noqa: F401
-from test_corpora_scenes import SETTING, bank, built, config, corpus  # noqa: F401
+from scene_corpora import SETTING, bank, built, config, corpus  # noqa: F401
 
 from attentive_mask_clip import kept
 from attentive_mask_clip.eval import load_model

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from attentive_mask_clip_runs import attention_as_in_training, batch, boxes_in, tiny  # noqa: F401
 from authors_files import beside_weights
 from conftest import leaf
 from scripts import in_ranks
@@ -15,7 +16,6 @@ from torch import nn
 from attentive_mask_clip.model import (
     ACLIP,
     CLIP,
-    SLIP,
     MaskedViT,
     SyncBatchNorm1d,
     aclip_loss,
@@ -28,28 +28,11 @@ from attentive_mask_clip.model import (
 )
 
 
-@pytest.fixture(autouse=True)
-def attention_as_in_training():
-    """Disable the flash attention kernel on the CPU, like `shared.run.setup`."""
-    before = torch.backends.cuda.flash_sdp_enabled()
-    torch.backends.cuda.enable_flash_sdp(False)
-    yield
-    torch.backends.cuda.enable_flash_sdp(before)
-
-
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
 # ----------------------------------------------------------------------------------------------- properties: selection
-
-
-def boxes_in(height: int, width: int, count: int) -> torch.Tensor:
-    """Random boxes (count, 4)."""
-    tops, lefts = torch.randint(0, height - 1, (count,)), torch.randint(0, width - 1, (count,))
-    heights = [int(torch.randint(1, height - top + 1, ())) for top in tops.tolist()]
-    widths = [int(torch.randint(1, width - left + 1, ())) for left in lefts.tolist()]
-    return torch.stack([tops, lefts, torch.tensor(heights), torch.tensor(widths)], dim=1)
 
 
 def test_close_blocks_are_ordered_as_upstreams_resize_rounds_them():
@@ -128,25 +111,6 @@ def test_random_masks_keep_any_patch_alike():
 
 
 # --------------------------------------------------------------------------------------------------- properties: model
-
-TINY = dict(
-    embed_dim=12, image_size=16, patch_size=4, vision_width=16, vision_layers=2, vision_heads=2, context_length=6,
-    vocab_size=30, text_width=16, text_heads=2, text_layers=1,
-)  # fmt: skip
-
-
-def tiny(method: str = "aclip", **settings) -> ACLIP | SLIP | CLIP:
-    torch.manual_seed(0)
-    ssl = {} if method == "clip" else dict(ssl_hidden=10, ssl_dim=8)
-    return {"aclip": ACLIP, "slip": SLIP, "clip": CLIP}[method](**{**TINY, **ssl, **settings})
-
-
-def batch(B: int = 3, views: int = 2, side: int = 16, ema_side: int = 16) -> tuple[torch.Tensor, ...]:
-    """views (V*B, 3, H, W), EMA view, tokens, boxes (B, V+1, 4); the EMA view is the whole 40 x 30 image."""
-    torch.manual_seed(1)
-    boxes = torch.stack([*(boxes_in(40, 30, B) for _ in range(views)), torch.tensor([[0, 0, 40, 30]]).expand(B, 4)])
-    images, ema_view = torch.randn(views * B, 3, side, side), torch.randn(B, 3, ema_side, ema_side)
-    return images, ema_view, torch.randint(1, 30, (B, 6)), boxes.transpose(0, 1)
 
 
 @pytest.mark.parametrize("mask", ["attentive", "high", "random", "none"])

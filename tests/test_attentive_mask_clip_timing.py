@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from scripts import finished, one_sentence
-from test_attentive_mask_clip_train import SECONDS, folder  # noqa: F401
 
 from studies import attentive_mask_clip_timing as timing
 

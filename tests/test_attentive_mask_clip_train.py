@@ -6,13 +6,13 @@ of a server that has imported torch and the rest already, which saves 4 seconds 
 
 import dataclasses
 import random
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from attentive_mask_clip_runs import TINY, attention_as_in_training, batch, tiny  # noqa: F401
 from scripts import (
     SHARDS,
     Lazily,
@@ -26,7 +26,6 @@ from scripts import (
     start_two,
 )
 from short_runs import small_set
-from test_attentive_mask_clip_model import attention_as_in_training, batch, tiny  # noqa: F401
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,8 +42,6 @@ from shared.clip import set_grad_checkpointing
 SCRIPT = "attentive_mask_clip.train"
 
 STEPS, PER_EPOCH = 9, 3
-TINY = f"""--model test --data {SHARDS}/00000.tar --dataset-size 96 --image-size 20 --epochs 3 --batch-size 32
-    --warmup-epochs 1 --lr 1e-3 --precision fp32 --workers 0 --eval-every 0 --log-every 1""".split()
 
 
 # ------------------------------------------------------------------------------------------------------- steps

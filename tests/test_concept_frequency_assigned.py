@@ -7,8 +7,9 @@ import tarfile
 
 import pytest
 import torch
+from concept_frequency_runs import EVAL, PIPELINE, shards  # noqa: F401
 from PIL import Image
-from test_concept_frequency_train import EVAL, PIPELINE, SHARDS, shards  # noqa: F401
+from scripts import SHARDS
 
 from concept_frequency import assigned, count
 from concept_frequency.concepts import read_concepts

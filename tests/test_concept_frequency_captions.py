@@ -1,37 +1,10 @@
 """Partitions of files, their captions, and the caption row of each image."""
 
-import io
-import tarfile
-from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from concept_frequency_runs import write_captions
 
 from concept_frequency import captions as corpus
 from concept_frequency import images
-
-
-def write_captions(folder: Path, captions: list[str]) -> dict[str, str]:
-    """Write the same captions as parquet, tsv and lines."""
-    pq.write_table(
-        pa.table({"caption": captions, "url": ["u"] * len(captions)}), folder / "a.parquet", row_group_size=50
-    )
-    (folder / "a.tsv").write_text("".join(f"u\t{c}\n" for c in captions))
-    (folder / "a.txt").write_text("".join(f"{c}\n" for c in captions))
-    return {kind: str(folder / f"a.{kind}") for kind in ("parquet", "tsv", "txt")}
-
-
-def write_shard(path: Path, rows: list[tuple[str, str, tuple[int, int, int]]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for key, caption, color in rows:
-            image = io.BytesIO()
-            Image.new("RGB", (8, 8), color).save(image, format="PNG")
-            for extension, content in (("png", image.getvalue()), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
 
 
 def test_a_folder_of_two_kinds_is_refused(tmp_path):

@@ -4,8 +4,8 @@ import dataclasses
 
 import open_clip
 import pytest
+from concept_frequency_runs import TINY, shards  # noqa: F401
 from scripts import one_sentence
-from test_concept_frequency_train import TINY, shards  # noqa: F401
 
 from concept_frequency import train
 from concept_frequency.config import MODELS, PRESETS

@@ -15,10 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from scripts import ended, held, kill_when, one_sentence
+from concept_frequency_runs import EVAL, PIPELINE, shards, write_captions, write_shard  # noqa: F401
+from scripts import SHARDS, ended, held, kill_when, one_sentence
 from short_runs import small_corpus
-from test_concept_frequency_captions import write_captions, write_shard
-from test_concept_frequency_train import EVAL, PIPELINE, SHARDS, shards  # noqa: F401
 from tqdm import tqdm
 
 from concept_frequency import captions, count

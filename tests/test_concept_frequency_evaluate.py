@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from concept_frequency_runs import EVAL, PIPELINE, arms, shards  # noqa: F401
 from scripts import ROOT, one_sentence
 from short_runs import small_set
-from test_concept_frequency_train import EVAL, PIPELINE, arms, folder, shards  # noqa: F401
 
 from concept_frequency import evaluate
 from concept_frequency.concepts import read_concepts

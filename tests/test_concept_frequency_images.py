@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from concept_frequency_runs import PIPELINE, arms, shards, write_shard  # noqa: F401
 from PIL import Image
-from test_concept_frequency_captions import write_shard
-from test_concept_frequency_train import PIPELINE, SHARDS, arms, folder, shards  # noqa: F401
+from scripts import SHARDS
 from torchvision.transforms import Compose
 
 from concept_frequency import captions, count, images, model

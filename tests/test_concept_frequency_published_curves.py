@@ -1,7 +1,7 @@
 """Curves from published files: panels, claims, and the bins that the paper leaves out."""
 
 import pytest
-from test_concept_frequency_published_replay import write_published
+from concept_frequency_runs import write_published
 
 from concept_frequency.published import curves
 from concept_frequency.published.files import Results

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from test_concept_frequency_published_replay import write_published
+from concept_frequency_runs import write_published
 
 from concept_frequency.concepts import short
 from concept_frequency.published.files import PlainUnpickler, Results, plotted_bins, read_pickle, with_table9

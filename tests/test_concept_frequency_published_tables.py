@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_concept_frequency_published_replay import write_published
+from concept_frequency_runs import write_published
 
 from concept_frequency.published import replay, tables
 from concept_frequency.published.files import Results

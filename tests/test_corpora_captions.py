@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from test_corpora_scenes import SETTING, bank  # noqa: F401
+from scene_corpora import SETTING, bank  # noqa: F401
 
 from studies.corpora import captions, scenes, sprites
 

@@ -8,30 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photographs import contents, photograph, read_manifest, read_set
 from PIL import Image
 
 from shared import cli, data, evalsets, tars
-from shared.run import stable_hash
 from studies.corpora import photos
-
-
-def photograph(path: Path, width: int = 20, height: int = 16) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(stable_hash(path.name, path.parent.name))
-    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-
-
-def read_manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def read_set(folder: Path, split: str = "test") -> list[tuple]:
-    return list(evalsets.EvalSet(folder, np.asarray, split))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
 
 # ------------------------------------------------------------------------------------------------------------ Flickr8k
 

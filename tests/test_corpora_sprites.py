@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_corpora_scenes import NPM, bank, corpus  # noqa: F401
+from scene_corpora import NPM, bank, corpus  # noqa: F401
 
 from studies.corpora import emoji, sprites
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_zeroshot import (  # noqa: F401
+from evaluation_sets import (  # noqa: F401
     TEMPLATES,
     TinyClip,
     classification_set,
@@ -20,6 +19,7 @@ from test_zeroshot import (  # noqa: F401
     tokenizer,
     write_set,
 )
+from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 

@@ -14,7 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from scripts import finished, forked_exports, one_sentence  # noqa: F401
+from scripts import finished, one_sentence  # noqa: F401
 from short_runs import EVAL, SCRIPTS, commands, small_corpus
 
 from concept_frequency import clip_models

@@ -1,14 +1,12 @@
 """Faults during the scripts of every folder: they continue as if nothing had happened, or end with exit code 2 and one
 sentence, and no earlier file is lost. The times of faults are random; PAPER_CLIPS_FAULT_SEED repeats a run."""
 
-import contextlib
 import io
 import json
 import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -20,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, ended, finished, forked_exports, kill_at, metrics, one_sentence, same  # noqa: F401
+from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, room, same, trained  # noqa: F401
 from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
 
 from shared import checkpoints
@@ -61,12 +59,6 @@ def whole(cli, given, folder: Path):
         return out
 
     return make
-
-
-def trained(out: Path) -> dict:
-    """The checkpoint of a run without values that may differ from run to run."""
-    state = checkpoints.load_checkpoint(out / "checkpoint.pt")
-    return {key: value for key, value in state.items() if key not in ("seconds", "config", "name", "commit")}
 
 
 def refused(result, *words: str) -> None:
@@ -388,17 +380,6 @@ def made(folder: Path) -> dict:
         str(path.relative_to(folder)): read.get(path.suffix, Path.read_bytes)(path)
         for path in files if path.name not in free
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def room(size: int):
-    """No file can grow beyond this number of bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

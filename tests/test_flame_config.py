@@ -5,22 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import one_sentence
-from test_flame_train import (  # noqa: F401
-    EVAL,
-    SCRIPT,
-    SECONDS,
-    SHARDS,
-    bank,
-    captions,
-    embed_flags,
-    folder,
-    tiny,
-    tiny_llm,
-)
+from flame_runs import EVAL, bank, captions, embed_flags, tiny, tiny_llm  # noqa: F401
+from scripts import SHARDS, one_sentence
 
 from flame import config
 from flame.model import create_model
+
+SCRIPT = "flame.train"
 
 ERRORS = {
     "paper preset without data": (["cc3m-vitb16"], "--data is missing"),

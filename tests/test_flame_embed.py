@@ -1,12 +1,11 @@
 """python -m flame.embed: prompts, embedding captions with the LLM into a bank, kept texts of evaluations.
 
 A language model of two tiny layers replaces SmolLM2. Scripts are forks of a server that has already imported torch and
-other packages; other test files train on this bank.
+other packages.
 """
 
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import ROOT, SHARDS, ended, finished, held, one_sentence, start_two
-from short_runs import small_set
+from flame_runs import IMAGES, bank, captions, embed_flags, tiny_llm  # noqa: F401
+from scripts import SHARDS, ended, finished, held, one_sentence, start_two
 
 from flame import config, embed, llm, zeroshot
 from flame.bank import Bank
@@ -23,50 +22,8 @@ from flame.captions import Captions
 from flame.llm import Prompt, embed_captions, parse_prompt, read_prompts, render
 from shared import data
 
-EVAL = ROOT / "data/emoji/eval"
 SCRIPT = "flame.embed"
-IMAGES = 160
 pytestmark = pytest.mark.usefixtures("embedded_corpus")
-
-
-@pytest.fixture(scope="module")
-def tiny_llm(folder: Path) -> Path:
-    """A Llama of two layers over bytes, in transformers' format."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    out = folder / "llm"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", pad_token="<pad>").save_pretrained(out)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), num_key_value_heads=2, **sizes)).save_pretrained(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def captions(cli, folder: Path) -> Path:
-    out = folder / "captions"
-    finished(cli("--data", SHARDS / "00000.tar", "--out", out, module="studies.flame_recaption"))
-    return out
-
-
-@pytest.fixture(scope="module")
-def embed_flags(tiny_llm: Path, captions: Path, folder: Path) -> list:
-    flags = f"emoji --data {SHARDS}/00000.tar --dataset-size {IMAGES} --precision fp32 --batch-size 16".split()
-    for kind in ("raw", "short", "long"):
-        flags += [f"--{kind}", captions / f"{kind}.json"]
-    long = small_set("retrieval_long_ood", folder / "embedded", every=16)
-    return [*flags, "--llm", tiny_llm, "--sets", EVAL / "groups_ood", long]
-
-
-@pytest.fixture(scope="module")
-def bank(cli, embed_flags: list, folder: Path) -> Path:
-    result = finished(cli(*embed_flags, "--out", folder / "banks/bank", module="flame.embed"))
-    assert re.search(r"captions in \d+ s, [\d.]+ captions/s", result.out)
-    return folder / "banks/bank"
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts

@@ -8,26 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flame_runs import ARMS, EVAL, arms, bank, captions, embed_flags, tiny, tiny_llm  # noqa: F401
 from PIL import Image
 from scripts import one_sentence
 from short_runs import small_set
-from test_flame_train import (  # noqa: F401
-    ARMS,
-    EVAL,
-    SCRIPT,
-    SECONDS,
-    arms,
-    bank,
-    captions,
-    embed_flags,
-    folder,
-    tiny,
-    tiny_llm,
-)
 
 from flame import config
 from flame import eval as evaluation
 from flame.eval import linear_probe, retrieval_recall
+
+SCRIPT = "flame.train"
 
 
 def test_recall_counts_any_caption_of_an_image():

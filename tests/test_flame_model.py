@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import leaf
+from flame_runs import small
 from open_clip.transformer import VisionTransformer
 from scripts import in_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -152,10 +153,6 @@ def test_the_language_model_is_frozen():
 
 
 # ------------------------------------------------------------------------------------------------------------ towers
-
-
-def small(text_dim: int, hidden_dim: int | None = None, **options) -> FLAME:
-    return FLAME(*image_tower(open_clip_config("FLAME-emoji")), text_dim, hidden_dim, **options)
 
 
 def test_flame_starts_as_published():

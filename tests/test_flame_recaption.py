@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from test_flame_embed import SCRIPT, SECONDS, SHARDS, captions, folder  # noqa: F401
+from flame_runs import captions  # noqa: F401
+from scripts import SHARDS
 
 from flame.captions import Captions
 from shared import data
 from studies import flame_recaption as recaption
+
+SCRIPT = "flame.embed"
 
 
 def test_recaptions_are_the_same_for_all_drawings_of_an_emoji(captions: Path):

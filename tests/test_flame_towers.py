@@ -8,20 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flame_runs import EVAL, IMAGES, bank, captions, embed_flags, tiny_llm  # noqa: F401
 from PIL import Image
-from scripts import finished, kill_at, metrics, same
+from scripts import SHARDS, finished, kill_at, metrics, same
 from short_runs import small_set
-from test_flame_embed import (  # noqa: F401
-    EVAL,
-    IMAGES,
-    SECONDS,
-    SHARDS,
-    bank,
-    captions,
-    embed_flags,
-    folder,
-    tiny_llm,
-)
 
 from flame import config
 from flame.bank import Bank

@@ -1,7 +1,7 @@
 """Schedules, parameter groups and steps; python -m flame.train, end to end on real emoji shards.
 
 Every arm, kill -9 and resume, two processes against one. Scripts start in processes of their own, forks
-of a server that has imported torch and the rest already; they train on the bank of test_flame_embed.py.
+of a server that has imported torch and the rest already; they train on the bank of flame_runs.py.
 """
 
 import dataclasses
@@ -12,19 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import Lazily, ended, finished, in_turn, kill_at, metrics, same, start_two
-from test_flame_embed import (  # noqa: F401
-    EVAL,
-    IMAGES,
-    SECONDS,
-    SHARDS,
-    bank,
-    captions,
-    embed_flags,
-    folder,
-    tiny_llm,
-)
-from test_flame_model import small
+from flame_runs import ARMS, EVAL, IMAGES, arms, bank, captions, embed_flags, small, tiny, tiny_llm  # noqa: F401
+from scripts import SHARDS, ended, finished, in_turn, kill_at, metrics, same, start_two
 
 from flame import config, train, zeroshot
 from flame import eval as evaluation
@@ -64,33 +53,6 @@ def test_a_gradient_scaler_changes_no_step():
 
 
 # -------------------------------------------------------------------------------------------------------- end to end
-
-
-@pytest.fixture(scope="module")
-def tiny(bank: Path, captions: Path) -> list:
-    flags = f"""--data {SHARDS}/00000.tar --dataset-size {IMAGES} --image-size 16 --hidden-dim 32 --epochs 3
-        --batch-size 32 --warmup 2 --lr 1e-3 --eps 1e-4 --precision fp32 --workers 0 --eval-every 0 --log-every 1
-        --model ViT-test""".split()
-    files = [captions / f"{kind}.json" for kind in ("raw", "short", "long")]
-    return [*flags, "--bank", bank, "--captions", *files]
-
-
-ARMS = {
-    "clip": ["emoji-clip"],
-    "flame": ["emoji"],
-    "raw": ["emoji", "--facet-ids", "0", "--facets", "1"],
-    "summary": ["emoji", "--facet-ids", "0", "1", "4", "--facets", "3"],
-    "nce": ["emoji", "--loss", "mp-nce"],
-}
-
-
-@pytest.fixture(scope="module")
-def arms(cli, tiny: list, folder: Path) -> dict[str, Path]:
-    def trained(arm: str) -> Path:
-        finished(cli(*ARMS[arm], *tiny, "--out", folder / f"{arm}-seed0"))
-        return folder / f"{arm}-seed0"
-
-    return Lazily(trained)
 
 
 @pytest.mark.parametrize("arm", ARMS)

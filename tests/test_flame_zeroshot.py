@@ -1,7 +1,7 @@
 """Zero-shot classification: classifiers from templates, and features of images."""
 
 import torch
-from test_flame_model import small
+from flame_runs import small
 
 from flame import zeroshot
 

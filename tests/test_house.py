@@ -1,4 +1,5 @@
-"""The three floors: studies -> papers -> shared. No circles, nothing for tests alone, maps that name what runs."""
+"""The three floors: studies -> papers -> shared. No circles, nothing for tests alone, maps that name what runs; and
+test files that import no test files."""
 
 import ast
 import functools
@@ -86,6 +87,16 @@ def test_no_import_of_the_project_inside_a_function(module: str):
             for inner in ast.walk(node):
                 if isinstance(inner, ast.ImportFrom):
                     assert floor(inner.module or "") not in ("shared", "studies", *PAPERS), f"{module}:{inner.lineno}"
+
+
+def test_no_file_imports_a_test_file():
+    """What tests share stands in modules of its own."""
+    for path in ROOT.glob("tests/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            found = [name for name in named if any(part.startswith("test_") for part in name.split("."))]
+            assert not [name for name in found if list(ROOT.glob(f"tests/**/{name.split('.')[-1]}.py"))], path
 
 
 def scripts() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data import pair, write_tar
+from shards import pair, write_tar
 
 from shared import data, index
 

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lexvla_runs import ARMS, arms, backbone, lm, states, tiny, tiny_lm  # noqa: F401
 from scripts import same
-from test_lexvla_model import tiny_lm
-from test_lexvla_train import ARMS, SCRIPT, SECONDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
 
 from lexvla import checkpoints as run_checkpoints
 from lexvla import text as texts
 from lexvla.model import LoRALinear
 from lexvla.text import lm_sample
 from shared import checkpoints
+
+SCRIPT = "lexvla.train"
 
 
 def test_load_run_restores_the_trained_weights(arms: dict[str, Path], monkeypatch: pytest.MonkeyPatch):

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from scripts import one_sentence
-from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder, lm, states, tiny  # noqa: F401
+from lexvla_runs import backbone, lm, states, tiny  # noqa: F401
+from scripts import SHARDS, one_sentence
 
 from lexvla import config, lite0, plan
+
+SCRIPT = "lexvla.train"
 
 ERRORS = {
     "paper preset without data": (["cc12m"], "--data is missing"),

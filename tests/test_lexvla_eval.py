@@ -6,23 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lexvla_runs import ARMS, arms, backbone, lm, small_set, states, tiny  # noqa: F401
 from PIL import Image
+from scene_corpora import bank, corpus, small_corpus, small_scenes  # noqa: F401
 from scripts import one_sentence
-from test_corpora_scenes import bank, corpus  # noqa: F401
-from test_lexvla_scenes import small_corpus, small_scenes  # noqa: F401
-from test_lexvla_train import (  # noqa: F401
-    ARMS,
-    SCRIPT,
-    SECONDS,
-    SHARDS,
-    arms,
-    backbone,
-    folder,
-    lm,
-    small_set,
-    states,
-    tiny,
-)
 
 from lexvla import eval as evaluation
 from lexvla.checkpoints import load_run
@@ -31,6 +18,8 @@ from lexvla.patchdis import labelled_images
 from lexvla.text import encode_texts
 from lexvla.towers import normalize
 from shared import data, run
+
+SCRIPT = "lexvla.train"
 
 
 def test_the_sweep_goes_from_one_word_to_all():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import leaf
+from lexvla_runs import tiny_lm
 from scripts import in_ranks
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
@@ -30,12 +31,6 @@ from lexvla.tokens import Precomputed
 from lexvla.towers import with_lora
 
 # ---------------------------------------------------------------------------------------------- properties: map, losses
-
-
-def tiny_lm(**sizes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    defaults = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    return LlamaForCausalLM(LlamaConfig(**(defaults | sizes), num_key_value_heads=1)).eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

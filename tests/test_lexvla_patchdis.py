@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from scripts import one_sentence
-from test_lexvla_train import SECONDS, folder  # noqa: F401
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 

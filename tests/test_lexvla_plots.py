@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import one_sentence
-from test_lexvla_train import ARMS, SCRIPT, SECONDS, SHARDS, arms, backbone, folder, lm, states, tiny  # noqa: F401
+from lexvla_runs import ARMS, arms, backbone, lm, states, tiny  # noqa: F401
+from scripts import SHARDS, one_sentence
 
 from lexvla import plots
 from shared import data
+
+SCRIPT = "lexvla.train"
 
 
 def test_word_clouds_show_each_word_once_and_larger_words_larger(tmp_path: Path):

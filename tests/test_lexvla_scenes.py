@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_corpora_scenes import bank, corpus  # noqa: F401
-from test_lexvla_train import SCRIPT, SECONDS, folder  # noqa: F401
+from scene_corpora import SIZES, bank, corpus, small_corpus, small_scenes  # noqa: F401
 
 from lexvla import patchdis
 from lexvla.towers import normalize
@@ -15,21 +14,11 @@ from shared.evalsets import EvalSet
 from studies import lexvla_scenes as scenes
 from studies.corpora.emoji_sources import Emoji
 
-SIZES = dict(image_size=64, concepts=6, samples=30, eval_samples=16)
+SCRIPT = "lexvla.train"
+
 CAT = Emoji(
     "1F408", "cat", ("cat", "pet", "feline", "big cat", "kitty", "9 lives", "animal"), "animals-nature", "mammal"
 )
-
-
-@pytest.fixture(scope="module")
-def small_corpus(corpus: Path, folder: Path) -> Path:
-    scenes.main(scenes.Config(folder / "small-scenes", corpus, **SIZES))
-    return folder / "small-scenes"
-
-
-@pytest.fixture(scope="module")
-def small_scenes(small_corpus: Path) -> Path:
-    return small_corpus / "eval/patchdis"
 
 
 def test_words_of_an_emoji_are_halved():

@@ -8,22 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_corpora_scenes import bank, corpus  # noqa: F401
-from test_lexvla_model import tiny_lm
-from test_lexvla_scenes import small_corpus, small_scenes  # noqa: F401
-from test_lexvla_train import (  # noqa: F401
-    ARMS,
-    SCRIPT,
-    SECONDS,
-    SHARDS,
-    arms,
-    backbone,
-    folder,
-    lm,
-    small_set,
-    states,
-    tiny,
-)
+from lexvla_runs import ARMS, arms, backbone, lm, small_set, states, tiny, tiny_lm  # noqa: F401
+from scene_corpora import bank, corpus, small_corpus, small_scenes  # noqa: F401
 
 from lexvla import config, patchdis
 from lexvla import eval as evaluation
@@ -33,6 +19,8 @@ from studies import lexvla_states
 from studies.harness import runner
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
+
+SCRIPT = "lexvla.train"
 
 
 def test_arms_differ_only_in_the_settings_of_their_names():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lexvla_train import SCRIPT, SECONDS, SHARDS, folder, lm, states  # noqa: F401
+from lexvla_runs import lm, states  # noqa: F401
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -17,6 +17,8 @@ from lexvla import text
 from lexvla.model import LastMLPTextEncoder, TextEncoder
 from lexvla.text import lexical_prompt
 from shared import pretrained
+
+SCRIPT = "lexvla.train"
 
 
 def test_odd_captions_make_prompts():

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lexvla_runs import backbone, tiny_lm  # noqa: F401
 from open_clip.transformer import QuickGELU, VisionTransformer
+from scripts import SHARDS
 from short_runs import add_sample, small_corpus
-from test_lexvla_model import tiny_lm
-from test_lexvla_train import SCRIPT, SECONDS, SHARDS, backbone, folder  # noqa: F401
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from lexvla import config, lite0, tokens, towers
@@ -18,6 +18,8 @@ from lexvla.config import Config
 from lexvla.model import ImageEncoder, LoRALinear
 from lexvla.towers import with_lora
 from shared import data, pretrained, run
+
+SCRIPT = "lexvla.train"
 
 
 def test_lora_of_a_run():

@@ -7,8 +7,8 @@ import re
 import shutil
 
 import pytest
+from nmtune_runs import corpus, in_process, one_sentence  # noqa: F401
 from scripts import SHARDS
-from test_nmtune_train import corpus, in_process, one_sentence  # noqa: F401
 
 from nmtune import config, model
 from shared.settings import check_limits

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nmtune_runs import corpus, images, in_process, one_sentence  # noqa: F401
 from scripts import SHARDS
-from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: F401
 
 from nmtune import datasets
 from nmtune.datasets import swap_captions

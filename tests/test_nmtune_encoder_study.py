@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_nmtune_train import corpus  # noqa: F401
+from nmtune_runs import corpus  # noqa: F401
 
 from nmtune import config, model
 from shared import checkpoints, pictures

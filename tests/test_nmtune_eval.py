@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from test_nmtune_train import corpus, features_file, in_process, one_sentence  # noqa: F401
+from nmtune_runs import corpus, features_file, in_process, one_sentence  # noqa: F401
 
 from nmtune import config
 from nmtune.model import NMTuneHead

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from nmtune_runs import corpus, images, in_process, one_sentence  # noqa: F401
 from short_runs import language_model, small_corpus
-from test_nmtune_train import corpus, images, in_process, one_sentence  # noqa: F401
 
 from nmtune import extract, features
 from nmtune.model import load_encoder

@@ -7,7 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from test_nmtune_train import features_file, in_process, one_sentence  # noqa: F401
+from nmtune_runs import features_file, in_process, one_sentence  # noqa: F401
 from torchvision.transforms import RandAugment, RandomResizedCrop
 
 from nmtune import features, train

@@ -3,11 +3,13 @@
 import sys
 
 import pytest
+from nmtune_runs import corpus, images, in_process, start  # noqa: F401
 from scripts import ended, finished, kill_at, metrics, same
-from test_nmtune_train import SCRIPT, SECONDS, corpus, folder, images, in_process, start  # noqa: F401
 
 from nmtune import finetune
 from shared import checkpoints
+
+SCRIPT = "nmtune.train"
 
 
 @pytest.mark.parametrize("preset", ["full", "emoji-lora"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_nmtune_study import compared
+from nmtune_runs import compared
 
 from shared import layout
 from shared.tars import write_split

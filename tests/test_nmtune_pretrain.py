@@ -7,23 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from nmtune_runs import assert_equal_runs, corpus, images, in_process, start, two  # noqa: F401
 from scripts import SHARDS, ended, finished, kill_at, metrics, same
 from short_runs import small_set
-from test_nmtune_train import (  # noqa: F401
-    SCRIPT,
-    SECONDS,
-    assert_equal_runs,
-    corpus,
-    folder,
-    images,
-    in_process,
-    start,
-    two,
-)
 
 from nmtune import config, model, pretrain
 from shared import accumulate, checkpoints, data, run
 from shared.clip import set_grad_checkpointing
+
+SCRIPT = "nmtune.train"
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
 SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--no-keep-in-memory", "--epochs", "2", "--batch-size", "32"]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photographs import contents, photograph, read_manifest, read_set
 from PIL import Image
 from scripts import one_sentence
-from test_corpora_photos import contents, photograph, read_manifest, read_set
 
 from shared import cli, data, evalsets, layout, pack, tars
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_zeroshot import features_and_labels
+from evaluation_sets import features_and_labels
 
 from flame import eval as flame
 from lexvla import eval as lexvla

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from parity import check_commit
-from test_presets import offered
+from short_runs import offered
 
 from shared import evaluation, presets
 from studies.harness import companion

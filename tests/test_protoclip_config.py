@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, one_sentence
-from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY  # noqa: F401
+from protoclip_runs import TINY
+from scripts import ROOT, SHARDS, one_sentence
 
 from protoclip import config, train
+
+SCRIPT = "protoclip.train"
 
 ERRORS = {
     "paper preset without data": (["cc3m-rn50"], "--data is missing"),

@@ -9,50 +9,13 @@ import pytest
 import torch
 from authors_files import beside_weights
 from open_clip.transformer import QuickGELU
+from protoclip_runs import cfg, runs  # noqa: F401
+from scripts import ROOT
 from short_runs import small_set
 
-from protoclip import config, train
 from protoclip import eval as evaluation
 from protoclip.model import create_model
 from shared import cli
-
-ROOT = Path(__file__).parent.parent
-EMOJI = ROOT / "data/emoji"
-
-
-def trained(folder: Path, preset: str, seed: int, **more) -> str:
-    cfg = dataclasses.replace(
-        config.PRESETS[preset][1],
-        data=str(EMOJI / "train/00000.tar"),
-        external_teacher=str(EMOJI / "teacher.npz"),
-        eval_set=small_set("groups_id", folder.with_name(f"{folder.name}-sets"), every=40),
-        out=str(folder),
-        image_size=16,
-        episodes=2,
-        episode_size=128,
-        batch_size=64,
-        k=8,
-        hidden_dim=32,
-        projection_dim=16,
-        warmup=2,
-        eval_every=1,
-        seed=seed,
-        **more,
-    )
-    return str(train.main(cfg))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("eval")
-    arms = {"clip": "emoji-clip", "protoclip": "emoji"}
-    return [trained(folder / f"{arm}-seed{seed}", preset, seed) for arm, preset in arms.items() for seed in (0, 1)]
-
-
-@pytest.fixture
-def cfg(runs: list[str], tmp_path: Path) -> evaluation.Config:
-    sets = tuple(small_set(name, tmp_path / "sets", every=24) for name in ("groups_id", "retrieval_xm_en"))
-    return evaluation.Config(runs=tuple(runs), sets=sets, probe=sets[:1], gap=sets[1], device="cpu")
 
 
 def test_towers_load_into_open_clip(runs: list[str]):

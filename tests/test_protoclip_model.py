@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import leaf
 from open_clip.transformer import QuickGELU
+from protoclip_runs import tiny_model
 
 from protoclip.model import (
     ProtoCLIP,
@@ -19,13 +20,6 @@ from protoclip.model import (
     prototypical_loss,
 )
 from protoclip.train import parameter_groups
-
-
-def tiny_model(embed_dim: int = 8, hidden_dim: int = 12, projection_dim: int = 6, num_layers: int = 1) -> ProtoCLIP:
-    vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
-    text = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
-    sizes = {"hidden_dim": hidden_dim, "projection_dim": projection_dim, "num_layers": num_layers}
-    return ProtoCLIP(embed_dim, vision, text, **sizes)
 
 
 def heads_equal(model: ProtoCLIP) -> bool:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from photographs import lite0  # noqa: F401
+from protoclip_runs import corpus  # noqa: F401
 from short_runs import small_corpus
-from test_pretrained import lite0  # noqa: F401
-from test_protoclip_train import corpus  # noqa: F401
 
 from protoclip import eval as evaluation
 from protoclip import train

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from protoclip_runs import EMOJI, cfg, runs, trained  # noqa: F401
 from sklearn.metrics import adjusted_mutual_info_score
-from test_protoclip_eval import EMOJI, cfg, runs, trained  # noqa: F401
 
 from protoclip import eval as evaluation
 from shared import checkpoints, layout, tars

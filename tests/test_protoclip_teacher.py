@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scripts import finished, metrics, one_sentence
-from test_protoclip_train import SCRIPT, SECONDS, SHARDS, TEACHER, TINY, folder  # noqa: F401
+from protoclip_runs import TEACHER, TINY
+from scripts import SHARDS, finished, metrics, one_sentence
 
 from protoclip.teacher import embed_captions, on_disk, pca
 from protoclip.teacher_file import Teacher, all_captions, captions_digest
 from shared import data
 from shared.index import Strings
+
+SCRIPT = "protoclip.train"
 
 
 def test_teacher_script(cli, folder: Path):

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from protoclip_runs import TINY, corpus, tiny_model  # noqa: F401
 from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, in_turn, kill_at, metrics, same, start_two
 from short_runs import small_set
-from test_protoclip_model import tiny_model
 
 from protoclip import config, train
 from protoclip.config import Config
@@ -31,21 +30,10 @@ from protoclip.train import (
 )
 from shared import checkpoints
 
-TEACHER = ROOT / "data/emoji/teacher.npz"
 SCRIPT = "protoclip.train"
 
 STEPS, PER_EPISODE = 15, 5
-TINY = f"""--data {SHARDS}/00000.tar --external-teacher {TEACHER} --image-size 16 --episodes 3 --episode-size 160
-    --batch-size 32 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --eval-every 0 --warmup 2
-    --lr 1e-3 --precision fp32 --log-every 1 --max-grad-norm 50 --model ViT-test --no-keep-in-memory
-    --no-distinct-captions --augmentation default""".split()
 IN_MEMORY = ["--keep-in-memory", "--distinct-captions"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def corpus(embedded_corpus: None):
-    if not TEACHER.is_file():
-        pytest.fail(f"{TEACHER} is missing: `python -m protoclip.teacher minilm` makes it", pytrace=False)
 
 
 # ------------------------------------------------------------------------------------------------------- end to end

@@ -3,14 +3,12 @@ processes against one. test_<paper>_train.py compares two processes with one."""
 
 import dataclasses
 import random
-import shutil
 from pathlib import Path
 
 import pytest
-from scripts import Lazily, ended, finished, kill_at, metrics, start_two
+from scripts import Lazily, ended, finished, kill_at, metrics, start_two, trained
 from server import serving
 from short_runs import PLAIN, SCRIPTS, commands, config, image_folder, small_corpus, small_set
-from test_faults import trained
 
 from shared import checkpoints
 

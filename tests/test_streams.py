@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from server import serving
-from test_data import pair, png, write_tar
+from shards import pair, png, write_tar
 from torchvision import transforms
 
 from shared import data, fetch, run, streams

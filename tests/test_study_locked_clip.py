@@ -10,28 +10,13 @@ from pathlib import Path
 import clip_benchmark.cli as their_cli
 import pytest
 import torch
-from test_pretrained import lite0  # noqa: F401
-from test_study_photos import WORDS, corpus, picture  # noqa: F401
+from photographs import WORDS, cfg, corpus, lite0, picture  # noqa: F401
 
-from shared import checkpoints, data, layout, run, zeroshot
+from shared import checkpoints, layout, run, zeroshot
 from studies.concept_frequency_nouns import Config
 from studies.harness import locked_clip, photos
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def cfg(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Config:  # noqa: F811
-    def pixels(files, side):
-        batch = torch.stack([photos.view(data.decode_image(content)) for content in files]).float()
-        small = torch.nn.functional.interpolate(batch, (24, 20)).mean(1).flatten(1)
-        return torch.nn.functional.pad(small / 128 - 1, (0, 800))
-
-    monkeypatch.setattr(photos, "lite0_features_of_files", pixels)
-    monkeypatch.chdir(corpus)
-    return Config(
-        out="run", data="train", total=60, epochs=20, batch_size=12, lr=3e-3, warmup=5, device="cpu", precision="fp32"
-    )
 
 
 def test_it_learns_what_captions_say(cfg: Config):

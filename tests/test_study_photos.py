@@ -6,33 +6,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from photographs import WORDS, corpus  # noqa: F401
 from PIL import Image
 
 from shared import layout, zeroshot
-from shared.tars import write_split
 from studies.harness import photos
-
-WORDS = ["dog", "ball", "snow", "man", "red", "water"]
-
-
-def picture(seed: int, colour: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    pixels = np.zeros((24, 24, 3), np.uint8)
-    pixels[4 * colour : 4 * colour + 4] = 255
-    return layout.png(pixels // 2 + rng.integers(0, 60, pixels.shape, dtype=np.uint8))
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Pictures with a bright band that determines a word of their captions: 60 for training, 12 for test with 2
-    captions."""
-    pairs = [(picture(i, i % 6), [f"a {WORDS[i % 6]} .", f"the {WORDS[i % 6]} again"]) for i in range(72)]
-    samples = ({"png": p, "txt": t[0], "json": {"caption": t[0], "captions": t}} for p, t in pairs[:60])
-    layout.write_pairs(tmp_path / "train", samples)
-    layout.write_retrieval(tmp_path / "retrieval", ({"png": p, "txt": "\n".join(t)} for p, t in pairs[60:]))
-    write_split(tmp_path / "names/test", ({"png": p, "cls": str(i % 6)} for i, (p, _) in enumerate(pairs[60:])))
-    layout.write_classes(tmp_path / "names", WORDS, ["a {c}", "the {c}"])
-    return tmp_path
 
 
 def test_correlation_finds_what_words_mean(corpus: Path):

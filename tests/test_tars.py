@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import pair, png, read_all, three, write_tar  # noqa: F401
+from shards import pair, png, read_all, three, write_tar
 
 from shared import data, run, tars
 

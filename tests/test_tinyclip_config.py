@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import one_sentence
-from test_tinyclip_train import MASKS, SCRIPT, SHARDS, TINY  # noqa: F401
+from scripts import SHARDS, one_sentence
+from tinyclip_runs import MASKS, TINY
 
 from tinyclip import config
 from tinyclip.config import PRESETS
 from tinyclip.geometry import CONFIGS
 from tinyclip.inheritance import random_student
 from tinyclip.model import CLIP
+
+SCRIPT = "tinyclip.train"
 
 ERRORS = {
     "paper preset without data": (["manual-61M-29M"], "--data is missing"),

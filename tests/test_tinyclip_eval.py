@@ -8,20 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import tyro
-from scripts import one_sentence, same
-from short_runs import small_set
-from test_tinyclip_train import SHARDS, TINY, folder  # noqa: F401
+from scripts import SHARDS, one_sentence, same
+from tinyclip_runs import TINY, sets, trained  # noqa: F401
 
-from tinyclip import config, train
 from tinyclip import eval as evaluation
 from tinyclip.model import create_model, load_clip
-
-
-@pytest.fixture(scope="module")
-def sets(folder: Path) -> tuple[str, ...]:
-    return tuple(small_set(name, folder / "sets") for name in ("groups_id", "retrieval_xm_en"))
-
 
 # ---------------------------------------------------------------------------------------------------------------- costs
 
@@ -46,11 +37,6 @@ def test_throughput():
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders
-
-
-def trained(*arguments) -> Path:
-    """Run tinyclip.train in this process."""
-    return train.main(tyro.extras.overridable_config_cli(config.PRESETS, args=[str(word) for word in arguments]))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tinyclip_model import TEXT, VISION, example, some_masks, tiny
+from tinyclip_runs import TEXT, VISION, example, some_masks, tiny
 
 from shared.clip import STATISTICS
 from tinyclip.geometry import (

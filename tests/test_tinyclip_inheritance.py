@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tinyclip_model import TEXT, VISION, tiny
+from tinyclip_runs import TEXT, VISION, tiny
 
 from tinyclip.inheritance import (
     depth_indices,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tinyclip_model import TEXT, VISION, example, some_masks, tiny
+from tinyclip_runs import TEXT, VISION, example, some_masks, tiny
 
 from tinyclip.masks import (
     L0Mask,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from authors_files import beside_weights
 from PIL import Image
 from scripts import ROOT, in_ranks, same
+from tinyclip_runs import TEXT, VISION, example, some_masks, tiny
 
 from shared import checkpoints
 from shared.clip import set_grad_checkpointing
@@ -26,43 +27,6 @@ from tinyclip.model import (
     load_clip,
     parameter_counts,
 )
-
-VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 3, "head_width": 8}
-TEXT = {"context_length": 8, "vocab_size": 30, "width": 24, "heads": 3, "layers": 3}
-
-
-def tiny(seed: int = 0, quick_gelu: bool = False) -> CLIP:
-    torch.manual_seed(seed)
-    model = CLIP(12, VISION, TEXT, quick_gelu)
-    for parameter in model.parameters():
-        if parameter.ndim:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def some_masks(tower: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Soft masks with a layer without heads, one without attention, one without neurons and one without MLP."""
-    generator = torch.Generator().manual_seed(seed)
-    heads = tower["width"] // 8
-
-    def soft(*shape):
-        z = torch.rand(*shape, generator=generator)
-        return torch.where(z < 0.3, 0.0, z)
-
-    masks = {"hidden": soft(tower["width"]), "heads": soft(3, heads), "intermediate": soft(3, 4 * tower["width"])}
-    masks |= {"mha": torch.tensor([0.7, 0.9, 0.0]), "ffn": torch.tensor([0.5, 0.0, 0.8])}
-    if seed % 2:  # the bias that the second layer loses has only the first attention before it
-        masks["ffn"][0] = 0
-    masks["heads"][1] = 0
-    masks["heads"][0, 0] = masks["heads"][2, 0] = 1.0
-    masks["intermediate"][2] = 0
-    return masks
-
-
-def example(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(5)
-    tokens = torch.randint(1, 29, (n, 8)).scatter(1, torch.randint(2, 8, (n, 1)), 29)
-    return torch.randn(n, 3, 16, 16), tokens
 
 
 def test_a_student_like_its_teacher_is_left_with_the_entropy():

@@ -9,8 +9,7 @@ import pytest
 import torch
 import tyro
 from PIL import Image
-from test_tinyclip_eval import sets, trained  # noqa: F401
-from test_tinyclip_train import arms, folder  # noqa: F401
+from tinyclip_runs import arms, sets, trained  # noqa: F401
 
 from shared import checkpoints, layout
 from shared.tars import write_split

@@ -8,7 +8,7 @@ import pytest
 import small_models  # noqa: F401  (the models named test)
 import torch
 import torch.nn.functional as F
-from test_tinyclip_model import tiny
+from tinyclip_runs import tiny
 from torch import nn
 
 from shared import checkpoints, data, export

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import math
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,9 +18,9 @@ import pytest
 import torch
 import tyro
 from conftest import Case, Watch
-from scripts import SHARDS, ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import ended, finished, kill_at, metrics, one_sentence, same, start_two
 from short_runs import small_set
-from test_tinyclip_model import example, tiny
+from tinyclip_runs import MASKS, STEPS, TINY, arms, example, inheriting, preset, tiny
 
 from shared import accumulate, checkpoints, run
 from shared.corpus import open_corpus
@@ -35,10 +34,6 @@ from tinyclip.model import CLIP, Student, distillation_loss, load_clip
 
 SCRIPT = "tinyclip.train"
 PROCESS = run.Process(0, 1, torch.device("cpu"))
-STEPS = 8
-TINY = f"""--data {SHARDS}/00000.tar --dataset-size 96 --image-size 16 --steps {STEPS} --batch-size 32 --eval-every 0
-    --warmup 2 --precision fp32 --log-every 1""".split()
-MASKS = "--prune-step 4 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0".split()
 
 
 # ----------------------------------------------------------------------------------------- schedules, optimizers, steps
@@ -281,38 +276,6 @@ def test_features_that_are_computed_once_are_those_of_each_step(embedded_corpus:
 
 
 AUTO = config.PRESETS["emoji-auto"][1]
-MODELS = {"emoji-teacher": "test-100", "emoji-auto": "test-100", "emoji-convnet-teacher": "test-convnet-100"}
-
-
-def preset(name: str) -> list[str]:
-    """A preset with a smaller model of its kind."""
-    return [name, "--model", MODELS.get(name, "test-convnet-50" if "convnet" in name else "test-50")]
-
-
-def inheriting(teacher: Path) -> list:
-    """Options of a student that inherits from its teacher and mimics it, at the authors' scale."""
-    return ["--teacher", teacher, "--init", teacher, "--logit-scale", "50"]
-
-
-def arms(folder: Path) -> dict[str, list]:
-    """A teacher and all kinds of later stages; the second automatic stage starts from the first."""
-    given, of_convnet = (inheriting(folder / f"{name}-seed0") for name in ("teacher", "convnet-teacher"))
-    commands = {
-        "teacher": preset("emoji-teacher"),
-        "convnet-teacher": preset("emoji-convnet-teacher"),
-        "convnet": [*preset("emoji-convnet"), *of_convnet],
-        "convnet-image": [*preset("emoji-convnet"), *of_convnet, "--inherit-only", "image"],
-        "random-contrastive": [*preset("emoji-contrastive"), "--init", "None", "--ignore-equal-captions"],
-        "inherited-affinity": [*preset("emoji"), *given],
-        "random-channels": [*preset("emoji"), *given, "--inherit", "random"],
-        "crops": [*preset("emoji"), *given, "--augmentation", "crop", "--no-keep-in-memory"],
-        "auto": [*preset("emoji-auto"), *given, *MASKS],
-        "auto-progressive": [
-            *(*preset("emoji-auto"), *given, *MASKS, "--init", folder / "auto-seed0"),
-            *("--start-sparsity", "0.5", "--target-sparsity", "0.75"),
-        ],
-    }
-    return {arm: [*words, *TINY, "--out", folder / f"{arm}-seed0"] for arm, words in commands.items()}
 
 
 @pytest.fixture(scope="module")

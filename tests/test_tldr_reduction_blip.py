@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scripts import in_ranks
+from tldr_reduction_runs import tiny_blip
 
 from shared.clip import set_grad_checkpointing
 from tldr_reduction import blip
@@ -24,12 +25,6 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Gradients by name; a shared parameter is listed under each of its names."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
-
-
-def tiny_blip(queue_size=12, vocab=30) -> BLIP:
-    torch.manual_seed(0)
-    texts = [TextTransformer(vocab, 16, 2, 4, 24, 16, dropout=0.0) for _ in range(2)]
-    return BLIP(VisionTransformer(16, 8, 16, 2, 4), *texts, 8, queue_size)
 
 
 def test_blip_queue_wraps_around():

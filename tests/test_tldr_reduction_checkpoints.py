@@ -3,8 +3,7 @@
 import pytest
 import torch
 from authors_files import beside_weights
-from test_tldr_reduction_blip import tiny_blip
-from test_tldr_reduction_model import tiny_captioner
+from tldr_reduction_runs import tiny_blip, tiny_captioner
 
 from tldr_reduction import checkpoints, config
 from tldr_reduction.blip import TextTransformer, VisionTransformer, resize_pos_embed

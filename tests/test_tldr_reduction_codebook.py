@@ -4,13 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from test_tldr_reduction_train import SCRIPT, SECONDS, folder, tiny  # noqa: F401
+from tldr_reduction_runs import folder, tiny  # noqa: F401
 
 from shared import run
 from shared.run import stable_hash
 from tldr_reduction import codebook, config
 from tldr_reduction.datasets import open_pairs
 from tldr_reduction.model import build
+
+SCRIPT = "tldr_reduction.train"
 
 
 def test_keyword_start(folder, monkeypatch, tiny):

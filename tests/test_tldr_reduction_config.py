@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from test_tldr_reduction_train import SCRIPT, refused  # noqa: F401
+from tldr_reduction_runs import refused
 
 from shared import run
 from tldr_reduction import config, train
+
+SCRIPT = "tldr_reduction.train"
 
 X = ["--data", "x.tar"]
 WRONG = {

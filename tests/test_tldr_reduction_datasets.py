@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_tldr_reduction_train import folder  # noqa: F401
+from tldr_reduction_runs import folder  # noqa: F401
 
 from shared import data, index
 from tldr_reduction import datasets

@@ -8,11 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, tiny  # noqa: F401
+from tldr_reduction_runs import chain, folder, tiny  # noqa: F401
 
 from shared import export
 from tldr_reduction import checkpoints, encoders
 from tldr_reduction.model import CodebookCaptioner
+
+SCRIPT = "tldr_reduction.train"
 
 IMAGE = Image.new("RGB", (40, 30), "red")
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from scripts import finished
 from short_runs import small_set
-from test_tldr_reduction_train import SCRIPT, SECONDS, chain, folder, refused, tiny  # noqa: F401
+from tldr_reduction_runs import chain, folder, refused, tiny  # noqa: F401
 
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, retrieval_recall
+
+SCRIPT = "tldr_reduction.train"
 
 
 def test_recall_takes_blips_dicts_and_images_without_captions():

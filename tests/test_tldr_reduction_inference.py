@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_faults import room
-from test_tldr_reduction_model import tiny_captioner
+from scripts import room
+from tldr_reduction_runs import tiny_captioner
 
 from shared import data, run
 from tldr_reduction import encoders, inference

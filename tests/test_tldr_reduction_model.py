@@ -7,19 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import leaf
 from tldr_reduction_ports import build_vocab
+from tldr_reduction_runs import tiny_captioner
 
 from tldr_reduction import config
-from tldr_reduction.blip import TextTransformer, VisionTransformer
 from tldr_reduction.codebook import frequent_keywords, rescaled, restart_unused, sampled_codebook
-from tldr_reduction.model import CodebookCaptioner, VectorQuantizer, build_for, codebook_perplexity
+from tldr_reduction.model import VectorQuantizer, build_for, codebook_perplexity
 from tldr_reduction.tokenizer import PROMPT, tokenizer_of
-
-
-def tiny_captioner(vocab=30, num_codes=20, code_dim=8, quantize=True) -> CodebookCaptioner:
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(num_codes, code_dim) if quantize else None
-    text = TextTransformer(vocab, 16, 2, 4, 24, 16, dropout=0.0)
-    return CodebookCaptioner(VisionTransformer(16, 8, 16, 2, 4), text, quantizer, sep_token_id=3)
 
 
 def test_ties_go_to_the_lowest_code():

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_study_locked_clip import cfg  # noqa: F401
-from test_study_photos import WORDS, corpus  # noqa: F401
+from photographs import WORDS, cfg, corpus  # noqa: F401
 
 from shared import layout, zeroshot
 from studies import tldr_reduction_photos as study

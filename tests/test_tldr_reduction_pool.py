@@ -6,8 +6,8 @@ import json
 from collections import Counter
 
 import numpy as np
-from test_corpora_scenes import bank  # noqa: F401
-from test_tldr_reduction_train import refused
+from scene_corpora import bank  # noqa: F401
+from tldr_reduction_runs import refused
 
 from shared import tars
 from shared.evalsets import EvalSet

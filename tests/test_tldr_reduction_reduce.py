@@ -11,23 +11,15 @@ import open_clip
 import torch
 from PIL import Image
 from scripts import finished, held, kill_when
-from test_tldr_reduction_train import (  # noqa: F401
-    REDUCE,
-    SCRIPT,
-    SECONDS,
-    broken,
-    chain,
-    folder,
-    refused,
-    tiny,
-    two,
-)
+from tldr_reduction_runs import REDUCE, broken, chain, folder, refused, tiny, two  # noqa: F401
 
 from shared import checkpoints, export, run
 from tldr_reduction import reduce
 from tldr_reduction.datasets import eval_transform, open_pairs
 from tldr_reduction.encoders import Scorer
 from tldr_reduction.reduce import write_shards
+
+SCRIPT = "tldr_reduction.train"
 
 
 def test_only_the_caption_file_is_rewritten(tmp_path):

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from headless import look
 from PIL import Image
-from test_browser import look
 
 from shared import data
 from tldr_reduction import report

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import tokenizers
 import torch
-from test_tldr_reduction_blip import tiny_blip
 from tldr_reduction_ports import build_vocab
+from tldr_reduction_runs import tiny_blip
 
 from tldr_reduction.config import Config
 from tldr_reduction.encoders import itm_scores

@@ -5,7 +5,6 @@ import shutil
 import textwrap
 from pathlib import Path
 
-import pytest
 from scripts import ROOT, ended
 from short_runs import FOLDERS, small_corpus, small_set
 
