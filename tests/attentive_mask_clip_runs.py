@@ -24,7 +24,7 @@ def boxes_in(height: int, width: int, count: int) -> torch.Tensor:
     return torch.stack([tops, lefts, torch.tensor(heights), torch.tensor(widths)], dim=1)
 
 
-TINY = dict(
+SIZES = dict(
     embed_dim=12, image_size=16, patch_size=4, vision_width=16, vision_layers=2, vision_heads=2, context_length=6,
     vocab_size=30, text_width=16, text_heads=2, text_layers=1,
 )  # fmt: skip
@@ -33,7 +33,7 @@ TINY = dict(
 def tiny(method: str = "aclip", **settings) -> ACLIP | SLIP | CLIP:
     torch.manual_seed(0)
     ssl = {} if method == "clip" else dict(ssl_hidden=10, ssl_dim=8)
-    return {"aclip": ACLIP, "slip": SLIP, "clip": CLIP}[method](**{**TINY, **ssl, **settings})
+    return {"aclip": ACLIP, "slip": SLIP, "clip": CLIP}[method](**{**SIZES, **ssl, **settings})
 
 
 def batch(B: int = 3, views: int = 2, side: int = 16, ema_side: int = 16) -> tuple[torch.Tensor, ...]:
