@@ -30,7 +30,6 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from shared import checkpoints, export, run
-from shared.zeroshot import mean_prompts
 
 ROOT = Path(__file__).parent.parent
 SHARDS = ROOT / "data/emoji/train"
@@ -243,11 +242,6 @@ def in_turn(*answers) -> Callable:
 def metrics(out: Path) -> list[dict]:
     """The lines of metrics.jsonl without values that may differ from run to run."""
     return [{name: value for name, value in line.items() if name != "seconds"} for line in run.read_metrics(out)]
-
-
-def mean_of_templates(prompts: torch.Tensor) -> torch.Tensor:
-    """The zero-shot classifier (D, C) of prompt embeddings (C, T, D) of C classes in T templates."""
-    return mean_prompts(prompts.flatten(0, 1), torch.full((len(prompts),), prompts.shape[1]))
 
 
 def same(a, b) -> bool:

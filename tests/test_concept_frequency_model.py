@@ -13,8 +13,6 @@ from concept_frequency.model import (
     tag_presence,
 )
 
-FAMILIES = ("retrieval", "image_search")
-
 
 # *_model, spacy_version: what the captions were tagged with. shard*: counts of upstream's search in shards of keys,
 # which are too low where a lemma is in another shard than its word; ours has no shards of keys

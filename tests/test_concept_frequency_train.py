@@ -1,7 +1,6 @@
 """Training arms on real emoji shards: assigned frequencies, a failed evaluation."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,22 +17,6 @@ from shared import checkpoints, run
 
 STEPS = 30
 SCRIPT = "concept_frequency.train"
-
-
-def flags(cfg, *names: str) -> list[str]:
-    """Fields of a configuration as command-line flags."""
-    values = {name: getattr(cfg, name) for name in names}
-    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-TINY_FLAGS = flags(
-    TINY, "data", "eval_set", "num_concepts", "dataset_size", "epochs", "batch_size", "model", "image_size", "lr",
-    "warmup", "log_every", "save_every", "eval_every", "workers", "device", "precision",
-)  # fmt: skip
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return checkpoints.load_checkpoint(out / "checkpoint.pt")["state_dict"]
 
 
 def test_pairs_have_the_assigned_frequencies(arms):

@@ -1,12 +1,8 @@
 """All forms of captions of scenes."""
 
-from pathlib import Path
-
 from scene_corpora import SETTING, bank  # noqa: F401
 
 from studies.corpora import captions, scenes, sprites
-
-NPM = Path(__file__).parent.parent / "data/.npm"
 
 
 def test_captions(bank: sprites.Sprites) -> None:

@@ -31,7 +31,6 @@ STAGES = (  # under the faults at the end of this file; SCRIPTS are under those 
     "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "studies.flame_recaption",
     "nmtune.finetune", "nmtune.train", "protoclip.teacher", "tldr_reduction.reduce",
 )  # fmt: skip
-EVALUATIONS = tuple(f"{folder}.eval" for folder in FOLDERS)
 
 
 @pytest.fixture

@@ -63,7 +63,9 @@ def test_differences_of_nested_values():
     theirs = {"a": [1.0, [2.0, 4.0]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
     ours = {"a": [1.0, [2.0, 4.5]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
     assert adapters.difference(theirs, ours, 0.125, 0.5) == (0.5, 0.5)
-    for wrong in ({"b": "Text"}, {"c": [torch.ones(2)]}, {"d": np.array(["y"])}, {"a": [1.0, [2.0, 5.5]]}, {"e": 0}):
+    for number in (5.5, float("nan")):
+        assert adapters.difference(theirs, ours | {"a": [1.0, [2.0, number]]}, 0.125, 0.5)[1] > 1
+    for wrong in ({"b": "Text"}, {"c": [torch.ones(2)]}, {"d": np.array(["y"])}, {"e": 0}):
         with pytest.raises(AssertionError):
             adapters.difference(theirs, ours | wrong, 0.125, 0.5)
 

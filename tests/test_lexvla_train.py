@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lexvla_runs import ARMS, arms, backbone, lm, module, states, tiny  # noqa: F401
-from scripts import ROOT, ended, finished, kill_at, metrics, same, start_two
+from scripts import ended, finished, kill_at, metrics, same, start_two
 from short_runs import small_corpus
 
 from lexvla import config, train
@@ -21,7 +21,6 @@ from lexvla.towers import create_model
 from shared import checkpoints, run
 from studies import lexvla_dense
 
-GROUPS = ROOT / "data/emoji/eval/groups_id"
 SCRIPT = "lexvla.train"
 STEPS, PER_EPOCH = 15, 5
 

@@ -18,8 +18,6 @@ from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.verdicts import Claim
 
-ROOT = Path(__file__).parent.parent
-
 
 def test_report_of_two_arms_and_seeds(cfg: evaluation.Config, capsys: pytest.CaptureFixture, monkeypatch, tmp_path):
     metrics = {"groups_id/top1": "groups", "modality_gap": "gap", "seconds": "s"}
