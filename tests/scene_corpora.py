@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from studies import lexvla_scenes as scenes
+from studies import lexvla_scenes
 from studies.corpora import emoji, emoji_sources, scenes, sprites
 
 NPM = Path(__file__).parent.parent / "data/.npm"
@@ -53,9 +53,12 @@ def built(config: scenes.Config) -> Path:
 SIZES = dict(image_size=64, concepts=6, samples=30, eval_samples=16)
 
 
+# ----------------------------------------------------------------------------------------- the corpus of LexVLA's study
+
+
 @pytest.fixture(scope="module")
 def small_corpus(corpus: Path, folder: Path) -> Path:
-    scenes.main(scenes.Config(folder / "small-scenes", corpus, **SIZES))
+    lexvla_scenes.main(lexvla_scenes.Config(folder / "small-scenes", corpus, **SIZES))
     return folder / "small-scenes"
 
 
