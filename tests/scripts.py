@@ -11,6 +11,7 @@ Scripts are forks of a server that has imported preload.py, so that they start a
 import contextlib
 import multiprocessing
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -184,6 +185,12 @@ def finished(result: Ended) -> Ended:
 
 def one_sentence(err: str) -> bool:
     return err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def refused(result: Ended, *patterns: str) -> None:
+    """Assert exit code 2 and one sentence that matches one of these regular expressions, or holds it as it is."""
+    said = any(pattern in result.err or re.search(pattern, result.err) for pattern in patterns)
+    assert result.code == 2 and one_sentence(result.err) and said, result
 
 
 def kill_when(process, ready: Callable[[], bool], timeout: float = 60, how: int = signal.SIGKILL) -> None:

@@ -1,6 +1,7 @@
 """One short run of every training script, a few seconds each on real emoji shards, for tests of all scripts.
 
-`small_corpus` makes the data, `commands` the command lines without --out, `stages` those of the other scripts.
+`small_corpus` makes the data, `commands` the command lines without --out, `further` those of more arms, `stages` those
+of the other scripts.
 """
 
 import functools
@@ -19,13 +20,21 @@ import small_models  # noqa: F401  (the models named test)
 import torch
 from scripts import ROOT, SHARDS
 
-from shared import presets
+from shared import checkpoints, presets
 from shared.data import open_pairs
+from shared.index import Strings
+from tinyclip.geometry import CONFIGS
+from tinyclip.model import CLIP
 
 EVAL = ROOT / "data/emoji/eval"
 FOLDERS = tuple(presets.folders())
 SCRIPTS = {folder: f"{folder}.train" for folder in FOLDERS} | {"nmtune": "nmtune.pretrain"}
 SCRIPTS |= {"tldr_reduction": "tldr_reduction.train", "tldr_reduction-clip": "tldr_reduction.train"}  # its two
+FURTHER = {  # arms with more to save: a bank, states, LoRA, masks, a teacher, a queue, noisy labels
+    "flame-bank": "flame.train", "lexvla-lm": "lexvla.train", "lexvla-dense": "studies.lexvla_dense",
+    "nmtune-labels": "nmtune.pretrain", "protoclip-teacher": "protoclip.train", "tinyclip-masks": "tinyclip.train",
+    "tldr_reduction-blip": "tldr_reduction.train",
+}  # fmt: skip
 
 # Towers without batch norms, which would normalise each micro-batch by itself. A large eps: else the rounding of a
 # vanishing gradient becomes a visible step.
@@ -129,6 +138,46 @@ def dinov2(folder: Path, **sizes: int) -> Path:
     return folder
 
 
+def write_bank(folder: Path, embeddings: torch.Tensor, keys: list[str], rows: list[int]) -> Path:
+    """Write a bank of FLAME: embeddings (U, T, D) of captions, and the row of each sample in them."""
+    folder.mkdir(exist_ok=True)
+    about = {
+        "llm": "a",
+        "digest": "b",
+        "mask": "decoupled",
+        "precision": "fp32",
+        "prompts": [["a {caption}", ["b"], False]] * 3,
+    }
+    checkpoints.write_json(folder / "index.json", about)
+    names, done = Strings.of(keys), np.ones(1, dtype=bool)
+    arrays = {
+        "keys": names.text,
+        "ends": names.ends,
+        "rows": np.array(rows),
+        "embeddings": embeddings.numpy(),
+        "done": done,
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+def random_bank(folder: Path, data: Path) -> Path:
+    """Write a bank with eleven random embeddings of 16 numbers for each sample."""
+    keys = open_pairs(str(data)).keys.tolist()
+    embeddings = torch.randn(len(keys), 11, 16, generator=torch.Generator().manual_seed(0))
+    return write_bank(folder, torch.nn.functional.normalize(embeddings, dim=-1).half(), keys, list(range(len(keys))))
+
+
+def clip_teacher(file: Path) -> Path:
+    """Write a random CLIP for images of 16 pixels, as TinyCLIP reads teachers."""
+    torch.manual_seed(0)
+    sizes = CONFIGS["test-100"]
+    model = CLIP(**sizes | {"vision": sizes["vision"] | {"image_size": 16}})
+    torch.save({"state_dict": model.state_dict(), "geometry": model.geometry}, file)
+    return file
+
+
 def vocabulary(folder: Path, data: Path) -> Path:
     """Write a WordPiece vocabulary of the captions."""
     from tldr_reduction_ports import build_vocab
@@ -163,6 +212,34 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
     common = f"--data {data} --precision fp32 --batch-size 32 --log-every 1 --save-every 2 --workers 0".split()
     evaluation = {name: ["--eval-every", "0"] for name in arms} | {"nmtune": [], "tldr_reduction": [], "lexvla": []}
     return {name: [*arms[name].split(), *common, *evaluation[name]] for name in arms}
+
+
+def further(data: Path, parts: Path) -> dict[str, list[str]]:
+    """Arguments of further arms; `parts` is the folder that `commands` filled."""
+    teacher = clip_teacher(parts / "teacher.pt")
+    lexvla = f"""--lm {parts}/lm --backbone {parts}/dinov2 --states {parts}/states.pt --cache {parts}/cache
+        --image-size 16 --adapter-width None --adapter-hidden 2048 --lora-rank 2 --min-count 1 --eps 1e-4 --epochs 2
+        --warmup 2 --penalty-warmup 4"""
+    arms = {
+        "flame-bank": f"""emoji --bank {random_bank(parts / "bank", data)} --captions --model ViT-test --image-size 16
+            --hidden-dim 2048 --epochs 2 --warmup 2 --eps 1e-4 --eval-every 0""",
+        "lexvla-lm": f"emoji {lexvla}",
+        "lexvla-dense": f"emoji-dense {lexvla}",
+        "nmtune-labels": "emoji-sup-30 --model resnet_emoji --epochs 4 --warmup 2",
+        "protoclip-teacher": f"""emoji --model ViT-test --external-teacher {EVAL.parent / "teacher.npz"} --image-size 16
+            --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2
+            --eval-every 0""",
+        "tinyclip-masks": f"""emoji-auto --model test-100 --teacher {teacher} --init {teacher} --logit-scale 50
+            --image-size 16 --steps 10 --warmup 2 --prune-step 5 --sparsity-warmup 2 --mask-lr 1.0 --lambda-lr -1.0
+            --eval-every 0""",
+        "tldr_reduction-blip": f"""small-blip --vocab {parts / "vocab.txt"} --image-size 16 --patch-size 8 --width 32
+            --layers 2 --heads 2 --text-width 32 --text-layers 1 --text-heads 2 --embed-dim 16 --queue-size 64
+            --epochs 2 --warmup 2 --eval-every 0""",
+    }
+    common = "--precision fp32 --log-every 1 --save-every 2 --workers 0".split()
+    where = {name: ["--data", str(data), "--batch-size", "32"] for name in arms}
+    where["nmtune-labels"] = ["--data", str(image_folder(parts / "classes", data)), "--batch-size", "8"]
+    return {name: [*arms[name].split(), *common, *where[name]] for name in arms}
 
 
 def image_folder(folder: Path, data: Path) -> Path:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scripts import in_ranks
-from short_runs import PLAIN, SCRIPTS, commands, small_corpus
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -182,20 +181,3 @@ def test_two_processes_equal_one_batch_and_share_gradients_once_a_step(tmp_path:
     close(mean, step(Towers(), pairs(), 1), rtol=1e-5, atol=1e-6)
     close((two[0], mean[1]), mean, rtol=0, atol=0)
     assert sent == 2
-
-
-# ------------------------------------------------------------------------------------------------- the training scripts
-
-
-@pytest.fixture(scope="module")
-def given(folder: Path) -> dict[str, list[str]]:
-    (folder / "parts").mkdir()
-    return commands(small_corpus(folder / "corpus"), folder / "parts")
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_uneven_micro_batches_are_refused(in_process, given, folder: Path, name: str):
-    result = in_process(*given[name], "--accumulate", "3", "--out", folder / "none", module=SCRIPTS[name])
-    assert result.code == 2 and "3 micro-batches" in result.err
-    result = in_process(*given[name], "--accumulate", "0", "--out", folder / "none", module=SCRIPTS[name])
-    assert result.code == 2 and "--accumulate must be at least 1" in result.err

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, ended, finished, kill_at, metrics, one_sentence, room, same, trained  # noqa: F401
-from short_runs import FOLDERS, SCRIPTS, add_sample, commands, small_corpus, stages
+from scripts import ended, finished, kill_at, metrics, refused, room, same, trained
+from short_runs import FOLDERS, FURTHER, SCRIPTS, add_sample, commands, further, small_corpus, small_set, stages
 
 from shared import checkpoints
 from shared.run import read_metrics
@@ -27,6 +27,7 @@ from shared.run import read_metrics
 SCRIPT = "faulty"
 SEED = os.environ.get("PAPER_CLIPS_FAULT_SEED") or str(random.SystemRandom().randrange(10**6))
 
+RUNS = SCRIPTS | FURTHER
 STAGES = (  # under the faults at the end of this file; SCRIPTS are under those before
     "attentive_mask_clip.pack_yfcc", "concept_frequency.count", "flame.embed", "studies.flame_recaption",
     "nmtune.finetune", "nmtune.train", "protoclip.teacher", "tldr_reduction.reduce",
@@ -44,7 +45,7 @@ def given(folder: Path) -> dict[str, list[str]]:
     """The command line of each script without --out."""
     data, parts = small_corpus(folder / "corpus"), folder / "parts"
     parts.mkdir()
-    return commands(data, parts) | stages(data, parts)
+    return commands(data, parts) | further(data, parts) | stages(data, parts)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +55,10 @@ def whole(cli, given, folder: Path):
     def make(name: str) -> Path:
         out = folder / name / "whole"
         if not out.exists():
-            finished(cli("no_network", SCRIPTS[name], *given[name], "--out", out))
+            finished(cli("no_network", RUNS[name], *given[name], "--out", out))
         return out
 
     return make
-
-
-def refused(result, *words: str) -> None:
-    """Assert exit code 2 and one sentence that matches one of these regular expressions."""
-    assert result.code == 2 and one_sentence(result.err) and any(re.search(word, result.err) for word in words), result
 
 
 # -------------------------------------------------------------------------------------------------- what a run leaves
@@ -121,10 +117,10 @@ def test_a_run_does_not_go_on_with_other_data(name: str, given, whole, in_proces
 # --------------------------------------------------------------------------------------------- while a run is going on
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", RUNS)
 def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, whole, start, folder: Path, rng):
     """SIGTERM, SIGKILL, a full disk and a shard that vanishes, all in one run."""
-    out, module = folder / name / "run", SCRIPTS[name]
+    out, module = folder / name / "run", RUNS[name]
     command, expected = [*given[name], "--out", out], whole(name)
     kill_at(start(*command, module=module), out, rng.randint(1, 3), how=signal.SIGTERM)
     kill_at(start(*command, module=module), out, rng.randint(4, 6))
@@ -134,7 +130,8 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
 
     shard = folder / "corpus/00001.tar"
     content = shard.read_bytes()
-    workers = ["--workers", "1"] if name == "flame" else []  # what goes wrong in a worker is one sentence, too
+    # what goes wrong in a worker is one sentence, too, and workers change no sample
+    workers = ["--workers", "1"] if name in ("flame", "nmtune", "tinyclip") else []
     result = ended(start(f"vanish,1,{shard}", module, *command, *workers))
     gone = not shard.exists()
     shard.write_bytes(content)
@@ -144,6 +141,27 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
         finished(ended(start(*command, module=module)))
     assert metrics(out) == metrics(expected)
     assert same(trained(out), trained(expected))
+
+
+# --eval-every, so that the end is evaluated alone
+EVALUATED = dict.fromkeys(("attentive_mask_clip", "flame", "protoclip", "tldr_reduction-clip"), 2) | {"tinyclip": 10}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_a_failed_evaluation_costs_no_step(name: str, given, whole, cli, folder: Path):
+    """The next run evaluates and does not train; it ends like one without evaluations."""
+    out, seen = folder / name / "evaluated", folder / f"{name} trained"
+    evaluated = Path(small_set("names_ood", folder / "sets" / name, every=80))
+    command = [*given[name], "--eval-every", EVALUATED[name], "--eval-set", evaluated, "--out", out]
+    shard = evaluated / "test/0.tar"
+    content = shard.read_bytes()
+    refused(cli(f"vanish,6,{shard}", SCRIPTS[name], *command), "0.tar")
+    shard.write_bytes(content)
+    finished(cli(f"nan,1,{seen}", SCRIPTS[name], *command))
+    lines = metrics(out)
+    assert not seen.exists() and [line["step"] for line in lines if "zero_shot_top1" in line] == [10]
+    assert [line for line in lines if "zero_shot_top1" not in line] == metrics(whole(name))
+    assert same(trained(out), trained(whole(name)))
 
 
 def test_killed_between_writing_a_checkpoint_and_putting_it_in_place(given, whole, start, folder: Path, rng):

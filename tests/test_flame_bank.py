@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from short_runs import write_bank
 
 from flame.bank import Bank
 from shared import checkpoints
@@ -16,20 +17,6 @@ from shared.index import Strings
 def embeddings() -> torch.Tensor:
     """(3, 11, 4): facets of three images."""
     return F.normalize(torch.randn(3, 11, 4, generator=torch.Generator().manual_seed(0)), dim=-1).half()
-
-
-def write_bank(folder: Path, embeddings: torch.Tensor, keys: list[str], rows: list[int]) -> Path:
-    checkpoints.write_json(folder / "index.json", {"llm": "a"})
-    names = Strings.of(keys)
-    for name, array in (
-        ("keys", names.text),
-        ("ends", names.ends),
-        ("rows", np.array(rows)),
-        ("embeddings", embeddings.numpy()),
-        ("done", np.ones(1, dtype=bool)),
-    ):
-        np.save(folder / f"{name}.npy", array)
-    return folder
 
 
 @pytest.fixture

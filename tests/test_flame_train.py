@@ -1,11 +1,10 @@
 """Schedules, parameter groups and steps; python -m flame.train, end to end on real emoji shards.
 
-Every arm, kill -9 and resume, two processes against one. Scripts start in processes of their own, forks
+Every arm. Kills and several processes: test_faults.py, test_scale.py. Scripts start in processes of their own, forks
 of a server that has imported torch and the rest already; they train on the bank of flame_runs.py.
 """
 
 import dataclasses
-import random
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flame_runs import ARMS, EVAL, IMAGES, arms, bank, captions, embed_flags, small, tiny, tiny_llm  # noqa: F401
-from scripts import SHARDS, ended, finished, in_turn, kill_at, metrics, same, start_two
+from scripts import SHARDS, metrics
 
 from flame import config, train, zeroshot
 from flame import eval as evaluation
@@ -94,20 +93,6 @@ def test_training_never_loads_the_language_model(folder: Path, bank: Path, monke
     assert len(top1) == 2 and top1[-1] == measured["groups_ood/top1"]
 
 
-def test_a_failed_evaluation_costs_no_epoch(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "top1_during_training", lambda *_: in_turn(ValueError("broken set"), 1.0))
-    cfg = settings(method="clip", out=str(folder / "failed"), eval_set=str(EVAL / "groups_ood"))
-    with pytest.raises(ValueError, match="broken set"):
-        train.main(cfg)
-    state = checkpoints.load_checkpoint(folder / "failed/checkpoint.pt")
-    assert (state["epoch"], state["batch"]) == (0, 2)
-    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("a step was repeated"))
-    monkeypatch.setattr(train, "top1_during_training", lambda *_: lambda: 1.0)
-    train.main(cfg)
-    lines = metrics(folder / "failed")
-    assert [line["step"] for line in lines] == [1, 2, 2] and lines[-1]["zero_shot_top1"] == 1.0
-
-
 def test_facets_are_drawn_anew_and_come_from_the_bank(bank: Path):
     opened, pairs = Bank(bank), data.open_pairs(str(SHARDS / "00000.tar"), IMAGES)
     pair = pairs.read(3)
@@ -118,32 +103,3 @@ def test_facets_are_drawn_anew_and_come_from_the_bank(bank: Path):
     assert all((embeddings == facet).all(1).any() for facet in drawn)
     raw = train.Facets(settings(bank=str(bank), facet_ids=(0,), facets=1))
     assert torch.equal(raw(pair), embeddings[:1])
-
-
-# ------------------------------------------------------------------------------------------------ kills, two processes
-
-
-@pytest.mark.parametrize("arm, workers", [("flame", 2)])
-def test_kill_and_resume_equals_uninterrupted(arms, tiny: list, start, folder: Path, arm: str, workers: int):
-    out = folder / f"killed-{arm}-{workers}"
-    command = [*ARMS[arm], *tiny, "--save-every", "2", "--workers", workers, "--out", out]
-    kills = [random.randint(2, 6), random.randint(8, 13)]
-    for line in kills:
-        kill_at(start(*command), out, line)
-    finished(ended(start(*command)))
-    assert metrics(out) == metrics(arms[arm]), kills
-    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
-    for part in ("state_dict", "optimizer", "epoch", "batch"):
-        assert same(state[part], expected[part]), (part, kills)
-
-
-@pytest.mark.parametrize("arm, parts", [("flame", 2), ("nce", 4)])
-def test_two_processes_equal_one(arms: dict[str, Path], tiny: list, start, folder: Path, arm: str, parts: int):
-    """Also with micro-batches. The processes get torchrun's environment variables."""
-    out = folder / f"two-{arm}-{parts}"
-    both = start_two(start, *ARMS[arm], *tiny, "--accumulate", parts, "--grad-checkpointing", "--out", out)
-    for process in both:
-        finished(ended(process))
-    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (arms[arm], out))
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,10 +1,9 @@
 """Training of every arm, end to end on real emoji shards, with a tiny random language model.
 
-Every arm, kill -9 and resume, two processes against one, schedules. Scripts start in
+Every arm. Kills and several processes: test_faults.py, test_scale.py. Scripts start in
 forks of a server that has already imported torch and the rest, which saves time.
 """
 
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lexvla_runs import ARMS, arms, backbone, lm, module, states, tiny  # noqa: F401
-from scripts import ended, finished, kill_at, metrics, same, start_two
+from scripts import finished, metrics, same
 from short_runs import small_corpus
 
 from lexvla import config, train
@@ -65,41 +64,6 @@ def test_image_towers_of_a_seed_start_alike(arms: dict[str, Path], lm: Path):
         starts.append(model.image)
     for part in ("adapter", "backbone"):
         assert same(*(dict(getattr(image, part).state_dict()) for image in starts))
-
-
-@pytest.mark.parametrize("arm, workers", [("overuse", 0), ("whole-models", 2)])
-def test_kill_and_resume_equals_uninterrupted(
-    arms: dict[str, Path], start, folder: Path, tiny: list[str], arm: str, workers: int
-):
-    out, (preset, *options) = folder / f"killed-{arm}", ARMS[arm]
-    command = [preset, *tiny, *options, "--save-every", "2", "--workers", workers, "--out", out]
-    kills = [random.randint(2, 5), random.randint(7, 13)]
-    for line in kills:
-        kill_at(start(*command), out, line, timeout=120)
-    finished(ended(start(*command)))
-    assert metrics(out) == metrics(arms[arm]), kills
-    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms[arm]))
-    for part in ("weights", "optimizer", "epoch", "batch", "vocab_ids", "bias"):
-        assert same(state[part], expected[part]), (part, kills)
-
-
-@pytest.mark.parametrize("arm", ["overuse", "dense"])
-def test_two_processes_equal_one(arms: dict[str, Path], start, folder: Path, tiny: list[str], arm: str):
-    """The processes get what torchrun would tell them. They are killed on the way, and a single one takes over."""
-    out, (preset, *options) = folder / f"two-{arm}", ARMS[arm]
-    command = [preset, *tiny, *options, "--save-every", "3", "--out", out]
-    first, second = start_two(start, *command, module=module(arm))
-    kill_at(first, out, 10, timeout=120)
-    second.kill()
-    second.join()
-    finished(ended(start(*command, module=module(arm))))
-    for a, b in zip(metrics(arms[arm]), metrics(out), strict=True):
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=f"{name} in step {a['step']}")
-    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["weights"] for path in (arms[arm], out))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_a_stream_has_the_vocabulary_of_its_captions(cli, arms: dict[str, Path], folder: Path, tiny: list[str]):

@@ -1,4 +1,4 @@
-"""Pre-training on noisy labels and captions, killed and resumed."""
+"""Pre-training on noisy labels and captions, and what its encoders are for."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nmtune_runs import assert_equal_runs, corpus, images, in_process, start, two  # noqa: F401
-from scripts import SHARDS, ended, finished, kill_at, metrics, same
+from scripts import SHARDS, metrics
 from short_runs import small_set
 
 from nmtune import config, model, pretrain
@@ -35,15 +35,10 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
-def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, images):
+def test_pretraining_on_labels_and_fine_tuning(in_process, tmp_path, images):
     command = [*SUPERVISED, "--data", images, "--batch-size", "16", "--save-every", "2", "--out"]
     code, out, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
     assert code == 0 and re.search(r"0\.3: 31\.25 % of 48 labels", out), err
-    kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
-    finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
-    assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
     # the encoder loads where it is wanted: in timm, in nmtune.train and in nmtune.finetune
     code, out, err = in_process(
         "nmtune.finetune", "full", "--encoder", tmp_path / "whole", "--data", images, "--tests", f"again={images}",
@@ -54,32 +49,6 @@ def test_pretraining_on_labels_kill_and_resume(in_process, start, tmp_path, imag
     state = checkpoints.load_checkpoint(tmp_path / "tuned/checkpoint.pt")["state_dict"]
     before = checkpoints.load_checkpoint(tmp_path / "whole/checkpoint.pt")["state_dict"]
     assert not torch.equal(state["image_encoder.stem.conv.weight"], before["stem.conv.weight"])
-
-
-@pytest.mark.parametrize("kind", ["sup", "clip"])
-def test_pretraining_in_memory_kill_and_resume(in_process, start, tmp_path, images, pairs, kind):
-    data, name = (images, "resnet_emoji") if kind == "sup" else (pairs, "ResNet-test")
-    command = [f"emoji-{kind}-30", "--model", name, "--data", data, "--precision", "fp32", "--epochs", "2"]
-    command += [
-        "--batch-size",
-        "16",
-        "--warmup",
-        "2",
-        "--log-every",
-        "1",
-        "--save-every",
-        "2",
-        "--keep-every",
-        "4",
-        "--out",
-    ]
-    code, _, err = in_process("nmtune.pretrain", *command, tmp_path / "whole")
-    assert code == 0 and (tmp_path / "whole/checkpoint-4.pt").is_file(), err
-    kill_at(start("nmtune.pretrain", *command, tmp_path / "killed"), tmp_path / "killed", 3)
-    finished(ended(start("nmtune.pretrain", *command, tmp_path / "killed")))
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    states = [checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("killed", "whole")]
-    assert all(same(states[0][part], states[1][part]) for part in ("state_dict", "optimizer", "epoch", "noise"))
 
 
 def test_positional_embeddings_decay_as_in_open_clip():

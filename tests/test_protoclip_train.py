@@ -1,6 +1,6 @@
 """python -m protoclip.train and .teacher, end to end on real emoji shards, in processes of their own.
 
-Every arm, kill -9 and resume, two processes against one, windows of shards. What all scripts do is in test_faults.py.
+Every arm, torchrun, windows of shards. What all scripts do is in test_faults.py and test_scale.py.
 Scripts start in forks of a server that has imported torch and the rest already, which saves 4 seconds each.
 """
 
@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import tarfile
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from protoclip_runs import TINY, corpus, tiny_model  # noqa: F401
-from scripts import ENVIRONMENT, ROOT, SHARDS, ended, finished, in_turn, kill_at, metrics, same, start_two
+from scripts import ENVIRONMENT, ROOT, SHARDS, finished, in_turn, kill_at, metrics, same
 from short_runs import small_set
 
 from protoclip import config, train
@@ -33,7 +32,6 @@ from shared import checkpoints
 SCRIPT = "protoclip.train"
 
 STEPS, PER_EPISODE = 15, 5
-IN_MEMORY = ["--keep-in-memory", "--distinct-captions"]
 
 
 # ------------------------------------------------------------------------------------------------------- end to end
@@ -129,26 +127,6 @@ def test_warm_up_and_lit_episodes_are_not_extracted(folder: Path, monkeypatch: p
     assert [line["lr_visual"] > 0 for line in metrics(folder / "lit")] == [True] * 4 + [False] * 4
 
 
-# -------------------------------------------------------------------------------------------------- kill and resume
-
-
-@pytest.mark.parametrize("workers", [2])
-def test_kill_and_resume_equals_uninterrupted(arms: dict[str, Path], start, folder: Path, workers: int):
-    out = folder / f"killed-{workers}"
-    command = [*ARMS["external"], *TINY, "--save-every", "2", "--workers", workers, "--out", out]
-    kills = [random.randint(2, 5), random.randint(6, 9), random.randint(11, 14)]  # each of the three episodes
-    for line in kills:
-        kill_at(start(*command), out, line)
-        if (out / "checkpoint.pt").exists():
-            state = checkpoints.load_checkpoint(out / "checkpoint.pt")
-            assert (state["prototypes"] is not None) == (state["episode"] > 0 and state["batch"] > 0), kills
-    finished(ended(start(*command)))
-    assert metrics(out) == metrics(arms["external"]), kills
-    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, arms["external"]))
-    for part in ("state_dict", "optimizer", "episode", "batch"):
-        assert same(state[part], expected[part]), (part, kills)
-
-
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
@@ -179,18 +157,6 @@ def test_two_processes_of_torchrun_equal_one(arms: dict[str, Path], folder: Path
     )
     assert result.returncode == 0, result.stderr
     assert_equal_runs(arms["clip"], out)
-
-
-def test_a_corpus_in_memory_resumes_and_two_processes_equal_one(cli, start, folder: Path):
-    whole, out = folder / "memory", folder / "memory-2"
-    command = ["emoji-clip", *TINY, *IN_MEMORY, "--save-every", "3", "--out"]
-    finished(cli(*command, whole))
-    first, second = start_two(start, *command, out)
-    kill_at(first, out, 7)
-    second.kill()
-    second.join()
-    finished(ended(start(*command, out)))
-    assert_equal_runs(whole, out)
 
 
 # --------------------------------------------------------------------------------------------------- windows of shards

@@ -1,5 +1,5 @@
 """Training scripts on large data and several processes: by stream, killed on the way; three
-processes against one. test_<paper>_train.py compares two processes with one."""
+processes against one."""
 
 import dataclasses
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import Lazily, ended, finished, kill_at, metrics, start_two, trained
 from server import serving
-from short_runs import PLAIN, SCRIPTS, commands, config, image_folder, small_corpus, small_set
+from short_runs import FURTHER, PLAIN, SCRIPTS, commands, config, further, image_folder, small_corpus, small_set
 
 from shared import checkpoints
 
@@ -18,11 +18,15 @@ SCRIPT = "protoclip.train"
 @pytest.fixture(scope="module")
 def given(folder: Path) -> dict[str, list[str]]:
     (folder / "parts").mkdir()
-    return commands(small_corpus(folder / "corpus", shards=4), folder / "parts")
+    data = small_corpus(folder / "corpus", shards=4)
+    return commands(data, folder / "parts") | further(data, folder / "parts")
+
+
+RUNS = SCRIPTS | FURTHER
 
 
 def has(name: str, field: str) -> bool:
-    return field in {each.name for each in dataclasses.fields(config(*SCRIPTS[name].split(".")))}
+    return field in {each.name for each in dataclasses.fields(config(*RUNS[name].split(".")))}
 
 
 # ----------------------------------------------------------------------------------------------------------- by stream
@@ -74,6 +78,7 @@ def test_a_dry_run_fetches_nothing(name: str, given, in_process, folder: Path):
 # --------------------------------------------------------------------------------------------------- several processes
 
 EQUAL = PLAIN | {"attentive_mask_clip": ["--views", "1", "--no-ssl"]}  # without BatchNorm
+OF_FURTHER = ("flame-bank", "lexvla-lm", "lexvla-dense", "tinyclip-masks")  # those without BatchNorm and queue
 EVALUATED = ("attentive_mask_clip", "flame", "protoclip", "tinyclip", "tldr_reduction-clip")  # by the first process
 SUPERVISED = (
     "emoji-sup-30 --model test_convnext --precision fp32 --epochs 1 --warmup 2 --log-every 1 --workers 0".split()
@@ -84,6 +89,7 @@ SUPERVISED = (
 def short(given, folder: Path) -> dict[str, list[str]]:
     """Each script on 64 pairs in batches of 24; the last 16 are left out. Evaluated if possible."""
     once = {"protoclip": "--episodes 1 --episode-size 64", "tinyclip": "--steps 4"}
+    once["tinyclip-masks"] = "--steps 4 --prune-step 2 --sparsity-warmup 1"
     shown = ["--eval-set", small_set("names_ood", folder / "sets", every=80), "--eval-every", "1"]
     found = {}
     for name, command in given.items():
@@ -101,22 +107,23 @@ def alone(cli, short, folder: Path) -> Lazily:
 
     def make(name: str) -> Path:
         out = folder / "ranks" / name / "1"
-        finished(cli(*short[name], "--out", out, module=SCRIPTS.get(name, "nmtune.pretrain")))
+        finished(cli(*short[name], "--out", out, module=RUNS.get(name, "nmtune.pretrain")))
         return out
 
     return Lazily(make)
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "nmtune-supervised"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "nmtune-supervised", *OF_FURTHER])
 def test_three_processes_equal_one(name: str, short, alone, start, folder: Path):
     """With two micro-batches in each of the three, where there is --accumulate."""
-    out, parts = folder / "ranks" / name / "3", ["--accumulate", "2"] * (name in PLAIN)
-    module = SCRIPTS.get(name, "nmtune.pretrain")
+    out, parts = folder / "ranks" / name / "3", ["--accumulate", "2"] * (name in {*PLAIN, *OF_FURTHER})
+    module = RUNS.get(name, "nmtune.pretrain")
     for process in start_two(start, *short[name], *parts, "--out", out, count=3, module=module):
         finished(ended(process))
     ours, theirs = metrics(out), metrics(alone[name])
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    assert len([line for line in ours if "loss" in line]) >= 2
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
+    assert len(losses[0]) >= 2 and losses[0] == pytest.approx(losses[1], rel=1e-2)
     apart, total = 0, 0
     for (_, x), (_, y) in zip(*(checkpoints.tensors(trained(each)) for each in (out, alone[name])), strict=True):
         apart += int(((x.double() - y.double()).abs() > 1e-3 * (1 + y.double().abs())).sum())

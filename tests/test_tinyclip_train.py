@@ -1,6 +1,6 @@
 """Steps and schedules against the authors' numbers; python -m tinyclip.train end to end on real emoji shards.
 
-Every kind of stage, kill -9 and resume, two processes against one, runs that do not go on.
+Every kind of stage, runs that do not go on. Kills and several processes: test_faults.py, test_scale.py.
 Scripts start in forks of a server that has imported torch and the rest already.
 """
 
@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import random
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 import tyro
 from conftest import Case, Watch
-from scripts import ended, finished, kill_at, metrics, one_sentence, same, start_two
+from scripts import finished, metrics, one_sentence, same
 from short_runs import small_set
 from tinyclip_runs import MASKS, STEPS, TINY, arms, example, inheriting, preset, tiny
 
@@ -372,8 +371,8 @@ def test_evaluation_during_training(runs: dict[str, Path], cli, folder: Path):
     assert [step for step, _ in points] == [3, 6] and all(0 <= top1 <= 100 for _, top1 in points)
 
 
-@pytest.mark.parametrize("fails", [4, STEPS])  # at the step that cuts the masks next, and at the last
-@pytest.mark.parametrize("then", ["--eval-every 4", "--eval-every 0"])
+# at the step that cuts the masks next, and at the last
+@pytest.mark.parametrize(("fails", "then"), [(4, "--eval-every 4"), (STEPS, "--eval-every 0")])
 def test_a_failed_evaluation_costs_no_step(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, then: str
 ):
@@ -402,54 +401,6 @@ def test_a_failed_evaluation_costs_no_step(
     for name in ("model.pt", "checkpoint.pt"):
         one, two = (checkpoints.load_checkpoint(out / name) for out in (tmp_path / "run", runs["auto"]))
         assert one.keys() == two.keys() and same(one["state_dict"], two["state_dict"]), name
-
-
-# ------------------------------------------------------------------------------------------------------ kill and resume
-
-
-@pytest.mark.parametrize("arm", ["auto", "crops", "convnet"])
-def test_kill_and_resume_equals_uninterrupted(runs: dict[str, Path], start, folder: Path, arm: str):
-    """Killed once before and once after the masks are cut, in runs that read images at each step or keep them."""
-    out, teacher = folder / f"killed-{arm}", runs["convnet-teacher" if arm == "convnet" else "teacher"]
-    given = [*inheriting(teacher), *TINY, "--save-every", "1", "--out", out]
-    crops = ["--augmentation", "crop", "--no-keep-in-memory", "--workers", "1"]
-    presets = {
-        "auto": [*preset("emoji-auto"), *MASKS],
-        "crops": [*preset("emoji"), *crops],
-        "convnet": preset("emoji-convnet"),
-    }
-    command = [*presets[arm], *given]
-    kills = [random.randint(2, 3), random.randint(6, 7)]
-    for line in kills:
-        kill_at(start(*command), out, line)
-    finished(ended(start(*command)))
-    assert metrics(out) == metrics(runs[arm]), kills
-    state, expected = (checkpoints.load_checkpoint(path / "checkpoint.pt") for path in (out, runs[arm]))
-    for part in ("state_dict", "optimizers", "geometry", "step"):
-        assert same(state[part], expected[part]), (part, kills)
-
-
-# -------------------------------------------------------------------------------------------------------- two processes
-
-
-@pytest.mark.parametrize("arm", ["auto", "inherited-affinity"])
-def test_two_processes_equal_one(runs: dict[str, Path], start, folder: Path, arm: str):
-    """The processes get torchrun's environment variables; test_protoclip_train.py has a real torchrun."""
-    out, teacher = folder / f"two-{arm}", runs["teacher"]
-    words = [*preset("emoji-auto"), *MASKS] if arm == "auto" else preset("emoji")
-    command = [*words, *inheriting(teacher), *TINY, "--out", out]
-    for process in start_two(start, *command):
-        finished(ended(process))
-    one, two = ([line for line in metrics(path) if "loss" in line] for path in (runs[arm], out))
-    for a, b in zip(one, two, strict=True):
-        for name in ("expected_sparsity", "image_sparsity", "gradient_norm", "text_lambda_1"):
-            if name in a:
-                np.testing.assert_allclose(b[name], a[name], rtol=2e-3, err_msg=f"{name} in step {a['step']}")
-    # `distillation` is each process's own part; Adam turns the rounding of a vanishing gradient into part of a step
-    a, b = (checkpoints.load_checkpoint(path / "checkpoint.pt")["state_dict"] for path in (runs[arm], out))
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=5e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # ----------------------------------------------------------------------------------------------- runs that do not go on

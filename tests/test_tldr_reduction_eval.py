@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scripts import finished
+from scripts import finished, refused
 from short_runs import small_set
-from tldr_reduction_runs import chain, folder, refused, tiny  # noqa: F401
+from tldr_reduction_runs import chain, folder, tiny  # noqa: F401
 
 from tldr_reduction import eval as evaluation
 from tldr_reduction.eval import itm_histogram, retrieval_recall

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 from scene_corpora import bank  # noqa: F401
-from tldr_reduction_runs import refused
+from scripts import refused
 
 from shared import tars
 from shared.evalsets import EvalSet

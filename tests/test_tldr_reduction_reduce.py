@@ -10,8 +10,8 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from scripts import finished, held, kill_when
-from tldr_reduction_runs import REDUCE, broken, chain, folder, refused, tiny, two  # noqa: F401
+from scripts import finished, held, kill_when, refused
+from tldr_reduction_runs import REDUCE, broken, chain, folder, tiny, two  # noqa: F401
 
 from shared import checkpoints, export, run
 from tldr_reduction import reduce

@@ -120,13 +120,5 @@ def broken(folder: Path) -> str:
     return f"{cut}::{mixed}"
 
 
-def refused(result: Ended, words: str) -> None:
-    """Assert exit code 2 and a one-line error message with these words."""
-    assert result.code == 2, result.err
-    lines = result.err.strip().splitlines()
-    assert words in result.err and "Traceback" not in result.err, result.err
-    assert len([line for line in lines if line.startswith("error:")]) == 1 and len(lines) == 1, result.err
-
-
 def two(start, *arguments, **options) -> list[Ended]:
     return [finished(ended(process)) for process in start_two(start, *arguments, **options)]
