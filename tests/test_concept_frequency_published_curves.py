@@ -15,12 +15,6 @@ def published(tmp_path_factory) -> Results:
     return Results(folder)
 
 
-def test_keys_cover_all_figures():
-    keys = curves.keys()
-    assert len(keys) == 3 * 3 + 3 * 6 and keys[0] == ("classification", "integrated", "class")
-    assert {key for _, of in curves.CLAIMS for key in of} <= set(keys)
-
-
 def test_panels_have_legend_and_saved_curve(published):
     key = ("classification", "integrated", "class")
     found = curves.figure_panels(published, key)

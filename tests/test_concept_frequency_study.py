@@ -153,16 +153,3 @@ def test_study_adds_the_claims_of_a_clone(tmp_path, monkeypatch):
     assert {row["verdict"] for row in plain[1:]} == {"not testable here"} and len(plain) == 3
     with pytest.raises(ValueError, match="needs the arm zipf"):
         study.STUDY.more_rows(SimpleNamespace(arms={"uniform": found.arms["uniform"]}))
-
-
-def test_study_runs_the_presets_of_its_arms():
-    commands = {arm.name: study.STUDY.words(arm, 3)[0] for arm in study.STUDY.jobs(study.STUDY.chosen("all"))}
-    presets = {
-        "zipf": ["emoji"], "uniform": ["emoji-uniform"], "even": ["emoji-log-uniform"],
-        "flatter": ["emoji", "--exponent", "0.5"], "reassigned": ["emoji-reassigned"],
-    }  # fmt: skip
-    assert [arm.name for arm in study.STUDY.chosen("core")] == ["zipf", "uniform", "even"]
-    assert commands == {
-        arm: ["concept_frequency.train", *preset, "--seed", "3", "--out", f"runs/concept_frequency/{arm}-seed3"]
-        for arm, preset in presets.items()
-    }

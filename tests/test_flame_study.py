@@ -27,28 +27,6 @@ def words(llm: str, arm: str) -> str:
     return " ".join(of.words(next(each for each in of.arms if each.name == arm), 3)[0])
 
 
-def test_arms_are_flags_of_one_preset_each():
-    bank, small = "--bank data/flame/bank-gemma", "studies.flame_towers emoji-lite0"
-    end = "--seed 3 --out runs/flame/flame-seed3"
-    assert words(GEMMA, "flame") == f"{small} {bank}-centred {end}"
-    assert words(SMOLLM2, "flame") == f"{small} --bank data/flame/bank-centred {end}"
-    assert words(GEMMA, "causal").startswith(f"{small} {bank}-causal-centred ")
-    assert words(GEMMA, "flame-raw-states").startswith(f"{small} {bank} --seed")
-    assert words(GEMMA, "summary").startswith(f"{small} {bank}-centred --facet-ids 0 1 4 --facets 3 ")
-    assert words(GEMMA, "clip").startswith("studies.flame_towers emoji-lite0-clip --seed")
-    assert words(GEMMA, "flame-english") == words(SMOLLM2, "flame").replace("flame-seed3", "flame-english-seed3")
-    core = ["clip", "clip-4", "clip-16", "minilm", "flame", "flame-4", "flame-16"]
-    for llm in (GEMMA, SMOLLM2):
-        of = study.study(llm)
-        assert [arm.name for arm in of.chosen("core")] == core
-        assert {arm.name for arm in of.arms} >= {*study.ON_LITE0, *study.ON_SCENES}
-        arms = study.without_repeats(of).arms
-        assert len({arm.commands for arm in arms}) == len(arms)  # no arm is trained twice
-        assert {arm.name for arm in of.arms} - {arm.name for arm in arms} == (
-            {"flame-english"} if llm == SMOLLM2 else set()
-        )
-
-
 def test_arms_on_fewer_pairs_read_their_share_and_train_long_enough_for_a_full_batch():
     for (share, flags), epochs in zip(study.FEWER.items(), (30, 60), strict=True):
         assert flags.startswith(f"--dataset-size {math.floor(7146 / int(share))} --epochs {epochs} ")

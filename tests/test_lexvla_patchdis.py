@@ -17,7 +17,6 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lexvla import patchdis
 from lexvla.model import lexical_map
-from studies.corpora import photos
 
 SCRIPT, CPU = "lexvla.patchdis", torch.device("cpu")
 PIECES = [
@@ -201,28 +200,6 @@ def test_an_image_without_classes_has_no_candidates():
     for present_only, union in ((False, [3, 1]), (True, [1, 1])):
         found = patchdis.patchdis(s_patch, torch.eye(2), (1, 2), masks, 255, present_only, background=True)
         assert found[0].tolist() == [1, 1] and found[1].tolist() == union
-
-
-def test_cocos_masks_are_read(tmp_path: Path):
-    """photos.py writes COCO's annotations as a PatchDis folder."""
-    root = tmp_path / "coco"
-    for split in ("train", "val"):
-        (root / f"{split}2017").mkdir(parents=True)
-        Image.new("RGB", (40, 20), "red").save(root / f"{split}2017/1.jpg")
-        image = {"id": 1, "file_name": "1.jpg", "height": 20, "width": 40}
-        instance = {"id": 1, "image_id": 1, "category_id": 18, "area": 200, "iscrowd": 0,
-                    "segmentation": [[0, 0, 20, 0, 20, 10, 0, 10]]}  # fmt: skip
-        files = {"captions": {"images": [image], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]},
-                 "instances": {"images": [image], "annotations": [instance],
-                               "categories": [{"id": 3, "name": "car"}, {"id": 18, "name": "dog"}]}}  # fmt: skip
-        (root / "annotations").mkdir(exist_ok=True)
-        for kind, content in files.items():
-            (root / f"annotations/{kind}_{split}2017.json").write_text(json.dumps(content))
-    photos.COCO(root, tmp_path / "out").build()
-    folder = tmp_path / "out/eval/patchdis_val"
-    assert patchdis.classnames(folder) == ["car", "dog"]
-    ((_, mask, ignore),) = patchdis.labelled_images(str(folder), 32, lambda image: torch.zeros(3, 32, 32))
-    assert mask.shape == (1, 20, 40) and (mask[0, :10, :20] == 1).all() and (mask == ignore).sum() == 600
 
 
 def test_command_lines_end_in_one_sentence(in_process, labelled: Path, exported: Path, vdr: Path, tmp_path: Path):

@@ -88,9 +88,3 @@ def test_a_dry_run_counts_your_own_captions(in_process, tmp_path):
     shutil.copy(SHARDS / "00000.tar", tmp_path / "mine.tar")
     code, out, err = in_process("nmtune.pretrain", "small-clip", "--data", tmp_path / "mine.tar", "--dry-run")
     assert code == 0 and re.search(r"^steps +98$", out, re.M), (out, err)  # 7 of 128 in each of 14 epochs
-
-
-def test_five_noise_levels_are_presets():
-    for name in ("emoji-sup", "emoji-clip", "in1k-rn50", "yfcc15m-rn50"):
-        levels = [config.PRETRAIN_PRESETS[f"{name}-{level:02d}"][1].noise for level in (0, 5, 10, 20, 30)]
-        assert levels == [0, 0.05, 0.1, 0.2, 0.3]

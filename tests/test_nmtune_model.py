@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from authors_files import beside_weights
 from conftest import leaf
 from PIL import Image
@@ -15,7 +14,6 @@ from nmtune import fast_losses, model
 from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
 from nmtune.model import (
     NMTuneHead,
-    consistency_loss,
     head_from,
     load_encoder,
     nmtune_loss,
@@ -144,13 +142,6 @@ def test_singular_values_of_a_deficient_matrix_have_finite_gradients():
     pair = torch.randn(2, 10, requires_grad=True)  # two rows: fewer singular values than k, so the mean is constant
     dominant_singular_value_loss(pair).backward()
     torch.testing.assert_close(pair.grad, torch.zeros(2, 10), atol=1e-7, rtol=0)
-
-
-def test_consistency_loss_is_the_papers_over_d():
-    torch.manual_seed(0)
-    z, f = torch.randn(5, 12), torch.randn(5, 12)
-    cosine = F.cosine_similarity(z, f)
-    assert 12 * consistency_loss(z, f).item() == pytest.approx((2 - 2 * cosine).mean().item(), rel=1e-5)
 
 
 def test_encoders_are_frozen_and_unnormalised():

@@ -35,9 +35,3 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert parameters is None or f"{total / 1e6:.1f}" == parameters
     assert re.search(rf"^steps +{steps or cfg.episodes * cfg.steps_per_episode:,}$", result.out, re.MULTILINE)
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
-
-
-def test_recipes_of_the_paper_gather_as_upstream_does():
-    """Gathering without gradients of other processes' rows, so gradient clipping sees upstream's norms."""
-    for name, (_, cfg) in config.PRESETS.items():
-        assert cfg.gather_with_grad == name.startswith(("emoji", "small")), name

@@ -21,16 +21,6 @@ from studies.harness import features, photos, verdicts
 from studies.harness.report import Comparison
 
 
-def test_arms_share_data_tower_and_steps():
-    lines = {arm.name: study.PHOTOS.words(arm, 0)[0] for arm in study.PHOTOS_ARMS}
-    for words in lines.values():
-        assert words[words.index("--data") + 1] == f"{study.PHOTOS_FEATURES}/train"
-        assert words[words.index("--model") + 1] == "Lite0-features"
-        assert words[words.index("--episode-size") + 1] == "12000"
-    assert lines["protoclip"][words.index("emoji") :].count("--w-external") == 0
-    assert study.PHOTOS.before[-1].arms == ("protoclip",)
-
-
 def run(recall: float, probe: float, seconds: float) -> dict[str, float]:
     numbers = {study.RECALL: recall, study.TOP1: 50.0, "seconds": seconds}
     return numbers | {"art_painting/probe_best": probe, "cartoon/probe_best": probe + 2}

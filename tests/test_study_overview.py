@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
-from studies.harness import overview, runner, verdicts
+from studies.harness import overview, verdicts
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,23 +103,6 @@ def test_differences_are_drawn_on_the_papers_scale_or_in_units_of_d(tmp_path: Pa
     assert overview.scaled(row("d", effect=None, negligible=None)) is None
     overview.forest({"protoclip": summary_of(row("a"), below)}, {}, tmp_path / "forest.png")
     assert (tmp_path / "forest.png").stat().st_size > 10_000
-
-
-def test_the_first_table_says_which_pictures_a_study_has():
-    found = {name: overview.pictures_of(summary) for name, summary in overview.read(ROOT / "results").items()}
-    assert set(found.values()) == {"emoji", "scenes", "emoji, scenes"} and found["tldr_reduction"] == "scenes"
-    photographs = overview.read(ROOT / "results/photos").values()
-    assert {overview.pictures_of(summary) for summary in photographs} == {"photographs"}
-
-
-def test_commands_name_seeds_arms_and_corpus():
-    found = checkpoints.read_json(ROOT / "results/nmtune.json")
-    assert overview.command(runner.study_of("nmtune"), found) == (
-        'make reproduce-nmtune SEEDS="0 1 2 3 4 5" ARMS=all RESULTS=results/nmtune.json'
-    )
-    photographs = checkpoints.read_json(ROOT / "results/photos/nmtune.json")
-    line = overview.command(runner.study_of("nmtune", "photos"), photographs)
-    assert "CORPUS=photos PHOTOS=FOLDER RESULTS=results/photos/nmtune.json" in line
 
 
 def test_photographs_stand_below_the_embedded_corpus(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,23 +147,3 @@ def test_evaluation_errors(in_process, tmp_path: Path, small_run: Path):
     ):
         result = in_process(*arguments, module="tinyclip.eval")
         assert result.code == 2 and words in result.err and one_sentence(result.err)
-
-
-def test_images_of_a_probe_come_from_the_device(monkeypatch):
-    """Loaders hand uint8 from pinned memory to the device, which normalises."""
-    asked, device = [], torch.device("cpu")
-
-    class Set:
-        kind = "classification"
-
-        def __init__(self, folder: str, transform, split: str):
-            self.name = folder
-
-        def batches(self, size: int, workers: int = 0, place=None):
-            asked.append(place)
-            yield torch.randn(20, 4), torch.arange(20) % 2
-
-    monkeypatch.setattr(evaluation.evaluation, "EvalSet", Set)
-    model, cfg = SimpleNamespace(encode_image=lambda images: images), evaluation.Config((), probe=("a set",))
-    found = evaluation.probes(model, evaluation.probe_sets(cfg, None), cfg, device, torch.float32)
-    assert asked == [device] * 2 and "a set/probe_top1" in found

@@ -5,16 +5,11 @@ import torch
 from tinyclip_runs import TEXT, VISION, tiny
 
 from tinyclip.inheritance import (
-    depth_indices,
     inherit_at_random,
     inherit_weights,
     random_masks,
 )
 from tinyclip.model import CLIP
-
-
-def test_the_depth_rule_takes_the_first_nine_of_twelve():
-    assert depth_indices(12, 9) == list(range(9)) and depth_indices(12, 6) == list(range(0, 12, 2))
 
 
 def test_inheritance_refuses_what_does_not_fit():
