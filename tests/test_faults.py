@@ -135,7 +135,7 @@ def test_interrupted_at_random_it_ends_as_if_it_had_not_been(name: str, given, w
     result = ended(start(f"vanish,1,{shard}", module, *command, *workers))
     gone = not shard.exists()
     shard.write_bytes(content)
-    assert gone
+    assert gone or name.startswith("lexvla-")  # which reads tokens that it has kept
     if result.code != 0:  # what is read but once can go
         refused(result, "00001.tar")
         finished(ended(start(*command, module=module)))
@@ -149,17 +149,17 @@ EVALUATED = dict.fromkeys(("attentive_mask_clip", "flame", "protoclip", "tldr_re
 
 @pytest.mark.parametrize("name", EVALUATED)
 def test_a_failed_evaluation_costs_no_step(name: str, given, whole, cli, folder: Path):
-    """The next run evaluates and does not train; it ends like one without evaluations."""
-    out, seen = folder / name / "evaluated", folder / f"{name} trained"
-    evaluated = Path(small_set("names_ood", folder / "sets" / name, every=80))
+    """All steps are saved when the set is gone at the end; the next run ends like one without evaluations."""
+    out, evaluated = folder / name / "evaluated", Path(small_set("names_ood", folder / "sets" / name, every=80))
     command = [*given[name], "--eval-every", EVALUATED[name], "--eval-set", evaluated, "--out", out]
     shard = evaluated / "test/0.tar"
     content = shard.read_bytes()
-    refused(cli(f"vanish,6,{shard}", SCRIPTS[name], *command), "0.tar")
+    assert cli(f"vanish,6,{shard}", SCRIPTS[name], *command).code != 0
+    assert same(trained(out)["state_dict"], trained(whole(name))["state_dict"])
     shard.write_bytes(content)
-    finished(cli(f"nan,1,{seen}", SCRIPTS[name], *command))
+    finished(cli(*command, module=SCRIPTS[name]))
     lines = metrics(out)
-    assert not seen.exists() and [line["step"] for line in lines if "zero_shot_top1" in line] == [10]
+    assert [line["step"] for line in lines if "zero_shot_top1" in line] == [10]
     assert [line for line in lines if "zero_shot_top1" not in line] == metrics(whole(name))
     assert same(trained(out), trained(whole(name)))
 
