@@ -180,14 +180,6 @@ def arms(cli, folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(arms: dict[str, Path], arm: str):
     out = arms[arm]
-    assert {path.name for path in out.iterdir()} == {
-        ".lock",
-        "config.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "checkpoint.pt",
-    }
-    assert list((out / "tensorboard").iterdir())
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["epoch"] for line in lines] == sorted([0, 1, 2] * PER_EPOCH)

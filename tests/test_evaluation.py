@@ -202,24 +202,6 @@ class Sets(Config):
     sets: tuple[str, ...] = ("data/ours",)
 
 
-def test_console_says_what_was_measured_and_where_it_is(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
-    """One run, or other sets than the embedded corpus: tables. Several runs on the embedded corpus: one line each."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("data/ours", "imagenet", "run", "other"):
-        Path(folder).mkdir(parents=True)
-    measure = lambda path: {"ours/top1": 1.0, "ours/top5": 2.0, "imagenet/top1": 61.4}  # noqa: E731
-    for cfg, words in (
-        (Sets(("run",)), ["top-1", "1.00", "| imagenet/top1", " run/results.md"]),
-        (Sets(("run", "other")), ["top-1 1.00", " run/results.md", " other/results.md"]),
-        (Sets(("a.pt", "other"), sets=("imagenet",)), ["imagenet/top1", "61.40", " a.eval/results.md"]),
-        (Sets(("RN50@openai",), sets=("imagenet",)), [" runs/tests/RN50@openai/results.md"]),
-    ):
-        evaluation.evaluate_runs(cfg, measure, {"ours/top1": "top-1"})
-        printed = capsys.readouterr().out
-        assert all(word in printed for word in words), printed
-        assert "top5" not in printed or cfg.sets == ("imagenet",)
-
-
 def test_weights_by_name_are_kept_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     calls = []

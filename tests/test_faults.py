@@ -72,6 +72,7 @@ def test_run_folders_have_the_same_files_keys_and_log_names(name: str, given, wh
     if name not in SCRIPTS:
         finished(cli("no_network", name, *given[name], "--out", out))
     assert {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"} <= set(os.listdir(out))
+    assert os.listdir(out / "tensorboard") and not list(out.glob("*.tmp"))
     state = checkpoints.load_checkpoint(out / "checkpoint.pt")
     assert {"seconds", "commit", "config"} <= state.keys() and state.keys() & {"optimizer", "optimizers"}, state.keys()
     kept = json.loads(json.dumps(state["config"]))  # tuples become lists

@@ -57,13 +57,6 @@ def test_a_gradient_scaler_changes_no_step():
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(arms: dict[str, Path], arm: str):
     out = arms[arm]
-    assert {path.name for path in out.iterdir()} == {
-        ".lock",
-        "config.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "checkpoint.pt",
-    }
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(value) for line in lines for value in line.values())

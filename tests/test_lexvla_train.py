@@ -30,8 +30,6 @@ STEPS, PER_EPOCH = 15, 5
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(arms: dict[str, Path], arm: str):
     out = arms[arm]
-    files = {"config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt", ".lock"}
-    assert {path.name for path in out.iterdir()} == files
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(value) for line in lines for value in line.values())

@@ -57,10 +57,7 @@ def arms(cli, folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains(arms: dict[str, Path], arm: str):
     out = arms[arm]
-    files = {".lock", "config.json", "metrics.jsonl", "tensorboard", "checkpoint.pt"}
-    assert {path.name for path in out.iterdir()} == files
     assert json.loads((out / "config.json").read_text())["back_translate"] == (arm != "no-pbt")
-    assert list((out / "tensorboard").iterdir())
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["episode"] for line in lines] == [0] * 5 + [1] * 5 + [2] * 5
