@@ -197,9 +197,6 @@ def test_what_was_measured_is_shown_as_a_table():
     ]  # fmt: skip
 
 
-@dataclass
-class Sets(Config):
-    sets: tuple[str, ...] = ("data/ours",)
 
 
 def test_weights_by_name_are_kept_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
