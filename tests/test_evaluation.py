@@ -197,8 +197,6 @@ def test_what_was_measured_is_shown_as_a_table():
     ]  # fmt: skip
 
 
-
-
 def test_weights_by_name_are_kept_in_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     calls = []

@@ -35,10 +35,9 @@ def test_readmes_give_commands():
 
 
 def test_make_help_names_what_there_is():
-    """Targets, and variables that the user may set; lines fit a terminal of 120 columns."""
+    """Targets, and variables that the user may set."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     shown = subprocess.run(["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert max(map(len, shown.splitlines())) <= 120
     targets = set(re.search(r"^\.PHONY: (.+)", makefile, re.MULTILINE)[1].split()) - {"help"}
     variables = set(re.findall(r"\$\(([A-Z]+)\)", makefile))
     variables -= {

@@ -187,32 +187,6 @@ def test_windows_is_refused_in_one_sentence():
     assert result.returncode == 2 and one_sentence(result.stderr) and "Windows Subsystem" in result.stderr
 
 
-@dataclasses.dataclass
-class Lively(Config):
-    data: str = "data/mine"
-    batch_size: int = 64
-    precision: str = "fp32"
-    save_every: int = 100
-
-
-def test_a_run_says_when_it_starts_evaluates_and_ends(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    def said(folder: str) -> list[str]:
-        life = run.RunFolder(Lively(out=str(tmp_path / folder)), ALONE, epoch=0)
-        life.restore(**objects(0))
-        life.start(0, 9, 640, data="abc")
-        life.log(8, epoch=0, loss=torch.tensor(1 / 8))
-        life.log(9, epoch=0, zero_shot_top1=12.345)
-        life.close("--sets FOLDER")
-        return capsys.readouterr().out.replace(f"{tmp_path}/{folder}", "RUN").splitlines()
-
-    begun, evaluated, ended = said("a")
-    assert begun.startswith("RUN: ") and all(word in begun for word in ("640", "data/mine", "cpu", "fp32"))
-    assert "9 of 9" in evaluated and "12.35" in evaluated
-    assert "0.125" in ended and "python -m tests.eval RUN --sets FOLDER" in ended
-    monkeypatch.setenv(run.QUIET, "1")
-    assert said("b") == []
-
-
 def test_progress_is_shown_at_once_on_a_terminal_and_each_minute_in_a_log(capsys, monkeypatch: pytest.MonkeyPatch):
     for terminal, shown in ((False, False), (True, True)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda of=terminal: of, raising=False)
