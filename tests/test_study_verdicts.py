@@ -184,10 +184,15 @@ def test_tables_star_primary_claims_and_say_preview():
     ]  # fmt: skip
 
 
-def test_direction_only_says_which_of_its_cases():
-    row = {"verdict": "direction only", "difference": 1.0, "effect": 4.0}
+def test_words_say_how_a_difference_stands_to_the_papers():
+    row = {"verdict": "direction only", "difference": 1.0, "effect": 4.0, "interval": [-1.0, 3.0]}
     assert "half" in verdicts.worded(row) and "no number" in verdicts.worded(row | {"effect": None})
-    assert verdicts.worded(row | {"verdict": "open"}) == "open"
+    unsure = row | {"verdict": "open"}
+    assert verdicts.worded(unsure) == verdicts.worded(unsure | {"interval": None}) == "open"
+    assert "half" in verdicts.worded(unsure | {"interval": [-1.0, 1.9]})
+    assert "half" in verdicts.worded(unsure | {"effect": -4.0, "interval": [-1.9, 3.0]})
+    none = row | {"verdict": "no difference above d"}
+    assert "paper" in verdicts.worded(none) and "paper" not in verdicts.worded(none | {"effect": None})
 
 
 # ---------------------------------------------------------------------------------------------------------- simulations

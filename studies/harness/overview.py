@@ -152,7 +152,7 @@ def main_table(found: Summaries, photographs: Summaries) -> str:
                 | {"finding": row["finding"] + second * (not row["primary"]) if row else "-"}
                 | {"floor": row.get("floors", "-")}
                 | {name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}
-                | {"baseline has learned": {True: "yes", False: "**no**"}.get(row.get("baseline_learned"), "-")}
+                | {"have learned": learned(row)}
                 | {"seeds": row.get("seeds", "-"), "on photographs": beside(row, there) if there else "-"}
                 | {"where the mechanism can act": about.get("where") or "-"}
             )
@@ -164,6 +164,12 @@ def with_effect(row: dict) -> str:
     effect = row.get("effect")
     known = effect is None or f"{abs(effect):g}" in row["paper"]
     return row["paper"] if known else f"{row['paper']}; {effect:+.3g}"
+
+
+def learned(row: dict) -> str:
+    """Whether baseline and method of a row have learned, as far as they have a floor."""
+    words = [{True: "yes", False: "**no**"}.get(row.get(f"{side}_learned"), "-") for side in ("baseline", "method")]
+    return " / ".join(dict.fromkeys(words))
 
 
 def limit(row: dict) -> str:
@@ -190,8 +196,11 @@ def totals(found: Summaries, photographs: Summaries) -> str:
     )
     text = f"{len(rows)} claims of abstracts on emoji and scenes: {in_words(rows)}."
     text += f" On photographs, {len(beside)} claims: {in_words(beside)}." if beside else ""
-    weak = sum(row.get("baseline_learned") is False and row["verdict"] != "has not learned" for row in rows)
-    text += f" In {weak} judged rows the baseline has not learned." if weak else ""
+    weak = [sum(row.get("baseline_learned") is False and row["verdict"] != "has not learned" for row in of)
+            for of in (rows, beside)]  # fmt: skip
+    text += f" In {sum(weak)} judged rows ({weak[1]} on photographs) the baseline has not learned." if sum(weak) else ""
+    if len(standings) == 1:
+        return f"{text} All {sum(standings.values())} studies are {next(iter(standings))}."
     return f"{text} Studies by standing: {', '.join(f'{n} {word}' for word, n in sorted(standings.items()))}."
 
 
@@ -354,7 +363,9 @@ def with_verdicts(readme: str, found: Summaries, photographs: Summaries) -> str:
     for folder, summary in found.items():
         minutes = study_of(folder).minutes["core"] * len(Options().seeds)
         row = rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$"
-        cells = rf"\g<1> {minutes:.0f} | {in_words(primary(summary).values())} |"
+        standing = protocol.standing(study_of(folder), summary)
+        word = "" if standing == "verdict" else f"{standing}: "
+        cells = rf"\g<1> {minutes:.0f} | {word}{in_words(primary(summary).values())} |"
         readme = re.sub(row, cells, readme, flags=re.MULTILINE)
     return readme
 

@@ -236,6 +236,7 @@ def judged(
                 "method": float(method.mean()),
                 "baseline": float(baseline.mean()),
                 "baseline_learned": reached.get(claim.baseline),
+                "method_learned": reached[claim.method],
                 "difference": mean,
                 "std": std,
                 "interval": None if half is None else [mean - half, mean + half],
@@ -267,10 +268,17 @@ def number(value: float | None, half: float | None = None) -> str:
 
 
 def worded(row: dict[str, Any]) -> str:
-    """The verdict of a row; `direction only` says in which of its two cases."""
-    if row["verdict"] != "direction only" or row["difference"] is None:
-        return row["verdict"]
-    return "direction only (no number in this unit)" if row.get("effect") is None else "direction only (less than half)"
+    """The verdict of a row, and how the difference stands to the paper's where the word leaves that open."""
+    word, effect = row["verdict"], row.get("effect")
+    if row["difference"] is None:
+        return word
+    if word == "direction only":
+        return f"{word} ({'no number in this unit' if effect is None else 'less than half'})"
+    if word == "no difference above d" and effect is not None:
+        return f"{word} (the paper has one)"
+    if word == "open" and effect is not None and max(end / effect for end in row["interval"] or (effect,)) < 0.5:
+        return f"{word} (less than half)"
+    return word
 
 
 def shown(rows: Iterable[dict[str, Any]], preview: bool = False) -> list[dict[str, str]]:
