@@ -48,7 +48,7 @@ class Config:
     """Pairs a step."""
     arms: tuple[str, ...] = tuple(PAPER)
     """Arms to time; clip is always timed."""
-    rounds: Count = 8
+    rounds: Count = 6
     """Timed rounds after the one that counts operations; each arm runs one step a round."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
