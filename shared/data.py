@@ -42,7 +42,9 @@ MAX_PIXELS = 2**26  # a larger image is refused before it is decoded
 MAX_CHARACTERS = 2**12  # of a caption: text towers read less, and byte-pair encoding is quadratic in a word's length
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # bytes of a caption that are read; a UTF-8 character has at most 4
 HEADER = "its first line should be title<tab>filepath"  # of a table
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others, since PIL passes EPS to Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no others, since PIL passes EPS to Ghostscript
+NO_PICTURE = f"no picture in one of the formats {', '.join(FORMATS)}"
+DEEP = ("I", "F")  # modes of pictures with more than 8 bits a channel
 
 Encoded = TypeVar("Encoded", np.ndarray, torch.Tensor)
 
@@ -58,7 +60,8 @@ class BrokenSample(Exception):
 
 
 def decode_image(data: bytes) -> Image.Image | torch.Tensor:
-    """Bytes -> RGB image; transparency is composited on white. BrokenSample if it is unreadable or over MAX_PIXELS.
+    """Bytes -> RGB image; transparency is composited on white, and 16 bits of grey become 8. BrokenSample if it is
+    unreadable, of 32 bits or over MAX_PIXELS.
 
     Bytes of an .npy file, which are the features of a locked tower -> float32 tensor.
     """
@@ -68,12 +71,19 @@ def decode_image(data: bytes) -> Image.Image | torch.Tensor:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BrokenSample(f"{image.width}x{image.height} pixels are more than the {MAX_PIXELS} allowed")
+        if image.mode.startswith(DEEP):  # PIL would cut at 255 what is brighter
+            grey = np.array(image)
+            if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+                raise BrokenSample("more than 16 bits a pixel: save it with 8 or 16")
+            return Image.fromarray(np.rint(grey / 257).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
     except BrokenSample:
         raise
+    except (Image.UnidentifiedImageError, KeyError) as error:  # KeyError: PIL before 11.3 has no AVIF
+        raise BrokenSample(NO_PICTURE) from error
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError, struct.error ...
         raise BrokenSample(f"unreadable image: {type(error).__name__}") from error
 

@@ -12,9 +12,9 @@ SOURCE names the pictures, and their captions or labels:
 A picture with several captions has several rows or, in JSON lines, a list. Further columns go into the samples' .json.
 
 Paths are relative to the folder of SOURCE or to --image-root, and must not leave it. Picture files are copied
-unchanged, except pictures whose EXIF data ask for a rotation, pictures larger than --max-side, and GIF and BMP, which
-become PNG. Unreadable pictures are left out, counted and named. The same source gives the same bytes. DIR appears when
-it is complete.
+unchanged, except pictures whose EXIF data ask for a rotation, pictures larger than --max-side, and GIF, BMP, TIFF,
+AVIF and grey pictures of 16 bits, which become PNG. Unreadable pictures are left out, counted and named. The same
+source gives the same bytes. DIR appears when it is complete.
 """
 
 import contextlib
@@ -22,8 +22,10 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import random
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,9 +41,19 @@ from shared.run import stable_hash
 from shared.settings import Count, check_limits
 from shared.tars import Broken, write_split
 
-RECIPE = 1  # version; increased when the output for the same pictures and setting changes
+RECIPE = 2  # version; increased when the output for the same pictures and setting changes
 TABLES, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # of the pictures in a folder of classes
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+)  # of the pictures in a folder of classes
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are not converted
 ORIENTATION = 274  # EXIF tag
 TEMPLATES = ("{c}", "a photo of a {c}.")
@@ -151,6 +163,7 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
     for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
         pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+        others.update("linked folder" for path in home.rglob("*") if path.is_symlink() and path.is_dir())
         others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in SUFFIXES)
         found |= bool(pictures)
         empty += [] if pictures else [home.name]
@@ -163,22 +176,32 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
         print(f"{root}: skipped {', '.join(kinds + folders)}")
 
 
-def further(columns: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row that go into the sample's .json."""
-    return {name: value for name, value in columns.items() if name and name not in ("key", "caption")}
+def text_of(value: Any) -> str:
+    """A caption or label with single spaces, from a string or a number; "" for other values."""
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return " ".join(str(value).split()) if numeric or isinstance(value, str) else ""
+
+
+def existing(root: str, path: str) -> str:
+    """The real path of a picture; `path` may have Windows' backslashes, or accents in another Unicode form than the
+    disk's (macOS takes letter and accent apart)."""
+    ways = [path, path.replace("\\", "/")]
+    ways += [unicodedata.normalize(form, way) for form in ("NFC", "NFD") for way in ways]
+    files = (os.path.realpath(os.path.join(root, way)) for way in ways)
+    return next(filter(os.path.isfile, files), os.path.realpath(os.path.join(root, path)))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def encoded(content: bytes, picture: Image.Image, max_side: int | None) -> dict[str, bytes]:
-    """{file ending: bytes} of a picture: `content`, or encoded again if it is rotated, too large, GIF or BMP.
+    """{file ending: bytes} of a picture: `content`, or encoded again if it is rotated, too large or not in ENDINGS.
 
     picture: `content` decoded to RGB.
     """
     turned = False
     with Image.open(io.BytesIO(content), formats=data.FORMATS) as opened:
-        ending = ENDINGS.get(opened.format)
+        ending = None if opened.mode.startswith(data.DEEP) else ENDINGS.get(opened.format)
         with contextlib.suppress(Exception):  # damaged EXIF is ignored
             if opened.getexif().get(ORIENTATION) in range(2, 9):
                 picture.info["exif"] = opened.info["exif"]
@@ -238,22 +261,35 @@ class Pictures:
     strict: bool = False
     """Stop at the first broken picture instead of counting it."""
 
+    own = ()  # names that the samples' .json has itself
+
     def __post_init__(self):
         self.broken: list[Broken] = []
+        self.replaced: set[str] = set()
         self.classes: list[str] = []
         self.prompts: Sequence[str] = ()
 
     def picture(self, root: str, path: str, place: str) -> Picture:
-        """The picture of a path. UserError if the path leaves `root`, directly or by links."""
+        """The picture of a path. UserError if the path leaves `root`, directly or by links, or is an address."""
         if "\0" in path:
             return Picture(path, path)  # no file has such a name
-        file = os.path.realpath(os.path.join(root, path))
+        if "://" in path:
+            raise UserError(f"{place}: {path} is an address: download the pictures first; img2dataset does, and its "
+                            "shards are what --data takes, so that they need no packing")  # fmt: skip
+        file = existing(root, path)
         if not Path(file).is_relative_to(root):
-            raise UserError(
-                f"{place}: {path} is outside of {root}; set --image-root to a folder that contains all pictures"
+            linked = Path(os.path.normpath(os.path.join(root, path))).is_relative_to(root)
+            advice = (
+                "copy what its link leads to (cp -rL)" if linked else "set --image-root to a folder with all pictures"
             )
+            raise UserError(f"{place}: {path} is outside of {root}; {advice}")
         name = os.fsencode(Path(file).relative_to(root).as_posix())
         return Picture(file, name.decode("utf-8", "replace"))
+
+    def further(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a row that go into the sample's .json."""
+        self.replaced |= columns.keys() & set(self.own)
+        return {name: value for name, value in columns.items() if name and name not in self.own}
 
     def lacking(self, place: str, reason: str) -> None:
         """Record a broken picture or row; with --strict, UserError."""
@@ -288,10 +324,10 @@ class Pictures:
         found = defaultdict(list)
         for picture, place, text, more in self.rows(self.source, "caption-column", caption_column):
             texts = text if isinstance(text, list) else [text]
-            captions = [" ".join(each.split()) for each in texts if isinstance(each, str)]
-            if not texts or len(captions) < len(texts) or not all(captions):
+            captions = [text_of(each) for each in texts]
+            if not all(captions or [""]):
                 self.lacking(place, f"row without {caption_column!r}")
-            found[picture] += [(caption, further(more)) for caption in captions if caption]
+            found[picture] += [(caption, self.further(more)) for caption in captions if caption]
         return {picture: entries for picture, entries in found.items() if entries}
 
     def read_all(self, pictures: Mapping[Picture, Any], label: str) -> Iterator[tuple[Picture, dict[str, bytes], Any]]:
@@ -342,6 +378,9 @@ class Pictures:
         broken = checkpoints.read_json(self.out / "manifest.json")["broken"]
         if line := data.broken_report((Broken(*each) for each in broken.items()), "left out"):
             print(line)
+        if self.replaced:
+            print(f"not kept: {', '.join(sorted(self.replaced))}, columns whose names the samples' .json has itself; "
+                  "rename them to keep them")  # fmt: skip
         print(self.used_as())
 
 
@@ -349,6 +388,8 @@ class Pictures:
 class Pairs(Pictures):
     """Training shards of pictures and captions, DIR/train/{00000..}.tar in img2dataset layout; with --hold-out also a
     retrieval set of held-out pictures, DIR/eval/held_out."""
+
+    own = ("key", "caption", "captions", "file")
 
     caption_column: str = "caption"
     """Column or key of the captions."""
@@ -413,6 +454,8 @@ class Classes(Pictures):
     """A classification set, DIR, of labelled pictures; with --hold-out or --train also a train split for probes. Its
     samples have class names as captions, so that DIR/train can also be used as training data."""
 
+    own = ("key", "caption", "file", "name", "label")
+
     label_column: str = "label"
     """Column or key of the labels."""
     hold_out: float = 0.0
@@ -435,10 +478,9 @@ class Classes(Pictures):
                 raise UserError(f"--out {self.out} lies in the folder of classes: choose another --out")
             return {self.picture(root, path, str(source)): (name, {}) for path, name in class_folders(Path(root))}
         for picture, place, text, more in self.rows(source, "label-column", self.label_column):
-            label = " ".join(str(text).split()) if isinstance(text, (str, int)) else ""
-            if not label:
+            if not (label := text_of(text)):
                 self.lacking(place, f"row without {self.label_column!r}")
-            elif found.setdefault(picture, (label, further(more)))[0] != label:
+            elif found.setdefault(picture, (label, self.further(more)))[0] != label:
                 raise UserError(
                     f"{place}: {picture.name} has the label {label!r} here, but {found[picture][0]!r} before"
                 )

@@ -204,7 +204,7 @@ def test_decoders_change_nothing(tmp_path, monkeypatch):
     assert tags[0] == tags[1] == tags[2] and set(tags[0]["concept"]) == {0, 1}
     assert [each[1:] for each in done] == [done[0][1:]] * 3 and done[0].documents == 152
     assert sorted(done[0].broken) == [
-        ("00900", "unreadable image: UnidentifiedImageError"),
+        ("00900", data.NO_PICTURE),
         ("cover", "not among the captions"),
     ]
 

@@ -76,7 +76,7 @@ BROKEN = {
     "missing caption": [("x.png", png())],
     "empty caption": [("x.png", png()), ("x.txt", " \n")],
     "caption is not UTF-8": [("x.png", png()), ("x.txt", "é".encode("latin-1"))],
-    "unreadable image: UnidentifiedImageError": [("x.png", b"no image"), ("x.txt", "x")],
+    data.NO_PICTURE: [("x.png", b"no image"), ("x.txt", "x")],
     "unreadable image: OSError": [("x.png", png(size=(50, 50))[:60]), ("x.txt", "x")],
     "key occurs twice in its shard": [*pair("a", "again"), *pair("x")],
 }
@@ -315,7 +315,7 @@ def test_tsv(tmp_path: Path):
     pairs = data.open_pairs(str(tmp_path / "t.tsv"))
     samples, broken = read_all(pairs)
     assert len(pairs) == 4 and {sample.caption for sample in samples} == {"first"}
-    assert {b.reason for b in broken} == {"missing image", "empty caption", "unreadable image: UnidentifiedImageError"}
+    assert {b.reason for b in broken} == {"missing image", "empty caption", data.NO_PICTURE}
     assert len(data.open_pairs(str(tmp_path / "t.tsv"), limit=2)) == 2
     with pytest.raises(ValueError, match="--strict: sample .*none.png: missing image"):
         read_all(data.open_pairs(str(tmp_path / "t.tsv"), strict=True))

@@ -5,6 +5,7 @@ import os
 import re
 import struct
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -259,7 +260,7 @@ def test_what_cannot_be_read_is_left_out_counted_and_named(photos: Path, capsys)
     reasons = {key.rpartition("line")[2].strip(): reason for key, reason in manifest["broken"].items()}
     assert reasons == {
         "0.jpg": "unreadable image: OSError", "1.jpg": "missing image", "2.jpg": reasons["3.jpg"],
-        "3.jpg": "unreadable image: UnidentifiedImageError", "5.jpg": "missing image",
+        "3.jpg": data.NO_PICTURE, "5.jpg": "missing image",
         "4.jpg": f"10000x10000 pixels are more than the {data.MAX_PIXELS} allowed",
         "15": "row without 'caption'", "16": "row without 'image'", "17": "row without 'caption'",
     }  # fmt: skip
@@ -274,7 +275,7 @@ def test_json_that_is_none(photos: Path) -> None:
     good = '{"image": "0.jpg", "caption": "a"}'
     deep = "[" * 100_000
     bad = ['{"image": ', "7", f'{{"image": {deep}}}', '{"image": 5, "caption": "a"}', '{"image": "1.jpg"}']
-    worse = ['{"image": "1.jpg", "caption": [3, "b"]}', '{"image": "1.jpg", "caption": []}']
+    worse = ['{"image": "1.jpg", "caption": [true, "b"]}', '{"image": "1.jpg", "caption": []}']
     write(photos / "a.jsonl", good, *bad, *worse, '{"image": "2.jpg", "caption": "\\ud800 c", "x": "\\udfff"}')
     pack.Pairs(photos / "a.jsonl", photos.parent / "out").build()
     assert [each["caption"] for each in about(photos.parent / "out/train")] == ["a", "b", "? c"]
@@ -353,6 +354,7 @@ WRONG = {  # what is called -> what is said
     "pairs commas.csv": r"commas\.csv, line 5 has 4 cells",
     "pairs tabs.tsv": r"tabs\.tsv, line 2 has 3 cells",
     "pairs list.json": r"list\.json must end in",
+    "pairs web.csv": r"web\.csv, line 3: https://.* download",
     "pairs captions.csv --image-root more": r"none of the 10 pictures .*--image",
     "pairs captions.csv --image-root nowhere": r"nowhere .*--image-root",
     "pairs captions.csv --hold-out 1": r"--hold-out must be",
@@ -374,6 +376,7 @@ def test_wrong_calls_exit_2_with_one_sentence(labelled: Path, arguments: str, mo
     write(labelled / "header-labels.csv", "image,label")
     (labelled / "latin.csv").write_bytes("image,caption\n0.jpg,größer\n".encode("latin-1"))
     write(labelled / "list.json", "[1, 2]")
+    write(labelled / "web.csv", "image,caption", "0.jpg,a", "https://example.org/a.jpg,b")
     write(labelled / "quotes.csv", "image,caption", '0.jpg,"a', 'b"', '1.jpg,"red, green', "2.jpg,b", "3.jpg,c")
     write(labelled / "inner.csv", "image,caption", '0.jpg,"a', '1.jpg,"b"', "2.jpg,c")
     write(labelled / "commas.csv", "image,caption", '0.jpg,"a, b', 'c"', "", "1.jpg,red, green, blue shirt", "2.jpg,c")
@@ -412,6 +415,89 @@ def test_pictures_are_upright_and_of_kinds_that_shards_hold(photos: Path) -> Non
     assert shown.size == (40, 20) and not Image.open(photos / "0.jpg").size == (40, 20)
     assert np.abs(np.asarray(shown, float)[:, 4:16] - (254, 0, 0)).max() < 30
     assert Image.open(pack.io.BytesIO(found[0]["jpg"])).getexif().get(pack.ORIENTATION) is None
+
+
+GREY = np.linspace(0, 65535, 40 * 20).reshape(20, 40).astype(np.uint16)  # from black to white
+KINDS = {  # file: (its picture, what is packed: its ending and mean grey)
+    "a.tif": (Image.new("RGB", (8, 8), (200, 200, 200)), ("png", 200)),
+    "b.avif": (Image.new("RGB", (8, 8), (200, 200, 200)), ("png", 200)),
+    "c.png": (Image.fromarray(GREY), ("png", 127.5)),
+    "d.tiff": (Image.fromarray(GREY), ("png", 127.5)),
+    "e.png": (Image.new("L", (8, 8), 200), ("png", 200)),
+    "f.jpg": (Image.new("CMYK", (8, 8), (0, 0, 0, 55)), ("jpg", 200)),
+    "g.tif": (Image.new("F", (8, 8), 0.5), None),
+    "h.tif": (Image.new("I", (8, 8), 70_000), None),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_pictures(tmp_path: Path, name: str, capsys) -> None:
+    picture, expected = KINDS[name]
+    try:
+        picture.save(tmp_path / name)
+    except (KeyError, ValueError):
+        pytest.skip(f"this Pillow writes no {name}")
+    photograph(tmp_path / "other.png")
+    write(tmp_path / "table.csv", "image,caption", "other.png,b", f"{name},a")
+    pack.Pairs(tmp_path / "table.csv", tmp_path / "out").build()
+    found = samples(tmp_path / "out/train")[1:]
+    if expected is None:
+        assert not found and "16 bits" in capsys.readouterr().out
+        return
+    ending, grey = expected
+    shown = Image.open(pack.io.BytesIO(found[0][ending]))
+    assert shown.mode in ("RGB", "L", "CMYK") and abs(np.asarray(shown.convert("RGB"), float).mean() - grey) < 2
+    assert name in ("e.png", "f.jpg") if found[0][ending] == (tmp_path / name).read_bytes() else True
+
+
+NFC, NFD = (unicodedata.normalize(form, "größe/é.jpg") for form in ("NFC", "NFD"))
+PATHS = [("more/8.jpg", "more\\8.jpg"), (NFC, NFD), (NFD, NFC), (NFD, NFC.replace("/", "\\"))]
+
+
+@pytest.mark.parametrize("on_disk, in_table", PATHS)
+def test_paths_as_other_systems_write_them(tmp_path: Path, on_disk: str, in_table: str) -> None:
+    photograph(tmp_path / on_disk)
+    write(tmp_path / "table.csv", "image,caption", f"{in_table},a")
+    pack.Pairs(tmp_path / "table.csv", tmp_path / "out").build()
+    assert [each["file"] for each in about(tmp_path / "out/train")] == [on_disk]
+
+
+def test_columns_that_cannot_be_kept_are_named(photos: Path, capsys) -> None:
+    write(photos / "a.csv", "image,caption,file,captions,key,size", "0.jpg,a,F,C,K,9")
+    write(photos / "b.csv", "image,label,name,size", "0.jpg,x,N,9", "1.jpg,y,N,9", "2.jpg,x,N,9", "3.jpg,y,N,9")
+    out = photos.parent
+    pack.Pairs(photos / "a.csv", out / "a").build()
+    assert "captions, file, key" in capsys.readouterr().out
+    assert about(out / "a/train") == [
+        {"key": "000000000", "caption": "a", "file": "0.jpg", "captions": ["a"], "size": "9"}
+    ]  # fmt: skip
+    pack.Classes(photos / "b.csv", out / "b", hold_out=0.5).build()
+    assert "not kept: name" in capsys.readouterr().out
+    assert {each["name"] for each in about(out / "b/train")} == {"x", "y"}
+
+
+def test_captions_may_be_numbers(photos: Path) -> None:
+    lines = [f'{{"image": "{i}.jpg", "caption": {value}}}' for i, value in enumerate(["7", '[1.5, "b"]', "NaN"])]
+    pack.Pairs(write(photos / "a.jsonl", *lines), photos.parent / "out").build()
+    assert [each["caption"] for each in about(photos.parent / "out/train")] == ["7", "1.5", "b"]
+    assert read_manifest(photos.parent / "out")["counts"]["broken"] == 1
+
+
+def test_linked_folders_are_named(tmp_path: Path, capsys) -> None:
+    """Links are not followed within a class; one to a folder elsewhere is refused."""
+    for name in ("a", "b", "away"):
+        photograph(tmp_path / f"{name}/1.png")
+    root = tmp_path / "in"
+    root.mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).rename(root / name)
+    (root / "a/more").symlink_to(tmp_path / "away")
+    pack.Classes(root, tmp_path / "out").build()
+    assert "1 linked folder" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "out")["counts"]["test"] == 2
+    (root / "c").symlink_to(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"c/1\.png is outside of .*cp -rL"):
+        pack.Classes(root, tmp_path / "other").build()
 
 
 def test_resized_to_the_longer_side(photos: Path) -> None:
