@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import get_worker_info
 
 import shared.convnet  # noqa: F401  (registers its network with timm)
 from shared.errors import UserError
@@ -94,19 +96,49 @@ def average_at_start(model: open_clip.CLIP) -> None:
         model.positional_embedding.zero_()
 
 
+def filled(text: Tensor) -> int:
+    """Number of texts whose token ids (B, L) reach the last position; what does not fit of them is cut."""
+    return int((text[:, -1] == text.max()).sum())  # the end token has the highest id
+
+
+def say_filled(count: int, texts: int, length: int, what: str = "captions") -> None:
+    """Print how many texts fill all positions, if more than one in a hundred do."""
+    from shared.run import say  # which needs this module
+
+    if count > texts / 100:
+        say(f"{count:,} of {texts:,} {what} fill all {length} tokens of the text tower, and are cut there: CLIP's "
+            "tokenizer is made for short English texts")  # fmt: skip
+
+
 class RememberingTokenizer:
-    """An open_clip tokenizer, texts -> ids (N, L), that caches about `size` texts, since tokenizing is slow."""
+    """An open_clip tokenizer, texts -> ids (N, L), that caches about `size` texts, since tokenizing is slow.
+
+    Calls `say_filled` once, after `CHECKED` texts, in the first process.
+    """
+
+    CHECKED = 200
 
     def __init__(self, tokenizer: Callable, size: int = 2**14):
         self.tokenizer, self.size, self.known = tokenizer, size, {}
+        self.texts = self.filled = 0
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         texts = [texts] if isinstance(texts, str) else texts
         if len(self.known) > self.size:
             self.known.clear()
         if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
-            self.known |= zip(new, self.tokenizer(new), strict=True)
+            ids = self.tokenizer(new)
+            self.known |= zip(new, ids, strict=True)
+            self.count(ids)
         return torch.stack([self.known[text] for text in texts])
+
+    def count(self, ids: Tensor) -> None:
+        """Count the first texts, with ids (N, L)."""
+        if self.texts < self.CHECKED:
+            self.texts, self.filled = self.texts + len(ids), self.filled + filled(ids)
+            worker = get_worker_info()
+            if self.texts >= self.CHECKED and os.environ.get("RANK", "0") == "0" and not (worker and worker.id):
+                say_filled(self.filled, self.texts, ids.shape[1])
 
 
 def cut_padding(text: Tensor, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import clip_benchmark.metrics.zeroshot_classification as their_classification
 import clip_benchmark.metrics.zeroshot_retrieval as their_retrieval
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from evaluation_sets import (  # noqa: F401
 )
 from torchvision.transforms.functional import pil_to_tensor
 
-from shared import pictures, zeroshot
+from shared import clip, pictures, run, zeroshot
 
 # ---------------------------------------------------------------- a tiny model and tiny evaluation sets
 
@@ -234,3 +235,20 @@ def test_a_small_set_is_decoded_once_for_a_learning_curve(tmp_path, monkeypatch)
 def test_images_that_share_a_caption_are_counted():
     assert zeroshot.shared_captions([["a", "b"], ["c"], ["b"], ["d", "d"]]) == 2
     assert zeroshot.shared_captions([["a"], ["b"]]) == 0
+
+
+VIETNAMESE = "một người phụ nữ đang mỉm cười ngồi bên cửa sổ và đọc một quyển sách cũ vào buổi chiều"
+
+
+def test_captions_that_are_cut_are_counted_once(monkeypatch, capsys):
+    """By the evaluation, if more than one in a hundred are, and in training after the first texts."""
+    monkeypatch.delenv(run.QUIET, raising=False)
+    tokenizer = open_clip.SimpleTokenizer(context_length=77)
+    encode = lambda tokens: torch.zeros(len(tokens), 2)  # noqa: E731
+    for few, many, said in ((0, 300, ""), (2, 298, ""), (5, 295, "5 of 300 captions fill all 77 tokens")):
+        zeroshot.encode_texts(encode, tokenizer, [VIETNAMESE] * few + ["a dog"] * many, desc="captions")
+        assert said in (printed := capsys.readouterr().out) and bool(said) == bool(printed)
+    remembering = clip.RememberingTokenizer(tokenizer)
+    for start in range(0, 400, 50):
+        remembering([f"{VIETNAMESE} {number}" for number in range(start, start + 50)])
+    assert capsys.readouterr().out.count("200 of 200 captions") == 1
