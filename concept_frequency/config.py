@@ -226,7 +226,7 @@ class CountConfig:
 
 
 COUNT_PRESETS = {  # name: (row of the paper with its misalignment degree, settings)
-    "shards": ("the search, on your image-text shards in img2dataset layout", CountConfig()),
+    "shards": ("the search that the paper's text describes, on your image-text shards", CountConfig(corrected=True)),
     "cc3m": (
         "table 3, CC-3M, tsv (caption, url): 16.81 %",
         CountConfig(corpus="cc3m", caption_column="0", size=3_318_333),

@@ -50,6 +50,8 @@ class Config(BaseConfig):
     pattern: str | None = None
     """Regular expression that a piece must match as a whole to be in the vocabulary; a leading space is the start of a
     word. Not stated in the paper."""
+    lowercase: bool = False
+    """Count the pieces in lower-cased captions: those of `Blue Shirt` are others than those of `blue shirt`. Ours."""
     bias: Number | None = 0.0
     """Added to all logits before elu1p; None: minus two standard deviations of the LM's logits of the first 256
     captions. Ours."""
@@ -98,6 +100,7 @@ SMALL = Config(
     min_count=5,
     max_vocabulary=None,
     pattern=" ?[a-z]{2,}",
+    lowercase=True,
     bias=None,
     lambda_image=0.3,
     lambda_text=0.3,
@@ -112,6 +115,7 @@ SMALL = Config(
 EMOJI = replace(
     SMALL,
     data="data/lexvla/scenes/train",
+    lowercase=False,
     backbone="efficientnet_lite0_maps",
     image_size=128,
     adapter_width=192,

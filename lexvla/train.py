@@ -98,7 +98,9 @@ def vocabulary(cfg: Config, pairs: Any, lm: nn.Module, tokenizer: Any, process: 
     The bias is the configuration's, or minus two standard deviations of the LM's logits of the first captions, so that
     few words are above 0 (ours).
     """
-    counts = sum(run.gather_lists([piece_counts(tokenizer, all_captions(cfg, pairs, process))], process))
+    captions = all_captions(cfg, pairs, process)
+    counts = piece_counts(tokenizer, map(str.lower, captions) if cfg.lowercase else captions)
+    counts = sum(run.gather_lists([counts], process))
     vocab_ids = caption_vocabulary(tokenizer, counts, cfg.min_count, cfg.max_vocabulary, cfg.pattern)
     bias = cfg.bias
     if bias is None and process.main:

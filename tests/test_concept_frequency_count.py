@@ -220,7 +220,7 @@ def test_a_killed_count_resumes(tmp_path, start):
     code, printed, err = ended(start(*arguments))
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    truth = counted(tmp_path, "whole", data=(str(corpus),))
+    truth = counted(tmp_path, "whole", data=(str(corpus),), corrected=True)
     assert load_json(out / "names_corpus_lemmatized_search_counts.json") == dict(
         zip(NAMES, truth.text.tolist(), strict=True)
     )

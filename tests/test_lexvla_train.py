@@ -4,6 +4,7 @@ Every arm. Kills and several processes: test_faults.py, test_scale.py. Scripts s
 forks of a server that has already imported torch and the rest, which saves time.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from lexvla_runs import ARMS, arms, backbone, lm, module, states, tiny  # noqa: F401
 from scripts import finished, metrics, same
 from short_runs import small_corpus
+from transformers import AutoTokenizer
 
 from lexvla import config, train
 from lexvla import text as texts
@@ -93,3 +95,16 @@ def test_the_bias_is_minus_two_standard_deviations_of_the_logits(monkeypatch: py
     process, captions = run.Process(0, 1, torch.device("cpu")), Captions(["dog", "", "cat"])
     found = train.vocabulary(config.Config(bias=None), captions, None, None, process)
     assert found == {"vocab_ids": [2], "bias": pytest.approx(-2 * (5 / 3) ** 0.5)}
+
+
+def test_the_vocabulary_of_small_has_the_words_of_captions_in_capitals(lm: Path):
+    """The same as of captions in lower case; the paper's presets keep case."""
+    tokenizer, process = AutoTokenizer.from_pretrained(lm), run.Process(0, 1, torch.device("cpu"))
+    found = {}
+    for name in ("small", "cc12m"):
+        cfg = replace(config.PRESETS[name][1], bias=0.0, min_count=1)
+        for captions in (["Red Cat Face", "BLUE CAT FACE"], ["red cat face", "blue cat face"]):
+            vocabulary = train.vocabulary(cfg, Captions(captions), None, tokenizer, process)["vocab_ids"]
+            found[name, captions[0]] = texts.pieces(tokenizer, vocabulary.tolist())
+    assert found["small", "Red Cat Face"] == found["small", "red cat face"] and " cat" in found["small", "Red Cat Face"]
+    assert found["cc12m", "Red Cat Face"] != found["cc12m", "red cat face"]

@@ -30,7 +30,9 @@ CORPUS = set(  # what an emoji preset may say beside its small one: where the co
 )
 
 
-BACKBONE = {"lexvla": set("adapter_hidden adapter_width lambda_image lambda_text penalty_warmup warmup".split())}
+BACKBONE = {
+    "lexvla": set("adapter_hidden adapter_width lambda_image lambda_text penalty_warmup warmup lowercase".split())
+}
 
 
 def small_presets(folder: str) -> dict[str, Any]:
