@@ -159,14 +159,19 @@ def main(cfg: Config) -> Path | None:
         if folder.evaluates(epoch + 1, cfg.epochs):
             with folder.evaluation(done, epoch=epoch, batch=per_epoch):
                 accuracy = zero_shot(model, tokenizer, test, arm.names, 1, process.device, cfg.precision)
-            folder.log(done, epoch=epoch, zero_shot_top1=accuracy.nanmean().item())
+            folder.log(done, epoch=epoch, zero_shot_top1=overall(accuracy, test.labels))
         run.wait()
         corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or epoch + 1 == cfg.epochs:
             folder.save(done, epoch=epoch + 1, batch=0)
         start = 0
-    folder.close(f"--eval-set {cfg.eval_set}")
+    folder.close()
     return folder.path
+
+
+def overall(accuracy: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percent of all images, from the accuracy (K,) of each concept (NaN without images) and the labels (N,)."""
+    return (accuracy.nan_to_num() * labels.bincount(minlength=len(accuracy))).sum().item() / len(labels)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_arms_are_measured_and_compared(runs, folder, monkeypatch):
     """The study's metrics of each arm, its claims and its plot; what eval.py measured is not measured again."""
     paths = [str(path) for path in runs.values()]
     results = study.evaluate(paths)
-    of_all = {"top1", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
+    of_all = {"mean_per_class", "misaligned", "tail", "rest", "slope_on_zipf", "head", "concepts"}
     assert all(of_all <= set(found) for found in results)
     assert [arm for arm, found in zip(runs, results, strict=True) if "within" in found] == [*runs][1:]
     zipf = results[0]
@@ -63,9 +63,9 @@ def test_the_nearest_picture_is_among_those_of_the_concepts(monkeypatch):
     assert study.pixels() == study.of_all(0.0)
     splits["train"] = (splits["train"][0], torch.tensor([2, 1, 0]))
     found = study.pixels()
-    assert found == {"top1": 100.0, "head": 100.0, study.LEARNED: 100.0}
+    assert found == {"mean_per_class": 100.0, "head": 100.0, study.LEARNED: 100.0}
     splits["test"] = (splits["test"][0], torch.tensor([0, 2, 2, 1]))
-    assert study.pixels()["top1"] == pytest.approx(200 / 3)
+    assert study.pixels()["mean_per_class"] == pytest.approx(200 / 3)
 
 
 def test_within_slope_is_not_biased_by_differences_between_concepts():

@@ -37,9 +37,14 @@ def test_pairs_have_the_assigned_frequencies(arms):
     )
 
 
+def test_the_log_has_the_share_of_pictures():
+    """Not the mean of the concepts' shares, 75."""
+    assert train.overall(torch.tensor([100.0, 50.0, torch.nan]), torch.tensor([0, 0, 0, 1])) == 87.5
+
+
 def test_a_failed_evaluation_costs_no_epoch(folder, monkeypatch):
     """The resumed run repeats the evaluation alone, also after the last epoch."""
-    found = torch.tensor([1.0])
+    found = torch.ones(8)
     monkeypatch.setattr(train, "zero_shot", in_turn(found, ValueError("broken set"), found))
     cfg = dataclasses.replace(TINY, out=str(folder / "failed"), epochs=2, dataset_size=64, num_concepts=8, eval_every=1)
     with pytest.raises(ValueError, match="broken set"):
