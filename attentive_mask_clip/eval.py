@@ -38,7 +38,6 @@ from shared.zeroshot import (
     retrieval_metrics,
 )
 
-EMOJI = "data/emoji/eval/"
 METRICS = {  # printed metrics and their headings
     "names_ood/top1": "names OOD",
     "online/names_ood/top1": "names OOD, online",
@@ -65,20 +64,18 @@ class Config:
     """For the authors' checkpoint files."""
     model: str = "vit_b16"
     """vit_s16, vit_b16 or vit_l16, for the authors' checkpoint files."""
-    sets: tuple[str, ...] = tuple(
-        EMOJI + name
-        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
-    )
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval; by default the run's
+    eval_set, or the pictures held out from its training data."""
     prompts: Literal["set", "slip"] = "set"
     """Class names and templates of classification sets. set: the set's own. slip: those of the paper's 26 sets."""
     slip: str | None = None
     """Clone of facebookresearch/SLIP, whose labels.json and templates.json --prompts slip reads."""
-    probe: str | None = EMOJI + "subgroups_ood"
+    probe: str | None = None
     """Set with a train/ split for the linear probe on frozen features of the online tower; None skips it."""
     probe_lr: Rate | None = 0.1
     """First learning rate of the probe; None: upstream's 0.00625."""
-    foreground: str | None = EMOJI + "names_ood"
+    foreground: str | None = None
     """Set of images on which the share of foreground among kept patches is measured; None skips it."""
     keep_ratio: float = 0.5
     """Share of blocks to keep for `foreground`."""
@@ -329,6 +326,8 @@ def evaluate_kept(path: str, model: CLIP, images: Tensor, alpha: Tensor, cfg: Co
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed."""
+    other = cfg.probe or cfg.foreground
+    cfg = dataclasses.replace(cfg, sets=(evaluation.sets_of if other else evaluation.needed)(path, cfg.sets))
     sets = (*cfg.sets, cfg.probe, cfg.foreground)
     files = [Path(cfg.slip) / name for name in suite.FILES] if cfg.prompts == "slip" else []
     return evaluation.measured_run(path, cfg, sets, lambda _: evaluate_run(path, cfg, process), files)
@@ -343,8 +342,6 @@ def main(cfg: Config) -> list[dict] | None:
     check_limits(cfg)
     if not 0 < cfg.keep_ratio <= 1:
         raise UserError(f"--keep-ratio must be above 0 and at most 1, not {cfg.keep_ratio}")
-    if not (cfg.sets or cfg.probe or cfg.foreground or cfg.export):
-        raise UserError("nothing to evaluate: name --sets, --probe or --foreground")
     if cfg.export:
         return export_model(load_model(export.single(cfg), cfg.method, cfg.model), cfg.export)
     times = {"step_times": checkpoints.read_json(cfg.times)} if cfg.times else {}

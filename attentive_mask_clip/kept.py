@@ -67,7 +67,7 @@ def images_and_objects(folder: str, model: CLIP, batch_size: int) -> tuple[Tenso
     if side % model.block:
         raise UserError(
             f"--foreground {folder}: blocks of {model.block}x{model.block} patches do not tile this model's {side} "
-            "patches a side; pass --foreground None"
+            "patches a side"
         )
     images, masks = torch.cat([batch for batch, _ in eval_set.batches(batch_size)]), object_masks(eval_set)
     if masks is not None and masks.shape != images[:, 0].shape:

@@ -33,7 +33,7 @@ from shared.clip import image_side
 from shared.settings import Count, Whole, check_limits
 
 METRICS = {  # metrics in the table of a run, with their headings
-    "top1": "top-1",
+    "mean_per_class": "mean per class",
     "slope": "points a decade",
     "rho": "ρ, bins 1:-1",
     "rho_null": "ρ, shuffled",
@@ -53,8 +53,8 @@ class Config:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of `concept_frequency.train`."""
-    eval_set: str = "data/emoji/eval/names_ood"
-    """Classification set in the CLIP-benchmark layout whose classes include the concepts."""
+    eval_set: str = ""
+    """Classification set in the CLIP-benchmark layout whose classes include the concepts; by default the run's."""
     views: Count = 8
     """Fixed views of each test image, the first without augmentation; more views make accuracy less noisy."""
     spacy: str = "en_core_web_sm"
@@ -88,7 +88,7 @@ def evaluate_run(folder: Path, cfg: Config, process: run.Process) -> tuple[dict[
     accuracy = scored(model, test, names, settings, cfg, process).double().numpy()
     counted = count_pairs(folder / "pairs.parquet", names, cfg.spacy)
     metrics = {
-        "top1": float(accuracy.mean()),
+        "mean_per_class": float(accuracy.mean()),
         "misaligned": misaligned(counted),
         "seconds": run.read_metrics(folder)[-1]["seconds"],
     }
@@ -150,6 +150,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, Any]:
     Cached in results.json and results.md beside the checkpoint until checkpoint or settings change.
     """
     folder = Path(path)
+    cfg = dataclasses.replace(cfg, eval_set=cfg.eval_set or evaluation.needed(path, (), "--eval-set")[0])
     setting = {key: getattr(cfg, key) for key in ("eval_set", "views", "spacy", "batch_size", "precision")}
 
     def measure() -> dict:

@@ -73,7 +73,7 @@ class Config:
     """Bank whose LLM and prompts embed the texts; None: the run's bank (checkpoint files need one)."""
     sets: tuple[str, ...] = ()
     """Evaluation sets in the CLIP-benchmark webdataset layout, for classification (single prompt) or retrieval (long
-    prompt, mean of its facets)."""
+    prompt, mean of its facets); by default the run's eval_set, or the pictures held out from its training data."""
     multilingual: str | None = None
     """SET:FOLDER: ImageNet in that layout, and CLIP_benchmark's clip_benchmark/datasets with class names and templates
     of ImageNet in Arabic, English, Japanese, Italian and Chinese."""
@@ -276,8 +276,7 @@ def measure(model: nn.Module, texts: TextFeatures, cfg: Config, device, dtype: t
     """Every measurement that `cfg` names, of a model and the function that embeds texts for it."""
     lists = check_sets(cfg)
     flat: dict[str, float] = {}
-    for folder in cfg.sets:
-        eval_set = open_set(folder, eval_transform(model), "classification", "retrieval")
+    for eval_set in evaluation.open_sets("sets", cfg.sets, eval_transform(model), "classification", "retrieval"):
         batches = eval_set.batches(cfg.batch_size, cfg.workers, device)
         features, targets = image_features(model, batches, device, dtype)
         if eval_set.kind == "retrieval":
@@ -285,7 +284,7 @@ def measure(model: nn.Module, texts: TextFeatures, cfg: Config, device, dtype: t
         else:
             classifier = name_classifier(texts, eval_set.classnames, eval_set.templates)
             metrics = zero_shot(features, targets, classifier)
-        flat |= {f"{Path(folder).name}/{key}": value for key, value in metrics.items()}
+        flat |= {f"{eval_set.name}/{key}": value for key, value in metrics.items()}
     if cfg.multilingual:
         flat |= multilingual_imagenet(model, texts, lists[cfg.multilingual], cfg, device, dtype)
     for entry in cfg.compositional:
@@ -369,6 +368,8 @@ def probe_metrics(model: nn.Module, cfg: Config, device, dtype: torch.dtype) -> 
 
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
+    other = cfg.multilingual or cfg.compositional or cfg.long_sets or cfg.crossmodal or cfg.probe
+    cfg = dataclasses.replace(cfg, sets=(evaluation.sets_of if other else evaluation.needed)(path, cfg.sets))
     imagenet = cfg.multilingual.rpartition(":")[0] if cfg.multilingual else None
     folders = [entry.partition(":")[2] for entry in (*cfg.long_sets, *cfg.compositional)]
     folders += [cfg.crossmodal] if cfg.crossmodal else []

@@ -46,7 +46,8 @@ class Config:
     """Run folders. Also, for zero-shot classification and retrieval only, another paper's run folder, local-dir:DIR
     written by another paper's --export, or MODEL@TAG of open_clip."""
     sets: tuple[str, ...] = ()
-    """Retrieval and classification sets in the CLIP-benchmark webdataset layout."""
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval; by default the run's
+    eval_set, or the pictures held out from its training data."""
     patchdis: str | None = None
     """Folder of images and masks for PatchDis (see patchdis.py)."""
     patchdis_side: Count | None = None
@@ -215,8 +216,6 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
     dtype = run.DTYPES[precision]
     if export.foreign(path, "lexvla"):
         return other_model(path, cfg, device, dtype)
-    if not cfg.sets and not cfg.patchdis:
-        raise UserError("nothing to measure: name --sets FOLDER..., --patchdis FOLDER, or both")
     model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, device))
     model.to(device)
     if cfg.patchdis:
@@ -266,6 +265,7 @@ def evaluated(path: str, cfg: Config, process: run.Process, evaluate_run: Callab
     """`evaluate_run`, saved in the run folder as results.json and results.md; read from there if nothing changed."""
     if not (checkpoint := Path(path) / "checkpoint.pt").is_file() and not export.foreign(path, "lexvla"):
         raise UserError(f"{checkpoint} does not exist: train the run first")
+    cfg = dataclasses.replace(cfg, sets=(evaluation.sets_of if cfg.patchdis else evaluation.needed)(path, cfg.sets))
     files = [file for file in Path(cfg.patchdis).rglob("*") if file.is_file()] if cfg.patchdis else []
     return evaluation.measured_run(path, cfg, cfg.sets, lambda _: evaluate_run(path, cfg, process), files)
 

@@ -2,7 +2,7 @@
 
 The paper's evaluations (authors' code megvii-research/protoclip@fde1933, `U:` = its src/): zero-shot, linear probe,
 retrieval, agreement of image clusters with classes, modality gap. All use z, without the heads. Takes our run folders
-and upstream's checkpoint files (`--model RN50`), and the embedded corpus or any CLIP-benchmark evaluation set.
+and upstream's checkpoint files (`--model RN50`), and any CLIP-benchmark evaluation set.
 """
 
 import dataclasses
@@ -40,8 +40,6 @@ from shared.zeroshot import (
     percent,
 )
 
-EMOJI = "data/emoji/eval/"
-PAIRS = EMOJI + "retrieval_xm_en"  # unseen style, English names from another dictionary than the captions
 METRICS = {  # printed metrics and their headings
     "bare_names_ood/top1": "names OOD",
     "bare_names_id/top1": "names ID",
@@ -68,14 +66,15 @@ class Config:
     quick_gelu: bool | None = None
     """Activation (True: QuickGELU, False: GELU) of checkpoint files without projection heads. True for CLIPs of the
     authors' trainer."""
-    sets: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "bare_names_ood", PAIRS)
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
-    probe: tuple[str, ...] = (EMOJI + "bare_names_id", EMOJI + "subgroups_id", EMOJI + "subgroups_ood")
-    """Sets with a train/ split for linear probes, and for cluster scores if images outnumber classes; may be empty. The
-    features of the last one are kept in features.npz."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval; by default the run's
+    eval_set, or the pictures held out from its training data."""
+    probe: tuple[str, ...] = ()
+    """Sets with a train/ split for linear probes, and for cluster scores if images outnumber classes. The features of
+    the last one are kept in features.npz."""
     logistic: bool = False
     """Also fit scikit-learn's logistic regression (C 0.316, 1000 iterations), upstream's other protocol."""
-    gap: str | None = PAIRS
+    gap: str | None = None
     """Retrieval set on which the gap between images and their first captions is measured; None skips it."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
@@ -226,9 +225,9 @@ def evaluate_run(
     """
     model, transform, tokenizer = load_any(path, cfg.model, cfg.quick_gelu)
     model.to(process.device)
-    for split in ("train", "test"):
-        evaluation.open_sets("probe", cfg.probe, transform, "classification", split=split)
-    evaluation.open_sets("gap", [cfg.gap] if cfg.gap else [], transform, "retrieval")
+    splits = ("train", "test")
+    probed = [evaluation.open_sets("probe", cfg.probe, transform, "classification", split=split) for split in splits]
+    paired = evaluation.open_sets("gap", [cfg.gap] if cfg.gap else [], transform, "retrieval")
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     results = evaluate(model, tokenizer, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{metric}": value for name, metrics in results.items() for metric, value in metrics.items()}
@@ -236,17 +235,19 @@ def evaluate_run(
     if len(top1) > 1:  # upstream's "average" is the plain mean
         flat["mean_top1"] = sum(top1) / len(top1)
 
-    def features(folder: str, split: str) -> tuple[Tensor, Tensor | list]:
-        loader = EvalSet(folder, transform, split).batches(cfg.batch_size, cfg.workers, process.device)
-        return extract_image_features(model.encode_image, loader, process.device, dtype, f"{Path(folder).name} {split}")
+    def features(images: EvalSet) -> tuple[Tensor, Tensor | list]:
+        loader = images.batches(cfg.batch_size, cfg.workers, process.device)
+        return extract_image_features(
+            model.encode_image, loader, process.device, dtype, f"{images.name} {images.split}"
+        )
 
     shown = None
     encoded: list[Path] = []  # the training shards of `train_x`
-    for folder in cfg.probe:
-        label, shards = Path(folder).name, sorted((Path(folder) / "train").glob("*.tar"))
+    for train, test in zip(*probed, strict=True):
+        label, shards = test.name, train.shards
         if len(shards) != len(encoded) or not all(a.samefile(b) for a, b in zip(shards, encoded, strict=True)):
-            (train_x, train_y), encoded = features(folder, "train"), shards  # sets may share shards by hard links
-        test_x, test_y = features(folder, "test")
+            (train_x, train_y), encoded = features(train), shards  # sets may share shards by hard links
+        test_x, test_y = features(test)
         probe = linear_probe(train_x, train_y, test_x, test_y)
         flat |= {f"{label}/probe_{key}": probe[key] for key in ("best", "final")}
         flat |= by_picture(f"{label}/probe_best", 100 * probe["hits"])
@@ -256,9 +257,9 @@ def evaluate_run(
         unit = F.normalize(test_x, dim=-1)
         if len(unit) > int(test_y.max()) + 1:  # the silhouette needs more images than classes
             flat |= {f"{label}/{key}": value for key, value in clustering_scores(unit, test_y).items()}
-        shown = unit, test_y, EvalSet(folder, transform).classnames
-    if cfg.gap:
-        images, captions = features(cfg.gap, "test")
+        shown = unit, test_y, test.classnames
+    for pairs in paired:
+        images, captions = features(pairs)
         first = encode_texts(
             model.encode_text, tokenizer, [c[0] for c in captions], cfg.batch_size, process.device, dtype
         )
@@ -272,6 +273,8 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     Results of MODEL@PRETRAINED go to runs/protoclip/MODEL@PRETRAINED. Not repeated if nothing has changed
     (`evaluation.measured_run`).
     """
+    other = cfg.probe or cfg.gap
+    cfg = dataclasses.replace(cfg, sets=(evaluation.sets_of if other else evaluation.needed)(path, cfg.sets))
 
     def measure(folder: Path) -> dict[str, float]:
         metrics, shown = evaluate_run(path, cfg, process)

@@ -13,7 +13,7 @@ An evaluation set must be complete: a missing or unreadable file is an error tha
 import copy
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -147,6 +147,22 @@ class EvalSet(IterableDataset):
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
         if empty:
             raise UserError(f"{self.folder / self.split} holds no samples.")
+
+
+def set_names(folders: Iterable[str | Path]) -> list[str]:
+    """Names of evaluation sets in results: the last part of each path or, if others have the same, as many last parts
+    as tell them apart, joined by hyphens. UserError for a folder that is named twice."""
+    paths = [(folder, Path(os.path.abspath(folder)).parts[::-1]) for folder in folders]
+    names = []
+    for folder, path in paths:
+        others = [other for _, other in paths if other != path]
+        if len(others) < len(paths) - 1:
+            raise UserError(f"the evaluation set {folder} is named twice: name it once")
+        parts = 1
+        while any(other[:parts] == path[:parts] for other in others):
+            parts += 1
+        names.append("-".join(path[:parts][::-1]))
+    return names
 
 
 def _collate(items: list) -> tuple[torch.Tensor, torch.Tensor | list]:

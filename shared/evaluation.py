@@ -6,15 +6,16 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.checkpoints import ROOT, read_json, trained_by, write_json, write_text
 from shared.data import TSV, Shards
 from shared.errors import UserError
-from shared.evalsets import EvalSet
+from shared.evalsets import EvalSet, set_names
 from shared.run import paper_of, read_metrics
+from shared.settings import folder_of
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -99,17 +100,36 @@ def named(path: str | Path) -> bool:
 def open_sets(
     option: str, folders: Iterable[str | Path], transform: Callable, *kinds: str, split: str = "test"
 ) -> list[EvalSet]:
-    """Open all evaluation sets of an option, so that errors come early. UserError if a set is of another kind than
-    `kinds`, or if two have the same name."""
-    folders, known = list(folders), {}
-    for folder in folders:
-        if (name := Path(folder).name) in known:
-            raise UserError(f"--{option} {known[name]} and {folder} have the same name: evaluate one at a time")
-        known[name] = folder
+    """Open all evaluation sets of an option, so that errors come early, with the names of `set_names`. UserError if a
+    set is named twice, or if it is of another kind than `kinds`."""
+    folders = list(folders)
+    names = set_names(folders)
     sets = [EvalSet(folder, transform, split) for folder in folders]
+    for eval_set, name in zip(sets, names, strict=True):
+        eval_set.name = name
     if odd := next((each for each in sets if each.kind not in kinds), None):
         raise UserError(f"--{option} {odd.folder} is a {odd.kind} set: it must be a {' or '.join(kinds)} set")
     return sets
+
+
+def sets_of(path: str | Path, sets: Sequence[str] = ()) -> tuple[str, ...]:
+    """`sets`; without any, that of the run in the folder `path`: its setting eval_set, or eval/held_out beside its
+    training data, which shared.pack writes, if there is one here."""
+    file = Path(path) / "config.json"
+    if sets or not file.is_file():
+        return tuple(sets)
+    cfg = read_json(file)
+    own = cfg.get("eval_set"), folder_of(str(cfg.get("data"))).parent / "eval/held_out"
+    return tuple(str(folder) for folder in own if folder and Path(folder).is_dir())[:1]
+
+
+def needed(path: str | Path, sets: Sequence[str], option: str = "--sets") -> tuple[str, ...]:
+    """`sets_of`. UserError if there are none, or no file or folder `path`."""
+    if not (named(path) or Path(str(path).removeprefix("local-dir:")).exists()):
+        raise UserError(f"there is no checkpoint at {path}")
+    if not (found := sets_of(path, sets)):
+        raise UserError(f"{path} names no evaluation set of its own: pass {option} FOLDER...")
+    return found
 
 
 def check_own(path: str | Path, cfg: Any) -> None:
@@ -191,11 +211,16 @@ def without_nan(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if isinstance(value, str) or not math.isnan(value)}
 
 
-def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Container[str] = ()) -> str:
-    """Metrics as a Markdown table: those with a heading, then the others, without sets in `embedded` and languages."""
-    others = [key for key in metrics if key not in headings and not key.startswith("language_")]
-    others = [key for key in others if not any(part in embedded for part in key.split("/")[:-1])]
-    named_as = headings | {key: key for key in others}
+def others(metrics: Iterable[str], headings: dict[str, str]) -> list[str]:
+    """Metrics without a heading, except of single languages and of sets that have another metric with a heading."""
+    known = {heading.split("/")[-2] for heading in headings if "/" in heading}
+    free = (key for key in metrics if key not in headings and not key.startswith("language_"))
+    return [key for key in free if known.isdisjoint(key.split("/")[:-1])]
+
+
+def tables(metrics: dict[str, Any], headings: dict[str, str]) -> str:
+    """Metrics as a Markdown table: those with a heading, then `others`."""
+    named_as = headings | {key: key for key in others(metrics, headings)}
     return table([
         {"metric": heading, "value": f"{metrics[key]:.2f}"}
         for key, heading in named_as.items()
@@ -203,40 +228,24 @@ def tables(metrics: dict[str, Any], headings: dict[str, str], embedded: Containe
     ])  # fmt: skip
 
 
-def evaluated_sets(cfg: Any) -> tuple[set[str], bool]:
-    """(names of the embedded corpus's evaluation sets in `cfg`, whether `cfg` also names other sets).
-
-    Sets are folders named in fields of `cfg`; those that are the fields' defaults belong to the embedded corpus.
-    """
-
-    def flat(values: Iterable[Any]) -> set[str]:
-        words = (word for value in values for word in (value if isinstance(value, tuple) else (value,)))
-        return {word for word in words if isinstance(word, str) and Path(word.rpartition(":")[2]).is_dir()}
-
-    fields = [field for field in dataclasses.fields(cfg) if field.name not in ("runs", "export")]
-    ours, now = (flat(each) for each in zip(*((f.default, getattr(cfg, f.name)) for f in fields), strict=True))
-    return {Path(folder).name for folder in ours & now}, bool(now - ours)
-
-
 def evaluate_runs(
     cfg: Any, measure: Callable[[str], dict], headings: dict[str, str], kinds: str = "run folder", foreign: bool = False
 ) -> list[dict]:
     """Metrics `measure(path)` of each of `cfg.runs`; prints them and the path of the full results.
 
-    Prints `tables`; for several runs on the embedded corpus only, one line per run with the metrics in `headings`.
+    Prints `tables`; for several runs on no other sets than `headings` names, one line per run with these metrics.
     UserError if there are no runs, or if a run is another paper's and `foreign` is False.
     """
     if not cfg.runs:
         raise UserError(f"name at least one {kinds}")
     for path in () if foreign else cfg.runs:
         check_own(path, cfg)
-    embedded, own_sets = evaluated_sets(cfg)
     results = []
     for path in cfg.runs:
         results.append(measure(path))
         found, kept = results[-1], results_folder(path, cfg) / "results.md"
-        if own_sets or len(cfg.runs) == 1:
-            print(f"{path}:\n\n{tables(found, headings, embedded)}\n\nall metrics: {kept}\n", flush=True)
+        if len(cfg.runs) == 1 or any("/" in key for key in others(found, headings)):
+            print(f"{path}:\n\n{tables(found, headings)}\n\nall metrics: {kept}\n", flush=True)
         else:
             shown = ", ".join(f"{heading} {found[key]:.2f}" for key, heading in headings.items() if key in found)
             print(f"{path}: {shown}; all metrics: {kept}", flush=True)

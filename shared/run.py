@@ -533,13 +533,13 @@ class RunFolder:
     def close(self, flags: str = "", then: str | None = None) -> None:
         """Close the log; print that the run is finished and the next command, `then`.
 
-        then: "" prints no command; None prints the evaluation's, with `flags` unless the data are the embedded corpus.
+        then: "" prints no command; None prints the evaluation's, with `flags` if the run has no eval_set.
         """
         self.metrics.close()
         self.lock.__exit__(None, None, None)
         if self.total and self.process.main and not quiet():
             if then is None:
-                own = flags if flags and not self.cfg.data.startswith("data/emoji") else ""
+                own = "" if getattr(self.cfg, "eval_set", "") else flags
                 then = f"python -m {paper_of(self.cfg)}.eval {self.path} {own}".rstrip()
             loss = "" if self.loss is None else f", loss {float(torch.as_tensor(self.loss).detach()):.4g}"
             after = f"; next: {then}" if then else ""

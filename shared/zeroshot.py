@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.clip import filled, say_filled
 from shared.errors import UserError
-from shared.evalsets import EvalSet
+from shared.evalsets import EvalSet, set_names
 from shared.pictures import by_picture
 from shared.run import autocast, counting, progress
 
@@ -59,13 +60,19 @@ def encode_texts(
     precision: torch.dtype = torch.float32,
     desc: str | None = None,
 ) -> Tensor:
-    """Texts -> unnormalised features (P, D), float32, on the CPU. The tokenizer decides the context length."""
-    features = []
+    """Texts -> unnormalised features (P, D), float32, on the CPU. The tokenizer decides the context length.
+
+    With `desc`, the kind of texts, many that are cut are reported.
+    """
+    features, full = [], 0
     starts = range(0, len(texts), batch_size)
     for start in progress(starts, len(starts), desc, batch_size, unit="text"):
         tokens = tokenizer(list(texts[start : start + batch_size])).to(device)
+        full += filled(tokens) if desc else 0
         with autocast(precision, torch.device(device)):
             features.append(encode_text(tokens).float().cpu())
+    if full:
+        say_filled(full, len(texts), tokens.shape[1], desc)
     return torch.cat(features)
 
 
@@ -247,42 +254,40 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     num_workers: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the test split of every evaluation set (see `shared.evalsets`), by folder name, in percent.
+    """Metrics of the test split of every evaluation set (see `shared.evalsets`), by name (`set_names`), in percent.
 
     model: open_clip's `encode_image(images)` and `encode_text(tokens)`; a module is put into eval mode meanwhile.
     Classification sets give `classification_metrics`, multilabel sets mean_average_precision, retrieval sets
-    `retrieval_metrics` over all captions. UserError if two sets have the same folder name. Small classification sets
-    also have top1 by picture (see `shared.pictures`).
+    `retrieval_metrics` over all captions. Small classification sets also have top1 by picture (see `shared.pictures`).
     precision: torch.bfloat16 or torch.float16 runs the encoders under autocast; the metrics are computed in float32.
     """
+    names = set_names(set_dirs)
     sets = [EvalSet(folder, transform) for folder in set_dirs]  # all opened first, so that errors come early
-    if len({eval_set.name for eval_set in sets}) < len(sets):
-        raise UserError(f"Evaluation sets need different folder names, not {[eval_set.name for eval_set in sets]}.")
     training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
     for module in training:
         module.training = False
     results = {}
     try:
-        for eval_set in sets:
+        for name, eval_set in zip(names, sets, strict=True):
             loader = eval_set.batches(batch_size, num_workers, device)
-            features, targets = extract_image_features(model.encode_image, loader, device, precision, eval_set.name)
+            features, targets = extract_image_features(model.encode_image, loader, device, precision, name)
             if eval_set.kind == "retrieval":
                 captions = [caption for of_image in targets for caption in of_image]
                 if shared := shared_captions(targets):
-                    print(f"{eval_set.name}: {shared} of {len(targets)} images share a caption with another image; "
+                    print(f"{name}: {shared} of {len(targets)} images share a caption with another image; "
                           "such ties are misses here, and in part hits in clip-benchmark")  # fmt: skip
                 texts = encode_texts(model.encode_text, tokenizer, captions, batch_size, device, precision, "captions")
-                results[eval_set.name] = retrieval_metrics(features, texts, owners(targets))
+                results[name] = retrieval_metrics(features, texts, owners(targets))
                 continue
-            names, templates = eval_set.classnames, eval_set.templates
-            classifier = build_classifier(model.encode_text, tokenizer, names, templates, batch_size, device, precision)
+            texts = eval_set.classnames, eval_set.templates
+            classifier = build_classifier(model.encode_text, tokenizer, *texts, batch_size, device, precision)
             if eval_set.kind == "multilabel":
                 scores = F.normalize(features, dim=-1) @ classifier
-                results[eval_set.name] = {"mean_average_precision": mean_average_precision(scores, targets)}
+                results[name] = {"mean_average_precision": mean_average_precision(scores, targets)}
             else:
-                results[eval_set.name] = classification_metrics(features, targets, classifier)
+                results[name] = classification_metrics(features, targets, classifier)
                 hits = label_ranks(features, targets, classifier) < 1
-                results[eval_set.name] |= by_picture("top1", 100 * hits)
+                results[name] |= by_picture("top1", 100 * hits)
     finally:
         for module in training:  # others, such as frozen towers, stay in eval mode
             module.training = True

@@ -83,8 +83,9 @@ ARMS = (
 )
 
 NAMES, SUBGROUPS = (
-    [f"{evaluation.EMOJI}{name}_{style}" for style in ("id", "ood")] for name in ("bare_names", "subgroups")
+    [f"data/emoji/eval/{name}_{style}" for style in ("id", "ood")] for name in ("bare_names", "subgroups")
 )
+PAIRS = "data/emoji/eval/retrieval_xm_en"  # unseen style, English names from another dictionary than the captions
 NAMES_ID, NAMES_OOD = "bare_names_id/top1", "bare_names_ood/top1"
 GROUPS_ID, GROUPS_OOD = "subgroups_id/top1", "subgroups_ood/top1"
 PROBE_ID, PROBE_OOD = "subgroups_id/probe_best", "subgroups_ood/probe_best"
@@ -258,7 +259,7 @@ def pixel_clusters() -> dict[str, float]:
 
 
 FLOORS = (
-    Floor("chance", lambda: floors.chance([*NAMES, *SUBGROUPS, evaluation.PAIRS])),
+    Floor("chance", lambda: floors.chance([*NAMES, *SUBGROUPS, PAIRS])),
     Floor(
         "nearest neighbour on raw pixels",
         lambda: floors.nearest_neighbour(NAMES) | floors.nearest_neighbour(SUBGROUPS, metrics=["nearest"]),
@@ -340,8 +341,8 @@ def means(runs: list[list[dict]], *keys: str) -> list[np.ndarray]:
 
 
 def evaluate(runs: Sequence[str]) -> list[dict]:
-    sets = (*NAMES, *SUBGROUPS, evaluation.PAIRS)
-    return evaluation.main(evaluation.Config(tuple(runs), sets=sets, probe=tuple(SUBGROUPS)))
+    sets = (*NAMES, *SUBGROUPS, PAIRS)
+    return evaluation.main(evaluation.Config(tuple(runs), sets=sets, probe=tuple(SUBGROUPS), gap=PAIRS))
 
 
 STUDY = Study(
@@ -365,7 +366,7 @@ STUDY = Study(
     "the time to CLIP's accuracy is measured by schedules of several lengths",
     metrics=METRICS,
     small=(PROBE_ID,),
-    sets=(*NAMES, *SUBGROUPS, evaluation.PAIRS),
+    sets=(*NAMES, *SUBGROUPS, PAIRS),
     floors=FLOORS,
     claims=CLAIMS,
     more_rows=more_rows,

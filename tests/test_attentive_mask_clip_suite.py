@@ -200,7 +200,7 @@ def test_sets_are_opened_before_any_is_evaluated(checkpoint: Path, tmp_path: Pat
     shutil.copytree(kinds / "test", kinds / "train")
     monkeypatch.setattr(evaluation, "zero_shot", lambda *_: pytest.fail("evaluated"))
     wrong = {
-        "have the same name": dict(sets=(str(first), str(twin))),
+        "named twice": dict(sets=(str(first), str(twin), str(first))),
         "multilabel set": dict(sets=(str(first), str(kinds))),
         "absent does not exist": dict(sets=(str(first),), probe=str(tmp_path / "absent")),
         "--probe .*kinds": dict(sets=(str(first),), probe=str(kinds)),
@@ -217,7 +217,7 @@ def test_other_options_that_are_refused(in_process, tmp_path: Path):
         "--keep-ratio must be above 0": ["--keep-ratio", "-0.3"],
         "--batch-size must be at least 1": ["--batch-size", "0"],
         "--probe-lr must be finite": ["--probe-lr", "nan"],
-        "nothing to evaluate": ["--sets", "--probe", "None", "--foreground", "None"],
+        "pass --sets": [],
     }
     for message, flags in wrong.items():
         result = in_process(tmp_path, *flags)

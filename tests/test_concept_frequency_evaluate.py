@@ -62,10 +62,10 @@ def test_command_lines_end_in_one_sentence(in_process):
     assert result.code == 2 and "--pretrained FILE" in result.err and one_sentence(result.err), result.err
 
 
-def test_sets_of_one_name_are_refused(arms, in_process, tmp_path):
-    sets = [small_set("groups_id", tmp_path / name) for name in ("a", "b")]
+def test_a_set_that_is_named_twice_is_refused(arms, in_process, tmp_path):
+    sets = [small_set("groups_id", tmp_path)] * 2
     result = in_process(arms["zipf"], "--sets", *sets, "--out", tmp_path, module="concept_frequency.evaluate")
-    assert result.code == 2 and "have the same name" in result.err and one_sentence(result.err), result.err
+    assert result.code == 2 and "named twice" in result.err and one_sentence(result.err), result.err
 
 
 def test_a_missing_pipeline_is_an_error_before_images_are_encoded(arms, in_process, monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from shared import evalsets, zeroshot
 from shared.data import ToNormalizedTensor
 from shared.errors import UserError
-from shared.evalsets import EvalSet
+from shared.evalsets import EvalSet, set_names
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -231,13 +231,28 @@ def test_transparent_images_show_white(tmp_path):
     assert torch.equal(images[1, 0], images[1, 2]) and labels.tolist() == [0, 1]
 
 
-def test_train_split_and_same_names(classification_set, tmp_path):
+def test_train_split_and_names_of_sets(classification_set, tmp_path):
     write_set(tmp_path / "again" / "animals", [[("a.png", image_bytes(0)), ("a.cls", b"2")]], split="train")
     train = EvalSet(tmp_path / "again" / "animals", pil_to_tensor, split="train")
     features, labels = zeroshot.extract_image_features(TinyClip().eval().encode_image, train.batches(4))
     assert features.shape == (1, 16) and labels.tolist() == [2] and not features.requires_grad
     assert not features.is_inference()  # can be trained on
     write_set(tmp_path / "more" / "animals", [[("a.png", image_bytes(0)), ("a.cls", b"2")]])
-    with pytest.raises(ValueError, match="different folder names"):
-        folders = [classification_set, tmp_path / "more" / "animals"]
-        zeroshot.evaluate(TinyClip(), tokenizer, pil_to_tensor, folders)
+    folders = [classification_set, tmp_path / "more" / "animals"]
+    found = zeroshot.evaluate(TinyClip(), tokenizer, pil_to_tensor, folders)
+    assert list(found) == [f"{tmp_path.name}-animals", "more-animals"]
+
+
+@pytest.mark.parametrize("folders, names", [
+    (["data/mine/eval/held_out", "data/classes"], ["held_out", "classes"]),
+    (["data/a/eval/held_out", "data/b/eval/held_out", "x"], ["a-eval-held_out", "b-eval-held_out", "x"]),
+    (["a/x", "b/x/"], ["a-x", "b-x"]),
+    ([], []),
+])  # fmt: skip
+def test_sets_of_one_name_are_told_apart_by_their_folders(folders: list[str], names: list[str]):
+    assert set_names(folders) == names
+
+
+def test_a_set_is_named_once():
+    with pytest.raises(ValueError, match="a/x is named twice"):
+        set_names(["b/x", "./a/x", "a/x"])

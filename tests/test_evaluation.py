@@ -67,9 +67,26 @@ def test_images_of_a_table_change_with_their_files(tmp_path: Path):
     assert evaluation.images_of(SimpleNamespace(fingerprint="abc")) == "abc"
 
 
-def test_folders_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="--sets a/x and b/x"):
-        evaluation.open_sets("sets", ["a/x", "b/x"], None, "retrieval")
+def test_sets_of_a_run(tmp_path: Path):
+    """Those that are named, else the run's eval_set, else what was held out from its data; a file has none."""
+    run, held_out = tmp_path / "run", tmp_path / "mine/eval/held_out"
+    run.mkdir()
+    for shards in ("train", "train/{00000..00003}.tar"):
+        (run / "config.json").write_text(json.dumps({"data": f"{tmp_path}/mine/{shards}", "eval_set": ""}))
+        assert evaluation.sets_of(run) == ()
+        held_out.mkdir(parents=True)
+        assert evaluation.sets_of(run) == evaluation.needed(run, ()) == (str(held_out),)
+        assert evaluation.sets_of(run, ["named"]) == ("named",)
+        held_out.rmdir()
+    held_out.mkdir()
+    for exists in (False, True):
+        (run / "config.json").write_text(json.dumps({"data": f"{tmp_path}/mine/train", "eval_set": f"{tmp_path}/cars"}))
+        assert evaluation.sets_of(run) == ((f"{tmp_path}/cars" if exists else str(held_out)),)
+        (tmp_path / "cars").mkdir(exist_ok=True)
+    (run / "model.pt").touch()
+    for name, words in (("model.pt", "model.pt .* pass --sets"), ("absent.pt", "no checkpoint at .*absent.pt")):
+        with pytest.raises(ValueError, match=words):
+            evaluation.needed(run / name, ())
 
 
 def test_a_run_is_measured_again_if_the_prompts_change(tmp_path: Path):
@@ -188,10 +205,10 @@ def test_runs_of_another_paper_are_refused(tmp_path: Path):
 
 
 def test_what_was_measured_is_shown_as_a_table():
-    """Metrics with headings come first; other metrics of the embedded corpus and of single languages are left out."""
+    """Metrics with headings come first; others of the sets of headings, and of single languages, are left out."""
     metrics = {"names_ood/top1": 3.0, "names_ood/top5": 9.0, "average": 4.5, "flickr/R@1": 37.6}
     metrics |= {"cars/top1": 50.25, "language_de/R@1": 1.0, "concepts": {"a": 1}}
-    shown = evaluation.tables(metrics, {"names_ood/top1": "names OOD", "seconds": "seconds"}, {"names_ood"})
+    shown = evaluation.tables(metrics, {"names_ood/top1": "names OOD", "seconds": "seconds"})
     assert shown.replace(" ", "").splitlines()[2:] == [
         "|namesOOD|3.00|", "|average|4.50|", "|flickr/R@1|37.60|", "|cars/top1|50.25|"
     ]  # fmt: skip

@@ -150,7 +150,7 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
         "not a run of flame": [tmp_path / "other"],
         "retrieval_ood is a retrieval set": [*flame, "--probe", pairs],
         "--batch-size must be at least 1": [*flame, "--batch-size", "0"],
-        "have the same name": [*flame, "--sets", pairs, small_set("retrieval_ood", tmp_path)],
+        "named twice": [*flame, "--sets", pairs, pairs],
         "photos:x should be one of urban1k": [*flame, "--long-sets", "photos:x"],
         "photos:x should be one of winoground": [*flame, "--compositional", "photos:x"],
         "ar_classnames.json is missing": [*flame, "--multilingual", f"{classes}:{tmp_path}"],

@@ -100,7 +100,7 @@ def test_evaluation_errors(in_process, arms: dict[str, Path], tmp_path: Path):
     (few / "classnames.txt").write_text("cat\n")
     for arguments, words in (
         ((tmp_path / "nowhere", "--sets", tmp_path), "checkpoint.pt does not exist"),
-        ((arms["none"],), "name --sets"),
+        ((arms["none"],), "pass --sets"),
         ((arms["none"], "--sets", tmp_path), str(tmp_path)),
         ((arms["none"], "--patchdis", tmp_path), "classnames.txt does not exist"),
         ((arms["none"], "--topk", "0"), "--topk must be at least 1"),

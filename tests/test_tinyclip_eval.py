@@ -84,7 +84,7 @@ def test_probes_of_a_run(small_run: Path, sets, in_process):
     result = in_process(small_run, "--probe", sets[1], module="tinyclip.eval")  # without classes to learn
     assert result.code == 2 and sets[1] in result.err and one_sentence(result.err)
     result = in_process(small_run, "--probe", sets[0], sets[0], module="tinyclip.eval")
-    assert result.code == 2 and "have the same name" in result.err
+    assert result.code == 2 and "named twice" in result.err
 
 
 def test_what_a_file_says_itself_is_not_overruled(small_run: Path, in_process):

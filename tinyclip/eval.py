@@ -2,7 +2,7 @@
 
 The paper's evaluations (authors' code wkcn/TinyCLIP@ad981bf, `U:` = its src/): zero-shot, retrieval, parameters, MACs,
 throughput, linear probe. Takes our run folders, the authors' checkpoints in either layout, folders of transformers and
-open_clip, or MODEL@WEIGHTS of open_clip; and the embedded corpus or any CLIP-benchmark set.
+open_clip, or MODEL@WEIGHTS of open_clip; and any CLIP-benchmark set.
 """
 
 import dataclasses
@@ -40,7 +40,6 @@ METRICS = {
     "macs_g": "MACs (G)",
     "pairs_per_second": "pairs/s",
 }
-EMOJI = "data/emoji/eval/"
 # Files beside weights with activation, head width and image statistics, which shapes do not give
 CONFIGURATIONS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 
@@ -52,11 +51,9 @@ class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders, checkpoint files in one of the authors' layouts, folders of transformers or open_clip, or
     MODEL@WEIGHTS of open_clip."""
-    sets: tuple[str, ...] = tuple(
-        EMOJI + name
-        for name in ("names_id", "names_ood", "subgroups_id", "subgroups_ood", "retrieval_id", "retrieval_ood")
-    )
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
+    sets: tuple[str, ...] = ()
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval; by default the run's
+    eval_set, or the pictures held out from its training data; for other models, only size and speed are measured."""
     probe: tuple[str, ...] = ()
     """Sets with a train/ split for linear probes of the image features; none by default."""
     probe_c: settings.Positive = 0.316
@@ -238,6 +235,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, floa
 def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, stored beside the checkpoint in results.json and results.md; not repeated if nothing changed, and
     for --throughput only on the same machine and device."""
+    cfg = dataclasses.replace(cfg, sets=evaluation.sets_of(path, cfg.sets))
     sets, files = (*cfg.sets, *cfg.probe), []
     if not evaluation.named(path):
         weights = weights_file(Path(path))

@@ -25,7 +25,6 @@ from tldr_reduction.datasets import view_of
 from tldr_reduction.encoders import scored_tokens
 from tldr_reduction.tokenizer import WordPiece, eval_tokenizer, save_tokenizer
 
-EMOJI = "data/emoji/eval/"
 METRICS = {  # metrics shown for a run, and their headings
     "names_ood/top1": "names OOD",
     "names_ood/top5": "names OOD, top-5",
@@ -43,9 +42,10 @@ class Config:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run folders of clip, blip or retrieval presets."""
-    sets: tuple[str, ...] = tuple(EMOJI + name for name in ("names_id", "names_ood", "subgroups_ood", "retrieval_ood"))
-    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval."""
-    rerank: tuple[str, ...] = (EMOJI + "retrieval_ood",)
+    sets: tuple[str, ...] = ()
+    """Evaluation sets in the CLIP-benchmark webdataset layout, for classification or retrieval; by default the run's
+    eval_set, or the pictures held out from its training data."""
+    rerank: tuple[str, ...] = ()
     """Retrieval sets on which a blip's candidates are re-ranked by matching."""
     k_test: Count = 16
     """Number of candidates to re-rank (paper scale: 256 for COCO, 128 for Flickr30K)."""
@@ -130,9 +130,9 @@ def retrieval_recall(
     return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2}
 
 
-def reranked(blip: BLIP, tokenizer: WordPiece, transform, folder: str, cfg: Config) -> dict:
+def reranked(blip: BLIP, tokenizer: WordPiece, eval_set: EvalSet, cfg: Config) -> dict:
     """`retrieval_recall` of a retrieval set after re-ranking by matching."""
-    batches = list(EvalSet(folder, transform).batches(cfg.batch_size, cfg.workers))
+    batches = list(eval_set.batches(cfg.batch_size, cfg.workers))
     images = torch.cat([images for images, _ in batches])
     captions = [of_image for _, targets in batches for of_image in targets]
     of_text = owners(captions)
@@ -173,13 +173,13 @@ def measure_model(
     """All measurements of a model: {"names_ood/top1": ..., "rerank/retrieval_ood/txt_r1": ..., ...}."""
     model, tokens = model.to(process.device), eval_tokenizer(tokenizer, settings)
     rerank = () if settings.stage == "clip" else cfg.rerank
-    evaluation.open_sets("rerank", rerank, transform, "retrieval")
+    candidates = evaluation.open_sets("rerank", rerank, transform, "retrieval")
     dtype = run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
     results = evaluate(model, tokens, transform, cfg.sets, process.device, cfg.batch_size, dtype, cfg.workers)
     flat = {f"{name}/{key}": value for name, metrics in results.items() for key, value in metrics.items()}
-    for folder in rerank:
-        recall = reranked(model, tokenizer, transform, folder, cfg)
-        flat |= {f"rerank/{Path(folder).name}/{key}": value for key, value in recall.items()}
+    for eval_set in candidates:
+        recall = reranked(model, tokenizer, eval_set, cfg)
+        flat |= {f"rerank/{eval_set.name}/{key}": value for key, value in recall.items()}
     return flat
 
 
@@ -195,6 +195,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
     """`evaluate_run`, saved beside the checkpoint as results.json and results.md; reused while nothing has changed."""
     if not (Path(path) / "checkpoint.pt").is_file():
         raise UserError(f"{path} is no run folder: it has no checkpoint.pt")
+    cfg = dataclasses.replace(cfg, sets=(evaluation.sets_of if cfg.rerank else evaluation.needed)(path, cfg.sets))
     return evaluation.measured_run(path, cfg, (*cfg.sets, *cfg.rerank), lambda _: evaluate_run(path, cfg, process))
 
 

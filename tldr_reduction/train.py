@@ -251,7 +251,7 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
 NEXT = {  # the command after a stage
     "captioner": lambda cfg: {"then": f"python -m tldr_reduction.reduce {cfg.data} --captioner {cfg.out} --out FOLDER"},
     "finetune": lambda cfg: {"then": f"python -m tldr_reduction.reduce FOLDER --caption-model {cfg.out} --out FOLDER"},
-    **dict.fromkeys(("retrieval", "blip", "clip"), lambda cfg: {"flags": "--sets FOLDER --rerank FOLDER"}),
+    **dict.fromkeys(("retrieval", "blip", "clip"), lambda cfg: {"flags": "--sets FOLDER"}),
 }
 
 
