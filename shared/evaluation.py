@@ -182,7 +182,7 @@ def measured_run(
     inside = Path(str(path).removeprefix("local-dir:"))
     inside = [inside / name for name in ("checkpoint.pt", "open_clip_model.safetensors")]
     weights = [path] if path.is_file() else [file for file in inside if file.is_file()]
-    unimportant = ("runs", "export", "times", "curve", "workers", "device")
+    unimportant = ("runs", "export", "layout", "times", "curve", "workers", "device")
     setting = {key: value for key, value in dataclasses.asdict(cfg).items() if key not in unimportant} | more
     if "model" in setting and (path / "config.json").is_file():  # --model is for files that do not contain it
         setting["model"] = read_json(path / "config.json").get("model", setting["model"])

@@ -5,12 +5,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from open_clip import SimpleTokenizer
+from PIL import Image
 from scripts import SHARDS, one_sentence, same
 from tinyclip_runs import TINY, sets, trained  # noqa: F401
 
+from shared.clip import STATISTICS
+from tinyclip import train
 from tinyclip import eval as evaluation
+from tinyclip.export import write_transformers
 from tinyclip.model import create_model, load_clip
 
 # ---------------------------------------------------------------------------------------------------------------- costs
@@ -112,6 +118,39 @@ def test_an_exported_folder_is_measured_like_its_run(small_run: Path, sets, fold
     (values,) = evaluation.main(replace(cfg, runs=(str(exported),)))
     (of_run,) = evaluation.main(cfg)
     assert values == {name: of_run[name] for name in values} and (exported / "results.md").exists()
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_transformers_and_back(tmp_path: Path, quick_gelu: bool):
+    """transformers computes the same features from the same pixels and the same words; load_clip reads the folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = create_model("emoji-25", quick_gelu=quick_gelu).eval()
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) / 50
+    write_transformers(tmp_path, model, STATISTICS, "a run")
+    theirs, about = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not about["missing_keys"] and not about["unexpected_keys"]
+    processor, side = transformers.CLIPProcessor.from_pretrained(tmp_path), model.geometry["vision"]["image_size"]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    texts = ["A red Circle!", "it's 12, größer; " * 20]
+    given = processor(text=texts, images=picture, return_tensors="pt", padding="max_length", truncation=True)
+    pixels = train.image_transform(side)(picture)[None]
+    torch.testing.assert_close(given["pixel_values"], pixels, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        found = theirs.eval()(**given)
+        image, text, scale = model(pixels, SimpleTokenizer(context_length=model.context_length)(texts))
+    for ours, other in ((image, found.image_embeds), (text, found.text_embeds)):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs.logit_scale.exp(), scale)
+    back = load_clip(tmp_path)
+    assert same(dict(back.state_dict()), dict(model.state_dict())) and back.geometry["quick_gelu"] == quick_gelu
+
+
+def test_a_resnet_is_refused_by_transformers(tmp_path: Path):
+    with pytest.raises(ValueError, match="a run cannot be exported"):
+        write_transformers(tmp_path / "out", create_model("TinyCLIP-ResNet-19M-Text-19M"), STATISTICS, "a run")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_keeps_the_statistics_of_its_source(small_run: Path, tmp_path: Path):

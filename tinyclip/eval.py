@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import open_clip
 import torch
@@ -23,7 +23,8 @@ from shared import checkpoints, cli, evaluation, export, run, settings, zeroshot
 from shared.clip import STATISTICS
 from shared.errors import UserError
 from shared.evalsets import EvalSet
-from tinyclip.geometry import open_clip_config, statistics_beside, weights_file
+from tinyclip.export import write_open_clip, write_transformers
+from tinyclip.geometry import statistics_beside, weights_file
 from tinyclip.masks import sparsity_warning
 from tinyclip.model import CLIP, parameter_counts
 from tinyclip.teacher import checked_clip
@@ -66,6 +67,8 @@ class Config:
     """Measure pairs per second; the machine should be idle otherwise."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
+    layout: Literal["open_clip", "transformers"] = "open_clip"
+    """Program that loads what --export writes; transformers: with CLIPModel.from_pretrained(DIR)."""
     batch_size: settings.Count = 256
     """Images or captions per forward pass."""
     workers: settings.Whole = 0
@@ -141,16 +144,9 @@ def throughput(
 
 
 def export_run(path: str, folder: str, cfg: Config) -> None:
-    """Write the run as an open_clip model. UserError if open_clip has no such towers."""
-    model = checked_clip(path, path, cfg.head_width, cfg.quick_gelu)
-    config = open_clip_config(model.geometry)
-    if config is None:
-        plain = "block" in model.geometry["vision"]
-        why = "its image tower is a plain ResNet" if plain else "its masks left layers of different widths"
-        raise UserError(f"{path} cannot be exported: {why}, which open_clip does not support")
-    mean, std = image_statistics(path)
-    transform = image_transform(model.geometry["vision"]["image_size"], statistics=(mean, std))
-    export.write(folder, model, config, model.state_dict(), transform, mean=mean, std=std)
+    """Write the run as a model of open_clip or transformers. UserError if these have no such towers."""
+    write = {"open_clip": write_open_clip, "transformers": write_transformers}[cfg.layout]
+    write(folder, checked_clip(path, path, cfg.head_width, cfg.quick_gelu), image_statistics(path), path)
 
 
 def image_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
