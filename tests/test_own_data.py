@@ -18,11 +18,16 @@ from pathlib import Path
 import clip_benchmark.cli as their_cli
 import open_clip
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from scripts import ROOT, finished
 from short_runs import dinov2, language_model  # noqa: F401
+from test_in_python import authors_weights, lines_of
+from test_in_python import execute as execute_lines
 
 import shared.convnet  # noqa: F401  (exports of the small towers load after it)
+from flame.config import Config as FlameConfig
+from flame.model import create_model as flame_model
 from shared import checkpoints, data
 from shared.evalsets import EvalSet
 
@@ -212,3 +217,11 @@ def test_the_commands_of_a_folder(packed, parts, execute, folder: Path, name: st
         assert all(0 <= value <= 100 for key, value in found.items() if re.search("_R@|top1|mean_per", key))
     for path in [f"exported/{exported}"] * bool(exported):
         assert open_clip.create_model_and_transforms(f"local-dir:{path}")[0].logit_scale.isfinite()
+    run = next((words[1] for words in commands(text) if "--export" in words), f"runs/mine-{name}")
+    execute_lines(lines_of("runs/mine-tinyclip").replace("runs/mine-tinyclip", run) if exported else lines_of(run))
+    if name == "flame":  # a file of the authors' trainer, of the bank's width
+        width = checkpoints.load_checkpoint(Path(run) / "checkpoint.pt")["text_dim"]
+        model = flame_model(FlameConfig(model="ViT-test"), width)
+        torch.save(authors_weights(model), "epoch_32.pt")
+        lines = lines_of("epoch_32.pt").replace("Config(())", 'Config((), model="ViT-test")')
+        execute_lines(lines.replace('"bank"', '"data/mine/bank"'))
