@@ -5,13 +5,16 @@ its activations are forgotten, and the backward pass computes them again: GradCa
 checkpointing. Training calls the wrapped model as it would call the model; `loss.backward()` stays where it is.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from shared.clip import recomputed
+BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 class MicroBatches(nn.Module):
@@ -49,3 +52,27 @@ def joined(parts: tuple[Any, ...] | list[Any]) -> Any:
 def micro_batches(model: nn.Module, count: int) -> nn.Module:
     """The model itself for one micro-batch a step, else the model in `MicroBatches`."""
     return model if count == 1 else MicroBatches(model, count)
+
+
+def recomputed(model: nn.Module, function: Callable, *inputs: Any) -> Any:
+    """`function(*inputs)`, whose activations the backward pass computes again instead of keeping them.
+
+    In the second pass, batch norms of `model` do not update their running statistics: each batch counts once.
+    """
+    contexts = lambda: (contextlib.nullcontext(), frozen_statistics(model))  # noqa: E731
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Context in which batch norms in training mode do not update their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.training and m.track_running_stats]
+    kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)

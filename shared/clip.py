@@ -6,24 +6,23 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import get_worker_info
 
 import shared.convnet  # noqa: F401  (registers its network with timm)
+from shared.accumulate import BatchNorm, recomputed
 from shared.errors import UserError
 from shared.features import PrecomputedFeatures  # likewise
+from shared.run import say
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # small towers
 
 STATISTICS = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # mean and std of CLIP's images
-BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d)
 GROUPS = 4  # groups of texts by length; on a CPU only, where time is proportional to the number of tokens
 
 
@@ -103,8 +102,6 @@ def filled(text: Tensor) -> int:
 
 def say_filled(count: int, texts: int, length: int, what: str = "captions") -> None:
     """Print how many texts fill all positions, if more than one in a hundred do."""
-    from shared.run import say  # which needs this module
-
     if count > texts / 100:
         say(f"{count:,} of {texts:,} {what} fill all {length} tokens of the text tower, and are cut there: CLIP's "
             "tokenizer is made for short English texts")  # fmt: skip
@@ -173,30 +170,6 @@ def without_padding(model: nn.Module) -> nn.Module:
     if isinstance(model, open_clip.CLIP):
         model.encode_text = functools.partial(encode_text, model)
     return model
-
-
-def recomputed(model: nn.Module, function: Callable, *inputs: Any) -> Any:
-    """`function(*inputs)`, whose activations the backward pass computes again instead of keeping them.
-
-    In the second pass, batch norms of `model` do not update their running statistics: each batch counts once.
-    """
-    contexts = lambda: (contextlib.nullcontext(), frozen_statistics(model))  # noqa: E731
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-@contextlib.contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Context in which batch norms in training mode do not update their running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.training and m.track_running_stats]
-    kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
 
 
 def set_grad_checkpointing(model: nn.Module, on: bool = True) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from shared import accumulate, clip, run
+from shared import accumulate, run
 
 SCRIPT, SECONDS = "protoclip.train", 300
 
@@ -154,7 +154,7 @@ def test_statistics_are_frozen_only_in_training_and_only_inside():
     untracked = nn.BatchNorm1d(3, track_running_stats=False)
     expected = norm(x)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
-    with contextlib.suppress(KeyError), clip.frozen_statistics(nn.Sequential(norm, untracked)):
+    with contextlib.suppress(KeyError), accumulate.frozen_statistics(nn.Sequential(norm, untracked)):
         assert torch.equal(norm(x), expected)
         raise KeyError
     assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items()) and norm.momentum == 0.1
