@@ -92,9 +92,9 @@ def test_the_ram_plus_tagger_reads_its_file(tmp_path, monkeypatch):
     torch.save({"model": in_ram_plus_layout(made)}, tmp_path / "ram.pth")
     texts = ["a dog", "a puppy", "a cat", "a kitten"]
     (tmp_path / "d.json").write_text(json.dumps([{"dog": texts[:2]}, {"cat": texts[2:]}]))
-    clip = SimpleNamespace(encode_text=lambda rows: vectors[rows])
+    clip = SimpleNamespace(encode_text=lambda rows: vectors[rows[:, 0]])
     monkeypatch.setattr(images, "RAMPlus", small)
-    tokenizer = lambda given: torch.tensor([texts.index(text) for text in given])  # noqa: E731
+    tokenizer = lambda given: torch.tensor([[texts.index(text)] for text in given])  # noqa: E731
     monkeypatch.setattr(images, "load_model", lambda *_: (clip, None, tokenizer))
     cfg = CountConfig(tagger="ram++", checkpoint=str(tmp_path / "ram.pth"), descriptions=str(tmp_path / "d.json"))
     tagger = images.load_ram_plus(cfg, ["cat", "dog"], torch.device("cpu"), image_size=224)

@@ -147,7 +147,7 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
     flame = [arms["flame"]]
     classes, pairs = EVAL / "groups_ood", EVAL / "retrieval_ood"
     cases = {
-        "not a run of flame": [tmp_path / "other"],
+        "not a run of flame": [tmp_path / "other", "--sets", classes],
         "retrieval_ood is a retrieval set": [*flame, "--probe", pairs],
         "--batch-size must be at least 1": [*flame, "--batch-size", "0"],
         "named twice": [*flame, "--sets", pairs, pairs],
@@ -155,8 +155,9 @@ def test_evaluation_command_line_errors(in_process, arms: dict[str, Path], tmp_p
         "photos:x should be one of winoground": [*flame, "--compositional", "photos:x"],
         "ar_classnames.json is missing": [*flame, "--multilingual", f"{classes}:{tmp_path}"],
         "at least one run folder": [],
-        "no checkpoint at": [tmp_path],
-        "holds no weights of FLAME": [tmp_path / "other.pt"],
+        "no checkpoint at": [tmp_path, "--sets", classes],
+        "pass --sets": [tmp_path],
+        "holds no weights of FLAME": [tmp_path / "other.pt", "--sets", classes],
     }
     for message, arguments in cases.items():
         result = in_process(*arguments, module="flame.eval")

@@ -45,6 +45,6 @@ def test_evaluation(chain, cli, folder):
     result = finished(cli(*runs, *sets, "--k-test", "2", module="tldr_reduction.eval"))
     clip, blip = (json.loads((path / "results.json").read_text())["metrics"] for path in runs)
     assert 0 <= clip["groups_ood/top1"] <= 100 and "rerank/retrieval_ood/txt_r1" in blip
-    for path, value in ((runs[0], clip["groups_ood/top1"]), (runs[1], blip["rerank/retrieval_ood/txt_r1"])):
-        assert f"{path}/results.md" in result.out and f" {value:.2f} " in result.out
+    for path, found in zip(runs, (clip, blip), strict=True):
+        assert f"{path}/results.md" in result.out and f" {found['groups_ood/top1']:.2f} " in result.out
     refused(cli(chain["captioner"], *sets, module="tldr_reduction.eval"), "stage captioner")
