@@ -14,8 +14,8 @@ from scripts import SHARDS, one_sentence, same
 from tinyclip_runs import TINY, sets, trained  # noqa: F401
 
 from shared.clip import STATISTICS
-from tinyclip import train
 from tinyclip import eval as evaluation
+from tinyclip import train
 from tinyclip.export import write_transformers
 from tinyclip.model import create_model, load_clip
 
