@@ -19,11 +19,11 @@ import clip_benchmark.cli as their_cli
 import open_clip
 import pytest
 import torch
+from in_python import authors_weights, lines_of
+from in_python import execute as execute_lines
 from PIL import Image, ImageDraw
 from scripts import ROOT, finished
 from short_runs import dinov2, language_model  # noqa: F401
-from test_in_python import authors_weights, lines_of
-from test_in_python import execute as execute_lines
 
 import shared.convnet  # noqa: F401  (exports of the small towers load after it)
 from flame.config import Config as FlameConfig
