@@ -57,6 +57,16 @@ def test_soft_targets_need_teacher_prototypes():
         prototypical_loss(x, x, torch.tensor(1.0), torch.tensor([0, 1]), None, 0.01)
 
 
+def test_back_translation_is_the_mean_of_each_cluster():
+    torch.manual_seed(0)
+    features, labels, k = torch.randn(40, 5), torch.randint(0, 7, (40,)), 9
+    labels[0] = 8  # alone; cluster 7 is empty
+    naive = torch.zeros(k, 5)
+    for cluster in labels.unique():
+        naive[cluster] = features[labels == cluster].mean(0)
+    torch.testing.assert_close(prototypical_back_translation(features, labels, k), naive)
+
+
 def test_back_translation_of_a_large_cluster():
     torch.manual_seed(0)
     features = F.normalize(torch.randn(5000, 16), dim=-1) + 0.5
