@@ -254,6 +254,14 @@ def test_bf16_autocast_keeps_scores_and_losses_in_fp32():
     losses["loss"].backward()
 
 
+def test_logit_scale_is_clamped():
+    model = tiny("clip")
+    for value, clamped in ((9.0, 4.6052), (-1.0, 0.0), (1.5, 1.5)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        torch.testing.assert_close(model.logit_scale.item(), clamped)
+
+
 def test_visual_loads_into_timm_and_gives_the_same():
     vit = MaskedViT(32, 8, 24, 2, 3).eval()
     theirs = timm.models.VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=0).eval()

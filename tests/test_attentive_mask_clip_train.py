@@ -33,7 +33,7 @@ from attentive_mask_clip import eval as evaluation
 from attentive_mask_clip.config import Config
 from attentive_mask_clip.crops import Views
 from attentive_mask_clip.model import aclip_loss, create_model
-from attentive_mask_clip.train import parameter_groups, schedules, train_step
+from attentive_mask_clip.train import cosine_schedule, parameter_groups, schedules, train_step
 from shared import checkpoints, data
 from shared import cli as command_line
 from shared.clip import set_grad_checkpointing
@@ -71,6 +71,13 @@ def test_the_text_tower_has_a_rate_of_its_own():
     views, ema_view, tokens, boxes = batch()
     train_step(model, ([*views.split(len(tokens)), ema_view], boxes, tokens), optimizer, unscaled(), 0.01, 0.9, cfg)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.001, 0.001]
+
+
+def test_schedule_ends_of_warm_up_are_included():
+    values = cosine_schedule(1.0, 0.1, 100, 11, 0.5)
+    assert len(values) == 100 and values[0] == 0.5 and values[10] == 1.0 == values[11] and np.isclose(values[5], 0.75)
+    assert 0.1 < values[-1] < 0.101 and (np.diff(values[11:]) < 0).all()
+    assert len(cosine_schedule(1.0, 0.0, 0)) == 0 and len(cosine_schedule(1.0, 0.0, 5, 5)) == 5
 
 
 def test_schedules_of_the_paper():

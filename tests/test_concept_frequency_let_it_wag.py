@@ -11,7 +11,7 @@ from scripts import one_sentence
 
 from concept_frequency import assigned, let_it_wag
 from concept_frequency.concepts import read_concepts
-from concept_frequency.let_it_wag import select_tail
+from concept_frequency.let_it_wag import phash, select_tail
 
 
 def test_select_tail():
@@ -42,6 +42,11 @@ def test_cleaning_with_a_network(monkeypatch):
     monkeypatch.setattr(let_it_wag, "embed", features)
     found = let_it_wag.clean(images, "inception_v3", 0.999)
     assert [image.getpixel((0, 0))[0] for image in found["a"]] == [0, *range(2, 7), *range(8, 20)] and not found["b"]
+
+
+def test_phash_takes_images():
+    array = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.float32)
+    assert np.array_equal(phash(array), phash(Image.fromarray(array.astype(np.uint8))))
 
 
 def test_tail_benchmark_from_folders(tmp_path):

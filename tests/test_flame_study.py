@@ -27,6 +27,15 @@ def words(llm: str, arm: str) -> str:
     return " ".join(of.words(next(each for each in of.arms if each.name == arm), 3)[0])
 
 
+def test_no_arm_is_trained_twice():
+    for llm in (GEMMA, SMOLLM2):
+        of = study.study(llm)
+        arms = study.without_repeats(of).arms
+        assert len({arm.commands for arm in arms}) == len(arms)
+        repeated = {arm.name for arm in of.arms} - {arm.name for arm in arms}
+        assert repeated == ({"flame-english"} if llm == SMOLLM2 else set())
+
+
 def test_arms_on_fewer_pairs_read_their_share_and_train_long_enough_for_a_full_batch():
     for (share, flags), epochs in zip(study.FEWER.items(), (30, 60), strict=True):
         assert flags.startswith(f"--dataset-size {math.floor(7146 / int(share))} --epochs {epochs} ")
