@@ -285,11 +285,35 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Draw attentive_mask_clip_scenes.png, and copy attentive_mask_clip_kept.png from the first seed of A-CLIP."""
+    """Draw attentive_mask_clip_arms.png and attentive_mask_clip_scenes.png, and copy attentive_mask_clip_kept.png from
+    the first seed of A-CLIP."""
+    plot_arms(found.arms, out)
     plot_scenes(found.arms, out)
-    for path in found.folders.get("aclip", []):
-        if path.name == "aclip-seed0" and (path / "kept.png").exists():
+    for path in found.folders.get("aclip", [])[:1]:
+        if (path / "kept.png").exists():
             shutil.copy(path / "kept.png", out / "attentive_mask_clip_kept.png")
+
+
+def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
+    """Draw attentive_mask_clip_arms.png: each seed's accuracy in each arm on the main scenes, and the means."""
+    shown = [arm for arm in MAIN if arm.name in arms]
+    if not shown:
+        return
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(shown) + 1.5))
+    for metric, color, shift in ((ONLINE, "tab:blue", -0.12), (EMA, "tab:orange", 0.12)):
+        for y, arm in enumerate(shown):
+            values = [run[metric] for run in arms[arm.name]]
+            axis.plot(values, [y + shift] * len(values), ".", color=color, alpha=0.5)
+            axis.plot(
+                np.mean(values), y + shift, "|", color=color, ms=14, mew=2, label=METRICS[metric] if not y else None
+            )
+    axis.set(yticks=range(len(shown)), yticklabels=[arm.heading for arm in shown], xlabel="top-1 (%)")
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out / "attentive_mask_clip_arms.png", dpi=110)
+    plt.close(figure)
 
 
 def plot_scenes(arms: dict[str, list[dict]], out: Path) -> None:

@@ -62,7 +62,8 @@ def test_the_report_has_what_the_study_declares(tmp_path: Path, monkeypatch: pyt
     assert claims["step time of SLIP / CLIP's - 1 (by rounds)"]["difference"] == pytest.approx(1.31, abs=0.01)
     assert claims["operations of a step of A-CLIP / CLIP's"]["where"] == "1.50x" and str(report) in shown
     assert found["arms"]["aclip"]["step/gflop"]["mean"] == 3.0
-    written = {"logs", "attentive_mask_clip_kept.png", "results.json", "results_packages.txt"}
+    drawn = {"attentive_mask_clip_kept.png", "attentive_mask_clip_arms.png"}
+    written = drawn | {"logs", "results.json", "results_packages.txt"}
     assert {path.name for path in report.parent.iterdir()} == written
     assert (report.parent / "attentive_mask_clip_kept.png").read_bytes() == b"picture"
 
