@@ -32,6 +32,7 @@ from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.evaluation import named, open_sets
 from shared.index import locked
+from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import build_classifier, encode_texts, extract_image_features
 
 K = (1, 5, 10)  # of recall@k
@@ -58,9 +59,9 @@ class Config:
     """spaCy pipeline that finds the nouns."""
     out: str = "runs/concept_frequency/scores"
     """Folder of the results; results of other models in its files are kept."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images or prompts per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -147,6 +148,7 @@ def check_same(folder: Path, key: str, weights: str, sets: Sequence[EvalSet]) ->
 
 def main(cfg: Config) -> None:
     """Evaluate the model on all sets; write the scores and print a line for each file."""
+    check_limits(cfg)
     process = run.setup(0, cfg.device)
     if not cfg.sets:
         raise UserError("--sets is missing: it takes evaluation sets in the CLIP-benchmark layout")

@@ -195,7 +195,11 @@ def top1_during_training(model: nn.Module, cfg: Any, process: run.Process) -> Ca
     UserError, before training starts, if this is no classification set or its texts are not embedded.
     """
     device, precision = process.device, run.DTYPES[run.resolve_precision(cfg.precision, process.device)]
-    eval_set = open_set(cfg.eval_set, eval_transform(model), "classification")
+
+    def opened() -> EvalSet:
+        return open_set(cfg.eval_set, eval_transform(model), "classification")
+
+    eval_set = opened()
     if isinstance(model, TrainedText):
         texts = trained_texts(model, tokenizer_of(model), device, precision)
     else:
@@ -204,7 +208,7 @@ def top1_during_training(model: nn.Module, cfg: Any, process: run.Process) -> Ca
 
     def top1() -> float:
         classifier = name_classifier(texts, eval_set.classnames, eval_set.templates)
-        batches = eval_set.batches(256, cfg.workers, device)
+        batches = opened().batches(256, cfg.workers, device)  # a set that has gone meanwhile is an error of its own
         return zero_shot(*image_features(model, batches, device, precision), classifier)["top1"]
 
     return top1

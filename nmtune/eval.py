@@ -29,6 +29,7 @@ from nmtune.model import create_model, head_from, read_head, transformed
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.errors import UserError
 from shared.pictures import by_picture
+from shared.settings import Count, Whole, check_limits
 
 CENTRES = ("none", "sample", "sample+feature")
 
@@ -172,9 +173,9 @@ class Config:
     """Centring before the spectrum: sample (upstream's svd.py), none (the text of sec. 2.3), sample+feature (pca)."""
     export: str | None = None
     """Write a CLIP of nmtune.pretrain as a folder that open_clip loads as `local-dir:DIR`, without evaluating it."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -259,6 +260,7 @@ def export_run(path: str, folder: str) -> None:
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every tuned head. Returns the metrics of each run."""
+    check_limits(cfg)
     process = run.setup(0, cfg.device)
     if not cfg.runs:
         raise UserError("name at least one run folder")

@@ -33,6 +33,7 @@ from shared.errors import UserError
 from shared.evalsets import EvalSet
 from shared.pictures import by_picture
 from shared.probes import nearest_neighbour, sgd_probe
+from shared.settings import Count, Whole, check_limits
 from shared.zeroshot import (
     encode_texts,
     evaluate,
@@ -78,9 +79,9 @@ class Config:
     """Retrieval set on which the gap between images and their first captions is measured; None skips it."""
     export: str | None = None
     """Write the run as a folder that open_clip loads as `local-dir:DIR` (shared/export.py), without evaluating it."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images or captions per forward pass."""
-    workers: int = 0
+    workers: Whole = 0
     """Loader processes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -290,6 +291,7 @@ def evaluated(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
 
 def main(cfg: Config) -> list[dict[str, float]] | None:
     """Evaluate every run. Returns the metrics of each run."""
+    check_limits(cfg)
     process = run.setup(0, cfg.device)
     if cfg.export:
         return export_run(export.single(cfg), cfg.export, cfg.model, cfg.quick_gelu)

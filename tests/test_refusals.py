@@ -5,6 +5,7 @@ each number of its settings whether it has limits. Then come what papers check o
 """
 
 import dataclasses
+import importlib
 import math
 import typing
 from pathlib import Path
@@ -15,6 +16,7 @@ from scripts import SHARDS, refused
 from short_runs import FOLDERS, SCRIPTS, commands, further, offered, small_corpus
 
 from lexvla import lite0
+from shared.errors import UserError
 from shared.settings import check_limits, limits_of
 from tldr_reduction.config import ReduceConfig
 
@@ -177,3 +179,12 @@ def test_what_a_paper_refuses(name: str, words: str, given, in_process, tmp_path
 def test_unknown_choices_are_refused(words: str, in_process):
     result = in_process("emoji", *words.split(), module="attentive_mask_clip.train")
     assert result.code == 2 and words.split()[0] in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("script", [f"{folder}.eval" for folder in FOLDERS] + ["concept_frequency.evaluate"])
+def test_evaluations_refuse_batches_of_no_samples(script: str):
+    module = importlib.import_module(script)
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    cfg = module.Config(runs=("nowhere",)) if "runs" in fields else module.Config(model="nowhere")
+    with pytest.raises(UserError, match="--batch-size"):
+        module.main(dataclasses.replace(cfg, batch_size=0))
