@@ -19,7 +19,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from shared import checkpoints
-from shared.clip import open_clip_config
+from shared.clip import average_at_start, open_clip_config
 from shared.errors import UserError
 from shared.run import gather, own_columns
 
@@ -141,7 +141,9 @@ def create_model(cfg: Any, text_dim: int | None) -> FLAME:
     config = open_clip_config(cfg.model)
     visual, width = image_tower(config, cfg.image_size)
     if cfg.method == "clip":
-        return TrainedText(visual, width, config["embed_dim"], cfg.hidden_dim, config["text_cfg"])
+        model = TrainedText(visual, width, config["embed_dim"], cfg.hidden_dim, config["text_cfg"])
+        average_at_start(model.text)
+        return model
     model = FLAME(visual, width, text_dim, cfg.hidden_dim, bias=cfg.loss == "mp-sigmoid")
     model.logit_scale.data.fill_(math.log(cfg.logit_scale))
     if model.logit_bias is not None:

@@ -210,13 +210,13 @@ def other_model(path: str, cfg: Config, device: torch.device, dtype: torch.dtype
 
 
 @torch.no_grad()
-def evaluate_run(path: str, cfg: Config, process: run.Process) -> dict[str, float]:
-    """Measure one run: {"flickr30k/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
+def evaluate_run(path: str, cfg: Config, process: run.Process, load: Callable = load_run) -> dict[str, float]:
+    """Measure one run, which `load` loads: {"flickr30k/image_to_text_R@1": ..., "patchdis/miou": ..., ...}."""
     precision, device = run.resolve_precision(cfg.precision, process.device), process.device
     dtype = run.DTYPES[precision]
     if export.foreign(path, "lexvla"):
         return other_model(path, cfg, device, dtype)
-    model, train_cfg, tokenizer, read = load_run(path, lm_dtype(precision, device))
+    model, train_cfg, tokenizer, read = load(path, lm_dtype(precision, device))
     model.to(device)
     if cfg.patchdis:
         side = cfg.patchdis_side or train_cfg.image_size

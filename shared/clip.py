@@ -77,11 +77,11 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     return F.normalize(x, dim=-1) if normalize else x
 
 
-def average_at_start(model: open_clip.CLIP) -> None:
+def average_at_start(model: nn.Module) -> None:
     """Let a new text tower of one layer begin as the average of its tokens' embeddings, from which it learns faster.
 
-    Attention is uniform, its values and outputs are the identity; the MLP and the positions add nothing. Larger towers
-    stay as they are.
+    model: open_clip's CLIP or TextTransformer. Attention is uniform, its values and outputs are the identity; the MLP
+    and the positions add nothing. Larger towers stay as they are.
     """
     if len(model.transformer.resblocks) > 1:
         return

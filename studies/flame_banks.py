@@ -1,10 +1,10 @@
 """Banks of the study: `python -m studies.flame_banks --bank BANK [--encoder minilm]` writes BANK-centred.
 
 Small language models embed all captions close to one direction. A centred bank holds each facet less its mean over the
-bank, normalised again (not in the paper), and in centres.npy (T + 1, D) these means, with that of the long captions'
-evaluation embeddings as the last; studies/flame_measure.py subtracts them from the texts of an evaluation. With
---encoder minilm, BANK itself is written first: captions of the embedded corpus, embedded without prompts by a small
-sentence encoder, one facet each.
+bank, normalised again (not in the paper). centres.npy (T + L, D) has these means and then, for k = 1 .. L, that of the
+embedding by the first k of the long caption's L facets; studies/flame_measure.py subtracts them from the texts of an
+evaluation. With --encoder minilm, BANK itself is written first: captions of the embedded corpus, embedded without
+prompts by a small sentence encoder, one facet each.
 """
 
 import dataclasses
@@ -32,8 +32,10 @@ PLAIN = Prompt(SLOT, ("",), False)  # only the caption
 
 @dataclasses.dataclass
 class Config:
-    bank: str = "data/flame/bank"
+    bank: str
     """Bank to centre; the centred one is BANK-centred."""
+    data: str = "data/flame/known/train"
+    """Shards of the samples of a bank that is made here."""
     encoder: Literal["llm", "minilm"] = "llm"
     """llm: BANK was made by flame.embed. minilm: BANK is made here."""
 
@@ -80,27 +82,28 @@ def centred(embeddings: Tensor, centre: Tensor) -> Tensor:
 
 
 def centres_of(embeddings: np.ndarray, long: int) -> Tensor:
-    """(U, T, D) embeddings -> (T + 1, D): the mean of each facet, and that of the normalised means of the last `long`
-    facets. Images with equal captions count once."""
-    of_long = embeddings[:, -long:].astype(np.float32).mean(1)
+    """(U, T, D) embeddings -> (T + long, D): the mean of each facet; and for k = 1 .. `long`, that of the normalised
+    means of the first k of the last `long` facets. Images with equal captions count once."""
+    of_long = embeddings[:, -long:].astype(np.float32).cumsum(1)
     of_long /= np.linalg.norm(of_long, axis=-1, keepdims=True)
-    means = np.concatenate([embeddings.mean(0, dtype=np.float64), of_long.mean(0, dtype=np.float64)[None]])
+    means = np.concatenate([each.mean(0, dtype=np.float64) for each in (embeddings, of_long)])
     return torch.from_numpy(means.astype(np.float32))
 
 
 def centre(bank: str | Path) -> None:
     """Write the centred bank. Its embeddings are float32, so that it differs from its source by the centres alone."""
     source, out = Bank(bank), centred_path(bank)
-    index = source.index | {"centred": True}
+    long = len(source.index["prompts"][2][1])
+    index = source.index | {"centred": source.facets + long}
     if (out / "index.json").is_file() and checkpoints.read_json(out / "index.json") == index:
         return print(f"{out} holds {len(source.keys):,} samples already; nothing to do")
-    centres = centres_of(source.embeddings, len(source.index["prompts"][2][1]))
+    centres = centres_of(source.embeddings, long)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for name in ("keys", "ends", "rows", "done"):
         shutil.copy(source.root / f"{name}.npy", out)
     embeddings = torch.from_numpy(source.embeddings.astype(np.float32))
-    checkpoints.save_array(out / "embeddings.npy", centred(embeddings, centres[:-1]).numpy())
+    checkpoints.save_array(out / "embeddings.npy", centred(embeddings, centres[: source.facets]).numpy())
     checkpoints.save_array(out / "centres.npy", centres.numpy())
     checkpoints.write_json(out / "index.json", index)  # last
     print(f"{out}: {len(source.keys):,} samples")
@@ -108,7 +111,7 @@ def centre(bank: str | Path) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.encoder == MINILM:
-        settings = dataclasses.replace(EMBED_PRESETS["emoji"][1], llm=MINILM, out=cfg.bank)
+        settings = dataclasses.replace(EMBED_PRESETS["emoji"][1], llm=MINILM, data=cfg.data, out=cfg.bank)
         digest = file_fingerprint(pretrained.minilm() / "model.safetensors")
         embed_bank(settings, (PLAIN, PLAIN, PLAIN), digest, load_minilm, run.setup(0, "cpu"))
     centre(cfg.bank)

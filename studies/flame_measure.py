@@ -61,21 +61,25 @@ def read_images(eval_set: EvalSet, limit: int | None = None) -> list[Tensor]:
 def text_features(model: FLAME, cfg: Config, device: torch.device, precision: torch.dtype) -> TextFeatures:
     """The function that embeds texts for an arm.
 
-    Texts are centred if its bank is. An arm that was trained only on facets about the whole image (0, 1, 4) embeds long
-    captions with the single prompt, too.
+    Long captions are asked the long caption's prompts that the arm was trained with, which are the first k; an arm that
+    has none embeds them with the single prompt, too. Texts are centred if its bank is.
     """
     if isinstance(model, TrainedText):
         return trained_texts(model, tokenizer_of(model), device, precision)
     minilm = checkpoints.read_json(Path(cfg.bank) / "index.json")["llm"] == MINILM
     frozen = texts_of_bank(cfg.bank, load_minilm if minilm else llm_of_bank(cfg.bank, device))
+    raw, short, long = frozen.prompts
+    before = len(raw.facets) + len(short.facets)
+    prompts = len([each for each in cfg.facet_ids if each >= before]) if cfg.facet_ids else len(long.facets)
+    frozen.prompts = raw, short, long._replace(facets=long.facets[:prompts])
     file = Path(cfg.bank) / "centres.npy"
     centres = torch.from_numpy(np.load(file)) if file.is_file() else None
-    single_only = bool(cfg.facet_ids) and set(cfg.facet_ids) <= {0, 1, 4}
 
     def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
-        multi = multi and not single_only
+        multi = multi and prompts > 0
         features = frozen(texts, multi)
-        return features if centres is None else centred(features, centres[-1 if multi else 0])
+        at = before + len(long.facets) + prompts - 1 if multi else 0
+        return features if centres is None else centred(features, centres[at])
 
     return embedded
 

@@ -2,9 +2,8 @@
 
 The paper has MiniCPM-Llama3-V-2.5 write a short and a long caption for every image, and keeps the alt text as a third.
 The embedded corpus has no captioner, so captions are composed from the words of each emoji: raw is the name, short adds
-a few keywords, long is a few sentences. All drawings of an emoji share them. Scenes of several emoji
-(studies.corpora.scenes) have their own captions: raw names the emoji, short adds their positions, long describes each.
-For photographs with several captions (studies.corpora.photos), raw is the first, short the second, long all joined.
+a few keywords, long is a few sentences. All drawings of an emoji share them. For
+photographs with several captions (studies.corpora.photos), raw is the first, short the second, long all joined.
 Files are lists of {"__key__": sample, "caption": text}, the layout of the authors' caption files.
 """
 
@@ -34,18 +33,16 @@ LONG = (
 @dataclasses.dataclass
 class Config:
     data: str = "data/emoji/train"
-    """Training shards of the embedded corpus, of scenes, or of photographs with several captions each."""
+    """Training shards of the embedded corpus, or of photographs with several captions each."""
     out: str = "data/flame/captions"
     """Folder for raw.json, short.json and long.json."""
 
 
 def captions(about: dict) -> tuple[str, str, str]:
-    """(raw, short, long) of an emoji, a scene or a photograph, from the .json of one of its samples; deterministic."""
+    """(raw, short, long) of an emoji or a photograph, from the .json of one of its samples; deterministic."""
     if isinstance(about.get("captions"), list):
         sentences = [text.rstrip(" .") + "." for text in about["captions"]]
         return about["captions"][0], about["captions"][:2][-1], " ".join(sentences)
-    if "captions" in about:
-        return about["captions"]["names"], about["captions"]["positions"], about["captions"]["long"]
     rng = random.Random(f"recaption {about['hexcode']}")
     tags = rng.sample(about["tags"], len(about["tags"]))
     words = {key: about[key].replace("-", " and " if key == "group" else " ") for key in ("group", "subgroup")}
@@ -58,8 +55,7 @@ def captions(about: dict) -> tuple[str, str, str]:
 def main(cfg: Config) -> None:
     lists: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
     for key, about in tars.descriptions(data.expand_shards(cfg.data)):
-        described = "boxes" in about or isinstance(about.get("captions"), list)
-        needed = {"captions"} if described else {"hexcode", "name", "tags", "group", "subgroup"}
+        needed = set() if isinstance(about.get("captions"), list) else {"hexcode", "name", "tags", "group", "subgroup"}
         if lacking := needed - about.keys():
             missing = ", ".join(sorted(lacking))
             raise UserError(f"{cfg.data}, sample {key} has no {missing}: these are no shards of the emoji corpus")

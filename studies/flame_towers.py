@@ -30,8 +30,10 @@ from studies.harness.ceiling import square_pixels
 
 GRID, WIDTH = 2, 1280  # cells a side, channels
 LOCKED = "FLAME-lite0"  # open_clip config of the head on cells
-KNOWN = replace(PAPER_PRESETS["emoji"][1], data="data/flame/known/train", bank="data/flame/bank-centred", eval_every=0,
-                distinct_captions=True, hidden_dim=512)  # fmt: skip
+KNOWN = replace(
+    PAPER_PRESETS["emoji"][1], data="data/flame/known/train", bank="data/flame/bank-smollm2-centred", eval_every=0,
+    distinct_captions=True, hidden_dim=512, loss="mp-nce", logit_scale=1 / 0.07,
+)  # fmt: skip
 CONVNET = replace(KNOWN, model="FLAME-convnet", keep_in_memory=True, augmentation="small", epochs=30, batch_size=512)
 LITE0 = replace(KNOWN, model=LOCKED, epochs=20, batch_size=256, lr=2e-3)
 PRESETS = {

@@ -89,11 +89,11 @@ def start(model: LexVLA, read: Callable, pairs) -> None:
 
 
 @torch.no_grad()
-def evaluate_run(path: str, cfg: Measure, process: run.Process) -> dict[str, float]:
+def evaluate_run(path: str, cfg: Measure, process: run.Process, load: Callable = load_run) -> dict[str, float]:
     """Retrieval and PatchDis, as `lexvla.eval.evaluate_run`."""
     precision, device = run.resolve_precision(cfg.precision, process.device), process.device
     dtype = run.DTYPES[precision]
-    model, train_cfg, _, read = load_run(path, lm_dtype(precision, device), Config, create_model)
+    model, train_cfg, _, read = load(path, lm_dtype(precision, device), Config, create_model)
     model.to(device)
     transform = eval_transform(train_cfg.backbone, train_cfg.image_size)
     flat: dict[str, float] = {}

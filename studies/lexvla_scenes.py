@@ -43,9 +43,9 @@ class Config:
     """Image side in pixels."""
     concepts: Count = 150
     """Number of emoji that scenes show."""
-    samples: Count = 24_000
+    samples: Count = 12_000
     """Training scenes."""
-    eval_samples: Count = 500
+    eval_samples: Count = 1_000
     """Scenes of an evaluation set."""
     seed: int = 0
     """Seed of the choice of emoji, of scenes and of sentences."""

@@ -15,8 +15,10 @@ from open_clip.transformer import VisionTransformer
 from scripts import in_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
+from flame.config import PRESETS
 from flame.llm import LONG, RAW, SHORT, FrozenLLM, facet_decoupled_mask, render
-from flame.model import FLAME, TrainedText, image_tower, load_checkpoint, mp_nce_loss, mp_sigmoid_loss
+from flame.model import FLAME, TrainedText, create_model, image_tower, load_checkpoint, mp_nce_loss, mp_sigmoid_loss
+from flame.zeroshot import tokenizer_of
 from shared.clip import open_clip_config
 from tests.adapters.flame import facet_alone, padded, tiny
 
@@ -182,6 +184,14 @@ def test_trained_text_leaves_padding_out():
     image, texts, scale, bias = model(torch.randn(2, 3, 32, 32), tokens)
     assert image.shape == texts.shape == (2, 24) and math.isclose(scale.item(), 1 / 0.07, rel_tol=1e-5)
     assert bias is None
+
+
+def test_a_trained_text_tower_of_one_layer_starts_as_an_average():
+    """The order of a caption's words does not matter before training."""
+    torch.manual_seed(0)
+    model = create_model(PRESETS["emoji-clip"][1], None).eval()
+    tokens = tokenizer_of(model)(["a red cat", "cat a red"])
+    torch.testing.assert_close(*model.encode_text(tokens))
 
 
 def test_the_bias_is_the_sigmoid_losss_alone():

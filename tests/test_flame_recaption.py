@@ -33,10 +33,3 @@ def test_an_emoji_without_keywords_has_captions_without_gaps():
     of_tags = recaption.captions(about | {"tags": ["pet", "whiskers"]})
     assert of_tags[0] == "cat" and all(word in text for word in ("pet", "whiskers") for text in of_tags[1:])
     assert of_tags == recaption.captions(about | {"tags": ["pet", "whiskers"]})
-
-
-def test_scenes_bring_their_captions():
-    forms = {"names": "a cat and a dog", "tags": "-", "positions": "a cat at the top and a dog", "long": "There is."}
-    assert recaption.captions({"boxes": [], "captions": forms}) == (
-        "a cat and a dog", "a cat at the top and a dog", "There is."
-    )  # fmt: skip

@@ -16,6 +16,7 @@ from flame import config
 from flame.llm import GEMMA, SMOLLM2
 from shared import checkpoints, layout, tars
 from studies import flame as study
+from studies import flame_photos as photos_study
 from studies import flame_towers as towers
 from studies.flame import SCRIPTS, facet_similarity
 from studies.harness import runner, verdicts
@@ -36,29 +37,46 @@ def test_no_arm_is_trained_twice():
         assert repeated == ({"flame-english"} if llm == SMOLLM2 else set())
 
 
-def test_arms_on_fewer_pairs_read_their_share_and_train_long_enough_for_a_full_batch():
-    for (share, flags), epochs in zip(study.FEWER.items(), (30, 60), strict=True):
-        assert flags.startswith(f"--dataset-size {math.floor(7146 / int(share))} --epochs {epochs} ")
-        assert 7146 / int(share) >= towers.PRESETS["emoji-lite0"][1].batch_size
+def test_all_arms_but_one_have_the_papers_loss():
+    for of in (study.study(GEMMA), photos_study.study(GEMMA)):
+        for arm in of.arms:
+            (words,) = of.words(arm, 3)
+            cfg = tyro.extras.overridable_config_cli(towers.PRESETS, args=words[1:])
+            assert (cfg.loss, cfg.logit_scale) == (
+                ("mp-sigmoid", 20) if arm.name == "sigmoid" else ("mp-nce", 1 / 0.07)
+            )
 
 
-@pytest.mark.parametrize("arm", ["clip-equal-time", "clip-4", "clip-16", "flame-4", "flame-16"])
+def test_arms_on_fewer_pairs_take_fewer_steps_in_proportion():
+    steps = {share: arm_settings(f"flame-{share}") for share in study.FEWER}
+    steps = {share: cfg.epochs * (cfg.dataset_size // cfg.batch_size) for share, cfg in steps.items()}
+    assert steps == {"2": 312, "4": 180, "8": 108}  # of 540: a quarter of the pairs, a third of the steps
+    for share, pairs in study.FEWER_PAIRS.items():
+        assert arm_settings(f"clip-{share}").dataset_size == pairs == math.floor(7146 / int(share))
+
+
+def arm_settings(arm: str) -> config.Config:
+    return tyro.extras.overridable_config_cli(towers.PRESETS, args=words(GEMMA, arm).split()[1:])
+
+
+@pytest.mark.parametrize("arm", ["clip-equal-time", "clip-2", "clip-4", "clip-8", "flame-2", "flame-4", "flame-8"])
 def test_shorter_runs_warm_up_for_the_same_share_of_their_steps(arm: str):
     def warmup_share(cfg: config.Config) -> float:
         return cfg.warmup / (cfg.epochs * ((cfg.dataset_size or 7146) // cfg.batch_size))
 
-    cfg = tyro.extras.overridable_config_cli(towers.PRESETS, args=words(GEMMA, arm).split()[1:])
+    cfg = arm_settings(arm)
     share = warmup_share(towers.PRESETS["emoji-lite0"][1])
     assert warmup_share(cfg) == pytest.approx(share, rel=0.02)  # whole steps
 
 
 def test_what_runs_once_is_made_for_the_arms_that_read_it():
+    embed = "flame.embed emoji --data data/flame/known/train"
     for llm in (GEMMA, SMOLLM2):
         made = {once.command: once.arms for once in study.before(llm)}
         bank, sets = study.BANKS[llm], f"--sets {' '.join(study.NEW_SETS + study.ZERO_SHOT_SETS)}"
         assert made["studies.flame_recaption"] == made["studies.flame_new_names"] == ()
-        assert made[f"flame.embed emoji --llm {llm} {sets} --out {bank}"] == ()
-        assert made[f"flame.embed emoji --llm {llm} --mask causal {sets} --out {bank}-causal"] == ("causal",)
+        assert made[f"{embed} --llm {llm} {sets} --out {bank}"] == ()
+        assert made[f"{embed} --llm {llm} --mask causal {sets} --out {bank}-causal"] == ("causal",)
         embedded = {line.split("--out ")[1].split()[0] for line in made if line.startswith("flame.embed")}
         centred = {line.split("--bank ")[1].split()[0] for line in made if line.startswith("studies.flame_banks")}
         wanted = {
@@ -98,18 +116,18 @@ def test_arms_with_fewer_pairs_have_a_floor_with_as_few():
         assert claim.negligible is None or claim.effect is None or claim.negligible <= claim.effect / 2
     runs = {
         "clip": [42.0, 42.5, 43.0], "flame": [43.0, 43.5, 44.0],
-        "clip-16": [10.0, 10.5, 11.0], "flame-16": [20.0, 20.5, 21.1],
+        "clip-8": [10.0, 10.5, 11.0], "flame-8": [20.0, 20.5, 21.1],
     }  # fmt: skip
     arms = {arm: [{study.NEW_ID: value} for value in values] for arm, values in runs.items()}
     found = Comparison(arms, [0, 1, 2], {}, set(), {})
     study.derive(found)
-    assert found.arms["flame"][0][study.AT["16"]] == 20.0 and found.arms["clip"][0][study.GROWTH] == -32.0
-    bars = [(study.ON_LITE0, {study.NEW_ID: 40.6, study.AT["16"]: 18.0})]
+    assert found.arms["flame"][0][study.AT["8"]] == 20.0 and found.arms["clip"][0][study.GROWTH] == -32.0
+    bars = [(study.ON_LITE0, {study.NEW_ID: 40.6, study.AT["8"]: 18.0})]
     rows = {row["metric"]: row for row in verdicts.judged(study.CLAIMS, found.arms, bars)}
-    assert rows[study.AT["16"]]["difference"] == pytest.approx(10.03, abs=0.01)
-    assert rows[study.AT["16"]]["verdict"] == "direction only"
-    assert rows[study.GROWTH]["difference"] == pytest.approx(9.03, abs=0.01) and rows[study.GROWTH]["primary"]
-    few = [(study.ON_LITE0, {study.NEW_ID: 50.0, study.AT["16"]: 21.0})]
+    assert rows[study.AT["8"]]["difference"] == pytest.approx(10.03, abs=0.01)
+    assert rows[study.AT["8"]]["verdict"] == "direction only"
+    assert rows[study.GROWTH]["difference"] == pytest.approx(9.03, abs=0.01) and not rows[study.GROWTH]["primary"]
+    few = [(study.ON_LITE0, {study.NEW_ID: 50.0, study.AT["8"]: 21.0})]
     judged = verdicts.judged(study.CLAIMS, found.arms, few)
     assert {row["verdict"] for row in judged} == {"has not learned"}
 
@@ -125,16 +143,13 @@ def test_languages_are_averaged_by_script():
     assert flat[study.BY_SCRIPT["other scripts"]] == pytest.approx(0.8)
 
 
-def test_scenes_are_measured_on_their_own_set(monkeypatch: pytest.MonkeyPatch):
-    asked = {}
-    monkeypatch.setattr(study, "measured", lambda path, *sets, **galleries: asked.setdefault(path, (*sets, galleries)))
-    runs = ["runs/flame/flame-seed0", "runs/flame/flame-scenes-seed0", "runs/flame/clip-seed0"]
-    assert study.evaluate(runs) == [asked[path] for path in runs]
-    names, long, languages, galleries = asked[runs[0]]
-    assert asked[runs[2]] == asked[runs[0]] and names == study.NEW_SETS + study.ZERO_SHOT_SETS
-    assert long == {study.LONG_SETS[0]: study.LONG} and languages == study.LANGUAGE_SETS
-    assert galleries == {"gallery": study.GALLERY, "language_gallery": study.LANGUAGE_GALLERY}
-    assert asked[runs[1]][:3] == ((), {study.SCENE_SET: "scenes"}, ())
+@pytest.mark.parametrize("llm, languages", [(GEMMA, study.LANGUAGE_SETS), (SMOLLM2, ())])
+def test_languages_are_measured_where_the_language_model_knows_them(llm: str, languages: tuple, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "measured", lambda *given, **galleries: asked.append((given, galleries)) or {})
+    study.study(llm).evaluate(["runs/flame/clip-seed0"])
+    names, galleries = study.NEW_SETS + study.ZERO_SHOT_SETS, {"gallery": 1000, "language_gallery": 125}
+    assert asked == [(("runs/flame/clip-seed0", names, {study.LONG_SET: study.LONG}, languages), galleries)]
 
 
 def test_floors_name_the_metrics_that_claims_are_about():
@@ -142,7 +157,7 @@ def test_floors_name_the_metrics_that_claims_are_about():
         pytest.skip("the embedded corpus and its split by names are not built")
     chance = study.chance()
     claimed = {claim.learned_by or claim.metric for claim in study.claims(GEMMA)}
-    assert claimed <= set(chance) and chance[study.LONG_TO_TEXT] == 0.2 and chance[study.OTHER_TO_TEXT] == 0.8
+    assert claimed <= set(chance) and chance[study.LONG_TO_TEXT] == 0.1 and chance[study.OTHER_TO_TEXT] == 0.8
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -166,14 +181,15 @@ def mean_colours(batches):
 
 
 def test_words_correlated_with_pictures_find_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The floor for long captions, which arms of a corpus share."""
+    """The floor for long captions."""
     layout.write_retrieval(tmp_path / "set", pictures_of_one_colour(tmp_path)[:4])
     monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
-    found = study.correlated(str(tmp_path / "train"), str(tmp_path / "captions.json"), str(tmp_path / "set"), "scenes")
-    assert found == {study.SCENES_TO_TEXT: 100.0, study.SCENES_TO_IMAGE: 100.0}
+    found = study.correlated(
+        str(tmp_path / "train"), str(tmp_path / "captions.json"), str(tmp_path / "set"), study.LONG
+    )
+    assert found == {study.LONG_TO_TEXT: 100.0, study.LONG_TO_IMAGE: 100.0}
     arms = {floor.name: floor.arms for floor in study.FLOORS}
     assert arms["canonical correlation of EfficientNet-Lite0 with words"] == study.ON_LITE0
-    assert arms["the same correlation on scenes"] == study.ON_SCENES
 
 
 def test_letters_find_words_that_are_spelt_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -230,8 +246,8 @@ def test_new_names_by_the_words_of_the_neighbours_caption(monkeypatch: pytest.Mo
     # White has no contrast: it is as near to all pictures, and takes the first, a red one
     assert study.neighbour_words(pixels=True) == {study.NEW_ID: 60.0, study.NEW_OOD: 60.0}
     # The first pair is red, the first two are red and green; blue is as far from both, and takes the first
-    monkeypatch.setattr(study, "FEWER_PAIRS", {"4": 2, "16": 1})
-    assert study.neighbour_words_of_fewer() == {study.AT["4"]: 40.0, study.AT["16"]: 20.0}
+    monkeypatch.setattr(study, "FEWER_PAIRS", {"4": 2, "8": 1})
+    assert study.neighbour_words_of_fewer() == {study.AT["4"]: 40.0, study.AT["8"]: 20.0}
 
 
 def test_the_ceiling_is_right_where_labels_follow_the_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -271,7 +287,7 @@ def test_the_study_runs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     runner.run(of, runner.Options(seeds=(0,), arms="clip flame", jobs=1))
     scripts = [" ".join(line) for line in called]
     assert scripts[:2] == ["studies.flame_recaption", "studies.flame_new_names"]
-    assert scripts[2].startswith("flame.embed emoji --llm gemma ")
+    assert scripts[2].startswith("flame.embed emoji --data data/flame/known/train --llm gemma ")
     assert scripts[3] == "studies.flame_banks --bank data/flame/bank-gemma"
     assert [line.split()[0] for line in scripts[4:]] == ["studies.flame_towers"] * 2
 

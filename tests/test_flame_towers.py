@@ -15,6 +15,7 @@ from short_runs import small_set
 
 from flame import config
 from flame.bank import Bank
+from flame.llm import OURS
 from flame.model import create_model
 from shared import checkpoints, data
 from studies import flame_banks, flame_measure, flame_towers
@@ -110,34 +111,38 @@ def test_a_centred_bank_is_the_bank_less_its_means(bank: Path, centred_bank: Pat
     raw, less = Bank(bank), Bank(centred_bank)
     centres = torch.from_numpy(np.load(centred_bank / "centres.npy"))
     stored = torch.from_numpy(raw.embeddings.astype(np.float32))
-    of_long = F.normalize(stored[:, 4:].mean(1), dim=-1)  # what stands for a long caption in evaluation
-    torch.testing.assert_close(centres, torch.cat([stored.mean(0), of_long.mean(0)[None]]), rtol=0, atol=1e-5)
+    of_long = [F.normalize(stored[:, 4 : 4 + k].mean(1), dim=-1).mean(0) for k in range(1, 8)]  # in evaluation
+    torch.testing.assert_close(centres, torch.cat([stored.mean(0), torch.stack(of_long)]), rtol=0, atol=1e-5)
     key = raw.keys[7]
     torch.testing.assert_close(less[key], F.normalize(raw[key] - centres[:11], dim=-1), rtol=0, atol=1e-6)
     assert less.digest != raw.digest and less.keys.equals(raw.keys)
 
 
-@pytest.mark.parametrize("facet_ids, of_long", [((), 2), ((0, 1, 4), 0), ((0, 2), 2)], ids=["all", "summary", "two"])
-def test_texts_are_centred_as_their_prompt(facet_ids: tuple[int, ...], of_long: int, tmp_path: Path, monkeypatch):
-    """Texts of the single prompt are centred with the first centre, of the long prompt with the last; runs on summary
-    facets only have the single prompt."""
-    features, asked = torch.tensor([[0.6, 0.0, 0.8]]), []
+@pytest.mark.parametrize("facet_ids, prompts", [((), 7), ((0, 1, 4), 1), ((0, 2, 4, 5, 6), 3), ((0,), 0)])
+def test_long_captions_are_asked_what_an_arm_was_trained_with(facet_ids: tuple, prompts: int, tmp_path, monkeypatch):
+    """The first prompts of the long caption, and of all facets the centre of these; without any, the single prompt."""
+    features = torch.tensor([[0.6, 0.0, 0.8]])
 
-    def frozen(texts, multi):
-        asked.append(multi)
-        return features.expand(len(texts), 3)
+    class Frozen:
+        prompts = OURS
+
+        def __call__(self, texts, multi):
+            self.asked = self.prompts[2 if multi else 0].facets
+            return features.expand(len(texts), 3)
 
     monkeypatch.setattr(flame_measure, "texts_of_bank", lambda bank, llm: frozen)
     checkpoints.write_json(tmp_path / "index.json", {"llm": "a"})
     cfg = config.Config(bank=str(tmp_path), facet_ids=facet_ids)
+    centres = 0.1 * torch.arange(18.0)[:, None] * torch.tensor([0.0, 1.0, 0.0])
     for centre in (False, True):
         if centre:
-            np.save(tmp_path / "centres.npy", 0.5 * np.eye(3, dtype=np.float32))
+            np.save(tmp_path / "centres.npy", centres.numpy())
+        frozen = Frozen()
         texts = flame_measure.text_features(torch.nn.Identity(), cfg, CPU, torch.float32)
-        for multi, row in ((False, 0), (True, of_long)):
-            expected = F.normalize(features - 0.5 * torch.eye(3)[row], dim=-1) if centre else features
+        for multi, facets, row in ((False, 1, 0), (True, max(prompts, 1), 10 + prompts if prompts else 0)):
+            expected = F.normalize(features - centres[row], dim=-1) if centre else features
             torch.testing.assert_close(texts(["a", "b"], multi), expected.expand(2, 3))
-    assert asked == 2 * [False, of_long == 2]
+            assert frozen.asked == OURS[2 if multi and prompts else 0].facets[:facets]
 
 
 def test_captions_of_a_language_lose_what_they_share():
@@ -196,12 +201,12 @@ def test_a_bank_of_a_sentence_encoder_has_one_facet_a_caption(captions: Path, fo
             return torch.tensor([[[float(len(text)), 1.0]] for text in texts])
 
     files = {kind: str(captions / f"{kind}.json") for kind in ("raw", "short", "long")}
-    cfg = dataclasses.replace(config.EMBED_PRESETS["emoji"][1], data=f"{SHARDS}/00000.tar", dataset_size=20, **files)
+    cfg = dataclasses.replace(config.EMBED_PRESETS["emoji"][1], dataset_size=20, **files)
     monkeypatch.setitem(flame_banks.EMBED_PRESETS, "emoji", ("", cfg))
     monkeypatch.setattr(flame_banks, "load_minilm", Lengths)
     monkeypatch.setattr(flame_banks, "file_fingerprint", lambda path: "digest")
     monkeypatch.setattr(flame_banks.pretrained, "minilm", lambda: folder)
-    flame_banks.main(flame_banks.Config(str(folder / "sentences"), "minilm"))
+    flame_banks.main(flame_banks.Config(str(folder / "sentences"), f"{SHARDS}/00000.tar", "minilm"))
     found = Bank(folder / "sentences-centred")
     assert (found.facets, found.dim) == (3, 2) and found.index["llm"] == "minilm"
     assert np.load(folder / "sentences-centred/centres.npy").shape == (4, 2)
