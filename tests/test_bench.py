@@ -170,9 +170,8 @@ def test_baselines_of_the_studies(name: str, monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(baselines, "evaluated", evaluated)
     measured, whole = [], baselines.trained
     if name == "protoclip":  # measures floors of the sets that it trains on alone
-        pixels, lite0 = (kept["floors"][f"nearest neighbour on {on}"] for on in ("raw pixels", "EfficientNet-Lite0"))
+        pixels = kept["floors"]["nearest neighbour on raw pixels"]
         monkeypatch.setattr(module.floors, "nearest_neighbour", lambda sets: pixels)
-        monkeypatch.setattr(module.study, "lite0_neighbour", lambda sets: lite0)
 
     def trained(
         study: runner.Study, arm: str, presets: dict, train: Any, seed: int, **settings: Any

@@ -25,7 +25,7 @@ from protoclip import model, train
 from shared.clip import image_side, trimmed
 from studies import protoclip as study
 from studies.bench import CPU, arguments, at_least, attention, bench, print_row, race, step_row
-from studies.bench.baselines import Training, floor_rows, trained
+from studies.bench.baselines import floor_rows, trained
 from studies.bench.open_clip_loop import open_clip_loop
 from studies.harness import floors
 from tests.adapters import protoclip as parity
@@ -199,20 +199,12 @@ def protoclip_step(up, repetitions: int, steps: int) -> None:
 
 def to_the_floor(seeds: int) -> None:
     """Seconds on one core, without evaluation, until CLIP is above nearest-neighbour floors and higher goals."""
-    unseen, seen = "data/emoji/eval/bare_names_ood", "data/emoji/eval/bare_names_id"
-
-    def runs(arm: str, eval_set: str, every: int) -> list[Training]:
-        settings = {"eval_set": eval_set, "eval_every": every}  # in episodes
-        return [trained(study.STUDY, arm, train.PRESETS, train.main, seed, **settings) for seed in range(seeds)]
-
+    unseen = "data/emoji/eval/bare_names_ood"
+    settings = {"eval_set": unseen, "eval_every": 1}  # episodes
+    runs = [trained(study.STUDY, "clip", train.PRESETS, train.main, seed, **settings) for seed in range(seeds)]
     pixels = floors.nearest_neighbour([unseen])["bare_names_ood/top1"]
     goals = {"the pixel floor": (pixels, "<= 60 s"), "40 %": (40.0, "<= 200 s")}
-    floor_rows("names of the unseen style, ConvNet-emoji from scratch", goals, runs("clip", unseen, 1))
-    tower = study.lite0_neighbour([unseen, seen])
-    for folder, style in ((unseen, "the unseen style"), (seen, "seen styles")):
-        floor = tower[f"{Path(folder).name}/top1"]
-        goals = {"the tower's nearest neighbour": (floor, ""), "10 points above it": (floor + 10, "<= 60 s")}
-        floor_rows(f"names of {style}, EfficientNet-Lite0 locked", goals, runs("clip-lite0", folder, 2))
+    floor_rows("names of the unseen style, ConvNet-emoji from scratch", goals, runs)
 
 
 # ------------------------------------------------------------------------------------------------------------ script
