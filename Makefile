@@ -15,7 +15,7 @@ empty  :=
 comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
-.PHONY: help install companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme clean reproduce-all
+.PHONY: help install companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme site clean reproduce-all
 .SECONDARY:
 
 help:
@@ -50,6 +50,7 @@ help:
 	@echo 'make companion [CLONES=PATH]  companion pages of all papers'
 	@echo 'make presets             every preset: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
 	@echo 'make readme              write results into the READMEs, RESULTS.md, PARITY.md and report.html (installs all papers)'
+	@echo 'make site                READMEs, results, companion pages and docs as pages that open offline: site/index.html'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'
 	@echo 'make scenes              build scenes of emoji with exact masks in data/scenes'
 	@echo 'make captions            write captions of three lengths for the embedded corpus (flame)'
@@ -205,3 +206,6 @@ clean:
 readme: $(VENV)/.installed-$(EXTRAS),companion
 	$(PY) -m studies.harness.overview
 	$(PY) -m studies.harness.parity --no-copy
+
+site: $(VENV)/.installed-site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

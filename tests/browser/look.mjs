@@ -24,7 +24,7 @@ const shown = await tab.evaluate(() => {
     headings: all("h2").map((heading) => heading.textContent),
     images: [...document.images].map((image) => ({ decoded: image.complete ? image.naturalWidth : 0, width: image.width })),
     cells: all("td").map((cell) => cell.textContent),
-    links: all("nav a").map((link) => document.querySelector(link.getAttribute("href")) !== null),
+    links: all('nav a[href^="#"]').map((link) => document.querySelector(link.getAttribute("href")) !== null),
     equations: all("math").map((math) => ({ height: math.getBoundingClientRect().height })),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth, // px beyond the window
   };
