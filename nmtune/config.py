@@ -289,9 +289,6 @@ EMOJI = dict(
     encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", bank=8, workers=0,
     tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
 )  # fmt: skip
-LITE0 = dict(  # features of one view from nmtune.extract; the MLP's width is D / 2 instead of 4 D
-    features="runs/nmtune/lite0.npz", epochs=10, batch_size=128, ratio=0.5, save_every=100_000, log_every=100
-)
 PRESETS = {
     **METHODS,
     **{
@@ -315,13 +312,6 @@ PRESETS = {
         f"own-{method}": (
             f"ours, your own features, learning rate and weight decay selected: {METHODS[method][0]}",
             dataclasses.replace(METHODS[method][1], select=True),
-        )
-        for method in ("lp", "mlp", "nmtune")
-    },
-    **{
-        f"emoji-lite0-{method}": (
-            f"ours, EfficientNet-Lite0's features of the embedded corpus: {METHODS[method][0]}",
-            dataclasses.replace(METHODS[method][1], **LITE0),
         )
         for method in ("lp", "mlp", "nmtune")
     },

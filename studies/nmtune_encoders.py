@@ -1,196 +1,153 @@
-"""The controlled study of one encoder: `python -m studies.nmtune_encoders --encoder RUN`, on the embedded corpus.
+"""What the study of NMTune measures of a pre-trained encoder: its spectrum, heads tuned on it, and its wrong labels.
 
-For an encoder that `nmtune.pretrain` trained at one noise ratio, as in the study of NMTune (arXiv 2309.17002):
-  1. encode once: V training views of the tuning set, one view of the in-domain and of the out-of-domain test set
-  2. measure the spectrum of the test features: SVE and LSVR in the three centring modes
-  3. tune every head for every task; measure accuracy in and out of domain and the spectrum of the head's z, and for
-     comparison the accuracy of the nearest neighbour
-Writes numbers to RUN/study.json and singular values to RUN/spectra.npz, which the study compares (`encoder_metrics`).
+Heads have the paper's settings (nmtune/config.py `PAPER`) and one tuning seed, that of pre-training.
 """
 
 import dataclasses
-import json
-import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
-from nmtune.config import PRESETS, PretrainConfig
-from nmtune.datasets import LabelledImages, open_labelled
+from nmtune.config import PAPER, PretrainConfig
+from nmtune.datasets import open_labelled, open_test
 from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
-from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
 from nmtune.features import Bank, encode_set, split_encoder
-from nmtune.model import load_encoder, transformed
+from nmtune.model import create_model, load_encoder, timm_transforms, transformed
+from nmtune.pretrain import NoisyLabels
 from nmtune.train import tuned_head
-from shared import checkpoints, cli, evaluation, pictures, probes, run
-from shared.errors import UserError
-from shared.settings import Count, check_limits
+from shared import checkpoints, evaluation, pictures, run
+
+HEADS = {
+    "lp": PAPER["lp"],
+    "mlp": PAPER["mlp"],
+    "nmtune": PAPER["nmtune"],
+    **{f"no-{term}": dataclasses.replace(PAPER["nmtune"], **{f"w_{term}": 0.0}) for term in ("mse", "cov", "svd")},
+}
 
 
-@dataclasses.dataclass
-class StudyConfig:
-    """The controlled study of one pre-trained encoder: its spectrum, and heads tuned on its features."""
+class Task(NamedTuple):
+    """A downstream task: data sets as paths of nmtune.datasets."""
 
-    encoder: str = "runs/nmtune/sup-30-seed0"
-    """Run folder of `python -m nmtune.pretrain`; study.json and spectra.npz are written into it."""
-    tasks: tuple[str, ...] = ("group", "subgroup")
-    """Labels of the downstream tasks on held-out emoji: group, subgroup, name."""
-    methods: tuple[str, ...] = ("lp", "mlp", "nmtune")
-    """Heads to tune, named by presets of nmtune.train."""
-    seeds: int = 1
-    """Number of tuning seeds of every head."""
-    bank: int = 4
-    """Training views of each image, encoded once; two of them are drawn in every step."""
-    epochs: Count = 15
-    """Passes over the training set."""
-    batch_size: Count = 64
-    """Images per step."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
+    train: str
+    tests: dict[str, str]
+    """{name: path}; the first is in domain, the others are out of domain."""
+    own: str = ""
+    """Test set of the pre-training's own classes."""
+
+    @property
+    def options(self) -> str:
+        """--data and --tests of nmtune.extract and nmtune.train."""
+        return f"--data {self.train} --tests " + " ".join(f"{name}={path}" for name, path in self.tests.items())
+
+    def in_and_out(self, name: str, found: dict[str, Any]) -> dict[str, float]:
+        """{"NAME/id", "NAME/ood"}: a number of the first test, and the mean over the others."""
+        first, *others = (found[test] for test in self.tests)
+        return {f"{name}/id": float(first), f"{name}/ood": float(np.mean(others))}
 
 
-class Encoded(NamedTuple):
-    """Features of all drawings in the splits of the corpus that pre-training has not seen."""
-
-    images: dict[str, LabelledImages]
-    """By split: tune, id, ood."""
-    plain: dict[str, Tensor]
-    """Features (N, D) of the evaluation view, by split."""
-    views: Tensor
-    """Features (V, N, D) of training views of the split tune."""
-
-    def indices(self, split: str, images: LabelledImages) -> Tensor:
-        """Indices (M,) of the drawings `images`, a subset of the split, in the split's features."""
-        known = {key: i for i, key in enumerate(self.images[split].keys.tolist())}
-        return torch.tensor([known[key] for key in images.keys.tolist()])
-
-
-def encode_splits(cfg: StudyConfig, process: run.Process) -> Encoded:
-    """Features of the splits tune, id and ood; their drawings are the same for all tasks."""
-    encoder, _, train_view, eval_view = load_encoder(*split_encoder(cfg.encoder, None))
-    encoder.to(process.device, memory_format=torch.channels_last)
-    images = {split: open_labelled(f"data/emoji:group:{split}") for split in ("tune", "id", "ood")}
-    options = {"process": process, "precision": "auto", "label": Path(cfg.encoder).name}
-    plain = {split: encode_set(encoder, each, eval_view, **options)[0][0] for split, each in images.items()}
-    if all(PRESETS[method][1].views == "eval" for method in cfg.methods):
-        return Encoded(images, plain, plain["tune"][None])  # no head needs more views
-    return Encoded(images, plain, encode_set(encoder, images["tune"], train_view, views=cfg.bank, **options)[0])
-
-
-def spectrum_metrics(features: Tensor, center: str = "sample") -> dict[str, float]:
-    """{"sve", "lsvr", "share"} of F (M, D); share = sigma_1 / sum sigma, in per cent."""
+def spectrum(features: Tensor, center: str = "sample") -> dict[str, float]:
+    """{"sve", "lsvr"} of features (M, D)."""
     s = feature_spectrum(features, center=center)
-    lsvr = largest_singular_value_ratio(s)
-    return {"sve": singular_value_entropy(s).item(), "lsvr": lsvr.item(), "share": 100 * torch.exp(-lsvr).item()}
+    return {"sve": singular_value_entropy(s).item(), "lsvr": largest_singular_value_ratio(s).item()}
+
+
+def encoded(folder: Path, task: Task, process: run.Process) -> tuple[Bank, int, dict[str, tuple[Tensor, Tensor]]]:
+    """Features of the evaluation view: (training set, number of classes, {test: (features (M, D), labels (M,))})."""
+    encoder, _, _, view = load_encoder(*split_encoder(str(folder), None))
+    encoder.to(process.device, memory_format=torch.channels_last)
+    train, options = open_labelled(task.train), {"process": process, "precision": "auto", "label": folder.name}
+    tests = {}
+    for name, path in task.tests.items():
+        features, labels = encode_set(encoder, open_test(path, train.classnames)[0], view, **options)
+        tests[name] = features[0], labels
+    return Bank(*encode_set(encoder, train, view, **options)), train.num_classes, tests
 
 
 @torch.no_grad()
-def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Top-1 in per cent on each test set; for NMTune's head also the spectrum, L_COV and leading share of z."""
-    head.eval()
-    results = {}
+def head_metrics(head: nn.Module, tests: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, Any]]:
+    """{"top1": {test: per cent, and of a small test by picture}}, and of NMTune's head {"sve", "lsvr"} of z."""
+    found: dict[str, dict[str, Any]] = {"top1": {}}
     for name, (features, labels) in tests.items():
-        z, logits = transformed(head, features)
-        results[name] = 100 * accuracy(logits, labels)
-        results |= pictures.by_picture(name, 100 * (logits.argmax(dim=1) == labels))
-        if z is not features:
-            spectrum = spectrum_metrics(z)
-            results |= {f"{split}_{name}": value for split, value in spectrum.items()}
-            results[f"cov_{name}"] = covariance_loss(z).item()
-            results[f"top5_{name}"] = -500 * dominant_singular_value_loss(z).item()
-    return results
+        z, logits = transformed(head.eval(), features)
+        found["top1"][name] = 100 * accuracy(logits, labels)
+        found["top1"] |= pictures.by_picture(name, 100 * (logits.argmax(dim=1) == labels))
+        for metric, value in (spectrum(z) if z is not features else {}).items():
+            found.setdefault(metric, {})[name] = value
+    return found
 
 
-def study_task(
-    cfg: StudyConfig, task: str, encoded: Encoded, process: run.Process
-) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Results of one task: {"METHOD/METRIC": one number per seed, "nearest/SPLIT": [top-1 of the nearest neighbour]},
-    and {"METHOD/SPLIT": singular values of z}."""
-    sets = {split: open_labelled(f"data/emoji:{task}:{split}") for split in encoded.images}
-    indices = {split: encoded.indices(split, images) for split, images in sets.items()}
-    labels = {split: torch.from_numpy(images.labels) for split, images in sets.items()}
-    tests = {split: (encoded.plain[split][indices[split]], labels[split]) for split in ("id", "ood")}
-    views = Bank(encoded.views[:, indices["tune"]], labels["tune"])
-    plain = Bank(encoded.plain["tune"][None, indices["tune"]], labels["tune"])
-    found = {split: probes.nearest_neighbour(plain.features[0], plain.labels, *test) for split, test in tests.items()}
-    numbers: dict[str, list[float]] = {f"nearest/{split}": [top1] for split, top1 in found.items()}
-    spectra: dict[str, np.ndarray] = {}
-    heads = [(method, seed) for method in cfg.methods for seed in range(cfg.seeds)]
-    for method, seed in run.progress(heads, len(heads), f"{Path(cfg.encoder).name} {task}", 1, process):
-        preset = dataclasses.replace(PRESETS[method][1], epochs=cfg.epochs, batch_size=cfg.batch_size, seed=seed)
-        bank, count = (plain, 1) if preset.views == "eval" else (views, 2)
-        head = tuned_head(preset, bank, sets["tune"].num_classes, count, torch.device("cpu"))
-        for metric, value in head_metrics(head, tests).items():
-            numbers.setdefault(f"{method}/{metric}", []).append(value)
-        if seed == 0 and preset.method != "lp":
-            with torch.no_grad():
-                for split, (features, _) in tests.items():
-                    spectra[f"{method}/{split}"] = feature_spectrum(head.transform(features)).numpy()
-    return numbers, spectra
+def tuned(name: str, seed: int, bank: Bank, classes: int) -> nn.Module:
+    """One of HEADS, tuned on one view of each image."""
+    return tuned_head(dataclasses.replace(HEADS[name], seed=seed), bank, classes, 1, torch.device("cpu"))
 
 
-def encoder_metrics(folder: Path) -> dict[str, float]:
-    """Metrics of an encoder: means over tuning seeds and tasks, and "TASK/METHOD/SPLIT" for each task; spectral metrics
-    of the default centring have plain names."""
-    study = checkpoints.read_json(folder / "study.json")
-    tasks = {
-        task: {metric: pictures.mean(values) for metric, values in of.items()} for task, of in study["tasks"].items()
-    }
-    first = next(iter(tasks.values()))
-    numbers = {metric: pictures.mean([of[metric] for of in tasks.values()]) for metric in first}
-    tops = [metric for metric in first if metric.endswith(("/id", "/ood"))]
-    numbers |= {f"{task}/{metric}": of[metric] for task, of in tasks.items() for metric in tops}
-    numbers |= {metric.removesuffix("@sample"): value for metric, value in study["spectrum"].items()}
-    seconds = {"pretrain_seconds": study["pretrain_seconds"], "study_seconds": study["study_seconds"]}
-    return numbers | seconds | {"noise": 100 * study["noise"]}
+@torch.no_grad()
+def fitted(folder: Path, cfg: PretrainConfig, own: str, process: run.Process) -> dict[str, float]:
+    """Per cent of the classifier's answers: on its training images without augmentation "fitted_right" (right labels
+    predicted), "fitted_wrong" (wrong labels predicted) and "true_instead" (the true label in place of a wrong one); on
+    the test set of its own classes "own"."""
+    images = open_labelled(cfg.data)
+    model, *_ = create_model(cfg, images.num_classes)
+    model.load_state_dict(checkpoints.load_checkpoint(folder / "checkpoint.pt")["state_dict"])
+    model.to(process.device, memory_format=torch.channels_last).eval()
+    view, samples = timm_transforms(model.pretrained_cfg)[1], NoisyLabels(cfg, images)
+    options = {"process": process, "precision": "auto", "label": f"{folder.name}, its own labels"}
+    answers = encode_set(model, samples.images, view, **options)[0][0].argmax(dim=1).numpy()
+    wrong, hit, true = samples.noisy, answers == samples.images.labels, answers == images.labels
+    found = {"fitted_right": 100 * hit[~wrong].mean()}
+    if wrong.any():
+        found |= {"fitted_wrong": 100 * hit[wrong].mean(), "true_instead": 100 * true[wrong].mean()}
+    if own:
+        logits, labels = encode_set(model, open_labelled(own), view, **options)
+        found["own"] = 100 * accuracy(logits[0], labels)
+    return {name: float(value) for name, value in found.items()}
 
 
-def main(cfg: StudyConfig) -> None:
-    """Study a finished encoder, unless its study.json is from the same checkpoint, data, settings and code."""
-    process = run.setup(0, cfg.device)
-    check_limits(cfg)
-    folder = Path(cfg.encoder)
+def measure(folder: Path, task: Task) -> dict[str, float]:
+    """Metrics of a finished encoder; singular values of F and z are written to folder/spectra.npz.
+
+    "HEAD/id" and "HEAD/ood" are accuracies in per cent (of one test: "HEAD/TEST"), "z/HEAD/METRIC/SPLIT" numbers of the
+    spectrum of z, and "METRIC_SPLIT" and "METRIC_SPLIT@CENTRE" those of F. CLIPs have a linear probe alone.
+    """
+    process = run.setup(0, "auto")
     state = checkpoints.load_checkpoint(folder / "checkpoint.pt")
-    pretrained = checkpoints.config_in(state, PretrainConfig, folder)
-    if state["epoch"] < pretrained.epochs:
-        raise UserError(f"{folder} is not finished: {state['epoch']} of {pretrained.epochs} epochs")
-    if unknown := [method for method in cfg.methods if method not in PRESETS]:
-        raise UserError(f"--methods knows no {unknown[0]!r}; methods are presets of nmtune.train")
-    check_limits(cfg)
-    file = folder / "study.json"
-    images = evaluation.files_of("data/emoji") + evaluation.files_of("data/emoji/eval/names_ood")
-    sources = evaluation.stamp([folder / "checkpoint.pt", *images])
-    setting = dataclasses.asdict(cfg) | {"code": evaluation.code_of("studies.nmtune_encoders"), "sources": sources}
-    setting = json.loads(json.dumps(setting))
-    if file.exists() and checkpoints.read_json(file).get("setting") == setting:
-        print(f"{file} exists for this checkpoint, these data and these settings; nothing to do")
-        return
-    start, tasks = time.perf_counter(), {}
-    encoded = encode_splits(cfg, process)
-    tests = {split: encoded.plain[split] for split in ("id", "ood")}
-    spectra = {f"F/{split}": feature_spectrum(features).numpy() for split, features in tests.items()}
-    spectrum = {
-        f"{metric}_{split}@{center}": value
-        for center in CENTRES
-        for split, features in tests.items()
-        for metric, value in spectrum_metrics(features, center).items()
-    }
-    for task in cfg.tasks:
-        tasks[task], found = study_task(cfg, task, encoded, process)
-        spectra |= {f"{task}/{name}": values for name, values in found.items()}
-        shown = {m: [np.mean(tasks[task][f"{m}/{split}"]) for split in ("id", "ood")] for m in cfg.methods}
-        line = ", ".join(f"{method} {i:.2f} / {o:.2f}" for method, (i, o) in shown.items())
-        print(f"{folder.name}, {task}, top-1 ID / OOD in %: {line}", flush=True)
+    cfg = checkpoints.config_in(state, PretrainConfig, folder)
+    bank, classes, tests = encoded(folder, task, process)
+    found = {"noise": 100 * state["noise"], "pretrain_seconds": state["seconds"]}
+    if cfg.kind == "supervised":
+        found |= fitted(folder, cfg, task.own, process)
+    for center in CENTRES:
+        of = {name: spectrum(features, center) for name, (features, _) in tests.items()}
+        for metric in ("sve", "lsvr"):
+            split = task.in_and_out(metric, {name: values[metric] for name, values in of.items()})
+            named = {key.replace("/", "_"): value for key, value in split.items()}
+            found |= {f"{key}@{center}": value for key, value in named.items()} | (named if center == "sample" else {})
+    spectra = {f"F/{name}": feature_spectrum(features).numpy() for name, (features, _) in tests.items()}
+    heads = HEADS if cfg.kind == "supervised" else ("lp",)
+    for name in run.progress(heads, len(heads), f"{folder.name}, heads", 1, process):
+        head = tuned(name, cfg.seed, bank, classes)
+        for metric, of in head_metrics(head, tests).items():
+            found |= task.in_and_out(name if metric == "top1" else f"z/{name}/{metric}", of)
+            if metric == "top1":
+                found |= {f"{name}/{test}": value for test, value in of.items()}
+        if name in ("mlp", "nmtune"):
+            with torch.no_grad():
+                spectra |= {
+                    f"{name}/{test}": feature_spectrum(head.transform(x)).numpy() for test, (x, _) in tests.items()
+                }
     with checkpoints.replaced(folder / "spectra.npz") as kept:
         np.savez(kept, **spectra)
-    about = {"setting": setting, "noise": state["noise"], "kind": pretrained.kind, "commit": state["commit"]}
-    seconds = {"pretrain_seconds": state["seconds"], "study_seconds": time.perf_counter() - start}
-    checkpoints.write_json(file, about | seconds | {"spectrum": spectrum, "tasks": tasks})
+    return found
 
 
-if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.cli(StudyConfig)))
+def measured(folder: Path, task: Task) -> dict[str, float]:
+    """`measure`, cached in folder/results.json."""
+    folders = {path.partition(":")[0] for path in (task.train, *task.tests.values(), task.own) if path}
+    sources = [folder / "checkpoint.pt", *(file for each in folders for file in evaluation.files_of(each))]
+    setting = {"task": task._asdict()}
+    return evaluation.measured(
+        "studies.nmtune_encoders", folder / "results.json", setting, sources, lambda: measure(folder, task)
+    )

@@ -8,9 +8,8 @@ import pytest
 import torch
 from scripts import ROOT, ended, finished, metrics, start_two
 
-from nmtune import config, datasets
+from nmtune import datasets
 from shared import checkpoints
-from studies import nmtune as study
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,25 +85,3 @@ def assert_equal_runs(one: Path, other: Path, part: str) -> None:
         apart = (x - y).abs() > 1e-4 * (1 + y.abs())  # one weight in ten thousand may have such a gradient, too
         assert apart.float().mean() <= 1e-4, f"{name}: {apart.sum()} of {apart.numel()} differ"
         torch.testing.assert_close(x, y, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
-
-
-SEEDS = (0, 1, 2)
-
-
-def encoder(level: int, seed: int) -> dict[str, float]:
-    """Metrics of an encoder: accuracy falls and spectra rise with noise; NMTune is a point above MLP, MLP two above
-    LP."""
-    noise = np.random.default_rng([level, seed]).normal(0, 0.05, 4)
-    numbers = {"sve_id": 4 + 0.01 * level, "sve_ood": 4 + 0.02 * level, "lsvr_id": 3 + 0.01 * level, "noise": level}
-    numbers["lsvr_ood"] = 3 + 0.02 * level + 0.001 * noise[0]
-    for i, part in enumerate(("id", "ood")):
-        lp = 50 - 0.2 * level + seed + noise[1 + i]
-        numbers |= {f"lp/{part}": lp, f"mlp/{part}": lp + 2, f"nmtune/{part}": lp + 3 + noise[3]}
-    return numbers | {"mlp/cov_id": 9.0, "nmtune/cov_id": 8.0 + 0.1 * seed, "mlp/top5_id": 1.0, "nmtune/top5_id": 1.0}
-
-
-def compared(levels=config.NOISE) -> study.Comparison:
-    arms = {f"sup-{level:02d}": [encoder(level, seed) for seed in SEEDS] for level in levels}
-    for arm, more in zip(study.BLACK_BOX, (0, 1.5, 2.4), strict=True):
-        arms[arm] = [{f"blackbox/{part}": 70 + more + 0.01 * seed * more for part in ("id", "ood")} for seed in SEEDS]
-    return study.Comparison(arms=arms, seeds=list(SEEDS), folders={}, commits={"x"}, settings={})

@@ -41,7 +41,6 @@ def test_heads_and_checkpoints_of_something_else_end_in_one_sentence(in_process,
     encoder = ["--encoder", "timm:resnet_emoji", "--data", "data/emoji:group:tune"]
     for module, *arguments in (
         ["nmtune.eval", run, "--sets", "x"],
-        ["studies.nmtune_encoders", "--encoder", run],
         ["nmtune.train", *encoder, "--checkpoint", run / "checkpoint.pt", "--out", tmp_path / "new"],
     ):
         code, _, err = in_process(module, *arguments)

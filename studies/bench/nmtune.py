@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import statistics
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -116,14 +117,12 @@ def to_the_floor(seeds: int) -> None:
     """Seconds on one core until a linear probe on the encoder without label noise is better than one on raw pixels."""
 
     def probe(folder: str) -> float:
-        cfg = encoder_study.StudyConfig(folder, methods=("lp",))
-        encoded = encoder_study.encode_splits(cfg, CPU)
-        found = [encoder_study.study_task(cfg, task, encoded, CPU)[0] for task in cfg.tasks]
-        return statistics.mean(numbers["lp/ood"][0] for numbers in found)
+        bank, classes, tests = encoder_study.encoded(Path(folder), study.TASK, CPU)
+        return encoder_study.head_metrics(encoder_study.tuned("lp", 0, bank, classes), tests)["top1"]["ood"]
 
     baseline_rows(
         study.STUDY, "sup-00", config.PRETRAIN_PRESETS, pretrain.main, seeds,
-        "linear probe for other labels, unseen style, ResNet from scratch",
+        "linear probe for other names, unseen style, ResNet from scratch",
         {"the probe on raw pixels": "linear probe on raw pixels"}, "lp/ood", probe, save_every=18,
     )  # fmt: skip
 

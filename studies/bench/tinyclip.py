@@ -173,11 +173,12 @@ def proportions(rounds: int) -> str:
 
 
 def to_the_floor(seeds: int) -> None:
-    """Seconds on one core until half a ViT, with random weights and the contrastive loss, names scenes better than the
-    nearest training scene by raw pixels does."""
+    """Seconds on one core until a quarter of a ViT, with random weights and the contrastive loss, names scenes better
+    than the nearest training scene by raw pixels does."""
     baseline_rows(
-        study.STUDY, study.VIT_RC, PRESETS, train.main, seeds, "names of scenes, unseen style, half a ViT from scratch",
-        {"the pixel floor": "nearest neighbour on raw pixels"}, study.STYLES[study.TOP1_SCENES][0], eval_every=25,
+        study.STUDY, study.RC, PRESETS, train.main, seeds,
+        "names of scenes, unseen style, a quarter of a ViT from scratch",
+        {"the pixel floor": "nearest neighbour on raw pixels"}, study.STYLES[study.TOP1][0], eval_every=25,
     )  # fmt: skip
 
 
