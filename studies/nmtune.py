@@ -1,6 +1,6 @@
 """The small-scale study of NMTune: `python -m studies.nmtune` (`make reproduce-nmtune`).
 
-Encoders are pre-trained on scenes of 100 emoji, 50 pictures a name, a stand-in for ImageNet-1K (labels) and YFCC15M
+Encoders are pre-trained on scenes of 50 emoji, 50 pictures a name, a stand-in for ImageNet-1K (labels) and YFCC15M
 (captions), with the paper's 0 to 30 % of wrong labels or swapped captions. Linear probes, and on encoders trained with
 labels also MLP and NMTune, learn 25 other emoji, and are tested on new scenes of the same drawings (ID) and on scenes
 of an unseen style (OOD). The same heads are tuned on features of a black box, EfficientNet-Lite0. All heads have the
@@ -90,7 +90,7 @@ ARMS = (
     *(
         Arm(
             f"{kind}-{level:02d}",
-            f"pretrain small-{kind} --data {DATA[kind]} --noise {level / 100:g}",
+            f"pretrain small-{kind} --data {DATA[kind]} --epochs 28 --noise {level / 100:g}",
             heading=f"{level} % {what} noise",
             core=kind == "sup" and level != 20,
         )
@@ -447,7 +447,7 @@ STUDY = Study(
     stands_for="ImageNet-1K and YFCC15M",
     before=(Once(f"studies.nmtune_scenes --out {SCENES}"), extracted(TASK, FEATURES)),
     arms=ARMS,
-    corpus="Scenes of one emoji each, 50 a name: encoders from scratch on 100 names, probed on 25 others; the black "
+    corpus="Scenes of one emoji each, 50 a name: encoders from scratch on 50 names, probed on 25 others; the black "
     "box is EfficientNet-Lite0, pretrained on ImageNet-1k",
     minutes={"core": 6, "all": 18},
     terms="C1 to C4 number the paper's claims. Label noise: share of wrong labels in pre-training. LP: linear probe; "

@@ -2,10 +2,10 @@
 
 A scene shows one emoji on a textured ground (studies/corpora/scenes.py); its label is the emoji's name.
 
-    pretrain/{train,test}   scenes of 100 emoji: 50 a name to pre-train on, 20 to test
+    pretrain/{train,test}   scenes of 50 emoji: 50 a name to pre-train on, 20 to test
     shards/{00000..}.tar    the same training scenes with captions: the name, with some tags
-    tune/{train,test}       scenes of 25 emoji of other groups: 50 a name to tune heads on, 400 in domain
-    ood/test                out of domain: the same 25, 400 scenes a name, in a style that is drawn nowhere else
+    tune/{train,test}       scenes of 25 emoji of other groups: 50 a name to tune heads on, 200 in domain
+    ood/test                out of domain: the same 25, 200 scenes a name, in a style that is drawn nowhere else
 
 Training and in-domain test scenes have the same drawings, at other places, in other sizes and on other grounds.
 """
@@ -37,7 +37,7 @@ class Config:
     """Output folder. It appears only when it is complete."""
     corpus: Path = Path("data/emoji")
     """Folder of the emoji corpus with the drawings."""
-    names: Count = 100
+    names: Count = 50
     """Names of pre-training."""
     tune_names: Count = 25
     """Names of the downstream task."""
@@ -45,7 +45,7 @@ class Config:
     """Training scenes a name, in pre-training and downstream."""
     own_tests: Count = 20
     """Test scenes a name of pre-training."""
-    tests: Count = 400
+    tests: Count = 200
     """Test scenes a name downstream, in domain and out of domain."""
 
 
