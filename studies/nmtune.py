@@ -328,7 +328,7 @@ def floors_of(task: Task, features: str) -> tuple[Floor, ...]:
     return (
         Floor("chance", chance),
         Floor("nearest neighbour on raw pixels", lambda: on_pixels(neighbours)),
-        Floor("linear probe on raw pixels", lambda: on_pixels(linear_probe)),
+        Floor("the paper's linear probe on raw pixels", lambda: on_pixels(linear_probe)),
         Floor("nearest neighbour on EfficientNet-Lite0", on_lite0, arms=ON_LITE0),
     )
 

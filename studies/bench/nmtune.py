@@ -123,7 +123,7 @@ def to_the_floor(seeds: int) -> None:
     baseline_rows(
         study.STUDY, "sup-00", config.PRETRAIN_PRESETS, pretrain.main, seeds,
         "linear probe for other names, unseen style, ResNet from scratch",
-        {"the probe on raw pixels": "linear probe on raw pixels"}, "lp/ood", probe, save_every=18,
+        {"the probe on raw pixels": "the paper's linear probe on raw pixels"}, "lp/ood", probe, save_every=18,
     )  # fmt: skip
 
 
