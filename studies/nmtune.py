@@ -449,7 +449,7 @@ STUDY = Study(
     arms=ARMS,
     corpus="Scenes of one emoji each, 50 a name: encoders from scratch on 50 names, probed on 25 others; the black "
     "box is EfficientNet-Lite0, pretrained on ImageNet-1k",
-    minutes={"core": 6, "all": 18},
+    minutes={"core": 4, "all": 11},
     terms="C1 to C4 number the paper's claims. Label noise: share of wrong labels in pre-training. LP: linear probe; "
     "MLP: the same with a hidden layer; NMTune: an MLP with three regularisers. ID, OOD: in and out of domain. SVE: "
     "entropy of the features' singular values; LSVR: minus log of the largest one's share. Black box: frozen features "

@@ -167,7 +167,7 @@ def test_arms_of_a_claim_differ_in_what_it_compares():
     first, second, one = (arms[name] for name in (study.HALF, *study.STAGES))
     assert first.steps + second.steps == one.steps and (first.model, second.model) == ("emoji-50", one.model)
     assert first.steps == second.steps == arms[study.IA].steps == study.STEPS
-    assert arms[study.LONG].steps == 3 * study.STEPS and arms["vit-teacher"].steps == 6 * study.STEPS
+    assert arms[study.LONG].steps == 3 * study.STEPS and arms["vit-teacher"].steps == 5 * study.STEPS
 
 
 def test_core_arms_are_those_of_primary_claims():
