@@ -136,7 +136,7 @@ def dry_run(cfg: Config, process: run.Process, model: CLIP) -> None:
         noise = torch.zeros(1, patches)
         kept += f", {model.keep_ids(noise, boxes[:1, -2:], noise).shape[1]} kept in each of {cfg.views} views"
     warmup = min(round(cfg.warmup_epochs * (samples // cfg.batch_size)), max(len(lrs) - 1, 0))
-    rows = [("patches", kept)]
+    rows = [("patches", kept), cli.first_loss_row(cfg.batch_size // cfg.accumulate)]
     cli.show_run(cfg, process, model, model.inputs(images, boxes, tokens), len(lrs), rates, rows, warmup=warmup)
 
 

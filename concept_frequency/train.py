@@ -120,7 +120,7 @@ def main(cfg: Config) -> Path | None:
     # Model and optimizer, with the state of the last checkpoint if there is one
     model = create_model(cfg.model, cfg.image_size)
     if cfg.dry_run:
-        inputs, rows = clip.blank_inputs(model), [frequency_row(cfg)]
+        inputs, rows = clip.blank_inputs(model), [frequency_row(cfg), cli.first_loss_row(cfg.batch_size)]
         return cli.show_run(cfg, process, model, inputs, total, lambda step: {"lr": learning_rate(cfg, step)}, rows)
     clip.set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)
     groups = parameter_groups(model, cfg.weight_decay)

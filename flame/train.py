@@ -150,9 +150,11 @@ def plan(cfg: Config, process: run.Process) -> None:
     model = create_model(cfg, text_dim)
     total = (cfg.dataset_size or 0) // cfg.batch_size * cfg.epochs
     inputs, rows = blank_inputs(model), []
+    if cfg.method == "clip" or cfg.loss == "mp-nce":
+        rows.append(cli.first_loss_row(cfg.batch_size))
     if cfg.method == "flame":
         facets = len(cfg.facet_ids) or 11
-        rows = [("texts", f"{cfg.facets} of {facets} facets an image, each of {text_dim} numbers")]
+        rows += [("texts", f"{cfg.facets} of {facets} facets an image, each of {text_dim} numbers")]
         if cfg.dataset_size:
             size = cfg.dataset_size * 11 * text_dim * 2 / 1e9
             rows.append(("bank", f"{size:,.1f} GB if every image has captions of its own"))

@@ -175,7 +175,8 @@ def main(cfg: PretrainConfig) -> Path | None:
         inputs = [torch.zeros(2, 3, side, side)]
         inputs += [] if supervised else [torch.ones(2, model.context_length, dtype=torch.long)]
         rates = lambda step: {"": cosine_lr(cfg.lr, cfg.warmup, total, step)}  # noqa: E731
-        return cli.show_run(cfg, process, model, inputs, total, rates, [("noise", f"{cfg.noise:g}")])
+        rows = [("noise", f"{cfg.noise:g}")] + [cli.first_loss_row(cfg.batch_size)] * (not supervised)
+        return cli.show_run(cfg, process, model, inputs, total, rates, rows)
     model = model.to(process.device, memory_format=torch.channels_last)
     clip.set_grad_checkpointing(model, cfg.grad_checkpointing)
     optimizer = make_optimizer(model, cfg)

@@ -190,7 +190,8 @@ def main(cfg: Config) -> Path | None:
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, image_size=cfg.image_size)
     nn.init.constant_(model.logit_scale, math.log(1 / cfg.temperature))
     if cfg.dry_run:
-        return cli.show_run(cfg, process, model, clip.blank_inputs(model), total, lambda at: learning_rates(cfg, at))
+        inputs, rows = clip.blank_inputs(model), [cli.first_loss_row(cfg.batch_size)]
+        return cli.show_run(cfg, process, model, inputs, total, lambda at: learning_rates(cfg, at), rows)
     clip.set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw, fused=True)
     scaler = run.grad_scaler(cfg, process)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -87,6 +88,11 @@ def batch_row(config: Any, world_size: int) -> tuple[str, str]:
     size, micro_batches = config.batch_size, getattr(config, "accumulate", 1)
     how = f", in {micro_batches} micro-batches" if micro_batches > 1 else ""
     return "batch", f"{size} ({size // world_size} in each of {world_size} processes{how})"
+
+
+def first_loss_row(batch_size: int) -> tuple[str, str]:
+    """Row with InfoNCE at the first step: ln B if images and captions are unrelated, more if features scatter."""
+    return "first loss", f"contrastive: {math.log(batch_size):.2f} (ln of the batch), or somewhat more"
 
 
 def step_row(total: int, each: int, passes: str = "epoch") -> tuple[str, str]:

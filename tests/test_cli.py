@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shared import cli, run
 from shared.errors import UserError
+from shared.loss import clip_loss
 
 
 def test_activation_bytes():
@@ -234,3 +235,11 @@ def test_a_warm_up_of_most_of_the_run_is_noted():
     assert "80 of 90" in run.long_warmup(cfg, 90)
     assert run.long_warmup(cfg, 160) is None and run.long_warmup(cfg, 0) is None
     assert run.long_warmup(types.SimpleNamespace(), 90) is None
+
+
+def test_the_first_loss_is_that_of_unrelated_features():
+    torch.manual_seed(0)
+    image, text = torch.nn.functional.normalize(torch.randn(2, 512, 512), dim=2)
+    loss = clip_loss(image, text, torch.tensor(1 / 0.07)).item()
+    expected = float(re.search(r"\d+\.\d+", cli.first_loss_row(512)[1])[0])
+    assert expected < loss < expected + 0.3
