@@ -163,7 +163,9 @@ FIGURES = {
 # d: at most half of the paper's effect. Points, and nats: half of the figure's smallest LSVR, and of SVE at 30 %.
 NEGLIGIBLE = {"lp/id": 0.5, "lp/ood": 0.5, "own": 0.5, "sve_id": 0.02, "lsvr_ood": 0.1}
 PRIMARY = {("lp/id", 5), ("lp/ood", 10), ("lp/ood", 30), ("sve_id", 30), ("lsvr_ood", 30)}  # of label noise
-ENCODERS = "50 pictures a name, seen many times: wrong labels are learned besides the names"
+# In pilots with 30 % noise (seed 100), 100 names seen 14 times: 4 % of the wrong labels were learned; 50 names seen 28
+# times: 53 %.
+ENCODERS = "50 pictures a name, seen 28 times: in a pilot an encoder learned 53 % of its wrong labels"
 BLACK_BOXES = "one small ImageNet network in place of the paper's five of up to 304M parameters; 50 pictures a name"
 
 
