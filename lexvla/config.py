@@ -123,7 +123,7 @@ EMOJI = replace(
     states="data/lexvla/states.pt",
     lambda_image=0.1,
     lambda_text=0.1,
-    penalty_warmup=41,
+    penalty_warmup=83,
     epochs=4,
 )
 PRESETS = {  # name: (row of the paper, settings); the numbers in its tables could not be read

@@ -43,7 +43,7 @@ class Config:
     """Image side in pixels."""
     concepts: Count = 150
     """Number of emoji that scenes show."""
-    samples: Count = 12_000
+    samples: Count = 24_000
     """Training scenes."""
     eval_samples: Count = 1_000
     """Scenes of an evaluation set."""
