@@ -81,13 +81,13 @@ class Config(RunConfig):
 
 
 SMALL = Config(
-    groups=(), num_concepts=None, epochs=24, batch_size=256, lr=3e-3, warmup=46, workers=0, save_every=200,
+    groups=(), num_concepts=None, epochs=12, batch_size=256, lr=6e-3, warmup=30, workers=0, save_every=200,
 )  # fmt: skip
 EMOJI = replace(
     SMALL,
     data="data/emoji/train",
     eval_set="data/emoji/eval/names_ood",
-    eval_every=24,
+    eval_every=12,
     groups=Config.groups,
     num_concepts=400,
 )

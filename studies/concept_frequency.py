@@ -413,6 +413,7 @@ STUDY = Study(
     evaluate=evaluate,
     derive=derive,
     metrics=METRICS | {LEARNED: "frequent tenth"},
+    small=("slope", "slope_on_even", "r_log", "rho", "tail"),
     sets=(PRESETS["emoji"][1].eval_set,),
     floors=FLOORS,
     claims=CLAIMS,

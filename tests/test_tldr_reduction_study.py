@@ -32,8 +32,8 @@ def test_reductions_of_a_pool_take_turns():
         for before, job in itertools.pairwise(own):
             assert before.name in job.after
     core = {job.name.removeprefix("reduced/") for job in reductions("core")}
-    assert core == {"codes", "random", "random-refined", "tldr", "full-refined"}
-    assert not reductions("full")
+    assert core == {"codes", "random", "tldr"}
+    assert not reductions("full full-epochs")
 
 
 def test_arms_are_trained_on_the_reduction_they_are_named_after():
@@ -41,7 +41,8 @@ def test_arms_are_trained_on_the_reduction_they_are_named_after():
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
         parsed = tyro.cli(learner.COMMANDS, args=words[1:])
-        whole = {f"full{pool}": pool for pool in ("", *WHERE)}.get(arm.name)
+        whole = {"full-epochs": ""} | {f"full{pool}": pool for pool in ("", *WHERE)}
+        whole = whole.get(arm.name)
         assert parsed.data == (f"{runs}/reduced/{arm.name}-seed7/shards" if whole is None else shards(whole))
         assert words[-4:] == ["--seed", "7", "--out", f"{runs}/{arm.name}-seed7"] and words[1] == "train"
 
@@ -63,11 +64,14 @@ def test_reductions_are_of_their_pool_and_equal_in_number():
         assert (parsed.select == "all") == name.startswith("full-refined")
 
 
-def test_all_arms_have_the_same_steps():
+def test_arms_have_equal_steps_and_one_has_the_epochs_of_a_third():
+    """8,000 pairs are 62 batches, and a third of them are 21."""
+    assert study.LONG / 62 == study.STEPS / 21 == 20
     for arm in STUDY.arms:
         (words,) = STUDY.words(arm, 7)
         parsed = tyro.cli(learner.COMMANDS, args=words[1:])
-        assert parsed.steps == study.STEPS and parsed.epochs == learner.SETTINGS.epochs
+        assert parsed.steps == (study.LONG if arm.name == "full-epochs" else study.STEPS)
+        assert parsed.epochs == learner.SETTINGS.epochs and parsed.batch_size == 128
 
 
 def test_pools_have_the_same_arms_and_are_built_for_each_of_them():
@@ -84,16 +88,19 @@ def test_pools_have_the_same_arms_and_are_built_for_each_of_them():
 
 
 def test_arms_have_the_floors_of_their_captions():
-    """The highest floor of an arm with refined captions is the nearest refined caption, of an arm without, the nearest
-    original one; of a random third, or of all."""
-    bars = [(floor.arms, {study.SCORE: float(i)}) for i, floor in enumerate(STUDY.floors) if not floor.ceiling]
+    """Of the floors by neighbours, that of an arm with refined captions is the nearest refined caption, of an arm
+    without, the nearest original one; of a random third, or of all. Each arm has one floor by correlation."""
     names = [floor.name for floor in STUDY.floors]
+    by_neighbours = [i for i, name in enumerate(names) if name.startswith(("chance", "nearest"))]
+    bars = [(STUDY.floors[i].arms, {study.SCORE: float(i)}) for i in by_neighbours]
+    correlated = [arm for floor in STUDY.floors for arm in floor.arms if floor.name.startswith("canonical")]
+    assert sorted(correlated) == sorted(arm.name for arm in STUDY.arms)
 
     def highest(arm: str) -> str:
         return names[int(verdicts.floor_of(study.SCORE, bars, arm))]
 
     plain, refined = "nearest caption by EfficientNet-Lite0, ", "nearest refined caption by EfficientNet-Lite0, "
-    assert highest("full") == plain + "all" and highest("full-refined") == refined + "all"
+    assert highest("full") == highest("full-epochs") == plain + "all" and highest("full-refined") == refined + "all"
     assert highest("random") == plain + "the random third" == highest("random-refined-80")
     assert highest("random-refined") == refined + "the random third"
     assert highest("codes") == plain + "the third by codes" and highest("image").startswith(refined)
