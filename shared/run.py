@@ -266,6 +266,20 @@ def say(text: str, process: Process | None = None) -> None:
         sys.stdout.flush()
 
 
+class Bar(tqdm):
+    """A progress bar that is hidden for its first `delay` seconds, also from `tqdm.write`, which would show it at once
+    and leave it on the screen."""
+
+    def refresh(self, *args: Any, **how: Any) -> None:
+        if self._time() >= self.start_t + self.delay:
+            super().refresh(*args, **how)
+            self.last_print_t = self._time()
+
+    def clear(self, *args: Any, **how: Any) -> None:
+        if self.last_print_t > self.start_t:
+            super().clear(*args, **how)
+
+
 @contextlib.contextmanager
 def counting(
     total: int | None, label: str | None, unit: str = "image", process: Process | None = None
@@ -275,7 +289,7 @@ def counting(
     hidden = quiet() or not (process is None or process.main)
     every = 0.1 if sys.stderr.isatty() else 60.0
     how = {"leave": False, "unit": unit, "unit_scale": total is None or total >= 10_000, "dynamic_ncols": True}
-    with tqdm(total=total, desc=label, disable=hidden, mininterval=every, delay=every, **how) as bar:
+    with Bar(total=total, desc=label, disable=hidden, mininterval=every, delay=every, **how) as bar:
 
         def tick(n: int = 1, note: str = "") -> None:
             bar.set_postfix_str(note, refresh=False)

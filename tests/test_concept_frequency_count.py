@@ -138,7 +138,7 @@ def test_progress_shows_rate_and_time_left(tmp_path, monkeypatch):
                 *arguments, **options | {"disable": False, "file": shown, "ncols": 120, "mininterval": 0, "delay": 0}
             )
 
-    monkeypatch.setattr(run, "tqdm", Shown)
+    monkeypatch.setattr(run, "Bar", Shown)
     files = write_captions(tmp_path, CAPTIONS * 4)
     counted(tmp_path, "out", data=(files["txt"],), partition=500)
     lines = re.split(r"[\r\n]", shown.getvalue())

@@ -188,12 +188,15 @@ def test_windows_is_refused_in_one_sentence():
 
 
 def test_progress_is_shown_at_once_on_a_terminal_and_each_minute_in_a_log(capsys, monkeypatch: pytest.MonkeyPatch):
-    for terminal, shown in ((False, False), (True, True)):
+    for terminal, shown in ((True, True), (False, False)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda of=terminal: of, raising=False)
         assert list(run.progress(slowly(), 2, "reading", 32)) == [1, 2]
         assert list(run.progress(slowly(), 1, "rank 1", 32, run.Process(1, 2, CPU))) == [1]
         seen = capsys.readouterr().err
         assert ("reading" in seen) == shown and "rank 1" not in seen
+    with run.counting(2, "hidden for 60 s"):
+        run.say("a line of the log")
+    assert capsys.readouterr() == ("a line of the log\n", "")
     with run.counting(None, "parts", "part") as tick:
         tick(2, "7 captions/s")
 
