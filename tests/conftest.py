@@ -91,13 +91,15 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     assert request.param is not None, f"{DEFAULT} has no case of this family"
     found = Case(request.param)
     yield found
-    measured(request, found, functions_in(request.function))
+    test = f"{request.function.__name__.removeprefix('test_')}: {found.path.stem}"
+    measured(request, found, functions_in(request.function), test=test)
 
 
 def measured(request: pytest.FixtureRequest, case: Case, functions: set[str], **more) -> None:
     """Add a case's largest differences to the report, and those of a committed file to the summary."""
     if case.largest and (case.fresh or case.path.is_relative_to(DEFAULT)):
-        about = {"folder": case.path.parent.name, "functions": sorted(functions), **case.largest, **more}
+        about = {"folder": case.path.parent.name, "functions": sorted(functions), "arrays": case.arrays}
+        about |= case.largest | more
         request.node.user_properties.append(("measured", about))
     if not case.fresh and case.compared:
         key = f"{case.path.parent.name}/{case.path.name}"
@@ -277,11 +279,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         if kind == "measured":
             test = about.get("test") or report.nodeid.split("::")[-1].split("[")[0].removeprefix("test_")
             row = {"test": test, "functions": about["functions"], "against": about.get("against", "golden data")}
+            row |= {side: about.get(side) for side in ("values", "gradients")} | {"arrays": about.get("arrays", {})}
+            row |= {name: about[name] for name in ("only", "gradient_left") if name in about}
             rows, key = found_by[about["folder"]], (test, row["against"])
-            before = rows.get(key, {})
-            for side in ("values", "gradients"):
-                known = [each for each in (before.get(side), about.get(side)) if each is not None]
-                row[side] = max(known) if known else None
+            for side in ("values", "gradients"):  # of several runs of a test, the largest
+                before = rows.get(key, {}).get(side)
+                if before is not None and (row[side] is None or before > row[side]):
+                    row[side] = before
+                    row["arrays"] = row["arrays"] | {k: v for k, v in rows[key]["arrays"].items() if k == side}
             rows[key] = row
 
 

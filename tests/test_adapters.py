@@ -31,7 +31,7 @@ def test_golden(request, part, path):
     part.compare(case)
     if path.is_relative_to(DEFAULT):
         assert not part.left(case), f"{path} has arrays that were not compared"
-    measured(request, case, part.functions.split(), test=f"{type(part).__name__}: {part.families[0]}")
+    measured(request, case, part.functions.split(), test=f"{type(part).__name__}: {path.stem}", **part.about())
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

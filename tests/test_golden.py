@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Case, case_files, claims, family
 
-from shared import checkpoints, evaluation, run
+from shared import checkpoints, evaluation, run, zeroshot
 from shared.presets import folders
 from tests import adapters
 
@@ -57,6 +57,38 @@ def test_outputs_have_to_be_compared_and_inputs_read(tmp_path: Path):
     case = Case(tmp_path / "case.npz")
     Sum().compare(case)
     assert case.compared == {"sum"} and Sum().left(case) == ["factor", "mean"]
+
+
+class Percent(Sum):
+    files = {"case": {}}
+    functions = "shared.zeroshot.percent"
+
+    def ours(self, case):
+        return {"sum": zeroshot.percent(case["x"] > 0) - 98}
+
+
+class Encoded(Percent):
+    files = {"case": {}}
+    functions = "shared.zeroshot.percent shared.zeroshot.encode_texts shared.run.Stopwatch"
+
+
+def test_functions_that_a_part_names_have_to_run(tmp_path: Path):
+    np.savez(tmp_path / "case.npz", x=np.ones(2), sum=2.0)
+    Percent().compare(Case(tmp_path / "case.npz"))
+    with pytest.raises(AssertionError, match="encode_texts, shared.run.Stopwatch$"):
+        Encoded().compare(Case(tmp_path / "case.npz"))
+
+
+def test_the_largest_differences_of_a_case_are_known(tmp_path: Path):
+    """Of values and gradients, each with its array and this array's largest entry; a norm of gradients is a value."""
+    np.savez(tmp_path / "case.npz", x=np.array([3.0, -8]), grad_x=np.ones(2), grad_norm=4.0, dz=np.ones(2))
+    case = Case(tmp_path / "case.npz")
+    case.gradients = ("dz",)
+    for name, gap in (("x", 0.25), ("grad_x", 0.0), ("grad_norm", 0.125), ("dz", 0.5)):
+        case.close(name, torch.as_tensor(case[name]) + gap, atol=1)
+    assert case.largest == {"values": 0.25, "gradients": 0.5}
+    assert case.arrays == {"values": ("x", 8.0), "gradients": ("dz", 1.0)}
+    assert adapters.entry({"a": ["text", [1, -2]], "b": float("nan")}) == 2
 
 
 def test_differences_of_nested_values():

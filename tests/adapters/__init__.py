@@ -12,8 +12,9 @@ PARITY.md are driven by them. To write those of a paper, as in protoclip.py:
    and what is arbitrary (the sign of a component) is taken from them. If both sides call alike, write instead
    `run(function, case)`, `our(...)`, our function, and `their(up)`, which returns the authors'. Gradients have "grad"
    in their names. Names that no file has are compared with a clone only.
-6. `families`: beginnings of names of files, if not those of `files`; `functions`: ours, as the README's map names them;
-   `authors`: their path:line; `rtol`, `atol`, `tolerances`; `unused`: arrays that ours does not give, and why.
+6. `families`: beginnings of names of files, if not those of `files`; `functions`: ours, as the README's map names them,
+   all of which have to run; `only`: what of one of them is compared, if not all of it; `authors`: their path:line;
+   `rtol`, `atol`, `tolerances`; `unused`: arrays that ours does not give, and why; `no_live`: why theirs cannot run.
 7. A golden array that `inputs` does not make and `ours` does not return fails, also an input that `ours` does not read.
    Delete the golden and parity tests that a part replaces.
 """
@@ -21,12 +22,14 @@ PARITY.md are driven by them. To write those of a paper, as in protoclip.py:
 import fnmatch
 import functools
 import importlib
+import inspect
 import json
 import math
 import random
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -85,6 +88,16 @@ def difference(expected: Any, actual: Any, rtol: float, atol: float, name: str =
     return (gap.max().item(), error.max().item()) if gap.numel() else (0.0, 0.0)
 
 
+def entry(value: Any) -> float:
+    """The largest absolute number, also in lists and dictionaries; 0 without finite numbers."""
+    try:
+        numbers = torch.as_tensor(value).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        return max(map(entry, entries), default=0.0)
+    return max(numbers[numbers.isfinite()].abs().flatten().tolist(), default=0.0)
+
+
 class Case(dict):
     """The arrays of one case by name: 0-d arrays as Python scalars, the others as tensors.
 
@@ -95,6 +108,8 @@ class Case(dict):
     def __init__(self, path: Path, values: dict[str, Any] | None = None):
         self.path, self.fresh, companion = path, values is not None, path.with_suffix(".json")
         self.largest: dict[str, float] = {}  # largest differences that `close` has seen, of values and gradients
+        self.arrays: dict[str, tuple[str, float]] = {}  # of these: name of the array, its largest entry
+        self.gradients: tuple[str, ...] = ()  # patterns of gradients without "grad" in their names
         self.error: tuple[float, str] = (0.0, "")  # the largest in units of its tolerance, and its array
         self.read: set[str] = set()
         self.compared: set[str] = set()
@@ -139,8 +154,10 @@ class Case(dict):
         where = f"{self.path.name}, {name}"
         gap, error = difference(super().__getitem__(name), actual, rtol, atol, where)
         assert error <= 1, f"{where}: differs by {gap:.3g}, {error:.3g} times its tolerance"
-        kind = "gradients" if "grad" in name else "values"
-        self.largest[kind] = max(self.largest.get(kind, 0.0), gap)
+        gradient = ("grad" in name and "grad_norm" not in name) or not unmatched([name], self.gradients)
+        kind = "gradients" if gradient else "values"
+        if gap >= self.largest.get(kind, 0.0):
+            self.largest[kind], self.arrays[kind] = gap, (name, entry(super().__getitem__(name)))
         self.error = max(self.error, (error, name))
 
     def close_group(self, prefix: str, actual: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -158,6 +175,42 @@ def unmatched(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
     return [name for name in sorted(names) if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+class Calls:
+    """Context that notes which functions are called in it."""
+
+    def __enter__(self) -> "Calls":
+        self.codes: set[CodeType] = set()
+        self.before = sys.getprofile()
+        sys.setprofile(self.note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        sys.setprofile(self.before)
+
+    def note(self, frame: FrameType, event: str, _) -> None:
+        if event == "call":
+            self.codes.add(frame.f_code)
+
+    def missed(self, name: str) -> bool:
+        """Whether a function paper.module.name, or all methods of a class, were not called.
+
+        Constants have no calls, and those in other processes are not seen: for them, False.
+        """
+        paper, file, *rest = name.split(".")
+        module = importlib.import_module(f"{paper}.{file}")
+        found = functools.reduce(getattr, rest, module)
+        methods = vars(found) | {"__init__": None} if isinstance(found, type) else {name: found}
+        codes = {code for code in map(code_of, methods.values()) if code and code.co_filename == module.__file__}
+        elsewhere = any(code.co_name == "in_ranks" for code in self.codes)
+        return bool(codes) and not codes & self.codes and not elsewhere
+
+
+def code_of(function: Any) -> CodeType | None:
+    """Of a function without its decorators, or of a method; None for anything else."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    return getattr(function, "__code__", None)
+
+
 class Part:
     """A part of a paper: see above."""
 
@@ -165,7 +218,11 @@ class Part:
     more: dict[str, dict] = {}
     families: tuple[str, ...] = ()
     functions = ""  # paper.module.name, apart by spaces
+    only: dict[str, str] = {}  # one of `functions` -> what of it is compared, if not all
+    gradients: tuple[str, ...] = ()  # patterns of gradients whose names lack "grad"
+    gradient_left = False  # whether training takes a gradient of it that is not compared
     authors = ""
+    no_live = ""  # why the authors' function cannot run, so that it is compared with files alone
     rtol = atol = 0.0
     tolerances: dict[str, tuple[float, float]] = {}  # pattern of names -> rtol, atol
     unused: tuple[str, ...] = ()  # patterns
@@ -186,9 +243,24 @@ class Part:
         found = (pair for pattern, pair in self.tolerances.items() if fnmatch.fnmatchcase(name, pattern))
         return next(found, (self.rtol, self.atol))
 
+    def called(self, case: Case) -> dict[str, Any]:
+        """`ours`. AssertionError if one of `functions` did not run in it."""
+        case.gradients = self.gradients
+        with Calls() as calls:
+            found = self.ours(case)
+        missed = [name for name in self.functions.split() if calls.missed(name)]
+        assert not missed, f"{type(self).__name__} did not call {', '.join(missed)}"
+        assert self.only.keys() <= set(self.functions.split())
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """What the measurements of this part say beside the numbers."""
+        about: dict[str, Any] = {"only": self.only} if self.only else {}
+        return about | ({"gradient_left": True} if self.gradient_left else {})
+
     def compare(self, case: Case) -> None:
         """Compare all outputs of ours that the case has."""
-        for name, value in self.ours(case).items():
+        for name, value in self.called(case).items():
             if name in case:
                 case.close(name, value, *self.tolerance(name, case))
 
@@ -207,7 +279,7 @@ class Part:
         inputs = seeded(functools.partial(self.inputs, **(self.files | self.more)[stem]))
         theirs = seeded(functools.partial(self.theirs, up, self.case(stem, inputs)))
         case = self.case(stem, inputs | theirs)
-        ours = seeded(functools.partial(self.ours, case))
+        ours = seeded(functools.partial(self.called, case))
         kept = set(unmatched(theirs, self.unused))
         assert kept == ours.keys(), f"{stem}: only one side has {sorted(kept ^ ours.keys())}"
         dict.update(case, theirs)  # not rounded

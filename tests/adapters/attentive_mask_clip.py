@@ -357,6 +357,7 @@ class PositionEmbeddings(Part):
 class Encode(Part):
     files = {"encode": {}}
     functions = "attentive_mask_clip.model.CLIP attentive_mask_clip.model.TextTransformer"
+    gradient_left = True
     authors = "models.py:413"
     rtol, atol = 1e-5, 1e-5
 
@@ -716,6 +717,7 @@ def their_steps(up, theirs, batches, optimizer, lrs, momenta, args) -> dict:
 class TrainSteps(Part):
     files = {"train_steps": dict(steps=4)}
     functions = "attentive_mask_clip.train.train_step"
+    gradient_left = True
     authors = "main.py:291"
     tolerances = {"losses": (1e-5, 5e-6), "*": (0, 5e-6)}
     names = "loss simclr_loss im_byol_loss contra_loss_1 contra_loss_2 clip_acc".split()
@@ -823,6 +825,7 @@ class Schedules(Part):
 class ThreeCrops(Part):
     files = {"three_crops": {}}
     functions = " ".join(f"attentive_mask_clip.crops.{name}" for name in ("three_boxes", "crop", "view_transform"))
+    only = {"attentive_mask_clip.crops.view_transform": "the EMA view, without augmentation"}
     authors = "datasets.py:240"
     tolerances = {"ema_view_tensor": (0, 1e-6), "*": (0, 0)}
 
@@ -874,7 +877,8 @@ class EvalTransform(Part):
         names = "zeroshot_224_every7", "linear_val_256_224_every7"
         return {name: each(image)[:, ::7, ::7] for name, each in zip(names, transforms, strict=True)}
 
-    our = crops.eval_transform(224), crops.eval_transform(224, 256)
+    def ours(self, case):
+        return self.run((crops.eval_transform(224), crops.eval_transform(224, 256)), case)
 
     def their(self, up):
         normalize = run_line(up.main_linear, "normalize")

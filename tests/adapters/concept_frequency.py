@@ -332,20 +332,18 @@ class PartitionedCounting(Part):
 
 
 class CaseVariants(Part):
+    """Lower-case and Capitalised words of a name in all combinations: nothing of ours searches them."""
+
     files = {"case_variants": {}}
-    functions = ""
     authors = "src/image_search_matches_inverted_index.py:10"
+    unused = ("*",)
     json = True
 
     def inputs(self):
         return {}
 
     def ours(self, case):
-        """Lower-case and Capitalised words in all combinations; nothing of ours searches them."""
-        return {name: ["_".join(words) for words in itertools.product(*self.words(name))] for name in case}
-
-    def words(self, name: str) -> list[tuple[str, str]]:
-        return [(word.lower(), word.capitalize()) for word in name.split()]
+        return {}
 
     def theirs(self, up, case):
         return {name: up.images.generate_combinations(name) for name in ("dog", "bald eagle", "black footed albatross")}
@@ -355,30 +353,18 @@ class PromptConcepts(Part):
     """Prompts with a word or, by a prefix rule, its plural; their scores. Nothing of ours reads prompts."""
 
     files = {"t2i_concepts": {}}
-    functions = ""
     authors = "src/text_to_image_experiments/utils.py:29, 71"
+    unused = ("*",)
     json = True
 
     def inputs(self):
-        prompts = [
-            "a cat on a mat",
-            "two cats.",
-            "concatenate",
-            "a dog's bowl",
-            "the dog-house",
-            'a "bird"',
-            "cars",
-            "cup",
-        ]
+        prompts = ["a cat on a mat", "two cats.", "concatenate", "a dog's bowl", "the dog-house", 'a "bird"', "cars"]
+        prompts.append("cup")
         scores = [[float(i), float(i * i)] for i in range(7)]  # the last prompt has none
         return {"prompts": prompts, "words": ["cat", "dog", "bird", "car", "cup", "zzz"], "scores": scores}
 
     def ours(self, case):
-        plain, scores = [re.sub(r"[^\w\s]", "", f" {prompt} ") for prompt in case["prompts"]], case["scores"]
-        found = {word: [i for i, p in enumerate(plain) if re.search(f" {word}( |s)", p)] for word in case["words"]}
-        found = {word: rows for word, rows in found.items() if rows}
-        rows = {word: [scores[i] for i in of_word if i < len(scores)] for word, of_word in found.items()}
-        return {"indices": found, "aggregated": {word: of_word or None for word, of_word in rows.items()}}
+        return {}
 
     def theirs(self, up, case):
         found = up.prompts.find_word_indices(case["prompts"], case["words"])
@@ -520,6 +506,7 @@ class CrossAttention(nn.Module):
 class TagHead(Part):
     files = {"ram_openset_head": {}}
     functions = "concept_frequency.model.OpenSetHead concept_frequency.model.description_weights"
+    only = {"concept_frequency.model.OpenSetHead": "with a stand-in for the cross-attention"}
     authors = "ram_model/ram/models/ram_plus.py:330"
     tolerances = {"tagged": (0, 0), "*": (1e-5, 1e-5)}
 
@@ -615,6 +602,7 @@ class RamPlus(Part):
 
     more = {"ram_plus": {}}
     functions = "concept_frequency.model.RAMPlus"
+    only = {functions: "its Swin and the cross-attention of its head"}
     authors = "ram_model/ram/models/swin_transformer.py, ram_model/ram/models/bert.py"
     rtol, atol = 1e-5, 1e-4
 

@@ -315,10 +315,9 @@ class CaptionClean(Part):
 
 
 class Fingerprints(Part):
-    """Of the authors' prompts; ours have as many facets."""
+    """Of the authors' prompts; ours have as many facets. `read_prompts` reads a clone's, in `theirs`."""
 
     files = {"template_fingerprints": {}}
-    functions = "flame.llm.read_prompts"
     authors = "src/training/embed_cc3m_mask.py:224"
     json = True
 
@@ -332,7 +331,7 @@ class Fingerprints(Part):
 
     def theirs(self, up, case):
         file = up.root / "training/embed_cc3m_mask.py"
-        llm.read_prompts(file)
+        llm.read_prompts(file)  # or UserError: it compares fingerprints
         names = {"raw": "raw_templates", "short": "short_template", "long": "long_template"}
         nodes = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Assign)]
         written = {ast.unparse(node.targets[0]): node.value for node in nodes}
@@ -765,6 +764,7 @@ class Groups(Part):
 
 class EvaluationView(Part):
     files = {"val_preprocess": {}}
+    functions = "flame.zeroshot.eval_transform"
     authors = "src/open_clip/transform.py:274"
     atol = 1e-6
 
@@ -955,6 +955,7 @@ class LearningRate(Part):
 class TrainSteps(Part):
     files = {"train_steps": {}}
     functions = "flame.train.train_step flame.train.batch_loss"
+    gradient_left = True
     authors = "src/training/train.py:90, src/training/main.py:315"
     tolerances = {"losses": (1e-5, 0), "lrs": (1e-6, 0), "after/*": (0, 5e-5)}
 

@@ -261,6 +261,7 @@ class Head(nn.Linear):
 class MapWord(Part):
     files = {"map_word": {}}
     functions = "lexvla.model.TextEncoder"
+    gradient_left = True
     authors = "eq. 2 of a codebook's row"
     atol = 1e-6
 
@@ -618,6 +619,7 @@ def loud(module: nn.Module) -> dict[str, Tensor]:
 class Adapter(Part):
     files = {"adapter": {}}
     functions = "lexvla.model.VisualAdapter"
+    gradient_left = True
     authors = "sec. 3.2.2, of an inferred layout; timm's Block and Mlp"
 
     def tolerance(self, name, case):
@@ -661,6 +663,7 @@ def backbone_of(case: Case) -> Dinov2Model:
 class ImageEncoder(Part):
     files = {"image_encoder": {}}
     functions = "lexvla.model.ImageEncoder"
+    gradient_left = True
     authors = "eq. 3, 4; transformers' Dinov2Model"
     atol = 2e-5
 
@@ -703,6 +706,7 @@ class TextTower(Part):
     files = {"text_encoder": dict(tied=0)}
     more = {"text_encoder_tied": dict(tied=1)}
     functions = "lexvla.model.TextEncoder lexvla.model.add_lora lexvla.model.last_token"
+    gradient_left = True
     authors = "sec. 3.2.1, 3.3; transformers' LlamaForCausalLM"
     atol = 3e-5
 

@@ -395,9 +395,7 @@ class DistributedLosses(Part):
 
 
 class Forward(Part):
-    files = {
-        "forward_vit": dict(), "forward_vit_quickgelu": dict(quick_gelu=True), "forward_resnet": dict(vision=RESNET),
-    }  # fmt: skip
+    files = {"forward_vit": dict(), "forward_vit_quickgelu": dict(quick_gelu=True)}
     functions = "tinyclip.model.VisionTransformer.forward tinyclip.model.CLIP.encode_text tinyclip.model.MLP"
     authors = "open_clip/model.py:990"
 
@@ -450,6 +448,14 @@ class Forward(Part):
 
     def theirs(self, up, case):
         return self.run(theirs_of(up, case.group("param/"), **self.options(case)), case)
+
+
+class ForwardResnet(Forward):
+    """Ours has open_clip's ResNet."""
+
+    files = {"forward_resnet": dict(vision=RESNET)}
+    functions = "tinyclip.model.CLIP.encode_image"
+    authors = "open_clip/resnet.py:96"
 
 
 class ParameterCounts(Part):
@@ -642,6 +648,7 @@ def their_l0(up, config: list[int], kinds: list[str], start=0.0, target=0.6, war
 class Gates(Part):
     files = {"hard_concrete": {}}
     functions = " ".join(f"tinyclip.masks.{name}" for name in ("hard_concrete", "hard_concrete_cdf", "eval_gate"))
+    gradients = "dz_w", "dscore"
     authors = "open_clip/l0module.py:230"
     tolerances = {"expected_num_zeros": (0, 1e-5), "limits": (1e-6, 0), "*": (0, 1e-6)}
     points = 0.0, 0.25, 0.5, 0.9
@@ -1199,7 +1206,7 @@ class WholeImage(Part):
 
 
 class Tokenizer(Part):
-    """open_clip's tokenizer, which train.py's `main` uses: no function of the README's map."""
+    """open_clip's tokenizer, which train.py's `main` uses: no function of ours."""
 
     files = {"tokenizer": {}}
     authors = "open_clip/tokenizer.py:159"
@@ -1230,11 +1237,20 @@ class ZeroShot(Part):
         return x | {"image_features_norm": F.normalize(images, dim=-1), "k": torch.tensor([1, 5])}
 
     def ours(self, case):
-        prompts, target = case["text_features"], case["target"]
-        classifier = zeroshot.mean_prompts(prompts.flatten(0, 1), torch.full((len(prompts),), prompts.shape[1]))
+        """The text of class c in template t is "c t"."""
+        prompts = case["text_features"]
+        names, templates = [str(c) for c in range(len(prompts))], [f"{{c}} {t}" for t in range(prompts.shape[1])]
+
+        def tokenizer(texts):
+            return torch.tensor([[int(number) for number in text.split()] for text in texts])
+
+        def encode_text(rows):
+            return prompts[rows[:, 0], rows[:, 1]]
+
+        classifier = zeroshot.build_classifier(encode_text, tokenizer, names, templates)
         logits = 100 * case["image_features_norm"] @ classifier
-        ranks = zeroshot.label_ranks(logits, target)
-        top1, topk = ((ranks < k).double().mean() for k in case["k"].tolist())
+        found = zeroshot.classification_metrics(logits, case["target"])
+        top1, topk = (found[f"top{k}"] / 100 for k in case["k"].tolist())
         return {"classifier": classifier, "logits": logits, "top1": top1, "topk": topk}
 
     def theirs(self, up, case):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.adapters import difference
+from tests.adapters import difference, entry
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +142,10 @@ class Table:
         atol=1e-5,
         seconds=None,
         note="",
+        gradient_left=False,
     ):
-        """Add a row and check it. `gradients`: (theirs, ours); `seconds`: (theirs, ours) of the same work."""
+        """Add a row and check it. `gradients`: (theirs, ours); `seconds`: (theirs, ours) of the same work;
+        `gradient_left`: whether there is a gradient that is not compared."""
         value, error = difference(theirs, ours, rtol, atol, component)
         gradient, of_gradients = difference(*gradients, rtol, atol, component) if gradients else (None, 0.0)
         tolerance = "exact" if rtol == atol == 0 else f"{atol:g} + {rtol:g}·\\|x\\|"
@@ -151,8 +153,9 @@ class Table:
         shown = "-" if gradient is None else f"{gradient:.1e}"
         verdict = ("ok" if max(error, of_gradients) <= 1 else "**FAIL**") + (f" ({note})" if note else "")
         self.rows.append([component, self.where(function), own_name, f"{value:.1e}", shown, tolerance, ratio, verdict])
-        differences = {"values": value} | ({} if gradient is None else {"gradients": gradient})
+        differences: dict = {"values": value} | ({} if gradient is None else {"gradients": gradient})
         names = re.findall(r"\w[\w.]*", own_name)
+        differences |= {"arrays": {"values": ("", entry(theirs))}} | ({"gradient_left": True} if gradient_left else {})
         measured.append({"test": component, "functions": names, "against": "the authors' code", **differences})
         assert error <= 1, f"{component}: values differ by {value:.3g}, tolerance {tolerance}"
         assert of_gradients <= 1, f"{component}: gradients differ by {gradient:.3g}, tolerance {tolerance}"

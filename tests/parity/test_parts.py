@@ -1,7 +1,7 @@
 """The parts of all papers with adapters, ours against the authors' code: `pytest -s tests/parity --upstream CLONE`.
 
 Both sides get the same seeded inputs. With `--write-golden DIR`, inputs and the authors' outputs are written to DIR as
-case files of the names in tests/golden.
+case files of the names in tests/golden; a file with outputs that the authors' code no longer makes is refused.
 """
 
 import pytest
@@ -17,6 +17,7 @@ CASES = [
     for folder in presets.folders()
     for part in adapters.parts(folder)
     for stem in part.files | part.more
+    if not part.no_live
 ]
 
 
@@ -35,13 +36,16 @@ def test_part(request, part, stem, table):
     with adapter.authors(upstream) as up:
         case, values = part.against(up, stem)
     kept = DEFAULT / part.folder / case.path.name
-    if kept.is_file():
-        assert values.keys() >= set(Case(kept)), f"{kept} has more names: {sorted(set(Case(kept)) - values.keys())}"
+    more = set(Case(kept)) - values.keys() if kept.is_file() else set()
+    assert not adapters.unmatched(more, part.unused), f"{kept} has more names: {sorted(more)}"
     case.path = kept
     name, functions = f"{type(part).__name__}: {stem}", part.functions.split()
-    measured(request, case, functions, test=name, against=getattr(adapter, "AGAINST", "the authors' code"))
+    against = getattr(adapter, "AGAINST", "the authors' code")
+    measured(request, case, functions, test=name, against=against, **part.about())
     gaps = [f"{case.largest[kind]:.1e}" if kind in case.largest else "-" for kind in ("values", "gradients")]
     table.rows.append([name, part.authors, part.functions, *gaps, f"{case.error[0]:.2g} of it", "-", "ok"])
     folder = request.config.getoption("write_golden")
     if folder is not None and stem in part.files:
+        if more:
+            pytest.fail(f"{kept.name} is not written: nothing that runs today makes its {', '.join(sorted(more))}")
         adapters.write(part, folder / part.folder / stem, values)
