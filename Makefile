@@ -155,9 +155,10 @@ test-fast: $(VENV)/.installed-$(EXTRAS),test data
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m 'not slow' -n $(CORES) $(GROUPS)
 
+REPLAY_concept_frequency = tests/test_concept_frequency_published_replay.py  # of the authors' files; in the clone
 parity-%: $(VENV)/.installed-%,test  # hyphens or underscores
 	@test -n "$(UPSTREAM)" || { echo 'say where the clone of the authors'"'"' repository is: make $@ UPSTREAM=PATH'; exit 2; }
-	$(PY) -m pytest -q -s $(wildcard tests/parity/test_$(subst -,_,$*).py) tests/parity/test_parts.py $(wildcard tests/test_$(subst -,_,$*)_replay.py) tests/test_preset_sources.py \
+	$(PY) -m pytest -q -s tests/parity/test_$(subst -,_,$*).py tests/parity/test_parts.py $(REPLAY_$(subst -,_,$*)) tests/test_preset_sources.py \
 		tests/test_study_companion.py -k $(subst -,_,$*) --upstream '$(UPSTREAM)'
 
 # Each line of --repositories is: folder, repository, commit, here $$0, $$1, $$2 of a shell.
@@ -170,7 +171,7 @@ clones: $(VENV)/.installed-companion
 parity: $(VENV)/.installed-$(EXTRAS),test data
 	@test -d "$(CLONES)" || { echo 'say where the clones are: make $@ CLONES=PATH'; exit 2; }
 	$(PY) -m protoclip.teacher minilm
-	mkdir -p runs/parity && rm -f runs/parity/*.json runs/parity/failed
+	mkdir -p runs/parity && rm -f runs/parity/*.json runs/parity/*.png runs/parity/failed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m golden -n $(CORES) $(GROUPS) || touch runs/parity/failed
 	$(PY) -m pytest -q tests/parity/test_lexvla.py -k trajectory || touch runs/parity/failed  # needs no clone
 	$(PY) -m studies.harness.parity --repositories | sort -s -u -k 1,1 | CLONES='$(CLONES)' xargs -n 3 sh -c 'to="$$CLONES/$${1#*/}"; \
