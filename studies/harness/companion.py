@@ -325,9 +325,14 @@ def measured(functions: list[Function], tests: list[dict]) -> list[dict]:
 
     Tests name functions with their module, as `paper.model.loss`, and a `forward` by its class.
     """
-    names = {f"{each.file.removesuffix('.py').replace('/', '.')}.{each.name}" for each in functions}
-    names |= {name.removesuffix(".forward") for name in names}
+    names = set().union(*map(names_of, functions))
     return [test for test in tests if names & set(test["functions"])]
+
+
+def names_of(function: Function) -> set[str]:
+    """Names of a function in tests."""
+    name = f"{function.file.removesuffix('.py').replace('/', '.')}.{function.name}"
+    return {name, name.removesuffix(".forward")}
 
 
 def shown(row: Row, readme: Readme, clones: dict[str, Path], tests: list[dict]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python -m studies.harness.parity [--no-copy] [--repositories]
 
-Test runs write the differences to runs/parity/PAPER.json. They are copied to results/parity, which is committed, and
-joined with the parts that the maps of the READMEs name.
+Test runs write the differences to runs/parity/PAPER.json, and the plots beside them. They are copied to results/parity,
+which is committed, and joined with the parts that the maps of the READMEs name.
 """
 
 import shutil
@@ -20,7 +20,8 @@ from studies.harness import companion, pages
 
 RUNS, KEPT = Path("runs/parity"), Path("results/parity")
 GOLDEN, TRAJECTORY = "golden data", "trajectory: "  # `against` of golden tests; how names of training runs begin
-STEPS = ("10 steps, float32", "200 steps, float32", "200 steps, float64")
+STEPS = ("10 steps, float32", "200 steps, float32", "10 steps, float64", "200 steps, float64")
+HOW = ("whole", "in part", "200 steps only", "no code of theirs", "not compared")  # how a part is compared
 
 
 def largest(tests: list[dict], kind: str) -> dict | None:
@@ -32,6 +33,37 @@ def number(test: dict | None, kind: str = "values") -> str:
     """A test's difference, `0` if it is exactly zero, `-` if it was not measured."""
     found = None if test is None else test[kind]
     return "-" if found is None else f"{found:.1e}" if found else "0"
+
+
+def numbers(tests: list[dict], others: list[dict]) -> list[str]:
+    """[largest difference of values, of gradients]; the latter is `none` if neither these tests nor the others, of the
+    same part, have one, and none leaves one out."""
+    known = any(test["gradients"] is not None or test.get("gradient_left") for test in tests + others)
+    gradients = number(largest(tests, "gradients"), "gradients") if known or not tests else "none"
+    return [number(largest(tests, "values")), gradients]
+
+
+def where(test: dict, kind: str) -> str:
+    """The test, the array and its largest entry, to which a difference is relative."""
+    array, entry = test.get("arrays", {}).get(kind, ("", 0.0))
+    share = f"{test[kind] / entry:.0e} of its largest entry" if entry and test[kind] else ""
+    return ", ".join(filter(None, (test["test"], array.replace("|", "\\|"), share)))
+
+
+def compared(functions: list[companion.Function], tests: list[dict]) -> tuple[str, bool]:
+    """(how many of a part's functions tests of values call, and what is left out; whether nothing is)."""
+    left, only = [], []
+    for function in functions:
+        names = companion.names_of(function)
+        found = [test for test in tests if names & set(test["functions"])]
+        parts = [test.get("only", {}).get(name) for test in found for name in names & set(test["functions"])]
+        if not found:
+            left.append(f"`{function.name}`")
+        elif all(parts):
+            only.append(f"`{function.name}`: only {', '.join(dict.fromkeys(parts))}")
+    called = f"{len(functions) - len(left)} of {len(functions)}"
+    without = [f"without {', '.join(left)}"] if left and len(left) < len(functions) else []
+    return "; ".join([called, *without, *only]), not left and not only
 
 
 def split(tests: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
@@ -52,13 +84,17 @@ def shown(row: companion.Row, readme: companion.Readme, tests: list[dict]) -> di
     """What the template shows of a part. `live` is a word if only a training run has called its functions."""
     found = companion.measured(row.functions, tests)
     golden, live, steps = split(found)
+    functions, whole = compared(row.functions, golden + live)
+    states = (golden + live and whole, golden + live, steps, not row.places, True)
     return {
         "part": row.part,
         "theirs": "<br>".join(link(place, readme.roots) for place in row.places) or "-",
         "ours": row.ours,
-        "golden": [number(largest(golden, kind), kind) for kind in ("values", "gradients")],
-        "live": [number(largest(live, kind), kind) for kind in ("values", "gradients")] if live or not steps else
-                ["200 steps", "-"],
+        "details": ", ".join(map(str, row.details)),
+        "compared": functions,
+        "how": next(how for how, state in zip(HOW, states, strict=True) if state),
+        "golden": numbers(golden, live),
+        "live": numbers(live, golden) if golden + live or not steps else ["200 steps", "-"],
         "measured": "<br>".join(sorted({f"{test['date']} {test['commit']}" for test in found})) or "-",
         "tests": found,
     }  # fmt: skip
@@ -72,19 +108,23 @@ def about(folder: str, tests: list[dict]) -> dict[str, Any]:
     of_rows = [test for row in rows for test in row["tests"]]
     runs = {name: next((test for test in steps if test["test"] == TRAJECTORY + name), None) for name in STEPS}
     worst = {kind: largest(golden + live, kind) for kind in ("values", "gradients")}
+    others: dict[str, list[str]] = {}  # test -> its differences
+    for side, of_side in (("golden", golden), ("live", live)):
+        for test in of_side:
+            if test not in of_rows:
+                others.setdefault(test["test"], []).append(f"{number(test)} ({side})")
     return {
         "folder": folder,
         "title": readme.title,
         "rows": rows,
-        "measured": sum(bool(row["tests"]) for row in rows),
-        "without_code": sum(not row["tests"] and row["theirs"] == "-" for row in rows),
-        "largest": [f"{number(test, kind)} ({test['test']})" if test else "-" for kind, test in worst.items()],
+        "counts": [sum(row["how"] == how for row in rows) for how in HOW],
+        "largest": [f"{number(test, kind)} ({where(test, kind)})" if test else "-" for kind, test in worst.items()],
         "steps": {name: number(test) for name, test in runs.items()},
         "against": ", ".join(sorted({test["against"] for test in steps})),
         "plot": (KEPT / f"{folder}_trajectory.png").is_file(),
         "code": [f"[{name}@{commit}](https://github.com/{name}/tree/{commit})" for name, commit in clones(readme)],
         "date": max((test["date"] for test in tests), default="-"),
-        "others": [f"{test['test']}: {number(test)}" for test in golden + live if test not in of_rows],
+        "others": [f"{test}: {', '.join(found)}" for test, found in others.items()],
     }
 
 
@@ -97,14 +137,14 @@ def page(home: Path = KEPT) -> str:
     """Text of PARITY.md, from the differences in home/PAPER.json. UserError if a file is damaged."""
     files = {folder: home / f"{folder}.json" for folder in presets.folders()}
     papers = [about(folder, companion.tests_in(path) if path.is_file() else []) for folder, path in files.items()]
-    return pages.rendered("parity.md", papers=papers, steps=STEPS)
+    return pages.rendered("parity.md", papers=papers, steps=STEPS, how=HOW)
 
 
 def main(copy: bool = True, repositories: bool = False) -> None:
     """Copy the measured differences to results/parity, and write PARITY.md.
 
     Args:
-        copy: Copy runs/parity first; with --no-copy, PARITY.md is written from results/parity as it is.
+        copy: Copy runs/parity first, with its plots; with --no-copy, PARITY.md is written from results/parity as it is.
         repositories: Only print PAPER REPOSITORY COMMIT for each repository that a README names, the authors' first.
     """
     if repositories:
@@ -116,7 +156,7 @@ def main(copy: bool = True, repositories: bool = False) -> None:
     if copy and not files:
         raise UserError(f"{RUNS} holds no differences: run make test or make parity, or pass --no-copy")
     KEPT.mkdir(parents=True, exist_ok=True)
-    for path in files:
+    for path in [*files, *(RUNS.glob("*_trajectory.png") if copy else ())]:
         shutil.copy(path, KEPT)
     write_text("PARITY.md", page())
     print(f"PARITY.md: {len(files)} files were copied from {RUNS} to {KEPT}")
