@@ -744,6 +744,7 @@ class LinearProbe(Part):
 
     files = {"train_lp": {}}
     functions = "nmtune.train.tuning_steps nmtune.train.train_step nmtune.model.make_classifier"
+    gradient_left = True
     authors = "src/models/finetune.py:110-147"
     tolerances = {"loss*": (1e-4, 0), "lr*": (1e-5, 0), "*": (0, 1e-5)}
 
