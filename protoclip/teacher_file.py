@@ -1,6 +1,7 @@
 """The file of the external teacher's features: rows by sample key, read on demand by training.
 
-teacher.py writes it. Upstream's .npy, whose rows are in the order of the data, is read, too.
+teacher.py writes it. The .npy of upstream, megvii-research/protoclip@fde1933, is read, too; its rows are in the order
+of the data.
 """
 
 import functools
@@ -18,35 +19,25 @@ from shared.index import Lookup, Strings, hashed
 
 
 def mapped(path: str, name: str) -> np.ndarray:
-    """Array `name` of an .npz, memory-mapped. LookupError if the file has no such array.
-
-    Files written by `numpy.savez_compressed` are read into memory.
-    """
+    """Array `name` of an .npz that `numpy.savez` wrote, memory-mapped. LookupError if the file has no such array,
+    ValueError if it is compressed or pickled."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         member = archive.getinfo(f"{name}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays[name]
         with archive.open(member) as content:  # the array starts after the .npy header, whose length varies
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read_header[np.lib.format.read_magic(content)](content)
-            if dtype.hasobject:
-                raise UserError(f"{path} holds pickled objects")
+            np.lib.format.read_magic(content)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
             offset = content.tell()
+        if member.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
+            raise ValueError(f"{name} of {path} is compressed or pickled")
         file.seek(member.header_offset + 26)
         names = np.frombuffer(file.read(4), "<u2")  # lengths of the file name and of the extra field after it
         offset += member.header_offset + 30 + int(names.sum())
         return np.memmap(file, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
-def keys_in(path: str) -> Strings:
-    """The sample keys of a teacher file, which may also be stored as an array of strings."""
-    keys = mapped(path, "keys")
-    return Strings(keys, mapped(path, "ends")) if keys.dtype == np.uint8 else Strings.of(keys.tolist())
-
-
 class Teacher:
-    """Teacher features of given samples: from an .npz by sample key, or from upstream's .npy in the order of the data.
+    """The external teacher's features of given samples: from an .npz by sample key, or from upstream's .npy in the
+    order of the data.
 
     The file is memory-mapped: rows are read on demand, and processes share them.
     """
@@ -59,11 +50,13 @@ class Teacher:
             if path.endswith(".npy"):
                 self.features, self.keys = np.load(path, mmap_mode="r", allow_pickle=False), None
             else:
-                self.features, self.keys = mapped(path, "features"), keys_in(path)
+                self.features = mapped(path, "features")
+                self.keys = Strings(mapped(path, "keys"), mapped(path, "ends"))
                 with np.load(path, allow_pickle=False) as kept:
                     self.about = {name: str(kept[name]) for name in ("made", "data") if name in kept.files}
         except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is no teacher file: it should be .npy, or .npz with keys and features") from error
+            made = "it should be .npz of 'python -m protoclip.teacher', or upstream's .npy"
+            raise UserError(f"{path} is no teacher file: {made}") from error
         if self.features.ndim != 2 or (self.keys is not None and len(self.keys) != len(self.features)):
             raise UserError(f"{path} is no teacher file: it should hold a row of features for each sample")
         self.pairs = self.rows = None  # the pairs looked up last, and the row of `features` of each of their samples
@@ -125,7 +118,7 @@ class Teacher:
 
 
 def open_teacher(path: str, pairs: data.Shards | data.TSV, process: run.Process) -> Teacher:
-    """The teacher's features of these pairs. UserError before training starts if a sample has none."""
+    """The external teacher's features of these pairs. UserError before training starts if a sample has none."""
     teacher = Teacher(path)
     if process.main:  # only rank 0 reads the features
         teacher.find(pairs, np.arange(len(pairs)))

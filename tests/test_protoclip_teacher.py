@@ -1,6 +1,7 @@
 """The external teacher: its features, its file, its command line."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,12 @@ from shared import data
 from shared.index import Strings
 
 SCRIPT = "protoclip.train"
+
+
+def write(file: Path, keys: Iterable[str], features: np.ndarray, save=np.savez, **about) -> None:
+    """A file of features by sample key, as the script writes it."""
+    keys = Strings.of(keys)
+    save(file, keys=keys.text, ends=keys.ends, features=features, **about)
 
 
 def test_teacher_script(cli, folder: Path):
@@ -36,7 +43,7 @@ def test_row_aligned_teacher(cli, folder: Path):
     pairs = data.open_pairs(str(SHARDS / "00000.tar"), 300)
     features = Teacher(str(TEACHER)).features_of(pairs, np.arange(300)).numpy()
     np.save(folder / "upstream.npy", np.concatenate([features, features[:50] + 1]))  # of the whole CSV: the first count
-    np.savez(folder / "by_key.npz", keys=pairs.keys[::-1], features=features[::-1])
+    write(folder / "by_key.npz", pairs.keys[::-1], features[::-1])
     options = [*TINY, "--episodes", "2", "--dataset-size", "300", "--episode-size", "64"]
     for name in ("upstream.npy", "by_key.npz"):
         out = folder / name.replace(".", "-")
@@ -69,8 +76,7 @@ def test_teacher_rows_of_repeated_keys(tmp_path: Path):
         def __len__(self):
             return 3
 
-    features = np.arange(3.0)[:, None]
-    np.savez(tmp_path / "t.npz", keys=Pairs.keys.text, ends=Pairs.keys.ends, features=features)
+    write(tmp_path / "t.npz", Pairs.keys, np.arange(3.0)[:, None])
     teacher = Teacher(str(tmp_path / "t.npz"))
     assert teacher.features_of(Pairs(), np.array([2, 0, 1])).flatten().tolist() == [2, 0, 1]  # same rows, same order
     other = Pairs()
@@ -88,10 +94,9 @@ def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
         return data.open_pairs(str(tmp_path / "pairs.tsv"))
 
     pairs = pairs_of("a cat", "a dog")
-    made, about = {"captions": captions_digest(all_captions(pairs))}, {"keys": pairs.keys.text, "ends": pairs.keys.ends}
+    made = json.dumps({"captions": captions_digest(all_captions(pairs))})
     for data_of_file in (pairs.fingerprint, "another"):
-        about |= {"made": np.array(json.dumps(made)), "data": np.array(data_of_file)}
-        np.savez(tmp_path / "t.npz", features=np.ones((2, 3), np.float32), **about)
+        write(tmp_path / "t.npz", pairs.keys, np.ones((2, 3), np.float32), made=made, data=data_of_file)
         teacher = Teacher(str(tmp_path / "t.npz"))
         assert teacher.find(pairs_of("a cat", "a dog"), np.arange(2)).tolist() == [0, 1]
         with pytest.raises(ValueError, match="t.npz .*other captions"):
@@ -99,19 +104,17 @@ def test_a_teacher_of_other_captions_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_features_stay_on_the_disk(tmp_path: Path, save, dtype: type):
-    """Files of the script and of upstream are mapped; compressed ones are read completely. Rows are float32, also those
-    of a file in half precision."""
+def test_features_stay_on_the_disk(tmp_path: Path, dtype: type):
+    """Files of the script and of upstream are mapped. Rows are float32, also those of a file in half precision."""
     rng, keys = np.random.default_rng(0), Strings.of(f"key{i}" for i in range(300))
     features = rng.standard_normal((300, 5)).astype(dtype)
-    save(tmp_path / "t.npz", keys=keys.text, ends=keys.ends, features=features)
+    write(tmp_path / "t.npz", keys, features)
     np.save(tmp_path / "t.npy", features)
     rows = rng.integers(0, 300, 40)
     for name in ("t.npz", "t.npy"):
         pairs = keys_alone(keys)
         teacher = Teacher(str(tmp_path / name))
-        assert isinstance(teacher.features, np.memmap) == (name == "t.npy" or save is np.savez)
+        assert isinstance(teacher.features, np.memmap)
         found = teacher.features_of(pairs, rows)
         assert found.dtype == torch.float32 and np.array_equal(found.numpy(), features[rows])
     shuffled = keys_alone(Strings.of(f"key{i}" for i in reversed(range(300))))
@@ -124,13 +127,13 @@ def keys_alone(keys: Strings):
 
 
 def test_files_that_are_no_teacher_files_are_refused(tmp_path: Path):
-    np.savez(tmp_path / "pickled.npz", keys=np.array(["a"]), features=np.array([[{}]]))
+    write(tmp_path / "pickled.npz", ["a"], np.array([[{}]]))
+    write(tmp_path / "compressed.npz", ["a"], np.zeros((1, 9)), np.savez_compressed)
     np.savez(tmp_path / "keyless.npz", features=np.zeros((1, 1)))
     (tmp_path / "text.npz").write_text("features")
-    whole = tmp_path / "whole.npz"
-    np.savez(whole, keys=np.array(["a"]), features=np.zeros((9, 9)))
-    (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:200])
-    for name in ("pickled", "keyless", "text", "cut"):
+    write(tmp_path / "whole.npz", ["a"], np.zeros((1, 9)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:200])
+    for name in ("pickled", "compressed", "keyless", "text", "cut"):
         with pytest.raises(ValueError, match=f"{name}.npz is no teacher file"):
             Teacher(str(tmp_path / f"{name}.npz"))
 
@@ -175,7 +178,7 @@ def test_no_room_for_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_teacher_that_does_not_cover_the_data(in_process, tmp_path: Path):
     pairs = data.open_pairs(f"{SHARDS}/00000.tar")
-    np.savez(tmp_path / "t.npz", keys=pairs.keys[:-1], features=np.zeros((len(pairs) - 1, 4), np.float32))
+    write(tmp_path / "t.npz", pairs.keys[:-1], np.zeros((len(pairs) - 1, 4), np.float32))
     result = in_process("emoji", *TINY, "--external-teacher", tmp_path / "t.npz", "--out", tmp_path / "run")
     assert result.code == 2 and f"has no features of sample {pairs.keys[-1]}" in result.err and one_sentence(result.err)
     assert not (tmp_path / "run/metrics.jsonl").exists()  # before the first episode, not after it
