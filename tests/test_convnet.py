@@ -12,15 +12,14 @@ import shared.run  # noqa: F401  (open_clip finds the emoji-scale configs)
 from shared.clip import image_side
 
 
-@pytest.mark.parametrize("name, width", [("ConvNet-emoji", 256), ("RN-emoji", 128)])
-def test_open_clip_builds_small_ones_from_their_configs(name: str, width: int):
-    model = open_clip.create_model(name).eval()
+def test_open_clip_builds_a_small_one_from_its_config():
+    model = open_clip.create_model("ConvNet-emoji").eval()
     images, tokens = (
         torch.zeros(2, 3, image_side(model), image_side(model)),
         open_clip.SimpleTokenizer(context_length=24)(["a cat", "a dog"]),
     )
     with torch.no_grad():
-        assert model.encode_image(images).shape == model.encode_text(tokens).shape == (2, width)
+        assert model.encode_image(images).shape == model.encode_text(tokens).shape == (2, 256)
 
 
 def test_sizes():
