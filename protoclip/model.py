@@ -1,6 +1,6 @@
 """ProtoCLIP: Prototypical Contrastive Language Image Pretraining (arXiv 2206.10996, TNNLS 2023).
 
-Authors' code: megvii-research/protoclip@fde1933, cited below as `U:<path>:<line>` with paths under its `src/`.
+Authors' code, called upstream: megvii-research/protoclip@fde1933, cited as `U:<path>:<line>`, paths under its `src/`.
 The paper's contribution is in this file:
   - two projection heads beside a plain CLIP, and a second learnable temperature   `ProtoCLIP`
   - K-means prototypes of one modality as class targets for the other              `kmeans`, `prototypical_loss`
@@ -8,7 +8,8 @@ The paper's contribution is in this file:
     own feature space, so that grouping samples need not close the modality gap
   - an external teacher, which PBT makes possible                                  `build_prototypes`, `protoclip_loss`
 
-Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external dimension, S image side, L tokens.
+Shapes: B batch, N episode, K prototypes, E embedding, P projection, X external dimension, S image side, L tokens,
+R ranks (processes).
 """
 
 import copy
@@ -145,7 +146,7 @@ def clip_loss(
     and the mean over ranks is the loss of the global batch.
     """
     images, texts = (x if gather is None else gather(x) for x in (image_features, text_features))
-    image_logits = logit_scale * image_features @ texts.T  # (B, W*B)
+    image_logits = logit_scale * image_features @ texts.T  # (B, R*B)
     text_logits = logit_scale * text_features @ images.T  # a separate product, to round as upstream
     labels = run.own_columns(image_features, gathered=gather is not None)
     return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
@@ -156,97 +157,77 @@ def prototypical_loss(
     student_prototypes: Tensor,
     logit_scale: Tensor,
     labels: Tensor,
-    teacher_prototypes: Tensor | None = None,
+    teacher_centroids: Tensor | None = None,
     target_temperature: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One direction of L_Proto: classify student features h (B, P) among prototypes S (K, P). U:training/loss.py:114.
 
     logit_scale () is exp(s_p); labels y (B,) int64 are the teacher's cluster assignments. With `target_temperature`
     tau > 0 the target is soft, softmax(C[y] C^T / tau) over the teacher's own centroids C (K, P), which are then
     required; None or <= 0 means the hard label. Empty clusters are zero rows of `student_prototypes` and stay in the
-    softmax with logit 0.
+    softmax with logit 0. Returns the loss () and, only to log, the percentage of samples that are given their label ().
     """
     logits = logit_scale * student_features @ student_prototypes.T  # (B, K)
+    accuracy = 100 * (logits.detach().argmax(dim=1) == labels).float().mean()
     if target_temperature is None or target_temperature <= 0:
-        return F.cross_entropy(logits, labels)
-    if teacher_prototypes is None:
-        raise UserError("soft targets (target_temperature > 0) need teacher_prototypes (K, P)")
-    targets = (teacher_prototypes[labels] @ teacher_prototypes.T / target_temperature).softmax(dim=1)
-    return F.cross_entropy(logits, targets)
-
-
-def assignment_accuracy(
-    student_features: Tensor, student_prototypes: Tensor, logit_scale: Tensor, labels: Tensor
-) -> Tensor:
-    """Top-1 agreement of the student with the teacher's clusters, in percent; only logged. U:training/loss.py:130
-
-    The scale only affects rounding, and so which of several equal prototypes is predicted.
-    """
-    with torch.no_grad():
-        predicted = (logit_scale * student_features @ student_prototypes.T).argmax(dim=1)
-        return 100 * (predicted == labels).float().mean()
+        return F.cross_entropy(logits, labels), accuracy
+    if teacher_centroids is None:
+        raise UserError("soft targets (target_temperature > 0) need teacher_centroids (K, P)")
+    targets = (teacher_centroids[labels] @ teacher_centroids.T / target_temperature).softmax(dim=1)
+    return F.cross_entropy(logits, targets), accuracy
 
 
 def protoclip_loss(
     output: ProtoCLIPOutput,
     index: Tensor,
     prototypes: "Prototypes | None",
-    weights: tuple[float, float, float] = (1, 1, 1),
+    weights: tuple[float, float] = (1, 1),
     target_temperature: float = 0.01,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """L = w_clip L_CLIP + w_proto (L_I>T + L_T>I)/2 + w_ext (L_I>X + L_T>X)/2, with L_I>T as `prototypical_loss`.
+    """L = L_CLIP + w_proto/2 (L_{I->T} + L_{T->I}) + w_external/2 (L_{I->X} + L_{T->X}). U:training/train.py:123-186.
 
-    Source: U:training/train.py:149. I, T, X: image, text, external teacher; L_I>T classifies images by text clusters.
+    I, T, X: image, text, external teacher. L_{I->T} is the `prototypical_loss` of images among text clusters.
 
     index (B,) int64 are the samples' positions in the episode, which select their pseudo-labels. With `gather`,
     `output` and the loss are those of this rank's samples; see `clip_loss`. Returns `loss`, its unweighted terms
     `clip`, `proto`, `external`, and `accuracy_*` in percent. Prototypical terms of weight 0 are not computed; their
     inputs then get zero gradients, as upstream (and as DistributedDataParallel needs).
     """
-    w_clip, w_proto, w_external = (float(weight) for weight in weights)
-    zero = output.logit_scale.new_zeros(())
-    losses = {
-        "clip": clip_loss(output.image_features, output.text_features, output.logit_scale, gather),
-        "proto": zero,
-        "external": zero,
-    }
+    w_proto, w_external = weights
     h_image, h_text, scale = output.image_projected, output.text_projected, output.logit_scale_proto
+    p, zero = prototypes, output.logit_scale.new_zeros(())
+    clip_term = clip_loss(output.image_features, output.text_features, output.logit_scale, gather)
+    losses = {"clip": clip_term, "proto": zero, "external": zero}
 
-    if w_proto != 0 and prototypes is not None:
-        p = prototypes
+    if w_proto != 0 and p is not None:
         image_labels, text_labels = p.image_labels[index], p.text_labels[index]
         # The prototypes for each student: with PBT in its own space, without it the other modality's centroids.
         for_image = p.text if p.image_from_text is None else p.image_from_text
         for_text = p.image if p.text_from_image is None else p.text_from_image
-        losses["proto"] = 0.5 * (
-            prototypical_loss(h_image, for_image, scale, text_labels, p.text, target_temperature)
-            + prototypical_loss(h_text, for_text, scale, image_labels, p.image, target_temperature)
-        )
-        losses["accuracy_image_to_text"] = assignment_accuracy(h_image, for_image, scale, text_labels)
-        losses["accuracy_text_to_image"] = assignment_accuracy(h_text, for_text, scale, image_labels)
+        image, image_accuracy = prototypical_loss(h_image, for_image, scale, text_labels, p.text, target_temperature)
+        text, text_accuracy = prototypical_loss(h_text, for_text, scale, image_labels, p.image, target_temperature)
+        losses["proto"] = 0.5 * (image + text)
+        losses |= {"accuracy_image_to_text": image_accuracy, "accuracy_text_to_image": text_accuracy}
 
-    if w_external != 0 and prototypes is not None and prototypes.external_labels is not None:
-        p = prototypes
-        labels = p.external_labels[index]
-        losses["external"] = 0.5 * (  # the external teacher's labels are always hard
-            prototypical_loss(h_image, p.image_from_external, scale, labels)
-            + prototypical_loss(h_text, p.text_from_external, scale, labels)
-        )
-        losses["accuracy_image_to_external"] = assignment_accuracy(h_image, p.image_from_external, scale, labels)
-        losses["accuracy_text_to_external"] = assignment_accuracy(h_text, p.text_from_external, scale, labels)
+    if w_external != 0 and p is not None and p.external_labels is not None:
+        labels = p.external_labels[index]  # always hard
+        image, image_accuracy = prototypical_loss(h_image, p.image_from_external, scale, labels)
+        text, text_accuracy = prototypical_loss(h_text, p.text_from_external, scale, labels)
+        losses["external"] = 0.5 * (image + text)
+        losses |= {"accuracy_image_to_external": image_accuracy, "accuracy_text_to_external": text_accuracy}
 
-    loss = w_clip * losses["clip"] + w_proto * losses["proto"] + w_external * losses["external"]
+    loss = clip_term + w_proto * losses["proto"] + w_external * losses["external"]
     if scale is not None:
         loss = loss + 0.0 * (h_image.sum() + h_text.sum() + scale)
     return {"loss": loss, **losses}
 
 
 def divide_gradient(output: ProtoCLIPOutput, world_size: int) -> ProtoCLIPOutput:
-    """The same output, with the gradient of its features divided by W.
+    """The same output, with the gradient of its features divided by the number of ranks.
 
     Gradients then equal those of upstream, which gathers features without gradient to other ranks' features
-    (U:training/loss.py:50-58): the encoders' are W times smaller than the global batch's, the temperatures' are not.
+    (U:training/loss.py:47-56): the encoders' are R times smaller than the global batch's, the temperatures' are not.
     """
 
     def divided(x: Tensor | None) -> Tensor | None:
@@ -265,11 +246,11 @@ class Prototypes(NamedTuple):
     text_labels: Tensor  # (N,) int64 clusters of h_T
     image: Tensor  # (K, P) K-means centroids of h_I
     text: Tensor  # (K, P) K-means centroids of h_T
-    image_from_text: Tensor | None = None  # (K, P) C_I<-T
-    text_from_image: Tensor | None = None  # (K, P) C_T<-I
+    image_from_text: Tensor | None = None  # (K, P) means of h_I over the text clusters
+    text_from_image: Tensor | None = None  # (K, P) means of h_T over the image clusters
     external_labels: Tensor | None = None  # (N,) int64 clusters of the external teacher
-    image_from_external: Tensor | None = None  # (K, P) C_I<-X
-    text_from_external: Tensor | None = None  # (K, P) C_T<-X
+    image_from_external: Tensor | None = None  # (K, P) means of h_I over the external teacher's clusters
+    text_from_external: Tensor | None = None  # (K, P) means of h_T over the external teacher's clusters
 
     def to(self, device: torch.device) -> "Prototypes":
         return Prototypes(*(x if x is None else x.to(device) for x in self))
@@ -328,7 +309,7 @@ def build_prototypes(
 ) -> Prototypes:
     """Prototypes of one episode from its cached features h_I, h_T (N, P) and the external teacher's (N, X).
 
-    Source: U:training/main.py:366-431, U:training/clustering.py:105-121. NaN features are set to 0. UserError if
+    Source: U:training/main.py:371-431, U:training/clustering.py:105-121. NaN features are set to 0. UserError if
     N < k, or if an external teacher is used without back translation.
     """
     if external is not None and not back_translate:

@@ -1,7 +1,7 @@
 """ProtoCLIP's external teacher: sentence features of every caption, `python -m protoclip.teacher PRESET --data ...`.
 
-Authors' code megvii-research/protoclip@fde1933:src/utils/RoBERTa.py: RoBERTa-large, mean over all 77 positions,
-L2-normalised, reduced to 64 dimensions by PCA. An offline stage: the student never runs the teacher, but looks up a
+Upstream, megvii-research/protoclip@fde1933:src/utils/RoBERTa.py, has RoBERTa-large, mean over all 77 positions,
+L2-normalised, reduced to 64 dimensions by PCA. An offline stage: training never runs this encoder, but looks up a
 sample's features in the written file by the sample's key.
 """
 

@@ -1,6 +1,6 @@
 """Train ProtoCLIP, or its CLIP baseline: `python -m protoclip.train PRESET [--overrides]`.
 
-ProtoCLIP (arXiv 2206.10996); authors' code megvii-research/protoclip@fde1933, cited as `U:` (its `src/`).
+ProtoCLIP (arXiv 2206.10996); authors' code, called upstream: megvii-research/protoclip@fde1933, `U:` is its `src/`.
 Training goes by episodes. In each of them:
   1. draw N samples with replacement                                              `sample_episode`
   2. cache the projected features h_I, h_T of all samples, in eval mode           `extract_features`
@@ -41,13 +41,17 @@ def train_step(
     model: nn.Module,
     batch: tuple[Tensor, Tensor, Tensor],
     prototypes: Prototypes | None,
-    weights: tuple[float, float, float],
+    weights: tuple[float, float],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     cfg: Config,
 ) -> dict[str, Tensor]:
-    """One step of this rank's batch; returns the losses and other scalars to log. U:training/train.py:106-209."""
-    rows, images, texts = batch  # rows (B,): positions in the episode, which select pseudo-labels
+    """One step on this rank's batch: rows (B,) int64, images (B, 3, S, S), texts (B, L) int64. U:training/train.py:107.
+
+    Rows are positions in the episode, which select pseudo-labels. `weights` are w_proto and w_external. Returns the
+    losses and other scalars to log.
+    """
+    rows, images, texts = batch
     with run.autocast(cfg.precision, images.device):
         output = model(images, texts)
     features = output if cfg.gather_with_grad else divide_gradient(output, run.world_size())
@@ -108,7 +112,7 @@ def extract_features(model: nn.Module, batches: Iterable, episode_size: int, cfg
 def cluster_episode(
     h_image: Tensor, h_text: Tensor, external: Tensor | None, cfg: Config
 ) -> tuple[Prototypes, dict[str, float]]:
-    """The episode's prototypes, and the error of K-means in each modality, to log. U:training/main.py:366-431."""
+    """The episode's prototypes, and the error of K-means in each modality, to log. U:training/main.py:371-431."""
     found = build_prototypes(h_image, h_text, cfg.k, external, cfg.back_translate, cfg.niter, cfg.nredo)
     return found, {
         "kmeans_error_image": kmeans_error(h_image, found.image_labels, found.image),
@@ -116,12 +120,10 @@ def cluster_episode(
     }
 
 
-def loss_weights(
-    episode: int, weights: tuple[float, float, float], infonce_warmup: int, lit_start: int | None
-) -> tuple[float, float, float]:
-    """The current (w_clip, w_proto, w_external); (1, 0, 0) in InfoNCE warm-up and LiT. U:training/train.py:67-85."""
-    lit = lit_start is not None and lit_start > 0 and episode >= lit_start - 1
-    return (1.0, 0.0, 0.0) if episode < infonce_warmup or lit else tuple(weights)
+def loss_weights(cfg: Config, episode: int) -> tuple[float, float]:
+    """(w_proto, w_external) in an episode; both are 0 in InfoNCE warm-up and in LiT. U:training/train.py:67-85."""
+    lit = cfg.lit_start is not None and episode >= cfg.lit_start - 1
+    return (0.0, 0.0) if episode < cfg.infonce_warmup or lit else (cfg.w_proto, cfg.w_external)
 
 
 # ------------------------------------------------------------------------------ learning rates and parameter groups
@@ -131,7 +133,7 @@ def learning_rates(cfg: Config, step: int) -> dict[str, float]:
     """Learning rates at a global step, of the image tower and of the rest. U:training/scheduler.py:35, main.py:285-299.
 
     Linear warm-up, then half a cosine to 0 at the end of training; with LiT, at its start for the image tower. The
-    README's eta_0 is cfg.lr, W cfg.warmup, T `total`, T_LiT `visual`.
+    README's eta_0 is cfg.lr, t_w cfg.warmup, t_end `total`, t_LiT `visual`.
     """
     total = cfg.steps_per_episode * cfg.episodes
     visual = total if cfg.lit_start is None else cfg.steps_per_episode * (cfg.lit_start - 1)
@@ -226,14 +228,14 @@ def main(cfg: Config) -> Path | None:
         samples = sample_episode(len(corpus), cfg.episode_size, rng)
         if episode < first:
             continue  # a resumed run repeats only the draws of earlier episodes
-        weights = loss_weights(episode, (1.0, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+        weights = loss_weights(cfg, episode)  # w_proto, w_external
         errors: dict[str, float] = {}
 
-        if prototypes is None and any(weights[1:]):
+        if prototypes is None and any(weights):
             batches = corpus.batches(samples, view, seed=(cfg.seed, episode, 0))
             h_image, h_text = extract_features(model, batches, len(samples), cfg)
             if process.main:
-                external = teacher.features_of(corpus.pairs, samples) if weights[2] else None
+                external = teacher.features_of(corpus.pairs, samples) if weights[1] else None
                 prototypes, errors = cluster_episode(h_image, h_text, external, cfg)
             prototypes = run.broadcast(prototypes, process).to(process.device)
 

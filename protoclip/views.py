@@ -47,7 +47,7 @@ def whole_image(model: ProtoCLIP) -> transforms.Compose:
 
 
 def ascii_caption(caption: str) -> str:
-    """The student's caption: without non-ASCII characters (U:training/data.py:41). The teacher gets all characters."""
+    """The student's caption: without non-ASCII characters (U:training/data.py:42). The external teacher gets all."""
     return caption.encode("ascii", errors="ignore").decode()
 
 

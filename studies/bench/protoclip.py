@@ -115,7 +115,7 @@ def our_trainer(cfg: train.Config, prototypes=None) -> tuple[torch.nn.Module, Ca
     groups = train.parameter_groups(network, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, **cfg.adamw, fused=True)
 
-    weights = train.loss_weights(1, (1.0, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+    weights = train.loss_weights(cfg, 1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def one_pass(loader):

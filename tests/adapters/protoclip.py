@@ -323,8 +323,7 @@ class ProtoLoss(Part):
         return {"loss": loss, "accuracy": accuracy, **gradients(loss, x)}
 
     def our(self, features, students, teachers, scale, temperature, labels):
-        loss = model.prototypical_loss(features, students, scale, labels, teachers, temperature)
-        return loss, model.assignment_accuracy(features, students, scale, labels)
+        return model.prototypical_loss(features, students, scale, labels, teachers, temperature)
 
     def their(self, up):
         return up.loss.ProtoLoss()
@@ -438,6 +437,18 @@ def prototypes_of(case: Case, back_translate: int, external: int) -> model.Proto
     return model.Prototypes(**{own: None if own in left_out else case[name] for own, name in PROTOTYPES.items()})
 
 
+def optional(number: int) -> int | None:
+    """Convert their negative sentinels to None."""
+    return None if number < 0 else number
+
+
+def our_weights(case: Case, episode: int) -> tuple[float, float]:
+    """The weights of our prototypical losses in an episode. InfoNCE has none: theirs is 1 in all published commands."""
+    cfg = train.Config(infonce_warmup=case["infonce_warmup_epoch"], lit_start=optional(case["lit_start_epoch"]))
+    _, cfg.w_proto, cfg.w_external = case["weights"].tolist()
+    return train.loss_weights(cfg, episode)
+
+
 class Stub(torch.nn.Module):
     """A model whose outputs are its parameters; the scales are logarithms."""
 
@@ -494,19 +505,17 @@ class TotalLoss(Part):
         index, temperature = case["index"], case["target_temperature"]
         x = {name: leaf(value) for name, value in case.group("in/").items()}
         output = model.ProtoCLIPOutput(**{name: v.exp() if "scale" in name else v for name, v in x.items()})
-        phases = case["infonce_warmup_epoch"], case["lit_start_epoch"]
-        weights = train.loss_weights(case["epoch"], case["weights"].tolist(), *phases)
-        losses = model.protoclip_loss(output, index, p, weights, temperature)
-        parts = model.protoclip_loss(output, index, p, (1, 1, 1), temperature)  # theirs are there also with weight 0
+        losses = model.protoclip_loss(output, index, p, our_weights(case, case["epoch"]), temperature)
+        parts = model.protoclip_loss(output, index, p, (1, 1), temperature)  # theirs are there also with weight 0
         for_image, for_text = (p.image_from_text, p.text_from_image) if case["use_pbt"] else (p.text, p.image)
         sides = (output.image_projected, for_image), (output.text_projected, for_text)
         targets = (p.text_labels[index], p.text, temperature), (p.image_labels[index], p.image, temperature)
         scale = output.logit_scale_proto
-        loss = [model.prototypical_loss(h, s, scale, *t) for (h, s), t in zip(sides, targets, strict=True)]
+        loss = [model.prototypical_loss(h, s, scale, *t)[0] for (h, s), t in zip(sides, targets, strict=True)]
         loss += [parts["external"]] * 2  # 0 without a teacher
         if case["use_external"]:
             sides = (output.image_projected, p.image_from_external), (output.text_projected, p.text_from_external)
-            loss[2:] = [model.prototypical_loss(h, s, scale, p.external_labels[index]) for h, s in sides]
+            loss[2:] = [model.prototypical_loss(h, s, scale, p.external_labels[index])[0] for h, s in sides]
         found = {"total_loss": losses["loss"], "loss_clip": losses["clip"]}
         found |= {"loss_proto": parts["proto"], "loss_proto_external": parts["external"]}
         for (way, name), value in zip(self.directions.items(), loss, strict=True):
@@ -542,7 +551,7 @@ def our_rank(rank: int, case: dict, with_grad: bool, own_rows: bool) -> dict:
     *features, scale, scale_proto = x.values()
     names = "img_labels text_labels img_centroids text_centroids img_student text_student ext_labels img_student_ext"
     prototypes = model.Prototypes(*(case[name] for name in [*names.split(), "text_student_ext"]))
-    index, weights, temperature = case["index"][rank], (1, 1, 1), case["temp"].item()
+    index, weights, temperature = case["index"][rank], (1, 1), case["temp"].item()
     if own_rows:
         output = model.ProtoCLIPOutput(*features, scale.exp(), scale_proto.exp())
         output = output if with_grad else model.divide_gradient(output, dist.get_world_size())
@@ -822,8 +831,7 @@ class Episode(Part):
         groups = train.parameter_groups(network, case["weight_decay"])
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=case["betas"].tolist(), eps=case["eps"], fused=True)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        weights = train.loss_weights(case["epoch"], case["weights"].tolist(), cfg.infonce_warmup, cfg.lit_start)
-        steps = []
+        weights, steps = our_weights(case, case["epoch"]), []
         for i, batch in enumerate(self.batches(case, "training_order")[: n // cfg.batch_size]):
             rates = train.set_learning_rates(optimizer, cfg, cfg.steps_per_episode * case["epoch"] + i)
             steps.append(rates | train.train_step(network.train(), batch, p, weights, optimizer, scaler, cfg))
@@ -839,7 +847,7 @@ class Episode(Part):
         # means of two directions, moved as in DistributedLoss; what ours does not compute is left
         losses, accuracies = case["loss_proto"].double(), case["acc_proto"].double()
         for at, name in ((0, "proto"), (2, "external")):
-            if weights[1 + at // 2] and (external or not at):
+            if weights[at // 2] and (external or not at):
                 losses[:, at : at + 2] += (column(name) - losses[:, at : at + 2].mean(1))[:, None]
         for i, way in enumerate(TotalLoss.directions.values()):
             if f"accuracy_{way}" in steps[0]:
@@ -848,11 +856,6 @@ class Episode(Part):
         log = {"modality_gap": "modality_gap", "std_image": "image_feature_std", "std_text": "text_feature_std"}
         found |= {f"log/{name}": steps[0][own] for name, own in log.items()}
         return found | prefixed("param_after/", network.state_dict())
-
-
-def optional(number: int) -> int | None:
-    """Convert their negative sentinels to None."""
-    return None if number < 0 else number
 
 
 class LossWeights(Part):
@@ -866,9 +869,9 @@ class LossWeights(Part):
         return {"weights": torch.tensor([0.5, 2.0, 0.25]), **values}
 
     def ours(self, case):
-        phases = case["infonce_warmup_epoch"], case["lit_start_epoch"]
-        found = [train.loss_weights(epoch, case["weights"].tolist(), *phases) for epoch in case["epochs"].tolist()]
-        return {"effective_weights": found}
+        of_clip = case["effective_weights"][:, 0].tolist()  # theirs: ours has no such weight
+        found = [our_weights(case, episode) for episode in case["epochs"].tolist()]
+        return {"effective_weights": [(w, *pair) for w, pair in zip(of_clip, found, strict=True)]}
 
     def theirs(self, up, case):
         found, values = [], dict(zip(("w_clip", "w_proto", "w_proto_external"), case["weights"].tolist(), strict=True))

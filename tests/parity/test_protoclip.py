@@ -46,7 +46,7 @@ def test_checkpoint(up, table, tmp_path):
 
 def our_steps(network, batches, optimizer, prototypes, episode, cfg):
     """Our steps of an episode as train.main takes them: yields (step, losses)."""
-    weights = train.loss_weights(episode, (1.0, cfg.w_proto, cfg.w_external), cfg.infonce_warmup, cfg.lit_start)
+    weights = train.loss_weights(cfg, episode)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     network.train()
     for i, batch in enumerate(itertools.islice(batches, cfg.episode_size // cfg.batch_size)):
