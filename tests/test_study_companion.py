@@ -99,7 +99,7 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
         ("`loss`, ", "`lost`, ", "paper/model.py has no lost"),
         ("**loss** · eq. 1 · `model.py`", "**loss** · `model.py`", "loss has 4 cells, not 5"),
         ("| plumbing | - |", "| plumbing |", "plumbing has 4 cells, not 5"),
-        ("## The method in one page", "## The method", "names no part of the paper"),
+        ("## The method in one page", "## A method", "names no part of the paper"),
         ("< y", "\\left( y", "equation"),
     ],
 )
@@ -113,7 +113,7 @@ def test_what_a_readme_says_wrongly_is_said(paper: Path, old: str, new: str, err
 
 @pytest.mark.parametrize("folder", presets.folders())
 def test_every_row_of_a_map_is_there(folder: str, monkeypatch: pytest.MonkeyPatch):
-    """Functions, letters and details exist; a part stands once; the three functions to read are in the map."""
+    """Functions, letters and details exist; a part stands once; the functions to read are in the map."""
     monkeypatch.chdir(ROOT)
     readme = companion.read(folder)
     assert len({row.part for row in readme.rows}) == len(readme.rows)

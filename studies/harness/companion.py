@@ -5,7 +5,7 @@
 The page is made from the README: its map names the parts of the paper. For each part it shows the README's sentence and
 equation, the source of our functions, the authors' lines beside them if a clone is given, the numbered details, and the
 largest differences that tests have measured (`runs/parity/FOLDER.json`, written by every test run). The parts with the
-three functions that the README recommends come first.
+functions that the README recommends come first.
 """
 
 import ast
@@ -90,7 +90,7 @@ class Readme:
     title: str
     opening: str
     method: str
-    first: list[Function]  # those of "Read these three functions"
+    first: list[Function]  # those of "Read these three functions", or as many as it names
     rows: list[Row]
     details: dict[int, str]
     roots: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # letter -> repository, commit, folder in it
@@ -159,7 +159,7 @@ def row_of(cells: list[str], folder: str, text: str = "") -> Row:
 def read(folder: str) -> Readme:
     """Parse the README of a folder. UserError if it names no parts of the paper."""
     page = (Path(folder) / "README.md").read_text(encoding="utf-8")
-    blocks, _, table = section(page, "The method in one page").partition("| part of the paper |")
+    blocks, _, table = section(page, "The method").partition("| part of the paper |")
     method, *blocks = HEADER.split(blocks)  # then name, cells, text in turn
     rows = []
     for part, line, text in zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True):
@@ -169,8 +169,8 @@ def read(folder: str) -> Readme:
     lines = table.splitlines()[2:]
     rows += [row_of(split_row(line), folder) for line in itertools.takewhile(lambda line: line[:1] == "|", lines)]
     if not rows:
-        raise UserError(f"{folder}/README.md names no part of the paper under 'The method in one page'")
-    first = functions_of(section(page, "Read these three functions"), folder)
+        raise UserError(f"{folder}/README.md names no part of the paper under 'The method'")
+    first = functions_of(section(page, "Read these"), folder)
     items = re.split(r"^(\d+)\. ", section(page, "Implementation details"), flags=re.MULTILINE)
     details = {int(n): text.strip() for n, text in zip(items[1::2], items[2::2], strict=True)}
     title, _, opening = page.removeprefix("# ").partition("\n")
