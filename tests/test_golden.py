@@ -95,6 +95,8 @@ def test_differences_of_nested_values():
     theirs = {"a": [1.0, [2.0, 4.0]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
     ours = {"a": [1.0, [2.0, 4.5]], "b": "text", "c": [torch.ones(2), torch.zeros(3)], "d": np.array(["x"])}
     assert adapters.difference(theirs, ours, 0.125, 0.5) == (0.5, 0.5)
+    assert adapters.difference([0.5, 1.0], [0.5, 1 + 2**-50], 0, 1)[0] == 2**-50  # lists and numbers are float64
+    assert adapters.difference(1.0, 1 + 2**-50, 0, 1)[0] == 2**-50
     for number in (5.5, float("nan")):
         assert adapters.difference(theirs, ours | {"a": [1.0, [2.0, number]]}, 0.125, 0.5)[1] > 1
     for wrong in ({"b": "Text"}, {"c": [torch.ones(2)]}, {"d": np.array(["y"])}, {"e": 0}):

@@ -70,7 +70,7 @@ def difference(expected: Any, actual: Any, rtol: float, atol: float, name: str =
     NaN equals NaN alone. AssertionError if shapes, texts or keys of dictionaries differ.
     """
     try:
-        expected, actual = (torch.as_tensor(x).detach().double() for x in (expected, actual))
+        expected, actual = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (expected, actual))
     except (TypeError, ValueError, RuntimeError):  # texts, or lists of several sizes
         if isinstance(expected, dict):
             assert expected.keys() == actual.keys(), f"{name}: {sorted(expected.keys() ^ actual.keys())}"
@@ -91,7 +91,7 @@ def difference(expected: Any, actual: Any, rtol: float, atol: float, name: str =
 def entry(value: Any) -> float:
     """The largest absolute number, also in lists and dictionaries; 0 without finite numbers."""
     try:
-        numbers = torch.as_tensor(value).detach().double()
+        numbers = torch.as_tensor(value, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError):
         entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
         return max(map(entry, entries), default=0.0)
