@@ -404,7 +404,7 @@ STUDY = Study(
     stands_for="CC3M to LAION-400M",
     corpus="Embedded emoji corpus, of which 400 concepts with frequencies assigned at random; all towers from scratch",
     arms=ARMS,
-    minutes={"core": 4.5, "all": 7.5},
+    minutes={"core": 2, "all": 4},
     terms="Frequency: the number of training pairs of a concept; a decade: ten times as many. Slope: points of "
     "accuracy per decade. r: correlation of accuracy with (log) frequency over concepts. ρ: the same after averaging "
     "in bins of log frequency, as the paper does; shuffles: with accuracies exchanged among concepts.",

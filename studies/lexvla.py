@@ -471,7 +471,7 @@ STUDY = Study(
     arms=ARMS,
     corpus="Scenes of two or three emoji with sentences; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
     "SmolLM2-135M-Instruct in Llama 2's",
-    minutes={"core": 7, "all": 15},
+    minutes={"core": 11, "all": 23},
     terms="An image or text is a weight for each word of a vocabulary. Overuse: a penalty on words that are active in "
     "many samples; FLOPs: SPLADE's penalty on mean weights; most used word: the share of samples that have it among "
     "their ten strongest. 512 (latent) dimensions: CLIP's kind of embedding. PatchDis: classifying the patches of an "

@@ -294,7 +294,7 @@ STUDY = Study(
     corpus="Scenes of 30 emoji; ViTs, the teacher from scratch",
     before=(Once(MAKE_SCENES),),
     arms=ARMS,
-    minutes={"core": 5, "all": 6},
+    minutes={"core": 7, "all": 8.4},
     terms="Students have a quarter of the teacher's size. Inherited: they start from weights cut out of the teacher's, "
     "by hand or by learned masks, not from random ones. Affinity: they learn the teacher's similarities of images and "
     "texts; contrastive: CLIP's loss. Two stages: cut to a half, trained, cut to a quarter. Steps - 1: -0.9 is a "
