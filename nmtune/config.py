@@ -343,7 +343,7 @@ def check_numbers(cfg: TuningConfig, world_size: int) -> None:
 
 
 def check(cfg: Config, world_size: int = 1) -> None:
-    """Raise ValueError on invalid settings before work starts."""
+    """UserError on invalid settings, before work starts."""
     sources = [name for name in ("features", "benchmark", "data") if getattr(cfg, name)]
     if len(sources) != 1:
         given = " and ".join(f"--{name}" for name in sources) or "none"
@@ -409,7 +409,7 @@ FINETUNE_PRESETS = {
 
 
 def check_finetune(cfg: FinetuneConfig, world_size: int = 1) -> None:
-    """Raise ValueError on invalid settings before work starts."""
+    """UserError on invalid settings, before work starts."""
     if world_size > 1:
         raise UserError(
             "fine-tuning computes its regularisers on the whole batch of one process: start it without torchrun"

@@ -36,21 +36,21 @@ CENTRES = ("none", "sample", "sample+feature")
 # ------------------------------------------------------------------------------------------------------------- spectrum
 
 
-def feature_spectrum(features: Tensor, normalize: bool = True, center: str = "sample") -> Tensor:
+def feature_spectrum(features: Tensor, normalize: bool = True, centre: str = "sample") -> Tensor:
     """Singular values of F (M, D), descending, fp64: (min(M, D),).
 
-    `normalize` scales each row to length 1 first. `center`: "none" (the text of sec. 2.3); "sample" subtracts from each
+    `normalize` scales each row to length 1 first. `centre`: "none" (the text of sec. 2.3); "sample" subtracts from each
     row its own mean over D (U:src/models/svd.py:38-58; by their curves also figures 11 to 14); "sample+feature" also
     subtracts the mean over rows (U:src/models/pca.py:38).
     """
-    if center not in CENTRES:
-        raise UserError(f"center is one of {', '.join(CENTRES)}, not {center!r}")
+    if centre not in CENTRES:
+        raise UserError(f"centre is one of {', '.join(CENTRES)}, not {centre!r}")
     x = features.double()
     if normalize:
         x = F.normalize(x, dim=1)
-    if center != "none":
+    if centre != "none":
         x = x - x.mean(dim=1, keepdim=True)
-    if center == "sample+feature":
+    if centre == "sample+feature":
         x = x - x.mean(dim=0)
     return torch.linalg.svdvals(x)
 
@@ -201,7 +201,7 @@ def evaluate_run(path: str, cfg: Config, process: run.Process) -> tuple[dict[str
         z, logits = transformed(head, features)
         results |= accuracies(name, logits, labels, groups)
         for what, x in (("F", features), ("z", z)):
-            s = feature_spectrum(x, center=cfg.centre)
+            s = feature_spectrum(x, centre=cfg.centre)
             spectra[f"{name}/{what}"] = s.numpy()
             results[f"{name}/sve_{what}"] = singular_value_entropy(s).item()
             results[f"{name}/lsvr_{what}"] = largest_singular_value_ratio(s).item()

@@ -252,7 +252,7 @@ class FeatureSets(NamedTuple):
 def read_features(path: str | Path, seed: int = 0) -> FeatureSets:
     """Read a features file: `features` (N, D) or (V, N, D), `labels` (N,) integers or names, and test sets
     `NAME_features`, `NAME_labels`. Classes are the sorted values of `labels`; test sets have no others. Without a test
-    set, `hold_out` makes the test set `test`. ValueError on an unusable file.
+    set, `hold_out` makes the test set `test`. UserError on an unusable file.
     """
     path = Path(path)
     if not path.is_file():

@@ -38,7 +38,7 @@ from shared.zeroshot import build_classifier
 
 
 def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
-    """L_MSE = mean over B*D of (norm(z_s) - sg(norm(f_w)))^2, z of view s (B, D) against f of view w (B, D) -> ().
+    """L_MSE = mean over B*D of (norm(z_s) - norm(f_w))^2, z of view s (B, D) against f of view w (B, D) -> ().
 
     Equals the mean over images of (2 - 2 cos)/D. No gradient flows into `feats`. U:src/models/nml_tune.py:152-157.
     The paper's squared distance (eq. 3, read row by row) is D times this value, and of the same view.
@@ -49,7 +49,7 @@ def consistency_loss(z: Tensor, feats: Tensor) -> Tensor:
 def covariance_loss(z: Tensor) -> Tensor:
     """L_COV = (1/D) sum_{i != j} C_ij^2, C the covariance (D, D) of z (n, D) -> (). U:src/models/nml_tune.py:34,164.
 
-    Equation 4. A single row has no covariance: its loss is 0.
+    Equation 4; training uses fast_losses.py, equal to rounding. A single row has no covariance: its loss is 0.
     """
     x = z.float() - z.float().mean(dim=0)
     c = x.T @ x / max(len(z) - 1, 1)
@@ -59,8 +59,8 @@ def covariance_loss(z: Tensor) -> Tensor:
 def dominant_singular_value_loss(z: Tensor, k: int = 5) -> Tensor:
     """L_SVD = -(1/k) sum_{i <= k} sigma_i / sum_j sigma_j of the raw z (n, D) -> (), negative: it is added to the loss.
 
-    U:src/models/nml_tune.py:159-162, k = 5; in equation 5 k = 1. z is neither centred nor normalised. With fewer than k
-    singular values the mean is over all of them, and constant.
+    In equation 5 k = 1; U:src/models/nml_tune.py:159-162 has k = 5. Training uses fast_losses.py, equal to rounding.
+    z is neither centred nor normalised. With fewer than k singular values the mean is over all of them, and constant.
     """
     s = torch.linalg.svdvals(z.float())
     return -(s[:k] / s.sum()).mean()

@@ -93,7 +93,7 @@ def open_samples(cfg: PretrainConfig, images: LabelledImages | None) -> NoisyLab
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: Tensor, process: run.Process) -> dict:
+def losses(cfg: PretrainConfig, output: dict | Tensor, targets: Tensor, noisy: Tensor) -> dict:
     """{"loss", ...} of a model's output. Supervised: cross-entropy, and training accuracy on wrong and on right labels,
     in per cent, as "accuracy_noisy" and "accuracy_clean". CLIP: the contrastive loss and "logit_scale"."""
     if cfg.kind == "clip":
@@ -127,7 +127,6 @@ def train_step(
     scaler: torch.amp.GradScaler,
     lr: float,
     cfg: PretrainConfig,
-    process: run.Process,
 ) -> dict[str, Tensor]:
     """One optimizer step on (images (B, 3, S, S), labels (B,) or tokens (B, L), noisy (B,)) -> `losses`."""
     images, targets, noisy = batch
@@ -135,7 +134,7 @@ def train_step(
         group["lr"] = lr
     with run.autocast(cfg.precision, images.device):
         output = model(images, targets) if cfg.kind == "clip" else model(images)
-    found = losses(cfg, output, targets, noisy, process)
+    found = losses(cfg, output, targets, noisy)
     optimizer.zero_grad()
     scaler.scale(found["loss"]).backward()
     scaler.step(optimizer)
@@ -211,7 +210,7 @@ def main(cfg: PretrainConfig) -> Path | None:
             run.seed_step(cfg, step, process)
             lr, done = cosine_lr(cfg.lr, cfg.warmup, total, step), step + 1
             batch = pixels.to(memory_format=torch.channels_last), targets, noisy
-            found = train_step(network, batch, optimizer, scaler, lr, cfg, process)
+            found = train_step(network, batch, optimizer, scaler, lr, cfg)
             if done % cfg.log_every == 0 or done == total:
                 folder.log(done, epoch=epoch, lr=lr, **(found | run.over_ranks({"loss": found["loss"]})))
             if folder.due(done):

@@ -2,8 +2,9 @@
 
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce, `U:`. Three arms:
   lp      linear classifier on the features of the evaluation view            U:src/models/finetune.py:54-61,113-142
-  mlp     NMTune's head on two training views, only cross-entropy             U:src/models/nml_tune.py, weights 0
+  mlp     NMTune's head, only cross-entropy                                   U:src/models/nml_tune.py, weights 0
   nmtune  the same with the three regularisers, the paper's contribution      U:src/models/nml_tune.py:106-182
+mlp and nmtune get two training views of each image as in the authors' code, with `*-paper` the evaluation view.
 The encoder is a frozen black box. With several processes, each encodes its share of a batch, features are gathered, and
 all processes take the same step of the small head, as a single process would. Heads and losses are in model.py; views,
 features files and batches in features.py; accuracy in eval.py.

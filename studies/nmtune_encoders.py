@@ -48,9 +48,9 @@ class Task(NamedTuple):
         return {f"{name}/id": float(first), f"{name}/ood": float(np.mean(others))}
 
 
-def spectrum(features: Tensor, center: str = "sample") -> dict[str, float]:
+def spectrum(features: Tensor, centre: str = "sample") -> dict[str, float]:
     """{"sve", "lsvr"} of features (M, D)."""
-    s = feature_spectrum(features, center=center)
+    s = feature_spectrum(features, centre=centre)
     return {"sve": singular_value_entropy(s).item(), "lsvr": largest_singular_value_ratio(s).item()}
 
 
@@ -119,12 +119,12 @@ def measure(folder: Path, task: Task) -> dict[str, float]:
     found = {"noise": 100 * state["noise"], "pretrain_seconds": state["seconds"]}
     if cfg.kind == "supervised":
         found |= fitted(folder, cfg, task.own, process)
-    for center in CENTRES:
-        of = {name: spectrum(features, center) for name, (features, _) in tests.items()}
+    for centre in CENTRES:
+        of = {name: spectrum(features, centre) for name, (features, _) in tests.items()}
         for metric in ("sve", "lsvr"):
             split = task.in_and_out(metric, {name: values[metric] for name, values in of.items()})
             named = {key.replace("/", "_"): value for key, value in split.items()}
-            found |= {f"{key}@{center}": value for key, value in named.items()} | (named if center == "sample" else {})
+            found |= {f"{key}@{centre}": value for key, value in named.items()} | (named if centre == "sample" else {})
     spectra = {f"F/{name}": feature_spectrum(features).numpy() for name, (features, _) in tests.items()}
     heads = HEADS if cfg.kind == "supervised" else ("lp",)
     for name in run.progress(heads, len(heads), f"{folder.name}, heads", 1, process):

@@ -102,7 +102,7 @@ def clip_step(repetitions: int) -> None:
     def ours():
         with torch.autocast("cpu", torch.bfloat16):
             output = network(images, tokens)
-        pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool), CPU)["loss"].backward()
+        pretrain.losses(cfg, output, tokens, torch.zeros(128, dtype=torch.bool))["loss"].backward()
 
     def open_clips():
         with torch.autocast("cpu", torch.bfloat16):

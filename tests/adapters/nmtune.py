@@ -831,9 +831,9 @@ class Spectrum(Numbered):
         return function(one["features"])
 
     def our(self, x):
-        s, raw = evaluation.feature_spectrum(x), evaluation.feature_spectrum(x, normalize=False, center="none")
+        s, raw = evaluation.feature_spectrum(x), evaluation.feature_spectrum(x, normalize=False, centre="none")
         found = {"singular_values": s, "raw_singular_values": raw}
-        found["pca_singular_values"] = evaluation.feature_spectrum(x, center="sample+feature")
+        found["pca_singular_values"] = evaluation.feature_spectrum(x, centre="sample+feature")
         for name, each in (("", s), ("raw_", raw)):
             found[f"{name}sve"] = evaluation.singular_value_entropy(each)
             found[f"{name}lsvr"] = evaluation.largest_singular_value_ratio(each)
