@@ -12,7 +12,7 @@ from scripts import SHARDS, metrics
 from short_runs import small_set
 
 from nmtune import config, model, pretrain
-from shared import accumulate, checkpoints, data, run
+from shared import accumulate, checkpoints, data
 from shared.clip import set_grad_checkpointing
 
 SCRIPT = "nmtune.train"
@@ -123,8 +123,8 @@ def test_micro_batches_and_checkpointing_give_the_gradients_of_one_batch(kind: s
         network = pretrain.create_model(cfg, 5)[0].train()
         set_grad_checkpointing(network, on)
         optimizer, scaler = torch.optim.SGD(network.parameters(), lr=0.0), torch.amp.GradScaler("cpu", enabled=False)
-        batch, process = (images, targets, torch.zeros(8, dtype=torch.bool)), run.Process(0, 1, torch.device("cpu"))
+        batch = images, targets, torch.zeros(8, dtype=torch.bool)
         wrapped = accumulate.micro_batches(network, parts)
-        losses = pretrain.train_step(wrapped, batch, optimizer, scaler, 0.0, cfg, process)
+        losses = pretrain.train_step(wrapped, batch, optimizer, scaler, 0.0, cfg)
         found.append((losses["loss"].detach(), [p.grad for p in network.parameters()]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
