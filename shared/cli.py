@@ -79,7 +79,7 @@ def show_run(
             ),
         ]
     )
-    if note := long_warmup(cfg, total):
+    if note := long_warmup(warmup, total):
         print(note)
 
 

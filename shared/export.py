@@ -163,7 +163,7 @@ def write(
     if max(differences["image features"], differences["text features"]) > TOLERANCE:
         raise RuntimeError(f"features of {folder} differ from those of the exported model: {differences}")
     shown = ", ".join(f"{name} {value:.1e}" if value else f"{name} 0" for name, value in differences.items())
-    print(f"{folder}: open_clip loads it as 'local-dir:{folder}'; largest differences: {shown}")
+    print(f"{folder}: open_clip loads it as 'local-dir:{folder}', then call its eval(); largest differences: {shown}")
     return differences
 
 

@@ -377,7 +377,7 @@ class Pictures:
         layout.build(self.out, layout.setting_of(self, RECIPE) | {"files": files}, write)
         broken = checkpoints.read_json(self.out / "manifest.json")["broken"]
         if line := data.broken_report((Broken(*each) for each in broken.items()), "left out"):
-            print(line)
+            print(f"{line}; all: {self.out}/manifest.json")
         if self.replaced:
             print(f"not kept: {', '.join(sorted(self.replaced))}, columns whose names the samples' .json has itself; "
                   "rename them to keep them")  # fmt: skip

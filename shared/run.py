@@ -394,9 +394,8 @@ class Stopwatch:
             self._start = time.perf_counter()
 
 
-def long_warmup(cfg: Any, total: int) -> str | None:
+def long_warmup(warmup: int, total: int) -> str | None:
     """A note on a run whose learning rate rises in more than half of its `total` steps; None for others."""
-    warmup = getattr(cfg, "warmup", 0)
     if 2 * warmup <= total or not total:
         return None
     return f"note: the learning rate rises in {warmup:,} of {total:,} steps: pass a smaller --warmup, or train longer"
@@ -445,11 +444,14 @@ class RunFolder:
                 one.load_state_dict(self.state[name])
                 del self.state[name]
 
-    def start(self, step: int, total: int = 0, samples: int | None = None, **fixed: Any) -> None:
+    def start(
+        self, step: int, total: int = 0, samples: int | None = None, warmup: int | None = None, **fixed: Any
+    ) -> None:
         """Open the log after `step`, the last saved one, start the clock, and print the size of the run.
 
-        The printed line has `samples`, `total` steps, device and precision. `fixed`: digests of what the run is made
-        with, which every checkpoint holds. UserError if the checkpoint was made with something else.
+        The printed line has `samples`, `total` steps, device and precision; a note follows if `warmup`, by default the
+        settings', is most of the steps. `fixed`: digests of what the run is made with, which every checkpoint holds.
+        UserError if the checkpoint was made with something else.
         """
         for name, value in fixed.items():
             what = "on other data than there are" if name == "data" else f"with another {name} than the one given"
@@ -472,7 +474,8 @@ class RunFolder:
                 f"{resolve_precision(cfg.precision, device)}",
                 self.process,
             )
-            if self.process.main and (note := long_warmup(cfg, total)):
+            warmup = getattr(cfg, "warmup", 0) if warmup is None else warmup
+            if self.process.main and (note := long_warmup(warmup, total)):
                 print(note)
 
     def check_same(self, name: str, value: str | None, than: str) -> None:

@@ -231,10 +231,8 @@ def test_another_broken_pipe_keeps_its_traceback():
 
 
 def test_a_warm_up_of_most_of_the_run_is_noted():
-    cfg = types.SimpleNamespace(warmup=80)
-    assert "80 of 90" in run.long_warmup(cfg, 90)
-    assert run.long_warmup(cfg, 160) is None and run.long_warmup(cfg, 0) is None
-    assert run.long_warmup(types.SimpleNamespace(), 90) is None
+    assert "80 of 90" in run.long_warmup(80, 90)
+    assert run.long_warmup(80, 160) is None and run.long_warmup(80, 0) is None and run.long_warmup(0, 90) is None
 
 
 def test_the_first_loss_is_that_of_unrelated_features():

@@ -12,6 +12,7 @@ from torch import nn
 
 from attentive_mask_clip.model import create_model as create_aclip
 from protoclip.model import create_model as create_protoclip
+from shared import export
 from tinyclip.model import create_model as create_tinyclip
 
 FILES: dict[str, tuple[Callable[[], nn.Module], tuple[str, str]]] = {  # a small model, and what names it in the lines
@@ -31,6 +32,16 @@ def test_files_of_the_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.chdir(tmp_path)
     torch.save(authors_weights(create()), file)
     execute(lines_of(file).replace(*names))
+
+
+def test_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = open_clip.create_model("ViT-test").eval()
+    view = open_clip.image_transform(open_clip.get_model_config("ViT-test")["vision_cfg"]["image_size"], is_train=False)
+    export.write("exported/mine", model, open_clip.get_model_config("ViT-test"), model.state_dict(), view)
+    lines = lines_of("local-dir:exported/mine")
+    assert "model.eval()" in lines
+    execute(lines)
 
 
 def test_blip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

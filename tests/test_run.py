@@ -18,6 +18,7 @@ from scripts import ROOT, one_sentence
 from torch import nn
 from torch.utils.data import DataLoader
 
+from protoclip.config import PRESETS
 from shared import checkpoints, run
 
 CPU = torch.device("cpu")
@@ -220,6 +221,16 @@ def test_stopwatch(monkeypatch: pytest.MonkeyPatch):
         now[0] += 50
         raise ValueError
     assert watch.read() == 8.0
+
+
+def test_a_warm_up_scaled_to_the_run_is_no_long_one(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for warmup, noted in ((None, True), (2, False)):
+        folder = run.RunFolder(
+            dataclasses.replace(PRESETS["small"][1], out=str(tmp_path / str(warmup)), warmup=90), ALONE, step=0
+        )
+        folder.start(0, 16, warmup=warmup)
+        folder.close()
+        assert ("90 of 16" in capsys.readouterr().out) == noted
 
 
 @dataclasses.dataclass

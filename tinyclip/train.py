@@ -351,7 +351,7 @@ def main(cfg: Config) -> Path | None:
     corpus = open_corpus(cfg, process, text, cut_padding=True, side=2 * side if varied else side)
     cfg, per_epoch = cfg.in_steps(corpus.steps), corpus.steps
     digest = digest_of(teacher)
-    folder.start(first, cfg.steps, len(corpus), data=corpus.fingerprint, teacher=digest)
+    folder.start(first, cfg.steps, len(corpus), warmup=cfg.warmup, data=corpus.fingerprint, teacher=digest)
     if process.main and not folder.resumed:  # it may be of an earlier run, whose checkpoint.pt was removed
         (folder.path / "model.pt").unlink(missing_ok=True)
     known = None
