@@ -174,7 +174,9 @@ def main(cfg: PretrainConfig) -> Path | None:
         inputs = [torch.zeros(2, 3, side, side)]
         inputs += [] if supervised else [torch.ones(2, model.context_length, dtype=torch.long)]
         rates = lambda step: {"": cosine_lr(cfg.lr, cfg.warmup, total, step)}  # noqa: E731
-        rows = [("noise", f"{cfg.noise:g}")] + [cli.first_loss_row(cfg.batch_size)] * (not supervised)
+        rows = [("noise", f"{cfg.noise:g}")]
+        if not supervised:
+            rows.append(cli.first_loss_row(cfg.batch_size))
         return cli.show_run(cfg, process, model, inputs, total, rates, rows)
     model = model.to(process.device, memory_format=torch.channels_last)
     clip.set_grad_checkpointing(model, cfg.grad_checkpointing)

@@ -55,7 +55,7 @@ def compared(functions: list[companion.Function], tests: list[dict]) -> tuple[st
     left, only = [], []
     for function in functions:
         names = companion.names_of(function)
-        found = [test for test in tests if names & set(test["functions"])]
+        found = companion.measured([function], tests)
         parts = [test.get("only", {}).get(name) for test in found for name in names & set(test["functions"])]
         if not found:
             left.append(f"`{function.name}`")
