@@ -3,7 +3,7 @@
 NMTune (arXiv 2309.17002); authors' code Hhhhhhao/Noisy-Model-Learning@f249dce. Pre-training presets of CLIPs are read
 from the names of the authors' checkpoints, tuning presets from the commands in their README; `*-paper` and `*-language`
 have the settings that the paper states (app. A.2, B.1, B.3). `in1k-rn50-LEVEL` (the paper does not say which recipe of
-another paper it uses), `emoji*`, `small*` and `own*` are ours.
+another paper it uses), `small*` and `own*` are ours.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class PretrainConfig(BaseConfig):
     """Pre-training on noisy supervision: an image classifier on labels, or a CLIP on captions.
 
     `data` of supervised: labelled images, a folder DIR/CLASS/*.jpg or DIR:train of webdatasets with classnames.txt; of
-    clip: shards or a .tsv; of both: data/emoji:TASK:pretrain.
+    clip: shards or a .tsv.
     """
 
     kind: Literal["supervised", "clip"] = "supervised"
@@ -82,9 +82,6 @@ SMALL_SUPERVISED = PretrainConfig(  # little decay and weak crops, so that it me
     save_every=1000,
 )
 SMALL_CLIP = dataclasses.replace(SMALL_SUPERVISED, kind="clip", model="ConvNet-emoji", lr=1e-3, weight_decay=0.2)
-EMOJI_SUPERVISED, EMOJI_CLIP = (
-    dataclasses.replace(cfg, data="data/emoji:name:pretrain") for cfg in (SMALL_SUPERVISED, SMALL_CLIP)
-)
 IN1K = PretrainConfig()
 YFCC = PretrainConfig(
     kind="clip", model="RN50", epochs=32, optimizer="adamw", lr=5e-4, warmup=10_000, weight_decay=0.2, batch_size=2048
@@ -106,8 +103,6 @@ def noise_levels(name: str, what: str, base: PretrainConfig, **by_level) -> dict
 PRETRAIN_PRESETS = {
     "small-sup": ("ours: small ResNet on your own labelled --data; --noise flips labels", SMALL_SUPERVISED),
     "small-clip": ("ours: small CLIP on your own --data; --noise swaps captions", SMALL_CLIP),
-    **noise_levels("emoji-sup", "ours: small ResNet on names of emoji", EMOJI_SUPERVISED),
-    **noise_levels("emoji-clip", "ours: small CLIP on emoji captions", EMOJI_CLIP),
     **noise_levels("in1k-rn50", "figures 1 to 3, table 3: ResNet-50 on ImageNet-1K labels, by a plain recipe", IN1K),
     # upstream's run names state the batch per GPU (256 or 512) but not the number of GPUs; 8 are assumed here
     **noise_levels(
@@ -136,8 +131,7 @@ class TuningConfig:
     root: str = "/data"
     """Folder of the benchmarks' data sets."""
     data: str = ""
-    """Training images without `benchmark`: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, a list FILE.txt, or
-    data/emoji:TASK:tune."""
+    """Training images without `benchmark`: a folder DIR/CLASS/*.jpg, DIR:train of a webdataset, or a list FILE.txt."""
     tests: tuple[str, ...] = ()
     """Test sets as NAME=PATH, paths as in `data`."""
 
@@ -243,10 +237,6 @@ LANGUAGE = {  # app. B.3
 }
 METHODS = {
     "lp": ("authors' README, any encoder: linear probe, evaluation view", LP),
-    "lp-views": (
-        "ours, a control: linear probe on NMTune's two views",
-        dataclasses.replace(LP, views="train"),
-    ),
     "mlp": ("the authors' code: NMTune's head and views, cross-entropy alone", Config(method="mlp")),
     "nmtune": ("authors' README, any encoder: NMTune with the authors' weights", Config()),
     "lp-paper": ("tables 1, 7, 8, figures 1, 2: linear probe as in the paper", PAPER["lp"]),
@@ -285,10 +275,6 @@ ENCODERS = {
         {"lp-paper": "77.51 / 40.82", "mlp-paper": "77.58 / 41.73", "nmtune-paper": "78.43 / 42.42"},
     ),
 }  # fmt: skip
-EMOJI = dict(
-    encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", bank=8, workers=0,
-    tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
-)  # fmt: skip
 PRESETS = {
     **METHODS,
     **{
@@ -298,15 +284,10 @@ PRESETS = {
         )
         for name, (what, encoder, checkpoint, top1) in ENCODERS.items()
         for method in METHODS
-        if method != "lp-views"
     },
     **{
         f"{method}-language": (f"tables 2, 9 to 13, for a file of nmtune.extract: {method} as in the paper", cfg)
         for method, cfg in LANGUAGE.items()
-    },
-    **{
-        f"emoji-{method}": (f"ours, embedded corpus: {what}", dataclasses.replace(cfg, **EMOJI))
-        for method, (what, cfg) in METHODS.items()
     },
     **{
         f"own-{method}": (
@@ -384,10 +365,6 @@ class FinetuneConfig(TuningConfig):
     """Recompute the encoder's activations in the backward pass: less memory, one more forward pass."""
 
 
-EMOJI_TUNE = dict(
-    encoder="runs/nmtune/sup-30-seed0", data="data/emoji:subgroup:tune", workers=0, epochs=10,
-    tests=("id=data/emoji:subgroup:id", "ood=data/emoji:subgroup:ood"),
-)  # fmt: skip
 FINETUNE_PRESETS = {
     "full": ("journal: all of the encoder, with both regularisers", FinetuneConfig()),
     "full-plain": ("journal: all of the encoder, cross-entropy alone", FinetuneConfig(w_cov=0.0, w_svd=0.0)),
@@ -395,15 +372,6 @@ FINETUNE_PRESETS = {
     "lora-plain": (
         "journal: rank-8 adapters, cross-entropy alone",
         FinetuneConfig(lora=True, lr=1e-3, w_cov=0.0, w_svd=0.0),
-    ),
-    "emoji-full": ("ours, embedded corpus: all of the encoder", FinetuneConfig(**EMOJI_TUNE, lr=5e-4)),
-    "emoji-full-plain": (
-        "ours, embedded corpus: all of the encoder, cross-entropy alone",
-        FinetuneConfig(**EMOJI_TUNE, lr=5e-4, w_cov=0.0, w_svd=0.0),
-    ),
-    "emoji-lora": (
-        "ours, embedded corpus: adapters of `pretrain emoji-clip-30 --model ViT-emoji --out runs/nmtune/clip-vit-30`",
-        FinetuneConfig(**{**EMOJI_TUNE, "encoder": "runs/nmtune/clip-vit-30"}, lora=True, lr=2e-3),
     ),
 }
 

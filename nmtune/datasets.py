@@ -4,8 +4,6 @@ A data set is given by a path:
     DIR:SPLIT                   CLIP-benchmark webdataset layout (DIR/classnames.txt, DIR/SPLIT/*.tar); DIR:train+val
     DIR                         image folder, DIR/CLASS/*.jpg; classes in the order of their folders' names
     FILE.txt                    lines `path label`, paths relative to the file's folder (DomainNet)
-    data/emoji:TASK:SPLIT       the embedded corpus: TASK is group, subgroup or name; SPLIT is pretrain, tune, id, ood,
-                                or known (pretrain and tune)
 `benchmark` opens the paper's sets: the fourteen of in-domain transfer, DomainNet, ImageNet and its variants.
 `flip_labels` and `swap_captions` make the paper's noise in supervision.
 
@@ -27,14 +25,11 @@ from shared.data import BrokenSample, check_absent, decode_image
 from shared.errors import UserError
 from shared.evalsets import grouped
 from shared.index import Strings, cached, fingerprint, forget
-from shared.run import stable_hash
 from shared.tars import IMAGE_EXTENSIONS, OpenFiles
 
 SMALL = 2**25  # data sets whose files are below 32 MB are kept decoded
 LARGE_FOLDERS = 2**22  # bytes of the class folders' directory entries from which on the file list is cached
 LABEL_BYTES = 64  # bytes read of a .cls file
-HELD_OUT = 0.5  # share of the emoji that pre-training never sees; the downstream tasks use them
-ID_TEST = 0.4  # share of the held-out emoji's drawings in known styles that is kept for testing
 
 
 class LabelledImages:
@@ -60,7 +55,7 @@ class LabelledImages:
         return len(self.labels)
 
     @functools.cached_property
-    def keys(self) -> Strings | np.ndarray:
+    def keys(self) -> Strings:
         """N strings: the location of each image."""
         return Strings.of(f"{self.files[file]}@{offset}" for file, offset, _ in map(np.ndarray.tolist, self.spans))
 
@@ -71,8 +66,7 @@ class LabelledImages:
     @property
     def fingerprint(self) -> str:
         """Hash of keys and labels."""
-        keys = (self.keys.text, self.keys.ends) if isinstance(self.keys, Strings) else (self.keys.tobytes(),)
-        return fingerprint(*keys, self.labels.tobytes())
+        return fingerprint(self.keys.text, self.keys.ends, self.labels.tobytes())
 
     def read(self, row: int) -> tuple[Image.Image, int]:
         """(RGB image, label) at position `row`. Raises BrokenSample."""
@@ -259,82 +253,16 @@ def _whole(files: Sequence[str], labels: Sequence[int], names: list[str]) -> Lab
     return LabelledImages(files, spans, labels, names)
 
 
-# ------------------------------------------------------------------------------------------------------------ emoji
-
-
-def is_held_out(hexcode: str) -> bool:
-    """Whether the emoji is held out of pre-training, in every style; depends only on its code."""
-    return stable_hash("nmtune held out", hexcode) < HELD_OUT * 2**63
-
-
-@functools.lru_cache(maxsize=1)
-def described(tars: tuple[Path, ...], times: tuple[int, ...]) -> tuple[list[dict], list[tuple[int, int, int]]]:
-    """Descriptions of the samples and positions of their images; read once for all splits unless the files change."""
-    about, spans = [], []
-    for i, tar in enumerate(tars):
-        content = tar.read_bytes()
-        for _, files in grouped(tar):
-            offset, size = files["json"]
-            about.append(json.loads(content[offset : offset + size]))
-            spans.append((i, *files["png"]))
-    return about, spans
-
-
-def emoji(folder: Path, task: str, split: str) -> LabelledImages:
-    """A split of the embedded corpus. `pretrain` is half of the emoji, in seven styles. The other half has the splits
-    `tune` and `id`, 60 and 40 % of its drawings in these styles, and `ood`, its drawings in the eighth style. `known`
-    joins `pretrain` and `tune`.
-
-    `task` is the kind of label: group (9), subgroup (98) or name. The classes of `name` are the emoji of tuning (or of
-    pre-training); those of the other tasks are the same in all splits.
-    """
-    if task not in ("group", "subgroup", "name") or split not in ("pretrain", "tune", "id", "ood", "known"):
-        known = "(group|subgroup|name):(pretrain|tune|id|ood|known)"
-        raise UserError(f"the emoji sets are {folder}:{known}, not :{task}:{split}")
-    tars = sorted((folder / "train").glob("*.tar"))
-    if not tars:
-        raise UserError(f"{folder} holds no corpus: 'make data' builds the embedded one")
-    about, spans = described(tuple(tars), tuple(tar.stat().st_mtime_ns for tar in tars))
-    held_out = np.array([is_held_out(one["hexcode"]) for one in about])
-    id_test = np.array([stable_hash("nmtune id", one["hexcode"], one["style"]) < ID_TEST * 2**63 for one in about])
-    splits = {
-        "pretrain": ~held_out, "tune": held_out & ~id_test, "id": held_out & id_test, "known": ~held_out | ~id_test,
-    }  # fmt: skip
-    of_classes = np.ones_like(held_out)  # the drawings whose labels are the classes
-    if task == "name":
-        of_classes = splits[split if split in ("pretrain", "known") else "tune"]
-    by_code = sorted(np.array(about)[of_classes], key=lambda one: one["hexcode"])
-    classes = list(dict.fromkeys(one[task] for one in by_code))
-    index = {name: label for label, name in enumerate(classes)}
-    if split == "ood":
-        names = clip_benchmark(folder / "eval/names_ood", "test")
-        by_name = {one["name"]: one for one in about}
-        drawn = [by_name[names.classnames[label]] for label in names.labels]
-        chosen = np.array([is_held_out(one["hexcode"]) and one[task] in index for one in drawn])
-        labels = [index[one[task]] for one, kept in zip(drawn, chosen, strict=True) if kept]
-        return LabelledImages(names.files, names.spans[chosen], labels, classes)
-    has_class = np.array([one[task] in index for one in about])
-    chosen = has_class & splits[split]
-    labels = [index[one[task]] for one, kept in zip(about, chosen, strict=True) if kept]
-    images = LabelledImages([str(tar) for tar in tars], np.array(spans)[chosen], labels, classes)
-    images.keys = np.array([one["key"] for one, kept in zip(about, chosen, strict=True) if kept], dtype=np.str_)
-    return images
-
-
 def open_labelled(spec: str, cache: Path = Path("data/cache")) -> LabelledImages:
     """Open a data set by its path (see the top of this file). FileNotFoundError or UserError if it cannot be used.
 
     `cache` stores the index of large tars, and the list of files in large folders.
     """
-    path, *rest = spec.split(":")
-    if len(rest) == 2:
-        return emoji(Path(path), *rest)
-    if len(rest) == 1:
-        if not Path(path).is_dir():
-            raise UserError(f"data set {path} does not exist")
-        return clip_benchmark(Path(path), rest[0], cache)
-    if not Path(path).exists():
+    path, colon, split = spec.partition(":")
+    if not (Path(path).is_dir() if colon else Path(path).exists()):
         raise UserError(f"data set {path} does not exist")
+    if colon:
+        return clip_benchmark(Path(path), split, cache)
     return image_list(Path(path)) if path.endswith(".txt") else image_folder(Path(path), cache)
 
 

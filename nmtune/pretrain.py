@@ -62,23 +62,18 @@ class SwappedCaptions:
     """Image-text pairs, some of which have another pair's caption."""
 
     def __init__(self, cfg: PretrainConfig, pairs: data.Shards | data.TSV):
-        self.pairs, self.rows = pairs, np.arange(len(pairs))
-        if ":pretrain" in cfg.data:  # the emoji of the embedded corpus that are not held out
-            known = set(open_labelled(cfg.data).keys.tolist())
-            self.rows = np.array([row for row, key in enumerate(pairs.keys) if key in known], dtype=np.int64)
-        n, seed = len(self.rows), cfg.seed if cfg.noise_seed is None else cfg.noise_seed
-        self.source = swap_captions(n, int(n * cfg.noise / 2), random.Random(seed))
-        self.noisy = self.source != np.arange(n)
+        n, seed = len(pairs), cfg.seed if cfg.noise_seed is None else cfg.noise_seed
+        self.pairs, self.source = pairs, swap_captions(n, int(n * cfg.noise / 2), random.Random(seed))
+        self.noisy, self.keys = self.source != np.arange(n), pairs.keys
         self.strict, self.broken, self.total = cfg.strict, pairs.broken, n
-        self.keys = pairs.keys if n == len(pairs) else pairs.keys[self.rows]
         self.fingerprint = data.fingerprint(pairs.fingerprint.encode(), self.source.tobytes())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pairs)
 
     def read(self, row: int) -> NoisySample:
-        pair = self.pairs.read(int(self.rows[row]))
-        caption = self.pairs.caption(int(self.rows[self.source[row]])) if self.noisy[row] else pair.caption
+        pair = self.pairs.read(row)
+        caption = self.pairs.caption(int(self.source[row])) if self.noisy[row] else pair.caption
         return NoisySample(pair.key, pair.image, caption, bool(self.noisy[row]))
 
 
@@ -86,8 +81,7 @@ def open_samples(cfg: PretrainConfig, images: LabelledImages | None) -> NoisyLab
     """The training set with its noise; `images` are given if the kind is supervised."""
     if images is not None:
         return NoisyLabels(cfg, images)
-    shards = f"{cfg.data.partition(':')[0]}/train" if ":pretrain" in cfg.data else cfg.data
-    return SwappedCaptions(cfg, data.open_pairs(shards, cfg.dataset_size, cfg.strict, Path(cfg.cache)))
+    return SwappedCaptions(cfg, data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache)))
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
@@ -151,8 +145,6 @@ def train_step(
 def planned_samples(cfg: PretrainConfig) -> int:
     """Samples of an epoch for a dry run, which reads neither labelled images nor remote shards: as in the paper if
     --data is not named."""
-    if ":pretrain" in cfg.data:  # the embedded corpus
-        return cfg.dataset_size or 4_494
     if cfg.kind == "supervised":
         return 1_281_167
     cc12m = 12_423_374 if cfg.model == "ViT-B-16" else 0  # of the journal's version

@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from nmtune.config import EMOJI, PRESETS, Config, TuningConfig, check, check_numbers
+from nmtune.config import PRESETS, Config, TuningConfig, check, check_numbers
 from nmtune.datasets import SIZES
 from nmtune.eval import accuracy, test_metrics
 from nmtune.features import Bank, BankLoader, RunFeatures, hold_out, read_features, reduced, split_encoder
@@ -185,22 +185,14 @@ def choose(cfg: Config, source: RunFeatures) -> dict[str, float]:
 
 
 def planned_encoder(cfg: TuningConfig, default: tuple[str, str]) -> tuple[str, str]:
-    """(source, name) for a dry run; the encoder's run folder may be missing or unnamed."""
-    if ":" in cfg.encoder or (Path(cfg.encoder) / "checkpoint.pt").is_file():
-        return split_encoder(cfg.encoder, None)[:2]
-    if not cfg.encoder:
-        return default
-    if "clip" not in Path(cfg.encoder).name:
-        return "timm", "resnet_emoji"
-    return "open_clip", "ViT-emoji" if "vit" in Path(cfg.encoder).name else "ConvNet-emoji"
+    """(source, name) of the encoder for a dry run; `default` if none is named."""
+    return split_encoder(cfg.encoder, None)[:2] if cfg.encoder else default
 
 
 def planned_samples(cfg: TuningConfig) -> tuple[int, int, str]:
     """(training images, classes, remark) for a dry run, without data."""
     if cfg.benchmark in SIZES:
         return *SIZES[cfg.benchmark], f"{cfg.benchmark} as published"
-    if cfg.data == EMOJI["data"]:
-        return 2_681, 98, "embedded corpus"
     return *SIZES["cifar100"], "as in CIFAR-100, since a dry run reads no data"
 
 

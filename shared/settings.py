@@ -172,7 +172,7 @@ def check_data(data: str) -> None:
             "--data is missing: it takes image-text shards in img2dataset layout, e.g. --data "
             "'cc3m/{00000..00331}.tar'; 'python -m shared.pack' makes them of your own pictures"
         )
-    folder = Path(str(folder_of(data)).partition(":")[0])  # before the task in data/emoji:TASK:SPLIT
+    folder = Path(str(folder_of(data)).partition(":")[0])  # before the split in DIR:SPLIT
     if folder.is_relative_to("data") and not folder.exists():
         advice = next((advice for built, advice in BUILT.items() if folder.is_relative_to(built)), None)
         raise UserError(f"{data} does not exist: {advice or 'the study that trains on it (make help) builds it'}")

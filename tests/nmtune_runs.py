@@ -20,7 +20,7 @@ def corpus(embedded_corpus: None):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """48 real drawings of four groups as image folders."""
-    root, chosen = tmp_path_factory.mktemp("images"), datasets.open_labelled("data/emoji:group:tune")
+    root, chosen = tmp_path_factory.mktemp("images"), datasets.open_labelled("data/emoji/eval/groups_id:test")
     for label in range(4):
         folder = root / f"class{label}"
         folder.mkdir()

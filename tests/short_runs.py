@@ -199,7 +199,7 @@ def commands(data: Path, parts: Path) -> dict[str, list[str]]:
         "lexvla": f"""emoji-bow --lm {language_model(parts / "lm", data)} --backbone {dinov2(parts / "dinov2")}
             --states= --lora-rank 0 --no-encode-once --image-size 16 --adapter-width None --adapter-hidden 2048
             --min-count 1 --epochs 2 --warmup 2""",
-        "nmtune": "emoji-clip-30 --model ViT-test --no-keep-in-memory --epochs 2 --warmup 2",
+        "nmtune": "small-clip --noise 0.3 --model ViT-test --no-keep-in-memory --epochs 2 --warmup 2",
         "protoclip": """emoji --model ResNet-test --w-external 0 --image-size 16 --episodes 2 --episode-size 160 --k 8
             --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2""",
         "tinyclip": "emoji-teacher --model test-100 --image-size 16 --steps 10 --warmup 2 --no-keep-in-memory",
@@ -225,7 +225,7 @@ def further(data: Path, parts: Path) -> dict[str, list[str]]:
             --hidden-dim 2048 --epochs 2 --warmup 2 --eps 1e-4 --eval-every 0""",
         "lexvla-lm": f"emoji {lexvla}",
         "lexvla-dense": f"emoji-dense {lexvla}",
-        "nmtune-labels": "emoji-sup-30 --model resnet_emoji --epochs 4 --warmup 2",
+        "nmtune-labels": "small-sup --noise 0.3 --epochs 4 --warmup 2",
         "protoclip-teacher": f"""emoji --model ViT-test --external-teacher {EVAL.parent / "teacher.npz"} --image-size 16
             --episodes 2 --episode-size 160 --k 8 --niter 5 --nredo 1 --hidden-dim 32 --projection-dim 16 --warmup 2
             --eval-every 0""",

@@ -77,7 +77,8 @@ def given(start, folder: Path) -> dict[str, list[str]]:
     blip = f"""--data {data} --vocab {parts}/vocab.txt --image-size 16 --patch-size 8 --width 32 --layers 2 --heads 2
         --text-width 32 --text-layers 1 --text-heads 2 --max-positions 40 --dropout 0 --epochs 2 --batch-size 32"""
     more = {
-        "nmtune-labels": f"emoji-sup-30 --data {images} --no-keep-in-memory --epochs 4 --warmup 2 --batch-size 8",
+        "nmtune-labels": f"""small-sup --noise 0.3 --data {images} --no-keep-in-memory --epochs 4 --warmup 2
+            --batch-size 8""",
         "nmtune-views": f"nmtune --encoder timm:resnet_emoji {views} --epochs 4 --batch-size 8",
         "nmtune-features": f"nmtune --features {features(parts / 'features.npz')} --epochs 4 --batch-size 12",
         "nmtune-finetune": f"full --encoder timm:resnet_emoji {views} --epochs 4 --batch-size 8",

@@ -11,35 +11,35 @@ from scripts import SHARDS
 
 from nmtune import config, model
 
+FOLDER = "data/emoji/eval/groups_id"
+GROUPS = f"{FOLDER}:test"
+ON_GROUPS = ["--encoder", "timm:resnet_emoji", "--data", GROUPS]
+PAIRS = ["small-clip", "--data", str(SHARDS)]
 ERRORS = {
     "no data": ("train", ["nmtune"], "one source"),
     "paper preset without data": ("train", ["swin-l-nmtune"], "one source"),
     "two sources": ("train", ["--features", "x.npz", "--data", "y"], "--features and --data"),
     "missing features": ("train", ["--features", "no.npz"], "no.npz does not exist"),
-    "no encoder": ("train", ["--data", "data/emoji:group:tune"], "--encoder is missing"),
+    "no encoder": ("train", ["--data", GROUPS], "--encoder is missing"),
     "missing data": ("train", ["--encoder", "timm:resnet_emoji", "--data", "/nowhere"], "/nowhere does not exist"),
-    "unknown model": ("train", ["--encoder", "timm:resnet51", "--data", "data/emoji:group:tune"], "timm has no model"),
-    "unknown source": ("train", ["--encoder", "clip:RN50", "--data", "data/emoji:group:tune"], "is neither timm:NAME"),
-    "wrong part": ("train", ["--encoder", "timm:resnet_emoji", "--data", "data/emoji:group:val"], "the emoji sets are"),
-    "a test without name": ("train", ["emoji-lp", "--tests", "x"], "--tests takes NAME=PATH"),
-    "a test twice": ("train", ["emoji-lp", "--tests", "id=a", "id=b"], "--tests names id twice"),
-    "a test called features": ("train", ["emoji-lp", "--tests", "features=a"], "features has a meaning"),
-    "one view in a bank": ("train", ["emoji-mlp", "--bank", "1"], "--bank 1 must be 0"),
+    "unknown model": ("train", ["--encoder", "timm:resnet51", "--data", GROUPS], "timm has no model"),
+    "unknown source": ("train", ["--encoder", "clip:RN50", "--data", GROUPS], "is neither timm:NAME"),
+    "no such run": ("train", ["--encoder", "runs/none", "--data", GROUPS, "--dry-run"], "is neither timm:NAME"),
+    "wrong split": ("train", [*ON_GROUPS[:-1], f"{FOLDER}:val"], "holds no .tar file"),
+    "a test without name": ("train", ["lp", *ON_GROUPS, "--tests", "x"], "--tests takes NAME=PATH"),
+    "a test twice": ("train", ["lp", *ON_GROUPS, "--tests", "id=a", "id=b"], "--tests names id twice"),
+    "a test called features": ("train", ["lp", *ON_GROUPS, "--tests", "features=a"], "features has a meaning"),
+    "one view in a bank": ("train", ["mlp", *ON_GROUPS, "--bank", "1"], "--bank 1 must be 0"),
     "a choice without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--select"], "--select"),
     "heads without memory": ("train", ["--encoder", "timm:resnet_emoji", "--data", "x", "--heads", "2"], "--heads"),
-    "zero-shot MLP": ("train", ["emoji-mlp", "--zero-shot"], "--zero-shot needs"),
-    "asymmetric captions": ("pretrain", ["emoji-clip-30", "--asymmetric"], "--asymmetric applies to labels"),
-    "a stream of noise": ("pretrain", ["emoji-clip-30", "--no-keep-in-memory", "--stream", "--dataset-size", "9"],
-                          "--stream"),
-    "a share of nothing": ("train", ["emoji-mlp", "--train-fraction", "0"], "--train-fraction must be above 0"),
+    "zero-shot MLP": ("train", ["mlp", *ON_GROUPS, "--zero-shot"], "--zero-shot needs"),
+    "asymmetric captions": ("pretrain", [*PAIRS, "--asymmetric"], "--asymmetric applies to labels"),
+    "a stream of noise": ("pretrain", [*PAIRS, "--no-keep-in-memory", "--stream", "--dataset-size", "9"], "--stream"),
+    "a share of nothing": ("train", ["mlp", *ON_GROUPS, "--train-fraction", "0"], "--train-fraction must be above 0"),
     "unknown benchmark": ("train", ["in1k-rn50-lp", "--benchmark", "mnist"], "--benchmark is one of cifar10"),
-    "unknown CLIP": ("pretrain", ["emoji-clip-30", "--model", "RN51"], "open_clip has no model 'RN51'"),
+    "unknown CLIP": ("pretrain", [*PAIRS, "--model", "RN51"], "open_clip has no model 'RN51'"),
     "fine-tuning without encoder": ("finetune", ["full"], "--encoder is missing"),
-    "LoRA without blocks": (
-        "finetune",
-        ["emoji-lora", "--encoder", "timm:resnet_emoji"],
-        "MLP blocks",
-    ),
+    "LoRA without blocks": ("finetune", ["lora", *ON_GROUPS], "MLP blocks"),
     "nothing to evaluate": ("eval", [], "name at least one run folder"),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_dry_runs(in_process, script, presets, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_initial_values")
-@pytest.mark.parametrize("preset", ["emoji-sup-30", "emoji-clip-05", "in1k-rn50-20", "yfcc15m-rn50-10"])
+@pytest.mark.parametrize("preset", ["in1k-rn50-20", "yfcc15m-rn50-10"])
 def test_dry_runs_of_pretraining(in_process, preset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = in_process("nmtune.pretrain", preset, "--dry-run")

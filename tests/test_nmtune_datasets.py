@@ -1,4 +1,4 @@
-"""Label and caption noise, splits of the emoji corpus, layouts of image sets, and the paper's sets."""
+"""Label and caption noise, layouts of image sets, and the paper's sets."""
 
 import io
 import json
@@ -21,16 +21,6 @@ def test_swapping_never_loses_a_caption_and_moves_fewer_than_twice_the_swaps():
     source = swap_captions(2000, 300, random.Random(0))
     assert sorted(source) == list(range(2000))
     assert (source != np.arange(2000)).mean() == pytest.approx(1 - np.exp(-0.3), abs=0.02)
-
-
-def test_emoji_splits_are_disjoint():
-    """Pre-training and tuning share no emoji, tuning and the in-domain test no drawing."""
-    splits = {split: datasets.open_labelled(f"data/emoji:name:{split}") for split in ("pretrain", "tune", "id", "ood")}
-    names = {split: {images.classnames[label] for label in images.labels} for split, images in splits.items()}
-    assert not names["pretrain"] & names["tune"] and names["id"] <= names["tune"] and names["ood"] <= names["tune"]
-    assert not set(splits["tune"].keys) & set(splits["id"].keys)
-    groups = [datasets.open_labelled(f"data/emoji:group:{split}").classnames for split in splits]
-    assert all(len(names) == 9 and names == groups[0] for names in groups)
 
 
 def test_layouts(tmp_path, images):
@@ -86,7 +76,7 @@ def test_folders_that_are_no_classes_give_no_names(tmp_path, images):
 
 
 def test_objectnet_and_vid_robust(tmp_path):
-    picture = datasets.open_labelled("data/emoji:group:ood").read(0)[0]
+    picture = datasets.open_labelled("data/emoji/eval/groups_ood:test").read(0)[0]
     mappings = tmp_path / "objectnet-1.0/mappings"
     mappings.mkdir(parents=True)
     for folder in ("air_freshener", "alarm_clock", "banana"):

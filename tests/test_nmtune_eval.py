@@ -38,7 +38,7 @@ def test_heads_and_checkpoints_of_something_else_end_in_one_sentence(in_process,
     code, _, err = in_process("nmtune.eval", run, "--sets", "x")
     assert code == 2 and "is no CLIP" in err and one_sentence(err), err
     torch.save({"a": 1}, run / "checkpoint.pt")
-    encoder = ["--encoder", "timm:resnet_emoji", "--data", "data/emoji:group:tune"]
+    encoder = ["--encoder", "timm:resnet_emoji", "--data", "data/emoji/eval/groups_id:test"]
     for module, *arguments in (
         ["nmtune.eval", run, "--sets", "x"],
         ["nmtune.train", *encoder, "--checkpoint", run / "checkpoint.pt", "--out", tmp_path / "new"],

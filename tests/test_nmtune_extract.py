@@ -99,7 +99,7 @@ ERRORS = {
         "--tests takes NAME=PATH",
     ),
     "an unknown encoder": (
-        ["images", "--encoder", "clip", "--data", "data/emoji:group:ood", "--out", "f.npz"],
+        ["images", "--encoder", "clip", "--data", "data/emoji/eval/groups_ood:test", "--out", "f.npz"],
         "timm:NAME, open_clip:NAME",
     ),
 }

@@ -12,9 +12,9 @@ from shared import checkpoints
 SCRIPT = "nmtune.train"
 
 
-@pytest.mark.parametrize("preset", ["full", "emoji-lora"])
+@pytest.mark.parametrize("preset", ["full", "lora"])
 def test_fine_tuning_kill_and_resume(in_process, start, tmp_path, images, preset):
-    encoder = {"full": "timm:resnet_emoji", "emoji-lora": "open_clip:ViT-emoji"}[preset]
+    encoder = {"full": "timm:resnet_emoji", "lora": "open_clip:ViT-emoji"}[preset]
     command = [
         preset, "--encoder", encoder, "--data", images, "--tests", f"again={images}", "--epochs", "2", "--batch-size",
         "16", "--workers", "0", "--log-every", "1", "--save-every", "2", "--out",

@@ -18,9 +18,8 @@ from shared.clip import set_grad_checkpointing
 SCRIPT = "nmtune.train"
 
 TINY_ENCODER = ["--model", "resnet_emoji", "--precision", "fp32", "--workers", "0", "--log-every", "1"]
-SUPERVISED = ["emoji-sup-30", *TINY_ENCODER, "--no-keep-in-memory", "--epochs", "2", "--batch-size", "32"]
-SUPERVISED += ["--warmup", "2"]
-CLIP = "emoji-clip-30 --model ViT-test --no-keep-in-memory --precision fp32 --log-every 1 --warmup 2".split()
+SUPERVISED = ["small-sup", "--noise", "0.3", *TINY_ENCODER, "--no-keep-in-memory", "--epochs", "2", "--warmup", "2"]
+CLIP = "small-clip --noise 0.3 --model ViT-test --no-keep-in-memory --precision fp32 --log-every 1 --warmup 2".split()
 CLIP += ["--epochs", "2", "--batch-size", "32"]
 
 
@@ -54,14 +53,14 @@ def test_pretraining_on_labels_and_fine_tuning(in_process, tmp_path, images):
 def test_positional_embeddings_decay_as_in_open_clip():
     """Positional embeddings have weight decay; gains, biases and the logit scale do not; timm's models keep timm's
     rule."""
-    network = model.create_model(dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji"))[0]
-    optimizer = pretrain.make_optimizer(network, config.EMOJI_CLIP)
+    network = model.create_model(dataclasses.replace(config.SMALL_CLIP, model="ViT-emoji"))[0]
+    optimizer = pretrain.make_optimizer(network, config.SMALL_CLIP)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: decay[id(p)] for name, p in network.named_parameters()}
-    assert found["positional_embedding"] == found["visual.positional_embedding"] == config.EMOJI_CLIP.weight_decay
+    assert found["positional_embedding"] == found["visual.positional_embedding"] == config.SMALL_CLIP.weight_decay
     assert found["logit_scale"] == found["ln_final.weight"] == found["visual.class_embedding"] == 0
-    network = model.create_model(config.EMOJI_SUPERVISED, 5)[0]
-    groups = pretrain.make_optimizer(network, config.EMOJI_SUPERVISED).param_groups
+    network = model.create_model(config.SMALL_SUPERVISED, 5)[0]
+    groups = pretrain.make_optimizer(network, config.SMALL_SUPERVISED).param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
 
 
@@ -71,8 +70,8 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
     assert code == 0 and re.search(r"0\.3: [\d.]+ % of 80 captions", out), err
     options = ["--data", images, "--tests", f"again={images}", "--epochs", "1", "--batch-size", "16"]
     code, out, err = in_process(
-        "nmtune.finetune", "emoji-lora", "--encoder", tmp_path / "clip", *options, "--log-every", "1", "--out",
-        tmp_path / "lora",
+        "nmtune.finetune", "lora", "--encoder", tmp_path / "clip", *options, "--workers", "0", "--log-every", "1",
+        "--out", tmp_path / "lora",
     )  # fmt: skip
     assert code == 0 and "again/top1" in out, err
     tuned, whole = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) of ([\d,]+) parameters", out).groups())
@@ -101,7 +100,7 @@ def test_pretraining_on_captions_and_lora(in_process, tmp_path, pairs, images):
 
 
 def test_swapped_captions_are_those_of_other_pairs(pairs):
-    cfg = dataclasses.replace(config.EMOJI_CLIP, data=str(pairs), noise=0.5, model="ViT-emoji")
+    cfg = dataclasses.replace(config.SMALL_CLIP, data=str(pairs), noise=0.5, model="ViT-emoji")
     opened = data.open_pairs(str(pairs))
     samples = pretrain.SwappedCaptions(cfg, opened)
     for row, source in enumerate(samples.source):

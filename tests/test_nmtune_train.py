@@ -3,7 +3,6 @@
 Every arm, a features file, kill -9 and resume, two processes against one.
 """
 
-import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -230,15 +229,14 @@ def test_a_failing_test_loses_no_training(in_process, tmp_path, images, monkeypa
     assert all(same(failed[part], whole[part]) for part in ("optimizer", "epoch", "batch"))
 
 
-@pytest.mark.parametrize("preset", ["emoji-lp", "emoji-lp-views", "emoji-mlp"])
-def test_other_arms_on_images(in_process, tmp_path, preset, images):
-    sets = ["--data", images, "--tests", f"id={images}"]
-    code, out, err = in_process("nmtune.train", preset, *TUNE, *sets, "--bank", "2", "--out", tmp_path / "run")
+@pytest.mark.parametrize("preset, views", [("lp", "eval"), ("lp", "train"), ("mlp", "train")])
+def test_other_arms_on_images(in_process, tmp_path, preset, views, images):
+    command = [preset, "--views", views, *TUNE, "--data", images, "--tests", f"id={images}", "--bank", "2"]
+    code, out, err = in_process("nmtune.train", *command, "--out", tmp_path / "run")
     assert code == 0 and "id/top1" in out, err
-    rows = 32 if preset == "emoji-lp" else 64
-    cfg = dataclasses.replace(config.PRESETS[preset][1], encoder="timm:resnet_emoji", data=str(images), tests=())
-    process = run.Process(0, 1, torch.device("cpu"))
-    source = features.RunFeatures(dataclasses.replace(cfg, batch_size=32, bank=2), process)
+    rows = 32 if views == "eval" else 64
+    cfg = config.Config(encoder="timm:resnet_emoji", data=str(images), views=views, batch_size=32, bank=2, workers=0)
+    source = features.RunFeatures(cfg, run.Process(0, 1, torch.device("cpu")))
     source.encode_training_set()
     assert len(next(source.batches(range(1)))[0]) == rows
 

@@ -80,9 +80,8 @@ def test_a_dry_run_fetches_nothing(name: str, given, in_process, folder: Path):
 EQUAL = PLAIN | {"attentive_mask_clip": ["--views", "1", "--no-ssl"]}  # without BatchNorm
 OF_FURTHER = ("flame-bank", "lexvla-lm", "lexvla-dense", "tinyclip-masks")  # those without BatchNorm and queue
 EVALUATED = ("attentive_mask_clip", "flame", "protoclip", "tinyclip", "tldr_reduction-clip")  # by the first process
-SUPERVISED = (
-    "emoji-sup-30 --model test_convnext --precision fp32 --epochs 1 --warmup 2 --log-every 1 --workers 0".split()
-)
+SUPERVISED = """small-sup --noise 0.3 --model test_convnext --precision fp32 --epochs 1 --warmup 2 --log-every 1
+    --workers 0""".split()
 
 
 @pytest.fixture(scope="module")

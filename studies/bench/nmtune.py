@@ -92,7 +92,7 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
 
 def clip_step(repetitions: int) -> None:
     """Forward and backward pass of the small CLIP's pre-training, against open_clip's model and loss."""
-    cfg = dataclasses.replace(config.EMOJI_CLIP, model="ViT-emoji", precision="bf16")
+    cfg = dataclasses.replace(config.SMALL_CLIP, model="ViT-emoji", precision="bf16")
     network, *_ = model.create_model(cfg)
     images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
     tokens[:, 12] = 49407
