@@ -2,6 +2,7 @@
 silently. The tests build a small corpus from the packages in data/.npm, which `make data` or the first test run
 installs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import webdataset
 
 from shared.errors import UserError
+from studies.bench import learner
 from studies.corpora import emoji, emoji_sources
 
 ROOT = Path(__file__).parent.parent
@@ -290,3 +292,19 @@ def test_full_corpus_matches_its_manifest() -> None:
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.tar")} == set(manifest["sha256"])
     for name, digest in manifest["sha256"].items():
         assert emoji.sha256(folder / name) == digest
+
+
+def test_pilots_of_the_learner_are_kept(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    preset = dataclasses.replace(learner.PRESETS["emoji-clip"][1], batch_size=16)
+    for name, value in (
+        ("TRAIN", str(corpus / "train_names")), ("TEST", str(corpus / "eval/bare_names_ood")),
+        ("PRESETS", {"emoji-clip": ("", preset)}), ("RECORDS", tmp_path / "learner.jsonl"),
+    ):  # fmt: skip
+        monkeypatch.setattr(learner, name, value)
+    learner.main(learner.Pilot("two steps", seeds=(100, 101), steps=2))
+    learner.main(learner.Pilot("crops", seeds=(100, 101), steps=2, view="crop"))
+    capsys.readouterr()
+    learner.main(learner.Pilot(table=True))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[-6] for row in rows[-2:]] == ["2", "2"]  # steps, seeds, core_seconds, held_out, sd, p
+    assert all(0 <= float(row[-3]) <= 100 for row in rows[-2:])

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import tyro
+from scipy import stats
 from torchvision import transforms
 
 from protoclip.config import PRESETS
@@ -93,7 +94,7 @@ def pilot(settings: Pilot, seed: int) -> dict[str, float]:
     for step, batch in enumerate(islice(batches(), settings.steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rates(cfg, step)["lr_rest"]
-        train_step(model, batch, None, (1.0, 0.0, 0.0), optimizer, scaler, cfg)
+        train_step(model, batch, None, (0.0, 0.0), optimizer, scaler, cfg)
     seconds = time.process_time() - start
 
     names = EvalSet(TEST, None).classnames
@@ -109,11 +110,15 @@ def pilot(settings: Pilot, seed: int) -> dict[str, float]:
 
 
 def table() -> str:
-    """Means and standard deviations over the seeds of each row."""
+    """Means over the seeds of each row, the standard deviation of the scores, and p of Welch's test that a row's mean
+    score is the first row's."""
     runs = pd.read_json(RECORDS, lines=True)
     groups = runs.groupby("what", sort=False)
     columns = {"steps": groups["steps"].first(), "seeds": groups.size(), **{k: groups[k].mean() for k in RESULTS}}
-    return pd.DataFrame({**columns, "sd": groups["held_out"].std()}).round(1).to_string()
+    scores = groups["held_out"]
+    first = scores.get_group(runs["what"][0])
+    p = scores.apply(lambda of: stats.ttest_ind(of, first, equal_var=False).pvalue).map("{:.1g}".format)
+    return pd.DataFrame({**columns, "sd": scores.std(), "p": p}).round(1).to_string()
 
 
 def main(settings: Pilot) -> None:
