@@ -148,7 +148,7 @@ SMALL = Config(
     lr=1e-3,
     weight_decay=0.2,
     workers=0,
-    save_every=200,
+    save_every=50,
 )
 EMOJI = replace(
     SMALL,

@@ -81,7 +81,7 @@ class Config(RunConfig):
 
 
 SMALL = Config(
-    groups=(), num_concepts=None, epochs=12, batch_size=256, lr=6e-3, warmup=30, workers=0, save_every=200,
+    groups=(), num_concepts=None, epochs=12, batch_size=256, lr=6e-3, warmup=30, workers=0, save_every=50,
 )  # fmt: skip
 EMOJI = replace(
     SMALL,

@@ -103,7 +103,7 @@ SMALL = Config(
     warmup=100,
     weight_decay=0.2,
     workers=0,
-    save_every=200,
+    save_every=50,
 )
 EMOJI = replace(
     SMALL,

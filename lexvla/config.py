@@ -110,7 +110,7 @@ SMALL = Config(
     lr=2e-3,
     warmup=100,
     workers=0,
-    save_every=200,
+    save_every=50,
 )
 EMOJI = replace(
     SMALL,

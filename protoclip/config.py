@@ -135,7 +135,7 @@ SMALL = Config(
     beta2=0.98,
     max_grad_norm=1.0,
     workers=0,
-    save_every=200,
+    save_every=50,
 )
 EMOJI = replace(
     SMALL,

@@ -192,7 +192,9 @@ def main(cfg: Config) -> Path | None:
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, image_size=cfg.image_size)
     nn.init.constant_(model.logit_scale, math.log(1 / cfg.temperature))
     if cfg.dry_run:
-        inputs, rows = clip.blank_inputs(model), [cli.first_loss_row(cfg.batch_size)]
+        left = f"{cfg.episode_size % cfg.batch_size} samples of each are left out"
+        rows = [("episodes", f"{cfg.episodes} of {per_episode} batches; {left}"), cli.first_loss_row(cfg.batch_size)]
+        inputs = clip.blank_inputs(model)
         return cli.show_run(cfg, process, model, inputs, total, lambda at: learning_rates(cfg, at), rows)
     clip.set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw, fused=True)
@@ -228,11 +230,12 @@ def main(cfg: Config) -> Path | None:
         samples = sample_episode(len(corpus), cfg.episode_size, rng)
         if episode < first:
             continue  # a resumed run repeats only the draws of earlier episodes
+        name = f"episode {episode + 1} of {cfg.episodes}"
         weights = loss_weights(cfg, episode)  # w_proto, w_external
         errors: dict[str, float] = {}
 
         if prototypes is None and any(weights):
-            batches = corpus.batches(samples, view, seed=(cfg.seed, episode, 0))
+            batches = corpus.batches(samples, view, (cfg.seed, episode, 0), label=f"features of {name}")
             h_image, h_text = extract_features(model, batches, len(samples), cfg)
             if process.main:
                 external = teacher.features_of(corpus.pairs, samples) if weights[1] else None
@@ -240,7 +243,7 @@ def main(cfg: Config) -> Path | None:
             prototypes = run.broadcast(prototypes, process).to(process.device)
 
         model.train()
-        batches = corpus.batches(samples, view, seed=(cfg.seed, episode, 1), start=start, drop_last=True)
+        batches = corpus.batches(samples, view, (cfg.seed, episode, 1), start=start, drop_last=True, label=name)
         for i, batch in enumerate(batches, start):
             step = per_episode * episode + i
             run.seed_step(cfg, step, process)

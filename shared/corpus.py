@@ -64,20 +64,23 @@ class Corpus:
     def epoch(self, epoch: int, view: Callable, start: int = 0, drop_last: bool = True) -> Iterator[tuple]:
         """`batches` of a pass over all rows."""
         rows = np.arange(len(self))
-        return self.batches(rows, view, seed=(self.cfg.seed, epoch), start=start, drop_last=drop_last)
+        seed, label = (self.cfg.seed, epoch), f"epoch {epoch + 1}"
+        return self.batches(rows, view, seed, start=start, drop_last=drop_last, label=label)
 
     def batches(
-        self, rows: np.ndarray, view: Callable, seed: Sequence[int], *, start: int = 0, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Any, Any]]:
+        self, rows: np.ndarray, view: Callable, seed: Sequence[int], *, start: int = 0, drop_last: bool = False,
+        label: str = "",
+    ) -> Iterator[tuple[Tensor, Any, Any]]:  # fmt: skip
         """This rank's batches of one shuffled pass over `rows` (N,) of the data, on the device.
 
         Yields (positions in `rows` (B,), images, texts), where an image is `view(image)` of a PIL image, normalised on
-        the device. The pass begins with batch `start`; `drop_last` leaves out a short last batch.
+        the device. The pass begins with batch `start`; `drop_last` leaves out a short last batch. `label` names the
+        pass in its progress bar.
         """
         order = self.order(rows, seed, start, drop_last)
         number, normalise = self.samples.number(view)
         items = [[(number, seed, int(i), int(rows[i])) for i in batch] for batch in order]
-        label = f"{Path(self.cfg.out).name} {' '.join(map(str, seed[1:]))}"
+        label = f"{Path(self.cfg.out).name} {label}"
         batches = run.progress(self.loaded(items), len(items), label, self.cfg.batch_size, self.process)
         for positions, images, texts, broken in batches:
             self.replaced += broken

@@ -78,7 +78,7 @@ class Stream:
             pin_memory=self.process.device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # so that the loader does not use the global generator
         )
-        label = f"{Path(self.cfg.out).name} {epoch}"
+        label = f"{Path(self.cfg.out).name} epoch {epoch + 1}"
         batches = run.progress(loader, self.steps - start, label, self.cfg.batch_size, self.process)
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a killed run
         try:

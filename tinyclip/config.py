@@ -208,7 +208,7 @@ SMALL = Config(  # numbers of steps are scaled to the epochs
     augmentation="none",
     keep_in_memory=True,
     workers=0,
-    save_every=200,
+    save_every=50,
 )
 # A gate moves from 4.6 towards -4.6 by about the mask learning rate per step, so that few steps need a larger rate.
 # The hinge overshoots: with a target of 0.42 the student ends near the size of the one cut by hand.

@@ -237,7 +237,7 @@ CLIP = Config(stage="clip")
 SMALL = dict(
     image_size=64, width=128, layers=4, heads=4, text_width=128, text_layers=2, text_heads=4,
     max_positions=40, dropout=0.0, batch_size=64, lr=1e-3, min_lr=1e-5, crop_scale=0.8, flip=False, augment=False,
-    workers=0, save_every=500, log_every=20,
+    workers=0, save_every=100, log_every=20,
 )  # fmt: skip
 SMALL_VLP = dict(epochs=7, lr_decay_rate=0.6, warmup=15, embed_dim=128, queue_size=256, **SMALL | {"batch_size": 128})
 TUNED = "BLIP fine-tuned on COCO, TR/IR@1 {} %"  # of the whole method with this setting
