@@ -51,7 +51,7 @@ AUTO, HALF, STAGES, LONG = "auto-affinity", "half-affinity", ("two-stages", "one
 ARMS = (
     Arm("vit-teacher", "train emoji-teacher --steps 750 --warmup 56", heading="teacher (100 %)"),
     Arm(RC, f"train emoji-contrastive {STUDENT} --init None", heading="25 %: random weights, contrastive"),
-    Arm(RA, f"train emoji {STUDENT} {TEACHER} --init None", heading="25 %: random weights, affinity"),
+    Arm(RA, f"train emoji {STUDENT} {TEACHER} --init None", heading="25 %: random weights, affinity", core=False),
     Arm(
         IC,
         f"train emoji-contrastive {STUDENT} --init {{vit-teacher}} --eval-every 15",
@@ -71,21 +71,25 @@ ARMS = (
         HALF,
         f"train emoji {STAGE} {TEACHER} --init {{vit-teacher}}",
         heading="50 %: inherited by hand, affinity = the first of two stages",
+        core=False,
     ),
     Arm(
         "two-stages",
         f"train emoji {STUDENT} {TEACHER} --init {{{HALF}}}",
         heading="25 %: the second of two stages by hand, affinity",
+        core=False,
     ),
     Arm(
         "one-stage",
         f"train emoji --model emoji-25 --steps {2 * STEPS} {TEACHER} --init {{vit-teacher}}",
         heading="25 %: inherited by hand, affinity, as many steps as two stages",
+        core=False,
     ),
     Arm(
         LONG,
         f"train emoji-contrastive --model emoji-25 --steps {3 * STEPS} --warmup 45 --init None",
         heading="25 %: random weights, contrastive, three times the steps",
+        core=False,
     ),
     Arm(
         "random-channels",
@@ -294,7 +298,7 @@ STUDY = Study(
     corpus="Scenes of 30 emoji; ViTs, the teacher from scratch",
     before=(Once(MAKE_SCENES),),
     arms=ARMS,
-    minutes={"core": 7, "all": 8.4},
+    minutes={"core": 4.1, "all": 8.4},
     terms="Students have a quarter of the teacher's size. Inherited: they start from weights cut out of the teacher's, "
     "by hand or by learned masks, not from random ones. Affinity: they learn the teacher's similarities of images and "
     "texts; contrastive: CLIP's loss. Two stages: cut to a half, trained, cut to a quarter. Steps - 1: -0.9 is a "

@@ -170,12 +170,11 @@ def test_arms_of_a_claim_differ_in_what_it_compares():
     assert arms[study.LONG].steps == 3 * study.STEPS and arms["vit-teacher"].steps == 5 * study.STEPS
 
 
-def test_core_arms_are_those_of_primary_claims():
-    """Core arms are those of primary claims, the teacher, and the first of two stages."""
+def test_core_arms_judge_inheritance_affinity_and_masks():
     primary = [claim for claim in study.CLAIMS if claim.primary]
-    compared = {arm for claim in primary for arm in (claim.method, claim.baseline)}
     core = {arm.name for arm in study.STUDY.chosen("core")}
-    assert core == compared | {"vit-teacher", study.HALF}
+    assert core == {"vit-teacher", study.RC, study.IC, study.IA, study.AUTO}
+    assert sum({claim.method, claim.baseline} <= core for claim in primary) == 3
     assert study.CLAIMS[: len(primary)] == tuple(primary)
     known = {arm.name for arm in study.ARMS}
     assert all({claim.method, claim.baseline.partition(":")[0]} <= known for claim in study.CLAIMS)
