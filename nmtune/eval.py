@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from nmtune.config import Config as TrainConfig
 from nmtune.config import PretrainConfig
 from nmtune.datasets import vid_robust
+from nmtune.encoders import create_model, read_weights, split_upstream
 from nmtune.features import RunFeatures
-from nmtune.model import create_model, head_from, read_head, transformed
+from nmtune.model import head_from, transformed
 from shared import checkpoints, cli, evaluation, export, run, zeroshot
 from shared.errors import UserError
 from shared.pictures import by_picture
@@ -181,6 +182,16 @@ class Config:
     """auto, cpu, cuda, cuda:N or mps."""
     precision: str = "fp32"
     """Autocast of the encoder, as in training."""
+
+
+def read_head(path: str, dim: int, num_classes: int) -> nn.Module:
+    """The head in a file for `split_upstream`. UserError if it has none for `dim` features and `num_classes`."""
+    weights = split_upstream(read_weights(path))[0]
+    classifier = weights.get("classification_head.weight")
+    if classifier is None or classifier.shape != (num_classes, dim):
+        found = "no head" if classifier is None else "a head for {1} features and {0} classes".format(*classifier.shape)
+        raise UserError(f"--head {path} holds {found}, but the run has {dim} features and {num_classes} classes")
+    return head_from(weights)
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from nmtune.config import named_tests
 from nmtune.datasets import LabelledImages, open_labelled, open_test
+from nmtune.encoders import load_encoder
 from nmtune.features import encode_set, split_encoder
-from nmtune.model import load_encoder
 from shared import checkpoints, cli, run
 from shared.errors import UserError
 from shared.index import file_fingerprint

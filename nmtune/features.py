@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from nmtune.config import Config, PretrainConfig, TuningConfig, named_tests
 from nmtune.datasets import LabelledImages, benchmark, flip_labels, open_labelled, open_test
-from nmtune.model import load_encoder
+from nmtune.encoders import load_encoder
 from shared import checkpoints, data, run
 from shared.errors import UserError
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from nmtune.config import FINETUNE_PRESETS, FinetuneConfig, check_finetune, check_numbers
 from nmtune.datasets import open_labelled, open_test
+from nmtune.encoders import load_encoder
 from nmtune.eval import test_metrics
 from nmtune.features import Views, data_sets, encode_set, load, split_encoder, training_order
-from nmtune.model import finetune_loss, load_encoder, make_classifier
+from nmtune.model import finetune_loss, make_classifier
 from nmtune.train import learning_rate, make_optimizer, plan_rows, planned_encoder, planned_samples
 from shared import cli, data, run
 from shared.clip import set_grad_checkpointing

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nmtune.config import PRETRAIN_PRESETS, PretrainConfig
 from nmtune.datasets import LabelledImages, flip_labels, open_labelled, swap_captions
-from nmtune.model import create_model
+from nmtune.encoders import create_model
 from nmtune.train import cosine_lr
 from shared import cli, clip, data, run
 from shared.corpus import Corpus

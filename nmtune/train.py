@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from nmtune.config import PRESETS, Config, TuningConfig, check, check_numbers
 from nmtune.datasets import SIZES
+from nmtune.encoders import load_encoder, zero_shot_weights
 from nmtune.eval import accuracy, test_metrics
 from nmtune.features import Bank, BankLoader, RunFeatures, hold_out, read_features, reduced, split_encoder
-from nmtune.model import NMTuneHead, load_encoder, make_classifier, nmtune_loss, transformed, zero_shot_weights
+from nmtune.model import NMTuneHead, make_classifier, nmtune_loss, transformed
 from shared import cli, data, pictures, run
 from shared.errors import UserError
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from nmtune.config import PAPER, PretrainConfig
 from nmtune.datasets import open_labelled, open_test
+from nmtune.encoders import create_model, load_encoder, timm_transforms
 from nmtune.eval import CENTRES, accuracy, feature_spectrum, largest_singular_value_ratio, singular_value_entropy
 from nmtune.features import Bank, encode_set, split_encoder
-from nmtune.model import create_model, load_encoder, timm_transforms, transformed
+from nmtune.model import transformed
 from nmtune.pretrain import NoisyLabels
 from nmtune.train import tuned_head
 from shared import checkpoints, evaluation, pictures, run

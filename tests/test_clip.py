@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 
-import nmtune.model  # noqa: F401  (timm finds resnet_emoji)
+import nmtune.encoders  # noqa: F401  (timm finds resnet_emoji)
 from shared import accumulate, cli, clip
 
 

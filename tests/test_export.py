@@ -19,7 +19,7 @@ from short_runs import EVAL, SCRIPTS, commands, small_corpus
 
 from concept_frequency import clip_models
 from lexvla import patchdis
-from nmtune.model import create_clip
+from nmtune.encoders import create_clip
 from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.tokenizer import eval_tokenizer

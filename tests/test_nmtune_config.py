@@ -9,7 +9,7 @@ import pytest
 from nmtune_runs import corpus, in_process, one_sentence  # noqa: F401
 from scripts import SHARDS
 
-from nmtune import config, model
+from nmtune import config, encoders
 
 FOLDER = "data/emoji/eval/groups_id"
 GROUPS = f"{FOLDER}:test"
@@ -57,8 +57,9 @@ def test_command_line_errors(in_process, tmp_path, case):
 @pytest.mark.parametrize("script, presets", [("train", config.PRESETS), ("finetune", config.FINETUNE_PRESETS)])
 def test_dry_runs(in_process, script, presets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no data
-    made = functools.lru_cache(1)(model.load_encoder)  # presets that follow each other plan with the same one
-    monkeypatch.setattr(model, "load_encoder", made if script == "train" else lambda *name: copy.deepcopy(made(*name)))
+    made = functools.lru_cache(1)(encoders.load_encoder)  # presets that follow each other plan with the same one
+    copied = lambda *name: copy.deepcopy(made(*name))  # noqa: E731
+    monkeypatch.setattr(encoders, "load_encoder", made if script == "train" else copied)
     for preset in presets:
         if (
             script == "train"

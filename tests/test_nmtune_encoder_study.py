@@ -8,7 +8,7 @@ import pytest
 import torch
 from nmtune_runs import corpus  # noqa: F401
 
-from nmtune import config, model
+from nmtune import config, encoders
 from nmtune.datasets import open_labelled
 from nmtune.pretrain import NoisyLabels
 from shared import checkpoints, run
@@ -35,7 +35,7 @@ def pretrained(scenes: Path, folder: Path, noise: float, seed: int) -> config.Pr
     small = config.PRETRAIN_PRESETS["small-sup"][1]
     cfg = dataclasses.replace(small, data=f"{scenes}/pretrain:train", noise=noise, seed=seed, out=str(folder))
     torch.manual_seed(seed + round(noise * 10))
-    encoder, *_ = model.create_model(cfg, 4)
+    encoder, *_ = encoders.create_model(cfg, 4)
     folder.mkdir()
     state = {"epoch": cfg.epochs, "seconds": 1.0, "noise": noise, "commit": "x", "config": dataclasses.asdict(cfg)}
     torch.save(state | {"state_dict": encoder.state_dict()}, folder / "checkpoint.pt")

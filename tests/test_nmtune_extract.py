@@ -8,7 +8,7 @@ from nmtune_runs import corpus, images, in_process, one_sentence  # noqa: F401
 from short_runs import language_model, small_corpus
 
 from nmtune import extract, features
-from nmtune.model import load_encoder
+from nmtune.encoders import load_encoder
 
 
 def test_pictures(in_process, tmp_path, images):

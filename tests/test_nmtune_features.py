@@ -11,8 +11,8 @@ from nmtune_runs import features_file, in_process, one_sentence  # noqa: F401
 from torchvision.transforms import RandAugment, RandomResizedCrop
 
 from nmtune import features, train
+from nmtune.encoders import timm_transforms
 from nmtune.features import subset_per_class
-from nmtune.model import timm_transforms
 from shared import checkpoints, run
 
 

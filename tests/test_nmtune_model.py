@@ -10,16 +10,10 @@ from authors_files import beside_weights
 from conftest import leaf
 from PIL import Image
 
-from nmtune import fast_losses, model
-from nmtune.fast_losses import covariance_loss, dominant_singular_value_loss
-from nmtune.model import (
-    NMTuneHead,
-    head_from,
-    load_encoder,
-    nmtune_loss,
-    split_upstream,
-    timm_transforms,
-)
+from nmtune import gram_losses, model
+from nmtune.encoders import load_encoder, split_upstream, timm_transforms
+from nmtune.gram_losses import covariance_loss, dominant_singular_value_loss
+from nmtune.model import NMTuneHead, head_from, nmtune_loss
 
 
 def test_training_views_are_crops_of_at_least_four_fifths_and_flips():
@@ -52,16 +46,16 @@ def test_regularisers_equal_their_definitions_in_float64(n, dim):
 
 
 @pytest.mark.parametrize("n, dim", [(6, 20), (20, 6), (7, 7), (2, 9), (6, 40), (40, 6), (1, 5)])
-def test_the_fast_regularisers_equal_the_equations(n, dim):
+def test_regularisers_from_gram_matrices_equal_the_equations(n, dim):
     """Values and gradients."""
     torch.manual_seed(n)
     start = torch.randn(n, dim)
-    for exact, fast in zip(model.EXACT, model.FAST, strict=True):
-        (value, slope), (quick, quick_slope) = (
-            (loss(z := leaf(start)), torch.autograd.grad(loss(z), z)[0]) for loss in (exact, fast)
+    for losses in zip(model.EQUATIONS, model.FROM_GRAM_MATRIX, strict=True):
+        (value, slope), (other, other_slope) = (
+            (loss(z := leaf(start)), torch.autograd.grad(loss(z), z)[0]) for loss in losses
         )
-        torch.testing.assert_close(quick, value, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(quick_slope, slope, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(other, value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(other_slope, slope, rtol=1e-3, atol=1e-6)
 
 
 def test_covariance_loss_of_nearly_uncorrelated_features_is_accurate():
@@ -116,7 +110,7 @@ def test_the_gradient_of_l_svd_of_a_decaying_spectrum_is_exact(n, dim):
 
 @pytest.mark.parametrize("n, dim", [(16, 128), (40, 6)])
 def test_the_loss_waits_for_a_gpu_only_in_the_eigendecomposition(watch, monkeypatch, n: int, dim: int):
-    monkeypatch.setattr(fast_losses, "gram_eigh", watch.within(fast_losses.gram_eigh, on=False))
+    monkeypatch.setattr(gram_losses, "gram_eigh", watch.within(gram_losses.gram_eigh, on=False))
     torch.manual_seed(0)
     z, feats, logits = (torch.randn(n, size, requires_grad=True) for size in (dim, dim, 5))
     loss, _ = watch.within(nmtune_loss)(logits, torch.arange(n) % 5, z, feats)

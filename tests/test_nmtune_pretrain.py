@@ -11,7 +11,7 @@ from nmtune_runs import assert_equal_runs, corpus, images, in_process, start, tw
 from scripts import SHARDS, metrics
 from short_runs import small_set
 
-from nmtune import config, model, pretrain
+from nmtune import config, encoders, pretrain
 from shared import accumulate, checkpoints, data
 from shared.clip import set_grad_checkpointing
 
@@ -53,13 +53,13 @@ def test_pretraining_on_labels_and_fine_tuning(in_process, tmp_path, images):
 def test_positional_embeddings_decay_as_in_open_clip():
     """Positional embeddings have weight decay; gains, biases and the logit scale do not; timm's models keep timm's
     rule."""
-    network = model.create_model(dataclasses.replace(config.SMALL_CLIP, model="ViT-emoji"))[0]
+    network = encoders.create_model(dataclasses.replace(config.SMALL_CLIP, model="ViT-emoji"))[0]
     optimizer = pretrain.make_optimizer(network, config.SMALL_CLIP)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     found = {name: decay[id(p)] for name, p in network.named_parameters()}
     assert found["positional_embedding"] == found["visual.positional_embedding"] == config.SMALL_CLIP.weight_decay
     assert found["logit_scale"] == found["ln_final.weight"] == found["visual.class_embedding"] == 0
-    network = model.create_model(config.SMALL_SUPERVISED, 5)[0]
+    network = encoders.create_model(config.SMALL_SUPERVISED, 5)[0]
     groups = pretrain.make_optimizer(network, config.SMALL_SUPERVISED).param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
 

@@ -10,40 +10,55 @@ import copy
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
 import torch
 
-from nmtune import config, model, pretrain, train
+from nmtune import config, encoders, gram_losses, model, pretrain, train
 from studies import nmtune as study
 from studies import nmtune_encoders as encoder_study
 from studies.bench import CPU, arguments, at_least, bench, print_row, race, step_row
 from studies.bench.baselines import baseline_rows
-from tests.parity import test_nmtune as parity
+from tests.adapters import nmtune as parity
+
+OURS = {"cov": gram_losses.covariance_loss, "svd": gram_losses.dominant_singular_value_loss}
 
 
-def textbook_terms() -> dict:
-    def cov(z, f):
+def textbook_terms() -> dict[str, Callable]:
+    def cov(z):
         c = torch.cov(z.T)
         return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
 
-    def svd(z, f):
+    def svd(z):
         s = torch.linalg.svdvals(z)
         return -(s[:5] / s.sum()).mean()
 
     return {"cov": cov, "svd": svd}
 
 
-def ten_times(term, z: torch.Tensor, f: torch.Tensor) -> None:
+def their_terms(up: SimpleNamespace, feats: torch.Tensor) -> dict[str, Callable]:
+    """Their statements of L_COV and L_SVD, which do not use the encoder's features `feats`."""
+    terms = parity.Losses().their(up)
+    return {name: lambda z, name=name: terms[name](z, feats) for name in OURS}
+
+
+def value_and_gradient(term: Callable, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    z = z.clone().requires_grad_()
+    value = term(z)
+    return value.detach(), torch.autograd.grad(value, z)[0]
+
+
+def ten_times(term: Callable, z: torch.Tensor) -> None:
     for _ in range(10):
-        parity.value_and_gradient(term, z, f)
+        value_and_gradient(term, z)
 
 
-def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
+def terms(theirs: dict[str, Callable], n: int, dim: int, repetitions: int) -> None:
     """Covariance and singular-value regulariser, forward and backward."""
-    spread, f = torch.randn(n, dim) * torch.linspace(0.2, 2, dim), torch.randn(n, dim)
+    spread = torch.randn(n, dim) * torch.linspace(0.2, 2, dim)
     skewed = spread + 5 * torch.rand(dim)  # features with a large mean: L_SVD goes through fp64
     for name, z, what, target in (
         ("cov", spread, "", ">= 11"),
@@ -51,10 +66,10 @@ def terms(theirs: dict, n: int, dim: int, repetitions: int) -> None:
         ("svd", skewed, " large mean,", ""),
     ):
         (value, gradient), (own_value, own_gradient) = (
-            parity.value_and_gradient(term, z, f) for term in (theirs[name], parity.OUR_TERMS[name])
+            value_and_gradient(term, z) for term in (theirs[name], OURS[name])
         )
         gap = (gradient - own_gradient).abs().max().item()
-        calls = [lambda term=side[name], z=z: ten_times(term, z, f) for side in (parity.OUR_TERMS, theirs)]
+        calls = [lambda term=side[name], z=z: ten_times(term, z) for side in (OURS, theirs)]
         note = f"values within {(value - own_value).abs().item():.0e}, gradients within {gap:.0e}"
         title = f"L_{name.upper()}, n={n}, D={dim},{what} forward and backward"
         print_row(*race(title, *calls, repetitions, per=10), target, note)
@@ -74,18 +89,20 @@ class Clocked(list):
         return [b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)]  # the first step warms up
 
 
-def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> None:
+def tuning_step(up: SimpleNamespace, dim: int, classes: int, steps: int, repetitions: int) -> None:
     """A whole step of nml_tune (64 images, two views each) on a frozen identity encoder against ours, same weights."""
-    loader = Clocked(parity.toy_batches((64,) * steps, dim, classes))
+    loader = Clocked(
+        (tuple(torch.randn(2, 64, dim)), torch.randint(classes, (64,))) for _ in range(steps)
+    )  # ((features of view w, of view s), labels)
     head = model.NMTuneHead(dim, classes)
     start, seconds = copy.deepcopy(head.state_dict()), []
-    args = SimpleNamespace(**parity.ARGS | dict(epochs=1, batch_size=64))
+    cfg = config.Config(epochs=1, lr=parity.ARGS["lr"], weight_decay=parity.ARGS["wd"])
     for _ in range(repetitions):
         head.load_state_dict(start)
-        train.tune(config.Config(epochs=1, lr=args.lr, weight_decay=args.wd), head, parity.Stacked(loader), views=2)
+        train.tune(cfg, head, parity.Stacked(loader), views=2)
         own = statistics.median(loader.steps())
-        with parity.toy_run(up, up.nml_tune, loader, dim, classes), parity.initial(up, up.nml_tune, start):
-            up.nml_tune.nml_tune(args)
+        with parity.on_cpu():
+            parity.their_run(up, "nml_tune", loader, start, parity.Toy(dim), classes, epochs=1, batch_size=64)
         seconds.append((own, statistics.median(loader.steps())))
     print_row(f"NMTune step, batch 64 x 2 views, D={dim}, {classes} classes", seconds, ">= 1.7")
 
@@ -93,7 +110,7 @@ def tuning_step(up, dim: int, classes: int, steps: int, repetitions: int) -> Non
 def clip_step(repetitions: int) -> None:
     """Forward and backward pass of the small CLIP's pre-training, against open_clip's model and loss."""
     cfg = dataclasses.replace(config.SMALL_CLIP, model="ViT-emoji", precision="bf16")
-    network, *_ = model.create_model(cfg)
+    network, *_ = encoders.create_model(cfg)
     images, tokens = torch.randn(128, 3, 40, 40), torch.randint(1, 49406, (128, 24))
     tokens[:, 12] = 49407
     theirs = open_clip.create_model("ViT-emoji", output_dict=True)
@@ -132,7 +149,7 @@ def measure(options: argparse.Namespace) -> None:
         terms(textbook_terms(), 128, 2048, options.repetitions)
     else:
         up = parity.load(options.upstream)
-        terms(parity.their_terms(up), 128, 2048, options.repetitions)
+        terms(their_terms(up, torch.randn(128, 2048)), 128, 2048, options.repetitions)
         tuning_step(up, 2048, 100, options.steps, min(options.repetitions, 2))
         tuning_step(up, 1024, 100, options.steps, min(options.repetitions, 2))
     clip_step(options.repetitions)

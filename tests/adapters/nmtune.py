@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from nmtune import config, datasets, fast_losses, features, finetune, model, train
+from nmtune import config, datasets, encoders, features, finetune, gram_losses, model, train
 from nmtune import eval as evaluation
 from shared import zeroshot
 from tests.adapters import Part, gradients, leaf, prefixed
@@ -234,12 +234,12 @@ def views(n: int, dim: int) -> dict[str, Tensor]:
 
 
 class Losses(Numbered):
-    """Terms alone, with weight 1, and all with default weights; ours are the fast forms."""
+    """Terms alone, with weight 1, and all with default weights; ours are those of gram_losses.py."""
 
     files = {"losses": dict(shapes=[(16, 32), (64, 24), (12, 48), (8, 16), (4, 16)])}
     more = {"losses_large": dict(shapes=[(128, 512)])}
     families = ("losses",)
-    functions = "nmtune.model.consistency_loss nmtune.fast_losses.covariance_loss nmtune.fast_losses.DominantShare"
+    functions = "nmtune.model.consistency_loss nmtune.gram_losses.covariance_loss nmtune.gram_losses.DominantShare"
     authors = "src/models/nml_tune.py:34,152-168"
     tolerances = {"*grad": (0, 1e-6), "*": (1e-5, 0)}
     one_input = staticmethod(views)
@@ -253,7 +253,7 @@ class Losses(Numbered):
             assert feats.grad is None or not feats.grad.any()
         return found
 
-    forms = fast_losses.covariance_loss, fast_losses.dominant_singular_value_loss
+    forms = gram_losses.covariance_loss, gram_losses.dominant_singular_value_loss
 
     @property
     def our(self):
@@ -463,7 +463,7 @@ class LinearHead(Part):
 
 class ZeroShotHead(Part):
     files = {"zeroshot_head": {}}
-    functions = "nmtune.model.zero_shot_weights"
+    functions = "nmtune.encoders.zero_shot_weights"
     authors = "src/models/zeroshot.py:18"
     rtol, atol = 1e-5, 1e-6
 
@@ -495,11 +495,11 @@ class ZeroShotHead(Part):
             return zeroshot.build_classifier(encode, tokenizer, names, filled)
 
         with (
-            mock.patch.object(model, "create_clip", lambda *_: (tower, None, None)),
-            mock.patch.object(model, "build_classifier", build),
+            mock.patch.object(encoders, "create_clip", lambda *_: (tower, None, None)),
+            mock.patch.object(encoders, "build_classifier", build),
             mock.patch.object(open_clip, "get_tokenizer", lambda _: self.tokenizer),
         ):
-            weight = model.zero_shot_weights("toy", None, [str(c) for c in range(classes)])
+            weight = encoders.zero_shot_weights("toy", None, [str(c) for c in range(classes)])
         return weight, F.normalize(x, dim=1) @ weight.T
 
     def their(self, up):
@@ -516,12 +516,12 @@ class ZeroShotHead(Part):
 
 @functools.cache
 def resnet50_view():
-    return model.load_encoder("open_clip", "RN50")[3]
+    return encoders.load_encoder("open_clip", "RN50")[3]
 
 
 class EvaluationView(Numbered):
     files = {"preprocess_eval": dict(shapes=[(48, 64), (300, 260)])}
-    functions = "nmtune.model.timm_transforms"
+    functions = "nmtune.encoders.timm_transforms"
     authors = "src/models/modeling.py:34, open_clip/open_clip/transform.py:63"
     tolerances = {"clip_*": (0, 1e-6), "*": (0, 0.02)}
 
@@ -548,7 +548,7 @@ class EvaluationView(Numbered):
     def our(self, sizes, mean, std):
         resize, crop = sizes
         about = {"input_size": (3, crop, crop), "interpolation": "bicubic", "crop_pct": crop / (resize - 0.5)}
-        return model.timm_transforms(about | {"mean": tuple(mean), "std": tuple(std)})[1], resnet50_view()
+        return encoders.timm_transforms(about | {"mean": tuple(mean), "std": tuple(std)})[1], resnet50_view()
 
     def their(self, up):
         return lambda *_: (up.modeling.timm_load("toy", "Toy")[2], up.transform.image_transform(224, is_train=False))
@@ -734,7 +734,7 @@ class Tuning(Part):
         flags |= dict(mlp_res_scale_init=scale, warmup_length=int(warmup))
         loader, start, encoder = self.batches(case), case.group("param/"), Toy(int(dim))
         found = their_run(up, "nml_tune", loader, start, encoder, int(classes), **flags)
-        final, _ = model.split_upstream(found.state)
+        final, _ = encoders.split_upstream(found.state)
         values = {"loss_per_step": found.losses, "lr_per_step": found.rates}
         return values | prefixed("grad0/", found.grads) | prefixed("final/", final)
 
