@@ -57,7 +57,7 @@ def encode_text(clip: open_clip.CLIP, text: Tensor, normalize: bool = False) -> 
     use open_clip's function.
     """
     if not cuts(clip):
-        return open_clip.CLIP.encode_text(clip, text, normalize)
+        return getattr(open_clip.CLIP, "_encode_text", open_clip.CLIP.encode_text)(clip, text, normalize)
     end = text.argmax(dim=-1)  # the end token has the highest id
     dtype, pooled = clip.transformer.get_cast_dtype(), []
     end, order = end.sort(stable=True)
@@ -166,9 +166,12 @@ def blank_inputs(model: nn.Module, samples: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def without_padding(model: nn.Module) -> nn.Module:
-    """The model; if it is open_clip's CLIP, its `encode_text` is replaced by the one above."""
+    """The model; if it is open_clip's CLIP, its `encode_text` is replaced by the one above.
+
+    The forward pass of open_clip 4 calls `_encode_text` instead.
+    """
     if isinstance(model, open_clip.CLIP):
-        model.encode_text = functools.partial(encode_text, model)
+        model.encode_text = model._encode_text = functools.partial(encode_text, model)
     return model
 
 
