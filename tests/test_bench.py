@@ -1,5 +1,6 @@
 """Tables of the benches: merging rows of several thread settings, measuring under each setting, seconds to a floor."""
 
+import ast
 import collections
 import contextlib
 import dataclasses
@@ -12,7 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +289,16 @@ def test_hours_of_a_count(capsys: pytest.CaptureFixture, monkeypatch: pytest.Mon
     hours = 414.08e6 / 1000 * seconds / 3600
     assert 0 < seconds < 60 and not row["theirs"]
     assert all(found in note for found in (f"{1000 / seconds:,.0f} captions/s", "5.0 words", f"{hours:,.1f} hours"))
+
+
+@pytest.mark.parametrize("folder", every.CLONES)
+def test_a_bench_names_what_its_modules_have(folder: str):
+    """Most of a bench runs only beside a clone; here, `module.name` must exist for each module that it imports."""
+    module = importlib.import_module(f"studies.bench.{folder}")
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = getattr(module, node.value.id, None)
+            assert not isinstance(owner, ModuleType) or hasattr(owner, node.attr), ast.unparse(node)
 
 
 def test_all_folders_have_a_bench():

@@ -39,7 +39,7 @@ from studies.bench import arguments, at_least, bench, matmul_peak, print_row, ra
 from studies.bench.baselines import baseline_rows
 from studies.bench.open_clip_loop import open_clip_loop
 from studies.flame_measure import measure_run
-from tests.parity import test_flame as parity
+from tests.adapters import flame as parity
 
 # --------------------------------------------------------------------------------------------------------- embedding
 
@@ -95,19 +95,19 @@ def of_one_length(llm: language.FrozenLLM, captions: list[str], prompt: language
     return [caption for caption, length in zip(captions, lengths, strict=True) if length == most][:count]
 
 
-def against_authors(up, lm, tokenizer, every: list[str], count: int, repetitions: int, batch: int) -> None:
+def against_authors(up, llm: language.FrozenLLM, every: list[str], count: int, repetitions: int, batch: int) -> None:
     """`MultiPromptEOLEmbeddingsLLM.forward` against ours, with their long prompt and the same model and dtype, on
     captions of one length, and on captions of the corpus in batches of mixed lengths.
     """
     prompt = language.read_prompts(up.root / "training/embed_cc3m_mask.py")[2]
-    llm = language.FrozenLLM(lm, tokenizer)
-    encoder = parity.their_encoder(up, lm, Encoding(tokenizer), lm.config.num_hidden_layers - 1)
-    template = parity.template_of(prompt)
+    encoding = Encoding(llm.tokenizer)
+    encoder = parity.their_encoder(up, llm.lm, encoding, llm.lm.config.num_hidden_layers - 1)
+    template = language.render(prompt, "*sent_0*").replace(" ", "_")  # as they write a prompt
 
     def theirs(texts: list[str]) -> torch.Tensor:
         rows = []
         for start in range(0, len(texts), batch):
-            ids = Encoding(tokenizer).batch_encode_plus(texts[start : start + batch]).input_ids
+            ids = encoding.batch_encode_plus(texts[start : start + batch]).input_ids
             with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
                 rows.append(encoder(ids, "long", True, template, len(prompt.facets), False))
         return torch.cat(rows).float()
@@ -139,7 +139,7 @@ class Encoding:
 
     def batch_encode_plus(self, texts, **_):
         texts = [text.replace("<s>", self.tokenizer.bos_token) for text in texts]
-        return parity.padded(self.tokenizer(texts)["input_ids"])
+        return parity.padded([torch.tensor(ids) for ids in self.tokenizer(texts)["input_ids"]])
 
     def batch_decode(self, rows, **_):
         return [self.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows]
@@ -252,8 +252,7 @@ def measure(options: argparse.Namespace) -> None:
         bank_speed(language.GEMMA, options.captions, options.repetitions)
     if options.upstream is not None:
         up = parity.load(options.upstream)
-        lm = SimpleNamespace(model=llm.lm, lm_head=None, base_model=llm.lm, config=llm.lm.config)
-        against_authors(up, lm, llm.tokenizer, every, 4 * options.captions, options.repetitions, 32)  # two batches
+        against_authors(up, llm, every, 4 * options.captions, options.repetitions, 32)  # two batches
     for name in dict.fromkeys((precision, "fp32")):
         tower_alone(name, options.repetitions, options.steps, 128)
         clip_step(name, options.repetitions, options.steps, 128)

@@ -22,7 +22,7 @@ from studies import tldr_reduction as study
 from studies import tldr_reduction_learner as learner
 from studies.bench import arguments, at_least, bench, one_thread, peak_memory, print_row, race, step_row
 from studies.bench.baselines import baseline_rows
-from tests.parity import test_tldr_reduction as parity
+from tests.adapters import tldr_reduction as parity
 from tldr_reduction import cluster, model, reduce, train
 from tldr_reduction.config import PRESETS, ReduceConfig
 
