@@ -43,7 +43,14 @@ from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent, retrieval_metrics
 from studies.flame_banks import centred, centres_of
-from studies.flame_measure import all_and_other, language_means, measured, read_captions_of, read_images
+from studies.flame_measure import (
+    all_and_other,
+    language_means,
+    measured,
+    read_captions_of,
+    read_images,
+    text_features,
+)
 from studies.flame_towers import KNOWN, PRESETS, WIDTH, cells_of, whole_image
 from studies.harness import floors, photos, runner, verdicts
 from studies.harness.floors import Floor
@@ -319,27 +326,18 @@ def training_features(shards: str, view: Callable[[Image.Image], Tensor]) -> Ten
     return floors.join(batches) if view is floors.raw_pixels else cached_lite0_features(batches)
 
 
-def neighbour_words(pixels: bool = False, pairs: int | None = None) -> dict[str, float]:
+def neighbour_words(pixels: bool = False) -> dict[str, float]:
     """The floor on new names: finds the nearest training drawing, by the pretrained tower's features or by raw pixels,
-    and predicts the class name whose bag of words is most similar to its caption (without a common word, the first).
-
-    pairs: how many of the training pairs are known; None: all.
-    """
+    and predicts the class name whose bag of words is most similar to its caption (without a common word, the first)."""
     shards, short = PRESETS["emoji-lite0"][1].data, Captions("data/flame/captions/short.json")
     captions = [short[str(key)] for key in data.open_pairs(shards).keys]
-    features, found = training_features(shards, floors.raw_pixels if pixels else VIEW), {}
-    train, captions = F.normalize(features, dim=-1)[:pairs], captions[:pairs]
+    train, found = F.normalize(training_features(shards, floors.raw_pixels if pixels else VIEW), dim=-1), {}
     for folder in NEW_SETS:
         test, labels = floors.read(folder, "test", *(() if pixels else (cached_lite0_features, VIEW)))
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
         said, names = floors.captions_of_neighbours(F.normalize(test, dim=-1), train, captions, bags, classnames)
         found[f"{Path(folder).name}/top1"] = percent((said @ names.T).argmax(1) == labels)
     return found
-
-
-def neighbour_words_of_fewer() -> dict[str, float]:
-    """`neighbour_words` for the arms with fewer pairs."""
-    return {AT[share]: neighbour_words(pairs=pairs)[NEW_ID] for share, pairs in FEWER_PAIRS.items()}
 
 
 def letters_of_neighbours(
@@ -375,15 +373,41 @@ def neighbour_letters() -> dict[str, float]:
     return language_means(of_each, all_and_other(of_each) | by_script())
 
 
-def correlated(shards: str, captions: str, folder: str, name: str) -> dict[str, float]:
-    """The floor for long captions: canonical correlation of the pretrained tower's features with the words of the
-    training pictures' long captions, in closed form. `name`: the set's name in the metrics."""
-    long = Captions(captions)
-    found = photos.correlate(training_features(shards, VIEW), [long[str(key)] for key in data.open_pairs(shards).keys])
-    eval_set = open_set(folder, VIEW, "retrieval")
+def correlated(kind: str, llm: str | None = None, pairs: int | None = None) -> photos.Correlation:
+    """Canonical correlation of the pretrained tower's features with words of the training captions of this kind, raw or
+    long, or with their embeddings by a language model. `pairs`: how many pairs are known; None: all."""
+    cfg = PRESETS["emoji-lite0"][1]
+    keys, features = [str(key) for key in data.open_pairs(cfg.data).keys][:pairs], training_features(cfg.data, VIEW)
+    if llm is None:
+        captions = Captions(f"data/flame/captions/{kind}.json")
+        return photos.correlate(features[:pairs], [captions[key] for key in keys])
+    cfg = replace(cfg, bank=f"{BANKS[llm]}-centred")
+    bank, facets = Bank(cfg.bank), slice(0, 1) if kind == "raw" else slice(4, None)
+    embeddings = torch.stack([F.normalize(bank[key][facets].mean(0), dim=-1) for key in keys])
+    texts = text_features(None, cfg, torch.device("cpu"), torch.float32)
+    found = photos.correlate(features[:pairs], embeddings, data.identity)
+    return found._replace(of_texts=functools.partial(texts, multi=kind == "long"))
+
+
+def names_by(found: photos.Correlation) -> dict[str, float]:
+    """Accuracy on new names by a correlation."""
+    accuracies = {}
+    for folder in NEW_SETS:
+        features, labels = floors.read(folder, "test", cached_lite0_features, VIEW)
+        names = F.normalize(found.text(EvalSet(folder, None).classnames), dim=-1)
+        predicted = (F.normalize(found.image(features), dim=-1) @ names.T).argmax(1)
+        accuracies[f"{Path(folder).name}/top1"] = percent(predicted == labels)
+    return accuracies
+
+
+def correlation(llm: str | None = None) -> dict[str, float]:
+    """The floor in closed form: correlations with raw captions name new names, also with fewer pairs, and correlations
+    with long captions find long captions."""
+    eval_set = open_set(LONG_SET, VIEW, "retrieval")
     images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
-    recalls = found.recalls(cached_lite0_features([images]), asked)
-    return {f"{name}/{way}": recalls[way] for way in evaluation.BOTH_WAYS}
+    recalls = correlated("long", llm).recalls(cached_lite0_features([images]), asked)
+    fewer = {AT[share]: names_by(correlated("raw", llm, pairs))[NEW_ID] for share, pairs in FEWER_PAIRS.items()}
+    return names_by(correlated("raw", llm)) | fewer | {f"{LONG}/{way}": recalls[way] for way in evaluation.BOTH_WAYS}
 
 
 def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict[str, float]:
@@ -415,21 +439,24 @@ def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict
     return found
 
 
-FLOORS = (
-    Floor("chance", chance),
-    Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour((*NAMES, *SUBGROUPS))),
-    Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=ON_LITE0),
-    Floor("words of the neighbour's caption", neighbour_words, arms=ON_LITE0),
-    Floor("words of the neighbour's caption, fewer pairs", neighbour_words_of_fewer, arms=ON_LITE0),
-    Floor("words of the neighbour's caption, raw pixels", lambda: neighbour_words(pixels=True)),
-    Floor("letters of the neighbour's caption", neighbour_letters, arms=ON_LITE0),
-    Floor(
-        "canonical correlation of EfficientNet-Lite0 with words",
-        lambda: correlated(PRESETS["emoji-lite0"][1].data, "data/flame/captions/long.json", LONG_SET, LONG),
-        arms=ON_LITE0,
-    ),
-    Floor("MLP on EfficientNet-Lite0, trained on labels", on_labels, ceiling=True),
-)
+def all_floors(llm: str) -> tuple[Floor, ...]:
+    """Floors and ceiling. An arm has learned if it is above what a closed form makes of its own inputs: of words for a
+    trained text tower, of the LLM's embeddings for a frozen LLM."""
+    trained = tuple(name for name in ON_LITE0 if name.startswith("clip"))
+    frozen = tuple(name for name in ON_LITE0 if name not in (*trained, "minilm"))
+    canonical = "canonical correlation of EfficientNet-Lite0 with"
+    return (
+        Floor("chance", chance),
+        Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour((*NAMES, *SUBGROUPS))),
+        Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=ON_LITE0),
+        Floor("words of the neighbour's caption", neighbour_words, arms=ON_LITE0),
+        Floor("words of the neighbour's caption, raw pixels", lambda: neighbour_words(pixels=True)),
+        Floor("letters of the neighbour's caption", neighbour_letters, arms=ON_LITE0),
+        Floor(f"{canonical} words", correlation, arms=trained),
+        Floor(f"{canonical} the LLM", lambda: correlation(llm), arms=frozen),
+        Floor("MLP on EfficientNet-Lite0, trained on labels", on_labels, ceiling=True),
+    )
+
 
 # ------------------------------------------------------------------------------------------------------------- plots
 
@@ -585,7 +612,7 @@ def study(llm: str) -> Study:
         metrics=METRICS,
         small=(OTHER_TO_TEXT,),
         sets=(*NEW_SETS, *ZERO_SHOT_SETS, LONG_SET),
-        floors=FLOORS,
+        floors=all_floors(llm),
         claims=claims(llm),
         made=lambda summary: study(language_model_of(summary)),
         variables_of=variables_of,

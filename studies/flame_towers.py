@@ -2,8 +2,8 @@
 
 A preset trains as flame.train does, with the same settings, on one of two towers: a small convolutional
 network from scratch, or a locked EfficientNet-Lite0. Of the locked tower, only the MLP behind it is trained: its corpus
-(`Cells`) has cells of the tower's last map instead of images, which are computed once, on whole images, and kept in
---cache. In evaluation the tower stands before the MLP (`WholeTower`).
+(`Cells`) has the mean of the tower's last map instead of images, one cell, which is computed once, on whole images, and
+kept in --cache. The floors have the same features. In evaluation the tower stands before the MLP (`WholeTower`).
 """
 
 import functools
@@ -28,19 +28,20 @@ from shared import checkpoints, cli, data, evaluation, run
 from shared.pretrained import LITE0_MEAN, LITE0_STD, efficientnet_lite0, fold_batch_norms
 from studies.harness.ceiling import square_pixels
 
-GRID, WIDTH = 2, 1280  # cells a side, channels
+GRID, WIDTH = 1, 1280  # cells a side, channels
 LOCKED = "FLAME-lite0"  # open_clip config of the head on cells
 KNOWN = replace(
     PAPER_PRESETS["emoji"][1], data="data/flame/known/train", bank="data/flame/bank-smollm2-centred", eval_every=0,
     distinct_captions=True, hidden_dim=512, loss="mp-nce", logit_scale=1 / 0.07,
 )  # fmt: skip
 CONVNET = replace(KNOWN, model="FLAME-convnet", keep_in_memory=True, augmentation="small", epochs=30, batch_size=512)
-LITE0 = replace(KNOWN, model=LOCKED, epochs=20, batch_size=256, lr=2e-3)
+LITE0 = replace(KNOWN, model=LOCKED, hidden_dim=4096, epochs=20, batch_size=256, lr=2e-3)
+LITE0_CLIP = replace(LITE0, method="clip", captions=(*KNOWN.captions, KNOWN.captions[-1]))  # half of them long ones
 PRESETS = {
     "emoji-convnet": ("ours: FLAME with a small convolutional network from scratch", CONVNET),
     "emoji-convnet-clip": ("ours: CLIP, baseline of emoji-convnet", replace(CONVNET, method="clip")),
     "emoji-lite0": ("ours: FLAME on a locked EfficientNet-Lite0", LITE0),
-    "emoji-lite0-clip": ("ours: CLIP, baseline of emoji-lite0", replace(LITE0, method="clip")),
+    "emoji-lite0-clip": ("ours: CLIP, baseline of emoji-lite0", LITE0_CLIP),
 }
 
 # --------------------------------------------------------------------------------------------------------------- cells
@@ -59,7 +60,7 @@ def trunk(device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def cells_of(pixels: Iterable[Tensor], device: torch.device, precision: str = "auto", batch_size: int = 32) -> Tensor:
-    """uint8 images (3, H, H) -> cells (N, 1280, 2, 2), float16, on the CPU; 32 images of 128 pixels fit a processor's
+    """uint8 images (3, H, H) -> cells (N, 1280, 1, 1), float16, on the CPU; 32 images of 128 pixels fit a processor's
     cache."""
     normalise, source = data.ToNormalizedTensor(LITE0_MEAN, LITE0_STD).normalise, iter(pixels)
     found = [np.empty((0, WIDTH, GRID, GRID), dtype=np.float16)]
@@ -71,7 +72,7 @@ def cells_of(pixels: Iterable[Tensor], device: torch.device, precision: str = "a
 
 
 class Cells:
-    """Pairs whose images are cells (1280, 2, 2) float32 of the locked tower, with the captions of --data."""
+    """Pairs whose images are cells (1280, 1, 1) float32 of the locked tower, with the captions of --data."""
 
     def __init__(self, cfg: Config, side: int):
         pairs = data.open_pairs(cfg.data, None, cfg.strict, Path(cfg.cache))
@@ -86,7 +87,7 @@ class Cells:
         those of a broken image, and are then not kept."""
         device = torch.device("cuda" if cfg.device == "auto" and torch.cuda.is_available() else "cpu")
         precision = run.resolve_precision(cfg.precision, device)
-        path = Path(cfg.cache) / f"cells-{evaluation.images_of(pairs)}-{side}-{precision}.npy"
+        path = Path(cfg.cache) / f"cells-{GRID}-{evaluation.images_of(pairs)}-{side}-{precision}.npy"
         if path.exists():
             return torch.from_numpy(np.load(path))
         broken: list[data.Broken] = []
