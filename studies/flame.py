@@ -42,15 +42,9 @@ from shared import cli, data
 from shared.checkpoints import read_json
 from shared.evalsets import EvalSet
 from shared.zeroshot import percent, retrieval_metrics
+from studies import flame_measure
 from studies.flame_banks import centred, centres_of
-from studies.flame_measure import (
-    all_and_other,
-    language_means,
-    measured,
-    read_captions_of,
-    read_images,
-    text_features,
-)
+from studies.flame_measure import all_and_other, language_means, measured, read_captions_of, read_images
 from studies.flame_towers import KNOWN, PRESETS, WIDTH, cells_of, whole_image
 from studies.harness import floors, photos, runner, verdicts
 from studies.harness.floors import Floor
@@ -373,6 +367,7 @@ def neighbour_letters() -> dict[str, float]:
     return language_means(of_each, all_and_other(of_each) | by_script())
 
 
+@functools.cache
 def correlated(kind: str, llm: str | None = None, pairs: int | None = None) -> photos.Correlation:
     """Canonical correlation of the pretrained tower's features with words of the training captions of this kind, raw or
     long, or with their embeddings by a language model. `pairs`: how many pairs are known; None: all."""
@@ -384,30 +379,25 @@ def correlated(kind: str, llm: str | None = None, pairs: int | None = None) -> p
     cfg = replace(cfg, bank=f"{BANKS[llm]}-centred")
     bank, facets = Bank(cfg.bank), slice(0, 1) if kind == "raw" else slice(4, None)
     embeddings = torch.stack([F.normalize(bank[key][facets].mean(0), dim=-1) for key in keys])
-    texts = text_features(None, cfg, torch.device("cpu"), torch.float32)
+    texts = flame_measure.text_features(None, cfg, torch.device("cpu"), torch.float32)
     found = photos.correlate(features[:pairs], embeddings, data.identity)
     return found._replace(of_texts=functools.partial(texts, multi=kind == "long"))
-
-
-def names_by(found: photos.Correlation) -> dict[str, float]:
-    """Accuracy on new names by a correlation."""
-    accuracies = {}
-    for folder in NEW_SETS:
-        features, labels = floors.read(folder, "test", cached_lite0_features, VIEW)
-        names = F.normalize(found.text(EvalSet(folder, None).classnames), dim=-1)
-        predicted = (F.normalize(found.image(features), dim=-1) @ names.T).argmax(1)
-        accuracies[f"{Path(folder).name}/top1"] = percent(predicted == labels)
-    return accuracies
 
 
 def correlation(llm: str | None = None) -> dict[str, float]:
     """The floor in closed form: correlations with raw captions name new names, also with fewer pairs, and correlations
     with long captions find long captions."""
+
+    def named(folder: str, pairs: int | None = None) -> float:
+        pictures, names = floors.read(folder, "test", cached_lite0_features, VIEW), EvalSet(folder, None).classnames
+        return correlated("raw", llm, pairs).top1(*pictures, names)
+
     eval_set = open_set(LONG_SET, VIEW, "retrieval")
     images, asked = torch.stack(read_images(eval_set, GALLERY)), read_captions_of(eval_set, GALLERY)
     recalls = correlated("long", llm).recalls(cached_lite0_features([images]), asked)
-    fewer = {AT[share]: names_by(correlated("raw", llm, pairs))[NEW_ID] for share, pairs in FEWER_PAIRS.items()}
-    return names_by(correlated("raw", llm)) | fewer | {f"{LONG}/{way}": recalls[way] for way in evaluation.BOTH_WAYS}
+    found = {f"{LONG}/{way}": recalls[way] for way in evaluation.BOTH_WAYS}
+    found |= {f"{Path(folder).name}/top1": named(folder) for folder in NEW_SETS}
+    return found | {AT[share]: named(NEW_SETS[0], pairs) for share, pairs in FEWER_PAIRS.items()}
 
 
 def on_labels(epochs: int = 20, batch_size: int = 256, lr: float = 2e-3) -> dict[str, float]:

@@ -180,16 +180,48 @@ def mean_colours(batches):
     return torch.cat([batch.float().mean((2, 3)) for batch in batches])
 
 
-def test_words_correlated_with_pictures_find_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The floor for long captions."""
-    layout.write_retrieval(tmp_path / "set", pictures_of_one_colour(tmp_path)[:4])
+def test_correlations_in_closed_form_name_and_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The floors for words and for a language model's embeddings, here one number for each colour."""
+    samples = pictures_of_one_colour(tmp_path)[:4]
+    (tmp_path / "data/flame/captions").mkdir(parents=True)
+    for kind in ("raw", "long"):
+        (tmp_path / f"data/flame/captions/{kind}.json").write_bytes((tmp_path / "captions.json").read_bytes())
+    layout.write_retrieval(tmp_path / "set", samples)
+    for name in ("new_names_id", "new_names_ood"):
+        labelled = [{"png": sample["png"], "cls": f"{label}"} for label, sample in enumerate(samples)]
+        tars.write_split(tmp_path / name / "test", labelled)
+        layout.write_classes(tmp_path / name, [*COLOURS], ["{c}"])
+
+    def coloured(texts, multi=False):
+        return torch.tensor([[float(colour in text) for colour in COLOURS] for text in texts])
+
+    class Embedded:
+        def __init__(self, path):
+            self.path = path
+
+        def __getitem__(self, key):
+            return torch.eye(4)[int(key) % 4].expand(11, 4)
+
+    cfg = dataclasses.replace(study.PRESETS["emoji-lite0"][1], data=str(tmp_path / "train"))
+    monkeypatch.setitem(study.PRESETS, "emoji-lite0", ("", cfg))
+    monkeypatch.setattr(study, "LONG_SET", str(tmp_path / "set"))
+    monkeypatch.setattr(study, "NEW_SETS", [str(tmp_path / "new_names_id"), str(tmp_path / "new_names_ood")])
+    monkeypatch.setattr(study, "FEWER_PAIRS", {"2": 16, "8": 2})
     monkeypatch.setattr(study, "cached_lite0_features", mean_colours)
-    found = study.correlated(
-        str(tmp_path / "train"), str(tmp_path / "captions.json"), str(tmp_path / "set"), study.LONG
-    )
-    assert found == {study.LONG_TO_TEXT: 100.0, study.LONG_TO_IMAGE: 100.0}
-    arms = {floor.name: floor.arms for floor in study.FLOORS}
-    assert arms["canonical correlation of EfficientNet-Lite0 with words"] == study.ON_LITE0
+    monkeypatch.setattr(study, "Bank", Embedded)
+    monkeypatch.setattr(study.flame_measure, "text_features", lambda *_: coloured)
+    monkeypatch.chdir(tmp_path)
+    for llm in (None, SMOLLM2):
+        found = study.correlation(llm)
+        assert found.pop(study.AT["8"]) < 100  # two colours are known
+        wanted = study.NEW_ID, study.NEW_OOD, study.AT["2"], study.LONG_TO_TEXT, study.LONG_TO_IMAGE
+        assert found == dict.fromkeys(wanted, 100.0)
+
+
+def test_arms_are_compared_with_what_a_closed_form_makes_of_their_inputs():
+    arms = {floor.name.rpartition(" with ")[2]: floor.arms for floor in study.STUDY.floors}
+    assert {"clip", "clip-8"} <= set(arms["words"]) and {"summary", "flame", "flame-8"} <= set(arms["the LLM"])
+    assert set(study.ON_LITE0) - set(arms["words"]) - set(arms["the LLM"]) == {"minilm"}
 
 
 def test_letters_find_words_that_are_spelt_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -245,9 +277,6 @@ def test_new_names_by_the_words_of_the_neighbours_caption(monkeypatch: pytest.Mo
     assert study.neighbour_words() == {study.NEW_ID: 80.0, study.NEW_OOD: 80.0}
     # White has no contrast: it is as near to all pictures, and takes the first, a red one
     assert study.neighbour_words(pixels=True) == {study.NEW_ID: 60.0, study.NEW_OOD: 60.0}
-    # The first pair is red, the first two are red and green; blue is as far from both, and takes the first
-    monkeypatch.setattr(study, "FEWER_PAIRS", {"4": 2, "8": 1})
-    assert study.neighbour_words_of_fewer() == {study.AT["4"]: 40.0, study.AT["8"]: 20.0}
 
 
 def test_the_ceiling_is_right_where_labels_follow_the_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

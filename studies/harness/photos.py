@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor
@@ -142,6 +143,11 @@ class Correlation(NamedTuple):
         texts = self.text([text for of_image in captions for text in of_image])
         return zeroshot.retrieval_metrics(self.image(features), texts, zeroshot.owners(captions))
 
+    def top1(self, features: Tensor, labels: Tensor, names: Sequence[str]) -> float:
+        """Percent of images with features (N, D) whose label (N,) is that of the name with the largest cosine."""
+        images, texts = (F.normalize(each, dim=-1) for each in (self.image(features), self.text(names)))
+        return zeroshot.percent((images @ texts.T).argmax(1) == labels)
+
 
 def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
@@ -206,9 +212,7 @@ def by_correlation(
             prompts = [text.replace("{c}", name) for name in of_set.classnames for text in of_set.templates]
             counts = torch.full((len(of_set.classnames),), len(of_set.templates))
             classifier = zeroshot.mean_prompts(found.text(prompts), counts)
-            metrics = zeroshot.classification_metrics(
-                torch.nn.functional.normalize(found.image(features), dim=-1), targets, classifier
-            )
+            metrics = zeroshot.classification_metrics(F.normalize(found.image(features), dim=-1), targets, classifier)
         numbers |= {f"{of_set.name}/{metric}": value for metric, value in metrics.items()}
     return numbers
 
