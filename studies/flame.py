@@ -61,7 +61,8 @@ LANGUAGE_MODELS = {GEMMA: "Gemma 3 270M (multilingual)", SMOLLM2: "SmolLM2-135M-
 BANKS = {llm: f"data/flame/bank-{llm}" for llm in (GEMMA, SMOLLM2)}
 NEW_SETS = ("data/flame/known/eval/new_names_id", "data/flame/known/eval/new_names_ood")
 GALLERY, LANGUAGE_GALLERY = 1000, 125  # number of images that a caption is compared with; Urban-1k has 1,000
-# Epochs of a quarter chosen with seeds 100 and 101, on other new names; steps of the other shares follow in proportion
+# Epochs of a quarter chosen with seeds 100 and 101, on other new names and with an earlier tower; steps of the other
+# shares follow in proportion
 FEWER_PAIRS = {"2": 3573, "4": 1786, "8": 893}  # the first ones of the corpus
 FEWER = {
     share: f"--dataset-size {FEWER_PAIRS[share]} --epochs {epochs} --warmup {warmup}"
@@ -184,7 +185,7 @@ LANGUAGE_CLAIMS = (
     Claim("13 languages in other scripts", None, BY_SCRIPT["other scripts"], "flame", "clip"),
     Claim("Gemma above SmolLM2, 35 other languages", None, OTHER_TO_TEXT, "flame", "flame-english"),
 )  # fmt: skip
-LEFT_OUT = "a fifth of the names is left out of training; the LLM knows their words"
+LEFT_OUT = "a fifth of the names is left out of training; the LLM knows their words, a tower of few captions does not"
 SEVERAL = "long captions of one emoji name its group, neighbours and keywords: several answers a caption"
 CLAIMS = (
     Claim("new names, above a trained text tower", "+4.9 IN (CC3M)", NEW_ID, "flame", "clip", 1, 4.9, True, 1.2,
@@ -320,18 +321,27 @@ def training_features(shards: str, view: Callable[[Image.Image], Tensor]) -> Ten
     return floors.join(batches) if view is floors.raw_pixels else cached_lite0_features(batches)
 
 
-def neighbour_words(pixels: bool = False) -> dict[str, float]:
+def neighbour_words(pixels: bool = False, pairs: int | None = None) -> dict[str, float]:
     """The floor on new names: finds the nearest training drawing, by the pretrained tower's features or by raw pixels,
-    and predicts the class name whose bag of words is most similar to its caption (without a common word, the first)."""
+    and predicts the class name whose bag of words is most similar to its caption (without a common word, the first).
+
+    pairs: how many of the training pairs are known; None: all.
+    """
     shards, short = PRESETS["emoji-lite0"][1].data, Captions("data/flame/captions/short.json")
     captions = [short[str(key)] for key in data.open_pairs(shards).keys]
-    train, found = F.normalize(training_features(shards, floors.raw_pixels if pixels else VIEW), dim=-1), {}
+    features, found = training_features(shards, floors.raw_pixels if pixels else VIEW), {}
+    train, captions = F.normalize(features, dim=-1)[:pairs], captions[:pairs]
     for folder in NEW_SETS:
         test, labels = floors.read(folder, "test", *(() if pixels else (cached_lite0_features, VIEW)))
         bags = CountVectorizer(binary=True).fit(classnames := EvalSet(folder, None).classnames)
         said, names = floors.captions_of_neighbours(F.normalize(test, dim=-1), train, captions, bags, classnames)
         found[f"{Path(folder).name}/top1"] = percent((said @ names.T).argmax(1) == labels)
     return found
+
+
+def neighbour_words_of_fewer() -> dict[str, float]:
+    """`neighbour_words` for the arms with fewer pairs."""
+    return {AT[share]: neighbour_words(pairs=pairs)[NEW_ID] for share, pairs in FEWER_PAIRS.items()}
 
 
 def letters_of_neighbours(
@@ -440,6 +450,7 @@ def all_floors(llm: str) -> tuple[Floor, ...]:
         Floor("nearest neighbour on raw pixels", lambda: floors.nearest_neighbour((*NAMES, *SUBGROUPS))),
         Floor("nearest neighbour on EfficientNet-Lite0", lite0_neighbour, arms=ON_LITE0),
         Floor("words of the neighbour's caption", neighbour_words, arms=ON_LITE0),
+        Floor("words of the neighbour's caption, fewer pairs", neighbour_words_of_fewer, arms=ON_LITE0),
         Floor("words of the neighbour's caption, raw pixels", lambda: neighbour_words(pixels=True)),
         Floor("letters of the neighbour's caption", neighbour_letters, arms=ON_LITE0),
         Floor(f"{canonical} words", correlation, arms=trained),

@@ -277,6 +277,9 @@ def test_new_names_by_the_words_of_the_neighbours_caption(monkeypatch: pytest.Mo
     assert study.neighbour_words() == {study.NEW_ID: 80.0, study.NEW_OOD: 80.0}
     # White has no contrast: it is as near to all pictures, and takes the first, a red one
     assert study.neighbour_words(pixels=True) == {study.NEW_ID: 60.0, study.NEW_OOD: 60.0}
+    # The first pair is red, the first two are red and green; blue is as far from both, and takes the first
+    monkeypatch.setattr(study, "FEWER_PAIRS", {"4": 2, "8": 1})
+    assert study.neighbour_words_of_fewer() == {study.AT["4"]: 40.0, study.AT["8"]: 20.0}
 
 
 def test_the_ceiling_is_right_where_labels_follow_the_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
