@@ -1,9 +1,9 @@
 """The small-scale study of TL;DR: `python -m studies.tldr_reduction` (`make reproduce-tldr-reduction`).
 
 Scenes of one emoji stand in for CC3M: near copies of a thousand scenes, many of a few and few of most, with a known
-share of bad captions (tldr_reduction_pool.py). A text tower and a linear layer on EfficientNet-Lite0's features (the
-paper's image towers start from ImageNet, too) are trained on the whole pool or on a reduction of it
-(tldr_reduction_learner.py). A third of the pool is trained for 20 epochs; the whole pool for as many steps, and for as
+share of bad captions (tldr_reduction_pool.py). Two towers are trained from random weights on the whole pool or on a
+reduction of it (tldr_reduction_learner.py); in the paper they start from ImageNet and BERT, and here floors can then be
+of the same pixels and words. A third of the pool is trained for 20 epochs; the whole pool for as many steps, and for as
 many epochs, as in the paper, where a reduction thus saves steps.
 
 Why the effect can appear: most pictures of the pool are copies, so a selection from more clusters than there are
@@ -18,8 +18,9 @@ import functools
 import json
 import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared import checkpoints, data, evaluation, probes, run, tars, zeroshot
 from shared.errors import UserError
@@ -38,11 +39,10 @@ from studies.harness.lite0 import cached_lite0_features
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Stage, Study
 from studies.harness.verdicts import Claim
-from studies.tldr_reduction_learner import VIEW, Features, load_run
+from studies.tldr_reduction_learner import load_run
 from tldr_reduction import eval as tldr
 from tldr_reduction.config import Common, total_steps
-from tldr_reduction.datasets import local_pairs, open_pairs
-from tldr_reduction.tokenizer import eval_tokenizer
+from tldr_reduction.datasets import eval_transform, local_pairs, of_lite0, open_pairs, view_of
 
 # ------------------------------------------------------------------------------------------------------------- corpora
 
@@ -74,14 +74,12 @@ SETS = tuple(f"data/tldr-scenes/eval/names_{split}" for split in ("id", "ood"))
 BEFORE = (
     Once(f"studies.corpora.scenes --out data/tldr-scenes {SCENES} --distinct 1000 --skew 1.3"),
     Once("studies.tldr_reduction_pool"),
-    Once("studies.tldr_reduction_learner features data/tldr/noise-30"),
     *(
         Once(command, arms=tuple(f"{name}{pool}" for name in ("full", *IN_EACH)))
         for pool, copies in (("-half", "--distinct 4000 --skew 1.3"), ("-distinct", ""))
         for command in (
             f"studies.corpora.scenes --out data/tldr-scenes{pool} {SCENES} {copies}",
             f"studies.tldr_reduction_pool --source data/tldr-scenes{pool} --out data/tldr{pool}",
-            f"studies.tldr_reduction_learner features data/tldr{pool}/noise-30",
         )
     ),
     *(
@@ -336,34 +334,20 @@ def training_metrics(folder: Path, cfg: Common) -> dict[str, float]:
     return metrics
 
 
-@torch.no_grad()
-def scores(model: nn.Module, tokens: Callable[[Sequence[str]], Tensor]) -> dict[str, float]:
-    """{"SET/METRIC": percent} of naming the scenes of SETS, from features of the locked trunk."""
-    found = {}
-    for path in SETS:
-        features, labels = floors.read(path, "test", cached_lite0_features, VIEW)
-        of_set = EvalSet(path, None)
-        classifier = zeroshot.build_classifier(model.encode_text, tokens, of_set.classnames, of_set.templates)
-        images = F.normalize(model.encode_image(features).float(), dim=-1)
-        metrics = zeroshot.classification_metrics(images, labels, classifier)
-        found |= {f"{of_set.name}/{metric}": value for metric, value in metrics.items()}
-    return found
-
-
-def measure(path: str, cfg: tldr.Config) -> dict[str, float]:
+def measure(path: str, cfg: tldr.Config, process: run.Process) -> dict[str, float]:
     """All measurements of an arm's run, saved beside its checkpoint; reused while nothing has changed."""
 
     def found(folder: Path) -> dict[str, float]:
         model, settings, tokenizer = load_run(path)
-        return scores(model, eval_tokenizer(tokenizer, settings)) | training_metrics(folder, settings)
+        named = tldr.measure_model(cfg, process, model, settings, tokenizer, view_of(model, settings))
+        return named | training_metrics(folder, settings)
 
     return evaluation.measured_run(path, cfg, cfg.sets, found)
 
 
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
-    cfg = tldr.Config(runs=tuple(runs), sets=SETS, rerank=())
-    run.setup(0, "cpu")
-    return evaluation.evaluate_runs(cfg, lambda path: measure(path, cfg), METRICS)
+    cfg, process = tldr.Config(runs=tuple(runs), sets=SETS), run.setup(0, "cpu")
+    return evaluation.evaluate_runs(cfg, lambda path: measure(path, cfg, process), METRICS)
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
@@ -446,22 +430,27 @@ def more_rows(found: Comparison) -> list[dict]:
     ]
 
 
+def raw_pixels(pairs: Any) -> tuple[Tensor, list[str]]:
+    """Raw pixels (N, 3 * 24 * 24) of pictures, and their captions."""
+    read = [data.read_or_next(pairs, row, []) for row in range(len(pairs))]
+    return torch.stack([floors.raw_pixels(pair.image) for pair in read]), [pair.caption for pair in read]
+
+
 @functools.cache
-def pool_features(pool: str) -> tuple[Tensor, list[str], list[str], list[str]]:
-    """Features (N, 1280) of all pictures of a pool of POOLS, their true names, the names in their captions ("" if a
-    caption names no concept), and the names in the oracle's captions T_g."""
+def pool_of(pool: str) -> tuple[Tensor, list[str], list[str]]:
+    """Raw pixels of all pictures of a pool of POOLS, the names in their captions ("" if a caption names no concept),
+    and the names in the oracle's captions T_g."""
     everything = dict(tars.descriptions(data.expand_shards(shards(pool))))
     pairs = open_pairs(shards(pool))
+    pixels, captions = raw_pixels(pairs)
     about = [everything[str(key)] for key in pairs.keys]
-    called = {"name": lambda row: about[row]["name"], "other": pairs.caption, "generic": lambda row: ""}
+    called = [
+        {"name": each["name"], "other": text, "generic": ""}[each["noise"]]
+        for each, text in zip(about, captions, strict=True)
+    ]
     by_oracle = json.loads(Path(oracle(pool)).read_text(encoding="utf-8"))
     generated = {each["image_id"]: each["caption"] for each in by_oracle}
-    return (
-        Features(pairs).features,
-        [each["name"] for each in about],
-        [called[each["noise"]](row) for row, each in enumerate(about)],
-        [generated[str(key)] for key in pairs.keys],
-    )
+    return pixels, called, [generated[str(key)] for key in pairs.keys]
 
 
 def reduced(seeds: Sequence[int], runs: str = "runs/tldr_reduction") -> list[Path]:
@@ -484,29 +473,30 @@ def nearest_caption(
 
     `refined`: the name in T_g is used, which is true more often than the name in T_o.
     """
-    features, _, called, generated = pool_features(pool)
+    pixels, called, generated = pool_of(pool)
     names = EvalSet(SETS[0], None).classnames
     labels = torch.tensor([names.index(name) if name else -1 for name in (generated if refined else called)])
     rows, found = kept(reduction, seed) if reduction else torch.arange(len(labels)), {}
     for path in SETS:
-        test = floors.read(path, "test", cached_lite0_features, VIEW)
-        found[f"{Path(path).name}/top1"] = probes.nearest_neighbour(features[rows], labels[rows], *test)
+        test = floors.read(path, "test")
+        found[f"{Path(path).name}/top1"] = probes.nearest_neighbour(pixels[rows], labels[rows], *test)
     return found
+
+
+LITE0 = eval_transform(128, of_lite0)  # one object, since `floors.read` caches by it
 
 
 def on_labels() -> dict[str, float]:
-    """Top-1 in percent, by set, of a linear layer on the locked tower's features, trained on the true names of the
-    whole pool: the ceiling."""
-    features, names, *_ = pool_features("")
-    probe, classnames = LogisticRegression(C=0.01, max_iter=200).fit(features, names), EvalSet(SETS[0], None).classnames
+    """Top-1 in percent, by set, of a linear layer on EfficientNet-Lite0's features, trained on the true names of the
+    set's training pictures. It is no floor: the features have been learned on ImageNet, which an arm has not seen."""
     found = {}
     for path in SETS:
-        test, truth = floors.read(path, "test", cached_lite0_features, VIEW)
-        found[f"{Path(path).name}/top1"] = 100 * probe.score(test, [classnames[label] for label in truth])
+        train, test = (floors.read(path, split, cached_lite0_features, LITE0) for split in ("train", "test"))
+        found[f"{Path(path).name}/top1"] = 100 * LogisticRegression(C=0.01, max_iter=200).fit(*train).score(*test)
     return found
 
 
-NEAREST, REFINED = "nearest caption by EfficientNet-Lite0", "nearest refined caption by EfficientNet-Lite0"
+NEAREST, REFINED = "nearest caption by raw pixels", "nearest refined caption by raw pixels"
 TRAINED_ON = {  # reduction, "" for the whole pool: (its name in floors, arms that are trained on its pictures)
     "": ("all", ("full", "full-epochs", "full-refined")),
     "random": ("the random third", ("random", "random-refined", "random-refined-50", "random-refined-80")),
@@ -539,15 +529,14 @@ def nearest_captions(pool: str = "", where: str = "") -> Iterator[Floor]:
 
 
 def correlation(arm: str, seed: int | None = None) -> dict[str, float]:
-    """Top-1 in percent, by set, of a canonical correlation of an arm's pictures with the words of its captions, in
-    closed form. Without a seed, the arm is trained on a whole pool with original captions."""
+    """Top-1 in percent, by set, of a canonical correlation of the raw pixels of an arm's pictures with the words of its
+    captions, in closed form. Without a seed, the arm is trained on a whole pool with original captions."""
     trained_on = shards(arm.removeprefix("full")) if seed is None else f"{STUDY.out(f'reduced/{arm}', seed)}/shards"
-    pairs, found = Features(open_pairs(trained_on)), {}
-    fitted = photos.correlate(pairs.features, pairs.captions)
+    fitted, found = photos.correlate(*raw_pixels(open_pairs(trained_on))), {}
     for path in SETS:
-        features, labels = floors.read(path, "test", cached_lite0_features, VIEW)
+        pixels, labels = floors.read(path, "test")
         names = F.normalize(fitted.text(EvalSet(path, None).classnames), dim=-1)
-        images = F.normalize(fitted.image(features), dim=-1)
+        images = F.normalize(fitted.image(pixels), dim=-1)
         found[f"{Path(path).name}/top1"] = zeroshot.classification_metrics(images, labels, names.T)["top1"]
     return found
 
@@ -559,7 +548,7 @@ FLOORS = (
     *(floor for pool, where in WHERE.items() for floor in nearest_captions(pool, f"; {where}")),
     *(
         Floor(
-            f"canonical correlation of EfficientNet-Lite0 with words, {arm.heading}",
+            f"canonical correlation of raw pixels with words, {arm.heading}",
             functools.partial(correlation, arm.name),
             arms=("full", "full-epochs") if arm.name == "full" else (arm.name,),
             by_seed=arm.name in REDUCTIONS,
@@ -567,7 +556,7 @@ FLOORS = (
         for arm in ARMS
         if arm.name != "full-epochs"
     ),
-    Floor("linear layer on EfficientNet-Lite0, all true names", on_labels, ceiling=True),
+    Floor("linear layer on EfficientNet-Lite0, true names", on_labels, ceiling=True),
 )
 
 # ---------------------------------------------------------------------------------------------------------------- plots
@@ -678,7 +667,7 @@ STUDY = Study(
     stands_for="CC3M",
     corpus="Scenes of one emoji: 8,000 pictures, of which 1,000 are not near copies of others, 30 % of the captions "
     "exchanged or generic; T_g is an oracle's, wrong in 20 %; codes are of EfficientNet-Lite0, pretrained on "
-    "ImageNet-1k, which is also the locked trunk of the image tower; a layer on it and the text tower are trained",
+    "ImageNet-1k; both towers of the arms are from scratch",
     before=BEFORE,
     stages=tuple(reductions()),
     arms=ARMS,
@@ -686,8 +675,8 @@ STUDY = Study(
     terms="T_o: the original captions. Selection: a share of each cluster of similar pictures is kept (a third here, "
     "a quarter on photographs), against as many at random. Refinement: a generated caption is appended to T_o. TL;DR: "
     "both. The paper's numbers are of text recall, those on scenes of naming.",
-    changed="a third of the pool is trained on for 20 epochs, as in the paper, the full data for as many steps or "
-    "epochs, and canonical correlation is a further floor",
+    changed="towers are trained from random weights, on a third of the pool for 20 epochs, as in the paper, on the "
+    "full data for as many steps or epochs; floors are of raw pixels, canonical correlation among them",
     evaluate=evaluate,
     metrics=METRICS,
     seeds=tuple(range(1000, 1030)),
