@@ -671,7 +671,7 @@ STUDY = Study(
     before=BEFORE,
     stages=tuple(reductions()),
     arms=ARMS,
-    minutes={"core": 3, "all": 11},
+    minutes={"core": 3, "all": 17},
     terms="T_o: the original captions. Selection: a share of each cluster of similar pictures is kept (a third here, "
     "a quarter on photographs), against as many at random. Refinement: a generated caption is appended to T_o. TL;DR: "
     "both. The paper's numbers are of text recall, those on scenes of naming.",
