@@ -25,12 +25,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
 from torch import Tensor
 
-from shared import checkpoints, data, evaluation, probes, run, tars, zeroshot
+from shared import checkpoints, data, evaluation, probes, run, tars
 from shared.errors import UserError
 from shared.evalsets import EvalSet
 from studies.harness import floors, photos, runner, verdicts
@@ -535,9 +534,7 @@ def correlation(arm: str, seed: int | None = None) -> dict[str, float]:
     fitted, found = photos.correlate(*raw_pixels(open_pairs(trained_on))), {}
     for path in SETS:
         pixels, labels = floors.read(path, "test")
-        names = F.normalize(fitted.text(EvalSet(path, None).classnames), dim=-1)
-        images = F.normalize(fitted.image(pixels), dim=-1)
-        found[f"{Path(path).name}/top1"] = zeroshot.classification_metrics(images, labels, names.T)["top1"]
+        found[f"{Path(path).name}/top1"] = fitted.top1(pixels, labels, EvalSet(path, None).classnames)
     return found
 
 
