@@ -98,7 +98,7 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
     try:
         with open(path, "rb", buffering=0) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # no read-ahead
             # an empty tar has offset 0, at which Python 3.10's `next` fails
-            while tar.offset and (member := tar.next()) is not None:
+            while (end := tar.offset) and (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile keeps every header
                 if member.size < 0 or tar.offset <= member.offset:  # points backwards: an endless loop
                     raise tarfile.ReadError("damaged")
@@ -108,7 +108,7 @@ def tar_files(path: str | Path, broken: list[Broken]) -> Iterator[tarfile.TarInf
                     broken.append(Broken(key_of(member.name)[0], "sparse file"))
                 elif member.isfile():
                     yield member
-            tar.fileobj.seek(tar.offset)  # tarfile stops silently at a damaged header
+            tar.fileobj.seek(end)  # tarfile stops silently at a damaged header
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("damaged")
     except (tarfile.TarError, EOFError, ValueError, OverflowError, TypeError):  # malformed headers raise all of these
