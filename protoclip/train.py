@@ -192,8 +192,10 @@ def main(cfg: Config) -> Path | None:
     model = create_model(cfg.model, cfg.heads, cfg.hidden_dim, cfg.projection_dim, image_size=cfg.image_size)
     nn.init.constant_(model.logit_scale, math.log(1 / cfg.temperature))
     if cfg.dry_run:
-        left = f"{cfg.episode_size % cfg.batch_size} samples of each are left out"
-        rows = [("episodes", f"{cfg.episodes} of {per_episode} batches; {left}"), cli.first_loss_row(cfg.batch_size)]
+        left = cfg.episode_size % cfg.batch_size
+        episodes = f"{cfg.episodes} of {per_episode} batches"
+        episodes += f"; {left} samples of each are left out" if left else ""
+        rows = [("episodes", episodes), cli.first_loss_row(cfg.batch_size)]
         inputs = clip.blank_inputs(model)
         return cli.show_run(cfg, process, model, inputs, total, lambda at: learning_rates(cfg, at), rows)
     clip.set_grad_checkpointing(model.to(process.device), cfg.grad_checkpointing)

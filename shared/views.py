@@ -38,16 +38,26 @@ def colours(u: Tensor) -> Tensor:
     return (1 + GAIN * u[:, 1:, None]) * torch.stack(rows, dim=1).view(-1, 3, 3)
 
 
+def views_at(
+    pixels: Tensor, maps: Tensor, inks: Tensor, size: int, mean: Tensor, std: Tensor, outside: str = "zeros"
+) -> Tensor:
+    """uint8 (B, 3, H, W), maps of `placement`, matrices of `colours` -> views (B, 3, S, S), normalised.
+
+    outside: what lies beyond a picture: "zeros" is white, "reflection" its mirror image.
+    """
+    grid = F.affine_grid(maps, [len(pixels), 3, size, size], align_corners=False)
+    ink = F.grid_sample(255 - pixels.float(), grid, padding_mode=outside, align_corners=False)
+    white, scale = ((1 - mean) / std)[:, None], (255 * std)[:, None]
+    return torch.baddbmm(white, inks / -scale, ink.flatten(2)).view_as(ink)
+
+
 def small_views(pixels: Tensor, noise: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) and uniform noise (B, NOISE) in 0..1 -> views (B, 3, S, S), normalised.
 
     What lies beyond a picture is white. Noise of 0.5 gives the whole picture, unchanged.
     """
     u = 2 * noise - 1
-    grid = F.affine_grid(placement(u[:, :5]), [len(pixels), 3, size, size], align_corners=False)
-    ink = F.grid_sample(255 - pixels.float(), grid, align_corners=False)  # 0, white, outside
-    white, scale = ((1 - mean) / std)[:, None], (255 * std)[:, None]
-    return torch.baddbmm(white, colours(u[:, 5:]) / -scale, ink.flatten(2)).view_as(ink)
+    return views_at(pixels, placement(u[:, :5]), colours(u[:, 5:]), size, mean, std)
 
 
 class SmallView:

@@ -12,13 +12,12 @@ from typing import Annotated, Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, clip, data, run
-from shared.views import colours
+from shared.views import colours, views_at
 from tldr_reduction import reduce, train
 from tldr_reduction.config import Config, ReduceConfig
 from tldr_reduction.datasets import open_pairs, view_of
@@ -89,12 +88,8 @@ class View:
         sine, cosine = (u[:, 2] * ANGLE).sin(), (u[:, 2] * ANGLE).cos()
         side, x, y = u[:, 3].sign(), (1 - width) * u[:, 4], (1 - height) * u[:, 5]
         rows = [side * width * cosine, -height * sine, x, side * width * sine, height * cosine, y]
-        grid = F.affine_grid(
-            torch.stack(rows, 1).view(-1, 2, 3), [len(u), 3, self.size, self.size], align_corners=False
-        )
-        ink = F.grid_sample(255 - pixels.float(), grid, padding_mode="reflection", align_corners=False)
-        white, scale = ((1 - self.mean) / self.std)[:, None], (255 * self.std)[:, None]
-        return torch.baddbmm(white, colours(u[:, 6:]) / -scale, ink.flatten(2)).view_as(ink)
+        maps = torch.stack(rows, 1).view(-1, 2, 3)
+        return views_at(pixels, maps, colours(u[:, 6:]), self.size, self.mean, self.std, outside="reflection")
 
 
 def learner_of(cfg: Config, process: run.Process) -> train.Learner:
