@@ -22,7 +22,7 @@ Authors' code:
 ## Read these three functions
 1. `shared/run.py` `gather`: gathers.
 
-## The method in one page
+## The method, part by part
 Text.
 
 **loss** · eq. 1 · `model.py` `loss`, `Model`, `Model.forward` · U:a/loss.py:2 `theirs`, 5-6, other.py:1 · detail 1, 2
@@ -99,7 +99,7 @@ def test_a_page_shows_both_sides(paper: Path, tmp_path: Path):
         ("`loss`, ", "`lost`, ", "paper/model.py has no lost"),
         ("**loss** · eq. 1 · `model.py`", "**loss** · `model.py`", "loss has 4 cells, not 5"),
         ("| plumbing | - |", "| plumbing |", "plumbing has 4 cells, not 5"),
-        ("## The method in one page", "## A method", "names no part of the paper"),
+        ("## The method, part by part", "## A method", "names no part of the paper"),
         ("< y", "\\left( y", "equation"),
     ],
 )
