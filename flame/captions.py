@@ -23,10 +23,10 @@ class Captions(Mapping[str, str]):
     The caption may have any field name (the authors': minicpm); a null caption becomes an empty string.
     """
 
-    def __init__(self, path: str | Path, cache: Path = Path("data/cache")):
+    def __init__(self, path: str | Path):
         if not Path(path).is_file():
             raise UserError(f"caption file {path} does not exist")
-        arrays, _ = cached([str(path)], cache, lambda: (read(path), {}))
+        arrays, _ = cached([str(path)], Path("data/cache"), lambda: (read(path), {}))
         self.path, self.samples = path, Strings(arrays["keys"], arrays["key_ends"])
         self.texts = Strings(arrays["texts"], arrays["text_ends"])
 

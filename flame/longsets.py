@@ -25,9 +25,9 @@ def urban1k(root: Path) -> Pairs:
     return [(root / "image" / f"{file.stem}.jpg", re.match(r"[^\n]*\n?", _text(file))[0]) for file in files]
 
 
-def sharegpt4v(root: Path, count: int = 1000) -> Pairs:
+def sharegpt4v(root: Path) -> Pairs:
     """The first 1000 records of share-captioner_coco_lcs_sam_1246k_1107.json; images below `root`."""
-    records = json.loads(_text(root / "share-captioner_coco_lcs_sam_1246k_1107.json"))[:count]
+    records = json.loads(_text(root / "share-captioner_coco_lcs_sam_1246k_1107.json"))[:1000]
     return [(root / one["image"], one["conversations"][1]["value"].replace("\n", " ")) for one in records]
 
 
