@@ -167,9 +167,9 @@ def classnames(folder: str | Path) -> list[str]:
 def labelled_files(folder: str | Path) -> Iterator[tuple[Path, np.ndarray, int]]:
     """(image file, mask (H, W), value to ignore) of each mask of a PatchDis folder.
 
-    The image may be a smaller or larger copy of what the mask was drawn on. Errors: UserError if a mask has no
-    image; UserError if a file cannot be read, a class is out of range, or the aspect ratios of image and mask differ
-    by more than the rounding of a side.
+    The image may be a smaller or larger copy of what the mask was drawn on. UserError if a mask has no image, a file
+    cannot be read, a class is out of range, or the aspect ratios of image and mask differ by more than the rounding of
+    a side.
     """
     classes, masks = len(classnames(folder)), sorted((Path(folder) / "masks").glob("*.png"))
     if not masks:
@@ -202,7 +202,7 @@ def check_folder(folder: str | Path) -> None:
 def labelled_images(folder: str, side: int, normalise: Callable[[Any], Tensor]) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(pixels (1, 3, side, side), mask (1, H, W) int64, value to ignore) of each image of a PatchDis folder.
 
-    Errors: as `labelled_files`.
+    UserError as in `labelled_files`, and for an image that cannot be decoded.
     """
     resize = transforms.Resize((side, side), interpolation=transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([resize, normalise])

@@ -198,9 +198,9 @@ def of_corpus(model: str) -> dict[str, str]:
     return {"corpus": CORPORA[model.partition("|")[2]], "model": model.partition("|")[0]}
 
 
-def models_with_counts(results: Results, models: Sequence[str] = TEN, search: str = "integrated") -> list[str]:
+def models_with_counts(results: Results, models: Sequence[str] = TEN) -> list[str]:
     """The models with published counts of their corpus."""
-    return [model for model in models if results.has(search, model.partition("|")[2])]
+    return [model for model in models if results.has("integrated", model.partition("|")[2])]
 
 
 def data_sets(results: Results) -> Rows:

@@ -66,7 +66,7 @@ def threshold_columns(results: Results, threshold: float) -> list[Column]:
             continue
         models = [model for model in curves.TEN if model.endswith(f"|{corpus}")]
 
-        def draw(axis: Axes, corpus: str = corpus, models: list[str] = models) -> None:
+        def draw(axis: Axes, models: list[str] = models) -> None:
             for i, model in enumerate(models):
                 curve, _, bins, rho, p = curves.plotted(results, model, "image", method=method)
                 figures.draw_curve(axis, curve, bins, figures.legend(model.partition("|")[0], rho, p), i, len(models))
