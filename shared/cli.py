@@ -230,6 +230,9 @@ def command_line(main: Callable[[], Any]) -> None:
 
     Also handles --quiet, which every script takes.
     """
+    script = sys.modules["__main__"]
+    if script.__spec__ and sys.argv[0] == script.__file__:  # the name that usage lines have
+        sys.argv[0] = f"python -m {script.__spec__.name.removesuffix('.__main__')}"
     loud, words = os.environ.get(QUIET), [word for word in sys.argv if word != "--quiet"]
     if len(words) < len(sys.argv):
         sys.argv[:], os.environ[QUIET] = words, "1"

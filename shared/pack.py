@@ -566,7 +566,7 @@ KINDS = {"pairs": Pairs, "retrieval": Retrieval, "classes": Classes}
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict(KINDS, prog="python -m shared.pack").build()
+    tyro.extras.subcommand_cli_from_dict(KINDS).build()
 
 
 if __name__ == "__main__":

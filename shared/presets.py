@@ -51,4 +51,4 @@ def main(folder: Annotated[str | None, tyro.conf.Positional] = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: tyro.cli(main, prog="python -m shared.presets"))
+    cli.command_line(lambda: tyro.cli(main))

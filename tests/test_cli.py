@@ -10,9 +10,11 @@ import subprocess
 import sys
 import types
 from concurrent.futures import ProcessPoolExecutor
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+import tyro
 from scripts import ROOT, one_sentence
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -94,6 +96,17 @@ def test_quiet_is_an_option_of_every_script(capsys, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit) as stop:
         cli.command_line(lambda: sys.exit(0))
     assert stop.value.code == 0 and "--quiet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["protoclip.eval", "studies.harness.__main__"])
+def test_usage_names_the_module(capsys, monkeypatch: pytest.MonkeyPatch, name: str):
+    script = types.ModuleType("__main__")
+    script.__file__, script.__spec__ = "/project/script.py", ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr("sys.argv", ["/project/script.py", "--help"])
+    with pytest.raises(SystemExit):
+        cli.command_line(lambda: tyro.cli(lambda runs=1: None))
+    assert f"python -m {name.removesuffix('.__main__')} " in capsys.readouterr().out
 
 
 def test_what_a_mac_lacks_is_one_sentence(capsys):

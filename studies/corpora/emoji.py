@@ -379,6 +379,4 @@ def main(out: Path = Path("data/emoji"), limit: int | None = None, npm: Path | N
 
 
 if __name__ == "__main__":
-    cli.command_line(
-        lambda: tyro.cli(main, prog="python -m studies.corpora.emoji", description=main.__doc__.splitlines()[0])
-    )
+    cli.command_line(lambda: tyro.cli(main, description=main.__doc__.splitlines()[0]))

@@ -511,7 +511,7 @@ BUILDERS = {"flickr8k": Flickr8k, "pacs": PACS, "cifar10": CIFAR10, "coco": COCO
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict(BUILDERS, prog="python -m studies.corpora.photos").build()
+    tyro.extras.subcommand_cli_from_dict(BUILDERS).build()
 
 
 if __name__ == "__main__":

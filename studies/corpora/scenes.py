@@ -483,4 +483,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: main(tyro.cli(Config, prog="python -m studies.corpora.scenes")))
+    cli.command_line(lambda: main(tyro.cli(Config)))

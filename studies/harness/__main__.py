@@ -76,4 +76,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: tyro.cli(main, prog="python -m studies.harness"))
+    cli.command_line(lambda: tyro.cli(main))

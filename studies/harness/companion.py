@@ -465,4 +465,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: tyro.cli(main, prog="python -m studies.harness.companion"))
+    cli.command_line(lambda: tyro.cli(main))

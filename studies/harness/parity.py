@@ -163,4 +163,4 @@ def main(copy: bool = True, repositories: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    cli.command_line(lambda: tyro.cli(main, prog="python -m studies.harness.parity"))
+    cli.command_line(lambda: tyro.cli(main))

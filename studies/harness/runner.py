@@ -534,7 +534,7 @@ def main(study: Study) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def work() -> None:
-        options = tyro.cli(Options, prog=f"python -m studies.{study.folder}", description=f"{study.paper}.")
+        options = tyro.cli(Options, description=f"{study.paper}.")
         run(study if options.corpus == study.on else study_of(study.folder, options.corpus), options)
 
     cli.command_line(work)
