@@ -98,6 +98,10 @@ def test_quiet_is_an_option_of_every_script(capsys, monkeypatch: pytest.MonkeyPa
     assert stop.value.code == 0 and "--quiet" in capsys.readouterr().out
 
 
+def one_number(number: int = 1) -> None:
+    """A script."""
+
+
 @pytest.mark.parametrize("name", ["protoclip.eval", "studies.harness.__main__"])
 def test_usage_names_the_module(capsys, monkeypatch: pytest.MonkeyPatch, name: str):
     script = types.ModuleType("__main__")
@@ -105,7 +109,7 @@ def test_usage_names_the_module(capsys, monkeypatch: pytest.MonkeyPatch, name: s
     monkeypatch.setitem(sys.modules, "__main__", script)
     monkeypatch.setattr("sys.argv", ["/project/script.py", "--help"])
     with pytest.raises(SystemExit):
-        cli.command_line(lambda: tyro.cli(lambda runs=1: None))
+        cli.command_line(lambda: tyro.cli(one_number))
     assert f"python -m {name.removesuffix('.__main__')} " in capsys.readouterr().out
 
 
