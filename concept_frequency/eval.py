@@ -2,7 +2,7 @@
 
 The paper (arXiv 2404.04125) relates the accuracy of each concept to its count; its own evaluation of any CLIP model is
 evaluate.py. For each run of train.py, this script counts the concepts in its captions with our own pipeline (count.py),
-measures their accuracy on a drawing style that no arm was trained on, and computes the curve (statistics.py).
+measures their accuracy on images that no arm was trained on, and computes the curve (statistics.py).
 """
 
 import dataclasses

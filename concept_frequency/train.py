@@ -7,7 +7,7 @@ corpora (count.py, evaluate.py, curve.py). Here frequency is the treatment:
   1. assign frequencies to concepts at random                            `zipf_counts`, `log_uniform_counts`
   2. draw pairs with these frequencies                                   `sample_pairs`
   3. train a CLIP on them                                                `train_step`
-  4. measure accuracy on a drawing style that no arm has seen            `zero_shot`
+  4. measure accuracy on images that no arm has seen                     `zero_shot`
 The arms differ only in `law`, `exponent` and `assignment`. 1, 2 and 4 are in assigned.py, settings in config.py. The
 loss is `shared.loss.clip_loss`; `shared.corpus.Corpus` shuffles the pairs of an epoch and skips those before a resume.
 """

@@ -1,8 +1,8 @@
 """Evaluate LexVLA: `python -m lexvla.eval RUN... --sets FOLDER... --patchdis FOLDER`.
 
 The paper's evaluations: retrieval with sparse representations and at all levels of sparsity (Table 1, Fig. 5), PatchDis
-(section 3.4), word clouds, and the patches of a word. Ours: the frequency of the most used words, which the overuse
-penalty should reduce. PatchDis is in patchdis.py, pictures are in plots.py.
+(section 3.4), and word clouds (Fig. 1). Ours: the frequency of the most used words, which the overuse penalty should
+reduce. PatchDis is in patchdis.py; plots.py draws, and has the patches of a word (Fig. 4).
 """
 
 import dataclasses

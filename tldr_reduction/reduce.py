@@ -12,6 +12,7 @@ DIR then holds
   report.json        counts, duplicates, cluster sizes, codes used, cohesion and coverage beside those of random
                      selections, ITM scores of all samples before and of the kept ones after, seconds
   report.html        the same as a page: kept and dropped examples with reasons, clusters, duplicates, captions
+  config.json        settings, and fingerprints of data and models
   work/              code vectors, scores and generated captions by sample; an interrupted run resumes from them
 Under torchrun, the ranks divide the samples of the costly passes among themselves.
 """
