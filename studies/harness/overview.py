@@ -276,7 +276,8 @@ def command(study: Study, summary: dict, file: str = "") -> str:
     """The command that makes the results in `file`, by default the study's in results/."""
     arms, core = set(summary["arms"]) & set(study.headings), {arm.name for arm in study.chosen("core")}
     chosen = "" if arms == core else " ARMS=all" if arms == set(study.headings) else f' ARMS="{" ".join(sorted(arms))}"'
-    seeds = " ".join(map(str, summary["seeds"][: min(map(len, report.by_seed(summary).values()))]))
+    runs = min(len(values) for arm, values in report.by_seed(summary).items() if arm in arms)
+    seeds = " ".join(map(str, summary["seeds"][:runs]))
     where = f" {variables}" if (variables := study.variables_of(summary)) else ""
     where += "" if study.on == "emoji" else f" CORPUS={study.on} PHOTOS=FOLDER"
     name, file = study.folder.replace("_", "-"), file or f"results/{study.home}.json"
