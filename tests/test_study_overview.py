@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared import checkpoints
+from studies import attentive_mask_clip
 from studies.harness import overview, verdicts
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,14 @@ def test_results_with_a_protocol_are_not_said_to_be_of_an_earlier_design():
     assert list(overview.all_changed(found, found, {})) == ["protoclip, on scenes"]
     found["protoclip"]["protocol"] = "12345678"
     assert overview.all_changed(found, found, {}) == {} and "†" not in overview.main_table(found, {})
+
+
+def test_a_command_has_the_seeds_of_the_arms_though_fewer_rounds_were_timed():
+    found = overview.read(ROOT / "results")["attentive_mask_clip"]
+    assert len(found["arms"]["rounds of timed steps"]["aclip_to_slip"]["values"]) < len(found["seeds"])
+    assert 'SEEDS="1000 1001 1002 1003 1004 1005 1006 1007 1008 1009"' in overview.command(
+        attentive_mask_clip.STUDY, found
+    )
 
 
 def test_floors_of_both_arms_are_shown_if_they_differ():
