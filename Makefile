@@ -48,7 +48,7 @@ help:
 	@echo 'make companion-FOLDER [UPSTREAM=CLONE]  companion/FOLDER.html: each equation, our source, the authors'"'"' source,'
 	@echo '                         measured differences'
 	@echo 'make companion [CLONES=PATH]  companion pages of all papers'
-	@echo 'make presets             every preset: table row, data, GPUs, the authors'"'"' number (FOLDER=NAME for one paper)'
+	@echo 'make presets             every preset: its row in the paper and the paper'"'"'s number (FOLDER=NAME for one paper)'
 	@echo 'make readme              write results into the READMEs, RESULTS.md, PARITY.md and report.html (installs all papers)'
 	@echo 'make site                READMEs, results, companion pages and docs as pages that open offline: site/index.html'
 	@echo 'make data                build the embedded emoji corpus in data/emoji'

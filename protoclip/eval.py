@@ -210,8 +210,6 @@ def export_run(path: str, folder: str, name: str, quick_gelu: bool | None = None
     towers = {key: value for key, value in model.state_dict().items() if not key.startswith(extra)}
     mean, std = image_statistics(model)
     export.write(folder, model, config, towers, whole_image(model), mean=mean, std=std)
-    if config["vision_cfg"].get("timm_model_name") == "convnet_small":
-        print(f"{folder}: clip_benchmark alone cannot load this image tower: timm needs `import shared.convnet`")
 
 
 # ---------------------------------------------------------------------------------------------------- one checkpoint

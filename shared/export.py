@@ -164,6 +164,8 @@ def write(
         raise RuntimeError(f"features of {folder} differ from those of the exported model: {differences}")
     shown = ", ".join(f"{name} {value:.1e}" if value else f"{name} 0" for name, value in differences.items())
     print(f"{folder}: open_clip loads it as 'local-dir:{folder}', then call its eval(); largest differences: {shown}")
+    if config["vision_cfg"].get("timm_model_name", "").startswith("convnet_small"):
+        print(f"{folder}: clip_benchmark alone cannot load this image tower: timm needs `import shared.convnet`")
     return differences
 
 
