@@ -64,11 +64,12 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# The results' versions, without the names of builds (+cpu).
+# The results' versions, without the names of builds (+cpu). They replace those of an environment made without LOCKED=1.
 $(VENV)/locked.txt: results/protoclip_packages.txt | $(PY)
 	sed 's/+.*//' $< > $@
 
-$(VENV)/.installed-base: pyproject.toml | $(PY) $(if $(LOCKED),$(VENV)/locked.txt)
+.PHONY: again
+$(VENV)/.installed-base: pyproject.toml $(if $(LOCKED),$(if $(wildcard $(VENV)/locked.txt),,again)) | $(PY) $(if $(LOCKED),$(VENV)/locked.txt)
 	$(PIP) -e .
 	@touch $@
 

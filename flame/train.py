@@ -148,7 +148,7 @@ def plan(cfg: Config, process: run.Process) -> None:
     """Print the plan of a run, for the widths of Mistral-Nemo or SmolLM2-135M."""
     text_dim = 5120 if cfg.model.startswith("ViT-") else 576
     model = create_model(cfg, text_dim)
-    total = (cfg.dataset_size or 0) // cfg.batch_size * cfg.epochs
+    total = data.planned_size(cfg) // cfg.batch_size * cfg.epochs
     inputs, rows = blank_inputs(model), []
     if cfg.method == "clip" or cfg.loss == "mp-nce":
         rows.append(cli.first_loss_row(cfg.batch_size))

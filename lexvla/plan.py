@@ -9,7 +9,7 @@ import torch
 from lexvla.config import Config
 from lexvla.model import LexVLA
 from lexvla.towers import create_model, patch_side
-from shared import cli, run
+from shared import cli, data, run
 
 
 def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], dict[str, float]]) -> None:
@@ -20,7 +20,7 @@ def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], 
     model, lm = model_without_weights(cfg, words)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    per_epoch = (cfg.dataset_size or 0) // cfg.batch_size
+    per_epoch = data.planned_size(cfg) // cfg.batch_size
     total = per_epoch * cfg.epochs
     steps = f"{total:,} ({per_epoch:,} an epoch)" if total else "depend on the size of --data"
     at = sorted({0, cfg.warmup, cfg.penalty_warmup, total // 2, total - 1})
@@ -34,11 +34,14 @@ def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], 
             cli.batch_row(cfg, process.world_size),
             ("steps", steps),
             *(("rates", described(rates(cfg, step, total), step)) for step in at if 0 <= step < total),
+            cli.first_loss_row(cfg.batch_size),
             ("memory estimate", f"{weights + image + text + s:.1f} GiB a process: {weights:.1f} weights and Adam,"),
             ("", f"{image:.1f} image tokens, {text:.1f} language model (prompts of {cfg.max_length} tokens),"),
             ("", f"{s:.1f} representations"),
         ]
     )
+    if note := run.long_warmup(cfg.warmup, total):
+        print(note)
 
 
 def described(rates: dict[str, float], step: int) -> str:

@@ -110,32 +110,34 @@ def say_filled(count: int, texts: int, length: int, what: str = "captions") -> N
 class RememberingTokenizer:
     """An open_clip tokenizer, texts -> ids (N, L), that caches about `size` texts, since tokenizing is slow.
 
-    Calls `say_filled` once, after `CHECKED` texts, in the first process.
+    Calls `say_filled` once, for the different ones of the first `CHECKED` texts or more, in the first process.
     """
 
     CHECKED = 200
 
     def __init__(self, tokenizer: Callable, size: int = 2**14):
         self.tokenizer, self.size, self.known = tokenizer, size, {}
-        self.texts = self.filled = 0
+        self.seen = self.texts = self.filled = 0
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         texts = [texts] if isinstance(texts, str) else texts
+        before, self.seen = self.seen, self.seen + len(texts)
         if len(self.known) > self.size:
             self.known.clear()
         if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
             ids = self.tokenizer(new)
             self.known |= zip(new, ids, strict=True)
-            self.count(ids)
+            if before < self.CHECKED:
+                self.texts, self.filled = self.texts + len(ids), self.filled + filled(ids)
+        if before < self.CHECKED <= self.seen:
+            self.say(len(self.known[texts[0]]))
         return torch.stack([self.known[text] for text in texts])
 
-    def count(self, ids: Tensor) -> None:
-        """Count the first texts, with ids (N, L)."""
-        if self.texts < self.CHECKED:
-            self.texts, self.filled = self.texts + len(ids), self.filled + filled(ids)
-            worker = get_worker_info()
-            if self.texts >= self.CHECKED and os.environ.get("RANK", "0") == "0" and not (worker and worker.id):
-                say_filled(self.filled, self.texts, ids.shape[1])
+    def say(self, length: int) -> None:
+        """`say_filled` of what was counted, in the first process."""
+        worker = get_worker_info()
+        if os.environ.get("RANK", "0") == "0" and not (worker and worker.id):
+            say_filled(self.filled, self.texts, length)
 
 
 def cut_padding(text: Tensor, device: torch.device) -> Tensor:

@@ -408,13 +408,17 @@ def open_pairs(
 
 
 def planned_size(cfg) -> int:
-    """Pairs per epoch for a dry run: --dataset-size, else the number in --data; 0 without --data or if it is remote.
-
-    Remote shards are not fetched; a printed line asks for --dataset-size.
+    """Pairs per epoch for a dry run: --dataset-size, else the number in --data; 0 without --data or if it is remote
+    or missing, which a printed line says.
     """
     if cfg.dataset_size or not cfg.data:
         return cfg.dataset_size or 0
-    if any(map(is_remote, expand_shards(cfg.data))):
+    try:
+        shards = expand_shards(cfg.data)
+    except UserError as error:
+        print(f"{error}; the dry run goes on without")
+        return 0
+    if any(map(is_remote, shards)):
         print(f"a dry run does not download {cfg.data}: set --dataset-size to its number of pairs")
         return 0
     return len(open_pairs(cfg.data, cache=Path(cfg.cache)))

@@ -120,8 +120,10 @@ def table_rows(file: TextIO, path: Path, columns: Mapping[str, str]) -> Iterator
                     flags = " and ".join(f"--{flag}" for flag in columns)
                     raise UserError(
                         f"{path} has the columns {', '.join(header)}, not {' and '.join(columns.values())}: {flags} "
-                        "select others; the first line must name them"
+                        f"select others; the first line must name them, with {'tabs' if tabs else 'commas'} between"
                     )
+                if twice := [name for name in columns.values() if header.count(name) > 1]:
+                    raise UserError(f"{path} has two columns {twice[0]}: give further captions rows of their own")
             elif len(cells) > len(header):
                 advice = "JSON lines (.jsonl)" if tabs else 'put a caption with commas in "", or use tabs or JSON lines'
                 raise UserError(f"{path}, line {begun} has {len(cells)} cells for {len(header)} columns: {advice}")
@@ -163,7 +165,11 @@ def class_folders(root: Path) -> Iterator[tuple[str, str]]:
     for home in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [path for path in sorted(home.rglob("*")) if path.is_file() and not path.name.startswith(".")]
         pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-        others.update("linked folder" for path in home.rglob("*") if path.is_symlink() and path.is_dir())
+        others.update(
+            "linked folder (cp -rL copies what links lead to)"
+            for path in home.rglob("*")
+            if path.is_symlink() and path.is_dir()
+        )
         others.update(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in SUFFIXES)
         found |= bool(pictures)
         empty += [] if pictures else [home.name]
@@ -476,15 +482,21 @@ class Classes(Pictures):
             root = os.path.realpath(source)
             if self.out.resolve().is_relative_to(root):
                 raise UserError(f"--out {self.out} lies in the folder of classes: choose another --out")
-            return {self.picture(root, path, str(source)): (name, {}) for path, name in class_folders(Path(root))}
+            for path, name in class_folders(Path(root)):
+                self.label(found, self.picture(root, path, str(source)), name, {}, str(source))
+            return found
         for picture, place, text, more in self.rows(source, "label-column", self.label_column):
             if not (label := text_of(text)):
                 self.lacking(place, f"row without {self.label_column!r}")
-            elif found.setdefault(picture, (label, self.further(more)))[0] != label:
-                raise UserError(
-                    f"{place}: {picture.name} has the label {label!r} here, but {found[picture][0]!r} before"
-                )
+            else:
+                self.label(found, picture, label, self.further(more), place)
         return found
+
+    @staticmethod
+    def label(found: dict[Picture, tuple[str, dict]], picture: Picture, label: str, more: dict, place: str) -> None:
+        """Add a labelled picture to `found`. UserError if it has another label there."""
+        if found.setdefault(picture, (label, more))[0] != label:
+            raise UserError(f"{place}: {picture.name} has the label {label!r} here, but {found[picture][0]!r} before")
 
     def plan(self) -> dict[str, dict[Picture, tuple[int, dict]]]:
         """{split: {picture: (class index, further columns)}}; sets `classes` and `prompts`."""

@@ -398,7 +398,7 @@ def long_warmup(warmup: int, total: int) -> str | None:
     """A note on a run whose learning rate rises in more than half of its `total` steps; None for others."""
     if 2 * warmup <= total or not total:
         return None
-    return f"note: the learning rate rises in {warmup:,} of {total:,} steps: pass a smaller --warmup, or train longer"
+    return f"note: the learning rate rises in {warmup:,} of {total:,} steps: shorten the warm-up, or train longer"
 
 
 class RunFolder:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from lexvla_runs import backbone, lm, states, tiny  # noqa: F401
+from scripts import SHARDS
 
 from lexvla import config, plan
 
@@ -26,6 +28,13 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert trained == 17_149 * 4096 + 17_055_488 + lora + 1
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
     assert all(word in result.out for word in ("samples", "batch", "vocabulary"))
+
+
+def test_a_dry_run_counts_your_own_captions(in_process, tmp_path: Path):
+    shutil.copy(SHARDS / "00000.tar", tmp_path / "mine.tar")  # 1,000
+    result = in_process("small", "--data", tmp_path / "mine.tar", "--epochs", 2, "--dry-run")
+    assert result.code == 0 and re.search(r"^steps +14\b", result.out, re.M), (result.out, result.err)
+    assert "100 of 14 steps" in result.out  # of warm-up
 
 
 A100_40GB = 40e9 / 2**30

@@ -348,6 +348,8 @@ WRONG = {  # what is called -> what is said
     "pairs header.csv": r"header\.csv has no picture",
     "pairs labels.csv": r"labels\.csv .*image, label, tags.* --image-column",
     "classes captions.csv": r"captions\.csv .*image, caption, source.*--label-col",
+    "pairs semicolons.csv": r"semicolons\.csv .*commas",
+    "pairs double.csv": r"double\.csv has two columns caption",
     "pairs latin.csv": r"latin\.csv is not UTF-8 text",
     "pairs quotes.csv": r"quotes\.csv, line 4",
     "pairs inner.csv": r"inner\.csv, line 2",
@@ -373,6 +375,8 @@ WRONG = {  # what is called -> what is said
 def test_wrong_calls_exit_2_with_one_sentence(labelled: Path, arguments: str, monkeypatch, capsys) -> None:
     write(labelled / "empty.csv")
     write(labelled / "header.csv", "image,caption")
+    write(labelled / "semicolons.csv", "image;caption", "0.jpg;a")
+    write(labelled / "double.csv", "image,caption,caption", "0.jpg,a,b")
     write(labelled / "header-labels.csv", "image,label")
     (labelled / "latin.csv").write_bytes("image,caption\n0.jpg,größer\n".encode("latin-1"))
     write(labelled / "list.json", "[1, 2]")
@@ -497,6 +501,10 @@ def test_linked_folders_are_named(tmp_path: Path, capsys) -> None:
     assert read_manifest(tmp_path / "out")["counts"]["test"] == 2
     (root / "c").symlink_to(tmp_path / "away")
     with pytest.raises(ValueError, match=r"c/1\.png is outside of .*cp -rL"):
+        pack.Classes(root, tmp_path / "other").build()
+    (root / "c").unlink()
+    (root / "c").symlink_to(root / "b")
+    with pytest.raises(ValueError, match="'c' here, but 'b' before"):
         pack.Classes(root, tmp_path / "other").build()
 
 

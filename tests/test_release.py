@@ -1,6 +1,7 @@
 """One version everywhere; versions of packages that the committed results were made with."""
 
 import re
+import subprocess
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -10,6 +11,19 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = sorted((ROOT / "results").glob("*_packages.txt"))
+
+
+def test_locked_versions_replace_others(tmp_path: Path):
+    """With LOCKED=1 an environment that has been made without it is installed again."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bin/python", ".installed-base"):
+        (tmp_path / name).touch()
+    command = ["make", "--dry-run", f"{tmp_path}/.installed-base", f"VENV={tmp_path}"]
+    plain, locked = (
+        subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for more in ([], ["LOCKED=1"])
+    )
+    assert " -e " not in plain and f"-c {tmp_path}/locked.txt -e ." in locked
 
 
 def test_one_version():

@@ -252,3 +252,7 @@ def test_captions_that_are_cut_are_counted_once(monkeypatch, capsys):
     for start in range(0, 400, 50):
         remembering([f"{VIETNAMESE} {number}" for number in range(start, start + 50)])
     assert capsys.readouterr().out.count("200 of 200 captions") == 1
+    few = clip.RememberingTokenizer(tokenizer)
+    for _ in range(5):  # epochs
+        few([f"{VIETNAMESE} {number}" for number in range(50)])
+    assert capsys.readouterr().out.count("50 of 50 captions") == 1

@@ -259,6 +259,8 @@ def dry_run(cfg: Config, process: run.Process) -> None:
         ("towers", "image {image:,}, text {text:,} without tokens".format(**counts)),
         ("loss", f"{cfg.alpha:g} affinity + {1 - cfg.alpha:g} contrastive, times {cfg.weight:g}"),
     ]
+    if cfg.alpha == 0:
+        rows.append(cli.first_loss_row(cfg.batch_size))
     if cfg.masks:
         prunable = sum(mask.prunable_params for mask in student.masks)
         left = counts["image"] + counts["text"] - cfg.target_sparsity * prunable

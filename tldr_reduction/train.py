@@ -172,7 +172,8 @@ def dry_run(cfg: Common, process: run.Process) -> None:
         return {"lr": learning_rate(cfg, *divmod(step, max(per_epoch, 1)))}
 
     warmup = getattr(cfg, "warmup", 0)
-    cli.show_run(cfg, process, model, inputs, total_steps(cfg, per_epoch), rates, warmup=warmup)
+    rows = [cli.first_loss_row(cfg.batch_size)] if cfg.stage == "clip" else []
+    cli.show_run(cfg, process, model, inputs, total_steps(cfg, per_epoch), rates, rows, warmup)
 
 
 def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
