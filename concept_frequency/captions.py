@@ -214,16 +214,22 @@ def tag_captions(
 
     Source: U:src/text_search_inverted_index_get_word_dictionaries.py:93. Named entities are not recognised, since they
     do not affect noun sets. Equal captions of a batch are tagged once. Upstream keeps the documents of a whole chunk in
-    memory, this function those of a batch.
+    memory, this function those of a batch. With `corrected`, proper nouns have the lemmas of queries, so that `Shoes`
+    in a title is a `shoe`.
     """
-    nlp, texts = load_spacy(pipeline), iter(texts)
+    nlp, texts, lemmas = load_spacy(pipeline), iter(texts), cache(lemmas_of(pipeline))
+
+    def tokens_of(doc: Iterable) -> Iterator[tuple[str, str]]:
+        for token in doc:
+            if corrected and token.pos_ == "PROPN":
+                yield from ((lemma, "PROPN") for lemma in lemmas(token.text.lower()))
+            else:
+                yield token.lemma_, token.pos_
+
     while batch := list(itertools.islice(texts, batch_size)):
         distinct = list(dict.fromkeys(batch))
         docs = nlp.pipe(distinct, batch_size=256, disable=["ner"])
-        nouns = {
-            text: noun_set(((token.lemma_, token.pos_) for token in doc), corrected)
-            for text, doc in zip(distinct, docs, strict=True)
-        }
+        nouns = {text: noun_set(tokens_of(doc), corrected) for text, doc in zip(distinct, docs, strict=True)}
         yield from (nouns[text] for text in batch)
 
 

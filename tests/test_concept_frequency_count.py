@@ -42,6 +42,13 @@ def counted(folder: Path, name: str, **settings) -> count.Counted:
     return count.count_corpus(CountConfig(**base | settings), NAMES)
 
 
+def test_plurals_in_titles_are_found_by_the_corrected_search():
+    """A tagger takes words of Title Case for names, which have no singular."""
+    titles = ["A Black Square Shirt For Men", "Nike Boys Black Shoes", "Puma Women White T-shirts"]
+    found = list(captions.tag_captions(titles, PIPELINE, corrected=True))
+    assert [{"man", "shirt"} <= found[0], {"boy", "shoe"} <= found[1], {"woman", "shirt"} <= found[2]] == [True] * 3
+
+
 def test_count_is_the_same_from_any_file_in_any_partitions(tmp_path):
     files = write_captions(tmp_path, CAPTIONS)
     index, lemmas = InvertedIndex.build(captions.tag_captions(CAPTIONS, PIPELINE)), captions.lemmas_of(PIPELINE)
