@@ -16,7 +16,7 @@ comma  := ,
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
 .PHONY: help install companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme site clean reproduce-all
-.SECONDARY:
+.PRECIOUS: $(VENV)/.installed-%
 
 help:
 	@echo 'make install             install all papers and what the tests need into .venv; LOCKED=1, here and for other'
@@ -68,8 +68,7 @@ $(PY):
 $(VENV)/locked.txt: results/protoclip_packages.txt | $(PY)
 	sed 's/+.*//' $< > $@
 
-.PHONY: again
-$(VENV)/.installed-base: pyproject.toml $(if $(LOCKED),$(if $(wildcard $(VENV)/locked.txt),,again)) | $(PY) $(if $(LOCKED),$(VENV)/locked.txt)
+$(VENV)/.installed-base: pyproject.toml $(if $(LOCKED),$(VENV)/locked.txt) | $(PY)
 	$(PIP) -e .
 	@touch $@
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple, TextIO
 from urllib.parse import urlsplit
@@ -217,7 +217,7 @@ def tag_captions(
     memory, this function those of a batch. With `corrected`, proper nouns have the lemmas of queries, so that `Shoes`
     in a title is a `shoe`.
     """
-    nlp, texts, lemmas = load_spacy(pipeline), iter(texts), cache(lemmas_of(pipeline))
+    nlp, texts, lemmas = load_spacy(pipeline), iter(texts), lru_cache(2**16)(lemmas_of(pipeline))
 
     def tokens_of(doc: Iterable) -> Iterator[tuple[str, str]]:
         for token in doc:

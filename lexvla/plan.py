@@ -23,6 +23,7 @@ def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], 
     per_epoch = data.planned_size(cfg) // cfg.batch_size
     total = per_epoch * cfg.epochs
     steps = f"{total:,} ({per_epoch:,} an epoch)" if total else "depend on the size of --data"
+    note = run.long_warmup(cfg.warmup, total)
     at = sorted({0, cfg.warmup, cfg.penalty_warmup, total // 2, total - 1})
     weights, image, text, s = memory(cfg, cfg.batch_size // process.world_size, model, lm, words)
     cli.show_plan(
@@ -38,10 +39,9 @@ def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], 
             ("memory estimate", f"{weights + image + text + s:.1f} GiB a process: {weights:.1f} weights and Adam,"),
             ("", f"{image:.1f} image tokens, {text:.1f} language model (prompts of {cfg.max_length} tokens),"),
             ("", f"{s:.1f} representations"),
+            *([("note", note)] if note else []),
         ]
     )
-    if note := run.long_warmup(cfg.warmup, total):
-        print(note)
 
 
 def described(rates: dict[str, float], step: int) -> str:

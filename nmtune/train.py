@@ -201,13 +201,11 @@ def plan_rows(cfg: TuningConfig, samples: int, classes: int, remark: str, views:
     """Samples, batch, steps and learning rates of a dry run; views: training views of an image in a batch."""
     steps = math.ceil(samples / cfg.batch_size)
     total = steps * cfg.epochs
-    note = run.long_warmup(cfg.warmup, total)
     return [
         ("samples", f"{samples:,} an epoch, {cfg.epochs} epochs, {classes:,} classes ({remark})"),
         ("batch", f"{cfg.batch_size} images, {cfg.batch_size * views} feature vectors"),
         cli.step_row(total, steps),
         *cli.rate_rows(lambda step: f"{learning_rate(cfg, total, step):.3e}", cfg.warmup, total),
-        *([("note", note)] if note else []),
     ]
 
 

@@ -79,8 +79,6 @@ def show_run(
             ),
         ]
     )
-    if note := long_warmup(warmup, total):
-        print(note)
 
 
 def batch_row(config: Any, world_size: int) -> tuple[str, str]:
@@ -101,9 +99,12 @@ def step_row(total: int, each: int, passes: str = "epoch") -> tuple[str, str]:
 
 
 def rate_rows(describe: Callable[[int], str], warmup: int, total: int) -> list[tuple[str, str]]:
-    """Rows with the learning rate, `describe(step)`, at the first step, the end of warm-up, the middle and the end."""
+    """Rows with the learning rate, `describe(step)`, at the first step, the end of warm-up, the middle and the end;
+    and a note if the warm-up takes most of the run.
+    """
     steps = sorted({0, min(warmup, total - 1), total // 2, total - 1}) if total else []
-    return [("learning rate", f"{describe(step)} at step {step:,}") for step in steps]
+    rows = [("learning rate", f"{describe(step)} at step {step:,}") for step in steps]
+    return rows + [("note", note) for note in [long_warmup(warmup, total)] if note]
 
 
 def memory_rows(

@@ -398,7 +398,7 @@ def long_warmup(warmup: int, total: int) -> str | None:
     """A note on a run whose learning rate rises in more than half of its `total` steps; None for others."""
     if 2 * warmup <= total or not total:
         return None
-    return f"note: the learning rate rises in {warmup:,} of {total:,} steps: shorten the warm-up, or train longer"
+    return f"the learning rate rises in {warmup:,} of {total:,} steps: shorten the warm-up, or train longer"
 
 
 class RunFolder:
@@ -476,7 +476,7 @@ class RunFolder:
             )
             warmup = getattr(cfg, "warmup", 0) if warmup is None else warmup
             if self.process.main and (note := long_warmup(warmup, total)):
-                print(note)
+                print(f"note: {note}")
 
     def check_same(self, name: str, value: str | None, than: str) -> None:
         """UserError if the checkpoint's entry `name` is not `value`; None on either side is unknown, and passes.

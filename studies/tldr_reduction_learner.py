@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared import checkpoints, cli, clip, data, run
-from shared.views import colours, views_at
+from shared.views import SmallView, colours, views_at
 from tldr_reduction import reduce, train
 from tldr_reduction.config import Config, ReduceConfig
 from tldr_reduction.datasets import open_pairs, view_of
@@ -63,17 +63,14 @@ def create_model(cfg: Config) -> nn.Module:
     return model
 
 
-class View:
+class View(SmallView):
     """RGB image -> a random view (3, S, S), normalised: a crop of at least `crop_scale` of the area, turned, mirrored
-    or not, in other colours. What lies beyond the picture is its mirror image. `pixels` and `normalise` are its halves
-    (see `data.split_normalisation`)."""
+    or not, in other colours. What lies beyond the picture is its mirror image.
+    """
 
     def __init__(self, size: int, crop_scale: float):
-        self.size, self.crop_scale = size, crop_scale
-        self.mean, self.std = map(torch.tensor, clip.STATISTICS)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise([part[None] for part in self.pixels(image)])[0]
+        super().__init__(size, *clip.STATISTICS)
+        self.crop_scale = crop_scale
 
     def pixels(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """RGB image -> its pixels (3, H, W) uint8, the view's noise (10,)."""
@@ -89,7 +86,7 @@ class View:
         side, x, y = u[:, 3].sign(), (1 - width) * u[:, 4], (1 - height) * u[:, 5]
         rows = [side * width * cosine, -height * sine, x, side * width * sine, height * cosine, y]
         maps = torch.stack(rows, 1).view(-1, 2, 3)
-        return views_at(pixels, maps, colours(u[:, 6:]), self.size, self.mean, self.std, outside="reflection")
+        return views_at(pixels, maps, colours(u[:, 6:]), self.size, *self.statistics, outside="reflection")
 
 
 def learner_of(cfg: Config, process: run.Process) -> train.Learner:
