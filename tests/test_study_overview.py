@@ -11,7 +11,8 @@ import pytest
 
 from shared import checkpoints
 from studies import attentive_mask_clip
-from studies.harness import overview, verdicts
+from studies.harness import drawings, overview, verdicts
+from studies.harness.runner import study_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +34,7 @@ def test_the_readme_counts_verdicts_on_abstracts():
 def test_the_page_with_plots_needs_nothing_else():
     found = overview.read(ROOT / "results")
     page = overview.html_page("# Results", found, {}, ROOT / "results")
-    plots = 1 + sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)  # and the forest plot
+    plots = 2 + sum(len(list((ROOT / "results").glob(f"{folder}_*.png"))) for folder in found)  # and two of all papers
     assert plots and page.count('src="data:image/png;base64,') == page.count("<img") == plots
     page = re.sub(r"base64,[^\"]*", "", page)  # any four letters may stand there
     assert "http" not in page and "<script" not in page
@@ -106,13 +107,26 @@ def test_floors_of_both_arms_are_shown_if_they_differ():
 
 
 def test_differences_are_drawn_on_the_papers_scale_or_in_units_of_d(tmp_path: Path):
-    assert overview.scaled(row("a")) == (0.75, 0.5, 1.0)
+    assert drawings.scaled(row("a")) == (0.75, 0.5, 1.0)
     below = row("b", effect=None, sign=-1, negligible=0.5, difference=-1.0, interval=[-1.5, -0.5])
-    assert overview.scaled(below) == (2.0, 1.0, 3.0)  # the paper says lower: positive is its side
-    assert overview.scaled(row("c", interval=None)) is None
-    assert overview.scaled(row("d", effect=None, negligible=None)) is None
-    overview.forest({"protoclip": summary_of(row("a"), below)}, {}, tmp_path / "forest.png")
+    assert drawings.scaled(below) == (2.0, 1.0, 3.0)  # the paper says lower: positive is its side
+    assert drawings.scaled(row("c", interval=None)) is None
+    assert drawings.scaled(row("d", effect=None, negligible=None)) is None
+    drawings.forest({"protoclip": summary_of(row("a"), below)}, {}, tmp_path / "forest.png")
     assert (tmp_path / "forest.png").stat().st_size > 10_000
+
+
+def test_the_first_claim_of_each_paper_is_drawn_by_seed(tmp_path: Path):
+    found = overview.read(ROOT / "results")
+    for paper, summary in found.items():
+        claim, of, sides = drawings.first_claim(study_of(paper).as_in(summary), summary)
+        assert of["primary"] and of["claim"] == claim.claim and [*map(len, sides)] == 2 * [of["seeds"]]
+        baseline, method = (sum(side) / len(side) for side in sides)
+        assert (baseline, method) == pytest.approx((of["baseline"], of["method"]))
+    drawings.effects(found, tmp_path / "effects.png")
+    assert (tmp_path / "effects.png").stat().st_size > 50_000
+    drawings.effects({}, tmp_path / "nothing.png")
+    assert drawings.first_claim(study_of("nmtune"), summary_of(row("of no study"))) is None
 
 
 def test_photographs_stand_below_the_embedded_corpus(tmp_path, monkeypatch):
@@ -131,7 +145,8 @@ def test_photographs_stand_below_the_embedded_corpus(tmp_path, monkeypatch):
 def test_what_files_say_cannot_become_markup(tmp_path: Path):
     summary = checkpoints.read_json(ROOT / "results/nmtune.json")
     summary["claims"][0] |= {"claim": "<b>&", "paper": "[here](javascript:alert)"}
-    overview.forest({"nmtune": summary}, {}, tmp_path / "forest.png")
+    drawings.forest({"nmtune": summary}, {}, tmp_path / "forest.png")
+    drawings.effects({"nmtune": summary}, tmp_path / "effects.png")
     found = {"nmtune": summary | {"paper": "<script>"}}
     page = overview.html_page(overview.markdown(found, {}, ""), found, {}, tmp_path)
     assert "<b>" not in page and "&lt;b&gt;&amp;" in page and "<script>" not in page and 'href="javascript' not in page

@@ -1,8 +1,8 @@
-"""All results: `python -m studies.harness.overview` writes RESULTS.md, report.html, the forest plot, and the tables in
+"""All results: `python -m studies.harness.overview` writes RESULTS.md, report.html, two plots, and the tables in
 READMEs and results/PAPER.md.
 
 They are generated from the .json and .png files in results/ and results/photos/. The HTML page embeds its plots and
-opens offline. `python -m studies.harness.overview runs` writes only runs/report.html and runs/forest.png, from the
+opens offline. `python -m studies.harness.overview runs` writes only runs/report.html and the two plots, from the
 results in runs.
 """
 
@@ -15,21 +15,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from markupsafe import Markup
 
 from shared import cli, presets
 from shared.checkpoints import write_json, write_text
 from shared.errors import UserError
 from shared.evaluation import table
-from studies.harness import pages, protocol, report, runner, verdicts
+from studies.harness import drawings, pages, protocol, report, runner, verdicts
 from studies.harness.runner import Options, Study, study_of
-from studies.harness.verdicts import VERDICTS, number
+from studies.harness.verdicts import VERDICTS
 
-COLOURS = {
-    "reproduced": "#1b7837", "direction only": "#7fbf7b", "no difference above d": "#4575b4",
-    "not reproduced": "#c51b7d", "open": "#888888", "has not learned": "#c9a227",
-}  # fmt: skip
 GROUPS = {  # of verdicts, for the first table
     "reproduced": ("reproduced",), "direction only": ("direction only",),
     "no difference above d": ("no difference above d",), "not reproduced": ("not reproduced",), "open": ("open",),
@@ -47,11 +42,6 @@ def pictures_of(summary: dict) -> str:
     if text.startswith("scenes"):
         return "scenes"
     return ", ".join(kind for kind in ("emoji", "scenes", "photographs") if kind in text)
-
-
-def primary(summary: dict | None) -> dict[str, dict]:
-    """{claim: row} of the claims of the abstract."""
-    return {row["claim"]: row for row in (summary or {"claims": ()})["claims"] if row["primary"]}
 
 
 def in_words(rows: Iterable[dict]) -> str:
@@ -97,7 +87,7 @@ def findings(folder: str, on: str, summaries: Summaries) -> dict[str, dict[str, 
             marked = marked and (not study.changed_arms or set(arms) & set(study.changed_arms))
         word = ("" if standing == "verdict" else f"{standing}: ") + verdicts.worded(row)
         found[name] = row | {
-            "shown": "; ".join([difference(row), *([notes[name]] if name in notes else [])]),
+            "shown": "; ".join([verdicts.difference(row), *([notes[name]] if name in notes else [])]),
             "finding": word + (MARK if marked else ""),
             "floors": " / ".join(dict.fromkeys("-" if floor is None else f"{floor:.2f}" for floor in floors)) or "-",
         }
@@ -117,20 +107,12 @@ def first_table(found: Summaries) -> str:
         mark = MARK if all_changed([folder], found, {}) else ""
         about = f"[{summary['paper'].partition(' (')[0]}]({folder}/README.md), on {pictures_of(summary)}{mark}"
         names = {
-            group: "; ".join(entry(*each) for each in primary(summary).items() if each[1]["verdict"] in words) or "-"
+            group: "; ".join(entry(*each) for each in verdicts.primary(summary).items() if each[1]["verdict"] in words)
+            or "-"
             for group, words in GROUPS.items()
         }
         rows.append({"paper": f"{about} ([all tables](results/{folder}.md))", **names})
     return table(rows) if rows else ""
-
-
-def difference(row: dict) -> str:
-    """The difference and its interval."""
-    if row.get("difference") is None:
-        return "-"
-    ends = " to ".join(number(end, row["resolves"]) for end in row["interval"] or ())
-    ends = "; ".join(filter(None, (ends, row["scatter"] if row.get("scatter") in verdicts.MARKED else "")))
-    return number(row["difference"], row["resolves"]) + (f" ({ends})" if ends else "")
 
 
 def main_table(found: Summaries, photographs: Summaries) -> str:
@@ -139,7 +121,7 @@ def main_table(found: Summaries, photographs: Summaries) -> str:
     rows = []
     for paper in sorted(found | photographs):
         ours, theirs = findings(paper, "emoji", found), findings(paper, "photos", photographs)
-        for claim in dict.fromkeys([*primary(found.get(paper)), *primary(photographs.get(paper))]):
+        for claim in dict.fromkeys([*verdicts.primary(found.get(paper)), *verdicts.primary(photographs.get(paper))]):
             row, there = (
                 of[claim] if claim in of and (of[claim]["primary"] or of[claim]["difference"] is not None) else {}
                 for of in (ours, theirs)
@@ -188,7 +170,9 @@ def beside(row: dict, there: dict) -> str:
 
 def totals(found: Summaries, photographs: Summaries) -> str:
     """Sentences with the number of claims of abstracts by verdict, and what they are by the protocol."""
-    rows, beside = ([row for each in of.values() for row in primary(each).values()] for of in (found, photographs))
+    rows, beside = (
+        [row for each in of.values() for row in verdicts.primary(each).values()] for of in (found, photographs)
+    )
     standings = Counter(
         protocol.standing(study_of(folder, on), summary)
         for on, of in (("emoji", found), ("photos", photographs))
@@ -202,71 +186,6 @@ def totals(found: Summaries, photographs: Summaries) -> str:
     if len(standings) == 1:
         return f"{text} All {sum(standings.values())} studies are {next(iter(standings))}."
     return f"{text} Studies by standing: {', '.join(f'{n} {word}' for word, n in sorted(standings.items()))}."
-
-
-# ----------------------------------------------------------------------------------------------------------------- plot
-
-
-def scaled(row: dict) -> tuple[float, float, float] | None:
-    """(difference, low, high) of a row, divided by the paper's difference or, where it has no number, by d, so that
-    positive is the paper's side; None without an interval or either number."""
-    unit = row.get("effect") or row.get("negligible") and row["negligible"] * row.get("sign", 1)
-    if row["interval"] is None or not unit:
-        return None
-    return row["difference"] / unit, *sorted(end / unit for end in row["interval"])
-
-
-def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
-    """Draw all claims of abstracts: those with a number in the paper's unit on its scale (above), others in units of d
-    (below). Circles are emoji and scenes, squares photographs; hollow: the baseline has not learned."""
-    panels: tuple[list, list] = ([], [])  # (claim, paper, [(row, marker)])
-    for paper in sorted(found | photographs):
-        ours, theirs = primary(found.get(paper)), primary(photographs.get(paper))
-        for claim in dict.fromkeys([*ours, *theirs]):
-            rows = [(of[claim], marker) for of, marker in ((ours, "o"), (theirs, "s")) if claim in of]
-            for panel, numbers in zip(panels, (True, False), strict=True):
-                if drawn := [each for each in rows if scaled(each[0]) and bool(each[0].get("effect")) == numbers]:
-                    panel.append((claim, paper, drawn))
-    limits, titles = ((-3, 4), (-12, 12)), ("difference / the paper's", "difference / d (positive: the paper's side)")
-    heights = [max(len(panel), 1) for panel in panels]
-    size = (12, 2 + 0.27 * sum(heights))
-    figure, axes = plt.subplots(2, 1, figsize=size, gridspec_kw={"height_ratios": heights})
-    for axis, panel, (low, high), title in zip(axes, panels, limits, titles, strict=True):
-        for y, (_, paper, rows) in enumerate(panel):
-            if y and paper != panel[y - 1][1]:
-                axis.axhline(y - 0.5, color="0.85", lw=0.8)
-            for (row, marker), at in zip(rows, (y,) if len(rows) == 1 else (y - 0.17, y + 0.17), strict=True):
-                (centre, *interval), colour = scaled(row), COLOURS.get(row["verdict"], "black")
-                ends = [min(max(end, low), high) for end in interval]
-                axis.plot(ends, [at, at], color=colour, lw=1.6)
-                face = "white" if row.get("baseline_learned") is False else colour
-                if low < centre < high:
-                    axis.plot(centre, at, marker, color=colour, mfc=face, ms=6)
-                for end, beyond, arrow in zip((low, high), (interval[0] < low, interval[1] > high), "<>", strict=True):
-                    if beyond:
-                        axis.plot(end, at, arrow, color=colour, mfc=face, ms=7)
-                if not low < centre < high:  # an arrow in place of the marker, with its number
-                    where, side = ((low, "left"), (high, "right"))[centre > 0]
-                    axis.text(where * 0.96, at, f"{centre:.1f}", ha=side, va="center", color=colour, fontsize=8)
-        axis.axvline(0, color="black", lw=0.8)
-        for x in (0.5, 1) if panel is panels[0] else (-1, 1):
-            axis.axvline(x, color="0.6", lw=0.8, ls="--" if abs(x) == 1 else ":")
-        names = [f"{claim}  [{paper}]" for claim, paper, _ in panel]
-        axis.set(yticks=range(len(panel)), yticklabels=names, xlabel=title,
-                 xlim=(low * 1.03, high * 1.03), ylim=(max(len(panel), 1) - 0.5, -0.5))  # fmt: skip
-        axis.tick_params(labelsize=8.5)
-    handles = [plt.Line2D([], [], color=colour, marker="o", label=word) for word, colour in COLOURS.items()]
-    shapes = (
-        ("o", "black", "emoji, scenes"),
-        ("s", "black", "photographs"),
-        ("o", "white", "baseline has not learned"),
-    )
-    handles += [plt.Line2D([], [], color="black", marker=shape, mfc=face, ls="", label=label)
-                for shape, face, label in shapes]  # fmt: skip
-    figure.legend(handles=handles, ncol=5, loc="upper center", fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / figure.get_figheight()))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -340,7 +259,7 @@ def html_page(text: str, found: Summaries, photographs: Summaries, home: Path) -
     return pages.rendered(
         "report.html",
         first=to_html(text),
-        forest=images([home / "forest.png"]),
+        overall=images([home / "effects.png", home / "forest.png"]),
         papers=[
             (folder, (found | photographs)[folder]["paper"],
              to_html(blocks(folder, found, photographs, home.name)), plots(folder))
@@ -366,7 +285,7 @@ def with_verdicts(readme: str, found: Summaries, photographs: Summaries) -> str:
         row = rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$"
         standing = protocol.standing(study_of(folder), summary)
         word = "" if standing == "verdict" else f"{standing}: "
-        cells = rf"\g<1> {minutes:.0f} | {word}{in_words(primary(summary).values())} |"
+        cells = rf"\g<1> {minutes:.0f} | {word}{in_words(verdicts.primary(summary).values())} |"
         readme = re.sub(row, cells, readme, flags=re.MULTILINE)
     return readme
 
@@ -378,7 +297,7 @@ def with_claims(readme: str, folder: str, found: Summaries, photographs: Summari
         if folder not in summaries:
             continue
         summary, of = summaries[folder], findings(folder, kind, summaries)
-        for claim in primary(summary):
+        for claim in verdicts.primary(summary):
             row, on = of[claim], pictures_of(summary)
             rows.setdefault(claim, {"claim": claim, "in the paper": row["paper"]})
             text = row["where"] if row["difference"] is None else row["shown"]
@@ -437,7 +356,8 @@ def main() -> None:
             for path, filled in ((Path(paper, "README.md"), with_claims), (folder / f"{paper}.md", with_results)):
                 write_text(path, filled(path.read_text(encoding="utf-8"), paper, found, photographs))
         write_text("README.md", with_verdicts(Path("README.md").read_text(encoding="utf-8"), found, photographs))
-    forest(found, photographs, folder / "forest.png")
+    drawings.forest(found, photographs, folder / "forest.png")
+    drawings.effects(found, folder / "effects.png")
     page = Path("report.html") if committed else folder / "report.html"
     write_text(page, html_page(text, found, photographs, folder))
     print(f"{'READMEs, RESULTS.md and ' * committed}{page}: {len(papers)} papers")

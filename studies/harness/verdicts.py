@@ -259,12 +259,26 @@ def not_testable(claim: str, paper: str, why: str, primary: bool = False) -> dic
     return row | {"verdict": "not testable here", "where": why}
 
 
+def primary(summary: dict | None) -> dict[str, dict]:
+    """{claim: row} of the claims of the abstract."""
+    return {row["claim"]: row for row in (summary or {"claims": ()})["claims"] if row["primary"]}
+
+
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
 def number(value: float | None, half: float | None = None) -> str:
     """A signed difference; one with a narrow interval has a third digit, so that it does not seem to contain 0."""
     return "-" if value is None else f"{value:+.{3 if half is not None and 0.0005 < half < 0.0995 else 2}f}"
+
+
+def difference(row: dict) -> str:
+    """The difference and its interval."""
+    if row.get("difference") is None:
+        return "-"
+    ends = " to ".join(number(end, row["resolves"]) for end in row["interval"] or ())
+    ends = "; ".join(filter(None, (ends, row["scatter"] if row.get("scatter") in MARKED else "")))
+    return number(row["difference"], row["resolves"]) + (f" ({ends})" if ends else "")
 
 
 def worded(row: dict[str, Any]) -> str:
