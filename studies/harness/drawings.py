@@ -11,7 +11,7 @@ from studies.harness.runner import Study, study_of
 from studies.harness.verdicts import Claim
 
 COLOURS = {
-    "reproduced": "#1b7837", "direction only": "#7fbf7b", "no difference above d": "#4575b4",
+    "reproduced": "#1b7837", "direction only": "#6aab66", "no difference above d": "#4575b4",
     "not reproduced": "#c51b7d", "open": "#888888", "has not learned": "#c9a227",
 }  # fmt: skip
 ORDER = (
@@ -89,7 +89,7 @@ def effects(found: Summaries, path: Path) -> None:
     panels = {paper: first for paper, study in studies.items() if (first := first_claim(study, found[paper]))}
     columns = max(min(len(panels), 4), 1)
     rows = max(math.ceil(len(panels) / columns), 1)
-    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.3 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 3.2 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (paper, (claim, row, sides)) in zip(axes.flat, panels.items(), strict=False):
@@ -102,17 +102,15 @@ def effects(found: Summaries, path: Path) -> None:
         name = claim.metric.rpartition("/")[2].replace("_", " ")
         axis.set_ylabel(study.metrics.get(claim.metric, name), fontsize=8)
         axis.tick_params(labelsize=8)
-        axis.set_title(summary["paper"].partition(" (")[0], fontsize=9, fontweight="bold", pad=42)
+        axis.set_title(summary["paper"].partition(" (")[0], fontsize=8, fontweight="bold", pad=54)
         standing = protocol.standing(study, summary)
-        lines = (
-            f"{claim.claim}: {verdicts.number(row['difference'])}",
-            f"(paper: {row['paper']})",
-            row["verdict"] if standing == "verdict" else f"{standing}: {row['verdict']}",
-        )
-        about = "\n".join(part for line in lines for part in textwrap.wrap(line, 44))
-        axis.text(0.5, 1.02, about, transform=axis.transAxes, ha="center", fontsize=7.5, color=colour)
+        verdict = row["verdict"] if standing == "verdict" else f"{standing}: {row['verdict']}"
+        lines = claim.claim, f"here {verdicts.number(row['difference'])}, paper {row['paper']}"
+        about = "\n".join(part for line in lines for part in textwrap.wrap(line, 46))
+        for text, y, style in ((about, 1.11, {"color": "0.25"}), (verdict, 1.03, {"color": colour, "weight": "bold"})):
+            axis.text(0.5, y, text, transform=axis.transAxes, ha="center", fontsize=7, **style)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
