@@ -560,8 +560,9 @@ FLOORS = (
 
 
 def plot(found: Comparison, out: Path) -> None:
-    """Write three plots, tldr_reduction_*.png: gains in accuracy by pool; for the first seed of arm scored, or else of
-    tldr, scores of captions and members of clusters."""
+    """Write plots, tldr_reduction_*.png: accuracy of the arms; gains in accuracy by pool; for the first seed of arm
+    scored, or else of tldr, scores of captions and members of clusters."""
+    plot_arms(found.arms, out)
     plot_fractions(found.arms, out)
     if shown := [arm for arm in ("scored", "tldr") if arm in found.folders]:
         reduction = Path(json.loads((found.folders[shown[0]][0] / "config.json").read_text())["data"]).parent
@@ -570,10 +571,27 @@ def plot(found: Comparison, out: Path) -> None:
             plot_clusters(reduction, out)
 
 
+def plot_arms(arms: dict[str, list[dict]], out: Path) -> None:
+    """tldr_reduction_arms.png: names in the unseen style, of each seed and on average, of the arms on the main pool."""
+    main = (arm for arm in ARMS if arm.name in arms and not arm.name.endswith((*WHERE, *KINDS)))
+    shown = {arm.name: arm.heading for arm in main if all(SCORE in run for run in arms[arm.name])}
+    figure, axis = plt.subplots(figsize=(8, 0.4 * len(shown) + 1))
+    for y, arm in enumerate(shown):
+        values = [run[SCORE] for run in arms[arm]]
+        axis.plot(values, [y] * len(values), ".", color="tab:blue", alpha=0.4)
+        axis.plot(np.mean(values), y, "|", color="black", ms=14, mew=2)
+    axis.set(yticks=range(len(shown)), yticklabels=shown.values(), xlabel="names, unseen style (%)")
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "tldr_reduction_arms.png", dpi=110)
+    plt.close(figure)
+
+
 def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
     """tldr_reduction_fractions.png: points that selection and refinement add to a random sample of each pool.
 
-    arms: {arm: metrics of each seed}.
+    arms: {arm: metrics of each seed}. Nothing is drawn of one pool alone.
     """
     pools = {
         "-clean": "true captions",
@@ -586,6 +604,8 @@ def plot_fractions(arms: dict[str, list[dict]], out: Path) -> None:
         "-mixed": "30 %\nmixed",
     }
     pools = {pool: label for pool, label in pools.items() if f"random{pool}" in arms}
+    if len(pools) < 2:
+        return
     figure, axis = plt.subplots(figsize=(9, 3.8))
     for shift, (method, label) in enumerate((("codes", "selection by codes"), ("random-refined", "refined captions"))):
         shown = [pool for pool in pools if {f"{method}{pool}", f"random{pool}"} <= arms.keys()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import checkpoints
+from shared import checkpoints, presets
 from studies import attentive_mask_clip
 from studies.harness import drawings, overview, verdicts
 from studies.harness.runner import study_of
@@ -23,6 +23,17 @@ def test_the_page_of_results_is_made_of_the_files():
     page = (ROOT / "RESULTS.md").read_text()
     assert page == overview.markdown(found, photographs, log), "run `make readme`"
     assert len(page.splitlines()) < 250
+
+
+@pytest.mark.parametrize("paper", sorted(presets.folders()))
+def test_what_a_page_says_of_its_tables_names_rows_that_they_have(paper: str):
+    """Names in italics, in the text below the tables of results/PAPER.md and below the claims in PAPER/README.md."""
+    results, readme = ((ROOT / path).read_text("utf-8") for path in (f"results/{paper}.md", f"{paper}/README.md"))
+    tables = "\n".join(line for line in f"{results}\n{readme}".splitlines() if line.startswith("|"))
+    below = results.partition("<!-- /results -->")[2].partition("## Speed")[0]
+    below += readme.partition("<!-- /claims -->")[2].partition("\n## ")[0]
+    named = [" ".join(name.split()) for name in re.findall(r"(?<![*\w])\*([^*]+)\*(?!\*)", below)]
+    assert named and not [name for name in named if name not in tables]
 
 
 def test_the_readme_counts_verdicts_on_abstracts():
