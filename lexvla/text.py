@@ -20,8 +20,9 @@ from filelock import FileLock
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import Tensor, nn
 
+from lexvla.config import SMOLLM2
 from lexvla.model import LexVLA, last_token
-from shared import checkpoints, run
+from shared import checkpoints, pretrained, run
 from shared.errors import UserError
 from shared.run import stable_hash
 
@@ -35,18 +36,19 @@ STOP_WORDS = ENGLISH_STOP_WORDS - set(CONTENT.split())
 
 
 def load_lm(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
-    """(causal LM, its tokenizer) of a folder or hub name; UserError if there is none."""
+    """(causal LM, its tokenizer) of a folder or hub name; UserError if there is none. Makes the folder SMOLLM2."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every loader process
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if name == SMOLLM2:
+        pretrained.smollm2(Path(name))
     try:
         lm, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        hint = "; 'python -m shared.pretrained smollm2' makes it" if "smollm2" in name else ""
-        raise UserError(f"--lm {name} is no folder or hub name of a causal language model here{hint}") from error
+        raise UserError(f"--lm {name} is no folder or hub name of a causal language model here") from error
     if not hasattr(getattr(lm, "model", None), "layers"):
         raise UserError(f"--lm {name} is a {type(lm).__name__}; a model in Llama's layout is needed")
     return lm, tokenizer

@@ -53,7 +53,7 @@ def show_run(
     """
     if not process.main:
         return
-    samples = f"{total * cfg.batch_size:,} from " + (f"{cfg.dataset_size:,}" if cfg.dataset_size else "all of --data")
+    each = f"{cfg.dataset_size:,}" if cfg.dataset_size else "all of --data"
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     warmup = cfg.warmup if warmup is None else warmup
@@ -64,7 +64,7 @@ def show_run(
     show_plan(
         [
             ("parameters", f"{trained:,} trained" + (f", {frozen:,} frozen" if frozen else "")),
-            ("samples", samples if total else "all of --data"),
+            ("samples", f"{total * cfg.batch_size:,} seen, of {each}" if total else "all of --data"),
             disk_row(cfg.dataset_size, trained, frozen),
             batch_row(cfg, process.world_size),
             ("steps", f"{total:,}" if total else "depend on the size of --data"),

@@ -39,12 +39,19 @@ def code_of(name: str) -> str:
     digests: dict[Path, str] = {}
     waiting = ["shared.__init__", name, f"{name}.eval", f"{name}.model"]
     while waiting:
-        file = (ROOT / waiting.pop().replace(".", "/")).with_suffix(".py")
-        if file.is_file() and file not in digests:
+        module = waiting.pop()
+        file = (ROOT / module.replace(".", "/")).with_suffix(".py")
+        if is_own(module) and file.is_file() and file not in digests:
             digests[file], imported = syntax(file.read_text(encoding="utf-8"))
             waiting += imported
     lines = sorted(f"{file.relative_to(ROOT)} {digest}" for file, digest in digests.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def is_own(module: str) -> bool:
+    """Whether a module is of this project. Installed, it stands beside the packages that it imports."""
+    folder = module.partition(".")[0]
+    return folder in ("shared", "studies") or (ROOT / folder / "eval.py").is_file()
 
 
 @functools.cache
@@ -54,7 +61,7 @@ def syntax(source: str) -> tuple[str, list[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported += [each.name for each in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module:
             imported += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
         elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]

