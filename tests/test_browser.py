@@ -22,7 +22,7 @@ def test_the_report_opens_offline(tmp_path: Path):
     assert seen["headings"][-len(found) :] == [summary["paper"] for summary in found.values()]
     assert seen["links"] == [True] * len(found)
     plots = [plot for folder in found for plot in (ROOT / "results").glob(f"{folder}_*.png")]
-    assert len(seen["images"]) == 1 + len(plots) and all(image["decoded"] > 0 for image in seen["images"])
+    assert len(seen["images"]) == 2 + len(plots) and all(image["decoded"] > 0 for image in seen["images"])
     assert all(100 < image["width"] <= 1280 for image in seen["images"]) and seen["overflow"] == 0
     cells = {cell.replace("\u00a0", " ") for cell in seen["cells"]}  # "a ± b" does not break
     for summary in found.values():
