@@ -14,9 +14,6 @@ COLOURS = {
     "reproduced": "#1b7837", "direction only": "#6aab66", "no difference above d": "#4575b4",
     "not reproduced": "#c51b7d", "open": "#888888", "has not learned": "#c9a227",
 }  # fmt: skip
-ORDER = (
-    "protoclip", "attentive_mask_clip", "tinyclip", "nmtune", "concept_frequency", "flame", "tldr_reduction", "lexvla",
-)  # fmt: skip
 Summaries = dict[str, dict]  # {folder: results}
 
 
@@ -85,7 +82,7 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
 def effects(found: Summaries, path: Path) -> None:
     """Draw the first claim of each paper's abstract that could be tested: baseline and method of every seed (grey),
     their means (in the colour of the verdict), and the floor (dashed)."""
-    studies = {paper: study_of(paper).as_in(found[paper]) for paper in ORDER if paper in found}
+    studies = {paper: study_of(paper).as_in(found[paper]) for paper in sorted(found)}
     panels = {paper: first for paper, study in studies.items() if (first := first_claim(study, found[paper]))}
     columns = max(min(len(panels), 4), 1)
     rows = max(math.ceil(len(panels) / columns), 1)

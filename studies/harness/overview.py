@@ -22,6 +22,7 @@ from shared.checkpoints import write_json, write_text
 from shared.errors import UserError
 from shared.evaluation import table
 from studies.harness import drawings, pages, protocol, report, runner, verdicts
+from studies.harness.drawings import Summaries
 from studies.harness.runner import Options, Study, study_of
 from studies.harness.verdicts import VERDICTS
 
@@ -31,7 +32,6 @@ GROUPS = {  # of verdicts, for the first table
     "not judged": ("has not learned", "not testable here"),
 }  # fmt: skip
 MARK = " †"  # of results whose arms train something else today
-Summaries = dict[str, dict]  # {folder: results}
 
 # -------------------------------------------------------------------------------------------------------------- claims
 
@@ -87,7 +87,7 @@ def findings(folder: str, on: str, summaries: Summaries) -> dict[str, dict[str, 
             marked = marked and (not study.changed_arms or set(arms) & set(study.changed_arms))
         word = ("" if standing == "verdict" else f"{standing}: ") + verdicts.worded(row)
         found[name] = row | {
-            "shown": "; ".join([verdicts.difference(row), *([notes[name]] if name in notes else [])]),
+            "shown": "; ".join([difference(row), *([notes[name]] if name in notes else [])]),
             "finding": word + (MARK if marked else ""),
             "floors": " / ".join(dict.fromkeys("-" if floor is None else f"{floor:.2f}" for floor in floors)) or "-",
         }
@@ -113,6 +113,15 @@ def first_table(found: Summaries) -> str:
         }
         rows.append({"paper": f"{about} ([all tables](results/{folder}.md))", **names})
     return table(rows) if rows else ""
+
+
+def difference(row: dict) -> str:
+    """The difference and its interval."""
+    if row.get("difference") is None:
+        return "-"
+    ends = " to ".join(verdicts.number(end, row["resolves"]) for end in row["interval"] or ())
+    ends = "; ".join(filter(None, (ends, row["scatter"] if row.get("scatter") in verdicts.MARKED else "")))
+    return verdicts.number(row["difference"], row["resolves"]) + (f" ({ends})" if ends else "")
 
 
 def main_table(found: Summaries, photographs: Summaries) -> str:

@@ -272,15 +272,6 @@ def number(value: float | None, half: float | None = None) -> str:
     return "-" if value is None else f"{value:+.{3 if half is not None and 0.0005 < half < 0.0995 else 2}f}"
 
 
-def difference(row: dict) -> str:
-    """The difference and its interval."""
-    if row.get("difference") is None:
-        return "-"
-    ends = " to ".join(number(end, row["resolves"]) for end in row["interval"] or ())
-    ends = "; ".join(filter(None, (ends, row["scatter"] if row.get("scatter") in MARKED else "")))
-    return number(row["difference"], row["resolves"]) + (f" ({ends})" if ends else "")
-
-
 def worded(row: dict[str, Any]) -> str:
     """The verdict of a row, and how the difference stands to the paper's where the word leaves that open."""
     word, effect = row["verdict"], row.get("effect")
