@@ -100,8 +100,7 @@ def effects(found: Summaries, path: Path) -> None:
         axis.set_ylabel(study.metrics.get(claim.metric, name), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.set_title(summary["paper"].partition(" (")[0], fontsize=8, fontweight="bold", pad=54)
-        standing = protocol.standing(study, summary)
-        verdict = row["verdict"] if standing == "verdict" else f"{standing}: {row['verdict']}"
+        verdict = protocol.prefix(study, summary) + row["verdict"]
         lines = claim.claim, f"here {verdicts.number(row['difference'])}, paper {row['paper']}"
         about = "\n".join(part for line in lines for part in textwrap.wrap(line, 46))
         for text, y, style in ((about, 1.11, {"color": "0.25"}), (verdict, 1.03, {"color": colour, "weight": "bold"})):

@@ -74,7 +74,7 @@ def findings(folder: str, on: str, summaries: Summaries) -> dict[str, dict[str, 
     summary = summaries[folder]
     study = study_of(folder, on).as_in(summary)
     claims, notes = {claim.claim: claim for claim in study.claims}, study.notes(summary)
-    standing, new = protocol.standing(study, summary), changed(study, summary)
+    prefix, new = protocol.prefix(study, summary), changed(study, summary)
     bars = [(floor.arms, summary["floors"].get(floor.name, {})) for floor in study.floors if not floor.ceiling]
     known = {metric for values in summary["floors"].values() for metric in values}
     found = {}
@@ -85,7 +85,7 @@ def findings(folder: str, on: str, summaries: Summaries) -> dict[str, dict[str, 
             arms = [arm.partition(":")[0] for arm in (claim.baseline, claim.method)]
             floors = [verdicts.floor_of(claim.metric, bars, arm) for arm in arms]
             marked = marked and (not study.changed_arms or set(arms) & set(study.changed_arms))
-        word = ("" if standing == "verdict" else f"{standing}: ") + verdicts.worded(row)
+        word = prefix + verdicts.worded(row)
         found[name] = row | {
             "shown": "; ".join([difference(row), *([notes[name]] if name in notes else [])]),
             "finding": word + (MARK if marked else ""),
@@ -292,9 +292,8 @@ def with_verdicts(readme: str, found: Summaries, photographs: Summaries) -> str:
     for folder, summary in found.items():
         minutes = study_of(folder).minutes["core"] * len(Options().seeds)
         row = rf"^(\| \[`{folder}/`\].*?\|)[^|\n]*\|[^|\n]*\|$"
-        standing = protocol.standing(study_of(folder), summary)
-        word = "" if standing == "verdict" else f"{standing}: "
-        cells = rf"\g<1> {minutes:.0f} | {word}{in_words(verdicts.primary(summary).values())} |"
+        prefix = protocol.prefix(study_of(folder), summary)
+        cells = rf"\g<1> {minutes:.0f} | {prefix}{in_words(verdicts.primary(summary).values())} |"
         readme = re.sub(row, cells, readme, flags=re.MULTILINE)
     return readme
 

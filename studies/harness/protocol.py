@@ -70,6 +70,12 @@ def standing(study: Any, summary: dict) -> str:
     return "verdict" if set(study.seeds) <= set(summary["seeds"]) else "replication"
 
 
+def prefix(study: Any, summary: dict) -> str:
+    """The word before findings that are no verdicts of the current protocol, such as "exploratory: "; else nothing."""
+    word = standing(study, summary)
+    return "" if word == "verdict" else f"{word}: "
+
+
 # --------------------------------------------------------------------------------------------------------------- pilots
 
 
