@@ -180,7 +180,7 @@ METRICS = {
     "kept/high_drop_pixels": "... high drop",
     "kept/centre_pixels": "... centre",
     "kept/random_pixels": "... random",
-    "seconds": "seconds",
+    "seconds": "training seconds",
     "step/seconds": "seconds of a step, ViT-B/16",
     "step/gflop": "GFLOP a pair, ViT-B/16",
 }

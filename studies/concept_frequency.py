@@ -71,7 +71,7 @@ METRICS = {  # of an arm, with their headings
     "rest": "the rest",
     "counted_both": "rank r of our counts",
     "misaligned": "misaligned (%)",
-    "seconds": "seconds",
+    "seconds": "training seconds",
 }
 PLANTED = 5, 20, 40  # percent of captions exchanged in the Zipf arm, to test whether the misalignment degree detects it
 LEARNED = "frequent"  # accuracy on the tenth of concepts that is most frequent in the arm; it must exceed the floor
@@ -534,7 +534,7 @@ PHOTOS = Study(
         "r_log": "r of log",
         "r_linear": "r of count",
         "slope_i2t": "points a decade I2T",
-        "seconds": "seconds",
+        "seconds": "training seconds",
     },
     sets=(photos.RETRIEVAL,),
     floors=PHOTOS_FLOORS,

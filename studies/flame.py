@@ -589,7 +589,7 @@ METRICS = {
     "languages/text_to_image_R@1": "36 languages T2I",
     BY_SCRIPT["Latin script"]: "Latin script I2T",
     BY_SCRIPT["other scripts"]: "other scripts I2T",
-    "seconds": "seconds",
+    "seconds": "training seconds",
 }
 
 

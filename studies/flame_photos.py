@@ -197,7 +197,7 @@ def study(llm: str) -> Study:
             OTHER_TO_TEXT: "4 languages I2T",
             OTHER_TO_IMAGE: "4 languages T2I",
             **{f"language_{code}/image_to_text_R@1": f"{code} I2T" for code in OTHER_LANGUAGES},
-            "seconds": "seconds",
+            "seconds": "training seconds",
         },
         sets=(*NAMES, LONG, *LANGUAGE_SETS),
         floors=FLOORS,

@@ -82,7 +82,7 @@ METRICS = {
     f"{SET}/top5_in_caption": "top-5 words in caption",
     "patchdis/miou": "PatchDis, all classes",
     "patchdis/miou_present": "... present classes",
-    "seconds": "seconds",
+    "seconds": "training seconds",
 }
 ARMS = (
     Arm("none", "train emoji-none", heading="no penalty"),
@@ -597,7 +597,7 @@ PHOTOS = Study(
         f"{PHOTOS_SET}/top5_in_caption": "top-5 words in caption",
         ALL: "PatchDis, all classes",
         PRESENT: "... present classes",
-        "seconds": "seconds",
+        "seconds": "training seconds",
     },
     small=(ALL, PRESENT),
     sets=(photos.RETRIEVAL,),

@@ -151,7 +151,7 @@ METRICS = {
     "subgroups_ood/ami": "AMI (0-1)",
     "retrieval_xm_en/mean_recall": "recall",
     "modality_gap": "gap (0-2)",
-    "seconds": "seconds",
+    "seconds": "training seconds",
     f"reached/{PROBE_ID}": "runs that reach CLIP's probe (0-1)",
     f"reached/{NAMES_OOD}": "... CLIP's names (0-1)",
 }
@@ -522,7 +522,7 @@ PHOTOS = Study(
         TOP1: "PACS photographs",
         PROBE: "probe, paintings and cartoons",
         "modality_gap": "gap (0-2)",
-        "seconds": "seconds",
+        "seconds": "training seconds",
     },
     small=(PROBE,),
     sets=(photos.RETRIEVAL, ZERO_SHOT, *PROBES),

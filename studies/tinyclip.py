@@ -119,7 +119,7 @@ METRICS = {
     "parameters_m": "parameters (M)",
     SIZE: "in blocks (M)",
     "macs_m": "MACs (M)",
-    "seconds": "seconds",
+    "seconds": "training seconds",
 }
 # The paper's numbers are zero-shot top-1 on ImageNet (IN): of students of half the size after one epoch of LAION-400M
 # (tables 2 to 4), of a quarter of the size after two (table 6), of the teacher (section 4.1).
@@ -391,7 +391,7 @@ PHOTOS = Study(
         "retrieval_en/image_to_text_R@10": "I2T R@10",
         "parameters_m": "parameters (M)",
         "macs_m": "MACs (M)",
-        "seconds": "seconds",
+        "seconds": "training seconds",
     },
     sets=(photos.RETRIEVAL,),
     floors=(

@@ -230,7 +230,7 @@ METRICS = {  # metrics shown for a run, and their headings
     "pixels/coverage": "coverage on pixels",
     "codes/codes_used": "codes used",
     "early_loss_ita": "ITC loss, epochs 0-2",
-    "seconds": "seconds",
+    "seconds": "training seconds",
 }
 
 

@@ -284,7 +284,7 @@ PHOTOS = Study(
         "retrieval_en/text_to_image_R@1": "T2I R@1",
         "data/pairs": "pairs",
         KEPT: "photographs",
-        "seconds": "seconds",
+        "seconds": "training seconds",
     },
     sets=(photos.RETRIEVAL,),
     floors=FLOORS,
