@@ -362,9 +362,6 @@ STUDY = Study(
     "(EMA) tower; 2x50: two such views. A-CLIP: two attentive views and self-supervised losses between them; "
     "A-CLIP-eff: its EMA tower sees a smaller picture. SLIP: CLIP with a self-supervised loss on two more views. Step "
     "time - 1: -0.57 is 43 % of the other method's time a step; by rounds: both are timed by turns.",
-    changed="scenes show one emoji of 15 on a textured ground and nothing else, and 2,000 of them are seen sixteen "
-    "times (before: 30 names, a faint ground, two uncaptioned emoji, 32,000 scenes seen once), in patches of 8 "
-    "pixels, the self-supervised losses have the paper's ratio, and steps are timed at the paper's geometry",
     evaluate=evaluate,
     alone=True,
     derive=derive,

@@ -408,8 +408,6 @@ STUDY = Study(
     terms="Frequency: the number of training pairs of a concept; a decade: ten times as many. Slope: points of "
     "accuracy per decade. r: correlation of accuracy with (log) frequency over concepts. ρ: the same after averaging "
     "in bins of log frequency, as the paper does; shuffles: with accuracies exchanged among concepts.",
-    changed="arms train another small convolutional tower on turned and coloured views, and text towers start as an "
-    "average of word embeddings",
     evaluate=evaluate,
     derive=derive,
     metrics=METRICS | {LEARNED: "frequent tenth"},

@@ -607,8 +607,6 @@ def study(llm: str) -> Study:
         "several embeddings of a caption, one for each question to the LLM; decoupled: no facet sees another, as it "
         "does with a causal mask. New names: names of emoji that training leaves out. Pairs: training pictures with "
         "captions.",
-        changed="all arms have InfoNCE, and CLIP's text tower starts as an average of word embeddings; facets, mask "
-        "and long captions are judged on long captions of emoji, fewer pairs at 1/2, 1/4 and 1/8",
         evaluate=functools.partial(evaluate, llm=llm),
         derive=derive,
         metrics=METRICS,

@@ -456,8 +456,6 @@ STUDY = Study(
     "MLP: the same with a hidden layer; NMTune: an MLP with three regularisers. ID, OOD: in and out of domain. SVE: "
     "entropy of the features' singular values; LSVR: minus log of the largest one's share. Black box: frozen features "
     "of EfficientNet-Lite0.",
-    changed="encoders and heads are trained on scenes, 50 pictures a name (before: emoji, about five drawings), and "
-    "heads have the paper's settings (before: those of the authors' code)",
     evaluate=evaluate,
     alone=True,
     derive=over_levels,

@@ -303,8 +303,6 @@ STUDY = Study(
     "by hand or by learned masks, not from random ones. Affinity: they learn the teacher's similarities of images and "
     "texts; contrastive: CLIP's loss. Two stages: cut to a half, trained, cut to a quarter. Steps - 1: -0.9 is a "
     "tenth of the steps, the paper's 1.4 and 7.8 times fewer are -0.29 and -0.87.",
-    changed="students have a quarter of their teacher's size and a fifth of its steps (before: half, a quarter), and "
-    "there are no ResNets",
     evaluate=evaluate,
     alone=True,
     derive=derive,

@@ -692,8 +692,6 @@ STUDY = Study(
     terms="T_o: the original captions. Selection: a share of each cluster of similar pictures is kept (a third here, "
     "a quarter on photographs), against as many at random. Refinement: a generated caption is appended to T_o. TL;DR: "
     "both. The paper's numbers are of text recall, those on scenes of naming.",
-    changed="towers are trained from random weights, on a third of the pool for 20 epochs, as in the paper, on the "
-    "full data for as many steps or epochs; floors are of raw pixels, canonical correlation among them",
     evaluate=evaluate,
     metrics=METRICS,
     seeds=tuple(range(1000, 1030)),

@@ -80,15 +80,13 @@ def findings(folder: str, on: str, summaries: Summaries) -> dict[str, dict[str, 
     found = {}
     for row in summary["claims"]:
         name, floors = row["claim"], [row.get("floor") if row["metric"] in known else None]
-        marked = new and row["difference"] is not None
         if claim := claims.get(name):
             arms = [arm.partition(":")[0] for arm in (claim.baseline, claim.method)]
             floors = [verdicts.floor_of(claim.metric, bars, arm) for arm in arms]
-            marked = marked and (not study.changed_arms or set(arms) & set(study.changed_arms))
-        word = prefix + verdicts.worded(row)
+        mark = MARK if new and row["difference"] is not None else ""
         found[name] = row | {
             "shown": "; ".join([difference(row), *([notes[name]] if name in notes else [])]),
-            "finding": word + (MARK if marked else ""),
+            "finding": prefix + verdicts.worded(row) + mark,
             "floors": " / ".join(dict.fromkeys("-" if floor is None else f"{floor:.2f}" for floor in floors)) or "-",
         }
     return found

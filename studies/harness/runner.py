@@ -121,8 +121,6 @@ class Study:
     """Results file -> {claim: what has to be known of its difference, such as that it is a lower bound}."""
     changed: str = ""
     """What arms train since results were committed that were made before the protocol."""
-    changed_arms: tuple[str, ...] = ()
-    """The arms that `changed` is about; all, if it names none."""
     more_rows: Callable[..., list[dict[str, Any]]] = lambda found: []
     """Further rows of the table of claims, computed from a `report.Comparison`."""
     plot: Callable[[report.Comparison, Path], None] = lambda found, out: None
