@@ -53,8 +53,6 @@ class Config:
     patchdis_side: Count | None = None
     """Side in pixels to which PatchDis' images are resized, as squares; masks keep their size. None: the run's image
     size. Not stated in the paper."""
-    patchdis_sparse: bool = False
-    """PatchDis compares sparse patches and classes. Not stated in the paper."""
     background: bool = False
     """PatchDis counts unlabelled pixels as false positives instead of ignoring them. Not stated in the paper."""
     topk: Count | None = None
@@ -247,15 +245,8 @@ def evaluate_run(path: str, cfg: Config, process: run.Process, load: Callable = 
     if cfg.patchdis:
         names = classnames(cfg.patchdis)
         s_class = encode_texts(model, read, names, cfg.batch_size, device, dtype)
-
-        def seen(s: Tensor) -> Tensor:
-            return sparsify(s, cfg.topk) if cfg.patchdis_sparse else s
-
-        def patches(pixels: Tensor) -> Tensor:
-            return seen(model.image.patches(pixels))
-
         images = labelled_images(cfg.patchdis, side, normalize(train_cfg.backbone))
-        found, maps = measure(patches, seen(s_class), images, cfg.background, device=device)
+        found, maps = measure(model.image.patches, s_class, images, cfg.background, device=device)
         flat |= {f"patchdis/{name}": value for name, value in found.items()}
         plot_class_maps(maps, names, Path(path) / "classes.png")
     return evaluation.without_nan(flat)

@@ -14,8 +14,7 @@ from shared.checkpoints import ROOT, read_json, trained_by, write_json, write_te
 from shared.data import TSV, Shards
 from shared.errors import UserError
 from shared.evalsets import EvalSet, set_names
-from shared.run import paper_of, read_metrics
-from shared.settings import folder_of
+from shared.run import own_set, paper_of, read_metrics
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -120,14 +119,10 @@ def open_sets(
 
 
 def sets_of(path: str | Path, sets: Sequence[str] = ()) -> tuple[str, ...]:
-    """`sets`; without any, that of the run in the folder `path`: its setting eval_set, or eval/held_out beside its
-    training data, which shared.pack writes, if there is one here."""
+    """`sets`; without any, `own_set` of the run in the folder `path`."""
     file = Path(path) / "config.json"
-    if sets or not file.is_file():
-        return tuple(sets)
-    cfg = read_json(file)
-    own = cfg.get("eval_set"), folder_of(str(cfg.get("data"))).parent / "eval/held_out"
-    return tuple(str(folder) for folder in own if folder and Path(folder).is_dir())[:1]
+    own = None if sets or not file.is_file() else own_set(read_json(file))
+    return (own,) if own else tuple(sets)
 
 
 def needed(path: str | Path, sets: Sequence[str], option: str = "--sets") -> tuple[str, ...]:

@@ -550,14 +550,14 @@ class RunFolder:
     def close(self, flags: str = "", then: str | None = None) -> None:
         """Close the log; print that the run is finished and the next command, `then`.
 
-        then: "" prints no command; None prints the evaluation's, with `flags` if the run has no eval_set.
+        then: "" prints no command; None prints the evaluation's, with `flags` if the run has no `own_set`.
         """
         self.metrics.close()
         self.lock.__exit__(None, None, None)
         if self.total and self.process.main and not quiet():
             if then is None:
-                own = "" if getattr(self.cfg, "eval_set", "") else flags
-                then = f"python -m {paper_of(self.cfg)}.eval {self.path} {own}".rstrip()
+                flags = "" if own_set(vars(self.cfg)) else flags
+                then = f"python -m {paper_of(self.cfg)}.eval {self.path} {flags}".rstrip()
             loss = "" if self.loss is None else f", loss {float(torch.as_tensor(self.loss).detach()):.4g}"
             after = f"; next: {then}" if then else ""
             took = timedelta(seconds=round(self.clock.read()))
@@ -567,6 +567,19 @@ class RunFolder:
 def paper_of(cfg: Any) -> str:
     """Folder name of the paper whose file defines the class of `cfg` (its module may be __main__)."""
     return Path(inspect.getfile(type(cfg))).parent.name
+
+
+def folder_of(data: str) -> Path:
+    """The first path of --data; if it has braces, the folder before them."""
+    first, brace, _ = data.partition("::")[0].partition("{")
+    return Path(first.rpartition("/")[0] if brace else first)
+
+
+def own_set(settings: dict[str, Any]) -> str | None:
+    """The evaluation set of a run with these settings: eval_set, or eval/held_out beside its training data, which
+    shared.pack writes; None if there is no such folder here."""
+    folders = settings.get("eval_set"), folder_of(str(settings.get("data"))).parent / "eval/held_out"
+    return next((str(folder) for folder in folders if folder and Path(folder).is_dir()), None)
 
 
 def plain(value: Any) -> Any:

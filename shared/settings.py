@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from shared.errors import UserError
 from shared.evalsets import EvalSet
+from shared.run import folder_of
 
 
 class Limits(NamedTuple):
@@ -176,12 +177,6 @@ def check_data(data: str) -> None:
     if folder.is_relative_to("data") and not folder.exists():
         advice = next((advice for built, advice in BUILT.items() if folder.is_relative_to(built)), None)
         raise UserError(f"{data} does not exist: {advice or 'the study that trains on it (make help) builds it'}")
-
-
-def folder_of(data: str) -> Path:
-    """The first path of --data; if it has braces, the folder before them."""
-    first, brace, _ = data.partition("::")[0].partition("{")
-    return Path(first.rpartition("/")[0] if brace else first)
 
 
 def check_eval_set(cfg: Any) -> None:

@@ -8,10 +8,6 @@ scenes (studies/corpora/scenes.py), many of which are near copies of others.
 
 A sample with a bad caption also has one in pools with more noise; captions depend only on the sample's key. The json of
 a sample has its scene ("original"), true "name" and kind of caption ("noise": name, other, generic or mixed).
-
-`--validation DIR` writes a classification set for choosing hyperparameters: scenes of drawings that are held out of
-training, in the training styles. The test sets show other scenes: names_id has the same held-out drawings, names_ood
-has a drawing style that is neither in training nor in the validation set.
 """
 
 import dataclasses
@@ -22,10 +18,9 @@ from typing import Literal
 
 import tyro
 
-from shared import checkpoints, cli, data, layout, tars
+from shared import checkpoints, cli, data, tars
 from shared.errors import UserError
 from shared.run import stable_hash
-from studies.corpora import scenes
 
 GENERIC = ("an image of an icon", "picture", "a drawing on a background", "symbol clip art")
 RECIPE = 1  # increase when equal scenes and shares give different pools
@@ -33,7 +28,7 @@ RECIPE = 1  # increase when equal scenes and shares give different pools
 
 @dataclasses.dataclass
 class Config:
-    """Write pools and oracles' captions, or with --validation a classification set."""
+    """Write pools and oracles' captions."""
 
     source: str = "data/tldr-scenes"
     """Folder of scenes, as `python -m studies.corpora.scenes` builds it, one captioned emoji each."""
@@ -46,8 +41,6 @@ class Config:
     other and half generic (halves)."""
     oracle: tuple[int, ...] = (20, 50, 80)
     """Percent of wrong names of each oracle."""
-    validation: Path | None = None
-    """Write this classification set instead, for the scenes of --source; a finished one is not changed."""
 
 
 def caption(key: str, true: str, names: list[str], name: str, percent: int, bad: str = "halves") -> tuple[str, str]:
@@ -70,33 +63,10 @@ def oracle_caption(key: str, names: list[str], name: str, percent: int) -> str:
     return other if wrong else name
 
 
-def write_validation(setting: dict, folder: Path) -> None:
-    """Write scenes of held-out drawings, all concepts in turn, as `folder`/test.
-
-    setting: that of the training scenes, from their manifest.json. There are as many scenes as in names_id/test; their
-    indices follow the indices of those, so that no scene is in both.
-    """
-    if (folder / "test/nshards.txt").is_file():
-        return print(f"{folder} is complete")
-    fields = {field.name for field in dataclasses.fields(scenes.Setting)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in setting.items() if name in fields}
-    plain = dataclasses.replace(scenes.Setting(**values), captioned=(1, 1), noise=0.0, distinct=None)
-    drawn, count = scenes.Scenes(plain, "id"), setting["eval_samples"]
-    layout.write_classes(folder, drawn.classnames, ["{c}"])
-    samples = (
-        scenes.sample(drawn, drawn.draw(count + i, (i % len(drawn.emoji),))) | {"cls": str(i % len(drawn.emoji))}
-        for i in range(count)
-    )
-    tars.write_split(folder / "test", samples)
-    print(f"{folder}: {count:,} scenes of {len(drawn.emoji)} concepts")
-
-
 def main(cfg: Config) -> None:
     source, out = Path(cfg.source), Path(cfg.out)
     if not (source / "manifest.json").is_file():
         raise UserError(f"{source} holds no scenes: 'python -m studies.corpora.scenes --out {source}' builds them")
-    if cfg.validation:
-        return write_validation(checkpoints.read_json(source / "manifest.json")["setting"], cfg.validation)
     made = {"recipe": RECIPE, "noise": list(cfg.noise), "oracle": list(cfg.oracle)}
     made |= {"bad": cfg.bad} if cfg.bad != "halves" else {}
     made["scenes"] = data.fingerprint((source / "manifest.json").read_bytes())

@@ -174,7 +174,7 @@ def test_what_is_packed(packed: dict[str, str], folder: Path) -> None:
 def test_the_five_commands_of_the_root_readme(packed, execute, folder: Path, monkeypatch) -> None:
     """The model has learned, and clip-benchmark's command line reproduces its metrics."""
     _, train, evaluate, export, benchmark = commands(section(ROOT / "README.md"))
-    execute(train, "--epochs 12")
+    assert execute(train, "--epochs 12").rstrip().endswith(f".eval {evaluate[1]}")  # the held-out set is its own
     said = execute(evaluate)
     assert evaluate[1] in said
     scores = measured(evaluate[1])

@@ -1,19 +1,13 @@
-"""The study's pools: shares of bad captions and of the oracle's wrong captions, the json of each sample, refusals; and
-the validation set."""
+"""The study's pools: shares of bad captions and of the oracle's wrong captions, the json of each sample, refusals."""
 
-import dataclasses
 import json
 from collections import Counter
 
-import numpy as np
 from scene_corpora import bank  # noqa: F401
 from scripts import refused
 
 from shared import tars
-from shared.evalsets import EvalSet
 from studies import tldr_reduction_pool as pool
-from studies.corpora import scenes
-from studies.corpora.scenes import Scenes, Setting
 from tldr_reduction.datasets import open_pairs
 
 NAMES = [f"n{i}" for i in range(20)]
@@ -71,19 +65,3 @@ def test_a_pool_is_written(in_process, tmp_path):
     assert spoken[5] == {"image_id": "005", "caption": "n1"}
     refused(in_process(*command, "50", module="studies.tldr_reduction_pool"), "other scenes or shares")
     refused(in_process("--source", tmp_path, module="studies.tldr_reduction_pool"), "holds no scenes")
-
-
-def test_validation_has_other_scenes_of_the_drawings_that_are_held_out(in_process, tmp_path, bank, monkeypatch):
-    monkeypatch.setattr(scenes, "load_sprites", lambda corpus: bank)  # a few drawings, in place of all
-    setting = Setting(concepts=3, clutter=(0, 0), captioned_size=(0.7, 0.9), distinct=2)
-    manifest = {"setting": dataclasses.asdict(setting) | {"samples": 9, "eval_samples": 6, "recipe": 1}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    command = ["--source", tmp_path, "--validation", tmp_path / "validation"]
-    assert "6 scenes of 3 concepts" in in_process(*command, module="studies.tldr_reduction_pool").out
-    assert "is complete" in in_process(*command, module="studies.tldr_reduction_pool").out
-    found = list(EvalSet(tmp_path / "validation", np.array))
-    held_out = Scenes(dataclasses.replace(setting, distinct=None), "id")
-    assert [label for _, _, label in found] == [0, 1, 2, 0, 1, 2]
-    for index, (_, picture, label) in enumerate(found):
-        assert np.array_equal(picture, held_out.draw(6 + index, (label,)).pixels)
-        assert not any(np.array_equal(picture, held_out.draw(i, (label,)).pixels) for i in range(6))  # of names_id

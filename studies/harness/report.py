@@ -177,7 +177,7 @@ def by_seed(summary: dict) -> dict[str, list[dict]]:
 def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors: dict[str, dict[str, float]]) -> str:
     """Markdown table of floors, then of arms, with mean ± std over seeds in a column per metric (key -> heading).
 
-    Metrics that no row has are left out.
+    Metrics that no arm has are left out, and so are floors without any of the others.
     """
 
     def cell(value: dict | float | None) -> str:
@@ -185,8 +185,8 @@ def arms_table(arms: dict[str, dict[str, dict]], metrics: dict[str, str], floors
             return "-" if value is None else f"{value:.2f}"
         return f"{value['mean']:.2f}" + (f" ± {value['std']:.2f}" if len(value["values"]) > 1 else "")
 
-    rows = floors | arms
-    columns = {key: head for key, head in metrics.items() if any(key in values for values in rows.values())}
+    columns = {key: head for key, head in metrics.items() if any(key in values for values in arms.values())}
+    rows = {name: values for name, values in (floors | arms).items() if columns.keys() & values.keys()}
     return table(
         [{"arm": arm} | {head: cell(of.get(key)) for key, head in columns.items()} for arm, of in rows.items()]
     )
