@@ -142,11 +142,11 @@ CLAIMS = (
 
 METRICS = {
     PROBE_ID: "probe",
-    PROBE_OOD: "... unseen style",
+    PROBE_OOD: "probe, unseen style",
     NAMES_OOD: "names",
-    NAMES_ID: "... seen styles",
+    NAMES_ID: "names, seen styles",
     GROUPS_OOD: "subgroups",
-    GROUPS_ID: "... seen styles",
+    GROUPS_ID: "subgroups, seen styles",
     "subgroups_id/nearest": "nearest neighbour",
     "subgroups_ood/ami": "AMI (0-1)",
     "retrieval_xm_en/mean_recall": "recall",
@@ -366,9 +366,6 @@ STUDY = Study(
     "other. External teacher: clusters also come from a frozen sentence encoder. Time - 1: -0.67 is a third of CLIP's "
     "time. Locked Lite0: the image tower is a frozen EfficientNet-Lite0 and a trained MLP.",
     notes=notes,
-    changed="arms train a small convolutional tower in place of the ResNet, on turned and coloured views, for fewer "
-    "episodes and with ten samples a prototype (before: 45), text towers start as an average of word embeddings, and "
-    "the time to CLIP's accuracy is measured by schedules of several lengths",
     metrics=METRICS,
     small=(PROBE_ID,),
     sets=(*NAMES, *SUBGROUPS, PAIRS),

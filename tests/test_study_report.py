@@ -56,6 +56,7 @@ def test_a_protocol_says_all_of_each_primary_claim(on: str, paper: str):
     arms = {arm.name for arm in study.arms}
     primary = [claim for claim in study.claims if claim.primary]
     assert primary and len(study.seeds) >= 10 and min(study.seeds) >= 1000
+    assert len(set(study.metrics.values())) == len(study.metrics)  # a heading is one column
     for claim in primary:
         assert claim.where and claim.negligible and claim.paper, claim
         assert claim.effect is None or claim.sign * claim.effect >= 2 * claim.negligible * (1 - 1e-9), claim
