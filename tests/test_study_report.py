@@ -72,7 +72,7 @@ def test_damaged_results_are_refused(tmp_path: Path):
     damaged = [{name: None} for name in about] + [
         {"arms": {}},
         {"floors": {"chance": 1.0}},
-        {"floors": {"a": {metric: "1"}}},
+        {"floors": {"a": {"b": "1"}}},
     ]
     damaged += [{"arms": each} for each in (
         {arm: None}, {arm: metrics | {metric: 3.0}}, {arm: metrics | {metric: value | {"mean": "1"}}},

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 
-from scene_corpora import bank  # noqa: F401
 from scripts import refused
 
 from shared import tars

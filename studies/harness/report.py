@@ -143,7 +143,7 @@ def read_results(path: str | Path, paper: str | None = None) -> dict:
         whole = isinstance(summary["paper"], str) and isinstance(summary["settings"], dict) and bool(summary["arms"])
         whole &= all(row["verdict"] in VERDICTS and row["primary"] in (True, False) for row in summary["claims"])
         every = {metric: metric for of in [*summary["arms"].values(), *summary["floors"].values()] for metric in of}
-        arms_table(summary["arms"], every, summary["floors"])
+        arms_table(summary["floors"] | summary["arms"], every, {})
         claims_table(summary)
         provenance(summary)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
