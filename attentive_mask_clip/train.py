@@ -205,7 +205,7 @@ def main(cfg: Config) -> Path | None:
         corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or epoch + 1 == cfg.epochs or is_best:
             folder.save(done, is_best, epoch=epoch + 1, batch=0, best=best)
-    folder.close("--sets FOLDER")
+    folder.close()
     return folder.path
 
 

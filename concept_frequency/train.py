@@ -165,7 +165,7 @@ def main(cfg: Config) -> Path | None:
         if folder.due(done) or epoch + 1 == cfg.epochs:
             folder.save(done, epoch=epoch + 1, batch=0)
         start = 0
-    folder.close()
+    folder.close("")
     return folder.path
 
 

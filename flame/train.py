@@ -225,7 +225,7 @@ def main(cfg: Config, pairs: Any = None) -> Path | None:
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0)
         start = 0
-    folder.close("--sets FOLDER")
+    folder.close()
     return folder.path
 
 

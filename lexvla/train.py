@@ -190,7 +190,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
         corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0, **kept)
-    folder.close("--sets FOLDER")
+    folder.close()
     return folder.path
 
 

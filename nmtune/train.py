@@ -285,7 +285,7 @@ def main(cfg: Config) -> Path | None:
     results = mean_over_heads(cfg, head, source)
     folder.log(total, epoch=cfg.epochs - 1, **results)
     folder.save(total, epoch=cfg.epochs, batch=0)
-    folder.close()
+    folder.close("")
     if process.main:
         shown = ", ".join(f"{name} {value:.2f} %" for name, value in results.items() if name.endswith("top1"))
         print(f"{folder.path}: {shown or 'no test set was named'}")

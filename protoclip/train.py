@@ -266,7 +266,7 @@ def main(cfg: Config) -> Path | None:
         if folder.due(done) or last:
             folder.save(done, episode=episode + 1, batch=0, prototypes=None)
         start, prototypes = 0, None
-    folder.close("--sets FOLDER")
+    folder.close()
     return folder.path
 
 

@@ -547,7 +547,7 @@ class RunFolder:
                 kept.unlink(missing_ok=True)
                 link(self.path / "checkpoint.pt", kept)
 
-    def close(self, flags: str = "", then: str | None = None) -> None:
+    def close(self, flags: str = "--sets FOLDER", then: str | None = None) -> None:
         """Close the log; print that the run is finished and the next command, `then`.
 
         then: "" prints no command; None prints the evaluation's, with `flags` if the run has no `own_set`.

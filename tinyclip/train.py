@@ -403,7 +403,7 @@ def main(cfg: Config) -> Path | None:
     if process.main:  # before the last checkpoint, which marks the run as finished
         checkpoints.save_checkpoint(folder.path / "model.pt", weights_of(student))
     folder.save(cfg.steps, **contents(cfg.steps))
-    folder.close("--sets FOLDER")
+    folder.close()
     return folder.path
 
 

@@ -245,14 +245,13 @@ def train(cfg: Common, process: run.Process, learner: Learner) -> Path:
         corpus.report_broken(f"epoch {epoch + 1}")
         if folder.due(done) or last:
             folder.save(done, epoch=epoch + 1, batch=0, **usage(used))
-    folder.close(**NEXT[cfg.stage](cfg))
+    folder.close(then=NEXT[cfg.stage](cfg) if cfg.stage in NEXT else None)
     return folder.path
 
 
-NEXT = {  # the command after a stage
-    "captioner": lambda cfg: {"then": f"python -m tldr_reduction.reduce {cfg.data} --captioner {cfg.out} --out FOLDER"},
-    "finetune": lambda cfg: {"then": f"python -m tldr_reduction.reduce FOLDER --caption-model {cfg.out} --out FOLDER"},
-    **dict.fromkeys(("retrieval", "blip", "clip"), lambda cfg: {"flags": "--sets FOLDER"}),
+NEXT = {  # the command after a stage; after the others, the evaluation
+    "captioner": lambda cfg: f"python -m tldr_reduction.reduce {cfg.data} --captioner {cfg.out} --out FOLDER",
+    "finetune": lambda cfg: f"python -m tldr_reduction.reduce FOLDER --caption-model {cfg.out} --out FOLDER",
 }
 
 
