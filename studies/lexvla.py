@@ -476,7 +476,6 @@ STUDY = Study(
     "many samples; FLOPs: SPLADE's penalty on mean weights; most used word: the share of samples that have it among "
     "their ten strongest. 512 (latent) dimensions: CLIP's kind of embedding. PatchDis: classifying the patches of an "
     "image, in mean intersection over union.",
-    changed="tests have 1,000 scenes (before: 500), and penalties rise over the paper's share of the steps (83; 40)",
     evaluate=evaluate,
     alone=True,
     derive=derive,
