@@ -581,6 +581,7 @@ PHOTOS = Study(
     corpus=f"Flickr8k, {photos.RESIZED}, seen at {SIDE} pixels, a sample for each English caption; PatchDis on 79 "
     "photographs of COCO of a shorter side of 256 pixels; frozen EfficientNet-Lite0 (ImageNet-1k) in DINOv2's place, "
     "SmolLM2-135M-Instruct in Llama 2's",
+    seeds=photos.FEW,
     minutes={"core": 20, "all": 20},
     evaluate=evaluate_photos,
     alone=True,

@@ -515,6 +515,7 @@ PHOTOS = Study(
     arms=PHOTOS_ARMS,
     corpus="Encoders from scratch on 50,000 photographs of CIFAR-10 (32 pixels), probed on PACS (in results/photos its "
     "pictures had a shorter side of 112 pixels); the black box is EfficientNet-Lite0, pretrained on ImageNet-1k",
+    seeds=photos.FEW,
     minutes={"core": 9, "all": 14},
     changed="heads have the paper's settings (before: those of the authors' code)",
     small=("lp/id", "blackbox/id", "sve_id"),

@@ -507,6 +507,7 @@ PHOTOS = Study(
     arms=PHOTOS_ARMS,
     corpus=f"Flickr8k, {photos.RESIZED}, a sample for each English caption; EfficientNet-Lite0, pretrained on "
     "ImageNet-1k, is locked, its projection and the text tower are from scratch; the teacher is all-MiniLM-L6-v2",
+    seeds=photos.FEW,
     minutes={"core": 8, "all": 8},
     evaluate=evaluate_photos,
     alone=True,

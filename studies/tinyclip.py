@@ -378,6 +378,7 @@ PHOTOS = Study(
     before=(photos.FLICKR8K, photos.CAPTIONS),
     arms=PHOTOS_ARMS,
     corpus=f"Flickr8k, {photos.RESIZED}, seen at 32 pixels, a sample for each English caption; all towers from scratch",
+    seeds=photos.FEW,
     minutes={"core": 12, "all": 12},
     changed="students and teachers train another small convolutional tower",
     evaluate=evaluate_photos,

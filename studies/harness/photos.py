@@ -40,6 +40,7 @@ JOINED, SINGLE = "data/photos-flickr8k/train", "data/photos-captions/train"  # s
 SIDE = 224  # pixels of a photograph for EfficientNet-Lite0
 # Computes the features of all these images before parallel runs read them
 FEATURES = Once(f"studies.harness.photos {SINGLE} {RETRIEVAL}/test")
+FEW = tuple(range(1000, 1005))  # seeds of studies whose runs take longer than a minute
 RESIZED = "photographs that (in results/photos) had been squeezed to 128 x 128 pixels"
 
 # ----------------------------------------------------------------------------------------------- features of pictures
