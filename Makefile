@@ -20,7 +20,7 @@ EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
 help:
 	@echo 'make install             install all papers and what the tests need into .venv; LOCKED=1, here and for other'
-	@echo '                         targets: the versions that the committed results were made with (Python 3.11, Linux)'
+	@echo '                         targets: the versions that the results of ProtoCLIP were made with (Python 3.11, Linux)'
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table, draw plots. FOLDER is'
 	@echo '                         $(sort $(FOLDERS)),'
 	@echo '                         or the same with hyphens'
@@ -64,7 +64,7 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# The results' versions, without the names of builds (+cpu). They replace those of an environment made without LOCKED=1.
+# The versions of ProtoCLIP's results, without the names of builds (+cpu). They replace those of an environment made without LOCKED=1.
 $(VENV)/locked.txt: results/protoclip_packages.txt | $(PY)
 	sed 's/+.*//' $< > $@
 

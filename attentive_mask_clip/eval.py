@@ -36,6 +36,7 @@ from shared.zeroshot import (
     mean_prompts,
     owners,
     retrieval_metrics,
+    say_shared,
 )
 
 METRICS = {  # printed metrics and their headings
@@ -157,16 +158,19 @@ def retrieval(
     batch_size: int = 256,
     device: str | torch.device = "cpu",
     precision: torch.dtype = torch.float32,
+    name: str = "images",
 ) -> dict[str, float]:
     """R@1/5/10 in both directions, in percent; pairs yields (images, list of captions of each image).
 
-    Image to text is a hit if any of the image's captions is in the top k; text to image, if the image is.
+    Image to text is a hit if any of the image's captions is in the top k; text to image, if the image is. `name` of the
+    set is for what is printed.
     """
     was_training = model.training
     model.eval()
     towers = Towers(model, ema)
     tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=model.context_length)
-    features, captions = extract_image_features(towers.encode_image, pairs, device, precision, "images")
+    features, captions = extract_image_features(towers.encode_image, pairs, device, precision, name)
+    say_shared(name, captions)
     texts = [caption for of_image in captions for caption in of_image]
     encoded = encode_texts(towers.encode_text, tokenizer, texts, batch_size, device, precision, "captions")
     model.train(was_training)
@@ -300,7 +304,7 @@ def evaluate_sets(
     for eval_set in sets:
         name, loader = eval_set.name, eval_set.batches(cfg.batch_size, cfg.workers, device)
         if eval_set.kind == "retrieval":
-            metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, device, precision)
+            metrics = retrieval(model, loader, ema, tokenizer, cfg.batch_size, device, precision, name)
         else:
             classnames, templates = prompts.get(name, (eval_set.classnames, eval_set.templates))
             tokens = class_prompts(tokenizer, classnames, templates)

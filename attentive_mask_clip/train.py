@@ -179,7 +179,8 @@ def main(cfg: Config) -> Path | None:
     corpus = open_corpus(cfg, process, text, cut_padding=True)
     per_epoch = corpus.steps
     lrs, momenta = schedules(cfg, per_epoch)
-    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(corpus), data=corpus.fingerprint)
+    warmup = round(cfg.warmup_epochs * per_epoch)
+    folder.start(per_epoch * first + start, per_epoch * cfg.epochs, len(corpus), warmup, data=corpus.fingerprint)
     network = run.distributed(model, process)
 
     for epoch in range(first, cfg.epochs):

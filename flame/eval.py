@@ -48,7 +48,7 @@ from shared.errors import UserError
 from shared.pictures import by_picture, of_pictures
 from shared.probes import Probe, fit
 from shared.settings import Count, Whole, check_limits
-from shared.zeroshot import owners, percent, retrieval_ranks
+from shared.zeroshot import owners, percent, retrieval_ranks, say_shared
 
 METRICS = {
     "bare_names_ood/top1": "names OOD",
@@ -280,6 +280,7 @@ def measure(model: nn.Module, texts: TextFeatures, cfg: Config, device, dtype: t
         batches = eval_set.batches(cfg.batch_size, cfg.workers, device)
         features, targets = image_features(model, batches, device, dtype)
         if eval_set.kind == "retrieval":
+            say_shared(eval_set.name, targets)
             metrics = retrieval(features, targets, texts, True)
         else:
             classifier = name_classifier(texts, eval_set.classnames, eval_set.templates)

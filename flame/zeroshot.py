@@ -105,7 +105,8 @@ def trained_texts(
     def embedded(texts: Sequence[str], multi: bool = False) -> Tensor:
         was_training = model.training
         model.eval()
-        features = encode_texts(model.encode_text, tokenizer, texts, 256, device, precision)
+        what = "captions" if multi else None
+        features = encode_texts(model.encode_text, tokenizer, texts, 256, device, precision, what)
         model.train(was_training)
         return F.normalize(features, dim=-1)
 

@@ -32,6 +32,7 @@ from shared.zeroshot import (
     extract_image_features,
     owners,
     retrieval_ranks_from_scores,
+    say_shared,
 )
 
 KS = (1, 5, 10)
@@ -76,6 +77,7 @@ def encode_pairs(
     """(s_img (Ni, V), s_txt (Nt, V), image_of_text (Nt,), captions) of a retrieval set."""
     batches = eval_set.batches(batch_size, workers, device)
     s_img, captions = extract_image_features(model.image, batches, device, dtype, eval_set.name)
+    say_shared(eval_set.name, captions)
     texts = [caption for of_image in captions for caption in of_image]
     return s_img, encode_texts(model, read, texts, batch_size, device, dtype), owners(captions), texts
 
@@ -169,7 +171,8 @@ def usage(s: Tensor, k: int = 10) -> dict:
 def top_words_in_captions(
     s_img: Tensor, image_of_text: Tensor, texts: list[str], tokenizer, vocab_ids: Tensor
 ) -> float:
-    """Percent of the images' five strongest words that are pieces of one of their captions."""
+    """Percent of the images' five strongest words that are pieces of one of their captions in lower case; words with
+    capitals (`cc12m` keeps some) never are."""
     space = leading_space(tokenizer)
     texts = [space + text.lower() for text in texts]
     occurs = torch.zeros(len(s_img), len(tokenizer), dtype=torch.bool)  # (image, token id): in one of its captions

@@ -6,10 +6,20 @@ from typing import Any
 
 import torch
 
-from lexvla.config import Config
+from lexvla.config import SMOLLM2, Config
 from lexvla.model import LexVLA
 from lexvla.towers import create_model, patch_side
 from shared import cli, data, run
+
+SMOLLM2_SIZES = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
 
 
 def show(cfg: Config, process: run.Process, rates: Callable[[Config, int, int], dict[str, float]]) -> None:
@@ -49,12 +59,13 @@ def described(rates: dict[str, float], step: int) -> str:
 
 
 def model_without_weights(cfg: Config, words: int) -> tuple[LexVLA, Any]:
-    """(the model on the meta device, the LM's configuration)."""
+    """(the model on the meta device, the LM's configuration). An LM that is not here has the sizes of Llama 2 7B."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    local = Path(cfg.lm).is_dir()
+    sizes = SMOLLM2_SIZES if cfg.lm == SMOLLM2 else {}
+    about = AutoConfig.from_pretrained(cfg.lm) if Path(cfg.lm).is_dir() else LlamaConfig(**sizes)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.lm) if local else LlamaConfig())
+        lm = AutoModelForCausalLM.from_config(about)
         model = create_model(cfg, lm, torch.arange(words), cfg.bias or 0.0, pretrained=False)
     return model, lm.config
 

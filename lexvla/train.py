@@ -24,7 +24,7 @@ from lexvla.config import PRESETS, Config
 from lexvla.model import LexVLA, total_loss
 from lexvla.text import caption_vocabulary, lm_dtype, lm_sample, load_lm, piece_counts
 from lexvla.tokens import Precomputed, frozen_tokens
-from lexvla.towers import create_model, lm_input, text_encoder, text_input, train_transform
+from lexvla.towers import create_backbone, create_model, lm_input, text_encoder, text_input, train_transform
 from shared import cli, data, run
 from shared.corpus import open_corpus
 
@@ -137,6 +137,7 @@ def main(cfg: Config, create: Callable[..., LexVLA] = create_model, start: Calla
     lm.to(device if cfg.text == "lm" else "cpu")  # bags of words need only its head
     pairs = None if cfg.stream else data.open_pairs(cfg.data, cfg.dataset_size, cfg.strict, Path(cfg.cache))
     if cfg.states and cfg.text == "lm":
+        create_backbone(cfg.backbone, cfg.image_size)  # ends here if there is none, not after minutes of captions
         lm_input(cfg, lm, tokenizer).add(filter(None, map(pairs.caption, range(len(pairs)))))
     if folder.resumed:
         check_lm(lm, folder.state, folder.path)

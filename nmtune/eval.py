@@ -109,12 +109,12 @@ def pmk_accuracy(
 
 
 def accuracies(name: str, logits: Tensor, labels: Tensor, groups: list[list[int]] | None) -> dict[str, float]:
-    """{"NAME/top1", "NAME/balanced"} in per cent, of small sets top1 also by picture; `groups` of trained classes are
-    projected onto the test's classes."""
+    """{"NAME/top1", "NAME/mean_per_class"} in per cent, of small sets top1 also by picture; `groups` of trained classes
+    are projected onto the test's classes."""
     logits = logits if groups is None else project_logits(logits, groups)
     found = {
         f"{name}/top1": 100 * accuracy(logits, labels),
-        f"{name}/balanced": 100 * balanced_accuracy(logits, labels),
+        f"{name}/mean_per_class": 100 * balanced_accuracy(logits, labels),
     }
     return found | by_picture(f"{name}/top1", 100 * (logits.argmax(dim=1) == labels))
 

@@ -272,6 +272,8 @@ def main(cfg: Config) -> Path | None:
     total, start = steps * cfg.epochs, steps * folder.state["epoch"] + folder.state["batch"]
     about = {"dim": source.dim, "classnames": source.classnames, "data": source.fingerprint, "chosen": chosen}
     folder.start(start, total, source.size, **about)
+    if cfg.select and not folder.resumed:
+        folder.save(0, epoch=0, batch=0)  # a run that is killed later does not select again
     batches = source.batches(epochs, folder.state["batch"])
     batches = run.progress(batches, total - start, folder.path.name, cfg.batch_size, process)
     for done, found in tuning_steps(cfg, head, optimizer, batches, total, source.views, start):

@@ -24,8 +24,8 @@ class Config(RunConfig):
     projection_dim: Count = 128
     """Width P of the projected features."""
     temperature: Positive = 0.07
-    """CLIP's temperature at the start (steps keep it in 0.01..1). A low one keeps the modality gap wide. That of the
-    prototypes always starts at 0.07."""
+    """CLIP's temperature at the start (steps keep it in 0.01..1). From a low one the modality gap closes later and
+    less. That of the prototypes always starts at 0.07."""
 
     w_proto: Rate = 1.0
     """Weight of L_Proto beside L_CLIP. With w_proto = w_external = 0 plain CLIP is trained, without heads and

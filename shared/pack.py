@@ -75,17 +75,17 @@ class Picture(NamedTuple):
 
 
 def read_rows(
-    path: Path, columns: Mapping[str, str], broken: list[Broken]
-) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """(place in the file, picture's path, caption or label, further columns) of the rows of a table or JSON lines.
+    path: Path, columns: Mapping[str, Sequence[str]], broken: list[Broken]
+) -> Iterator[tuple[str, str, list, dict[str, Any]]]:
+    """(place in the file, picture's path, captions or label, further columns) of the rows of a table or JSON lines.
 
-    columns: {flag: name of the column} for the picture and for the text. A row without a picture is recorded in
+    columns: {flag: names of its columns} for the picture and for the texts. A row without a picture is recorded in
     `broken`. UserError if the file is not a table or JSON lines.
     """
     suffix = path.suffix.lower()
     if suffix not in (*TABLES, *LINES):
         raise UserError(f"{path} must end in one of {', '.join((*TABLES, *LINES))}")
-    image, text = columns.values()
+    (image,), texts = columns.values()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             for place, row in json_rows(file, path) if suffix in LINES else table_rows(file, path, columns):
@@ -94,12 +94,15 @@ def read_rows(
                 elif not isinstance(name := row.pop(image, None), str) or not name.strip():
                     broken.append(Broken(place, f"row without {image!r}"))
                 else:
-                    yield place, name.strip(), row.pop(text, None), row
+                    found = [row.pop(text, None) for text in texts]
+                    found = [value for value in found if value not in (None, "")] or [None]
+                    every = [each for value in found for each in (value if isinstance(value, list) else [value])]
+                    yield place, name.strip(), every, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it as such") from error
 
 
-def table_rows(file: TextIO, path: Path, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+def table_rows(file: TextIO, path: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, dict[str, str]]]:
     """(place, {column: cell}) of the rows that are not blank. In tab-separated files only whole cells can be quoted.
 
     UserError names the line of a row that has more cells than the header, which an unquoted comma in a caption makes,
@@ -109,21 +112,21 @@ def table_rows(file: TextIO, path: Path, columns: Mapping[str, str]) -> Iterator
     tabs = path.suffix.lower() == ".tsv"
     how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     reader = csv.reader(file, strict=True, **how)
-    header, line = None, 1
+    header, line, named = None, 1, [name for names in columns.values() for name in names]
     try:
         for row in reader:
             begun, line = line, reader.line_num + 1
             cells = [unquoted(cell) for cell in row] if tabs else row
             if header is None:
                 header = [name.strip() for name in cells]
-                if not set(columns.values()) <= set(header):
+                if not set(named) <= set(header):
                     flags = " and ".join(f"--{flag}" for flag in columns)
                     raise UserError(
-                        f"{path} has the columns {', '.join(header)}, not {' and '.join(columns.values())}: {flags} "
+                        f"{path} has the columns {', '.join(header)}, not {' and '.join(named)}: {flags} "
                         f"select others; the first line must name them, with {'tabs' if tabs else 'commas'} between"
                     )
-                if twice := [name for name in columns.values() if header.count(name) > 1]:
-                    raise UserError(f"{path} has two columns {twice[0]}: give further captions rows of their own")
+                if twice := [name for name in named if header.count(name) > 1]:
+                    raise UserError(f"{path} has two columns {twice[0]}: rename one, and name both in --caption-column")
             elif len(cells) > len(header):
                 advice = "JSON lines (.jsonl)" if tabs else 'put a caption with commas in "", or use tabs or JSON lines'
                 raise UserError(f"{path}, line {begun} has {len(cells)} cells for {len(header)} columns: {advice}")
@@ -309,8 +312,8 @@ class Pictures:
             why = f", for example {self.broken[0].key}: {self.broken[0].reason}" if self.broken else ""
             raise UserError(f"{self.source} has no picture left for {empty[0]}{why}")
 
-    def rows(self, source: Path, flag: str, column: str) -> Iterator[tuple[Picture, str, Any, dict[str, Any]]]:
-        """(picture, place, caption or label, further columns) of a table's rows; `column` is the value of --`flag`."""
+    def rows(self, source: Path, flag: str, *texts: str) -> Iterator[tuple[Picture, str, list, dict[str, Any]]]:
+        """(picture, place, captions or label, further columns) of a table's rows; `texts` is the value of --`flag`."""
         if not source.is_file():
             what = "a folder" if source.is_dir() else "no file"
             raise UserError(f"{source} is {what}: name a table (.csv, .tsv) or JSON lines (.jsonl)")
@@ -318,21 +321,21 @@ class Pictures:
         if not root.is_dir():
             raise UserError(f"{root} is not a folder: set --image-root to the folder that image paths start from")
         root = os.path.realpath(root)
-        for place, path, text, more in read_rows(source, {"image-column": self.image_column, flag: column}, broken):
+        columns = {"image-column": (self.image_column,), flag: texts}
+        for place, path, found, more in read_rows(source, columns, broken):
             if path not in known:
                 known[path] = self.picture(root, path, place)
-            yield known[path], place, text, more
+            yield known[path], place, found, more
         for one in broken:
             self.lacking(*one)
 
-    def captioned(self, caption_column: str) -> dict[Picture, list[tuple[str, dict]]]:
+    def captioned(self, columns: Sequence[str]) -> dict[Picture, list[tuple[str, dict]]]:
         """{picture: [(caption, further columns), ...]} in the order of the source."""
         found = defaultdict(list)
-        for picture, place, text, more in self.rows(self.source, "caption-column", caption_column):
-            texts = text if isinstance(text, list) else [text]
+        for picture, place, texts, more in self.rows(self.source, "caption-column", *columns):
             captions = [text_of(each) for each in texts]
             if not all(captions or [""]):
-                self.lacking(place, f"row without {caption_column!r}")
+                self.lacking(place, f"row without {' or '.join(map(repr, columns))}")
             found[picture] += [(caption, self.further(more)) for caption in captions if caption]
         return {picture: entries for picture, entries in found.items() if entries}
 
@@ -397,8 +400,8 @@ class Pairs(Pictures):
 
     own = ("key", "caption", "captions", "file")
 
-    caption_column: str = "caption"
-    """Column or key of the captions."""
+    caption_column: tuple[str, ...] = ("caption",)
+    """Columns or keys of the captions."""
     every_caption: bool = True
     """Write one sample per caption instead of one sample with the first caption."""
     hold_out: float = 0.0
@@ -441,8 +444,8 @@ class Pairs(Pictures):
 class Retrieval(Pictures):
     """A retrieval set, DIR, of all pictures with all their captions."""
 
-    caption_column: str = "caption"
-    """Column or key of the captions."""
+    caption_column: tuple[str, ...] = ("caption",)
+    """Columns or keys of the captions."""
 
     def plan(self) -> dict[str, dict[Picture, list[str]]]:
         found = self.captioned(self.caption_column)
@@ -485,8 +488,8 @@ class Classes(Pictures):
             for path, name in class_folders(Path(root)):
                 self.label(found, self.picture(root, path, str(source)), name, {}, str(source))
             return found
-        for picture, place, text, more in self.rows(source, "label-column", self.label_column):
-            if not (label := text_of(text)):
+        for picture, place, texts, more in self.rows(source, "label-column", self.label_column):
+            if not (label := text_of(texts[0] if len(texts) == 1 else None)):
                 self.lacking(place, f"row without {self.label_column!r}")
             else:
                 self.label(found, picture, label, self.further(more), place)

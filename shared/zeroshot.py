@@ -241,6 +241,13 @@ def shared_captions(captions: Sequence[Sequence[str]]) -> int:
     return sum(any(images[caption] > 1 for caption in of_image) for of_image in captions)
 
 
+def say_shared(name: str, captions: Sequence[Sequence[str]]) -> None:
+    """Print how many images of the set `name` share a caption with another image, if any do."""
+    if shared := shared_captions(captions):
+        print(f"{name}: {shared} of {len(captions)} images share a caption with another image; "
+              "such ties are misses here, and in part hits in clip-benchmark")  # fmt: skip
+
+
 # ---------------------------------------------------------------- all together
 
 
@@ -273,9 +280,7 @@ def evaluate(
             features, targets = extract_image_features(model.encode_image, loader, device, precision, name)
             if eval_set.kind == "retrieval":
                 captions = [caption for of_image in targets for caption in of_image]
-                if shared := shared_captions(targets):
-                    print(f"{name}: {shared} of {len(targets)} images share a caption with another image; "
-                          "such ties are misses here, and in part hits in clip-benchmark")  # fmt: skip
+                say_shared(name, targets)
                 texts = encode_texts(model.encode_text, tokenizer, captions, batch_size, device, precision, "captions")
                 results[name] = retrieval_metrics(features, texts, owners(targets))
                 continue

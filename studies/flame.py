@@ -281,12 +281,12 @@ def by_language(found: dict[str, float], sets: Sequence[str]) -> dict[str, dict[
     return of_each
 
 
-def more_rows(found: Comparison, llm: str | None = None) -> list[dict[str, Any]]:
+def more_rows(found: Comparison, llm: str | None = None, languages: int = 35) -> list[dict[str, Any]]:
     """Table rows of claims that cannot be tested here; with an English language model, those about languages, too."""
     numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
     rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
     if (llm or language_model()) == SMOLLM2:
-        about = "35 other languages, image to text", "+44.4 XM3600", "SmolLM2 is English: LLM=gemma"
+        about = f"{languages} other languages, image to text", "+44.4 XM3600", "SmolLM2 is English: LLM=gemma"
         rows.append(verdicts.not_testable(*about, primary=True))
     return rows
 

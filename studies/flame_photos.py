@@ -10,22 +10,22 @@ except dog, hardly occur in the captions. The effects would vanish if training c
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flame import eval as evaluation
-from flame.llm import GEMMA, SMOLLM2
+from flame.llm import GEMMA
 from studies.flame import (
     LANGUAGE_MODELS,
     by_language,
     language_model,
     language_model_of,
     letters_of_neighbours,
+    more_rows,
     plot_languages,
     variables_of,
 )
 from studies.flame_measure import language_means, measured
 from studies.flame_towers import whole_image
-from studies.harness import floors, photos, verdicts
+from studies.harness import floors, photos
 from studies.harness.floors import Floor
 from studies.harness.report import Comparison
 from studies.harness.runner import Arm, Once, Study
@@ -124,16 +124,6 @@ def derive(found: Comparison) -> None:
             values[AT_4] = fewer[CIFAR10_TOP1]
 
 
-def more_rows(found: Comparison) -> list[dict[str, Any]]:
-    """Table rows of claims that cannot be tested here; with an English language model, those about languages, too."""
-    numbers = "absolute ImageNet, COCO, Urban-1k, Crossmodal-3600 numbers"
-    rows = [verdicts.not_testable(numbers, "51.7 XM3600", "needs CC3M and YFCC15M")]
-    if language_model() == SMOLLM2:
-        about = "4 other languages, image to text", "+44.4 XM3600", "SmolLM2 is English: LLM=gemma"
-        rows.append(verdicts.not_testable(*about, primary=True))
-    return rows
-
-
 def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
     """Metrics of the runs, all in one process, so that cells of test photographs are computed once."""
     return [measured(path, NAMES, {LONG: Path(LONG).name}, LANGUAGE_SETS) for path in runs]
@@ -206,7 +196,7 @@ def study(llm: str) -> Study:
         claims=claims(llm),
         made=lambda summary: study(language_model_of(summary)),
         variables_of=variables_of,
-        more_rows=more_rows,
+        more_rows=lambda found: more_rows(found, llm, 4),
         plot=lambda found, out: plot_languages(found.arms, out),
     )
 

@@ -381,7 +381,8 @@ def plot_noise(arms: dict[str, list[dict]], out: Path) -> None:
                 if key in arms[f"{kind}-00"][0]:
                     line(axis, differences(arms, kind, key), name)
             means = FIGURES[kind][metric][1]
-            axis.plot(NOISE, np.subtract(means, means[0]), "k--", lw=1, label="LP in the paper")
+            label = "LP in the paper" if accuracies else "the paper"
+            axis.plot(NOISE, np.subtract(means, means[0]), "k--", lw=1, label=label)
             axis.axhline(0, color="black", lw=0.8)
             axis.set(title=title, ylabel=f"{'points' if accuracies else 'nats'} above no noise", xticks=NOISE,
                      xlabel=f"{KINDS[kind]} noise in pre-training (%)")  # fmt: skip

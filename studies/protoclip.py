@@ -52,7 +52,7 @@ from studies.harness.runner import Arm, Once, Study
 from studies.harness.verdicts import Claim
 
 EQUAL_TIME = 30  # episodes of CLIP in ProtoCLIP's seconds, by pilots
-WIDE = 1 / 64  # temperature at the start with which the modality gap stays wide
+WIDE = 1 / 64  # temperature at the start with which the modality gap closes later and less
 EPISODES = 20  # of CLIP and ProtoCLIP; shorter and longer schedules of ProtoCLIP tell when it has CLIP's accuracy
 SCHEDULES = {f"protoclip-{episodes}": episodes for episodes in (5, 10, 15, 30)} | {"protoclip": EPISODES}
 ARMS = (
@@ -100,7 +100,7 @@ TIMES = {"time/probe": PROBE_ID, "time/names": NAMES_OOD}
 GROUPS = "a prototype of ten samples joins names of one subgroup, and the probe asks for subgroups"
 NEAR = "CLIP names half of the drawings; a prototype of ten samples stands for one or two names"
 TRANSLATED = ("proto-pbt-gap", "proto-no-pbt-gap")
-GAP = "CLIP's temperature starts at 1/64, which keeps the modality gap wide; from the usual 0.07 it closes early"
+GAP = "CLIP's temperature starts at 1/64, so that the modality gap closes later, and less, than from the usual 0.07"
 SCHEDULE = "each schedule has a cosine of its own, from a quarter of CLIP's episodes to one and a half times as many"
 CLAIMS = (
     Claim("linear probe above CLIP", "+5.81 IN", PROBE_ID, "protoclip", "clip", 1, 5.81, True, 2.9, where=GROUPS),

@@ -26,6 +26,8 @@ def test_dry_run(in_process, preset: str, tmp_path: Path, monkeypatch: pytest.Mo
         trained = int(re.search(r"parameters +([\d,]+) trained", result.out)[1].replace(",", ""))
         lora = 0 if cfg.text == "bow" else 19_988_480
         assert trained == 17_149 * 4096 + 17_055_488 + lora + 1
+    if cfg.lm == config.SMOLLM2 and cfg.text != "bow":
+        assert 1.3e8 < int(re.search(r"([\d,]+) frozen", result.out)[1].replace(",", "")) < 3e8
     assert float(re.search(r"memory estimate +([\d.]+) GiB", result.out)[1]) > 0
     assert all(word in result.out for word in ("samples", "batch", "vocabulary"))
 

@@ -39,7 +39,7 @@ def test_an_array_and_labels_are_enough(in_process, features_file, tmp_path):
     code, out, err = in_process("nmtune.eval", tmp_path / "run")
     assert code == 0 and re.search(r"\| test/top1 +\| [\d.]+", out), out
     results = checkpoints.read_json(tmp_path / "run/results.json")["metrics"]
-    assert {"test/top1", "test/balanced", "test/sve_F", "test/lsvr_z"} <= set(results)
+    assert {"test/top1", "test/mean_per_class", "test/sve_F", "test/lsvr_z"} <= set(results)
     assert (tmp_path / "run/spectra.png").is_file()
 
 

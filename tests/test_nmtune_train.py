@@ -5,6 +5,7 @@ Every arm, a features file, kill -9 and resume, two processes against one.
 
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_run_folders_of_other_runs_are_refused(in_process, features_file, tmp_pa
     assert code == 2 and "lr (was 0.001, now 0.0001)" in err and one_sentence(err)
 
 
-def test_rates_of_ones_own_features(in_process, tmp_path):
+def test_rates_of_ones_own_features(in_process, monkeypatch, tmp_path):
     """The authors' learning rates overfit few samples of many dimensions; chosen rates do as well as logistic
     regression. The choice is printed and saved, and a resumed run does not choose again."""
     linear_model = pytest.importorskip("sklearn.linear_model")
@@ -122,10 +123,13 @@ def test_rates_of_ones_own_features(in_process, tmp_path):
     assert found["own-lp"] > found["lp"] and found["own-lp"] > best - 2, (found, best)
     state = checkpoints.load_checkpoint(tmp_path / "own-lp/checkpoint.pt")
     assert set(state["chosen"]) == {"lr", "weight_decay"} and state["config"]["lr"] == 0.01
-    code, out, err = in_process(
-        "nmtune.train", "--features", tmp_path / "f.npz", "--epochs", "2", "--out", tmp_path / "n"
-    )
-    assert code == 0 and "--weight-decay" in out, err  # without a preset, too
+    command = ["--features", tmp_path / "f.npz", "--epochs", "2", "--out", tmp_path / "n"]
+    with monkeypatch.context() as killed:
+        killed.setattr(run.RunFolder, "log", Mock(side_effect=UserError("killed")))
+        code, out, _ = in_process("nmtune.train", *command)
+    assert code == 2 and "--select: 8 heads, 2 epochs each, on 192 samples" in out  # without a preset, too
+    code, out, err = in_process("nmtune.train", *command)
+    assert code == 0 and "--select" not in out, err
     code, out, err = in_process(
         "nmtune.train", "--features", tmp_path / "f.npz", "--epochs", "2", "--lr", "1e-3", "--out", tmp_path / "given"
     )

@@ -100,9 +100,12 @@ def test_other_tables(photos: Path) -> None:
 
     assert captions("a.jsonl") == captions("e.csv") == ["a", "b", "c"]
     assert about(photos.parent / "out-a.jsonl/train")[0]["tags"] == ["x", 1]
-    assert captions("c.tsv", image_column="path", caption_column="title") == ['"a "b', "b", 'say "c"']
+    assert captions("c.tsv", image_column="path", caption_column=("title",)) == ['"a "b', "b", 'say "c"']
     assert captions("../elsewhere/d.csv", image_root=photos) == ["a", "b", "c"]
-    assert captions("f.jsonl", image_column="path", caption_column="text") == ["a", "b", "c"]
+    assert captions("f.jsonl", image_column="path", caption_column=("text",)) == ["a", "b", "c"]
+    write(photos / "g.csv", "image,first,second", "0.jpg,a,b", "1.jpg,,c")
+    assert captions("g.csv", caption_column=("first", "second")) == ["a", "b", "c"]
+    assert about(photos.parent / "out-g.csv/train")[0]["captions"] == ["a", "b"]
 
 
 def test_held_out_pictures_are_a_retrieval_set(photos: Path, capsys) -> None:

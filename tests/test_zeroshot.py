@@ -232,9 +232,13 @@ def test_a_small_set_is_decoded_once_for_a_learning_curve(tmp_path, monkeypatch)
     zeroshot._kept.clear()
 
 
-def test_images_that_share_a_caption_are_counted():
+def test_images_that_share_a_caption_are_counted(capsys):
     assert zeroshot.shared_captions([["a", "b"], ["c"], ["b"], ["d", "d"]]) == 2
     assert zeroshot.shared_captions([["a"], ["b"]]) == 0
+    zeroshot.say_shared("mine", [["a", "b"], ["c"], ["b"], ["d", "d"]])
+    assert capsys.readouterr().out.startswith("mine: 2 of 4 images share a caption with another image; ")
+    zeroshot.say_shared("mine", [["a"], ["b"]])
+    assert capsys.readouterr().out == ""
 
 
 VIETNAMESE = "một người phụ nữ đang mỉm cười ngồi bên cửa sổ và đọc một quyển sách cũ vào buổi chiều"

@@ -164,12 +164,14 @@ def check_skipped(skipped: Tensor, step: int, last: bool) -> None:
 # -------------------------------------------------------------------------------------- learning rates and optimizers
 
 
-def learning_rate(cfg: Config, step: int) -> float:
-    """Linear warm-up, then half a cosine to 0. U:training/scheduler.py:17, 46.
+def warmup_of(cfg: Config) -> int:
+    """Steps of warm-up; with masks it ends at `prune_step`, where the cosine starts at the full rate."""
+    return cfg.prune_step if cfg.masks else cfg.warmup
 
-    With masks the warm-up ends at `prune_step`, where the cosine starts at the full rate.
-    """
-    warmup = cfg.prune_step if cfg.masks else cfg.warmup
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Linear warm-up, then half a cosine to 0. U:training/scheduler.py:17, 46."""
+    warmup = warmup_of(cfg)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
     return 0.5 * cfg.lr * (1 + math.cos(math.pi * (step - warmup) / (cfg.steps - warmup)))
@@ -271,8 +273,8 @@ def dry_run(cfg: Config, process: run.Process) -> None:
         ]
     inputs = *blank_inputs(student.clip), student.uniforms()
     total = 0 if cfg.epochs and not per_epoch else cfg.steps
-    warmup = cfg.prune_step if cfg.masks else cfg.warmup
-    cli.show_run(cfg, process, student, inputs, total, lambda at: {"": learning_rate(cfg, at)}, rows, warmup)
+    rates = lambda at: {"": learning_rate(cfg, at)}  # noqa: E731
+    cli.show_run(cfg, process, student, inputs, total, rates, rows, warmup_of(cfg))
 
 
 def restored(state: dict) -> Student:
@@ -353,7 +355,7 @@ def main(cfg: Config) -> Path | None:
     corpus = open_corpus(cfg, process, text, cut_padding=True, side=2 * side if varied else side)
     cfg, per_epoch = cfg.in_steps(corpus.steps), corpus.steps
     digest = digest_of(teacher)
-    folder.start(first, cfg.steps, len(corpus), warmup=cfg.warmup, data=corpus.fingerprint, teacher=digest)
+    folder.start(first, cfg.steps, len(corpus), warmup=warmup_of(cfg), data=corpus.fingerprint, teacher=digest)
     if process.main and not folder.resumed:  # it may be of an earlier run, whose checkpoint.pt was removed
         (folder.path / "model.pt").unlink(missing_ok=True)
     known = None

@@ -232,13 +232,31 @@ def blocks(folder: str, found: Summaries, photographs: Summaries, home: str = "r
     return "\n".join(parts)
 
 
+def runs_table(found: Summaries, photographs: Summaries) -> str:
+    """Protocol, commit, number and time of the runs of results that have a protocol; "" if none has."""
+    rows = []
+    for summaries in (found, photographs):
+        for paper, summary in summaries.items():
+            if "protocol" not in summary:
+                continue
+            runs = [len(values) for arm, values in report.by_seed(summary).items() if arm in summary["headings"]]
+            minutes = summary.get("core_minutes")
+            hours = "-" if minutes is None else f"{minutes * len(summary['seeds']) / 60:.1f}"
+            rows.append(
+                {"study": f"{paper}, on {pictures_of(summary)}", "protocol": summary["protocol"]}
+                | {"commit": summary["commit"], "measured": summary["date"], "seeds": len(summary["seeds"])}
+                | {"runs": sum(runs), "hours of one core": hours}
+            )
+    return table(rows) if rows else ""
+
+
 def markdown(found: Summaries, photographs: Summaries, redesigns: str) -> str:
     """Text of RESULTS.md. redesigns: Markdown of the log of redesigns."""
     return pages.rendered(
         "results.md", totals=totals(found, photographs), claims=main_table(found, photographs), redesigns=redesigns,
         verdicts=VERDICTS, standings=protocol.STANDING, own=verdicts.OWN, small=verdicts.SMALL,
         papers=first_table(found), terms={paper: study_of(paper).terms for paper in found},
-        changed=all_changed(sorted(found | photographs), found, photographs),
+        changed=all_changed(sorted(found | photographs), found, photographs), runs=runs_table(found, photographs),
         logs=any("protocol" in summary for summary in (*found.values(), *photographs.values())),
     )  # fmt: skip
 
