@@ -16,7 +16,7 @@ from shared import pictures
 from shared.errors import UserError
 
 VERDICTS = {  # in this precedence
-    "not testable here": "needs the paper's data, models, geometry or machines",
+    "not testable here": "needs the paper's data, models, geometry or machines, or what the study does not measure",
     "has not learned": "the lower end of the 95 % interval of the stronger arm is not above its floors, for which "
     "no encoder is trained",
     "no difference above d": "the whole interval lies within ± d, which studies/PAPER.py declares",
