@@ -305,3 +305,9 @@ def test_a_failed_evaluation_costs_no_epoch(folder: Path, groups: str, monkeypat
     points = {line["step"]: line["zero_shot_top1"] for line in metrics(folder / "failed") if "zero_shot_top1" in line}
     assert points == {PER_EPOCH: 3.0, 2 * PER_EPOCH: 2.0}
     assert checkpoints.load_checkpoint(folder / "failed/checkpoint-best.pt")["epoch"] == 1
+
+
+def test_a_run_of_one_epoch_is_all_warm_up(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "emoji-clip", *TINY, "--epochs", "1", "--out", str(folder / "one")])
+    train.main(command_line.preset_cli(config.PRESETS))
+    assert f"note: the learning rate rises in {PER_EPOCH} of {PER_EPOCH} steps" in capsys.readouterr().out
