@@ -43,7 +43,7 @@ MAX_CHARACTERS = 2**12  # of a caption: text towers read less, and byte-pair enc
 CAPTION_BYTES = 4 * MAX_CHARACTERS  # bytes of a caption that are read; a UTF-8 character has at most 4
 HEADER = "its first line should be title<tab>filepath"  # of a table
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no others, since PIL passes EPS to Ghostscript
-NO_PICTURE = f"unreadable image: none of the formats {', '.join(FORMATS)} (AVIF needs Pillow 11.3)"
+NO_PICTURE = f"unreadable image: none of the formats {', '.join(FORMATS)}; AVIF needs Pillow 11.3"
 DEEP = ("I", "F")  # modes of pictures with more than 8 bits a channel
 
 Encoded = TypeVar("Encoded", np.ndarray, torch.Tensor)
