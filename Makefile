@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
-PIP     = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),-c $(VENV)/locked.txt)
+PIP     = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),-c $(LOCKS))
+LOCKS   = $(VENV)/locked-$(if $(filter 1,$(LOCKED)),protoclip,$(subst -,_,$(LOCKED))).txt
 SEEDS  ?= 0 1 2
 ARMS   ?= core
 CORES  := $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
@@ -13,14 +14,18 @@ FOLDERS = $(patsubst %/model.py,%,$(wildcard */model.py))
 NAMES   = $(FOLDERS) $(subst _,-,$(FOLDERS))
 empty  :=
 comma  := ,
+ifneq ($(LOCKED),)
+$(if $(wildcard $(LOCKS:$(VENV)/locked-%.txt=results/%_packages.txt)),,$(error LOCKED=$(LOCKED): not 1 or one of $(FOLDERS)))
+endif
 EXTRAS  = $(subst $(empty) $(empty),$(comma),$(FOLDERS))
 
 .PHONY: help install companion presets data scenes captions browser lowest test test-fast clones parity bench bench-data bench-gpu readme site clean reproduce-all
 .PRECIOUS: $(VENV)/.installed-%
 
 help:
-	@echo 'make install             install all papers and what the tests need into .venv; LOCKED=1, here and for other'
-	@echo '                         targets: the versions that the results of ProtoCLIP were made with (Python 3.11, Linux)'
+	@echo 'make install             install all papers and what the tests need into .venv; LOCKED=FOLDER, here and for other'
+	@echo '                         targets: the versions that the results of this paper were made with (Python 3.11, Linux);'
+	@echo '                         LOCKED=1: those of ProtoCLIP'
 	@echo 'make reproduce-FOLDER    train the arms on the embedded corpus, print the claims table, draw plots. FOLDER is'
 	@echo '                         $(sort $(FOLDERS)),'
 	@echo '                         or the same with hyphens'
@@ -64,11 +69,12 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# The versions of ProtoCLIP's results, without the names of builds (+cpu). They replace those of an environment made without LOCKED=1.
-$(VENV)/locked.txt: results/protoclip_packages.txt | $(PY)
+# The versions of a paper's results, without the names of builds (+cpu). They replace those of an environment made with others.
+$(VENV)/locked-%.txt: results/%_packages.txt | $(PY)
+	rm -f $(VENV)/locked-*.txt
 	sed 's/+.*//' $< > $@
 
-$(VENV)/.installed-base: pyproject.toml $(if $(LOCKED),$(VENV)/locked.txt) | $(PY)
+$(VENV)/.installed-base: pyproject.toml $(if $(LOCKED),$(LOCKS)) | $(PY)
 	$(PIP) -e .
 	@touch $@
 

@@ -13,17 +13,25 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = sorted((ROOT / "results").glob("*_packages.txt"))
 
 
-def test_locked_versions_replace_others(tmp_path: Path):
-    """With LOCKED=1 an environment that has been made without it is installed again."""
+@pytest.mark.parametrize(("locked", "folder"), [("1", "protoclip"), ("tldr-reduction", "tldr_reduction")])
+def test_locked_versions_replace_others(tmp_path: Path, locked: str, folder: str):
+    """With LOCKED=FOLDER an environment that has been made without it is installed again."""
     (tmp_path / "bin").mkdir()
     for name in ("bin/python", ".installed-base"):
         (tmp_path / name).touch()
     command = ["make", "--dry-run", f"{tmp_path}/.installed-base", f"VENV={tmp_path}"]
-    plain, locked = (
+    plain, made = (
         subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for more in ([], ["LOCKED=1"])
+        for more in ([], [f"LOCKED={locked}"])
     )
-    assert " -e " not in plain and f"-c {tmp_path}/locked.txt -e ." in locked
+    versions = f"{tmp_path}/locked-{folder}.txt"
+    assert " -e " not in plain
+    assert f"results/{folder}_packages.txt > {versions}" in made and f"-c {versions} -e ." in made
+
+
+def test_locked_versions_of_no_paper_are_refused():
+    made = subprocess.run(["make", "install", "LOCKED=clip"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 2 and "LOCKED=clip: not 1 or one of attentive_mask_clip" in made.stderr
 
 
 def test_one_version():
