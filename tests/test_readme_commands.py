@@ -48,6 +48,7 @@ def test_make_help_names_what_there_is():
         "EXTRAS",
         "GROUPS",
         "PIP",
+        "LOCKS",
         "OPTIONS",
         "HOME",
         "MAKE",
