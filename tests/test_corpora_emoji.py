@@ -302,7 +302,7 @@ def test_pilots_of_the_learner_are_kept(corpus: Path, tmp_path: Path, monkeypatc
     ):  # fmt: skip
         monkeypatch.setattr(learner, name, value)
     learner.main(learner.Pilot("two steps", seeds=(100, 101), steps=2))
-    learner.main(learner.Pilot("crops", seeds=(100, 101), steps=2, view="crop", averaging=False))
+    learner.main(learner.Pilot("crops", seeds=(100, 101), steps=2, view="crop", averaging=False, replacement=True))
     learner.main(learner.Pilot(table=True))
     rows = [line.split("|")[1:-1] for line in (tmp_path / "records.md").read_text().splitlines()[-2:]]
     for what, seeds, score in (("two steps", rows[0][2], rows[0][4]), ("crops", rows[1][2], rows[1][4])):

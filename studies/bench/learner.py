@@ -42,6 +42,7 @@ PAGE = """# Records of the small learner
 `python -m studies.bench.learner`: a CLIP from random weights names 1,595 emoji, drawn in a training style of the
 studies that is held out. `held_out` is top-1 in percent, `core_seconds` the time of training on one core; means of runs
 with different seeds, `sd` their standard deviation, `p` of Welch's test that a row's mean score is the first row's.
+The rows took turns, seed by seed, on one machine, two processes at a time: {machine}.
 
 """
 RESULTS = ["core_seconds", "held_out"]
@@ -58,6 +59,8 @@ class Pilot:
     """small: shared/views.py. crop: a crop of 0.5 to 1 of the picture with a white border, no colours."""
     averaging: bool = True
     """The text tower starts as the average of its tokens' embeddings."""
+    replacement: bool = False
+    """Draw the samples of a pass with replacement, as ProtoCLIP draws its episodes, not in a permutation."""
     steps: int = 140
     lr: float = 6e-3
     warmup: int = 20
@@ -95,6 +98,8 @@ def pilot(settings: Pilot, seed: int) -> dict[str, float]:
     def batches():
         for epoch in count():
             rows = np.flatnonzero(~held_out)
+            if settings.replacement:
+                rows = np.random.default_rng((seed, epoch)).choice(rows, len(rows))
             yield from islice(corpus.batches(rows, view, seed=(seed, epoch)), len(rows) // cfg.batch_size)
 
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=cfg.lr, **cfg.adamw, fused=True)
@@ -118,8 +123,8 @@ def pilot(settings: Pilot, seed: int) -> dict[str, float]:
     return {"core_seconds": round(seconds, 1), "held_out": round(100 * hits.float().mean().item(), 1)}
 
 
-def table() -> str:
-    """Markdown of the means over the seeds of each row, as PAGE explains."""
+def page() -> str:
+    """Markdown: PAGE and the means over the seeds of each row."""
     runs = pd.read_json(RECORDS, lines=True)
     groups = runs.groupby("what", sort=False)
     columns = {"steps": groups["steps"].first(), "seeds": groups.size(), **{k: groups[k].mean() for k in RESULTS}}
@@ -127,16 +132,16 @@ def table() -> str:
     first = scores.get_group(runs["what"][0])
     p = scores.apply(lambda of: stats.ttest_ind(of, first, equal_var=False).pvalue).map("{:.1g}".format)
     rows = pd.DataFrame({**columns, "sd": scores.std(), "p": p}).round(1).reset_index()
-    return evaluation.table(rows.to_dict("records"))
+    return f"{PAGE.format(machine='; '.join(runs['machine'].unique()))}{evaluation.table(rows.to_dict('records'))}\n"
 
 
 def main(settings: Pilot) -> None:
     if settings.table:
-        RECORDS.with_name("records.md").write_text(f"{PAGE}{table()}\n", encoding="utf-8")
+        RECORDS.with_name("records.md").write_text(page(), encoding="utf-8")
         return
     for seed in settings.seeds:
         made = {name: value for name, value in asdict(settings).items() if name not in ("seeds", "table")}
-        line = json.dumps(made | {"seed": seed} | pilot(settings, seed))
+        line = json.dumps(made | {"seed": seed} | pilot(settings, seed) | {"machine": run.machine()})
         with RECORDS.open("a", encoding="utf-8") as file:
             print(line, file=file)
         print(line)
