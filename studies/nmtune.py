@@ -518,7 +518,6 @@ PHOTOS = Study(
     "pictures had a shorter side of 112 pixels); the black box is EfficientNet-Lite0, pretrained on ImageNet-1k",
     seeds=photos.FEW,
     minutes={"core": 9, "all": 14},
-    changed="heads have the paper's settings (before: those of the authors' code)",
     small=("lp/id", "blackbox/id", "sve_id"),
     evaluate=evaluate_photos,
     alone=True,

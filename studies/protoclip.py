@@ -512,7 +512,6 @@ PHOTOS = Study(
     evaluate=evaluate_photos,
     alone=True,
     derive=derive_photos,
-    changed="text towers start as an average of word embeddings",
     metrics={
         RECALL: "mean recall",
         "retrieval_en/image_to_text_R@1": "I2T R@1",
