@@ -106,13 +106,15 @@ def all_and_other(languages: Iterable[str]) -> dict[str, list[str]]:
 def language_means(found: dict[str, dict[str, float]], groups: dict[str, Sequence[str]]) -> dict[str, float]:
     """Means of {language: {metric: value}} over groups {prefix: languages} -> {PREFIX + METRIC: mean of the group}.
 
-    Groups without languages, or with a language that `found` lacks, are left out.
+    Groups without languages, or with a language that `found` lacks, are left out, and metrics that one of a group's
+    languages lacks: scores by picture of small sets, beside a language with a large one.
     """
     return {
         prefix + metric: pictures.mean([found[language][metric] for language in languages])
         for prefix, languages in groups.items()
         if languages and found.keys() >= set(languages)
         for metric in found[languages[0]]
+        if all(metric in found[language] for language in languages)
     }
 
 

@@ -17,7 +17,7 @@ from flame import config
 from flame.bank import Bank
 from flame.llm import OURS
 from flame.model import create_model
-from shared import checkpoints, data
+from shared import checkpoints, data, pictures
 from studies import flame_banks, flame_measure, flame_towers
 
 SCRIPT = "studies.flame_towers"
@@ -163,6 +163,8 @@ def test_means_over_languages_are_of_whole_groups():
     groups = flame_measure.all_and_other(found) | {"Latin ": ["de"], "Nordic ": ["sv", "de"], "none ": []}
     means = flame_measure.language_means(found, groups)
     assert means == {"languages/R@1": 4.0, "languages/other_R@1": 2.0, "Latin R@1": 4.0}
+    found["de"]["R@1 by picture"] = pictures.packed([0.0, 8.0])  # of a smaller set than the others have
+    assert flame_measure.language_means(found, groups).keys() == means.keys() | {"Latin R@1 by picture"}
     only_english = {"en": found["en"]}
     assert flame_measure.language_means(only_english, flame_measure.all_and_other(only_english)) == {
         "languages/R@1": 8.0
