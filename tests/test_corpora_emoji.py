@@ -85,7 +85,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(emoji, "write_eval", interrupted)
     with pytest.raises(KeyboardInterrupt):
         emoji.main(tmp_path / "corpus", limit=2, npm=NPM)
-    assert [path.name for path in tmp_path.iterdir()] == [".corpus.lock"]
+    assert {path.name for path in tmp_path.iterdir()} <= {".corpus.lock"}
 
 
 def test_two_at_once_run_npm_once_and_build_once(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:

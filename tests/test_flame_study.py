@@ -329,4 +329,7 @@ def test_results_are_judged_by_the_claims_of_their_language_model(installed: str
     """Whatever language model is installed where the claims are judged again."""
     committed = checkpoints.read_json(Path("results/flame.json"))
     assert GEMMA in committed["corpus"].lower() and SMOLLM2 not in committed["corpus"].lower()
-    assert runner.judged_again(study.study(installed), committed) == committed
+    rows = runner.judged_again(study.study(installed), committed)["claims"]
+    for row, before in zip(rows, committed["claims"], strict=True):
+        rounded = {name: row[name] for name in ("interval", "resolves")}  # versions of SciPy round differently
+        assert row | {name: pytest.approx(rounded[name]) for name in rounded} == before

@@ -645,12 +645,20 @@ class Adapter(Part):
         return {"z": numpy_adapter(y, numpy_group(case, "param/"), heads), "timm_z": found}
 
 
+OLDER = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}
+
+
 def as_installed(state: dict[str, Tensor], backbone: Dinov2Model) -> dict[str, Tensor]:
     """Weights with transformers' present names -> with those of the installed version, which may be older."""
-    older = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
-    older |= {"o_proj": "output.dense"}
     if not state.keys() <= backbone.state_dict().keys():
-        state = {re.sub("[qkvo]_proj", lambda match: older[match[0]], name): array for name, array in state.items()}
+        state = {re.sub("[qkvo]_proj", lambda match: OLDER[match[0]], name): array for name, array in state.items()}
+    return state
+
+
+def as_present(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the names of the installed version of transformers, which may be older -> with its present names."""
+    for now, older in OLDER.items():
+        state = {name.replace(older, now): array for name, array in state.items()}
     return state
 
 
@@ -670,7 +678,8 @@ class ImageEncoder(Part):
     def inputs(self):
         cfg = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=16)
         cfg |= dict(patch_size=4, layerscale_value=1.0)
-        backbone, adapter = Dinov2Model(Dinov2Config(**cfg)).state_dict(), loud(model.VisualAdapter(24, 4, 18, 20))
+        backbone = as_present(Dinov2Model(Dinov2Config(**cfg)).state_dict())
+        adapter = loud(model.VisualAdapter(24, 4, 18, 20))
         x = {"pixel_values": torch.randn(2, 3, 16, 16), "codebook": 0.3 * torch.randn(37, 20), **prefixed("cfg/", cfg)}
         return {**x, **prefixed("param/backbone.", backbone), **prefixed("param/adapter.", adapter)}
 
