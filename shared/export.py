@@ -149,8 +149,10 @@ def write(
     text_cfg, quick_gelu. weights: by open_clip's names. transform: PIL RGB -> (3, S, S) of `model`. preprocess:
     open_clip's settings of this transform that differ from the default (shorter side to S, bicubic, centre crop,
     OpenAI's statistics). The differences are those of unit image and text features and of a preprocessed image.
-    RuntimeError if those of features exceed TOLERANCE.
+    RuntimeError if those of features exceed TOLERANCE, UserError for a model without an image tower.
     """
+    if config["vision_cfg"].get("timm_model_name") == "precomputed_features":
+        raise UserError("a model of precomputed features has no image tower: there is no --export for it")
     folder = new_folder(folder)
     statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     settings = statistics | {"interpolation": "bicubic", "resize_mode": "shortest"} | preprocess

@@ -320,12 +320,20 @@ def pooled_rows(found: Comparison, reference: str, other: str) -> list[dict[str,
     return [pooled_within(*map(tables_of, arms))]
 
 
+NOT_REPLAYED = "published files: all correlations"
+
+
+def variables_of(summary: dict) -> str:
+    """The variable of make with which the published files were replayed, if they were."""
+    return "" if NOT_REPLAYED in (row["claim"] for row in summary["claims"]) else "UPSTREAM=CLONE"
+
+
 def more_rows(found: Comparison, replayed: Sequence[dict[str, str]] = ()) -> list[dict[str, Any]]:
     """Rows for all seeds together, for the published files, and for claims that cannot be tested at this scale."""
     if "zipf" not in found.arms:
         raise UserError("--report needs the arm zipf among the runs")
     rows = pooled_rows(found, "zipf", "reassigned")
-    files = verdicts.not_testable("published files: all correlations", "0.83 to 1.00", "name UPSTREAM=CLONE")
+    files = verdicts.not_testable(NOT_REPLAYED, "0.83 to 1.00", "name UPSTREAM=CLONE")
     corpora = verdicts.not_testable("34 models, RAM++ tags, 4,029 concepts in 400M pairs", "-", "needs the corpora")
     return [*rows, *(map(as_row, replayed) if replayed else [files]), corpora]
 
@@ -418,6 +426,7 @@ STUDY = Study(
     more_rows=more_rows,
     plot=plot,
     upstream=replay_clone,
+    variables_of=variables_of,
 )
 
 

@@ -201,7 +201,7 @@ def more_rows(found: Comparison) -> list[dict]:
     return [
         verdicts.not_testable("ImageNet zero-shot of the model zoo", "41.1 to 64.5", needs),
         verdicts.not_testable(
-            "half the size comparable to its teacher", "61.4 against 62.9 (figure 1)",
+            "half the size comparable to its teacher", "61.4 against a whole ViT-B/32's 62.9 (figure 1)",
             "needs 22 epochs of LAION-400M; students here train too little to reach their teacher", primary=True,
         ),
         verdicts.not_testable(claim, "41.1 against 37.6", "needs YFCC-15M", primary=True),

@@ -354,7 +354,7 @@ def evaluate(runs: Sequence[str]) -> list[dict[str, float]]:
 SCORE, KEPT = "names_ood/top1", "data/scenes"
 COVERED, COHERENT = "pixels/coverage", "pixels/cohesion"  # cosines times 100
 D = 1.0  # points of top-1; a difference whose whole interval is within +-D is negligible. Smaller for small effects
-PLANTED = "copies of scenes and wrong captions are planted; ARMS=all varies both, from none on (not measured)"
+PLANTED = "copies of scenes and wrong captions are planted; ARMS=all varies both, from none on (copies: not measured)"
 ALIKE = "arms have equally many pairs, steps and epochs; " + PLANTED
 # The paper's numbers are points of text recall at 1 (TR@1) on COCO: of BLIP, fine-tuned, in table 2a; of CLIP,
 # zero-shot, in table 3. Ours are points of naming, which is text recall at 1 among all names.

@@ -20,6 +20,7 @@ from short_runs import EVAL, SCRIPTS, commands, small_corpus
 from concept_frequency import clip_models
 from lexvla import patchdis
 from nmtune.encoders import create_clip
+from protoclip.model import create_model as model_of_features
 from shared import checkpoints, export, run
 from tldr_reduction.checkpoints import load_run
 from tldr_reduction.tokenizer import eval_tokenizer
@@ -213,6 +214,14 @@ def test_other_features_are_an_error(tmp_path: Path, exported: dict):
     config = json.loads((path / "open_clip_config.json").read_text())["model_cfg"] | {"quick_gelu": True}
     with pytest.raises(RuntimeError, match="differ"):
         export.write(tmp_path / "out", model.eval(), config, model.state_dict(), transform)
+
+
+def test_models_of_features_are_not_exported(tmp_path: Path):
+    """They have no image tower, and open_clip's transform gives pictures."""
+    model, config = model_of_features("Lite0-features").eval(), export.named_config("Lite0-features")
+    with pytest.raises(ValueError, match="no image tower"):
+        export.write(tmp_path / "out", model, config, model.state_dict(), lambda picture: picture)
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_have_the_activation_of_their_training():

@@ -39,9 +39,9 @@ TRAIN, TEST, HELD_OUT = "data/emoji/train_names", "data/emoji/eval/bare_names_oo
 RECORDS = Path(__file__).with_suffix(".jsonl")
 PAGE = """# Records of the small learner
 
-`python -m studies.bench.learner`: a CLIP from random weights names 1,595 emoji, drawn in a training style of the
-studies that is held out. `held_out` is top-1 in percent, `core_seconds` the time of training on one core; means of runs
-with different seeds, `sd` their standard deviation, `p` of Welch's test that a row's mean score is the first row's.
+`python -m studies.bench.learner`: a CLIP from random weights names the drawings of a training style that is held out,
+by 1,595 names. `held_out` is top-1 in percent, `core_seconds` the time of training on one core; means of runs with
+different seeds, `sd` their standard deviation, `p` of Welch's test that a row's mean score is the first row's.
 The rows took turns, seed by seed, on one machine, two processes at a time: {machine}.
 
 """
