@@ -10,9 +10,9 @@ weights and similarities contain what a student lacks. The effects would vanish 
 pixels, and with students trained until they equal the teacher. A batch of scenes holds each caption several times,
 which would mislead the contrastive loss only; both losses leave equal captions out.
 
-On photographs (`--corpus photos --photos DIR`): a small ResNet teacher and its students of half the size are trained
+On photographs (`--corpus photos --photos DIR`): a small convolutional teacher and its students of half the size are trained
 from scratch on the 30,000 English captions of Flickr8k, at 32 pixels, and compared by retrieval of the usual 1,000 test
-photographs. The teacher has the size of a ResNet student of the presets, and the students have half of that, so that a
+photographs. The teacher has the size of a convolutional student of the presets, and the students have half of that, so that a
 seed takes some twenty minutes of one core.
 
 Why the effects can appear: for the same reasons as above; the teacher trains three times as long. But the teacher is
@@ -327,7 +327,7 @@ PHOTOS_ARMS = (
     Arm(
         "teacher",
         f"train emoji-convnet-teacher {PHOTOS_DATA} --model emoji-convnet-50 --steps 696",
-        heading="ResNet teacher (100 %)",
+        heading="teacher (100 %)",
     ),
     Arm("random-contrastive", f"{CONTRASTIVE} --init None", heading="50 %: random weights, contrastive"),
     Arm("random-affinity", f"{AFFINITY} --init None", heading="50 %: random weights, affinity"),
@@ -380,7 +380,6 @@ PHOTOS = Study(
     corpus=f"Flickr8k, {photos.RESIZED}, seen at 32 pixels, a sample for each English caption; all towers from scratch",
     seeds=photos.FEW,
     minutes={"core": 12, "all": 12},
-    changed="students and teachers train another small convolutional tower",
     evaluate=evaluate_photos,
     alone=True,
     derive=macs_in_millions,
