@@ -10,10 +10,10 @@ weights and similarities contain what a student lacks. The effects would vanish 
 pixels, and with students trained until they equal the teacher. A batch of scenes holds each caption several times,
 which would mislead the contrastive loss only; both losses leave equal captions out.
 
-On photographs (`--corpus photos --photos DIR`): a small convolutional teacher and its students of half the size are trained
-from scratch on the 30,000 English captions of Flickr8k, at 32 pixels, and compared by retrieval of the usual 1,000 test
-photographs. The teacher has the size of a convolutional student of the presets, and the students have half of that, so that a
-seed takes some twenty minutes of one core.
+On photographs (`--corpus photos --photos DIR`): a small convolutional teacher and its students of half the size are
+trained from scratch on the 30,000 English captions of Flickr8k, at 32 pixels, and compared by retrieval of the usual
+1,000 test photographs. The teacher has the size of a convolutional student of the presets, and the students have half
+of that, so that a seed takes some twenty minutes of one core.
 
 Why the effects can appear: for the same reasons as above; the teacher trains three times as long. But the teacher is
 small and has few pairs. If it retrieves little better than raw pixels, students can gain little from it.
