@@ -57,7 +57,9 @@ def forest(found: Summaries, photographs: Summaries, path: Path) -> None:
                         axis.plot(end, at, arrow, color=colour, mfc=face, ms=7)
                 if not low < centre < high:  # an arrow in place of the marker, with its number
                     where, side = ((low, "left"), (high, "right"))[centre > 0]
-                    axis.text(where * 0.96, at, f"{centre:.1f}", ha=side, va="center", color=colour, fontsize=8)
+                    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # hides the interval's line
+                    style = {"ha": side, "va": "center", "color": colour, "fontsize": 8, "bbox": box}
+                    axis.text(where * 0.96, at, f"{centre:.1f}", **style)
         axis.axvline(0, color="black", lw=0.8)
         for x in (0.5, 1) if panel is panels[0] else (-1, 1):
             axis.axvline(x, color="0.6", lw=0.8, ls="--" if abs(x) == 1 else ":")
