@@ -174,8 +174,6 @@ def study(llm: str) -> Study:
         arms=arms(llm),
         corpus=f"Flickr8k with the translations of Multi30k, {photos.RESIZED}; the LLM is {LANGUAGE_MODELS[llm]}, of "
         "4-bit weights; EfficientNet-Lite0 was pretrained on ImageNet-1k; the text tower of CLIP is from scratch",
-        changed="all arms have InfoNCE in place of the sigmoid loss, and CLIP's text tower starts as an average of "
-        "word embeddings",
         minutes={"core": 5, "all": 6},
         evaluate=evaluate,
         derive=derive,
